@@ -1,0 +1,88 @@
+//! What the cache stands on: block devices with owned, aligned buffers.
+
+mod buf;
+mod mem;
+pub mod probe;
+mod uring;
+
+pub use buf::{IoBuf, SharedBuf};
+pub use mem::MemDevice;
+pub use uring::UringDevice;
+
+use futures_util::future::BoxFuture;
+use nix::errno::Errno;
+use std::fmt;
+use std::sync::Arc;
+
+/// An operation on a block device, for messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Reading bytes.
+    Read,
+    /// Writing bytes.
+    Write,
+    /// Making earlier writes durable.
+    Flush,
+    /// Giving up a range; it reads as zeros afterwards.
+    Discard,
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Operation::Read => "read",
+            Operation::Write => "write",
+            Operation::Flush => "flush",
+            Operation::Discard => "discard",
+        })
+    }
+}
+
+/// An operation on a device failed.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{device}: {operation} of {length} bytes at byte {offset} failed: {}", cause.desc())]
+pub struct DeviceError {
+    /// The device's path.
+    pub device: Arc<str>,
+    /// What was tried.
+    pub operation: Operation,
+    /// Where it began, in bytes.
+    pub offset: u64,
+    /// How many bytes it concerned.
+    pub length: u64,
+    /// What the system said.
+    pub cause: Errno,
+}
+
+/// The future of an operation on a device. It owns what it needs; dropping it does not undo the operation.
+pub type IoFuture<T> = BoxFuture<'static, Result<T, DeviceError>>;
+
+/// A block device. Offsets and lengths are bytes, multiples of [`BlockDevice::block_size`], inside the device.
+///
+/// Completed writes may still be lost or reordered by a power cut until a later flush completes; a single
+/// 512-byte sector is written whole or not at all. Concurrent operations complete in any order.
+pub trait BlockDevice: Send + Sync + 'static {
+    /// What to call it in messages.
+    fn name(&self) -> &Arc<str>;
+
+    /// Its size in bytes.
+    fn size(&self) -> u64;
+
+    /// The unit of its I/O in bytes: 512 or a larger power of two, at most 4096.
+    fn block_size(&self) -> u32;
+
+    /// Fills the whole buffer from `offset` on.
+    fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf>;
+
+    /// Writes all the data from `offset` on.
+    fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()>;
+
+    /// Makes every write that completed before the call durable.
+    fn flush(&self) -> IoFuture<()>;
+
+    /// Makes a range read as zeros, and gives up its space where that can be done.
+    fn discard(&self, offset: u64, length: u64) -> IoFuture<()>;
+}
+
+/// A device, shared.
+pub type Device = Arc<dyn BlockDevice>;

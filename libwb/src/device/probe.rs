@@ -1,0 +1,145 @@
+//! Opening devices: what they are, how large, who else uses them.
+
+use crate::format::{SECTOR_BYTES, to_u64};
+use crate::sys;
+use nix::fcntl::{Flock, FlockArg, OFlag};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// What a device is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// To read, while nobody writes.
+    Read,
+    /// To read, whatever others do: what is read may change meanwhile.
+    ReadUnlocked,
+    /// To read and write, alone.
+    Write,
+}
+
+/// Why a device cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The system said no.
+    #[error("{path}: cannot open: {cause}")]
+    System {
+        /// The device.
+        path: PathBuf,
+        /// What the system said.
+        cause: io::Error,
+    },
+    /// Neither a block device nor a regular file.
+    #[error("{path}: neither a block device nor a regular file")]
+    NotADevice {
+        /// The device.
+        path: PathBuf,
+    },
+    /// Somebody else holds it.
+    #[error("{path}: in use (mounted, attached, or held by another program)")]
+    InUse {
+        /// The device.
+        path: PathBuf,
+    },
+    /// A file of an odd size.
+    #[error("{path}: {size} bytes is no multiple of 512; was it truncated?")]
+    Unaligned {
+        /// The device.
+        path: PathBuf,
+        /// Its size.
+        size: u64,
+    },
+    /// A block size that the format does not suit.
+    #[error("{path}: logical blocks of {block_size} bytes are not supported, only 512 to 4096")]
+    BlockSize {
+        /// The device.
+        path: PathBuf,
+        /// Its logical block size.
+        block_size: u32,
+    },
+}
+
+/// Which device a path leads to, so that two paths can be told to be one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Identity {
+    /// A block device's number.
+    BlockDevice(u64),
+    /// A file's filesystem and inode.
+    File(u64, u64),
+}
+
+/// A device, opened and locked.
+#[derive(Debug)]
+pub struct Opened {
+    /// As the user named it.
+    pub path: PathBuf,
+    /// Open for direct I/O, where that works.
+    pub(crate) file: Flock<File>,
+    /// Size in bytes.
+    pub size: u64,
+    /// The unit of I/O in bytes.
+    pub block_size: u32,
+    /// Which device it is.
+    pub identity: Identity,
+}
+
+/// Opens a block device or a regular file for direct I/O.
+///
+/// A block device that is opened to write is claimed exclusively (it must not be mounted), and every device but an
+/// unlocked one is locked with `flock`, shared to read and exclusively to write.
+///
+/// # Errors
+/// Says which device, and what about it.
+pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
+    let system = |cause: io::Error| match cause.raw_os_error() {
+        Some(libc::EBUSY) => OpenError::InUse { path: path.into() },
+        _ => OpenError::System { path: path.into(), cause },
+    };
+    let meta = std::fs::metadata(path).map_err(system)?;
+    let is_block = meta.file_type().is_block_device();
+    if !is_block && !meta.is_file() {
+        return Err(OpenError::NotADevice { path: path.into() });
+    }
+    let exclusive = if is_block && access != Access::ReadUnlocked { OFlag::O_EXCL } else { OFlag::empty() };
+    let open = |flags: OFlag| {
+        let mut options = OpenOptions::new();
+        options.read(true).write(access == Access::Write).custom_flags((flags | exclusive).bits()).open(path)
+    };
+    let file = match open(OFlag::O_DIRECT) {
+        // A filesystem without direct I/O: through the page cache, then.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) && !is_block => open(OFlag::empty()),
+        // Or with direct I/O in units that sector addresses do not fit.
+        Ok(file) if !is_block && !direct_io_fits_sectors(&file) => open(OFlag::empty()),
+        other => other,
+    }
+    .map_err(system)?;
+    let size =
+        if is_block { sys::block_device_size(&file).map_err(|e| system(e.into()))? } else { meta.len() };
+    let block_size =
+        if is_block { sys::logical_block_size(&file).map_err(|e| system(e.into()))? } else { 512 };
+    if !size.is_multiple_of(to_u64(SECTOR_BYTES)) {
+        return Err(OpenError::Unaligned { path: path.into(), size });
+    }
+    if !block_size.is_power_of_two() || !(512..=4096).contains(&block_size) {
+        return Err(OpenError::BlockSize { path: path.into(), block_size });
+    }
+    let lock = match access {
+        Access::Read => FlockArg::LockSharedNonblock,
+        Access::Write => FlockArg::LockExclusiveNonblock,
+        // Taking and keeping no lock: unlocking what is not locked always succeeds.
+        Access::ReadUnlocked => FlockArg::Unlock,
+    };
+    let identity =
+        if is_block { Identity::BlockDevice(meta.rdev()) } else { Identity::File(meta.dev(), meta.ino()) };
+    match Flock::lock(file, lock) {
+        Ok(file) => Ok(Opened { path: path.into(), file, size, block_size, identity }),
+        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(OpenError::InUse { path: path.into() }),
+        Err((_, cause)) => Err(system(cause.into())),
+    }
+}
+
+fn direct_io_fits_sectors(file: &File) -> bool {
+    // A filesystem that does not say is believed: the kernel's oldest rule is the logical block size, 512 nearly always.
+    sys::direct_io_alignment(file).is_none_or(|n| n > 0 && to_u64(SECTOR_BYTES).is_multiple_of(u64::from(n)))
+}

@@ -1,0 +1,90 @@
+//! Files and block devices through io_uring.
+
+use super::probe::Opened;
+use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
+use crate::format::to_u64;
+use crate::reactor::{Handle, OpKind};
+use nix::errno::Errno;
+use nix::fcntl::Flock;
+use std::fs::File;
+use std::sync::Arc;
+
+/// A file or a block device, opened by [`super::probe::open`].
+pub struct UringDevice {
+    handle: Handle,
+    name: Arc<str>,
+    file: Arc<Flock<File>>,
+    size: u64,
+    block_size: u32,
+}
+
+impl UringDevice {
+    /// Serves an opened device through a reactor's io_uring. The device stays locked as it was opened.
+    pub fn new(handle: &Handle, opened: Opened) -> UringDevice {
+        UringDevice {
+            handle: handle.clone(),
+            name: opened.path.to_string_lossy().into(),
+            size: opened.size,
+            block_size: opened.block_size,
+            file: Arc::new(opened.file),
+        }
+    }
+
+    fn submit(
+        &self,
+        operation: Operation,
+        offset: u64,
+        length: u64,
+        kind: OpKind,
+    ) -> IoFuture<Option<IoBuf>> {
+        let (handle, file, device) = (self.handle.clone(), self.file.clone(), self.name.clone());
+        let fits = offset.checked_add(length).is_some_and(|end| end <= self.size);
+        Box::pin(async move {
+            let fail = |cause| DeviceError { device: device.clone(), operation, offset, length, cause };
+            if !fits {
+                return Err(fail(Errno::EINVAL));
+            }
+            match handle.submit(Some(file), kind).await {
+                (Ok(()), buf) => Ok(buf),
+                (Err(cause), _) => Err(fail(cause)),
+            }
+        })
+    }
+}
+
+async fn unit(future: IoFuture<Option<IoBuf>>) -> Result<(), DeviceError> {
+    future.await.map(|_| ())
+}
+
+impl BlockDevice for UringDevice {
+    fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
+        let length = to_u64(buf.len());
+        let done = self.submit(Operation::Read, offset, length, OpKind::Read { offset, buf });
+        Box::pin(async move { Ok(done.await?.expect("a read gives its buffer back")) })
+    }
+
+    fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()> {
+        let length = to_u64(data.len());
+        Box::pin(unit(self.submit(Operation::Write, offset, length, OpKind::Write { offset, data })))
+    }
+
+    fn flush(&self) -> IoFuture<()> {
+        Box::pin(unit(self.submit(Operation::Flush, 0, 0, OpKind::Sync)))
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
+        Box::pin(unit(self.submit(Operation::Discard, offset, length, OpKind::PunchHole { offset, length })))
+    }
+}

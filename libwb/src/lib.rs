@@ -1,0 +1,15 @@
+//! A log-structured write cache for block devices, in user space.
+//!
+//! `libwb` holds the on-disk format of dm-writeboost, the devices that a cache stands on, the log, the cache
+//! engine, and the front end that serves a cached volume. ARCHITECTURE.md describes how they fit together.
+//! Units are types (see [`format`]); a plain `u64` or `usize` is always bytes.
+
+pub mod cache;
+pub mod control;
+pub mod device;
+pub mod format;
+pub mod log;
+pub mod reactor;
+pub mod runtime;
+pub mod serve;
+mod sys;

@@ -1,0 +1,74 @@
+//! The log as it lies on a cache device, read-only.
+
+pub mod recovery;
+pub mod scan;
+
+use crate::device::DeviceError;
+use crate::format::{GeometryError, SegmentId, SuperblockFault};
+
+/// Why a log cannot be read or trusted.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum LogError {
+    /// The device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The device's size cannot be a cache device's.
+    #[error("{device}: {fault}")]
+    Geometry {
+        /// The cache device.
+        device: String,
+        /// What is wrong with the size.
+        fault: GeometryError,
+    },
+    /// The superblock or its record is wrong.
+    #[error("{device}: {fault}")]
+    Superblock {
+        /// The cache device.
+        device: String,
+        /// What is wrong with it.
+        fault: SuperblockFault,
+    },
+    /// The log is damaged in a way that a power cut does not explain.
+    #[error("{device}: the log is corrupt: {}", list(corruption))]
+    Corrupt {
+        /// The cache device.
+        device: String,
+        /// What was found, at least one.
+        corruption: Vec<recovery::Corruption>,
+    },
+    /// An entry of the log lies outside the backing device.
+    #[error(
+        "{device}: segment {id} holds data for sector {sector}, but the backing device {backing} has only {sectors} sectors; is it the right backing device?"
+    )]
+    BeyondBacking {
+        /// The cache device.
+        device: String,
+        /// The segment.
+        id: SegmentId,
+        /// The first sector that lies outside.
+        sector: crate::format::Sector,
+        /// The backing device.
+        backing: String,
+        /// How many sectors it has.
+        sectors: u64,
+    },
+    /// A segment that the scan found valid has changed since.
+    #[error(
+        "{device}: segment {id} cannot be read again as it was found: another program writes to the device, or it is failing"
+    )]
+    Changed {
+        /// The cache device.
+        device: String,
+        /// The segment.
+        id: SegmentId,
+    },
+}
+
+fn list(corruption: &[recovery::Corruption]) -> String {
+    const SHOWN: usize = 3;
+    let mut text: Vec<String> = corruption.iter().take(SHOWN).map(ToString::to_string).collect();
+    if corruption.len() > SHOWN {
+        text.push(format!("and {} more", corruption.len() - SHOWN));
+    }
+    text.join("; ")
+}

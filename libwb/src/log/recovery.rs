@@ -1,0 +1,352 @@
+//! Which segments of a log are live.
+//!
+//! Pure code over the verdicts of a scan. The terms: *H*, the largest valid id; *W*, the largest id known to be
+//! written back; *P*, the recovery point, the last segment that is applied; *D*, the loss window
+//! ([`Geometry::loss_window`]). ARCHITECTURE.md gives the rule and why it holds.
+
+use super::scan::{SlotFault, SlotState, Superblock};
+use crate::format::{Geometry, SegmentId, Slot};
+use std::ops::RangeInclusive;
+
+/// What explains a slot that holds no valid segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Explanation {
+    /// The segment was being written when the power went. Nothing acknowledged is lost.
+    PowerCut,
+    /// Its old content had been written back; no data is at risk.
+    WrittenBack,
+    /// Nothing does: data may be lost.
+    None,
+}
+
+/// A slot that holds no valid segment though the log has reached it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// Where.
+    pub slot: Slot,
+    /// The segment that ought to be there: the next one to be written for [`Explanation::PowerCut`], else the
+    /// newest one up to the recovery point; [`SegmentId::NONE`] where the log has not reached.
+    pub expected: SegmentId,
+    /// Why it is not.
+    pub explanation: Explanation,
+}
+
+/// Damage to the log that a power cut does not explain.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Corruption {
+    /// Valid segments lie too far beyond the last one that can be applied.
+    #[error(
+        "segment {missing} is missing or damaged, though valid segments reach up to {highest}; a power cut loses at most the last {window}"
+    )]
+    Gap {
+        /// The first segment that is not there.
+        missing: SegmentId,
+        /// The largest valid id.
+        highest: SegmentId,
+        /// How many a power cut may lose.
+        window: u64,
+    },
+    /// The superblock record names a segment that the log has not reached.
+    #[error(
+        "the superblock record says that segment {record} is written back, but the newest segment is {highest}"
+    )]
+    RecordBeyondLog {
+        /// The record.
+        record: SegmentId,
+        /// The largest valid id.
+        highest: SegmentId,
+    },
+    /// A sound segment stands where it cannot have been written on a device of this size.
+    #[error(
+        "slot {slot} holds segment {id}, which belongs elsewhere; has the device been truncated or resized?"
+    )]
+    WrongSlot {
+        /// Where.
+        slot: Slot,
+        /// The segment.
+        id: SegmentId,
+    },
+    /// A slot holds garbage that no write under way explains.
+    #[error("slot {slot} holds no valid segment, and no power cut explains that")]
+    Unexplained {
+        /// Where.
+        slot: Slot,
+    },
+}
+
+/// What is to be done with a log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recovery {
+    /// The superblock record.
+    pub record: SegmentId,
+    /// H: the largest valid id, or [`SegmentId::NONE`].
+    pub highest: SegmentId,
+    /// W: every segment up to this one is known to be written back.
+    pub written_back: SegmentId,
+    /// P: the last segment that is applied. The next one to be written follows it.
+    pub point: SegmentId,
+    /// Segments after W that are not applied because a later one was under overwrite, which shows that they had
+    /// been written back. Only on devices that the kernel module wrote. The first is W + 1.
+    pub skipped: Vec<SegmentId>,
+    /// Valid segments after P. They were never acknowledged as durable.
+    pub dropped: Vec<SegmentId>,
+    /// Slots that hold no valid segment though the log has reached them.
+    pub damage: Vec<Damage>,
+    /// Damage that no power cut explains. When there is any, nothing may be written to either device.
+    pub corruption: Vec<Corruption>,
+}
+
+impl Recovery {
+    /// The segments to apply, oldest first.
+    pub fn live(&self) -> impl DoubleEndedIterator<Item = SegmentId> + use<> {
+        let range: RangeInclusive<u64> = self.first_live().0..=self.point.0;
+        range.map(SegmentId)
+    }
+
+    /// How many segments there are to apply.
+    pub fn live_count(&self) -> u64 {
+        self.point.next().since(self.first_live())
+    }
+
+    fn first_live(&self) -> SegmentId {
+        self.skipped.last().copied().unwrap_or(self.written_back).next()
+    }
+}
+
+/// Applies the rule to the verdicts of a scan, one for each slot.
+pub fn recover(superblock: Superblock, slots: &[SlotState]) -> Recovery {
+    let Superblock { geometry, record } = superblock;
+    assert_eq!(slots.len(), geometry.all_slots().len());
+    let window = geometry.loss_window();
+    let is_valid = |id: SegmentId| slots[slot_index(geometry.slot_of(id))].valid_id() == Some(id);
+
+    let highest = slots.iter().filter_map(SlotState::valid_id).max().unwrap_or(SegmentId::NONE);
+    let written_back = record.max(highest.minus(geometry.lap()));
+    let skipped = skipped(geometry, highest, written_back, is_valid);
+    let start = skipped.last().copied().unwrap_or(written_back).next();
+    let mut point = start.minus(1);
+    while point < highest && is_valid(point.next()) {
+        point = point.next();
+    }
+
+    let mut dropped: Vec<_> = slots.iter().filter_map(SlotState::valid_id).filter(|&id| id > point).collect();
+    dropped.sort_unstable();
+    let mut recovery = Recovery {
+        record,
+        highest,
+        written_back,
+        point,
+        skipped,
+        dropped,
+        damage: Vec::new(),
+        corruption: Vec::new(),
+    };
+    if highest.since(point) > window {
+        recovery.corruption.push(Corruption::Gap { missing: point.next(), highest, window });
+    }
+    // With a single slot, the newest segment itself may be under overwrite.
+    if record > highest
+        && !(geometry.slots() == 1 && highest == SegmentId::NONE && !matches!(slots[0], SlotState::Empty))
+    {
+        recovery.corruption.push(Corruption::RecordBeyondLog { record, highest });
+    }
+    for (slot, state) in geometry.all_slots().zip(slots) {
+        if let SlotState::Invalid(fault) = state {
+            explain(&mut recovery, geometry, slot, fault);
+        }
+    }
+    recovery
+}
+
+fn slot_index(slot: Slot) -> usize {
+    slot.0 as usize
+}
+
+/// The kernel module seldom writes the superblock record, so a slot just above H − n may be under overwrite. Every
+/// segment up to the last such slot had been written back.
+fn skipped(
+    geometry: Geometry,
+    highest: SegmentId,
+    written_back: SegmentId,
+    is_valid: impl Fn(SegmentId) -> bool,
+) -> Vec<SegmentId> {
+    let limit = highest.plus(geometry.loss_window()).minus(geometry.lap());
+    let candidates = written_back.next().0..=limit.0;
+    match candidates.clone().rev().map(SegmentId).find(|&id| !is_valid(id)) {
+        Some(last) => (*candidates.start()..=last.0).map(SegmentId).collect(),
+        None => Vec::new(),
+    }
+}
+
+fn explain(recovery: &mut Recovery, geometry: Geometry, slot: Slot, fault: &SlotFault) {
+    let point = recovery.point;
+    if let SlotFault::WrongSlot { id, sound: true } = fault {
+        recovery.corruption.push(Corruption::WrongSlot { slot, id: *id });
+    }
+    let in_flight = geometry.id_in_slot(slot, point.plus(geometry.loss_window()));
+    let old = geometry.id_in_slot(slot, point);
+    let written_back = recovery.skipped.last().copied().unwrap_or(recovery.written_back);
+    let (expected, explanation) = if in_flight > point {
+        (in_flight, Explanation::PowerCut)
+    } else if old != SegmentId::NONE && old <= written_back {
+        (old, Explanation::WrittenBack)
+    } else {
+        (old, Explanation::None)
+    };
+    recovery.damage.push(Damage { slot, expected, explanation });
+    if explanation == Explanation::None {
+        recovery.corruption.push(Corruption::Unexplained { slot });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::{SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64};
+    use proptest::prelude::*;
+
+    fn geometry(slots: u64) -> Geometry {
+        Geometry::of_device(SUPERBLOCK_REGION_BYTES + slots * to_u64(SEGMENT_BYTES)).expect("a sane size")
+    }
+
+    /// The slots of a log of which the segments up to `newest` were written, but for those in `torn`.
+    fn log(slots: u64, newest: u64, torn: &[u64]) -> Vec<SlotState> {
+        let g = geometry(slots);
+        g.all_slots()
+            .map(|slot| match g.id_in_slot(slot, SegmentId(newest)) {
+                SegmentId::NONE => SlotState::Empty,
+                id if torn.contains(&id.0) => SlotState::Invalid(SlotFault::Checksum { id }),
+                id => SlotState::Valid { id, length: 127 },
+            })
+            .collect()
+    }
+
+    fn run(slots: u64, record: u64, states: &[SlotState]) -> Recovery {
+        recover(Superblock { geometry: geometry(slots), record: SegmentId(record) }, states)
+    }
+
+    fn ids(range: impl IntoIterator<Item = u64>) -> Vec<SegmentId> {
+        range.into_iter().map(SegmentId).collect()
+    }
+
+    #[test]
+    fn a_fresh_cache_has_nothing_to_apply() {
+        let r = run(14, 0, &log(14, 0, &[]));
+        assert_eq!((r.point, r.live_count()), (SegmentId(0), 0));
+        assert!(r.corruption.is_empty() && r.damage.is_empty());
+    }
+
+    #[test]
+    fn a_whole_log_is_applied_from_the_oldest_dirty_segment() {
+        let r = run(14, 0, &log(14, 20, &[]));
+        assert_eq!(r.live().collect::<Vec<_>>(), ids(7..=20));
+        let r = run(14, 12, &log(14, 20, &[]));
+        assert_eq!(r.live().collect::<Vec<_>>(), ids(13..=20));
+        let r = run(14, 20, &log(14, 20, &[]));
+        assert_eq!((r.live_count(), r.point), (0, SegmentId(20)));
+    }
+
+    #[test]
+    fn a_torn_newest_segment_is_a_power_cut() {
+        let r = run(14, 0, &log(14, 5, &[5]));
+        assert_eq!(r.point, SegmentId(4));
+        assert!(r.corruption.is_empty());
+        assert_eq!(r.damage[0].explanation, Explanation::PowerCut);
+    }
+
+    #[test]
+    fn a_hole_drops_what_follows_and_the_stale_segment_in_it_is_not_applied() {
+        // Segment 20 was lost; its slot still holds segment 6, which is valid and older than 7.
+        let mut states = log(14, 22, &[]);
+        states[5] = SlotState::Valid { id: SegmentId(6), length: 127 };
+        let r = run(14, 0, &states);
+        assert_eq!(r.live().collect::<Vec<_>>(), ids(9..=19));
+        assert_eq!(r.dropped, ids([21, 22]));
+        assert!(r.corruption.is_empty());
+    }
+
+    #[test]
+    fn a_torn_overwrite_under_the_old_first_sector_costs_only_what_was_written_back() {
+        // Segment 15 was being written over segment 1.
+        let r = run(14, 0, &log(14, 14, &[1]));
+        assert_eq!(r.skipped, ids([1]));
+        assert_eq!(r.live().collect::<Vec<_>>(), ids(2..=14));
+        assert!(r.corruption.is_empty());
+        assert_eq!(r.damage[0].explanation, Explanation::PowerCut);
+    }
+
+    #[test]
+    fn rot_in_the_middle_is_corruption() {
+        let r = run(14, 0, &log(14, 14, &[6]));
+        assert_eq!(
+            r.corruption,
+            [Corruption::Gap { missing: SegmentId(6), highest: SegmentId(14), window: 3 }]
+        );
+        assert_eq!(r.point, SegmentId(5));
+    }
+
+    #[test]
+    fn rot_in_a_segment_that_was_written_back_puts_nothing_at_risk() {
+        let r = run(14, 10, &log(14, 14, &[8]));
+        assert!(r.corruption.is_empty());
+        assert_eq!(r.damage[0].explanation, Explanation::WrittenBack);
+        assert_eq!(r.live().collect::<Vec<_>>(), ids(11..=14));
+    }
+
+    #[test]
+    fn a_first_lap_that_rotted_whole_is_not_taken_for_an_empty_log() {
+        let r = run(14, 0, &log(14, 5, &[1, 2, 3, 4, 5]));
+        assert!(r.corruption.contains(&Corruption::Unexplained { slot: Slot(3) }), "{r:?}");
+    }
+
+    #[test]
+    fn a_truncated_device_is_noticed() {
+        let states: Vec<_> = (0..10)
+            .map(|slot| {
+                let id = geometry(14).id_in_slot(Slot(slot), SegmentId(30));
+                if geometry(10).slot_of(id) == Slot(slot) {
+                    SlotState::Valid { id, length: 1 }
+                } else {
+                    SlotState::Invalid(SlotFault::WrongSlot { id, sound: true })
+                }
+            })
+            .collect();
+        assert!(run(10, 0, &states).corruption.iter().any(|c| matches!(c, Corruption::WrongSlot { .. })));
+    }
+
+    #[test]
+    fn a_record_beyond_the_log_is_corruption() {
+        let r = run(14, 99, &log(14, 5, &[]));
+        assert!(matches!(r.corruption[0], Corruption::RecordBeyondLog { .. }));
+        // The only slot is under overwrite: nothing else can be there.
+        assert!(run(1, 7, &log(1, 7, &[7])).corruption.is_empty());
+    }
+
+    fn any_state() -> impl Strategy<Value = SlotState> {
+        let id = prop_oneof![0..40u64, any::<u64>().prop_map(|id| id % (SegmentId::MAX.0 + 1))]
+            .prop_map(SegmentId);
+        prop_oneof![
+            Just(SlotState::Empty),
+            id.clone().prop_map(|id| SlotState::Valid { id, length: 1 }),
+            id.prop_map(|id| SlotState::Invalid(SlotFault::Checksum { id })),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn any_verdicts_give_a_bounded_answer(
+            states in prop::collection::vec(any_state(), 1..20),
+            record in prop_oneof![0..40u64, Just(SegmentId::MAX.0)],
+        ) {
+            let n = to_u64(states.len());
+            // A scan calls a segment valid only in the slot that its id belongs to.
+            let states: Vec<_> = states.into_iter().zip(geometry(n).all_slots()).map(|(state, slot)| match state {
+                SlotState::Valid { id, .. } if id == SegmentId::NONE || geometry(n).slot_of(id) != slot => SlotState::Empty,
+                other => other,
+            }).collect();
+            let r = run(n, record, &states);
+            prop_assert!(r.live_count() <= n);
+            prop_assert!(r.live().all(|id| states[slot_index(geometry(n).slot_of(id))].valid_id() == Some(id)));
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! Walking the slots of a cache device: read, decode, verify.
+
+use super::LogError;
+use crate::device::{Device, DeviceError, IoBuf};
+use crate::format::{
+    BLOCK_BYTES, Geometry, HeaderFault, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SegmentHeader, SegmentId,
+    Slot, decode_magic, decode_record, to_u64,
+};
+use futures_util::{StreamExt, stream};
+
+/// Segments that a scan reads at the same time; 512 KiB of memory each.
+const SCAN_DEPTH: usize = 8;
+
+/// What the superblock region of a cache device says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    /// How the device is laid out.
+    pub geometry: Geometry,
+    /// The superblock record: every segment up to this one is written back.
+    pub record: SegmentId,
+}
+
+/// Reads and checks the superblock and its record.
+///
+/// # Errors
+/// When the device cannot be read, has an impossible size, or is no cache device.
+pub async fn read_superblock(device: &Device) -> Result<Superblock, LogError> {
+    let name = || device.name().to_string();
+    let geometry =
+        Geometry::of_device(device.size()).map_err(|fault| LogError::Geometry { device: name(), fault })?;
+    let superblock = |fault| LogError::Superblock { device: name(), fault };
+    let first = device.read(SUPERBLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
+    decode_magic(first.block_at(0)).map_err(superblock)?;
+    let last = device.read(RECORD_BLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
+    let record = decode_record(last.block_at(0)).map_err(superblock)?;
+    Ok(Superblock { geometry, record })
+}
+
+/// Why a slot holds no valid segment.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum SlotFault {
+    /// A field of the header holds a value that nothing valid can hold.
+    #[error(transparent)]
+    Header(#[from] HeaderFault),
+    /// The segment's id belongs to another slot.
+    #[error("segment {id} does not belong into this slot")]
+    WrongSlot {
+        /// The id found.
+        id: SegmentId,
+        /// Whether the checksum holds all the same.
+        sound: bool,
+    },
+    /// The checksum does not match.
+    #[error("segment {id} has a wrong checksum")]
+    Checksum {
+        /// The id found.
+        id: SegmentId,
+    },
+    /// The device failed to read it.
+    #[error(transparent)]
+    Unreadable(#[from] DeviceError),
+}
+
+/// What a slot holds.
+#[derive(Clone, Debug)]
+pub enum SlotState {
+    /// Never written.
+    Empty,
+    /// A segment whose id belongs here and whose checksum holds.
+    Valid {
+        /// Its id.
+        id: SegmentId,
+        /// How many data blocks it has.
+        length: u8,
+    },
+    /// Something else.
+    Invalid(SlotFault),
+}
+
+impl SlotState {
+    /// The id of a valid segment.
+    pub fn valid_id(&self) -> Option<SegmentId> {
+        match self {
+            SlotState::Valid { id, .. } => Some(*id),
+            _ => None,
+        }
+    }
+}
+
+/// A slot as it was read, as far as it could be.
+#[derive(Debug)]
+pub struct SlotContent {
+    /// The verdict.
+    pub state: SlotState,
+    /// The header, where one could be decoded and is not empty.
+    pub header: Option<SegmentHeader>,
+    /// The data blocks that the header counts, where they could be read.
+    pub data: Option<IoBuf>,
+}
+
+/// Reads a slot whole and verifies it. A device error is part of the verdict, not a failure.
+pub async fn read_slot(device: &Device, geometry: Geometry, slot: Slot) -> SlotContent {
+    let mut content = SlotContent { state: SlotState::Empty, header: None, data: None };
+    if let Err(fault) = fill_slot(device, geometry, slot, &mut content).await {
+        content.state = SlotState::Invalid(fault);
+    }
+    content
+}
+
+async fn fill_slot(
+    device: &Device,
+    geometry: Geometry,
+    slot: Slot,
+    content: &mut SlotContent,
+) -> Result<(), SlotFault> {
+    let offset = geometry.slot_offset(slot);
+    let block = device.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await?;
+    let header = SegmentHeader::decode(block.block_at(0))?;
+    if header.id == SegmentId::NONE {
+        return Ok(());
+    }
+    let header = content.header.insert(header);
+    let data = match header.data_bytes() {
+        0 => IoBuf::zeroed(0),
+        bytes => device.read(offset + to_u64(BLOCK_BYTES), IoBuf::zeroed(bytes)).await?,
+    };
+    let sound = header.verify(block.block_at(0), &data);
+    content.data = Some(data);
+    let id = header.id;
+    match (geometry.slot_of(id) == slot, sound) {
+        (true, true) => content.state = SlotState::Valid { id, length: header.length() },
+        (true, false) => return Err(SlotFault::Checksum { id }),
+        (false, sound) => return Err(SlotFault::WrongSlot { id, sound }),
+    }
+    Ok(())
+}
+
+/// Reads and verifies every slot, several at a time, and shows each to `visit` in the order of the device.
+pub async fn scan(
+    device: &Device,
+    geometry: Geometry,
+    mut visit: impl FnMut(Slot, &SlotContent),
+) -> Vec<SlotState> {
+    let reads =
+        geometry.all_slots().map(|slot| async move { (slot, read_slot(device, geometry, slot).await) });
+    let mut reads = stream::iter(reads).buffered(SCAN_DEPTH);
+    let mut states = Vec::with_capacity(geometry.all_slots().len());
+    while let Some((slot, content)) = reads.next().await {
+        visit(slot, &content);
+        states.push(content.state);
+    }
+    states
+}
+
+/// Reads the header of a segment that a scan found valid.
+///
+/// # Errors
+/// When it is not there any more.
+pub async fn read_header(
+    device: &Device,
+    geometry: Geometry,
+    id: SegmentId,
+) -> Result<SegmentHeader, LogError> {
+    let block = device.read(geometry.slot_offset(geometry.slot_of(id)), IoBuf::zeroed(BLOCK_BYTES)).await?;
+    match SegmentHeader::decode(block.block_at(0)) {
+        Ok(header) if header.id == id => Ok(header),
+        _ => Err(LogError::Changed { device: device.name().to_string(), id }),
+    }
+}

@@ -1,0 +1,352 @@
+//! The runtime of the programs: one thread that owns an io_uring and runs the background tasks.
+//!
+//! Any thread may start a task and poll it the first time itself; what is left of it then runs on the reactor's
+//! thread. I/O is handed to that thread in batches, so that the ring has one user and needs no lock.
+#![allow(unsafe_code)] // io_uring takes addresses; each use below says why its memory stays valid
+
+use crate::device::{IoBuf, SharedBuf};
+use crate::format::to_u64;
+use crate::runtime::Runtime;
+use async_task::Runnable;
+use futures_channel::oneshot;
+use futures_util::future::BoxFuture;
+use io_uring::{IoUring, opcode, squeue, types};
+use nix::errno::Errno;
+use nix::fcntl::Flock;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use parking_lot::Mutex;
+use slab::Slab;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// Entries of the submission queue; the completion queue has twice as many.
+const RING_ENTRIES: u32 = 256;
+/// Operations handed to the kernel at a time, so that the completion queue cannot overflow. The rest wait.
+const MAX_IN_FLIGHT: usize = 2 * RING_ENTRIES as usize - 1;
+/// The `user_data` of the poll that wakes the reactor up.
+const WAKE: u64 = u64::MAX;
+
+/// What an operation is to do. It owns all memory that the kernel touches.
+pub(crate) enum OpKind {
+    /// Fill the buffer.
+    Read { offset: u64, buf: IoBuf },
+    /// Write the data.
+    Write { offset: u64, data: SharedBuf },
+    /// fdatasync.
+    Sync,
+    /// fallocate.
+    PunchHole { offset: u64, length: u64 },
+    /// Nothing but time.
+    Sleep(Box<types::Timespec>),
+}
+
+/// How an operation ended, with the buffer of a read.
+pub(crate) type OpResult = (Result<(), Errno>, Option<IoBuf>);
+
+struct Op {
+    /// Keeps the descriptor open until the kernel is done with it.
+    file: Option<Arc<Flock<File>>>,
+    kind: OpKind,
+    /// Bytes that earlier, short completions have moved.
+    progress: usize,
+    done: oneshot::Sender<OpResult>,
+}
+
+#[derive(Default)]
+struct Inbox {
+    tasks: VecDeque<Runnable>,
+    ops: Vec<Op>,
+    stop: bool,
+}
+
+struct Shared {
+    inbox: Mutex<Inbox>,
+    /// True while the reactor sleeps, or is about to, and wants to be woken.
+    parked: AtomicBool,
+    wake: EventFd,
+    started: Instant,
+}
+
+impl Shared {
+    fn post(&self, put: impl FnOnce(&mut Inbox)) {
+        put(&mut self.inbox.lock());
+        if self.parked.swap(false, Ordering::SeqCst) {
+            // The counter cannot overflow: each write follows a park, and the reactor reads it before the next.
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// Starts tasks and I/O on a reactor. Cheap to clone; outlives the reactor harmlessly (I/O then fails).
+#[derive(Clone)]
+pub struct Handle(Arc<Shared>);
+
+impl Handle {
+    /// Polls a future once on this thread; if it is not done then, the reactor's thread takes it over.
+    pub fn run_now(&self, future: impl Future<Output = ()> + Send + 'static) {
+        let shared = self.0.clone();
+        let (runnable, task) =
+            async_task::spawn(future, move |runnable| shared.post(|inbox| inbox.tasks.push_back(runnable)));
+        task.detach();
+        runnable.run();
+    }
+
+    pub(crate) async fn submit(&self, file: Option<Arc<Flock<File>>>, kind: OpKind) -> OpResult {
+        let (done, result) = oneshot::channel();
+        self.0.post(|inbox| inbox.ops.push(Op { file, kind, progress: 0, done }));
+        result.await.unwrap_or((Err(Errno::ECANCELED), None))
+    }
+}
+
+impl Runtime for Handle {
+    fn spawn(&self, task: BoxFuture<'static, ()>) {
+        let shared = self.0.clone();
+        let (runnable, task) =
+            async_task::spawn(task, move |runnable| shared.post(|inbox| inbox.tasks.push_back(runnable)));
+        task.detach();
+        runnable.schedule();
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
+        let handle = self.clone();
+        let time = Box::new(types::Timespec::from(duration));
+        Box::pin(async move {
+            let _ = handle.submit(None, OpKind::Sleep(time)).await;
+        })
+    }
+
+    fn now(&self) -> Duration {
+        self.0.started.elapsed()
+    }
+}
+
+/// The reactor's thread. Dropping it lets I/O under way end, drops all tasks, and joins the thread.
+pub struct Reactor {
+    handle: Handle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Reactor {
+    /// Starts the thread and its io_uring.
+    ///
+    /// # Errors
+    /// When the kernel offers no io_uring or forbids it.
+    pub fn start() -> io::Result<Reactor> {
+        let shared = Arc::new(Shared {
+            inbox: Mutex::default(),
+            parked: AtomicBool::new(false),
+            wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+            started: Instant::now(),
+        });
+        let ring = IoUring::builder().setup_coop_taskrun().build(RING_ENTRIES)?;
+        let reactor =
+            Ring { shared: shared.clone(), ring, ops: Slab::new(), backlog: VecDeque::new(), armed: false };
+        let thread = std::thread::Builder::new().name("wb-reactor".into()).spawn(move || reactor.run())?;
+        Ok(Reactor { handle: Handle(shared), thread: Some(thread) })
+    }
+
+    /// A handle to start tasks and I/O with.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// Runs a future to its end on this thread, while the reactor serves its I/O.
+    pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
+        futures_lite::future::block_on(future)
+    }
+}
+
+impl Drop for Reactor {
+    fn drop(&mut self) {
+        self.handle.0.post(|inbox| inbox.stop = true);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The reactor as its own thread sees it.
+struct Ring {
+    shared: Arc<Shared>,
+    ring: IoUring,
+    /// Operations that the kernel knows or that are in the backlog. Their memory stays here until they are done.
+    ops: Slab<Op>,
+    /// Keys of operations that are still to be handed to the kernel.
+    backlog: VecDeque<usize>,
+    /// Whether the poll on the wake-up descriptor is under way.
+    armed: bool,
+}
+
+impl Ring {
+    fn run(mut self) {
+        loop {
+            let (tasks, ops, stop) = {
+                let mut inbox = self.shared.inbox.lock();
+                (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops), inbox.stop)
+            };
+            if stop {
+                return self.finish(tasks);
+            }
+            let idle = tasks.is_empty();
+            for op in ops {
+                let key = self.ops.insert(op);
+                self.backlog.push_back(key);
+            }
+            for task in tasks {
+                task.run();
+            }
+            self.push_backlog();
+            if idle {
+                self.park()
+            } else {
+                self.enter(0)
+            }
+            self.reap();
+        }
+    }
+
+    /// Waits for a completion or a wake-up, unless something is there already.
+    fn park(&mut self) {
+        self.shared.parked.store(true, Ordering::SeqCst);
+        let nothing_to_do = {
+            let inbox = self.shared.inbox.lock();
+            inbox.tasks.is_empty() && inbox.ops.is_empty() && !inbox.stop
+        };
+        self.enter(usize::from(nothing_to_do));
+        self.shared.parked.store(false, Ordering::SeqCst);
+    }
+
+    fn enter(&mut self, want: usize) {
+        if want == 0 && self.ring.submission().is_empty() {
+            return;
+        }
+        match self.ring.submit_and_wait(want) {
+            Ok(_) => {}
+            // Interrupted, or the kernel is short of memory or of room for completions: reap and come again.
+            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            Err(e) => panic!("io_uring_enter failed: {e}"),
+        }
+    }
+
+    fn push_backlog(&mut self) {
+        if !self.armed {
+            let poll =
+                opcode::PollAdd::new(types::Fd(self.shared.wake.as_raw_fd()), libc::POLLIN as u32).build();
+            // SAFETY: the entry refers to no memory, and the descriptor lives as long as the ring.
+            self.armed = unsafe { self.ring.submission().push(&poll.user_data(WAKE)) }.is_ok();
+        }
+        while self.ops.len() - self.backlog.len() < MAX_IN_FLIGHT {
+            let Some(key) = self.backlog.pop_front() else { return };
+            let entry = entry(&mut self.ops[key]).user_data(to_u64(key));
+            // SAFETY: `entry` points into the operation's own buffers. They stay in `ops` until the completion
+            // has been reaped, and `finish` waits for that before `ops` is dropped.
+            if unsafe { self.ring.submission().push(&entry) }.is_err() {
+                self.backlog.push_front(key);
+                return self.enter(0);
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        let completions: Vec<(u64, i32)> =
+            self.ring.completion().map(|c| (c.user_data(), c.result())).collect();
+        for (user_data, result) in completions {
+            if user_data == WAKE {
+                let _ = self.shared.wake.read();
+                self.armed = false;
+                continue;
+            }
+            let key = crate::format::to_usize(user_data);
+            if let Some(outcome) = outcome(&mut self.ops[key], result) {
+                let op = self.ops.remove(key);
+                let buf = match op.kind {
+                    OpKind::Read { buf, .. } => Some(buf),
+                    _ => None,
+                };
+                let _ = op.done.send((outcome, buf));
+            } else {
+                self.backlog.push_back(key);
+            }
+        }
+    }
+
+    /// Lets I/O that the kernel knows end before its memory goes away. Sleeps own nothing that the kernel
+    /// still reads, and are left.
+    fn finish(mut self, tasks: VecDeque<Runnable>) {
+        for key in std::mem::take(&mut self.backlog) {
+            self.ops.remove(key);
+        }
+        while self.ops.iter().any(|(_, op)| !matches!(op.kind, OpKind::Sleep(_))) {
+            self.enter(1);
+            self.reap();
+            for key in std::mem::take(&mut self.backlog) {
+                self.ops.remove(key);
+            }
+        }
+        drop(tasks);
+        let rest = std::mem::take(&mut *self.shared.inbox.lock());
+        drop(rest);
+    }
+}
+
+fn fd(op: &Op) -> types::Fd {
+    types::Fd(op.file.as_ref().map_or(-1, |file| file.as_raw_fd() as RawFd))
+}
+
+fn length(bytes: usize) -> u32 {
+    // A longer transfer is cut here and goes on as after a short completion.
+    u32::try_from(bytes).unwrap_or(1 << 30)
+}
+
+fn entry(op: &mut Op) -> squeue::Entry {
+    let fd = fd(op);
+    let done = op.progress;
+    match &mut op.kind {
+        OpKind::Read { offset, buf } => {
+            let rest = &mut buf[done..];
+            opcode::Read::new(fd, rest.as_mut_ptr(), length(rest.len()))
+                .offset(*offset + to_u64(done))
+                .build()
+        }
+        OpKind::Write { offset, data } => {
+            let rest = &data[done..];
+            opcode::Write::new(fd, rest.as_ptr(), length(rest.len())).offset(*offset + to_u64(done)).build()
+        }
+        OpKind::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
+        OpKind::PunchHole { offset, length } => opcode::Fallocate::new(fd, *length)
+            .offset(*offset)
+            .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+            .build(),
+        OpKind::Sleep(time) => opcode::Timeout::new(&raw const **time).build(),
+    }
+}
+
+/// How the operation ended, or `None` when it has to go on.
+fn outcome(op: &mut Op, result: i32) -> Option<Result<(), Errno>> {
+    if matches!(op.kind, OpKind::Sleep(_)) {
+        return Some(Ok(()));
+    }
+    let Ok(moved) = usize::try_from(result) else {
+        let cause = Errno::from_raw(-result);
+        return if matches!(cause, Errno::EINTR | Errno::EAGAIN) { None } else { Some(Err(cause)) };
+    };
+    let wanted = match &op.kind {
+        OpKind::Read { buf, .. } => buf.len(),
+        OpKind::Write { data, .. } => data.len(),
+        _ => return Some(Ok(())),
+    };
+    op.progress += moved;
+    match (op.progress >= wanted, moved) {
+        (true, _) => Some(Ok(())),
+        // The device ends here: it is shorter than it was when it was opened.
+        (false, 0) => Some(Err(Errno::EIO)),
+        (false, _) => None,
+    }
+}

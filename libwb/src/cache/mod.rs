@@ -1,1 +1,238 @@
-//! Soon.
+//! The cache engine.
+//!
+//! Runtime-agnostic: it knows block devices and a [`Runtime`], but no file, thread or front end, so that the daemon
+//! and the simulator run the same code. [`state`](self) is pure and lives under one short lock; no I/O and no
+//! waiting happens while it is held. Requests are futures that their callers poll; appending, flushing and
+//! write-back are background tasks.
+
+mod appender;
+mod index;
+mod open;
+mod read;
+mod state;
+mod status;
+#[cfg(test)]
+mod tests;
+mod tunables;
+mod write;
+mod writeback;
+
+pub use status::{Counters, Status};
+pub use tunables::{TunableError, Tunables};
+
+use crate::device::{Device, DeviceError};
+use crate::format::{SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, to_u64};
+use crate::log::LogError;
+use crate::runtime::Runtime;
+use event_listener::Event;
+use nix::errno::Errno;
+use parking_lot::{Mutex, MutexGuard};
+use state::State;
+use status::AtomicCounters;
+use std::sync::Arc;
+use std::time::Duration;
+
+const _: () = assert!(SUPERBLOCK_REGION_BYTES.is_multiple_of(SECTOR_BYTES as u64));
+
+/// Why a cache cannot do what was asked.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CacheError {
+    /// The log cannot be read or trusted.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// A device failed.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The cache device failed earlier, so nothing more can be kept.
+    #[error("writes are refused since the cache device failed: {0}")]
+    Failed(DeviceError),
+    /// The request does not lie within the volume.
+    #[error("request of {length} bytes at sector {sector} is unaligned or outside the volume")]
+    OutOfRange {
+        /// Where it begins.
+        sector: Sector,
+        /// Its length in bytes.
+        length: usize,
+    },
+    /// The cache is being closed.
+    #[error("the volume is being detached")]
+    Closed,
+}
+
+impl CacheError {
+    /// The error number that a front end reports.
+    pub fn errno(&self) -> Errno {
+        match self {
+            CacheError::OutOfRange { .. } => Errno::EINVAL,
+            CacheError::Closed => Errno::ESHUTDOWN,
+            CacheError::Log(_) | CacheError::Device(_) | CacheError::Failed(_) => Errno::EIO,
+        }
+    }
+}
+
+/// A cached volume. Cheap to clone; all clones are the same volume.
+#[derive(Clone)]
+pub struct Cache {
+    inner: Arc<Inner>,
+}
+
+/// Who waits for what.
+#[derive(Default)]
+struct Events {
+    /// Requests: something became durable, or written back, or written, or failed.
+    changed: Event,
+    /// The appender: a segment was sealed, a slot unpinned, or something became durable.
+    appender: Event,
+    /// The flusher: somebody wants durability, or something was written.
+    flusher: Event,
+    /// Write-back: there may be something to do.
+    writeback: Event,
+}
+
+impl Events {
+    fn wake_all(&self) {
+        for event in [&self.changed, &self.appender, &self.flusher, &self.writeback] {
+            event.notify(usize::MAX);
+        }
+    }
+}
+
+struct Inner {
+    cache: Device,
+    backing: Device,
+    runtime: Arc<dyn Runtime>,
+    tunables: Tunables,
+    state: Mutex<State>,
+    events: Events,
+    counters: AtomicCounters,
+    recovery_time: Duration,
+}
+
+impl Inner {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock()
+    }
+
+    /// Waits on an event until the state gives an answer.
+    async fn wait<T>(&self, event: &Event, mut answer: impl FnMut(&mut State) -> Option<T>) -> T {
+        loop {
+            if let Some(answer) = answer(&mut self.lock()) {
+                return answer;
+            }
+            let listener = event.listen();
+            if let Some(answer) = answer(&mut self.lock()) {
+                return answer;
+            }
+            listener.await;
+        }
+    }
+
+    /// Nothing is acknowledged any more that is not durable.
+    fn fail(&self, error: DeviceError) {
+        tracing::error!("the cache device failed, writes are refused from now on: {error}");
+        self.lock().failure.get_or_insert(error);
+        self.events.wake_all();
+    }
+
+    fn check_range(&self, sector: Sector, length: usize) -> Result<(), CacheError> {
+        let aligned = length.is_multiple_of(SECTOR_BYTES);
+        let end = sector.0.checked_add(to_u64(length / SECTOR_BYTES));
+        if aligned && end.is_some_and(|end| end <= self.backing.size() / to_u64(SECTOR_BYTES)) {
+            return Ok(());
+        }
+        Err(CacheError::OutOfRange { sector, length })
+    }
+}
+
+impl Cache {
+    /// The volume's size in bytes: that of the backing device.
+    pub fn size(&self) -> u64 {
+        self.inner.backing.size()
+    }
+
+    /// Makes everything that was acknowledged before survive a power cut.
+    ///
+    /// # Errors
+    /// When the cache device fails; nothing is known then of what was not flushed before.
+    pub async fn flush(&self) -> Result<(), CacheError> {
+        let target = self.inner.seal().await?;
+        self.inner.counters.flushes.add(1);
+        self.inner.wait_durable(target).await
+    }
+
+    /// Writes everything back that is dirty at the time of the call.
+    ///
+    /// # Errors
+    /// When a device fails. Write-back goes on trying by itself.
+    pub async fn drain(&self) -> Result<(), CacheError> {
+        let target = self.inner.seal().await?;
+        {
+            let mut state = self.inner.lock();
+            state.drain_to = state.drain_to.max(target);
+        }
+        self.inner.events.writeback.notify(usize::MAX);
+        let failures = self.inner.counters.writeback_errors.get();
+        let inner = &self.inner;
+        inner
+            .wait(&inner.events.changed, |state| match &state.failure {
+                Some(failure) => Some(Err(CacheError::Failed(failure.clone()))),
+                None if state.written_back >= target => Some(Ok(())),
+                None if inner.counters.writeback_errors.get() > failures => {
+                    inner.counters.last_writeback_error().map(|error| Err(CacheError::Device(error)))
+                }
+                None => state.stopping.then_some(Err(CacheError::Closed)),
+            })
+            .await
+    }
+
+    /// Takes no more requests, makes everything durable, and ends the background tasks.
+    ///
+    /// # Errors
+    /// When the cache device fails. The tasks are ended all the same.
+    pub async fn close(&self) -> Result<(), CacheError> {
+        self.inner.lock().closing = true;
+        self.inner.events.wake_all();
+        let flushed = self.flush().await;
+        self.inner.lock().stopping = true;
+        self.inner.events.wake_all();
+        self.inner.wait(&self.inner.events.changed, |state| (state.tasks == 0).then_some(())).await;
+        flushed
+    }
+}
+
+impl Inner {
+    /// Seals the open segment if it holds anything. Returns the segment that holds the newest data.
+    async fn seal(&self) -> Result<SegmentId, CacheError> {
+        let target = self.lock().newest;
+        self.wait(&self.events.changed, |state| {
+            if let Some(failure) = &state.failure {
+                return Some(Err(CacheError::Failed(failure.clone())));
+            }
+            if state.stopping {
+                return Some(Err(CacheError::Closed));
+            }
+            // Somebody else may have sealed it, and may have opened the next.
+            let sealed = state.last_sealed() >= target || state.seal().is_ok();
+            sealed.then_some(Ok(()))
+        })
+        .await?;
+        self.events.appender.notify(usize::MAX);
+        Ok(target)
+    }
+
+    async fn wait_durable(&self, target: SegmentId) -> Result<(), CacheError> {
+        {
+            let mut state = self.lock();
+            if target > state.durable {
+                state.flush_wanted.insert(target);
+            }
+        }
+        self.events.flusher.notify(usize::MAX);
+        self.wait(&self.events.changed, |state| match &state.failure {
+            Some(failure) => Some(Err(CacheError::Failed(failure.clone()))),
+            None if state.durable >= target => Some(Ok(())),
+            None => state.stopping.then_some(Err(CacheError::Closed)),
+        })
+        .await
+    }
+}

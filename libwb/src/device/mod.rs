@@ -9,6 +9,7 @@ pub use buf::{IoBuf, SharedBuf};
 pub use mem::MemDevice;
 pub use uring::UringDevice;
 
+use crate::format::to_u64;
 use futures_util::future::BoxFuture;
 use nix::errno::Errno;
 use std::fmt;
@@ -76,6 +77,18 @@ pub trait BlockDevice: Send + Sync + 'static {
 
     /// Writes all the data from `offset` on.
     fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()>;
+
+    /// Writes several pieces of data, one after the other, from `offset` on.
+    fn write_parts(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
+        let mut at = offset;
+        let mut writes = Vec::with_capacity(parts.len());
+        for part in parts {
+            let length = to_u64(part.len());
+            writes.push(self.write(at, part));
+            at += length;
+        }
+        Box::pin(async move { futures_util::future::try_join_all(writes).await.map(|_| ()) })
+    }
 
     /// Makes every write that completed before the call durable.
     fn flush(&self) -> IoFuture<()>;

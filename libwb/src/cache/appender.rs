@@ -1,0 +1,148 @@
+//! Sealed segments to the cache device, several at a time; and its flushes, shared by all who wait for one.
+
+use super::Inner;
+use crate::device::{DeviceError, IoBuf, SharedBuf};
+use crate::format::{BLOCK_BYTES, Metablock, SegmentId, encode_header};
+use futures_util::StreamExt;
+use futures_util::future::{Either, select};
+use futures_util::stream::FuturesUnordered;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often a failed write or flush of the cache device is tried again before writes are refused.
+const RETRIES: u32 = 3;
+/// The pause before the first of them. It doubles each time.
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
+
+/// A sealed segment to be written.
+struct Job {
+    id: SegmentId,
+    metablocks: Vec<Metablock>,
+    buf: Arc<IoBuf>,
+}
+
+impl Inner {
+    /// The background task that writes sealed segments.
+    pub(super) async fn appender(self: Arc<Self>) {
+        let mut in_flight = FuturesUnordered::new();
+        loop {
+            let listener = self.events.appender.listen();
+            while let Some(job) = self.next_to_append() {
+                in_flight.push(self.append(job));
+            }
+            if in_flight.is_empty() {
+                if self.lock().stopping {
+                    break;
+                }
+                listener.await;
+                continue;
+            }
+            match select(in_flight.next(), listener).await {
+                Either::Left((Some((id, Err(error))), _)) => {
+                    tracing::error!("segment {id} cannot be written");
+                    self.fail(error);
+                }
+                Either::Left((Some((id, Ok(()))), _)) => {
+                    self.lock().segment_written(id);
+                    self.counters.segments.add(1);
+                    self.events.flusher.notify(usize::MAX);
+                    self.events.changed.notify(usize::MAX);
+                    self.events.writeback.notify(usize::MAX);
+                }
+                Either::Left((None, _)) | Either::Right(_) => {}
+            }
+        }
+        self.task_ended();
+    }
+
+    /// The oldest sealed segment that may be written now.
+    fn next_to_append(&self) -> Option<Job> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if state.failure.is_some() {
+            return None;
+        }
+        let nth = state.sealed.iter().position(|segment| !segment.started)?;
+        let id = state.sealed[nth].id;
+        // A power cut may lose what is not durable, in any order. Recovery tells that from corruption by its extent.
+        let window = state.geometry.loss_window();
+        if id.since(state.durable) > window {
+            state.flush_wanted.insert(id.minus(window));
+            drop(guard);
+            self.events.flusher.notify(usize::MAX);
+            return None;
+        }
+        if state.is_pinned(state.geometry.slot_of(id)) {
+            // Somebody still reads what the slot held before. Who unpins it wakes the appender.
+            return None;
+        }
+        let segment = &mut state.sealed[nth];
+        segment.started = true;
+        Some(Job { id, metablocks: std::mem::take(&mut segment.metablocks), buf: segment.buf.clone() })
+    }
+
+    async fn append(&self, job: Job) -> (SegmentId, Result<(), DeviceError>) {
+        let Job { id, metablocks, buf } = job;
+        let data = BLOCK_BYTES..BLOCK_BYTES * (1 + metablocks.len());
+        let mut header = IoBuf::zeroed(BLOCK_BYTES);
+        encode_header(header.block_at_mut(0), id, &metablocks, &buf[data.clone()]);
+        let geometry = self.lock().geometry;
+        let offset = geometry.slot_offset(geometry.slot_of(id));
+        let parts = vec![header.into(), SharedBuf::part_of(buf, data)];
+        (id, self.retrying(|| self.cache.write_parts(offset, parts.clone())).await)
+    }
+
+    /// The background task that flushes the cache device. All who wait share its flushes.
+    pub(super) async fn flusher(self: Arc<Self>) {
+        loop {
+            let listener = self.events.flusher.listen();
+            let (due, failed, stopping) = {
+                let state = self.lock();
+                let due = state.flush_wanted.first().is_some_and(|&wanted| wanted <= state.written);
+                (due, state.failure.is_some(), state.stopping)
+            };
+            if failed || (stopping && !due) {
+                break;
+            }
+            if !due {
+                listener.await;
+            } else if let Err(error) = self.flush_cache_device().await {
+                self.fail(error);
+            }
+        }
+        self.task_ended();
+    }
+
+    /// Flushes the cache device, and so makes every written segment durable.
+    pub(super) async fn flush_cache_device(&self) -> Result<(), DeviceError> {
+        let written = self.lock().written;
+        // No second try: what the device has lost by the failure, a later flush would not report.
+        self.cache.flush().await?;
+        self.lock().made_durable(written);
+        self.events.wake_all();
+        Ok(())
+    }
+
+    /// Tries an operation of the cache device again when it fails.
+    pub(super) async fn retrying<F>(&self, mut operation: impl FnMut() -> F) -> Result<(), DeviceError>
+    where
+        F: Future<Output = Result<(), DeviceError>>,
+    {
+        let mut pause = RETRY_PAUSE;
+        for _ in 0..RETRIES {
+            match operation().await {
+                Ok(()) => return Ok(()),
+                Err(error) => tracing::warn!("{error}; trying again"),
+            }
+            self.runtime.sleep(pause).await;
+            pause *= 2;
+        }
+        operation().await
+    }
+
+    /// A background task is over.
+    pub(super) fn task_ended(&self) {
+        self.lock().tasks -= 1;
+        self.events.changed.notify(usize::MAX);
+    }
+}

@@ -1,0 +1,162 @@
+//! Opening a cache: recovery, and what must be put right before the first request.
+
+use super::index::Index;
+use super::state::State;
+use super::status::AtomicCounters;
+use super::writeback::{Item, Stop};
+use super::{Cache, CacheError, Events, Inner, Tunables};
+use crate::device::{Device, IoBuf};
+use crate::format::{
+    BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentId, to_u64,
+};
+use crate::log::LogError;
+use crate::log::recovery::{Recovery, recover};
+use crate::log::scan::{read_header, read_superblock, scan};
+use crate::runtime::Runtime;
+use futures_util::{StreamExt, stream};
+use parking_lot::Mutex;
+use std::sync::Arc;
+
+/// Headers read at a time while the index is built.
+const HEADER_DEPTH: usize = 32;
+
+/// What the live segments of a log hold.
+struct Replay {
+    index: Index,
+    /// Dirty sectors of older versions that the newest version of their block does not carry. They had been written
+    /// back when the newer version was made, but the log does not say so.
+    leftovers: Vec<Item>,
+}
+
+impl Cache {
+    /// Recovers the log of a cache device and starts to serve the volume. Until the log has been found sound and
+    /// to fit the backing device, nothing is written to either.
+    ///
+    /// # Errors
+    /// When a device fails, the cache device holds no cache, its log is corrupt, or it does not fit the backing device.
+    pub async fn open(
+        cache: Device,
+        backing: Device,
+        runtime: Arc<dyn Runtime>,
+        tunables: Tunables,
+    ) -> Result<Cache, CacheError> {
+        let started = runtime.now();
+        let superblock = read_superblock(&cache).await?;
+        let geometry = superblock.geometry;
+        let recovery = recover(superblock, &scan(&cache, geometry, |_, _| {}).await);
+        if !recovery.corruption.is_empty() {
+            let device = cache.name().to_string();
+            return Err(LogError::Corrupt { device, corruption: recovery.corruption }.into());
+        }
+        let Replay { index, leftovers } = replay(&cache, &backing, geometry, &recovery).await?;
+        let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
+        let mut state = State::new(geometry, index, written_back, recovery.point);
+        state.dirty_blocks = to_u64(state.index.len());
+        let recovery_time = runtime.now().saturating_sub(started);
+        let inner = Arc::new(Inner {
+            cache,
+            backing,
+            runtime,
+            tunables,
+            state: Mutex::new(state),
+            events: Events::default(),
+            counters: AtomicCounters::default(),
+            recovery_time,
+        });
+        inner.settle(&recovery, written_back, leftovers).await?;
+        inner.start_tasks();
+        Ok(Cache { inner })
+    }
+}
+
+async fn replay(
+    cache: &Device,
+    backing: &Device,
+    geometry: Geometry,
+    recovery: &Recovery,
+) -> Result<Replay, LogError> {
+    let mut index = Index::new(geometry);
+    let mut leftovers = Vec::new();
+    let headers = recovery.live().map(|id| async move { read_header(cache, geometry, id).await });
+    let mut headers = stream::iter(headers).buffered(HEADER_DEPTH);
+    while let Some(header) = headers.next().await {
+        let header = header?;
+        let slot = geometry.slot_of(header.id);
+        for (entry, place) in header.metablocks.iter().zip((0..).map(|index| Place { slot, index })) {
+            if entry.dirty.is_clean() {
+                // Staged by read caching. What it holds may be older than the backing device by now: the kernel
+                // module writes around a cache without a trace in the log.
+                continue;
+            }
+            check_inside(cache, backing, header.id, entry)?;
+            if let Some(old) = index.get(entry.block) {
+                let sectors = old.dirty.without(entry.dirty);
+                let id = geometry.id_in_slot(old.place.slot, recovery.point);
+                if !sectors.is_clean() {
+                    leftovers.push(Item { block: entry.block, id, place: old.place, sectors });
+                }
+            }
+            index.insert(entry.block, entry.dirty, place);
+        }
+    }
+    Ok(Replay { index, leftovers })
+}
+
+/// Every dirty sector of an entry must lie on the backing device.
+fn check_inside(cache: &Device, backing: &Device, id: SegmentId, entry: &Metablock) -> Result<(), LogError> {
+    let sectors = backing.size() / to_u64(SECTOR_BYTES);
+    let first = entry.block.sector();
+    let outside = |&(from, count): &(usize, usize)| first.0 + to_u64(from + count) > sectors;
+    match DirtyBits::runs(entry.dirty).find(outside) {
+        None => Ok(()),
+        Some((from, _)) => Err(LogError::BeyondBacking {
+            device: cache.name().to_string(),
+            id,
+            sector: Sector((first.0 + to_u64(from)).max(sectors)),
+            backing: backing.name().to_string(),
+            sectors,
+        }),
+    }
+}
+
+impl Inner {
+    /// Makes the devices agree with what recovery decided. A crash in the midst of it changes nothing of that.
+    async fn settle(
+        &self,
+        recovery: &Recovery,
+        written_back: SegmentId,
+        leftovers: Vec<Item>,
+    ) -> Result<(), CacheError> {
+        // A daemon that was killed may have left segments in the device's volatile cache.
+        self.cache.flush().await.map_err(CacheError::Device)?;
+        match self.write_items(leftovers).await {
+            Err(Stop::Device(error)) => return Err(error.into()),
+            Ok(()) | Err(Stop::Closing) => {}
+        }
+        // The record must stand before dropped segments are erased: without them, W no longer follows from H.
+        if written_back > recovery.record {
+            self.write_record(written_back).await?;
+        }
+        if !recovery.dropped.is_empty() {
+            self.erase(&recovery.dropped).await?;
+        }
+        Ok(())
+    }
+
+    /// Erases the headers of segments that were dropped, since the log will grow up to them again.
+    async fn erase(&self, dropped: &[SegmentId]) -> Result<(), CacheError> {
+        let geometry = self.lock().geometry;
+        for &id in dropped {
+            let offset = geometry.slot_offset(geometry.slot_of(id));
+            self.cache.write(offset, IoBuf::zeroed(BLOCK_BYTES).into()).await?;
+        }
+        Ok(self.cache.flush().await?)
+    }
+
+    fn start_tasks(self: &Arc<Self>) {
+        self.lock().tasks = 3;
+        self.runtime.spawn(Box::pin(self.clone().appender()));
+        self.runtime.spawn(Box::pin(self.clone().flusher()));
+        self.runtime.spawn(Box::pin(self.clone().writeback()));
+    }
+}

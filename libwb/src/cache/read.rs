@@ -1,0 +1,278 @@
+//! The way of a read: one visit to the state splits the request by where each sector's newest version lies.
+
+use super::state::State;
+use super::write::{Fragment, fragments};
+use super::{Cache, CacheError, Inner};
+use crate::device::{Device, DeviceError, IoBuf};
+use crate::format::{
+    BLOCK_BYTES, DirtyBits, Place, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, Slot, to_u64, to_usize,
+};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use std::sync::Arc;
+
+/// Sectors that may lie unused between two parts of one read from the backing device.
+const MAX_GAP: u64 = SECTORS_PER_BLOCK;
+
+/// Keeps a slot from being overwritten while it is read.
+pub(super) struct Pinned {
+    inner: Arc<Inner>,
+    slot: Slot,
+}
+
+impl Pinned {
+    pub(super) fn new(inner: &Arc<Inner>, state: &mut State, slot: Slot) -> Pinned {
+        state.pin(slot);
+        Pinned { inner: inner.clone(), slot }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        self.inner.lock().unpin(self.slot);
+        self.inner.events.appender.notify(usize::MAX);
+    }
+}
+
+/// Bytes that a fetch brings for the request.
+struct Part {
+    /// Where they begin in what is fetched.
+    from: usize,
+    /// Where they go in the request's buffer.
+    to: usize,
+    length: usize,
+}
+
+enum Source {
+    Cache {
+        _pinned: Pinned,
+        last: Place,
+        /// Where the same data lies on the backing device, if every block of it is clean.
+        clean_at: Option<u64>,
+        /// Where the last block's address ends on the volume, in sectors.
+        end: u64,
+    },
+    Backing,
+}
+
+/// One read from one device, and what it is for.
+struct Fetch {
+    source: Source,
+    /// Where it begins on its device, in bytes.
+    offset: u64,
+    length: usize,
+    parts: Vec<Part>,
+}
+
+impl Fetch {
+    fn add(&mut self, from: usize, to: usize, length: usize) {
+        self.length = self.length.max(from + length);
+        match self.parts.last_mut() {
+            Some(last) if last.from + last.length == from && last.to + last.length == to => {
+                last.length += length
+            }
+            _ => self.parts.push(Part { from, to, length }),
+        }
+    }
+
+    /// Whether what is fetched is what was asked for, byte for byte.
+    fn is_whole(&self, length: usize) -> bool {
+        self.length == length && matches!(self.parts.as_slice(), [part] if part.length == length)
+    }
+}
+
+#[derive(Default)]
+struct Plan {
+    fetches: Vec<Fetch>,
+    last_cache: Option<usize>,
+    last_backing: Option<usize>,
+}
+
+impl Plan {
+    fn add_backing(&mut self, sector: Sector, count: usize, to: usize) {
+        let length = count * SECTOR_BYTES;
+        let offset = sector.bytes();
+        if let Some(fetch) = self.last_backing.map(|nth| &mut self.fetches[nth]) {
+            let end = fetch.offset + to_u64(fetch.length);
+            if offset - end <= MAX_GAP * to_u64(SECTOR_BYTES) {
+                return fetch.add(to_usize(offset - fetch.offset), to, length);
+            }
+        }
+        self.last_backing = Some(self.fetches.len());
+        self.fetches.push(Fetch {
+            source: Source::Backing,
+            offset,
+            length,
+            parts: vec![Part { from: 0, to, length }],
+        });
+    }
+
+    /// Whole blocks are read from the cache device, whatever part is wanted.
+    fn add_cache(
+        &mut self,
+        inner: &Arc<Inner>,
+        state: &mut State,
+        place: Place,
+        dirty: bool,
+        wanted: &Fragment,
+    ) {
+        let end = wanted.block.sector().0 + SECTORS_PER_BLOCK;
+        let in_block = wanted.first * SECTOR_BYTES;
+        if let Some(fetch) = self.last_cache.map(|nth| &mut self.fetches[nth])
+            && let Source::Cache { last, clean_at, end: last_end, .. } = &mut fetch.source
+            && last.slot == place.slot
+        {
+            let same = *last == place;
+            let next = last.index + 1 == place.index && *last_end + SECTORS_PER_BLOCK == end;
+            if same || next {
+                (*last, *last_end) = (place, end);
+                *clean_at = clean_at.filter(|_| !dirty);
+                let block_at = if same { fetch.length - BLOCK_BYTES } else { fetch.length };
+                fetch.length = block_at + BLOCK_BYTES;
+                return fetch.add(block_at + in_block, wanted.at, wanted.length);
+            }
+        }
+        self.last_cache = Some(self.fetches.len());
+        let source = Source::Cache {
+            _pinned: Pinned::new(inner, state, place.slot),
+            last: place,
+            clean_at: (!dirty).then(|| wanted.block.bytes()),
+            end,
+        };
+        let parts = vec![Part { from: in_block, to: wanted.at, length: wanted.length }];
+        let offset = state.geometry.place_offset(place);
+        self.fetches.push(Fetch { source, offset, length: BLOCK_BYTES, parts });
+    }
+}
+
+impl Cache {
+    /// Reads the newest acknowledged data, from wherever it lies, and fills the whole buffer.
+    ///
+    /// # Errors
+    /// When the request lies outside the volume, or a device fails that alone holds the data.
+    pub async fn read(&self, sector: Sector, mut buf: IoBuf) -> Result<IoBuf, CacheError> {
+        let inner = &self.inner;
+        inner.check_range(sector, buf.len())?;
+        inner.counters.reads.add(1);
+        inner.counters.read_bytes.add(to_u64(buf.len()));
+        let mut plan = inner.plan(sector, &mut buf);
+        if plan.fetches.len() == 1 && plan.fetches[0].is_whole(buf.len()) {
+            let fetch = plan.fetches.remove(0);
+            return Ok(inner.fetch(&fetch, Some(buf)).await?.0);
+        }
+        let mut reads: FuturesUnordered<_> =
+            plan.fetches
+                .into_iter()
+                .map(|fetch| async move {
+                    inner.fetch(&fetch, None).await.map(|(data, skip)| (fetch, data, skip))
+                })
+                .collect();
+        while let Some(done) = reads.next().await {
+            let (fetch, data, skip) = done?;
+            for part in fetch.parts {
+                let from = part.from + skip;
+                buf[part.to..part.to + part.length].copy_from_slice(&data[from..from + part.length]);
+            }
+        }
+        Ok(buf)
+    }
+}
+
+impl Inner {
+    /// Copies what is in RAM and says what must be fetched.
+    fn plan(self: &Arc<Self>, sector: Sector, buf: &mut [u8]) -> Plan {
+        let mut plan = Plan::default();
+        let mut state = self.lock();
+        for fragment in fragments(sector, buf.len()) {
+            let wanted = fragment.bits();
+            let cached = state.index.get(fragment.block);
+            let held = cached.map_or(DirtyBits::CLEAN, |cached| {
+                let dirty = state.is_dirty(cached.place, cached.dirty);
+                match cached.dirty {
+                    bits if bits.is_clean() || bits.is_all() => DirtyBits::ALL,
+                    bits if dirty => bits,
+                    // Written back: the backing device has all of it.
+                    _ => DirtyBits::CLEAN,
+                }
+            });
+            for (run, from_cache) in runs(&fragment, wanted, held) {
+                match cached.filter(|_| from_cache) {
+                    None => {
+                        let sector = Sector(fragment.block.sector().0 + to_u64(run.first));
+                        plan.add_backing(sector, run.length / SECTOR_BYTES, run.at);
+                    }
+                    Some(cached) => match state.in_ram(cached.place) {
+                        Some(data) => {
+                            let from = run.first * SECTOR_BYTES;
+                            buf[run.at..run.at + run.length].copy_from_slice(&data[from..from + run.length]);
+                        }
+                        None => {
+                            let dirty = state.is_dirty(cached.place, cached.dirty);
+                            plan.add_cache(self, &mut state, cached.place, dirty, &run);
+                        }
+                    },
+                }
+            }
+        }
+        plan
+    }
+
+    /// Fetches from a device. Also returns how many bytes precede what was asked for. `into` is a buffer of just
+    /// the right length, if there is one.
+    async fn fetch(&self, fetch: &Fetch, into: Option<IoBuf>) -> Result<(IoBuf, usize), CacheError> {
+        let clean_at = match &fetch.source {
+            Source::Backing => return Ok(self.fetch_backing(fetch.offset, fetch.length, into).await?),
+            Source::Cache { clean_at, .. } => *clean_at,
+        };
+        let buf = into.unwrap_or_else(|| IoBuf::zeroed(fetch.length));
+        match (self.cache.read(fetch.offset, buf).await, clean_at) {
+            (Ok(data), _) => Ok((data, 0)),
+            (Err(error), None) => {
+                self.cache_read_failed(&error);
+                Err(error.into())
+            }
+            (Err(error), Some(at)) => {
+                self.cache_read_failed(&error);
+                // The volume may end within the last block.
+                let length = to_u64(fetch.length).min(self.backing.size() - at);
+                Ok(self.fetch_backing(at, to_usize(length), None).await?)
+            }
+        }
+    }
+
+    async fn fetch_backing(
+        &self,
+        offset: u64,
+        length: usize,
+        into: Option<IoBuf>,
+    ) -> Result<(IoBuf, usize), DeviceError> {
+        self.counters.backing_read_bytes.add(to_u64(length));
+        let unit = u64::from(self.backing.block_size());
+        let start = offset / unit * unit;
+        let end = (offset + to_u64(length)).next_multiple_of(unit);
+        let whole = start == offset && end == offset + to_u64(length);
+        let buf = into.filter(|_| whole).unwrap_or_else(|| IoBuf::zeroed(to_usize(end - start)));
+        read_from(&self.backing, start, buf).await.map(|data| (data, to_usize(offset - start)))
+    }
+
+    pub(super) fn cache_read_failed(&self, error: &DeviceError) {
+        tracing::error!("{error}");
+        self.counters.cache_read_errors.add(1);
+    }
+}
+
+async fn read_from(device: &Device, offset: u64, buf: IoBuf) -> Result<IoBuf, DeviceError> {
+    device.read(offset, buf).await
+}
+
+/// Splits a fragment into runs of neighbouring sectors that the cache holds, or does not.
+fn runs(fragment: &Fragment, wanted: DirtyBits, held: DirtyBits) -> impl Iterator<Item = (Fragment, bool)> {
+    let part = |bits: DirtyBits, from_cache| {
+        bits.runs().map(move |(first, count)| {
+            let at = fragment.at + (first - fragment.first) * SECTOR_BYTES;
+            (Fragment { block: fragment.block, first, at, length: count * SECTOR_BYTES }, from_cache)
+        })
+    };
+    let missing = wanted.without(held);
+    part(missing, false).chain(part(wanted.without(missing), true))
+}

@@ -1,0 +1,279 @@
+//! The engine's state: pure, under one short lock. No I/O, no waiting, no clock.
+//!
+//! Segment ids divide the log, oldest first:
+//!
+//! ```text
+//! … written_back │ dirty, durable … durable │ … written │ sealed, in RAM … │ open, in RAM
+//! ```
+//!
+//! Up to `written_back` (which the superblock record holds durably) slots may be reused. `durable` segments
+//! survive a power cut; `written` ones are on the device, perhaps in its volatile cache.
+
+use super::index::Index;
+use crate::device::{DeviceError, IoBuf};
+use crate::format::{
+    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, PLACES, Place, SEGMENT_BYTES, SegmentId, Slot,
+};
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+
+/// Sealed segments kept in RAM on their way to the device, 512 KiB each. Writers wait when there are as many.
+pub(super) const MAX_SEALED: usize = 8;
+
+/// The segment that takes new blocks.
+pub(super) struct OpenSegment {
+    pub(super) id: SegmentId,
+    pub(super) length: u8,
+    /// A whole segment; the header block is unused.
+    pub(super) buf: IoBuf,
+}
+
+/// A segment on its way to the device. Nothing changes in it any more.
+pub(super) struct SealedSegment {
+    pub(super) id: SegmentId,
+    pub(super) metablocks: Vec<Metablock>,
+    pub(super) buf: Arc<IoBuf>,
+    pub(super) started: bool,
+    pub(super) written: bool,
+}
+
+/// Why something must wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// For a slot: write-back must catch up.
+    Slot,
+    /// For the appender: too many sealed segments.
+    Appender,
+}
+
+pub(super) struct State {
+    pub(super) geometry: Geometry,
+    pub(super) index: Index,
+    pub(super) open: Option<OpenSegment>,
+    /// Neighbouring ids, oldest first.
+    pub(super) sealed: VecDeque<SealedSegment>,
+    /// The newest segment, open or sealed or long written.
+    pub(super) newest: SegmentId,
+    pub(super) written: SegmentId,
+    pub(super) durable: SegmentId,
+    pub(super) written_back: SegmentId,
+    /// Segments that somebody wants to be durable.
+    pub(super) flush_wanted: BTreeSet<SegmentId>,
+    /// Write-back is to reach this segment, whatever the policy says.
+    pub(super) drain_to: SegmentId,
+    /// Reads under way on a slot, which must not be overwritten meanwhile.
+    pins: HashMap<Slot, u32>,
+    /// Buffers for segments to come.
+    spare: Vec<IoBuf>,
+    /// Writers that wait for a slot.
+    pub(super) waiting_for_slot: usize,
+    /// Blocks whose newest version is newer than the backing device.
+    pub(super) dirty_blocks: u64,
+    /// The cache device failed: nothing is acknowledged any more.
+    pub(super) failure: Option<DeviceError>,
+    /// No more requests are taken.
+    pub(super) closing: bool,
+    /// Background tasks are to end.
+    pub(super) stopping: bool,
+    /// Background tasks that have not ended.
+    pub(super) tasks: usize,
+}
+
+impl State {
+    /// A state in which everything up to `point` is durable and everything up to `written_back` is clean.
+    pub(super) fn new(geometry: Geometry, index: Index, written_back: SegmentId, point: SegmentId) -> State {
+        State {
+            geometry,
+            index,
+            open: None,
+            sealed: VecDeque::new(),
+            newest: point,
+            written: point,
+            durable: point,
+            written_back,
+            flush_wanted: BTreeSet::new(),
+            drain_to: SegmentId::NONE,
+            pins: HashMap::new(),
+            spare: Vec::new(),
+            waiting_for_slot: 0,
+            dirty_blocks: 0,
+            failure: None,
+            closing: false,
+            stopping: false,
+            tasks: 0,
+        }
+    }
+
+    /// The segment that a slot holds now, in RAM or on the device.
+    pub(super) fn id_of(&self, slot: Slot) -> SegmentId {
+        self.geometry.id_in_slot(slot, self.newest)
+    }
+
+    /// Whether a place holds data that the backing device lacks.
+    pub(super) fn is_dirty(&self, place: Place, dirty: DirtyBits) -> bool {
+        !dirty.is_clean() && self.id_of(place.slot) > self.written_back
+    }
+
+    /// A place's data, while its segment is in RAM.
+    pub(super) fn in_ram(&self, place: Place) -> Option<&[u8; BLOCK_BYTES]> {
+        let id = self.id_of(place.slot);
+        let at = BLOCK_BYTES * (1 + usize::from(place.index));
+        if let Some(open) = self.open.as_ref().filter(|open| open.id == id) {
+            return Some(open.buf.block_at(at));
+        }
+        let front = self.sealed.front()?.id;
+        let nth = usize::try_from(id.0.checked_sub(front.0)?).ok()?;
+        Some(self.sealed.get(nth)?.buf.block_at(at))
+    }
+
+    /// The newest sealed segment, or one that was written long ago.
+    pub(super) fn last_sealed(&self) -> SegmentId {
+        match &self.open {
+            Some(open) => open.id.minus(1),
+            None => self.newest,
+        }
+    }
+
+    /// Slots that can take a segment at once.
+    pub(super) fn free_slots(&self) -> u64 {
+        self.geometry.lap() - self.newest.since(self.written_back)
+    }
+
+    /// Segments, sealed or open, that are not written back.
+    pub(super) fn dirty_segments(&self) -> u64 {
+        self.newest.since(self.written_back)
+    }
+
+    /// Takes the next place of the open segment for a block, and makes it the block's newest version. The place
+    /// holds old data of other blocks until the caller fills it.
+    pub(super) fn take_place(
+        &mut self,
+        block: BlockNo,
+        dirty: DirtyBits,
+    ) -> Result<&mut [u8; BLOCK_BYTES], Wait> {
+        if self.open.as_ref().is_some_and(|open| open.length == PLACES) {
+            self.seal()?;
+        }
+        if self.open.is_none() {
+            self.open_next()?;
+        }
+        let newly_dirty = !self.index.get(block).is_some_and(|old| self.is_dirty(old.place, old.dirty));
+        self.dirty_blocks += u64::from(newly_dirty);
+        let open = self.open.as_mut().expect("opened above");
+        let place = Place { slot: self.geometry.slot_of(open.id), index: open.length };
+        open.length += 1;
+        self.index.insert(block, dirty, place);
+        Ok(open.buf.block_at_mut(BLOCK_BYTES * usize::from(open.length)))
+    }
+
+    /// The data of a block in the open segment, to be overwritten in place. Its dirty bits grow by `dirty`.
+    pub(super) fn overwrite(
+        &mut self,
+        place: Place,
+        old: DirtyBits,
+        dirty: DirtyBits,
+    ) -> Option<&mut [u8; BLOCK_BYTES]> {
+        let id = self.id_of(place.slot);
+        let open = self.open.as_mut().filter(|open| open.id == id)?;
+        self.index.set_dirty(place, old.union(dirty));
+        Some(open.buf.block_at_mut(BLOCK_BYTES * (1 + usize::from(place.index))))
+    }
+
+    fn open_next(&mut self) -> Result<(), Wait> {
+        if self.free_slots() == 0 {
+            return Err(Wait::Slot);
+        }
+        let id = self.newest.next();
+        self.index.forget(self.geometry.slot_of(id));
+        self.newest = id;
+        let buf = self.spare.pop().unwrap_or_else(|| IoBuf::zeroed(SEGMENT_BYTES));
+        self.open = Some(OpenSegment { id, length: 0, buf });
+        Ok(())
+    }
+
+    /// Whether there is room for another sealed segment.
+    pub(super) fn may_seal(&self) -> bool {
+        self.sealed.len() < MAX_SEALED
+    }
+
+    /// Sends a full segment on its way at once, if there is room for it.
+    pub(super) fn seal_if_full(&mut self) {
+        if self.open.as_ref().is_some_and(|open| open.length == PLACES) {
+            // Without room, the next write waits for it.
+            let _ = self.seal();
+        }
+    }
+
+    /// Closes the open segment, if it holds anything.
+    pub(super) fn seal(&mut self) -> Result<(), Wait> {
+        if !self.may_seal() {
+            return Err(Wait::Appender);
+        }
+        let Some(open) = self.open.take_if(|open| open.length > 0) else { return Ok(()) };
+        let slot = self.geometry.slot_of(open.id);
+        let metablock = |index| {
+            let (block, dirty) =
+                self.index.at(Place { slot, index }).expect("every place up to the length was taken");
+            Metablock { block, dirty }
+        };
+        self.sealed.push_back(SealedSegment {
+            id: open.id,
+            metablocks: (0..open.length).map(metablock).collect(),
+            buf: Arc::new(open.buf),
+            started: false,
+            written: false,
+        });
+        Ok(())
+    }
+
+    /// A sealed segment has reached the device. Frees the RAM of all that lie there without a gap.
+    pub(super) fn segment_written(&mut self, id: SegmentId) {
+        if let Some(segment) = self.sealed.iter_mut().find(|segment| segment.id == id) {
+            segment.written = true;
+        }
+        while let Some(segment) = self.sealed.pop_front_if(|segment| segment.written) {
+            self.written = segment.id;
+            if self.spare.len() < MAX_SEALED {
+                self.spare.extend(Arc::into_inner(segment.buf));
+            }
+        }
+    }
+
+    /// Everything up to `id` survives a power cut.
+    pub(super) fn made_durable(&mut self, id: SegmentId) {
+        self.durable = self.durable.max(id);
+        self.flush_wanted = self.flush_wanted.split_off(&self.durable.next());
+    }
+
+    /// Segment `id`, the one after `written_back`, is written back, and that is recorded durably.
+    pub(super) fn segment_written_back(&mut self, id: SegmentId) {
+        debug_assert_eq!(id, self.written_back.next());
+        let slot = self.geometry.slot_of(id);
+        let newest_here = |place| {
+            let (block, dirty) = self.index.at(place)?;
+            (!dirty.is_clean() && self.index.get(block)?.place == place).then_some(())
+        };
+        let clean = (0..PLACES).filter_map(|index| newest_here(Place { slot, index })).count();
+        self.dirty_blocks -= crate::format::to_u64(clean);
+        self.written_back = id;
+    }
+
+    /// Keeps a slot from being overwritten until it is unpinned as often.
+    pub(super) fn pin(&mut self, slot: Slot) {
+        *self.pins.entry(slot).or_insert(0) += 1;
+    }
+
+    /// Ends a [`State::pin`].
+    pub(super) fn unpin(&mut self, slot: Slot) {
+        if let Some(count) = self.pins.get_mut(&slot) {
+            *count -= 1;
+            if *count == 0 {
+                self.pins.remove(&slot);
+            }
+        }
+    }
+
+    pub(super) fn is_pinned(&self, slot: Slot) -> bool {
+        self.pins.contains_key(&slot)
+    }
+}

@@ -1,0 +1,354 @@
+//! The way back to the disk: oldest segments first, many at a time, sorted and merged.
+
+use super::Inner;
+use crate::device::{DeviceError, IoBuf};
+use crate::format::{
+    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, RECORD_BLOCK_OFFSET, SECTOR_BYTES, Sector, SegmentId,
+    encode_record_block, to_u64, to_usize,
+};
+use futures_util::future::{Either, select};
+use futures_util::stream::FuturesUnordered;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The longest single write to the backing device, in sectors.
+const MAX_RUN_SECTORS: u64 = 2048;
+/// Writes to the backing device at a time. With [`MAX_RUN_SECTORS`] it bounds the memory that write-back takes.
+const DEPTH: usize = 16;
+/// After this time without a write, the log is written back though there is room.
+const IDLE: Duration = Duration::from_secs(1);
+/// The pause after the first failed batch; it doubles up to [`MAX_PAUSE`].
+const PAUSE: Duration = Duration::from_millis(100);
+const MAX_PAUSE: Duration = Duration::from_secs(10);
+
+/// A version of a block, or some sectors of it, to be written back.
+#[derive(Clone, Copy)]
+pub(super) struct Item {
+    pub(super) block: BlockNo,
+    pub(super) id: SegmentId,
+    pub(super) place: Place,
+    pub(super) sectors: DirtyBits,
+}
+
+/// Why a batch was not written back.
+pub(super) enum Stop {
+    Device(DeviceError),
+    /// The cache is being closed.
+    Closing,
+}
+
+impl From<DeviceError> for Stop {
+    fn from(error: DeviceError) -> Stop {
+        Stop::Device(error)
+    }
+}
+
+/// What write-back is to do next.
+enum Next {
+    Batch { last: SegmentId },
+    Flush,
+    Wait,
+    End,
+}
+
+impl Inner {
+    /// The background task that writes back.
+    pub(super) async fn writeback(self: Arc<Self>) {
+        let mut pause = PAUSE;
+        let mut tick = self.runtime.sleep(IDLE);
+        let mut writes_at_tick = self.counters.writes.get();
+        let mut idle = false;
+        loop {
+            let listener = self.events.writeback.listen();
+            match self.next_writeback(idle) {
+                Next::Batch { last } => match self.write_back(last).await {
+                    Ok(()) => {
+                        self.counters.writeback_succeeded();
+                        pause = PAUSE;
+                    }
+                    Err(Stop::Closing) => {}
+                    Err(Stop::Device(error)) => {
+                        tracing::warn!("write-back failed, the data stays in the cache: {error}");
+                        self.counters.writeback_failed(&error);
+                        self.events.changed.notify(usize::MAX);
+                        self.pause(pause).await;
+                        pause = (pause * 2).min(MAX_PAUSE);
+                    }
+                },
+                Next::Flush => {
+                    self.events.flusher.notify(usize::MAX);
+                    listener.await;
+                }
+                Next::Wait => match select(listener, &mut tick).await {
+                    Either::Left(_) => {}
+                    Either::Right(_) => {
+                        let writes = self.counters.writes.get();
+                        idle = writes == writes_at_tick;
+                        writes_at_tick = writes;
+                        tick = self.runtime.sleep(IDLE);
+                    }
+                },
+                Next::End => break,
+            }
+            idle &= self.counters.writes.get() == writes_at_tick;
+        }
+        self.task_ended();
+    }
+
+    /// Sleeps, but not through the end.
+    async fn pause(&self, duration: Duration) {
+        let ending = self.wait(&self.events.writeback, |state| state.stopping.then_some(()));
+        select(self.runtime.sleep(duration), std::pin::pin!(ending)).await;
+    }
+
+    fn next_writeback(&self, idle: bool) -> Next {
+        let mut state = self.lock();
+        if state.stopping || state.failure.is_some() {
+            return Next::End;
+        }
+        let half_full = state.dirty_segments() * 2 >= state.geometry.lap();
+        let draining = state.drain_to > state.written_back;
+        if !(idle || half_full || draining || state.waiting_for_slot > 0) {
+            return Next::Wait;
+        }
+        if idle && state.open.is_some() && state.seal().is_ok() {
+            self.events.appender.notify(usize::MAX);
+        }
+        let most = state.written_back.plus(u64::from(self.tunables.nr_max_batched_writeback));
+        let last = state.durable.min(most);
+        if last > state.written_back {
+            return Next::Batch { last };
+        }
+        // Only what is durable may go to the backing device: a write there must not outrun the log.
+        if state.written > state.durable {
+            let written = state.written;
+            state.flush_wanted.insert(written);
+            return Next::Flush;
+        }
+        Next::Wait
+    }
+
+    /// Writes back every segment up to `last`, and then lets their slots be reused.
+    async fn write_back(&self, last: SegmentId) -> Result<(), Stop> {
+        let first = self.lock().written_back.next();
+        let segments = (first.0..=last.0).map(SegmentId);
+        let items = segments.clone().flat_map(|id| self.items_of(id)).collect();
+        self.write_items(items).await?;
+        self.write_record(last).await?;
+        for id in segments {
+            self.lock().segment_written_back(id);
+        }
+        self.events.changed.notify(usize::MAX);
+        Ok(())
+    }
+
+    /// Makes it durable that every segment up to `id` is written back.
+    pub(super) async fn write_record(&self, id: SegmentId) -> Result<(), DeviceError> {
+        let mut block = IoBuf::zeroed(BLOCK_BYTES);
+        encode_record_block(block.block_at_mut(0), id);
+        self.cache.write(RECORD_BLOCK_OFFSET, block.into()).await?;
+        self.flush_cache_device().await
+    }
+
+    /// What of a segment must be written back.
+    fn items_of(&self, id: SegmentId) -> Vec<Item> {
+        let state = self.lock();
+        let slot = state.geometry.slot_of(id);
+        let item = |index| {
+            let place = Place { slot, index };
+            let (block, sectors) = state.index.at(place).filter(|(_, dirty)| !dirty.is_clean())?;
+            let newest = state.index.get(block)?.place;
+            // A newer version carries all that this one does. But until it is durable, a power cut may undo it.
+            let superseded = newest != place && state.id_of(newest.slot) <= state.durable;
+            (!superseded).then_some(Item { block, id, place, sectors })
+        };
+        (0..PLACES).filter_map(item).collect()
+    }
+
+    /// Writes sectors from the cache device to the backing device, the newest version of each, and flushes it.
+    pub(super) async fn write_items(&self, items: Vec<Item>) -> Result<(), Stop> {
+        if items.is_empty() {
+            return Ok(());
+        }
+        let runs = runs(&pieces(items), u64::from(self.backing.block_size()));
+        stream::iter(runs)
+            .map(|run| self.write_run(run))
+            .buffer_unordered(DEPTH)
+            .try_for_each(async |()| Ok(()))
+            .await?;
+        Ok(self.backing.flush().await?)
+    }
+
+    async fn write_run(&self, run: Run) -> Result<(), Stop> {
+        if self.lock().stopping {
+            return Err(Stop::Closing);
+        }
+        let offset = run.start.bytes();
+        let length = to_usize((run.end.0 - run.start.0) * to_u64(SECTOR_BYTES));
+        let mut buf = IoBuf::zeroed(length);
+        if run.has_gaps {
+            buf = self.backing.read(offset, buf).await?;
+        }
+        let geometry = self.lock().geometry;
+        let mut reads: FuturesUnordered<_> = loads(&run.pieces)
+            .into_iter()
+            .map(|load| async move {
+                let data = IoBuf::zeroed(BLOCK_BYTES * load.blocks);
+                self.cache.read(geometry.place_offset(load.place), data).await.map(|data| (load, data))
+            })
+            .collect();
+        while let Some(read) = reads.next().await {
+            let (load, data) = read.inspect_err(|error| self.cache_read_failed(error))?;
+            let to = to_usize((load.sector.0 - run.start.0) * to_u64(SECTOR_BYTES));
+            let from = load.first * SECTOR_BYTES;
+            let bytes = load.sectors * SECTOR_BYTES;
+            buf[to..to + bytes].copy_from_slice(&data[from..from + bytes]);
+        }
+        drop(reads);
+        self.backing.write(offset, buf.into()).await?;
+        self.counters.written_back_bytes.add(to_u64(length));
+        Ok(())
+    }
+}
+
+/// Neighbouring sectors whose newest version lies in one block of the cache device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    sector: Sector,
+    sectors: usize,
+    place: Place,
+    /// The first sector within the block.
+    first: usize,
+}
+
+/// Chooses the newest version of each sector. The result is sorted by address.
+fn pieces(mut items: Vec<Item>) -> Vec<Piece> {
+    // Stable, so that entries of one segment stay in their order.
+    items.sort_by_key(|item| (item.block, item.id));
+    let mut pieces = Vec::with_capacity(items.len());
+    for versions in items.chunk_by(|a, b| a.block == b.block) {
+        let mut newest: [Option<Place>; 8] = [None; 8];
+        for version in versions {
+            for (first, count) in version.sectors.runs() {
+                newest[first..first + count].fill(Some(version.place));
+            }
+        }
+        let mut at = 0;
+        for same in newest.chunk_by(|a, b| a == b) {
+            if let Some(place) = same[0] {
+                let sector = Sector(versions[0].block.sector().0 + to_u64(at));
+                pieces.push(Piece { sector, sectors: same.len(), place, first: at });
+            }
+            at += same.len();
+        }
+    }
+    pieces
+}
+
+/// One write to the backing device.
+struct Run {
+    start: Sector,
+    end: Sector,
+    pieces: Vec<Piece>,
+    /// The pieces do not cover it: the rest must be read first.
+    has_gaps: bool,
+}
+
+/// Merges neighbours. Each run is aligned to the backing device's blocks of `unit` bytes, and no two runs share one.
+fn runs(pieces: &[Piece], unit: u64) -> Vec<Run> {
+    let unit = unit / to_u64(SECTOR_BYTES);
+    let mut runs: Vec<Run> = Vec::new();
+    for &piece in pieces {
+        let start = Sector(piece.sector.0 / unit * unit);
+        let piece_end = piece.sector.0 + to_u64(piece.sectors);
+        let end = Sector(piece_end.next_multiple_of(unit));
+        match runs.last_mut() {
+            Some(run) if start < run.end || (start == run.end && end.0 - run.start.0 <= MAX_RUN_SECTORS) => {
+                run.end = run.end.max(end);
+                run.pieces.push(piece);
+            }
+            _ => runs.push(Run { start, end, pieces: vec![piece], has_gaps: false }),
+        }
+    }
+    for run in &mut runs {
+        let covered: usize = run.pieces.iter().map(|piece| piece.sectors).sum();
+        run.has_gaps = to_u64(covered) < run.end.0 - run.start.0;
+    }
+    runs
+}
+
+/// One read from the cache device for a run.
+struct Load {
+    place: Place,
+    blocks: usize,
+    /// The first sector that is wanted of what is read.
+    first: usize,
+    sector: Sector,
+    sectors: usize,
+}
+
+/// Merges pieces that lie next to each other on the cache device as well.
+fn loads(pieces: &[Piece]) -> Vec<Load> {
+    let mut loads: Vec<Load> = Vec::new();
+    for piece in pieces {
+        if let Some(load) = loads.last_mut()
+            && load.sector.0 + to_u64(load.sectors) == piece.sector.0
+            && load.place.slot == piece.place.slot
+            && usize::from(load.place.index) + load.blocks == usize::from(piece.place.index)
+            && (load.first + load.sectors) * SECTOR_BYTES == load.blocks * BLOCK_BYTES
+            && piece.first == 0
+        {
+            load.blocks += 1;
+            load.sectors += piece.sectors;
+            continue;
+        }
+        let Piece { sector, sectors, place, first } = *piece;
+        loads.push(Load { place, blocks: 1, first, sector, sectors });
+    }
+    loads
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Slot;
+
+    fn item(block: u64, id: u64, index: u8, sectors: u8) -> Item {
+        let place = Place { slot: Slot(u32::try_from(id).expect("small")), index };
+        Item { block: BlockNo(block), id: SegmentId(id), place, sectors: DirtyBits(sectors) }
+    }
+
+    #[test]
+    fn the_newest_version_of_each_sector_is_chosen() {
+        let pieces =
+            pieces(vec![item(7, 2, 0, 0b0000_1100), item(7, 1, 0, 0b0001_1110), item(5, 3, 1, 0xff)]);
+        let found: Vec<_> = pieces.iter().map(|p| (p.sector.0, p.sectors, p.place.slot.0, p.first)).collect();
+        assert_eq!(found, [(40, 8, 3, 0), (57, 1, 1, 1), (58, 2, 2, 2), (60, 1, 1, 4)]);
+    }
+
+    #[test]
+    fn neighbours_are_merged_into_one_write_across_segments() {
+        let items =
+            vec![item(10, 1, 0, 0xff), item(11, 9, 4, 0xff), item(12, 1, 1, 0x01), item(13, 1, 2, 0xff)];
+        let runs = runs(&pieces(items), 512);
+        let found: Vec<_> = runs.iter().map(|r| (r.start.0, r.end.0, r.has_gaps)).collect();
+        assert_eq!(found, [(80, 97, false), (104, 112, false)]);
+    }
+
+    #[test]
+    fn on_large_blocks_no_two_writes_share_one_and_gaps_are_read_first() {
+        let runs = runs(&pieces(vec![item(10, 1, 0, 0b1000_0001), item(11, 1, 1, 0xff)]), 4096);
+        let found: Vec<_> = runs.iter().map(|r| (r.start.0, r.end.0, r.pieces.len(), r.has_gaps)).collect();
+        assert_eq!(found, [(80, 96, 3, true)]);
+    }
+
+    #[test]
+    fn neighbours_on_the_cache_device_are_read_at_once() {
+        let items =
+            vec![item(10, 1, 0, 0xff), item(11, 1, 1, 0xff), item(12, 1, 3, 0xff), item(13, 1, 4, 0x03)];
+        let found: Vec<_> =
+            loads(&pieces(items)).iter().map(|l| (l.place.index, l.blocks, l.sectors)).collect();
+        assert_eq!(found, [(0, 2, 16), (3, 2, 10)]);
+    }
+}

@@ -36,3 +36,70 @@ pub(crate) fn direct_io_alignment(file: &File) -> Option<u32> {
     };
     (done == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0).then_some(stat.stx_dio_offset_align)
 }
+
+mod loop_ioctl {
+    pub(super) const LOOP_CLR_FD: u16 = 0x4c01;
+    pub(super) const LOOP_CONFIGURE: u16 = 0x4c0a;
+    pub(super) const LOOP_CTL_GET_FREE: u16 = 0x4c82;
+    pub(super) const LO_FLAGS_AUTOCLEAR: u32 = 4;
+    pub(super) const LO_FLAGS_DIRECT_IO: u32 = 16;
+
+    nix::ioctl_none_bad!(clear, LOOP_CLR_FD);
+    nix::ioctl_none_bad!(get_free, LOOP_CTL_GET_FREE);
+    nix::ioctl_write_ptr_bad!(configure, LOOP_CONFIGURE, Config);
+
+    /// `struct loop_config` of linux/loop.h; `struct loop_info64` is what lies between `block_size` and `reserved`.
+    #[repr(C)]
+    pub(super) struct Config {
+        pub(super) fd: u32,
+        pub(super) block_size: u32,
+        pub(super) unused: [u64; 5],
+        pub(super) number: u32,
+        pub(super) encryption: [u32; 2],
+        pub(super) flags: u32,
+        pub(super) names_and_key: [u8; 64 + 64 + 32 + 16],
+        pub(super) reserved: [u64; 8],
+    }
+
+    const _: () = assert!(size_of::<Config>() == 304);
+    const _: () = assert!(std::mem::offset_of!(Config, flags) == 8 + 52);
+}
+
+/// The number of a loop device that is not in use at the moment.
+pub(crate) fn loop_get_free(control: &File) -> nix::Result<u32> {
+    // SAFETY: the call takes no argument.
+    let number = unsafe { loop_ioctl::get_free(control.as_raw_fd()) }?;
+    u32::try_from(number).map_err(|_| Errno::EINVAL)
+}
+
+/// Puts a loop device on a file, with direct I/O, to be cleared when nobody has it open any more.
+pub(crate) fn loop_configure(device: &File, file: &File, block_size: u32) -> nix::Result<()> {
+    let config = loop_ioctl::Config {
+        fd: u32::try_from(file.as_raw_fd()).map_err(|_| Errno::EBADF)?,
+        block_size,
+        unused: [0; 5],
+        number: 0,
+        encryption: [0; 2],
+        flags: loop_ioctl::LO_FLAGS_AUTOCLEAR | loop_ioctl::LO_FLAGS_DIRECT_IO,
+        names_and_key: [0; 176],
+        reserved: [0; 8],
+    };
+    // SAFETY: the call reads a live struct of the layout that the kernel expects.
+    unsafe { loop_ioctl::configure(device.as_raw_fd(), &raw const config) }?;
+    Ok(())
+}
+
+/// Takes a loop device off its file, now or when nobody has it open any more.
+pub(crate) fn loop_clear(device: &File) -> nix::Result<()> {
+    // SAFETY: the call takes no argument.
+    unsafe { loop_ioctl::clear(device.as_raw_fd()) }?;
+    Ok(())
+}
+
+/// Tells the kernel that this thread, and those that it starts, serve I/O that memory reclaim may wait for.
+pub(crate) fn set_io_flusher() -> nix::Result<()> {
+    const PR_SET_IO_FLUSHER: libc::c_int = 57;
+    // SAFETY: the call takes plain numbers.
+    Errno::result(unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) })?;
+    Ok(())
+}

@@ -1,1 +1,65 @@
-//! Soon.
+//! Front ends: they turn requests into calls of a volume, and hold no policy.
+
+pub mod loopdev;
+
+use crate::cache::Cache;
+use crate::device::IoBuf;
+use crate::format::Sector;
+use crate::sys;
+use nix::errno::Errno;
+use nix::sys::mman::{MlockAllFlags, mlockall};
+
+/// Prepares this process to serve a device that memory reclaim may wait for: its memory stays resident, and the
+/// kernel serves its allocations without waiting for I/O. To be called before other threads are started.
+///
+/// # Errors
+/// Says what the system refused. The process can serve all the same, but may hang when memory is short.
+pub fn guard_against_reclaim() -> Result<(), String> {
+    mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)
+        .map_err(|cause| format!("memory cannot be locked: {}", cause.desc()))?;
+    sys::set_io_flusher()
+        .map_err(|cause| format!("the process cannot be marked as an I/O flusher: {}", cause.desc()))
+}
+
+/// What a front end serves.
+pub trait Volume: Clone + Send + Sync + 'static {
+    /// Size in bytes.
+    fn size(&self) -> u64;
+
+    /// Writes what can be acknowledged without waiting, from the front; returns how many bytes that is.
+    ///
+    /// # Errors
+    /// What the writer is to be told.
+    fn write_ready(&self, sector: Sector, data: &[u8]) -> Result<usize, Errno>;
+
+    /// Writes the rest.
+    fn write_rest(&self, sector: Sector, data: Vec<u8>) -> impl Future<Output = Result<(), Errno>> + Send;
+
+    /// Fills a buffer.
+    fn read(&self, sector: Sector, buf: IoBuf) -> impl Future<Output = Result<IoBuf, Errno>> + Send;
+
+    /// Makes everything acknowledged before durable.
+    fn flush(&self) -> impl Future<Output = Result<(), Errno>> + Send;
+}
+
+impl Volume for Cache {
+    fn size(&self) -> u64 {
+        self.size()
+    }
+
+    fn write_ready(&self, sector: Sector, data: &[u8]) -> Result<usize, Errno> {
+        self.write_ready(sector, data).map_err(|error| error.errno())
+    }
+
+    async fn write_rest(&self, sector: Sector, data: Vec<u8>) -> Result<(), Errno> {
+        self.write_rest(sector, &data).await.map_err(|error| error.errno())
+    }
+
+    async fn read(&self, sector: Sector, buf: IoBuf) -> Result<IoBuf, Errno> {
+        self.read(sector, buf).await.map_err(|error| error.errno())
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        self.flush().await.map_err(|error| error.errno())
+    }
+}

@@ -1,0 +1,361 @@
+//! A volume as a loop device: a file in a FUSE mount that nobody else sees, with a loop device over it.
+//!
+//! The mount lives in a mount namespace of the daemon's own and the loop device is set to clear itself, so that
+//! neither outlives the daemon, however it ends.
+
+use super::Volume;
+use crate::device::IoBuf;
+use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
+use crate::reactor::Handle;
+use crate::sys;
+use fuser::{
+    BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyOpen, ReplyWrite, Request,
+    Session, SessionACL, WriteFlags,
+};
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, UNIX_EPOCH};
+
+/// The largest request that the kernel sends, in bytes.
+const MAX_REQUEST: u32 = 1 << 20;
+/// Requests that the kernel keeps under way at a time.
+const MAX_BACKGROUND: u16 = 256;
+/// Threads that take requests. Each holds a buffer of 16 MiB of address space.
+const THREADS: usize = 2;
+/// How long the kernel may believe what it was told of the file, which never changes.
+const FOREVER: Duration = Duration::from_secs(1 << 31);
+/// Attempts to get a free loop device, since another program may be quicker.
+const ATTEMPTS: u32 = 16;
+
+/// How a volume is served.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Logical sector size of the loop device in bytes: 512 or 4096.
+    pub sector_size: u32,
+}
+
+/// Why a volume cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {cause}")]
+pub struct ServeError {
+    /// What was tried.
+    pub what: String,
+    /// What the system said.
+    pub cause: io::Error,
+}
+
+fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> ServeError {
+    let what = what.into();
+    move |cause| ServeError { what, cause: cause.into() }
+}
+
+/// Gives this thread, and those that it starts from now on, a mount namespace of their own. Mounts and unmounts of
+/// others are still seen in it, but not the other way round.
+///
+/// # Errors
+/// When the system does not allow it.
+pub fn enter_private_mount_namespace() -> Result<(), ServeError> {
+    unshare(CloneFlags::CLONE_NEWNS)
+        .map_err(failed("cannot make a private mount namespace (root is needed)"))?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
+        .map_err(failed("cannot make mounts private"))
+}
+
+/// A loop device that serves a volume.
+pub struct LoopDevice {
+    path: PathBuf,
+    device: File,
+    mountpoint: PathBuf,
+    session: BackgroundSession,
+}
+
+impl LoopDevice {
+    /// Mounts a FUSE file over the regular file `mountpoint` and puts a loop device on it.
+    ///
+    /// # Errors
+    /// Says which step failed.
+    pub fn attach<V: Volume>(
+        volume: V,
+        runtime: &Handle,
+        mountpoint: &Path,
+        options: Options,
+    ) -> Result<LoopDevice, ServeError> {
+        let fuse = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/fuse")
+            .map_err(failed("cannot open /dev/fuse"))?;
+        let data = format!("fd={},rootmode=100000,user_id=0,group_id=0", fuse.as_raw_fd());
+        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+        mount(Some("wb"), mountpoint, Some("fuse"), flags, Some(data.as_str()))
+            .map_err(failed(format!("cannot mount over {}", mountpoint.display())))?;
+        let mounted = Mounted(mountpoint);
+        let mut config = Config::default();
+        config.n_threads = Some(THREADS);
+        config.clone_fd = true;
+        let files = VolumeFile { volume, runtime: runtime.clone(), options };
+        let session = Session::from_fd(files, OwnedFd::from(fuse), SessionACL::Owner, config)
+            .and_then(Session::spawn)
+            .map_err(failed("cannot start the FUSE session"))?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_DIRECT)
+            .open(mountpoint)
+            .map_err(failed(format!("cannot open {}", mountpoint.display())))?;
+        let (path, device) = configure_loop_device(&file, options.sector_size)?;
+        std::mem::forget(mounted);
+        Ok(LoopDevice { path, device, mountpoint: mountpoint.into(), session })
+    }
+
+    /// The loop device's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes the loop device and the mount down. Data that programs wrote to the device through the page cache is
+    /// written to the volume first. If somebody still holds the device, it fails for them from now on.
+    ///
+    /// # Errors
+    /// When that data cannot be written. The device is taken down all the same.
+    pub fn detach(self) -> Result<(), ServeError> {
+        let synced =
+            self.device.sync_all().map_err(failed(format!("cannot write out {}", self.path.display())));
+        let released = holders(&self.path).is_empty();
+        if let Err(cause) = sys::loop_clear(&self.device) {
+            tracing::warn!("{}: cannot be cleared: {}", self.path.display(), cause.desc());
+        }
+        drop(self.device);
+        unmount(&self.mountpoint);
+        if released && let Err(cause) = self.session.join() {
+            tracing::warn!("the FUSE session ended with an error: {cause}");
+        }
+        synced
+    }
+}
+
+/// Takes a mount down again when a later step fails.
+struct Mounted<'a>(&'a Path);
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        unmount(self.0);
+    }
+}
+
+fn unmount(mountpoint: &Path) {
+    if let Err(cause) = umount2(mountpoint, MntFlags::MNT_DETACH) {
+        tracing::warn!("{}: cannot be unmounted: {}", mountpoint.display(), cause.desc());
+    }
+}
+
+fn configure_loop_device(file: &File, sector_size: u32) -> Result<(PathBuf, File), ServeError> {
+    let control = File::open("/dev/loop-control").map_err(failed("cannot open /dev/loop-control"))?;
+    let mut last = Errno::EBUSY;
+    for _ in 0..ATTEMPTS {
+        let number = sys::loop_get_free(&control).map_err(failed("no loop device is free"))?;
+        let path = PathBuf::from(format!("/dev/loop{number}"));
+        let device = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(failed(format!("cannot open {}", path.display())))?;
+        match sys::loop_configure(&device, file, sector_size) {
+            Ok(()) => return Ok((path, device)),
+            // Another program took it first.
+            Err(Errno::EBUSY) => {}
+            Err(cause) => return Err(failed(format!("cannot set up {}", path.display()))(cause)),
+        }
+        last = Errno::EBUSY;
+    }
+    Err(failed("no loop device could be had")(last))
+}
+
+/// Who holds a block device: where it is mounted, and which devices stand on it. Empty when it is free.
+pub fn holders(device: &Path) -> Vec<String> {
+    let free = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device);
+    if !free.is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY)) {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    let name = device.to_string_lossy();
+    for line in std::fs::read_to_string("/proc/mounts").unwrap_or_default().lines() {
+        let mut fields = line.split(' ');
+        if fields.next() == Some(name.as_ref()) {
+            found.extend(fields.next().map(|place| format!("mounted on {place}")));
+        }
+    }
+    let sys_dir = Path::new("/sys/class/block").join(device.file_name().unwrap_or_default()).join("holders");
+    for holder in std::fs::read_dir(sys_dir).into_iter().flatten().flatten() {
+        found.push(format!("held by {}", holder.file_name().to_string_lossy()));
+    }
+    if found.is_empty() {
+        found.push("held by another program".into());
+    }
+    found
+}
+
+/// The file that the loop device stands on. It is the root of its filesystem.
+struct VolumeFile<V> {
+    volume: V,
+    runtime: Handle,
+    options: Options,
+}
+
+impl<V: Volume> VolumeFile<V> {
+    fn attributes(&self) -> FileAttr {
+        let size = self.volume.size();
+        FileAttr {
+            ino: INodeNo::ROOT,
+            size,
+            blocks: size / to_u64(SECTOR_BYTES),
+            atime: UNIX_EPOCH,
+            mtime: UNIX_EPOCH,
+            ctime: UNIX_EPOCH,
+            crtime: UNIX_EPOCH,
+            kind: FileType::RegularFile,
+            perm: 0o600,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            rdev: 0,
+            blksize: self.options.sector_size,
+            flags: 0,
+        }
+    }
+}
+
+/// A request's place on the volume; the kernel only sends whole sectors, through direct I/O.
+fn sector(offset: u64, length: usize) -> Result<Sector, fuser::Errno> {
+    let aligned = offset.is_multiple_of(to_u64(SECTOR_BYTES)) && length.is_multiple_of(SECTOR_BYTES);
+    if aligned { Ok(Sector(offset / to_u64(SECTOR_BYTES))) } else { Err(fuser::Errno::EINVAL) }
+}
+
+fn to_fuse(errno: Errno) -> fuser::Errno {
+    fuser::Errno::from_i32(errno as i32)
+}
+
+impl<V: Volume> Filesystem for VolumeFile<V> {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = InitFlags::FUSE_ASYNC_DIO | InitFlags::FUSE_ASYNC_READ;
+        // An old kernel without one of them is slower, and that is all.
+        let _ = config.add_capabilities(wanted & config.capabilities());
+        let too_much =
+            |nearest| io::Error::other(format!("the FUSE connection cannot be set up (nearest: {nearest})"));
+        config.set_max_write(MAX_REQUEST).map_err(|n| too_much(u64::from(n)))?;
+        config.set_max_background(MAX_BACKGROUND).map_err(|n| too_much(u64::from(n)))?;
+        config.set_congestion_threshold(MAX_BACKGROUND).map_err(|n| too_much(u64::from(n)))?;
+        Ok(())
+    }
+
+    fn getattr(&self, _request: &Request, _ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        reply.attr(&FOREVER, &self.attributes());
+    }
+
+    fn open(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
+    }
+
+    fn read(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        // A read may reach beyond the end; what it gets is shorter then.
+        let length = u64::from(size).min(self.volume.size().saturating_sub(offset));
+        let sector = match sector(offset, to_usize(length)) {
+            Ok(sector) => sector,
+            Err(errno) => return reply.error(errno),
+        };
+        let volume = self.volume.clone();
+        self.runtime.run_now(async move {
+            match volume.read(sector, IoBuf::zeroed(to_usize(length))).await {
+                Ok(data) => reply.data(&data),
+                Err(errno) => reply.error(to_fuse(errno)),
+            }
+        });
+    }
+
+    fn write(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        let started = sector(offset, data.len())
+            .and_then(|sector| Ok((sector, self.volume.write_ready(sector, data).map_err(to_fuse)?)));
+        let (sector, done) = match started {
+            Ok(started) => started,
+            Err(errno) => return reply.error(errno),
+        };
+        // At most MAX_REQUEST.
+        let written = u32::try_from(data.len()).unwrap_or(MAX_REQUEST);
+        if done == data.len() {
+            return reply.written(written);
+        }
+        let rest = data[done..].to_vec();
+        let volume = self.volume.clone();
+        self.runtime.run_now(async move {
+            match volume.write_rest(Sector(sector.0 + to_u64(done / SECTOR_BYTES)), rest).await {
+                Ok(()) => reply.written(written),
+                Err(errno) => reply.error(to_fuse(errno)),
+            }
+        });
+    }
+
+    fn fsync(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        let volume = self.volume.clone();
+        self.runtime.run_now(async move {
+            match volume.flush().await {
+                Ok(()) => reply.ok(),
+                Err(errno) => reply.error(to_fuse(errno)),
+            }
+        });
+    }
+
+    /// Called at each close; only [`Filesystem::fsync`] makes data durable.
+    fn flush(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        reply.ok();
+    }
+
+    /// Discard and write-zeroes arrive here. The kernel writes zeros itself where they are not supported.
+    fn fallocate(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _offset: u64,
+        _length: u64,
+        _mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(fuser::Errno::EOPNOTSUPP);
+    }
+}

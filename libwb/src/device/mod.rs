@@ -3,6 +3,8 @@
 mod buf;
 mod mem;
 pub mod probe;
+#[cfg(feature = "blkid")]
+pub mod signatures;
 mod uring;
 
 pub use buf::{IoBuf, SharedBuf};

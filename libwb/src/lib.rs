@@ -5,6 +5,8 @@
 //! Units are types (see [`format`]); a plain `u64` or `usize` is always bytes.
 
 pub mod cache;
+#[cfg(feature = "cli")]
+pub mod cli;
 pub mod control;
 pub mod device;
 pub mod format;

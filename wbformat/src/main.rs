@@ -1,2 +1,148 @@
-//! Soon.
-fn main() {}
+//! `wbformat`: makes a cache device, and refuses to do so over anything that is still worth something.
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use libwb::cli::{self, Exit, Io, Output, Progress, count, human_size};
+use libwb::device::probe::{Access, open};
+use libwb::device::{Device, signatures};
+use libwb::format::{Geometry, SEGMENT_BYTES, to_u64};
+use libwb::log::create::create;
+use libwb::log::live::live_totals;
+use libwb::log::recovery::recover;
+use libwb::log::scan::{examine_superblock, scan};
+use serde::Serialize;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// Make a cache device: an empty log in the format of dm-writeboost.
+///
+/// Refuses when the device is in use, too small, holds a filesystem, partition table, LVM, RAID or other signature,
+/// or holds a cache with dirty blocks, which are the only copy of that data. Exit code: 0 done, 1 failed or refused,
+/// 2 usage.
+#[derive(Parser)]
+#[command(name = "wbformat", version)]
+struct Args {
+    /// The device to make a cache of: a block device or a file. Everything on it is lost
+    #[arg(value_name = "CACHE")]
+    cache: PathBuf,
+
+    /// Go on although the device holds a filesystem, a partition table or the like. Does not give up dirty blocks
+    #[arg(long)]
+    force: bool,
+
+    /// Give up the dirty blocks of the cache that is on the device. They are lost for ever
+    #[arg(long)]
+    discard_dirty: bool,
+
+    /// Write the base format alone, which every version of the kernel module understands
+    #[arg(long)]
+    compat: bool,
+
+    /// Check everything and say what would be done, but write nothing
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    device: &'a Path,
+    formatted: bool,
+    size_bytes: u64,
+    segments: u32,
+    segment_bytes: usize,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    cli::run("wbformat", Exit::Failed, |out| format(&args, out))
+}
+
+fn format(args: &Args, out: &mut Output) -> Result<Exit> {
+    let path = &args.cache;
+    let io = Io::start()?;
+    let opened = open(path, Access::Write)?;
+    let device = io.serve(opened);
+    let geometry = Geometry::of_device(device.size()).with_context(|| path.display().to_string())?;
+    refuse_dirty(args, &io, &device)?;
+    refuse_foreign(args)?;
+    if !args.dry_run {
+        let mut progress = Progress::new("formatting", u64::from(geometry.slots()));
+        io.block_on(create(&device, |done| progress.set(u64::from(done))))?;
+    }
+    report(args, &device, geometry, out)?;
+    Ok(Exit::Done)
+}
+
+fn refuse_foreign(args: &Args) -> Result<()> {
+    if args.force {
+        return Ok(());
+    }
+    let path = args.cache.display();
+    if let Some(signature) = signatures::find(&args.cache)? {
+        bail!("{path}: refused: it holds: {signature}. Use --force to format it all the same");
+    }
+    Ok(())
+}
+
+fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
+    let path = args.cache.display();
+    let superblock = io.block_on(examine_superblock(device))?;
+    if args.discard_dirty || superblock.magic.is_err() {
+        return Ok(());
+    }
+    let cannot_tell = |why: &dyn std::fmt::Display| {
+        format!(
+            "{path}: refused: it holds a cache that is too damaged to tell whether it has dirty blocks ({why}). \
+             See what wbcheck says; use --discard-dirty to give up whatever it holds"
+        )
+    };
+    if let Err(fault) = superblock.record {
+        bail!(cannot_tell(&fault));
+    }
+    let geometry = superblock.geometry;
+    let mut progress = Progress::new("looking for dirty blocks", u64::from(geometry.slots()));
+    let slots = io.block_on(scan(device, geometry, |slot, _| progress.set(u64::from(slot.0))));
+    drop(progress);
+    let recovery = recover(superblock.or_no_record(), &slots);
+    if let Some(corruption) = recovery.corruption.first() {
+        bail!(cannot_tell(corruption));
+    }
+    let dirty = io.block_on(live_totals(device, geometry, &recovery, None))?.dirty_blocks;
+    if dirty > 0 {
+        bail!(
+            "{path}: refused: it holds a cache with {} that may be nowhere else. Write them back to the backing \
+             device first; use --discard-dirty to lose them",
+            count(dirty, "dirty block")
+        );
+    }
+    Ok(())
+}
+
+fn report(args: &Args, device: &Device, geometry: Geometry, out: &mut Output) -> Result<()> {
+    if args.json {
+        let report = Report {
+            device: &args.cache,
+            formatted: !args.dry_run,
+            size_bytes: device.size(),
+            segments: geometry.slots(),
+            segment_bytes: SEGMENT_BYTES,
+        };
+        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+        return Ok(());
+    }
+    let done = if args.dry_run { "would be formatted" } else { "formatted" };
+    writeln!(
+        out,
+        "{}: {done} as a cache of {} ({} of {})",
+        args.cache.display(),
+        human_size(geometry.lap() * to_u64(SEGMENT_BYTES)),
+        count(geometry.lap(), "segment"),
+        human_size(to_u64(SEGMENT_BYTES)),
+    )?;
+    Ok(())
+}

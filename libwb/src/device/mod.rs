@@ -3,6 +3,8 @@
 mod buf;
 mod mem;
 pub mod probe;
+#[cfg(feature = "blkid")]
+pub mod signatures;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod uring;

@@ -2,6 +2,7 @@
 
 use crate::format::{SECTOR_BYTES, to_u64};
 use crate::sys;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag};
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -23,7 +24,7 @@ pub enum Access {
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The system said no.
-    #[error("{path}: cannot open: {cause}")]
+    #[error("{path}: cannot open: {}", in_words(cause))]
     System {
         /// The device.
         path: PathBuf,
@@ -58,6 +59,11 @@ pub enum OpenError {
         /// Its logical block size.
         block_size: u32,
     },
+}
+
+/// What the system said, without the number that Rust adds to it.
+fn in_words(cause: &io::Error) -> String {
+    cause.raw_os_error().map_or_else(|| cause.to_string(), |n| Errno::from_raw(n).desc().to_string())
 }
 
 /// Which device a path leads to, so that two paths can be told to be one.
@@ -134,7 +140,7 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
         if is_block { Identity::BlockDevice(meta.rdev()) } else { Identity::File(meta.dev(), meta.ino()) };
     match Flock::lock(file, lock) {
         Ok(file) => Ok(Opened { path: path.into(), file, size, block_size, identity }),
-        Err((_, nix::errno::Errno::EWOULDBLOCK)) => Err(OpenError::InUse { path: path.into() }),
+        Err((_, Errno::EWOULDBLOCK)) => Err(OpenError::InUse { path: path.into() }),
         Err((_, cause)) => Err(system(cause.into())),
     }
 }

@@ -1,5 +1,8 @@
-//! The log as it lies on a cache device, read-only.
+//! The log as it lies on a cache device: making an empty one, and reading what is there.
 
+pub mod create;
+pub mod history;
+pub mod live;
 pub mod recovery;
 pub mod scan;
 

@@ -74,6 +74,19 @@ pub enum Corruption {
     },
 }
 
+/// What recovery makes of a valid segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It is applied.
+    Live,
+    /// It is known to be written back.
+    WrittenBack,
+    /// It was written back, as a later slot under overwrite shows; see [`Recovery::skipped`].
+    Skipped,
+    /// It comes after the recovery point.
+    Dropped,
+}
+
 /// What is to be done with a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recovery {
@@ -106,6 +119,19 @@ impl Recovery {
     /// How many segments there are to apply.
     pub fn live_count(&self) -> u64 {
         self.point.next().since(self.first_live())
+    }
+
+    /// What becomes of a valid segment.
+    pub fn standing(&self, id: SegmentId) -> Standing {
+        if id > self.point {
+            Standing::Dropped
+        } else if id >= self.first_live() {
+            Standing::Live
+        } else if id > self.written_back {
+            Standing::Skipped
+        } else {
+            Standing::WrittenBack
+        }
     }
 
     fn first_live(&self) -> SegmentId {

@@ -4,12 +4,14 @@ use super::LogError;
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, Geometry, HeaderFault, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SegmentHeader, SegmentId,
-    Slot, decode_magic, decode_record, to_u64,
+    Slot, SuperblockFault, decode_magic, decode_record, to_u64,
 };
-use futures_util::{StreamExt, stream};
+use futures_util::{Stream, StreamExt, stream};
 
 /// Segments that a scan reads at the same time; 512 KiB of memory each.
 const SCAN_DEPTH: usize = 8;
+/// Headers that a scan of the headers alone reads at the same time; 4 KiB of memory each.
+const HEADER_SCAN_DEPTH: usize = 64;
 
 /// What the superblock region of a cache device says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,20 +22,50 @@ pub struct Superblock {
     pub record: SegmentId,
 }
 
+/// What the superblock region of a device says, right or wrong.
+#[derive(Clone, Copy, Debug)]
+pub struct RawSuperblock {
+    /// How a cache device of this size is laid out.
+    pub geometry: Geometry,
+    /// Whether the magic is there.
+    pub magic: Result<(), SuperblockFault>,
+    /// The superblock record.
+    pub record: Result<SegmentId, SuperblockFault>,
+}
+
+impl RawSuperblock {
+    /// What to go on with on a device that is to be looked at all the same: a record that is garbage counts as none,
+    /// so that every segment is taken into account.
+    pub fn or_no_record(self) -> Superblock {
+        Superblock { geometry: self.geometry, record: self.record.unwrap_or(SegmentId::NONE) }
+    }
+}
+
+/// Reads the superblock and its record, and says of each whether it is right.
+///
+/// # Errors
+/// When the device cannot be read or has an impossible size.
+pub async fn examine_superblock(device: &Device) -> Result<RawSuperblock, LogError> {
+    let geometry = Geometry::of_device(device.size())
+        .map_err(|fault| LogError::Geometry { device: device.name().to_string(), fault })?;
+    let first = device.read(SUPERBLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
+    let last = device.read(RECORD_BLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
+    Ok(RawSuperblock {
+        geometry,
+        magic: decode_magic(first.block_at(0)),
+        record: decode_record(last.block_at(0)),
+    })
+}
+
 /// Reads and checks the superblock and its record.
 ///
 /// # Errors
 /// When the device cannot be read, has an impossible size, or is no cache device.
 pub async fn read_superblock(device: &Device) -> Result<Superblock, LogError> {
-    let name = || device.name().to_string();
-    let geometry =
-        Geometry::of_device(device.size()).map_err(|fault| LogError::Geometry { device: name(), fault })?;
-    let superblock = |fault| LogError::Superblock { device: name(), fault };
-    let first = device.read(SUPERBLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
-    decode_magic(first.block_at(0)).map_err(superblock)?;
-    let last = device.read(RECORD_BLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
-    let record = decode_record(last.block_at(0)).map_err(superblock)?;
-    Ok(Superblock { geometry, record })
+    let superblock = |fault| LogError::Superblock { device: device.name().to_string(), fault };
+    let raw = examine_superblock(device).await?;
+    raw.magic.map_err(superblock)?;
+    Ok(Superblock { geometry: raw.geometry, record: raw.record.map_err(superblock)? })
 }
 
 /// Why a slot holds no valid segment.
@@ -135,15 +167,58 @@ async fn fill_slot(
     Ok(())
 }
 
+/// Reads a slot's header block alone. The state is [`SlotState::Valid`] when nothing in the header speaks against it;
+/// the data is not read and the checksum not verified.
+pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -> SlotContent {
+    let mut content = SlotContent { state: SlotState::Empty, header: None, data: None };
+    let read = device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await;
+    let decoded = read
+        .map_err(SlotFault::from)
+        .and_then(|block| SegmentHeader::decode(block.block_at(0)).map_err(SlotFault::from));
+    content.state = match decoded {
+        Err(fault) => SlotState::Invalid(fault),
+        Ok(header) if header.id == SegmentId::NONE => SlotState::Empty,
+        Ok(header) => {
+            let (id, length) = (header.id, header.length());
+            content.header = Some(header);
+            if geometry.slot_of(id) == slot {
+                SlotState::Valid { id, length }
+            } else {
+                SlotState::Invalid(SlotFault::WrongSlot { id, sound: false })
+            }
+        }
+    };
+    content
+}
+
 /// Reads and verifies every slot, several at a time, and shows each to `visit` in the order of the device.
 pub async fn scan(
     device: &Device,
     geometry: Geometry,
-    mut visit: impl FnMut(Slot, &SlotContent),
+    visit: impl FnMut(Slot, &SlotContent),
 ) -> Vec<SlotState> {
     let reads =
         geometry.all_slots().map(|slot| async move { (slot, read_slot(device, geometry, slot).await) });
-    let mut reads = stream::iter(reads).buffered(SCAN_DEPTH);
+    gather(stream::iter(reads).buffered(SCAN_DEPTH), geometry, visit).await
+}
+
+/// As [`scan`], but reads the headers alone: see [`read_slot_header`].
+pub async fn scan_headers(
+    device: &Device,
+    geometry: Geometry,
+    visit: impl FnMut(Slot, &SlotContent),
+) -> Vec<SlotState> {
+    let reads = geometry
+        .all_slots()
+        .map(|slot| async move { (slot, read_slot_header(device, geometry, slot).await) });
+    gather(stream::iter(reads).buffered(HEADER_SCAN_DEPTH), geometry, visit).await
+}
+
+async fn gather(
+    mut reads: impl Stream<Item = (Slot, SlotContent)> + Unpin,
+    geometry: Geometry,
+    mut visit: impl FnMut(Slot, &SlotContent),
+) -> Vec<SlotState> {
     let mut states = Vec::with_capacity(geometry.all_slots().len());
     while let Some((slot, content)) = reads.next().await {
         visit(slot, &content);

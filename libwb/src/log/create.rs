@@ -1,0 +1,88 @@
+//! Making an empty cache: the base format, as the kernel module makes it.
+
+use super::LogError;
+use crate::device::{Device, DeviceError, IoBuf, SharedBuf};
+use crate::format::{
+    BLOCK_BYTES, Geometry, SUPERBLOCK_OFFSET, SUPERBLOCK_REGION_BYTES, encode_superblock_block, to_usize,
+};
+use futures_util::{StreamExt, TryStreamExt, stream};
+
+/// Header blocks that are zeroed at the same time. They all share one block of zeros.
+const FORMAT_DEPTH: usize = 64;
+
+/// Makes an empty cache of a device, whatever it holds, and shows `progress` how many segments are done.
+///
+/// The superblock region is zeroed and flushed first and the magic is written last, so that a format that is
+/// interrupted leaves no cache device at all and never an old log with holes.
+///
+/// # Errors
+/// When the device cannot hold a cache, or fails.
+pub async fn create(device: &Device, mut progress: impl FnMut(u32)) -> Result<Geometry, LogError> {
+    let geometry = Geometry::of_device(device.size())
+        .map_err(|fault| LogError::Geometry { device: device.name().to_string(), fault })?;
+    let region = IoBuf::zeroed(to_usize(SUPERBLOCK_REGION_BYTES));
+    device.write(SUPERBLOCK_OFFSET, region.into()).await?;
+    device.flush().await?;
+
+    let zeros = SharedBuf::from(IoBuf::zeroed(BLOCK_BYTES));
+    let writes = geometry.all_slots().map(|slot| {
+        let (device, zeros) = (device.clone(), zeros.clone());
+        Ok::<_, DeviceError>(async move { device.write(geometry.slot_offset(slot), zeros).await })
+    });
+    let mut writes = stream::iter(writes).try_buffer_unordered(FORMAT_DEPTH).boxed();
+    let mut done = 0;
+    while writes.try_next().await?.is_some() {
+        done += 1;
+        progress(done);
+    }
+    device.flush().await?;
+
+    let mut superblock = IoBuf::zeroed(BLOCK_BYTES);
+    encode_superblock_block(superblock.block_at_mut(0));
+    device.write(SUPERBLOCK_OFFSET, superblock.into()).await?;
+    device.flush().await?;
+    Ok(geometry)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::MemDevice;
+    use crate::format::{SEGMENT_BYTES, SegmentId, to_u64};
+    use crate::log::recovery::recover;
+    use crate::log::scan::{SlotState, read_superblock, scan};
+    use futures_lite::future::block_on;
+    use std::sync::Arc;
+
+    #[test]
+    fn what_is_made_of_garbage_is_an_empty_cache_and_only_what_must_be_written_is() {
+        let size = SUPERBLOCK_REGION_BYTES + 3 * to_u64(SEGMENT_BYTES) + 4096;
+        let memory = Arc::new(MemDevice::with_content("cache", vec![0xa5; to_usize(size)]));
+        let device: Device = memory.clone();
+        let mut calls = Vec::new();
+        let geometry = block_on(create(&device, |done| calls.push(done))).unwrap();
+        assert_eq!((geometry.slots(), calls), (3, vec![1, 2, 3]));
+
+        let content = memory.content();
+        let region = to_usize(SUPERBLOCK_REGION_BYTES);
+        assert_eq!(content[..4], [0x74, 0x73, 0x42, 0x57]);
+        assert!(content[4..region].iter().all(|&b| b == 0));
+        for segment in content[region..].chunks_exact(SEGMENT_BYTES) {
+            assert!(segment[..BLOCK_BYTES].iter().all(|&b| b == 0));
+            assert!(segment[BLOCK_BYTES..].iter().all(|&b| b == 0xa5));
+        }
+
+        let superblock = block_on(read_superblock(&device)).unwrap();
+        let slots = block_on(scan(&device, superblock.geometry, |_, _| ()));
+        assert!(slots.iter().all(|slot| matches!(slot, SlotState::Empty)));
+        assert_eq!(recover(superblock, &slots).point, SegmentId::NONE);
+    }
+
+    #[test]
+    fn a_device_too_small_is_left_as_it_was() {
+        let memory = Arc::new(MemDevice::with_content("cache", vec![0xa5; 1024 * 1024]));
+        let device: Device = memory.clone();
+        assert!(matches!(block_on(create(&device, |_| ())), Err(LogError::Geometry { .. })));
+        assert!(memory.content().iter().all(|&b| b == 0xa5));
+    }
+}

@@ -1,0 +1,168 @@
+//! What a check of the whole device found, and what it amounts to.
+
+use crate::{Args, Subject};
+use anyhow::Result;
+use libwb::cli::{Exit, Progress};
+use libwb::format::{BlockNo, Geometry, SegmentId, Slot, SuperblockFault, to_u64, to_usize};
+use libwb::log::live::{Totals, live_totals, totals};
+use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery, recover};
+use libwb::log::scan::{SlotFault, SlotState, read_slot_header, scan, scan_headers};
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// Damaged segments of which the header is read again for the blocks that are at risk.
+const LISTED: usize = 1000;
+
+/// The backing device that the log is checked against.
+pub(crate) struct Backing {
+    pub(crate) path: PathBuf,
+    pub(crate) sectors: u64,
+}
+
+/// What a check comes to, with stable names for JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Verdict {
+    /// Nothing is wrong.
+    Sound,
+    /// Nothing is wrong that a power cut does not explain.
+    SoundAfterPowerCut,
+    /// Something is damaged, but all of its data is on the backing device.
+    Damaged,
+    /// Data may be lost.
+    Corrupt,
+}
+
+impl Verdict {
+    pub(crate) fn exit(self) -> Exit {
+        match self {
+            Verdict::Sound | Verdict::SoundAfterPowerCut => Exit::Done,
+            Verdict::Damaged | Verdict::Corrupt => Exit::ErrorsLeft,
+        }
+    }
+}
+
+/// A slot that holds no valid segment though it ought to.
+pub(crate) struct Broken {
+    pub(crate) slot: Slot,
+    /// [`SegmentId::NONE`] where the log has not reached.
+    pub(crate) expected: SegmentId,
+    pub(crate) explanation: Explanation,
+    /// What is wrong with it.
+    pub(crate) fault: String,
+    /// The device failed to read it. No power cut does that.
+    pub(crate) unreadable: bool,
+    /// Where nothing explains the damage: the dirty blocks that the header lists, as far as it can be read.
+    pub(crate) at_risk: Vec<BlockNo>,
+}
+
+/// What a check of the whole device found.
+pub(crate) struct Findings {
+    pub(crate) device: String,
+    pub(crate) size: u64,
+    pub(crate) geometry: Geometry,
+    pub(crate) backing: Option<Backing>,
+    pub(crate) headers_only: bool,
+    pub(crate) record: Result<SegmentId, SuperblockFault>,
+    pub(crate) valid: u64,
+    pub(crate) empty: u64,
+    pub(crate) recovery: Recovery,
+    pub(crate) live: Totals,
+    pub(crate) dropped: Totals,
+    pub(crate) broken: Vec<Broken>,
+}
+
+impl Findings {
+    pub(crate) fn gather(subject: &Subject, args: &Args) -> Result<Findings> {
+        let Subject { io, device, superblock, backing } = subject;
+        let geometry = superblock.geometry;
+        let mut progress =
+            if args.quiet { Progress::none() } else { Progress::new("checking", geometry.lap()) };
+        let slots = if args.headers_only {
+            io.block_on(scan_headers(device, geometry, |slot, _| progress.set(u64::from(slot.0))))
+        } else {
+            io.block_on(scan(device, geometry, |slot, _| progress.set(u64::from(slot.0))))
+        };
+        drop(progress);
+        let recovery = recover(superblock.or_no_record(), &slots);
+        let sectors = backing.as_ref().map(|backing| backing.sectors);
+        let live = io.block_on(live_totals(device, geometry, &recovery, sectors))?;
+        let dropped = io.block_on(totals(device, geometry, recovery.dropped.iter().copied(), None))?;
+        let number =
+            |wanted: fn(&SlotState) -> bool| to_u64(slots.iter().filter(|&slot| wanted(slot)).count());
+        Ok(Findings {
+            device: device.name().to_string(),
+            size: device.size(),
+            geometry,
+            backing: backing.as_ref().map(|b| Backing { path: b.path.clone(), sectors: b.sectors }),
+            headers_only: args.headers_only,
+            record: superblock.record,
+            valid: number(|slot| matches!(slot, SlotState::Valid { .. })),
+            empty: number(|slot| matches!(slot, SlotState::Empty)),
+            broken: broken(subject, &recovery, &slots),
+            recovery,
+            live,
+            dropped,
+        })
+    }
+
+    pub(crate) fn verdict(&self) -> Verdict {
+        let at_risk = self.broken.iter().any(|b| b.explanation == Explanation::None);
+        if self.record.is_err()
+            || !self.recovery.corruption.is_empty()
+            || self.live.beyond_count > 0
+            || at_risk
+        {
+            Verdict::Corrupt
+        } else if self.broken.iter().any(|b| b.unreadable || b.explanation == Explanation::WrittenBack) {
+            Verdict::Damaged
+        } else if !self.broken.is_empty()
+            || !self.recovery.dropped.is_empty()
+            || !self.recovery.skipped.is_empty()
+        {
+            Verdict::SoundAfterPowerCut
+        } else {
+            Verdict::Sound
+        }
+    }
+}
+
+fn broken(subject: &Subject, recovery: &Recovery, slots: &[SlotState]) -> Vec<Broken> {
+    let mut listed = 0;
+    let mut look = |slot| {
+        listed += 1;
+        if listed > LISTED { Vec::new() } else { dirty_blocks(subject, slot) }
+    };
+    let geometry = subject.superblock.geometry;
+    let one = |damage: &Damage| {
+        let SlotState::Invalid(fault) = &slots[to_usize(u64::from(damage.slot.0))] else { return None };
+        let explanation = explanation(recovery, geometry, damage);
+        Some(Broken {
+            slot: damage.slot,
+            expected: damage.expected,
+            explanation,
+            fault: fault.to_string(),
+            unreadable: matches!(fault, SlotFault::Unreadable(_)),
+            at_risk: if explanation == Explanation::None { look(damage.slot) } else { Vec::new() },
+        })
+    };
+    recovery.damage.iter().filter_map(one).collect()
+}
+
+/// Where the log breaks off in a way that no power cut explains, none explains the damaged slot there either.
+pub(crate) fn explanation(recovery: &Recovery, geometry: Geometry, damage: &Damage) -> Explanation {
+    let breaks_off_here = |corruption: &Corruption| match corruption {
+        Corruption::Gap { missing, .. } => geometry.slot_of(*missing) == damage.slot,
+        _ => false,
+    };
+    if recovery.corruption.iter().any(breaks_off_here) { Explanation::None } else { damage.explanation }
+}
+
+fn dirty_blocks(subject: &Subject, slot: Slot) -> Vec<BlockNo> {
+    let content = subject.io.block_on(read_slot_header(&subject.device, subject.superblock.geometry, slot));
+    let entries = content.header.into_iter().flat_map(|header| header.metablocks);
+    let mut blocks: Vec<_> = entries.filter(|e| !e.dirty.is_clean()).map(|e| e.block).collect();
+    blocks.sort_unstable();
+    blocks.dedup();
+    blocks
+}

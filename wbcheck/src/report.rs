@@ -1,0 +1,94 @@
+//! The findings as JSON. The names are part of the program's interface.
+
+use crate::findings::{Findings, Verdict};
+use libwb::log::recovery::Explanation;
+use serde::Serialize;
+use std::path::Path;
+
+#[derive(Serialize)]
+pub(crate) struct Report<'a> {
+    device: &'a str,
+    verdict: Verdict,
+    /// False when only the headers were read.
+    data_verified: bool,
+    size_bytes: u64,
+    slots: u32,
+    slots_valid: u64,
+    slots_empty: u64,
+    slots_damaged: usize,
+    /// The superblock record; null when it is garbage.
+    record_segment: Option<u64>,
+    newest_segment: u64,
+    written_back_segment: u64,
+    recovery_point: u64,
+    live_segments: u64,
+    dirty_blocks: u64,
+    clean_entries: u64,
+    skipped_segments: Vec<u64>,
+    dropped_segments: Vec<u64>,
+    dropped_dirty_blocks: u64,
+    backing: Option<&'a Path>,
+    /// Entries beyond the end of the backing device; null when none was given.
+    entries_beyond_backing: Option<u64>,
+    damage: Vec<Damaged<'a>>,
+    corruption: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct Damaged<'a> {
+    slot: u32,
+    offset_bytes: u64,
+    expected_segment: Option<u64>,
+    fault: &'a str,
+    explanation: &'static str,
+    data_at_risk: bool,
+    blocks_at_risk: Vec<u64>,
+}
+
+impl Report<'_> {
+    pub(crate) fn of(f: &Findings) -> Report<'_> {
+        let mut corruption: Vec<_> = f.recovery.corruption.iter().map(ToString::to_string).collect();
+        corruption.extend(f.record.err().map(|fault| fault.to_string()));
+        Report {
+            device: &f.device,
+            verdict: f.verdict(),
+            data_verified: !f.headers_only,
+            size_bytes: f.size,
+            slots: f.geometry.slots(),
+            slots_valid: f.valid,
+            slots_empty: f.empty,
+            slots_damaged: f.broken.len(),
+            record_segment: f.record.ok().map(|id| id.0),
+            newest_segment: f.recovery.highest.0,
+            written_back_segment: f.recovery.written_back.0,
+            recovery_point: f.recovery.point.0,
+            live_segments: f.recovery.live_count(),
+            dirty_blocks: f.live.dirty_blocks,
+            clean_entries: f.live.clean_entries,
+            skipped_segments: f.recovery.skipped.iter().map(|id| id.0).collect(),
+            dropped_segments: f.recovery.dropped.iter().map(|id| id.0).collect(),
+            dropped_dirty_blocks: f.dropped.dirty_blocks,
+            backing: f.backing.as_ref().map(|backing| backing.path.as_path()),
+            entries_beyond_backing: f.backing.as_ref().map(|_| f.live.beyond_count),
+            damage: damage(f),
+            corruption,
+        }
+    }
+}
+
+fn damage(f: &Findings) -> Vec<Damaged<'_>> {
+    let one = |b: &'_ crate::findings::Broken| Damaged {
+        slot: b.slot.0,
+        offset_bytes: f.geometry.slot_offset(b.slot),
+        expected_segment: Some(b.expected.0).filter(|&id| id > 0),
+        fault: "",
+        explanation: match b.explanation {
+            Explanation::PowerCut => "power-cut",
+            Explanation::WrittenBack => "written-back",
+            Explanation::None => "unexplained",
+        },
+        data_at_risk: b.explanation == Explanation::None,
+        blocks_at_risk: b.at_risk.iter().map(|block| block.0).collect(),
+    };
+    f.broken.iter().map(|b| Damaged { fault: &b.fault, ..one(b) }).collect()
+}

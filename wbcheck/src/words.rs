@@ -1,0 +1,259 @@
+//! The findings in words: the verdict first, then what is on the device, then what is wrong, what that means for
+//! the data, and what to do.
+
+use crate::findings::{Broken, Findings, Verdict};
+use libwb::cli::{Output, count, human_size};
+use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, SegmentId, to_u64};
+use libwb::log::recovery::{Corruption, Explanation};
+use std::io::{self, Write};
+
+/// Items of a list that are shown one by one.
+const SHOWN: usize = 10;
+
+/// The first line.
+pub(crate) fn headline(f: &Findings) -> String {
+    let device = &f.device;
+    let errors = errors(f);
+    match (f.verdict(), errors.first()) {
+        (Verdict::Sound, _) => format!("{device}: sound"),
+        (Verdict::SoundAfterPowerCut, _) => {
+            format!("{device}: sound after a power cut; nothing that was acknowledged as durable is lost")
+        }
+        (Verdict::Damaged, _) => format!(
+            "{device}: DAMAGED, but no data is at risk: {} cannot be read as a segment any more",
+            count(to_u64(f.broken.len()), "slot")
+        ),
+        (Verdict::Corrupt, Some(error)) => format!("{device}: CORRUPT: {}", error.what),
+        (Verdict::Corrupt, None) => format!("{device}: CORRUPT"),
+    }
+}
+
+pub(crate) fn print(f: &Findings, out: &mut Output) -> io::Result<()> {
+    writeln!(out, "{}", headline(f))?;
+    summary(f, out)?;
+    let errors = errors(f);
+    if !errors.is_empty() {
+        writeln!(out, "\nErrors:")?;
+    }
+    for error in &errors {
+        writeln!(out, "  - {}.\n    {}", error.what, error.meaning)?;
+    }
+    let notes = notes(f);
+    if !notes.is_empty() {
+        writeln!(out, "\nNotes:")?;
+    }
+    for note in &notes {
+        writeln!(out, "  - {note}")?;
+    }
+    if let Some(advice) = advice(f) {
+        writeln!(out, "\nWhat to do: {advice}")?;
+    }
+    Ok(())
+}
+
+fn summary(f: &Findings, out: &mut Output) -> io::Result<()> {
+    let r = &f.recovery;
+    let mut line = |name: &str, value: String| writeln!(out, "  {name:<16}{value}");
+    line(
+        "segments",
+        format!(
+            "{} valid, {} empty, {} damaged, of {}",
+            f.valid,
+            f.empty,
+            f.broken.len(),
+            f.geometry.slots()
+        ),
+    )?;
+    line("recovery point", segment_or_none(r.point))?;
+    line("written back", format!("up to {}", segment_or_none(r.written_back)))?;
+    let to_apply = match r.live().next() {
+        None => "nothing".into(),
+        Some(first) => format!(
+            "{}, with {} (at most {}) and {}",
+            range(first, r.point),
+            count(f.live.dirty_blocks, "dirty block"),
+            human_size(f.live.dirty_blocks.saturating_mul(to_u64(BLOCK_BYTES))),
+            count(f.live.clean_entries, "clean block"),
+        ),
+    };
+    line("to apply", to_apply)?;
+    let addresses = match &f.backing {
+        None => "not checked against a backing device (give --backing)".into(),
+        Some(b) if f.live.beyond_count == 0 => format!(
+            "all inside {} ({})",
+            b.path.display(),
+            human_size(b.sectors.saturating_mul(to_u64(SECTOR_BYTES)))
+        ),
+        Some(b) => format!("{} outside {}", f.live.beyond_count, b.path.display()),
+    };
+    line("addresses", addresses)?;
+    line("data", if f.headers_only { "not read (--headers-only)" } else { "every checksum verified" }.into())
+}
+
+struct Problem {
+    what: String,
+    /// For the data.
+    meaning: String,
+}
+
+fn errors(f: &Findings) -> Vec<Problem> {
+    let mut errors = Vec::new();
+    if let Err(fault) = f.record {
+        let meaning = "What was written back is not known; every segment counts as not written back.".into();
+        errors.push(Problem { what: fault.to_string(), meaning });
+    }
+    errors.extend(f.recovery.corruption.iter().filter_map(|corruption| explained(f, corruption)));
+    let bad = |b: &&Broken| b.explanation != Explanation::PowerCut || b.unreadable;
+    let mut slots: Vec<_> = f.broken.iter().filter(bad).map(|b| slot_error(f, b)).collect();
+    let hidden = slots.len().saturating_sub(SHOWN);
+    slots.truncate(SHOWN);
+    errors.append(&mut slots);
+    if hidden > 0 {
+        let meaning = "--json lists them all.".into();
+        errors.push(Problem { what: format!("{} more like these", count(to_u64(hidden), "slot")), meaning });
+    }
+    if let (Some(first), Some(backing)) = (f.live.beyond.first(), &f.backing) {
+        errors.push(Problem {
+            what: format!(
+                "segment {} holds data for sector {}, but {} has only {} sectors ({} such in all)",
+                first.id,
+                first.sector,
+                backing.path.display(),
+                backing.sectors,
+                f.live.beyond_count,
+            ),
+            meaning:
+                "That data has no place there. Most likely it is not the backing device of this cache, or it \
+                      was made smaller."
+                    .into(),
+        });
+    }
+    errors
+}
+
+/// The slots that hold garbage are listed as such.
+fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
+    let meaning = match corruption {
+        Corruption::Gap { missing, .. } => format!(
+            "{} come after it and hold {}, which may be nowhere else; they can be applied only if what segment \
+             {missing} held is given up.",
+            capitalized(&ids(&f.recovery.dropped)),
+            count(f.dropped.dirty_blocks, "dirty block"),
+        ),
+        Corruption::RecordBeyondLog { .. } => {
+            "The newest part of the log is gone, or the record is wrong. Data that \
+                                               was not written back may be lost."
+                .into()
+        }
+        Corruption::WrongSlot { .. } => {
+            "Which segments belong to the log cannot be told on a device of this size.".into()
+        }
+        Corruption::Unexplained { .. } => return None,
+    };
+    Some(Problem { what: corruption.to_string(), meaning })
+}
+
+fn slot_error(f: &Findings, b: &Broken) -> Problem {
+    let what = format!("{}: {}", where_it_is(f, b), b.fault);
+    let meaning = match b.explanation {
+        Explanation::WrittenBack => {
+            "Its data had been written back; none is at risk. The device may be wearing out.".into()
+        }
+        Explanation::PowerCut => {
+            "Nothing that was acknowledged as durable can have been in it, but the device is \
+                                  failing."
+                .into()
+        }
+        Explanation::None if b.at_risk.is_empty() => {
+            "What it held may be lost, and its header does not tell which blocks.".into()
+        }
+        Explanation::None => {
+            let shown: Vec<_> = b.at_risk.iter().take(SHOWN).map(ToString::to_string).collect();
+            let more = if b.at_risk.len() > SHOWN { ", ..." } else { "" };
+            format!(
+                "At risk, as far as its header can be trusted: {} of the backing device ({}{more}; in units of 4096 \
+                 bytes).",
+                count(to_u64(b.at_risk.len()), "block"),
+                shown.join(", "),
+            )
+        }
+    };
+    Problem { what, meaning }
+}
+
+fn notes(f: &Findings) -> Vec<String> {
+    let mut notes: Vec<String> = f
+        .broken
+        .iter()
+        .filter(|b| b.explanation == Explanation::PowerCut && !b.unreadable)
+        .map(|b| format!("{}: {}. It was being written when the power went.", where_it_is(f, b), b.fault))
+        .collect();
+    let r = &f.recovery;
+    let breaks = r.corruption.iter().any(|c| matches!(c, Corruption::Gap { .. }));
+    if !r.dropped.is_empty() && !breaks {
+        notes.push(format!(
+            "{} come after a gap and will not be applied: the power went before they were acknowledged as durable.",
+            capitalized(&ids(&r.dropped))
+        ));
+    }
+    if !r.skipped.is_empty() {
+        notes.push(format!(
+            "{} need not be applied: a later slot was being written over, which happens only after they were written \
+             back.",
+            capitalized(&ids(&r.skipped))
+        ));
+    }
+    notes
+}
+
+fn advice(f: &Findings) -> Option<&'static str> {
+    match f.verdict() {
+        Verdict::Sound => None,
+        Verdict::SoundAfterPowerCut => Some("nothing. Use the cache as usual."),
+        Verdict::Damaged => Some(
+            "write everything back, then watch the device or replace it. The damaged slots will be written over in \
+             time.",
+        ),
+        Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {
+            Some("look for the right backing device. Do not attach this pair.")
+        }
+        Verdict::Corrupt => Some(
+            "attach, write back and format nothing yet: that would make the loss final. Copy both devices first; \
+             then see with wbdump what can still be read.",
+        ),
+    }
+}
+
+fn where_it_is(f: &Findings, b: &Broken) -> String {
+    let at = format!("slot {}, at byte {}", b.slot, f.geometry.slot_offset(b.slot));
+    if b.expected == SegmentId::NONE { at } else { format!("segment {} ({at})", b.expected) }
+}
+
+fn segment_or_none(id: SegmentId) -> String {
+    if id == SegmentId::NONE { "none".into() } else { format!("segment {id}") }
+}
+
+fn range(first: SegmentId, last: SegmentId) -> String {
+    if first == last { format!("segment {first}") } else { format!("segments {first} to {last}") }
+}
+
+/// "segment 7" or "segments 7 to 9, 12, ...", for ids in order, at least one.
+fn ids(ids: &[SegmentId]) -> String {
+    let runs = ids.chunk_by(|a, b| a.next() == *b);
+    let parts = runs.map(|run| match run {
+        [one] => one.to_string(),
+        [first, .., last] => format!("{first} to {last}"),
+        [] => String::new(),
+    });
+    let mut parts: Vec<String> = parts.collect();
+    if parts.len() > SHOWN {
+        parts.truncate(SHOWN);
+        parts.push("...".into());
+    }
+    format!("segment{} {}", if ids.len() == 1 { "" } else { "s" }, parts.join(", "))
+}
+
+fn capitalized(text: &str) -> String {
+    let mut chars = text.chars();
+    chars.next().map(|first| first.to_uppercase().collect::<String>() + chars.as_str()).unwrap_or_default()
+}

@@ -1,0 +1,151 @@
+//! `wbdump segments`: one row for each slot, in log order.
+
+use crate::{Log, table};
+use anyhow::Result;
+use libwb::cli::Output;
+use libwb::format::{SegmentHeader, SegmentId, Slot, to_u64};
+use libwb::log::recovery::{Recovery, Standing};
+use libwb::log::scan::SlotState;
+use serde::Serialize;
+use std::io::Write;
+
+/// Which rows to show.
+#[derive(Clone, Copy)]
+pub(crate) struct Only {
+    pub(crate) live: bool,
+    pub(crate) bad: bool,
+}
+
+/// What a slot holds, in a word, with stable names for JSON.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum State {
+    Live,
+    WrittenBack,
+    Dropped,
+    Damaged,
+    Empty,
+}
+
+impl State {
+    pub(crate) fn of(state: &SlotState, recovery: &Recovery) -> State {
+        match state {
+            SlotState::Empty => State::Empty,
+            SlotState::Invalid(_) => State::Damaged,
+            SlotState::Valid { id, .. } => match recovery.standing(*id) {
+                Standing::Live => State::Live,
+                Standing::WrittenBack | Standing::Skipped => State::WrittenBack,
+                Standing::Dropped => State::Dropped,
+            },
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            State::Live => "live",
+            State::WrittenBack => "written back",
+            State::Dropped => "dropped",
+            State::Damaged => "damaged",
+            State::Empty => "empty",
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    /// As the header says, where one can be read.
+    id: Option<u64>,
+    slot: u32,
+    offset_bytes: u64,
+    length_blocks: Option<u8>,
+    dirty_blocks: Option<usize>,
+    state: State,
+    fault: Option<String>,
+}
+
+pub(crate) fn list(log: &Log, only: Only, json: bool, out: &mut Output) -> Result<()> {
+    let mut headers = Vec::with_capacity(log.geometry().all_slots().len());
+    let (slots, recovery) = log.scan(|_, content| headers.push(content.header.as_ref().map(Summary::of)));
+    let mut rows: Vec<(SegmentId, Row)> = log
+        .geometry()
+        .all_slots()
+        .zip(slots.iter().zip(headers))
+        .map(|(slot, (state, header))| row(log, &recovery, slot, state, header))
+        .collect();
+    rows.retain(|(_, row)| {
+        (!only.live || row.state == State::Live) && (!only.bad || row.state == State::Damaged)
+    });
+    rows.sort_by_key(|(order, row)| (*order, row.slot));
+    print(rows.iter().map(|(_, row)| row), json, out)
+}
+
+/// What is kept of a header while the device is read.
+struct Summary {
+    id: SegmentId,
+    length: u8,
+    dirty: usize,
+}
+
+impl Summary {
+    fn of(header: &SegmentHeader) -> Summary {
+        let dirty = header.metablocks.iter().filter(|entry| !entry.dirty.is_clean()).count();
+        Summary { id: header.id, length: header.length(), dirty }
+    }
+}
+
+/// A row and where it belongs in the log: a damaged slot goes where the segment that is missing there would go, and
+/// an empty one last.
+fn row(
+    log: &Log,
+    recovery: &Recovery,
+    slot: Slot,
+    state: &SlotState,
+    header: Option<Summary>,
+) -> (SegmentId, Row) {
+    let order = match state {
+        SlotState::Valid { id, .. } => *id,
+        SlotState::Empty => SegmentId::MAX,
+        SlotState::Invalid(_) => recovery
+            .damage
+            .binary_search_by_key(&slot, |damage| damage.slot)
+            .map_or(SegmentId::MAX, |at| recovery.damage[at].expected),
+    };
+    let row = Row {
+        id: header.as_ref().map(|header| header.id.0),
+        slot: slot.0,
+        offset_bytes: log.geometry().slot_offset(slot),
+        length_blocks: header.as_ref().map(|header| header.length),
+        dirty_blocks: header.as_ref().map(|header| header.dirty),
+        state: State::of(state, recovery),
+        fault: match state {
+            SlotState::Invalid(fault) => Some(fault.to_string()),
+            _ => None,
+        },
+    };
+    (order, row)
+}
+
+fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) -> Result<()> {
+    if json {
+        for row in rows {
+            writeln!(out, "{}", serde_json::to_string(row)?)?;
+        }
+        return Ok(());
+    }
+    let mut table = table(["ID", "SLOT", "OFFSET", "BLOCKS", "DIRTY", "STATE"]);
+    for row in rows {
+        let state = match &row.fault {
+            Some(fault) => format!("{}: {fault}", row.state.name()),
+            None => row.state.name().to_string(),
+        };
+        let [id, length, dirty] =
+            [row.id, row.length_blocks.map(u64::from), row.dirty_blocks.map(to_u64)].map(or_dash);
+        table.add_row([id, row.slot.to_string(), row.offset_bytes.to_string(), length, dirty, state]);
+    }
+    writeln!(out, "{}", table.trim_fmt())?;
+    Ok(())
+}
+
+fn or_dash(n: Option<u64>) -> String {
+    n.map_or_else(|| "-".into(), |n| n.to_string())
+}

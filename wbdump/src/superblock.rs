@@ -1,0 +1,100 @@
+//! `wbdump super`: the superblock, and totals of the log.
+
+use crate::Log;
+use anyhow::Result;
+use libwb::cli::{Output, human_size};
+use libwb::format::{SEGMENT_BYTES, to_u64};
+use libwb::log::live::{Totals, live_totals};
+use libwb::log::recovery::Recovery;
+use libwb::log::scan::SlotState;
+use serde::Serialize;
+use std::io::Write;
+
+#[derive(Serialize)]
+struct Report<'a> {
+    device: &'a str,
+    size_bytes: u64,
+    magic_ok: bool,
+    /// The record, where it is not garbage.
+    record_segment: Option<u64>,
+    segments: u32,
+    segment_bytes: usize,
+    slots_valid: usize,
+    slots_empty: usize,
+    slots_damaged: usize,
+    newest_segment: u64,
+    written_back_segment: u64,
+    recovery_point: u64,
+    live_segments: u64,
+    dropped_segments: usize,
+    dirty_blocks: u64,
+    dirty_entries: u64,
+    clean_entries: u64,
+    corruption: Vec<String>,
+}
+
+pub(crate) fn show(log: &Log, json: bool, out: &mut Output) -> Result<()> {
+    let (slots, recovery) = log.scan(|_, _| ());
+    let totals = log.io.block_on(live_totals(&log.device, log.geometry(), &recovery, None))?;
+    let report = report(log, &slots, &recovery, &totals);
+    if json {
+        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+        return Ok(());
+    }
+    print(&report, out)
+}
+
+fn report<'a>(log: &'a Log, slots: &[SlotState], recovery: &Recovery, totals: &Totals) -> Report<'a> {
+    let number = |wanted: fn(&SlotState) -> bool| slots.iter().filter(|&slot| wanted(slot)).count();
+    Report {
+        device: log.device.name(),
+        size_bytes: log.device.size(),
+        magic_ok: log.superblock.magic.is_ok(),
+        record_segment: log.superblock.record.ok().map(|id| id.0),
+        segments: log.geometry().slots(),
+        segment_bytes: SEGMENT_BYTES,
+        slots_valid: number(|slot| matches!(slot, SlotState::Valid { .. })),
+        slots_empty: number(|slot| matches!(slot, SlotState::Empty)),
+        slots_damaged: number(|slot| matches!(slot, SlotState::Invalid(_))),
+        newest_segment: recovery.highest.0,
+        written_back_segment: recovery.written_back.0,
+        recovery_point: recovery.point.0,
+        live_segments: recovery.live_count(),
+        dropped_segments: recovery.dropped.len(),
+        dirty_blocks: totals.dirty_blocks,
+        dirty_entries: totals.dirty_entries,
+        clean_entries: totals.clean_entries,
+        corruption: recovery.corruption.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
+    let record = r.record_segment.map_or_else(|| "garbage".into(), |id| id.to_string());
+    let magic = if r.magic_ok { "right" } else { "wrong" };
+    let rows = [
+        ("device", r.device.to_string()),
+        ("size", format!("{} ({} bytes)", human_size(r.size_bytes), r.size_bytes)),
+        ("magic", magic.to_string()),
+        ("superblock record", record),
+        ("segments", format!("{} of {}", r.segments, human_size(to_u64(r.segment_bytes)))),
+        ("slots", format!("{} valid, {} empty, {} damaged", r.slots_valid, r.slots_empty, r.slots_damaged)),
+        ("newest segment", id_or_none(r.newest_segment)),
+        ("written back up to", id_or_none(r.written_back_segment)),
+        ("recovery point", id_or_none(r.recovery_point)),
+        ("live segments", r.live_segments.to_string()),
+        ("dropped segments", r.dropped_segments.to_string()),
+        ("dirty blocks", format!("{} ({} entries in the log)", r.dirty_blocks, r.dirty_entries)),
+        ("clean entries", r.clean_entries.to_string()),
+    ];
+    for (name, value) in rows {
+        writeln!(out, "{name:<20}{value}")?;
+    }
+    for corruption in &r.corruption {
+        writeln!(out, "{:<20}{corruption}", "corrupt")?;
+    }
+    Ok(())
+}
+
+fn id_or_none(id: u64) -> String {
+    if id == 0 { "none".into() } else { id.to_string() }
+}

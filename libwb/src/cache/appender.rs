@@ -106,18 +106,20 @@ impl Inner {
             }
             if !due {
                 listener.await;
-            } else if let Err(error) = self.flush_cache_device().await {
-                self.fail(error);
+            } else {
+                // A failure shows in the state.
+                let _ = self.flush_cache_device().await;
             }
         }
         self.task_ended();
     }
 
-    /// Flushes the cache device, and so makes every written segment durable.
+    /// Flushes the cache device, and so makes every written segment durable. A failure fails the cache, whoever
+    /// asked: segments that it cost would count as durable after the next flush.
     pub(super) async fn flush_cache_device(&self) -> Result<(), DeviceError> {
         let written = self.lock().written;
         // No second try: what the device has lost by the failure, a later flush would not report.
-        self.cache.flush().await?;
+        self.cache.flush().await.inspect_err(|error| self.fail(error.clone()))?;
         self.lock().made_durable(written);
         self.events.wake_all();
         Ok(())

@@ -158,7 +158,10 @@ impl Cache {
         let mut plan = inner.plan(sector, &mut buf);
         if plan.fetches.len() == 1 && plan.fetches[0].is_whole(buf.len()) {
             let fetch = plan.fetches.remove(0);
-            return Ok(inner.fetch(&fetch, Some(buf)).await?.0);
+            let (data, skip) = inner.fetch(&fetch, Some(buf)).await?;
+            // A device with larger blocks may have given more than was asked for.
+            let exact = skip == 0 && data.len() == fetch.length;
+            return Ok(if exact { data } else { IoBuf::copy_of(&data[skip..skip + fetch.length]) });
         }
         let mut reads: FuturesUnordered<_> =
             plan.fetches

@@ -107,9 +107,9 @@ impl<'a> Course<'a> {
         let mut rng = Rng::with_seed(!seed);
         let segments = if rng.u32(..3) == 0 { 3 } else { rng.u64(1..=14) };
         let unit = if rng.u32(..8) == 0 { 8 } else { 1 };
-        let block_size = if unit == 8 { 4096 } else { 512 };
+        let block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
         let cache_block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
-        let sectors = volume_sectors(&mut rng, unit);
+        let sectors = volume_sectors(&mut rng, block_size);
         let cache = SimDevice::new(&runtime, "cache", fresh_cache(segments), cache_block_size);
         let mut content = vec![0; to_usize(sectors) * SECTOR_BYTES];
         stamp::fill(&mut content, Sector(0), WriteId(0));
@@ -376,10 +376,10 @@ impl<'a> Course<'a> {
 }
 
 /// 256 KiB to 4 MiB; at times no whole number of blocks.
-fn volume_sectors(rng: &mut Rng, unit: u64) -> u64 {
+fn volume_sectors(rng: &mut Rng, block_size: u32) -> u64 {
     let most = 512 << rng.u32(0..=4);
     let blocks = rng.u64(most / 2..=most) / 8;
-    let odd = if unit == 1 && rng.u32(..4) == 0 { rng.u64(1..8) } else { 0 };
+    let odd = if block_size == 512 && rng.u32(..4) == 0 { rng.u64(1..8) } else { 0 };
     blocks * 8 + odd
 }
 

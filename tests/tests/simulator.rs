@@ -1,4 +1,6 @@
 //! Courses of work and crashes on simulated devices, one for each seed.
+//!
+//! `WB_SIM_SEED` chooses the seed of `one_seed`; `WB_SIM_FIRST_SEED` and `WB_SIM_SEEDS` those of `many_seeds`.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use wb_tests::sim::real::WriteCache;
@@ -8,7 +10,7 @@ use wb_tests::sim::{Failure, run};
 
 /// The engine that is put to the test.
 const ENGINE: WriteCache = WriteCache;
-const DEFAULT_SEEDS: u64 = 200;
+const DEFAULT_SEEDS: u64 = 350;
 /// Failures that are shown of one test.
 const SHOWN: usize = 3;
 

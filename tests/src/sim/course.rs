@@ -7,10 +7,10 @@ use super::volume::{Engine, Volume};
 use fastrand::Rng;
 use futures_channel::oneshot;
 use libwb::device::sim::{Crash, Faults, SimDevice, SimRuntime, Simulation, Stop};
-use libwb::device::{Device, IoBuf, MemDevice};
+use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
 use libwb::format::{
-    BLOCK_BYTES, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, encode_superblock_block,
-    to_u64, to_usize,
+    BLOCK_BYTES, RECORD_BLOCK_OFFSET, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
+    encode_superblock_block, to_u64, to_usize,
 };
 use libwb::log::{recovery, scan};
 use libwb::runtime::Runtime;
@@ -87,6 +87,9 @@ struct Course<'a> {
     unit: u64,
     /// Whether devices fail in this course.
     faulty: bool,
+    /// Whether the superblock record is lost now and then. The kernel module hardly ever writes it, and the log must
+    /// be recovered without.
+    forgetful: bool,
     /// The worst crash since the volume was last looked at.
     crashed: Option<Crash>,
     crashes: u32,
@@ -105,7 +108,11 @@ impl<'a> Course<'a> {
         let simulation = Simulation::new(seed);
         let runtime = simulation.runtime().clone();
         let mut rng = Rng::with_seed(!seed);
-        let segments = if rng.u32(..3) == 0 { 3 } else { rng.u64(1..=14) };
+        let segments = match rng.u32(..3) {
+            0 => 3,
+            1 => rng.u64(1..=14),
+            _ => rng.u64(8..=20),
+        };
         let unit = if rng.u32(..8) == 0 { 8 } else { 1 };
         let block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
         let cache_block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
@@ -117,9 +124,10 @@ impl<'a> Course<'a> {
         let slowness = rng.choice([1, 1, 10, 100]).unwrap_or(1);
         backing.set_slowness(slowness);
         let faulty = rng.u32(..5) == 0;
+        let forgetful = rng.u32(..4) == 0;
         let settings = format!(
             "{segments} segments, {sectors} sectors, block sizes {cache_block_size} and {block_size}, \
-             backing device {slowness} times slower, faulty: {faulty}"
+             backing device {slowness} times slower, faulty: {faulty}, forgetful: {forgetful}"
         );
         Course {
             engine,
@@ -130,6 +138,7 @@ impl<'a> Course<'a> {
             backing: Arc::new(backing),
             unit,
             faulty,
+            forgetful,
             crashed: None,
             crashes: 0,
             settings,
@@ -298,6 +307,12 @@ impl<'a> Course<'a> {
         self.simulation.kill_tasks();
         self.cache = Arc::new(self.cache.crash(crash));
         self.backing = Arc::new(self.backing.crash(crash));
+        if crash == Crash::PowerCut && self.forgetful && self.rng.bool() {
+            self.oracle.lock().note("the superblock record is lost");
+            let mut content = self.cache.content();
+            content[to_usize(RECORD_BLOCK_OFFSET)..][..BLOCK_BYTES].fill(0);
+            self.cache = Arc::new(SimDevice::new(self.runtime(), "cache", content, self.cache.block_size()));
+        }
     }
 
     /// Without any more crash: the volume is right, and after a drain the backing device is the volume.

@@ -22,7 +22,7 @@ impl Engine for WriteCache {
     ) -> Outcome<Arc<dyn Volume>> {
         let mut rng = Rng::with_seed(taste);
         let batch = rng.choice([1, 2, 4, 32]).unwrap_or(32);
-        let tunables = Tunables { nr_max_batched_writeback: batch, ..Tunables::default() };
+        let tunables = Tunables { nr_max_batched_writeback: batch };
         Box::pin(async move {
             let opened = Cache::open(cache, backing, runtime, tunables).await;
             opened.map(|cache| Arc::new(Open(cache)) as Arc<dyn Volume>).map_err(|e| e.to_string())

@@ -102,7 +102,7 @@ fn valid(recovery: &Recovery, id: SegmentId, held: &Totals) -> (Verdict, String)
     let what =
         format!("{}, {}", count(held.dirty_blocks, "dirty block"), count(held.clean_entries, "clean block"));
     match recovery.standing(id) {
-        Standing::Live => (Verdict::Sound, format!("{what}, to be applied")),
+        Standing::Live => (Verdict::Sound, format!("{what}, not written back yet")),
         Standing::WrittenBack | Standing::Skipped => {
             (Verdict::Sound, format!("{what}, written back already"))
         }

@@ -65,14 +65,17 @@ fn summary(f: &Findings, out: &mut Output) -> io::Result<()> {
         ),
     )?;
     line("recovery point", segment_or_none(r.point))?;
-    line("written back", format!("up to {}", segment_or_none(r.written_back)))?;
+    let written_back = match r.written_back {
+        SegmentId::NONE => "nothing yet, as far as is known".into(),
+        id => format!("up to segment {id}"),
+    };
+    line("written back", written_back)?;
     let to_apply = match r.live().next() {
         None => "nothing".into(),
         Some(first) => format!(
-            "{}, with {} (at most {}) and {}",
+            "{}, with {} and {}",
             range(first, r.point),
-            count(f.live.dirty_blocks, "dirty block"),
-            human_size(f.live.dirty_blocks.saturating_mul(to_u64(BLOCK_BYTES))),
+            dirty_blocks(f.live.dirty_blocks),
             count(f.live.clean_entries, "clean block"),
         ),
     };
@@ -88,6 +91,14 @@ fn summary(f: &Findings, out: &mut Output) -> io::Result<()> {
     };
     line("addresses", addresses)?;
     line("data", if f.headers_only { "not read (--headers-only)" } else { "every checksum verified" }.into())
+}
+
+fn dirty_blocks(n: u64) -> String {
+    let number = count(n, "dirty block");
+    match n {
+        0 => number,
+        _ => format!("{number} ({})", human_size(n.saturating_mul(to_u64(BLOCK_BYTES)))),
+    }
 }
 
 struct Problem {

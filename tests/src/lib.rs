@@ -49,8 +49,8 @@ pub fn note_skip(reason: &str) {
     }
 }
 
-/// The path of one of the workspace's programs, which `cargo build --workspace` or `cargo test --workspace` has put
-/// beside the test programs.
+/// The path of one of the workspace's programs, which `cargo test --workspace` and `cargo build --workspace` put beside
+/// the test programs. Testing this package alone does not build them again.
 ///
 /// # Panics
 /// When it has not been built.

@@ -68,7 +68,7 @@ fn read_everything(image: Vec<u8>) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
     fn damaged_devices_are_read_without_panic(

@@ -9,7 +9,7 @@ use wb_tests::{
 };
 
 fn json_lines(text: &str) -> Vec<serde_json::Value> {
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
 }
 
 fn entry(block: u64, dirty: u8) -> Metablock {

@@ -20,8 +20,8 @@ pub(crate) fn headline(f: &Findings) -> String {
             format!("{device}: sound after a power cut; nothing that was acknowledged as durable is lost")
         }
         (Verdict::Damaged, _) => format!(
-            "{device}: DAMAGED, but no data is at risk: {} cannot be read as a segment any more",
-            count(to_u64(f.broken.len()), "slot")
+            "{device}: DAMAGED, but no data is at risk: {} in what is no longer needed",
+            count(to_u64(errors.len()), "error")
         ),
         (Verdict::Corrupt, Some(error)) => format!("{device}: CORRUPT: {}", error.what),
         (Verdict::Corrupt, None) => format!("{device}: CORRUPT"),
@@ -90,7 +90,11 @@ fn summary(f: &Findings, out: &mut Output) -> io::Result<()> {
         Some(b) => format!("{} outside {}", f.live.beyond_count, b.path.display()),
     };
     line("addresses", addresses)?;
-    line("data", if f.headers_only { "not read (--headers-only)" } else { "every checksum verified" }.into())
+    line(
+        "data",
+        if f.headers_only { "not read (--headers-only)" } else { "read and compared with its checksums" }
+            .into(),
+    )
 }
 
 fn dirty_blocks(n: u64) -> String {
@@ -114,11 +118,10 @@ fn errors(f: &Findings) -> Vec<Problem> {
         errors.push(Problem { what: fault.to_string(), meaning });
     }
     errors.extend(f.recovery.corruption.iter().filter_map(|corruption| explained(f, corruption)));
-    let bad = |b: &&Broken| b.explanation != Explanation::PowerCut || b.unreadable;
-    let mut slots: Vec<_> = f.broken.iter().filter(bad).map(|b| slot_error(f, b)).collect();
-    let hidden = slots.len().saturating_sub(SHOWN);
-    slots.truncate(SHOWN);
-    errors.append(&mut slots);
+    errors.extend(misplaced(f));
+    let bad = |b: &&Broken| !b.misplaced && (b.explanation != Explanation::PowerCut || b.unreadable);
+    errors.extend(f.broken.iter().filter(bad).take(SHOWN).map(|b| slot_error(f, b)));
+    let hidden = f.broken.iter().filter(bad).count().saturating_sub(SHOWN);
     if hidden > 0 {
         let meaning = "--json lists them all.".into();
         errors.push(Problem { what: format!("{} more like these", count(to_u64(hidden), "slot")), meaning });
@@ -142,7 +145,25 @@ fn errors(f: &Findings) -> Vec<Problem> {
     errors
 }
 
-/// The slots that hold garbage are listed as such.
+fn misplaced(f: &Findings) -> Option<Problem> {
+    let slots: Vec<_> = f.broken.iter().filter(|b| b.misplaced).collect();
+    let first = slots.first()?;
+    Some(Problem {
+        what: format!(
+            "{} sound segments that do not belong there (slot {}: {}); the device was truncated or resized",
+            if slots.len() == 1 { "1 slot holds".into() } else { format!("{} slots hold", slots.len()) },
+            first.slot,
+            first.fault,
+        ),
+        meaning: format!(
+            "Which segments belong to the log cannot be told on a device of this size ({} bytes). At its former size \
+             the cache may be whole.",
+            f.size
+        ),
+    })
+}
+
+/// What is wrong with single slots is told with them.
 fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
     let meaning = match corruption {
         Corruption::Gap { missing, .. } => format!(
@@ -156,10 +177,7 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
                                                was not written back may be lost."
                 .into()
         }
-        Corruption::WrongSlot { .. } => {
-            "Which segments belong to the log cannot be told on a device of this size.".into()
-        }
-        Corruption::Unexplained { .. } => return None,
+        Corruption::WrongSlot { .. } | Corruption::Unexplained { .. } => return None,
     };
     Some(Problem { what: corruption.to_string(), meaning })
 }
@@ -198,6 +216,7 @@ fn notes(f: &Findings) -> Vec<String> {
         .iter()
         .filter(|b| b.explanation == Explanation::PowerCut && !b.unreadable)
         .map(|b| format!("{}: {}. It was being written when the power went.", where_it_is(f, b), b.fault))
+        .take(SHOWN)
         .collect();
     let r = &f.recovery;
     let breaks = r.corruption.iter().any(|c| matches!(c, Corruption::Gap { .. }));
@@ -209,9 +228,10 @@ fn notes(f: &Findings) -> Vec<String> {
     }
     if !r.skipped.is_empty() {
         notes.push(format!(
-            "{} need not be applied: a later slot was being written over, which happens only after they were written \
-             back.",
-            capitalized(&ids(&r.skipped))
+            "{} need not be applied: {} was being written over, which happens only after everything up to it was \
+             written back.",
+            capitalized(&ids(&r.skipped)),
+            if r.skipped.len() == 1 { "it" } else { "the last of them" },
         ));
     }
     notes
@@ -225,6 +245,9 @@ fn advice(f: &Findings) -> Option<&'static str> {
             "write everything back, then watch the device or replace it. The damaged slots will be written over in \
              time.",
         ),
+        Verdict::Corrupt if f.broken.iter().any(|b| b.misplaced) => Some(
+            "give the device its former size again, then check again. Do not attach or format it before that.",
+        ),
         Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {
             Some("look for the right backing device. Do not attach this pair.")
         }
@@ -236,8 +259,13 @@ fn advice(f: &Findings) -> Option<&'static str> {
 }
 
 fn where_it_is(f: &Findings, b: &Broken) -> String {
-    let at = format!("slot {}, at byte {}", b.slot, f.geometry.slot_offset(b.slot));
-    if b.expected == SegmentId::NONE { at } else { format!("segment {} ({at})", b.expected) }
+    let at = format!("slot {} (at byte {})", b.slot, f.geometry.slot_offset(b.slot));
+    // A wrong checksum says itself which segment it is.
+    if b.expected == SegmentId::NONE || b.fault.contains(&format!("segment {} ", b.expected)) {
+        at
+    } else {
+        format!("{at}, where segment {} belongs", b.expected)
+    }
 }
 
 fn segment_or_none(id: SegmentId) -> String {

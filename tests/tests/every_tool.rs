@@ -39,7 +39,7 @@ impl Tool {
         assert_eq!(outcome.stderr.lines().count(), 1, "{outcome:?}");
         assert!(outcome.stderr.starts_with(&format!("{}: ", self.name)), "{outcome:?}");
         assert!(outcome.stderr.contains(why), "{why:?} is not in {outcome:?}");
-        assert!(outcome.stderr.contains(cache.to_str().unwrap()), "{outcome:?}");
+        assert!(outcome.stderr.contains(&*cache.to_string_lossy()), "{outcome:?}");
     }
 }
 

@@ -139,7 +139,7 @@ fn garbage_in_a_header_is_found_and_named() {
         (0, &[0xff; 8], "garbage id"),
         (12, &[128], "garbage length 128"),
         (512, &[1], "is no multiple of 8"),
-        (0, &[3], "does not belong into this slot"),
+        (0, &[3], "does not belong in this slot"),
     ];
     for (at, bytes, says) in damage {
         let pair = golden("few-1");

@@ -51,8 +51,8 @@ pub(crate) struct Broken {
     pub(crate) explanation: Explanation,
     /// What is wrong with it.
     pub(crate) fault: String,
-    /// It holds a sound segment that belongs elsewhere.
-    pub(crate) misplaced: bool,
+    /// The sound segment that it holds and that belongs elsewhere.
+    pub(crate) misplaced: Option<SegmentId>,
     /// The device failed to read it. No power cut does that.
     pub(crate) unreadable: bool,
     /// Where nothing explains the damage: the dirty blocks that the header lists, as far as it can be read.
@@ -145,7 +145,10 @@ fn broken(subject: &Subject, recovery: &Recovery, slots: &[SlotState]) -> Vec<Br
             expected: damage.expected,
             explanation,
             fault: fault.to_string(),
-            misplaced: matches!(fault, SlotFault::WrongSlot { sound: true, .. }),
+            misplaced: match fault {
+                SlotFault::WrongSlot { id, sound: true } => Some(*id),
+                _ => None,
+            },
             unreadable: matches!(fault, SlotFault::Unreadable(_)),
             at_risk: if explanation == Explanation::None { look(damage.slot) } else { Vec::new() },
         })

@@ -119,7 +119,7 @@ fn errors(f: &Findings) -> Vec<Problem> {
     }
     errors.extend(f.recovery.corruption.iter().filter_map(|corruption| explained(f, corruption)));
     errors.extend(misplaced(f));
-    let bad = |b: &&Broken| !b.misplaced && (b.explanation != Explanation::PowerCut || b.unreadable);
+    let bad = |b: &&Broken| b.misplaced.is_none() && (b.explanation != Explanation::PowerCut || b.unreadable);
     errors.extend(f.broken.iter().filter(bad).take(SHOWN).map(|b| slot_error(f, b)));
     let hidden = f.broken.iter().filter(bad).count().saturating_sub(SHOWN);
     if hidden > 0 {
@@ -146,14 +146,16 @@ fn errors(f: &Findings) -> Vec<Problem> {
 }
 
 fn misplaced(f: &Findings) -> Option<Problem> {
-    let slots: Vec<_> = f.broken.iter().filter(|b| b.misplaced).collect();
-    let first = slots.first()?;
+    let mut found = f.broken.iter().filter_map(|b| Some((b.slot, b.misplaced?)));
+    let (slot, id) = found.next()?;
+    let others = match found.count() {
+        0 => String::new(),
+        n => format!(", and {} more like it", count(to_u64(n), "slot")),
+    };
     Some(Problem {
         what: format!(
-            "{} sound segments that do not belong there (slot {}: {}); the device was truncated or resized",
-            if slots.len() == 1 { "1 slot holds".into() } else { format!("{} slots hold", slots.len()) },
-            first.slot,
-            first.fault,
+            "slot {slot} holds segment {id}, which is sound but belongs elsewhere{others}; the device was truncated \
+             or resized"
         ),
         meaning: format!(
             "Which segments belong to the log cannot be told on a device of this size ({} bytes). At its former size \
@@ -245,7 +247,7 @@ fn advice(f: &Findings) -> Option<&'static str> {
             "write everything back, then watch the device or replace it. The damaged slots will be written over in \
              time.",
         ),
-        Verdict::Corrupt if f.broken.iter().any(|b| b.misplaced) => Some(
+        Verdict::Corrupt if f.broken.iter().any(|b| b.misplaced.is_some()) => Some(
             "give the device its former size again, then check again. Do not attach or format it before that.",
         ),
         Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {

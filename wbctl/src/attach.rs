@@ -14,8 +14,8 @@ use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::{Handle, Reactor};
 use libwb::serve::loopdev::{LoopDevice, Options, enter_private_mount_namespace, holders};
 use nix::sys::signal::{SigSet, Signal};
-use std::io::Write;
-use std::path::PathBuf;
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
@@ -156,6 +156,7 @@ fn log_to_stderr() {
         .with_env_filter(filter)
         .with_target(false)
         .without_time()
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
 }
@@ -225,6 +226,18 @@ fn serve_until_ended(
     Ok(closed?)
 }
 
+/// Refuses to take a device away from those who hold it.
+pub(crate) fn refuse_held(device: &Path, force: bool) -> Result<()> {
+    match holders(device) {
+        held if force || held.is_empty() => Ok(()),
+        held => Err(anyhow!(
+            "{} is {}; release it first, or use --force and let its users fail",
+            device.display(),
+            held.join(", ")
+        )),
+    }
+}
+
 impl Daemon {
     fn answer(&self, request: &Request, replies: &mut Replies) {
         let reply = match request {
@@ -291,7 +304,7 @@ impl Daemon {
             // What programs wrote through the page cache of the device is to be drained as well.
             std::fs::File::open(&self.device).and_then(|device| device.sync_all())?;
             self.drain(replies)?;
-            refuse_held()?;
+            refuse_held(&self.device, force)?;
         }
         self.end.send(End::Detach).context("the daemon is ending")?;
         Ok(Reply::Done)

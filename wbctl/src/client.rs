@@ -1,5 +1,6 @@
 //! What is asked of a running daemon.
 
+use crate::attach::refuse_held;
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
 use libwb::cli::{Output, Progress};
@@ -64,6 +65,10 @@ pub(crate) fn drain(name: &Name, out: &mut Output) -> Result<()> {
 
 pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
     let name = &args.name;
+    // The daemon looks as well, but from its own mount namespace, where it may not see by what the device is held.
+    if let Some(device) = status(name)?.device {
+        refuse_held(&device, args.force)?;
+    }
     ask(name, &Request::Detach { drain: args.drain, force: args.force })?;
     // The daemon holds its lock as long as it lives.
     while name.is_running()? {

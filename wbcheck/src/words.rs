@@ -15,6 +15,7 @@ pub(crate) fn headline(f: &Findings) -> String {
     let device = &f.device;
     let errors = errors(f);
     match (f.verdict(), errors.first()) {
+        (Verdict::Sound, _) if f.headers_only => format!("{device}: sound, as far as the headers alone tell"),
         (Verdict::Sound, _) => format!("{device}: sound"),
         (Verdict::SoundAfterPowerCut, _) => {
             format!("{device}: sound after a power cut; nothing that was acknowledged as durable is lost")
@@ -118,8 +119,11 @@ fn errors(f: &Findings) -> Vec<Problem> {
         errors.push(Problem { what: fault.to_string(), meaning });
     }
     errors.extend(f.recovery.corruption.iter().filter_map(|corruption| explained(f, corruption)));
-    errors.extend(misplaced(f));
-    let bad = |b: &&Broken| b.misplaced.is_none() && (b.explanation != Explanation::PowerCut || b.unreadable);
+    errors.extend(resized(f));
+    let told = is_resized(f);
+    let bad = |b: &&Broken| {
+        !(told && b.misplaced.is_some()) && (b.explanation != Explanation::PowerCut || b.unreadable)
+    };
     errors.extend(f.broken.iter().filter(bad).take(SHOWN).map(|b| slot_error(f, b)));
     let hidden = f.broken.iter().filter(bad).count().saturating_sub(SHOWN);
     if hidden > 0 {
@@ -145,7 +149,17 @@ fn errors(f: &Findings) -> Vec<Problem> {
     errors
 }
 
-fn misplaced(f: &Findings) -> Option<Problem> {
+/// Whether most of what the device holds is sound but lies where it cannot have been written on a device of this size.
+/// In a few slots alone, a damaged id looks the same.
+fn is_resized(f: &Findings) -> bool {
+    let misplaced = f.broken.iter().filter(|b| b.misplaced.is_some()).count();
+    to_u64(misplaced) * 2 > f.valid + to_u64(f.broken.len())
+}
+
+fn resized(f: &Findings) -> Option<Problem> {
+    if !is_resized(f) {
+        return None;
+    }
     let mut found = f.broken.iter().filter_map(|b| Some((b.slot, b.misplaced?)));
     let (slot, id) = found.next()?;
     let others = match found.count() {
@@ -169,9 +183,9 @@ fn misplaced(f: &Findings) -> Option<Problem> {
 fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
     let meaning = match corruption {
         Corruption::Gap { missing, .. } => format!(
-            "{} come after it and hold {}, which may be nowhere else; they can be applied only if what segment \
+            "After it stand {} with {}, which may be nowhere else. They can be applied only if what segment \
              {missing} held is given up.",
-            capitalized(&ids(&f.recovery.dropped)),
+            ids(&f.recovery.dropped),
             count(f.dropped.dirty_blocks, "dirty block"),
         ),
         Corruption::RecordBeyondLog { .. } => {
@@ -224,8 +238,9 @@ fn notes(f: &Findings) -> Vec<String> {
     let breaks = r.corruption.iter().any(|c| matches!(c, Corruption::Gap { .. }));
     if !r.dropped.is_empty() && !breaks {
         notes.push(format!(
-            "{} come after a gap and will not be applied: the power went before they were acknowledged as durable.",
-            capitalized(&ids(&r.dropped))
+            "After a gap stand {}, which will not be applied: the power went before anything in them was \
+             acknowledged as durable.",
+            ids(&r.dropped)
         ));
     }
     if !r.skipped.is_empty() {
@@ -247,7 +262,7 @@ fn advice(f: &Findings) -> Option<&'static str> {
             "write everything back, then watch the device or replace it. The damaged slots will be written over in \
              time.",
         ),
-        Verdict::Corrupt if f.broken.iter().any(|b| b.misplaced.is_some()) => Some(
+        Verdict::Corrupt if is_resized(f) => Some(
             "give the device its former size again, then check again. Do not attach or format it before that.",
         ),
         Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {

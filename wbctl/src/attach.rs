@@ -291,15 +291,7 @@ impl Daemon {
     }
 
     fn detach(&self, drain: bool, force: bool, replies: &mut Replies) -> Result<Reply> {
-        let refuse_held = || match holders(&self.device) {
-            held if force || held.is_empty() => Ok(()),
-            held => Err(anyhow!(
-                "{} is {}; --force detaches it all the same",
-                self.device.display(),
-                held.join(", ")
-            )),
-        };
-        refuse_held()?;
+        refuse_held(&self.device, force)?;
         if drain {
             // What programs wrote through the page cache of the device is to be drained as well.
             std::fs::File::open(&self.device).and_then(|device| device.sync_all())?;

@@ -116,7 +116,7 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
 
 fn live_rows(live: &LiveStatus, mut row: impl FnMut(&str, String)) {
     let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
-    let percent = |part: u64| if live.log_bytes == 0 { 0 } else { part * 100 / live.log_bytes };
+    let percent = |part: u64| (part * 100).checked_div(live.log_bytes).unwrap_or(0);
     row("size", format!("{}, sectors of {} bytes", human_size(live.volume_bytes), live.sector_size));
     row("dirty", format!("{} are only in the cache", human_size(live.dirty_bytes)));
     row("used", format!("{} are in the cache, dirty or clean", human_size(live.used_bytes)));

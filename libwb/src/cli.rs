@@ -2,7 +2,7 @@
 
 use crate::device::probe::{Access, OpenError, Opened, open};
 use crate::device::{Device, UringDevice};
-use crate::reactor::Reactor;
+use crate::reactor::{Handle, Reactor};
 use indicatif::{BinaryBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Display;
 use std::io::{self, BufWriter, ErrorKind, IsTerminal, StdoutLock, Write};
@@ -174,6 +174,11 @@ impl Io {
     /// Serves a device that is open already.
     pub fn serve(&self, opened: Opened) -> Device {
         Arc::new(UringDevice::new(self.reactor.handle(), opened))
+    }
+
+    /// What runs the background tasks of a cache.
+    pub fn runtime(&self) -> Arc<Handle> {
+        Arc::new(self.reactor.handle().clone())
     }
 
     /// Runs a future to its end.

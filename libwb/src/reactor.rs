@@ -12,7 +12,6 @@ use futures_channel::oneshot;
 use futures_util::future::BoxFuture;
 use io_uring::{IoUring, opcode, squeue, types};
 use nix::errno::Errno;
-use nix::fcntl::Flock;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
 use slab::Slab;
@@ -52,7 +51,7 @@ pub(crate) type OpResult = (Result<(), Errno>, Option<IoBuf>);
 
 struct Op {
     /// Keeps the descriptor open until the kernel is done with it.
-    file: Option<Arc<Flock<File>>>,
+    file: Option<Arc<File>>,
     kind: OpKind,
     /// Bytes that earlier, short completions have moved.
     progress: usize,
@@ -98,7 +97,7 @@ impl Handle {
         runnable.run();
     }
 
-    pub(crate) async fn submit(&self, file: Option<Arc<Flock<File>>>, kind: OpKind) -> OpResult {
+    pub(crate) async fn submit(&self, file: Option<Arc<File>>, kind: OpKind) -> OpResult {
         let (done, result) = oneshot::channel();
         self.0.post(|inbox| inbox.ops.push(Op { file, kind, progress: 0, done }));
         result.await.unwrap_or((Err(Errno::ECANCELED), None))

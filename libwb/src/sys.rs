@@ -26,6 +26,13 @@ pub(crate) fn logical_block_size(device: &File) -> nix::Result<u32> {
     u32::try_from(bytes).map_err(|_| Errno::EINVAL)
 }
 
+/// Locks a file for as long as it is open, `exclusive`ly or shared with other readers. Does not wait.
+pub(crate) fn lock(file: &File, exclusive: bool) -> nix::Result<()> {
+    let kind = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
+    // SAFETY: the call takes two integers and touches no memory of ours.
+    Errno::result(unsafe { libc::flock(file.as_raw_fd(), kind | libc::LOCK_NB) }).map(drop)
+}
+
 /// The alignment that direct I/O on a file needs, in bytes, where the filesystem says.
 pub(crate) fn direct_io_alignment(file: &File) -> Option<u32> {
     // SAFETY: any bytes are a valid value of this plain C struct.

@@ -1,3 +1,264 @@
-//! What the end-to-end tests share.
+//! What the end-to-end tests share: the programs, the golden devices, damage, and loop devices.
+//!
+//! A test that cannot run here says so through [`skip!`], never by passing in silence.
 
 pub mod sim;
+
+use libwb::format::{
+    BLOCK_BYTES, Geometry, Metablock, SUPERBLOCK_REGION_BYTES, SegmentId, encode_header, to_u64, to_usize,
+};
+use sha2::{Digest, Sha256};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use tempfile::TempDir;
+
+/// The devices in `tests/golden`, each written by the real kernel module.
+pub const GOLDEN: [&str; 9] = [
+    "fresh",
+    "few-1",
+    "partial-1",
+    "lapped-1",
+    "unflushed-1",
+    "readcache-1",
+    "sbrecord-1",
+    "cleaned-1",
+    "around-1",
+];
+
+/// Ends the test as skipped: prints `SKIPPED test-name: reason` on standard error, and appends that line to the
+/// file that `WB_SKIP_LOG` names.
+#[macro_export]
+macro_rules! skip {
+    ($($reason:tt)*) => {{
+        $crate::note_skip(&format!($($reason)*));
+        return;
+    }};
+}
+
+/// What [`skip!`] does before it ends the test.
+pub fn note_skip(reason: &str) {
+    let thread = std::thread::current();
+    let line = format!("SKIPPED {}: {reason}\n", thread.name().unwrap_or("?"));
+    // The handle, unlike eprint!, is not captured by the test runner.
+    let _ = std::io::stderr().write_all(line.as_bytes());
+    if let Some(log) = std::env::var_os("WB_SKIP_LOG") {
+        let mut log =
+            OpenOptions::new().append(true).create(true).open(log).expect("the file in WB_SKIP_LOG");
+        log.write_all(line.as_bytes()).expect("writing to the file in WB_SKIP_LOG");
+    }
+}
+
+/// The path of one of the workspace's programs, which `cargo test --workspace` and `cargo build --workspace` put beside
+/// the test programs. Testing this package alone does not build them again.
+///
+/// # Panics
+/// When it has not been built.
+pub fn bin(name: &str) -> PathBuf {
+    let test = std::env::current_exe().expect("the path of the test program");
+    let profile = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
+    let program = profile.join(name);
+    assert!(program.exists(), "{} is not there: build the workspace first", program.display());
+    program
+}
+
+/// What a program said and how it ended.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The exit code.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// The first line of standard output, or an empty text.
+    pub fn first_line(&self) -> &str {
+        self.stdout.lines().next().unwrap_or_default()
+    }
+
+    /// Standard output as one JSON value.
+    ///
+    /// # Panics
+    /// When it is none.
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {self:?}"))
+    }
+}
+
+/// Runs one of the programs to its end.
+///
+/// # Panics
+/// When it cannot be started or is ended by a signal.
+pub fn run<A: AsRef<std::ffi::OsStr>>(program: &str, args: impl IntoIterator<Item = A>) -> Outcome {
+    let output = assert_cmd::Command::new(bin(program)).args(args).output().expect("a program that starts");
+    let text = |bytes| String::from_utf8(bytes).expect("output in UTF-8");
+    Outcome {
+        code: output.status.code().expect("an exit code"),
+        stdout: text(output.stdout),
+        stderr: text(output.stderr),
+    }
+}
+
+/// Runs one of the programs to its end, as [`run`], with arguments that may be texts or references to paths.
+#[macro_export]
+macro_rules! wb {
+    ($program:expr $(, $arg:expr)* $(,)?) => {
+        $crate::run($program, [$(::std::ffi::OsString::from($arg)),*])
+    };
+}
+
+/// Runs a program of the system; `None` when it is not there or fails.
+pub fn system(program: &str, args: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(args).stdin(Stdio::null()).output().ok()?;
+    output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// A copy of a golden pair of devices, which goes away with this value.
+pub struct Golden {
+    /// The cache device.
+    pub cache: PathBuf,
+    /// The backing device.
+    pub backing: PathBuf,
+    _dir: TempDir,
+}
+
+/// Unpacks a golden pair.
+///
+/// # Panics
+/// When it is not there.
+pub fn golden(name: &str) -> Golden {
+    let dir = TempDir::new().expect("a temporary folder");
+    let unpack = |which: &str| {
+        let path = dir.path().join(which);
+        std::fs::write(&path, golden_bytes(name, which)).expect("room for an image");
+        path
+    };
+    Golden { cache: unpack("cache.img"), backing: unpack("backing.img"), _dir: dir }
+}
+
+/// The content of one device, `cache.img` or `backing.img`, of a golden pair.
+///
+/// # Panics
+/// When it is not there.
+pub fn golden_bytes(name: &str, which: &str) -> Vec<u8> {
+    let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name).join(format!("{which}.zst"));
+    let packed = File::open(&packed).unwrap_or_else(|e| panic!("{}: {e}", packed.display()));
+    zstd::stream::decode_all(packed).expect("an image packed with zstd")
+}
+
+/// A file of zeros in a folder.
+///
+/// # Panics
+/// When it cannot be made.
+pub fn zeros(dir: &TempDir, name: &str, bytes: u64) -> PathBuf {
+    let path = dir.path().join(name);
+    File::create(&path).and_then(|file| file.set_len(bytes)).expect("a new file");
+    path
+}
+
+/// The SHA-256 of a file or device, in hexadecimal.
+///
+/// # Panics
+/// When it cannot be read.
+pub fn sha256(path: &Path) -> String {
+    let mut file = File::open(path).expect("a file to read");
+    let mut hasher = Sha256::new();
+    let mut buf = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buf).expect("a file to read") {
+            0 => return hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+            n => hasher.update(&buf[..n]),
+        }
+    }
+}
+
+/// Writes bytes over part of a file or device.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn overwrite(path: &Path, offset: u64, bytes: &[u8]) {
+    let file = OpenOptions::new().write(true).open(path).expect("a file to write");
+    file.write_all_at(bytes, offset).expect("writing to a file");
+}
+
+/// Flips one bit of a file or device.
+///
+/// # Panics
+/// When it cannot be read or written.
+pub fn flip_bit(path: &Path, offset: u64) {
+    let mut file = OpenOptions::new().read(true).write(true).open(path).expect("a file to write");
+    let mut byte = [0];
+    file.seek(SeekFrom::Start(offset)).and_then(|_| file.read_exact(&mut byte)).expect("a byte to flip");
+    file.write_all_at(&[byte[0] ^ 1], offset).expect("writing to a file");
+}
+
+/// Where segment `id` begins on a cache device, in bytes.
+///
+/// # Panics
+/// When the file cannot be a cache device.
+pub fn segment_offset(cache: &Path, id: u64) -> u64 {
+    let size = std::fs::metadata(cache).expect("a cache").len();
+    let geometry = Geometry::of_device(size).expect("the size of a cache");
+    geometry.slot_offset(geometry.slot_of(SegmentId(id)))
+}
+
+/// Writes a valid segment to where it belongs; its data blocks are filled with `fill`.
+///
+/// # Panics
+/// When the file cannot be a cache device.
+pub fn write_segment(cache: &Path, id: u64, metablocks: &[Metablock], fill: u8) {
+    let data = vec![fill; metablocks.len() * BLOCK_BYTES];
+    let mut header = [0; BLOCK_BYTES];
+    encode_header(&mut header, SegmentId(id), metablocks, &data);
+    let offset = segment_offset(cache, id);
+    overwrite(cache, offset, &header);
+    overwrite(cache, offset + to_u64(BLOCK_BYTES), &data);
+}
+
+/// Writes the superblock record.
+///
+/// # Panics
+/// When the file cannot be written.
+pub fn write_record(cache: &Path, id: u64) {
+    overwrite(cache, SUPERBLOCK_REGION_BYTES - 512, &id.to_le_bytes());
+}
+
+/// A loop device over a file; detached when this value goes away.
+pub struct LoopDevice {
+    /// Such as `/dev/loop3`.
+    pub path: PathBuf,
+}
+
+impl LoopDevice {
+    /// Attaches a file. `None` where that is not possible: not root, or no loop devices.
+    pub fn attach(file: &Path) -> Option<LoopDevice> {
+        let name = system("losetup", &["--find", "--show", file.to_str()?])?;
+        Some(LoopDevice { path: PathBuf::from(name.trim()) })
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
+    }
+}
+
+/// Bytes of a device that holds `segments` segments.
+pub fn cache_bytes(segments: u32) -> u64 {
+    SUPERBLOCK_REGION_BYTES + u64::from(segments) * to_u64(libwb::format::SEGMENT_BYTES)
+}
+
+/// The bytes of a file from `offset` on.
+///
+/// # Panics
+/// When it cannot be read.
+pub fn read_at(path: &Path, offset: u64, bytes: u64) -> Vec<u8> {
+    let mut buf = vec![0; to_usize(bytes)];
+    File::open(path).and_then(|file| file.read_exact_at(&mut buf, offset)).expect("bytes to read");
+    buf
+}

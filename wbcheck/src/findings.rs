@@ -8,6 +8,7 @@ use libwb::log::live::{Totals, live_totals, totals};
 use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery, recover};
 use libwb::log::scan::{SlotFault, SlotState, read_slot_header, scan, scan_headers};
 use serde::Serialize;
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 /// Damaged segments of which the header is read again for the blocks that are at risk.
@@ -50,6 +51,8 @@ pub(crate) struct Broken {
     pub(crate) explanation: Explanation,
     /// What is wrong with it.
     pub(crate) fault: String,
+    /// The sound segment that it holds and that belongs elsewhere.
+    pub(crate) misplaced: Option<SegmentId>,
     /// The device failed to read it. No power cut does that.
     pub(crate) unreadable: bool,
     /// Where nothing explains the damage: the dirty blocks that the header lists, as far as it can be read.
@@ -133,15 +136,19 @@ fn broken(subject: &Subject, recovery: &Recovery, slots: &[SlotState]) -> Vec<Br
         listed += 1;
         if listed > LISTED { Vec::new() } else { dirty_blocks(subject, slot) }
     };
-    let geometry = subject.superblock.geometry;
+    let unexplained = Unexplained::of(recovery, subject.superblock.geometry);
     let one = |damage: &Damage| {
         let SlotState::Invalid(fault) = &slots[to_usize(u64::from(damage.slot.0))] else { return None };
-        let explanation = explanation(recovery, geometry, damage);
+        let explanation = unexplained.or_as_recovered(damage);
         Some(Broken {
             slot: damage.slot,
             expected: damage.expected,
             explanation,
             fault: fault.to_string(),
+            misplaced: match fault {
+                SlotFault::WrongSlot { id, sound: true } => Some(*id),
+                _ => None,
+            },
             unreadable: matches!(fault, SlotFault::Unreadable(_)),
             at_risk: if explanation == Explanation::None { look(damage.slot) } else { Vec::new() },
         })
@@ -149,13 +156,22 @@ fn broken(subject: &Subject, recovery: &Recovery, slots: &[SlotState]) -> Vec<Br
     recovery.damage.iter().filter_map(one).collect()
 }
 
-/// Where the log breaks off in a way that no power cut explains, none explains the damaged slot there either.
-pub(crate) fn explanation(recovery: &Recovery, geometry: Geometry, damage: &Damage) -> Explanation {
-    let breaks_off_here = |corruption: &Corruption| match corruption {
-        Corruption::Gap { missing, .. } => geometry.slot_of(*missing) == damage.slot,
-        _ => false,
-    };
-    if recovery.corruption.iter().any(breaks_off_here) { Explanation::None } else { damage.explanation }
+/// The slots that show the corruption that recovery found. Whatever else might explain such a slot does not hold.
+pub(crate) struct Unexplained(HashSet<Slot>);
+
+impl Unexplained {
+    pub(crate) fn of(recovery: &Recovery, geometry: Geometry) -> Unexplained {
+        let slot = |corruption: &Corruption| match corruption {
+            Corruption::Gap { missing, .. } => Some(geometry.slot_of(*missing)),
+            Corruption::WrongSlot { slot, .. } | Corruption::Unexplained { slot } => Some(*slot),
+            Corruption::RecordBeyondLog { .. } => None,
+        };
+        Unexplained(recovery.corruption.iter().filter_map(slot).collect())
+    }
+
+    pub(crate) fn or_as_recovered(&self, damage: &Damage) -> Explanation {
+        if self.0.contains(&damage.slot) { Explanation::None } else { damage.explanation }
+    }
 }
 
 fn dirty_blocks(subject: &Subject, slot: Slot) -> Vec<BlockNo> {

@@ -18,12 +18,19 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  sound, also after a power cut
+  2  the command line makes no sense
+  4  errors found
+  8  could not check: for example the device is in use, or is no cache device";
+
 /// Check a cache device. Reads the whole device and changes nothing.
 ///
-/// Tells apart what a power cut explains, which is no error, from damage. Exit code: 0 sound, also after a power cut;
-/// 4 errors found; 8 could not check, for example because the device is in use or is no cache device; 2 usage.
+/// The first line of the output is the verdict. What a power cut explains is no error; it is noted, and nothing that was
+/// acknowledged as durable is lost.
 #[derive(Parser)]
-#[command(name = "wbcheck", version)]
+#[command(name = "wbcheck", version, after_help = EXIT_CODES)]
 struct Args {
     /// The cache device: a block device or a file
     #[arg(value_name = "CACHE")]

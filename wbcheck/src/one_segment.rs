@@ -1,6 +1,6 @@
 //! `wbcheck --segment`: one segment, seen against the headers of the others.
 
-use crate::findings::{Verdict, explanation};
+use crate::findings::{Unexplained, Verdict};
 use crate::{Args, Subject};
 use anyhow::{Result, bail};
 use libwb::cli::{Exit, Output, Progress, count};
@@ -45,7 +45,8 @@ pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Out
         }
         SlotState::Invalid(fault) => {
             let damage = recovery.damage.iter().find(|damage| damage.slot == slot);
-            let why = damage.map_or(Explanation::None, |damage| explanation(&recovery, geometry, damage));
+            let unexplained = Unexplained::of(&recovery, geometry);
+            let why = damage.map_or(Explanation::None, |damage| unexplained.or_as_recovered(damage));
             invalid(why, &fault.to_string())
         }
         other if is_live_hole(&recovery, id) => {
@@ -102,7 +103,7 @@ fn valid(recovery: &Recovery, id: SegmentId, held: &Totals) -> (Verdict, String)
     let what =
         format!("{}, {}", count(held.dirty_blocks, "dirty block"), count(held.clean_entries, "clean block"));
     match recovery.standing(id) {
-        Standing::Live => (Verdict::Sound, format!("{what}, to be applied")),
+        Standing::Live => (Verdict::Sound, format!("{what}, not written back yet")),
         Standing::WrittenBack | Standing::Skipped => {
             (Verdict::Sound, format!("{what}, written back already"))
         }

@@ -1,6 +1,6 @@
 //! The findings as JSON. The names are part of the program's interface.
 
-use crate::findings::{Findings, Verdict};
+use crate::findings::{Broken, Findings, Verdict};
 use libwb::log::recovery::Explanation;
 use serde::Serialize;
 use std::path::Path;
@@ -70,18 +70,18 @@ impl Report<'_> {
             dropped_dirty_blocks: f.dropped.dirty_blocks,
             backing: f.backing.as_ref().map(|backing| backing.path.as_path()),
             entries_beyond_backing: f.backing.as_ref().map(|_| f.live.beyond_count),
-            damage: damage(f),
+            damage: f.broken.iter().map(|b| damaged(f, b)).collect(),
             corruption,
         }
     }
 }
 
-fn damage(f: &Findings) -> Vec<Damaged<'_>> {
-    let one = |b: &'_ crate::findings::Broken| Damaged {
+fn damaged<'a>(f: &Findings, b: &'a Broken) -> Damaged<'a> {
+    Damaged {
         slot: b.slot.0,
         offset_bytes: f.geometry.slot_offset(b.slot),
         expected_segment: Some(b.expected.0).filter(|&id| id > 0),
-        fault: "",
+        fault: &b.fault,
         explanation: match b.explanation {
             Explanation::PowerCut => "power-cut",
             Explanation::WrittenBack => "written-back",
@@ -89,6 +89,5 @@ fn damage(f: &Findings) -> Vec<Damaged<'_>> {
         },
         data_at_risk: b.explanation == Explanation::None,
         blocks_at_risk: b.at_risk.iter().map(|block| block.0).collect(),
-    };
-    f.broken.iter().map(|b| Damaged { fault: &b.fault, ..one(b) }).collect()
+    }
 }

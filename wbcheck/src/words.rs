@@ -15,13 +15,14 @@ pub(crate) fn headline(f: &Findings) -> String {
     let device = &f.device;
     let errors = errors(f);
     match (f.verdict(), errors.first()) {
+        (Verdict::Sound, _) if f.headers_only => format!("{device}: sound, as far as the headers alone tell"),
         (Verdict::Sound, _) => format!("{device}: sound"),
         (Verdict::SoundAfterPowerCut, _) => {
             format!("{device}: sound after a power cut; nothing that was acknowledged as durable is lost")
         }
         (Verdict::Damaged, _) => format!(
-            "{device}: DAMAGED, but no data is at risk: {} cannot be read as a segment any more",
-            count(to_u64(f.broken.len()), "slot")
+            "{device}: DAMAGED, but no data is at risk: {} in what is no longer needed",
+            count(to_u64(errors.len()), "error")
         ),
         (Verdict::Corrupt, Some(error)) => format!("{device}: CORRUPT: {}", error.what),
         (Verdict::Corrupt, None) => format!("{device}: CORRUPT"),
@@ -65,14 +66,17 @@ fn summary(f: &Findings, out: &mut Output) -> io::Result<()> {
         ),
     )?;
     line("recovery point", segment_or_none(r.point))?;
-    line("written back", format!("up to {}", segment_or_none(r.written_back)))?;
+    let written_back = match r.written_back {
+        SegmentId::NONE => "nothing yet, as far as is known".into(),
+        id => format!("up to segment {id}"),
+    };
+    line("written back", written_back)?;
     let to_apply = match r.live().next() {
         None => "nothing".into(),
         Some(first) => format!(
-            "{}, with {} (at most {}) and {}",
+            "{}, with {} and {}",
             range(first, r.point),
-            count(f.live.dirty_blocks, "dirty block"),
-            human_size(f.live.dirty_blocks.saturating_mul(to_u64(BLOCK_BYTES))),
+            dirty_blocks(f.live.dirty_blocks),
             count(f.live.clean_entries, "clean block"),
         ),
     };
@@ -87,7 +91,19 @@ fn summary(f: &Findings, out: &mut Output) -> io::Result<()> {
         Some(b) => format!("{} outside {}", f.live.beyond_count, b.path.display()),
     };
     line("addresses", addresses)?;
-    line("data", if f.headers_only { "not read (--headers-only)" } else { "every checksum verified" }.into())
+    line(
+        "data",
+        if f.headers_only { "not read (--headers-only)" } else { "read and compared with its checksums" }
+            .into(),
+    )
+}
+
+fn dirty_blocks(n: u64) -> String {
+    let number = count(n, "dirty block");
+    match n {
+        0 => number,
+        _ => format!("{number} ({})", human_size(n.saturating_mul(to_u64(BLOCK_BYTES)))),
+    }
 }
 
 struct Problem {
@@ -103,11 +119,13 @@ fn errors(f: &Findings) -> Vec<Problem> {
         errors.push(Problem { what: fault.to_string(), meaning });
     }
     errors.extend(f.recovery.corruption.iter().filter_map(|corruption| explained(f, corruption)));
-    let bad = |b: &&Broken| b.explanation != Explanation::PowerCut || b.unreadable;
-    let mut slots: Vec<_> = f.broken.iter().filter(bad).map(|b| slot_error(f, b)).collect();
-    let hidden = slots.len().saturating_sub(SHOWN);
-    slots.truncate(SHOWN);
-    errors.append(&mut slots);
+    errors.extend(resized(f));
+    let told = is_resized(f);
+    let bad = |b: &&Broken| {
+        !(told && b.misplaced.is_some()) && (b.explanation != Explanation::PowerCut || b.unreadable)
+    };
+    errors.extend(f.broken.iter().filter(bad).take(SHOWN).map(|b| slot_error(f, b)));
+    let hidden = f.broken.iter().filter(bad).count().saturating_sub(SHOWN);
     if hidden > 0 {
         let meaning = "--json lists them all.".into();
         errors.push(Problem { what: format!("{} more like these", count(to_u64(hidden), "slot")), meaning });
@@ -131,13 +149,43 @@ fn errors(f: &Findings) -> Vec<Problem> {
     errors
 }
 
-/// The slots that hold garbage are listed as such.
+/// Whether most of what the device holds is sound but lies where it cannot have been written on a device of this size.
+/// In a few slots alone, a damaged id looks the same.
+fn is_resized(f: &Findings) -> bool {
+    let misplaced = f.broken.iter().filter(|b| b.misplaced.is_some()).count();
+    to_u64(misplaced) * 2 > f.valid + to_u64(f.broken.len())
+}
+
+fn resized(f: &Findings) -> Option<Problem> {
+    if !is_resized(f) {
+        return None;
+    }
+    let mut found = f.broken.iter().filter_map(|b| Some((b.slot, b.misplaced?)));
+    let (slot, id) = found.next()?;
+    let others = match found.count() {
+        0 => String::new(),
+        n => format!(", and {} more like it", count(to_u64(n), "slot")),
+    };
+    Some(Problem {
+        what: format!(
+            "slot {slot} holds segment {id}, which is sound but belongs elsewhere{others}; the device was truncated \
+             or resized"
+        ),
+        meaning: format!(
+            "Which segments belong to the log cannot be told on a device of this size ({} bytes). At its former size \
+             the cache may be whole.",
+            f.size
+        ),
+    })
+}
+
+/// What is wrong with single slots is told with them.
 fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
     let meaning = match corruption {
         Corruption::Gap { missing, .. } => format!(
-            "{} come after it and hold {}, which may be nowhere else; they can be applied only if what segment \
+            "After it stand {} with {}, which may be nowhere else. They can be applied only if what segment \
              {missing} held is given up.",
-            capitalized(&ids(&f.recovery.dropped)),
+            ids(&f.recovery.dropped),
             count(f.dropped.dirty_blocks, "dirty block"),
         ),
         Corruption::RecordBeyondLog { .. } => {
@@ -145,10 +193,7 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
                                                was not written back may be lost."
                 .into()
         }
-        Corruption::WrongSlot { .. } => {
-            "Which segments belong to the log cannot be told on a device of this size.".into()
-        }
-        Corruption::Unexplained { .. } => return None,
+        Corruption::WrongSlot { .. } | Corruption::Unexplained { .. } => return None,
     };
     Some(Problem { what: corruption.to_string(), meaning })
 }
@@ -187,20 +232,23 @@ fn notes(f: &Findings) -> Vec<String> {
         .iter()
         .filter(|b| b.explanation == Explanation::PowerCut && !b.unreadable)
         .map(|b| format!("{}: {}. It was being written when the power went.", where_it_is(f, b), b.fault))
+        .take(SHOWN)
         .collect();
     let r = &f.recovery;
     let breaks = r.corruption.iter().any(|c| matches!(c, Corruption::Gap { .. }));
     if !r.dropped.is_empty() && !breaks {
         notes.push(format!(
-            "{} come after a gap and will not be applied: the power went before they were acknowledged as durable.",
-            capitalized(&ids(&r.dropped))
+            "After a gap stand {}, which will not be applied: the power went before anything in them was \
+             acknowledged as durable.",
+            ids(&r.dropped)
         ));
     }
     if !r.skipped.is_empty() {
         notes.push(format!(
-            "{} need not be applied: a later slot was being written over, which happens only after they were written \
-             back.",
-            capitalized(&ids(&r.skipped))
+            "{} need not be applied: {} was being written over, which happens only after everything up to it was \
+             written back.",
+            capitalized(&ids(&r.skipped)),
+            if r.skipped.len() == 1 { "it" } else { "the last of them" },
         ));
     }
     notes
@@ -214,6 +262,9 @@ fn advice(f: &Findings) -> Option<&'static str> {
             "write everything back, then watch the device or replace it. The damaged slots will be written over in \
              time.",
         ),
+        Verdict::Corrupt if is_resized(f) => Some(
+            "give the device its former size again, then check again. Do not attach or format it before that.",
+        ),
         Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {
             Some("look for the right backing device. Do not attach this pair.")
         }
@@ -225,8 +276,13 @@ fn advice(f: &Findings) -> Option<&'static str> {
 }
 
 fn where_it_is(f: &Findings, b: &Broken) -> String {
-    let at = format!("slot {}, at byte {}", b.slot, f.geometry.slot_offset(b.slot));
-    if b.expected == SegmentId::NONE { at } else { format!("segment {} ({at})", b.expected) }
+    let at = format!("slot {} (at byte {})", b.slot, f.geometry.slot_offset(b.slot));
+    // A wrong checksum says itself which segment it is.
+    if b.expected == SegmentId::NONE || b.fault.contains(&format!("segment {} ", b.expected)) {
+        at
+    } else {
+        format!("{at}, where segment {} belongs", b.expected)
+    }
 }
 
 fn segment_or_none(id: SegmentId) -> String {

@@ -1,2 +1,99 @@
-//! Soon.
-fn main() {}
+//! `wbctl`: creates, attaches, detaches and replays caches.
+
+mod attach;
+mod client;
+mod config;
+mod create;
+mod place;
+mod replay;
+mod show;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use libwb::cli::{self, Exit, Output};
+use place::Name;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Put a fast device in front of a slow one as a write cache.
+///
+/// Exit code: 0 done, 1 failed or refused, 2 usage.
+#[derive(Parser)]
+#[command(name = "wbctl", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a cache device and record the volume under a name
+    Create(create::Args),
+    /// Recover a volume and serve it as a loop device, in the foreground
+    ///
+    /// Prints `ready /dev/loopN` when the volume can be used. SIGTERM and SIGINT stop taking requests, close the log
+    /// and end the program; dirty data stays in the cache.
+    Attach(attach::Args),
+    /// Stop serving a volume, and wait until that is done
+    Detach(client::DetachArgs),
+    /// Show all volumes that are recorded or attached
+    List {
+        /// Print one JSON object per volume and line instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the state of one volume, or of all that are attached
+    Status {
+        /// The volume
+        name: Option<Name>,
+        /// Print one JSON object per volume and line instead of text
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make everything that was written to an attached volume survive a power cut
+    Flush {
+        /// The volume
+        name: Name,
+    },
+    /// Write all dirty data of an attached volume back to its backing device
+    ///
+    /// Can be interrupted and repeated: what was written back stays so.
+    Drain {
+        /// The volume
+        name: Name,
+    },
+    /// Write all dirty data back to the backing device offline, and mark the cache clean
+    ///
+    /// Serves nothing, and needs no root for plain files. Safe to interrupt and to repeat.
+    Replay(replay::Args),
+}
+
+/// A cache and a backing device.
+#[derive(Args)]
+struct Pair {
+    /// The cache device: a block device or a file
+    #[arg(long, value_name = "DEV")]
+    cache: PathBuf,
+    /// The backing device: a block device or a file
+    #[arg(long, value_name = "DEV")]
+    backing: PathBuf,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli::run("wbctl", Exit::Failed, |out| run(cli.command, out))
+}
+
+fn run(command: Command, out: &mut Output) -> Result<Exit> {
+    match command {
+        Command::Create(args) => create::create(&args, out)?,
+        Command::Attach(args) => attach::attach(&args, out)?,
+        Command::Detach(args) => client::detach(&args, out)?,
+        Command::List { json } => show::list(json, out)?,
+        Command::Status { name, json } => show::status(name.as_ref(), json, out)?,
+        Command::Flush { name } => client::flush(&name, out)?,
+        Command::Drain { name } => client::drain(&name, out)?,
+        Command::Replay(args) => replay::replay(&args, out)?,
+    }
+    Ok(Exit::Done)
+}

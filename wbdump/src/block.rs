@@ -75,7 +75,10 @@ impl Versions<'_> {
     }
 
     fn rows(&self, versions: &[(Version, State)]) -> comfy_table::Table {
-        let mut table = table(["SEGMENT", "SLOT", "INDEX", "DATA AT BYTE", "DIRTY SECTORS", "STATE"]);
+        let mut table = table(
+            ["SEGMENT", "SLOT", "INDEX", "DATA AT BYTE", "DIRTY SECTORS", "STATE"],
+            &["DIRTY SECTORS", "STATE"],
+        );
         for (version, state) in versions {
             table.add_row([
                 version.id.to_string(),

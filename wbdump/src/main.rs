@@ -7,7 +7,7 @@ mod superblock;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use comfy_table::{Table, presets};
+use comfy_table::{CellAlignment, Table, presets};
 use libwb::cli::{self, Exit, Io, Output, Progress};
 use libwb::device::Device;
 use libwb::device::probe::{Access, OpenError};
@@ -17,12 +17,17 @@ use libwb::log::scan::{RawSuperblock, SlotContent, SlotState, examine_superblock
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed
+  2  the command line makes no sense";
+
 /// Show the log on a cache device. Changes nothing, and works on damaged devices.
 ///
 /// A device that is in use is read all the same, with a warning: what is shown may then be a mixture of states.
-/// Exit code: 0 done, 1 failed, 2 usage.
 #[derive(Parser)]
-#[command(name = "wbdump", version)]
+#[command(name = "wbdump", version, after_help = EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -144,8 +149,14 @@ impl Log {
     }
 }
 
-fn table<const N: usize>(header: [&str; N]) -> Table {
+/// A table without lines; numbers, which every column but those of `words` holds, stand to the right.
+fn table<const N: usize>(header: [&str; N], words: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING).set_header(header);
+    for (name, column) in header.iter().zip(table.column_iter_mut()) {
+        if !words.contains(name) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
     table
 }

@@ -79,7 +79,7 @@ fn print(r: &Report, out: &mut Output) -> Result<()> {
     if r.metablocks.is_empty() {
         return Ok(());
     }
-    let mut table = table(["INDEX", "BLOCK", "SECTOR", "DIRTY SECTORS", "DATA AT BYTE"]);
+    let mut table = table(["INDEX", "BLOCK", "SECTOR", "DIRTY SECTORS", "DATA AT BYTE"], &["DIRTY SECTORS"]);
     for (index, entry) in r.metablocks.iter().enumerate() {
         table.add_row([
             index.to_string(),

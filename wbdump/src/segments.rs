@@ -132,7 +132,7 @@ fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) 
         }
         return Ok(());
     }
-    let mut table = table(["ID", "SLOT", "OFFSET", "BLOCKS", "DIRTY", "STATE"]);
+    let mut table = table(["ID", "SLOT", "OFFSET", "BLOCKS", "DIRTY", "STATE"], &["STATE"]);
     for row in rows {
         let state = match &row.fault {
             Some(fault) => format!("{}: {fault}", row.state.name()),

@@ -9,19 +9,24 @@ use libwb::format::{Geometry, SEGMENT_BYTES, to_u64};
 use libwb::log::create::create;
 use libwb::log::live::live_totals;
 use libwb::log::recovery::recover;
-use libwb::log::scan::{examine_superblock, scan};
+use libwb::log::scan::{SlotFault, SlotState, examine_superblock, scan};
 use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed or refused
+  2  the command line makes no sense";
+
 /// Make a cache device: an empty log in the format of dm-writeboost.
 ///
 /// Refuses when the device is in use, too small, holds a filesystem, partition table, LVM, RAID or other signature,
-/// or holds a cache with dirty blocks, which are the only copy of that data. Exit code: 0 done, 1 failed or refused,
-/// 2 usage.
+/// or holds a cache with dirty blocks, which may be the only copy of that data.
 #[derive(Parser)]
-#[command(name = "wbformat", version)]
+#[command(name = "wbformat", version, after_help = EXIT_CODES)]
 struct Args {
     /// The device to make a cache of: a block device or a file. Everything on it is lost
     #[arg(value_name = "CACHE")]
@@ -108,6 +113,13 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     let mut progress = Progress::new("looking for dirty blocks", u64::from(geometry.slots()));
     let slots = io.block_on(scan(device, geometry, |slot, _| progress.set(u64::from(slot.0))));
     drop(progress);
+    let unreadable = |slot: &SlotState| match slot {
+        SlotState::Invalid(SlotFault::Unreadable(fault)) => Some(fault.clone()),
+        _ => None,
+    };
+    if let Some(fault) = slots.iter().find_map(unreadable) {
+        bail!(cannot_tell(&fault));
+    }
     let recovery = recover(superblock.or_no_record(), &slots);
     if let Some(corruption) = recovery.corruption.first() {
         bail!(cannot_tell(corruption));

@@ -3,7 +3,7 @@
 use crate::format::{SECTOR_BYTES, to_u64};
 use crate::sys;
 use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag};
+use nix::fcntl::OFlag;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -81,7 +81,7 @@ pub struct Opened {
     /// As the user named it.
     pub path: PathBuf,
     /// Open for direct I/O, where that works.
-    pub(crate) file: Flock<File>,
+    pub(crate) file: File,
     /// Size in bytes.
     pub size: u64,
     /// The unit of I/O in bytes.
@@ -130,19 +130,18 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     if !block_size.is_power_of_two() || !(512..=4096).contains(&block_size) {
         return Err(OpenError::BlockSize { path: path.into(), block_size });
     }
-    let lock = match access {
-        Access::Read => FlockArg::LockSharedNonblock,
-        Access::Write => FlockArg::LockExclusiveNonblock,
-        // Taking and keeping no lock: unlocking what is not locked always succeeds.
-        Access::ReadUnlocked => FlockArg::Unlock,
-    };
+    match access {
+        Access::ReadUnlocked => Ok(()),
+        Access::Read => sys::lock(&file, false),
+        Access::Write => sys::lock(&file, true),
+    }
+    .map_err(|cause| match cause {
+        Errno::EWOULDBLOCK => OpenError::InUse { path: path.into() },
+        cause => system(cause.into()),
+    })?;
     let identity =
         if is_block { Identity::BlockDevice(meta.rdev()) } else { Identity::File(meta.dev(), meta.ino()) };
-    match Flock::lock(file, lock) {
-        Ok(file) => Ok(Opened { path: path.into(), file, size, block_size, identity }),
-        Err((_, Errno::EWOULDBLOCK)) => Err(OpenError::InUse { path: path.into() }),
-        Err((_, cause)) => Err(system(cause.into())),
-    }
+    Ok(Opened { path: path.into(), file, size, block_size, identity })
 }
 
 fn direct_io_fits_sectors(file: &File) -> bool {

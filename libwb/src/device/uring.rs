@@ -5,7 +5,6 @@ use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
 use crate::format::to_u64;
 use crate::reactor::{Handle, OpKind};
 use nix::errno::Errno;
-use nix::fcntl::Flock;
 use std::fs::File;
 use std::sync::Arc;
 
@@ -13,7 +12,7 @@ use std::sync::Arc;
 pub struct UringDevice {
     handle: Handle,
     name: Arc<str>,
-    file: Arc<Flock<File>>,
+    file: Arc<File>,
     size: u64,
     block_size: u32,
 }

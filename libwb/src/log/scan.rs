@@ -75,7 +75,7 @@ pub enum SlotFault {
     #[error(transparent)]
     Header(#[from] HeaderFault),
     /// The segment's id belongs to another slot.
-    #[error("segment {id} does not belong into this slot")]
+    #[error("segment {id} does not belong in this slot")]
     WrongSlot {
         /// The id found.
         id: SegmentId,

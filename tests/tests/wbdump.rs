@@ -1,0 +1,145 @@
+//! Looking into the log.
+
+use libwb::format::{BlockNo, DirtyBits, Metablock};
+use std::path::Path;
+use tempfile::TempDir;
+use wb_tests::{
+    cache_bytes, flip_bit, golden, overwrite, read_at, segment_offset, sha256, wb, write_record,
+    write_segment, zeros,
+};
+
+fn json_lines(text: &str) -> Vec<serde_json::Value> {
+    text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
+}
+
+fn entry(block: u64, dirty: u8) -> Metablock {
+    Metablock { block: BlockNo(block), dirty: DirtyBits(dirty) }
+}
+
+/// Three segments, of which block 7 is in the first and the last; segment 3 is torn.
+fn small_log(dir: &TempDir) -> std::path::PathBuf {
+    let cache = zeros(dir, "cache", cache_bytes(8));
+    assert_eq!(wb!("wbformat", &cache).code, 0);
+    write_segment(&cache, 1, &[entry(7, 0x01), entry(9, 0xff)], b'a');
+    write_segment(&cache, 2, &[entry(7, 0x03)], b'b');
+    write_segment(&cache, 3, &[entry(8, 0), entry(7, 0xff)], b'c');
+    flip_bit(&cache, segment_offset(&cache, 3) + 4096);
+    cache
+}
+
+#[test]
+fn the_superblock_is_shown_with_totals() {
+    let pair = golden("sbrecord-1");
+    let before = sha256(&pair.cache);
+    let text = wb!("wbdump", "super", &pair.cache);
+    assert_eq!(text.code, 0);
+    assert!(text.stdout.contains("superblock record   6\n"), "{text:?}");
+    let json = wb!("wbdump", "super", &pair.cache, "--json").json();
+    for (key, want) in [
+        ("record_segment", 6),
+        ("segments", 14),
+        ("slots_valid", 8),
+        ("dirty_blocks", 133),
+        ("newest_segment", 8),
+    ] {
+        assert_eq!(json[key], want, "{key} in {json}");
+    }
+    assert_eq!(sha256(&pair.cache), before);
+}
+
+#[test]
+fn segments_are_listed_in_log_order() {
+    let pair = golden("lapped-1");
+    let rows = json_lines(&wb!("wbdump", "segments", &pair.cache, "--json").stdout);
+    let ids: Vec<_> = rows.iter().map(|row| row["id"].as_u64().unwrap()).collect();
+    assert_eq!(ids, (34..=47).collect::<Vec<_>>());
+    let text = wb!("wbdump", "segments", &pair.cache);
+    assert_eq!((text.code, text.stdout.lines().count()), (0, 15), "{text:?}");
+}
+
+#[test]
+fn live_and_bad_choose_rows() {
+    let dir = TempDir::new().unwrap();
+    let cache = small_log(&dir);
+    let states = |option: &str| -> Vec<(u64, String)> {
+        let rows = json_lines(&wb!("wbdump", "segments", &cache, "--json", option).stdout);
+        rows.iter().map(|r| (r["id"].as_u64().unwrap(), r["state"].as_str().unwrap().into())).collect()
+    };
+    assert_eq!(states("--live"), [(1, "live".into()), (2, "live".into())]);
+    assert_eq!(states("--bad"), [(3, "damaged".into())]);
+    assert_eq!(wb!("wbdump", "segments", &cache, "--bad", "--live").code, 2);
+}
+
+#[test]
+fn a_segment_is_shown_with_its_metablocks_even_when_it_is_damaged() {
+    let dir = TempDir::new().unwrap();
+    let cache = small_log(&dir);
+    let whole = wb!("wbdump", "segment", &cache, "1");
+    assert!(whole.stdout.contains("segment   1 (valid)"), "{whole:?}");
+    let json = wb!("wbdump", "segment", &cache, "3", "--json").json();
+    assert_eq!((&json["valid"], &json["length_blocks"]), (&false.into(), &2.into()));
+    assert_eq!(json["metablocks"][1]["block"], 7);
+    assert_eq!(json["metablocks"][1]["sector"], 56);
+
+    let other_lap = wb!("wbdump", "segment", &cache, "9");
+    assert_eq!((other_lap.code, other_lap.stderr.contains("holds segment 1")), (1, true), "{other_lap:?}");
+    let unwritten = wb!("wbdump", "segment", &cache, "5");
+    assert_eq!((unwritten.code, unwritten.stderr.contains("never written")), (1, true), "{unwritten:?}");
+    overwrite(&cache, segment_offset(&cache, 3) + 12, &[200]);
+    let garbage = wb!("wbdump", "segment", &cache, "3");
+    assert_eq!((garbage.code, garbage.stderr.contains("garbage length 200")), (1, true), "{garbage:?}");
+}
+
+#[test]
+fn every_version_of_a_block_is_listed_oldest_first() {
+    let dir = TempDir::new().unwrap();
+    let cache = small_log(&dir);
+    let rows = json_lines(&wb!("wbdump", "block", &cache, "7", "--json").stdout);
+    let got: Vec<_> = rows
+        .iter()
+        .map(|r| (r["id"].as_u64().unwrap(), r["dirty_bits"].as_u64().unwrap(), r["state"].as_str().unwrap()))
+        .collect();
+    assert_eq!(got, [(1, 1, "live"), (2, 3, "live"), (3, 255, "damaged")]);
+    let text = wb!("wbdump", "block", &cache, "7", "--data");
+    for part in ["6161 6161", "6262 6262", "6363 6363", "aaaaaaaaaaaaaaaa", "\n*\n1000\n"] {
+        assert!(text.stdout.contains(part), "{part:?} is not in {text:?}");
+    }
+    let none = wb!("wbdump", "block", &cache, "12345");
+    assert_eq!((none.code, none.first_line()), (0, "the log holds no version of block 12345"));
+}
+
+#[test]
+fn the_newest_version_that_counts_is_written_out_raw() {
+    let dir = TempDir::new().unwrap();
+    let cache = small_log(&dir);
+    let raw = wb!("wbdump", "block", &cache, "7", "--raw");
+    assert_eq!((raw.code, raw.stdout), (0, "b".repeat(4096)));
+    let none = wb!("wbdump", "block", &cache, "8", "--raw");
+    assert_eq!((none.code, none.stdout.as_str()), (1, ""), "{none:?}");
+
+    let pair = golden("few-1");
+    let metablock = &wb!("wbdump", "segment", &pair.cache, "7", "--json").json()["metablocks"][0];
+    let at = metablock["data_offset_bytes"].as_u64().unwrap();
+    let block = metablock["block"].to_string();
+    let dumped = assert_cmd::Command::new(wb_tests::bin("wbdump"))
+        .args([Path::new("block"), &pair.cache, block.as_ref(), "--raw".as_ref()])
+        .output()
+        .unwrap();
+    assert!(dumped.stdout == read_at(&pair.cache, at, 4096));
+}
+
+#[test]
+fn a_device_without_a_sane_superblock_is_shown_with_a_warning() {
+    let dir = TempDir::new().unwrap();
+    let cache = small_log(&dir);
+    overwrite(&cache, 0, &[0; 4]);
+    write_record(&cache, u64::MAX);
+    for verb in ["super", "segments"] {
+        let outcome = wb!("wbdump", verb, &cache);
+        assert_eq!(outcome.code, 0, "{outcome:?}");
+        assert_eq!(outcome.stderr.lines().count(), 2, "{outcome:?}");
+        assert!(outcome.stderr.contains("not a cache device"), "{outcome:?}");
+        assert!(outcome.stderr.contains("record at byte 1048064 is garbage"), "{outcome:?}");
+    }
+    assert_eq!(wb!("wbdump", "super", &cache, "--json").json()["live_segments"], 2);
+}

@@ -1,0 +1,159 @@
+//! Making cache devices.
+
+use libwb::format::SUPERBLOCK_REGION_BYTES;
+use tempfile::TempDir;
+use wb_tests::{
+    LoopDevice, cache_bytes, flip_bit, golden, golden_bytes, overwrite, run, segment_offset, sha256, skip,
+    system, wb, write_record, zeros,
+};
+
+#[test]
+fn a_new_cache_is_bit_for_bit_what_the_kernel_module_makes() {
+    let dir = TempDir::new().unwrap();
+    let want = golden_bytes("fresh", "cache.img");
+    let file = zeros(&dir, "cache", u64::try_from(want.len()).unwrap());
+    let outcome = run("wbformat", [&file]);
+    assert_eq!(outcome.code, 0, "{outcome:?}");
+    assert!(outcome.first_line().ends_with("formatted as a cache of 7 MiB (14 segments of 512 KiB)"));
+    assert!(std::fs::read(&file).unwrap() == want);
+}
+
+#[test]
+fn a_cache_without_dirty_blocks_may_be_formatted_again() {
+    for name in ["fresh", "cleaned-1", "readcache-1", "around-1"] {
+        let pair = golden(name);
+        assert_eq!(run("wbformat", [&pair.cache]).code, 0, "{name}");
+        assert_eq!(wb!("wbcheck", &pair.cache, "--json").json()["slots_empty"], 14);
+    }
+}
+
+#[test]
+fn dirty_blocks_are_given_up_only_when_that_is_asked_for() {
+    let pair = golden("few-1");
+    let before = sha256(&pair.cache);
+    for options in [&[][..], &["--force"], &["--compat"], &["--dry-run"]] {
+        let cache = pair.cache.to_str().unwrap();
+        let outcome = run("wbformat", [&[cache], options].concat());
+        assert_eq!(outcome.code, 1, "{outcome:?}");
+        assert!(outcome.stderr.contains("a cache with 334 dirty blocks"), "{outcome:?}");
+        assert!(outcome.stderr.contains("--discard-dirty"), "{outcome:?}");
+        assert_eq!(sha256(&pair.cache), before);
+    }
+    assert_eq!(wb!("wbformat", &pair.cache, "--discard-dirty").code, 0);
+    let checked = wb!("wbcheck", &pair.cache, "--json").json();
+    assert_eq!((&checked["verdict"], &checked["slots_empty"]), (&"sound".into(), &14.into()));
+}
+
+#[test]
+fn a_cache_too_damaged_to_tell_counts_as_dirty() {
+    let damage: [fn(&std::path::Path); 2] =
+        [|cache| flip_bit(cache, segment_offset(cache, 2) + 5000), |cache| write_record(cache, u64::MAX)];
+    for damage in damage {
+        let pair = golden("few-1");
+        damage(&pair.cache);
+        let before = sha256(&pair.cache);
+        let outcome = wb!("wbformat", &pair.cache, "--force");
+        assert_eq!((outcome.code, outcome.stderr.contains("too damaged to tell")), (1, true), "{outcome:?}");
+        assert_eq!(sha256(&pair.cache), before);
+        assert_eq!(wb!("wbformat", &pair.cache, "--discard-dirty").code, 0);
+    }
+}
+
+#[test]
+fn a_filesystem_is_formatted_over_only_by_force() {
+    let dir = TempDir::new().unwrap();
+    let file = zeros(&dir, "disk", 16 << 20);
+    if system("mkfs.ext4", &["-q", "-F", "-L", "photos", file.to_str().unwrap()]).is_none() {
+        skip!("no mkfs.ext4");
+    }
+    let before = sha256(&file);
+    for options in [&[][..], &["--discard-dirty"], &["--dry-run"]] {
+        let outcome = run("wbformat", [&[file.to_str().unwrap()], options].concat());
+        assert_eq!(outcome.code, 1);
+        assert!(outcome.stderr.contains("it holds: ext4 filesystem labelled \"photos\""), "{outcome:?}");
+        assert!(outcome.stderr.contains("--force"), "{outcome:?}");
+        assert_eq!(sha256(&file), before);
+    }
+    assert_eq!(wb!("wbformat", &file, "--force").code, 0);
+    assert_eq!(run("wbformat", [&file]).code, 0, "the filesystem is gone");
+}
+
+#[test]
+fn a_partition_table_is_noticed() {
+    let dir = TempDir::new().unwrap();
+    let file = zeros(&dir, "disk", 16 << 20);
+    // One partition of type Linux from sector 2048 on, 8192 sectors long.
+    overwrite(&file, 446, &[0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 0x20, 0, 0]);
+    overwrite(&file, 510, &[0x55, 0xaa]);
+    let outcome = run("wbformat", [&file]);
+    assert_eq!((outcome.code, outcome.stderr.contains("dos partition table")), (1, true), "{outcome:?}");
+}
+
+#[test]
+fn several_signatures_at_once_are_refused_too() {
+    let dir = TempDir::new().unwrap();
+    let file = zeros(&dir, "disk", 16 << 20);
+    if system("mkfs.ext2", &["-q", "-F", file.to_str().unwrap()]).is_none() {
+        skip!("no mkfs.ext2");
+    }
+    // A swap header shares its version field with the filesystem's inode count.
+    overwrite(&file, 1024, &1u32.to_le_bytes());
+    overwrite(&file, 4086, b"SWAPSPACE2");
+    let outcome = run("wbformat", [&file]);
+    assert_eq!((outcome.code, outcome.stderr.contains("signatures of several")), (1, true), "{outcome:?}");
+}
+
+#[test]
+fn a_dry_run_says_what_would_be_done_and_does_nothing() {
+    let dir = TempDir::new().unwrap();
+    let file = zeros(&dir, "cache", cache_bytes(3));
+    let before = sha256(&file);
+    let outcome = wb!("wbformat", &file, "--dry-run");
+    assert_eq!((outcome.code, outcome.stdout.contains("would be formatted")), (0, true), "{outcome:?}");
+    assert_eq!(sha256(&file), before);
+    let json = wb!("wbformat", &file, "--dry-run", "--json").json();
+    assert_eq!((&json["formatted"], &json["segments"]), (&false.into(), &3.into()));
+}
+
+#[test]
+fn what_lay_on_the_device_before_is_no_longer_part_of_any_log() {
+    let pair = golden("lapped-1");
+    write_record(&pair.cache, 5);
+    assert_eq!(wb!("wbformat", &pair.cache, "--discard-dirty", "--compat").code, 0);
+    let content = std::fs::read(&pair.cache).unwrap();
+    let region = usize::try_from(SUPERBLOCK_REGION_BYTES).unwrap();
+    assert!(content[4..region].iter().all(|&b| b == 0));
+    let json = wb!("wbcheck", &pair.cache, "--json").json();
+    assert_eq!((&json["newest_segment"], &json["record_segment"]), (&0.into(), &0.into()));
+}
+
+#[test]
+fn a_block_device_is_formatted_as_a_file_is() {
+    let dir = TempDir::new().unwrap();
+    let file = zeros(&dir, "disk", 8 << 20);
+    let Some(device) = LoopDevice::attach(&file) else { skip!("cannot attach a loop device") };
+    let outcome = run("wbformat", [&device.path]);
+    assert_eq!(outcome.code, 0, "{outcome:?}");
+    assert_eq!(run("wbcheck", [&device.path]).code, 0);
+    assert!(std::fs::read(&device.path).unwrap() == golden_bytes("fresh", "cache.img"));
+}
+
+#[test]
+fn a_mounted_device_is_in_use() {
+    let dir = TempDir::new().unwrap();
+    let file = zeros(&dir, "disk", 16 << 20);
+    let Some(device) = LoopDevice::attach(&file) else { skip!("cannot attach a loop device") };
+    let path = device.path.to_str().unwrap();
+    let mount = dir.path().join("mount");
+    std::fs::create_dir(&mount).unwrap();
+    let mounted = system("mkfs.ext4", &["-q", "-F", path])
+        .and_then(|_| system("mount", &[path, mount.to_str().unwrap()]));
+    if mounted.is_none() {
+        skip!("cannot make and mount a filesystem");
+    }
+    let outcomes = [run("wbformat", [path, "--force", "--discard-dirty"]), run("wbcheck", [path])];
+    system("umount", &[mount.to_str().unwrap()]).expect("a filesystem to unmount");
+    for (outcome, code) in outcomes.iter().zip([1, 8]) {
+        assert_eq!((outcome.code, outcome.stderr.contains("in use")), (code, true), "{outcome:?}");
+    }
+}

@@ -1,0 +1,304 @@
+//! `wbctl attach`: the daemon. Recovers a volume and serves it in the foreground.
+
+use crate::config::{Volume, parse_tunables};
+use crate::create::{open_pair, parse_sector_size, sector_size};
+use crate::place::Name;
+use crate::{Pair, show};
+use anyhow::{Context, Result, anyhow, bail};
+use libwb::cache::Cache;
+use libwb::cli::{Output, human_size};
+use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
+use libwb::device::probe::Opened;
+use libwb::device::{Device, UringDevice};
+use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::reactor::{Handle, Reactor};
+use libwb::serve::loopdev::{LoopDevice, Options, enter_private_mount_namespace, holders};
+use nix::sys::signal::{SigSet, Signal};
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+/// How long a device that is in use is tried again: a daemon that was just killed may have I/O under way.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How often a drain reports progress.
+const PROGRESS: Duration = Duration::from_millis(250);
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// A volume that was recorded by `wbctl create`; with --cache and --backing, a name for the volume
+    #[arg(required_unless_present = "cache")]
+    name: Option<Name>,
+    /// The cache device: a block device or a file
+    #[arg(long, value_name = "DEV", requires = "backing")]
+    cache: Option<PathBuf>,
+    /// The backing device: a block device or a file
+    #[arg(long, value_name = "DEV", requires = "cache")]
+    backing: Option<PathBuf>,
+    /// Logical sector size of the loop device in bytes; by default that of the backing device
+    #[arg(long, value_parser = parse_sector_size, value_name = "512|4096")]
+    sector_size: Option<u32>,
+    /// Tunables for this time
+    #[arg(value_name = "KEY=VALUE")]
+    tunables: Vec<String>,
+}
+
+impl Args {
+    /// Since NAME is optional where --cache is given, a first tunable may have been taken for it.
+    fn volume(&self) -> Result<(Name, Volume)> {
+        let (name, mut volume) = match (&self.name, &self.cache, &self.backing) {
+            (name, Some(cache), Some(backing)) => {
+                let volume = Volume {
+                    cache: cache.clone(),
+                    backing: backing.clone(),
+                    sector_size: None,
+                    tunables: Default::default(),
+                };
+                (name.clone().map_or_else(|| Name::of_device(cache), Ok)?, volume)
+            }
+            (Some(name), ..) => {
+                let volume = Volume::load(name)?;
+                let volume = volume.ok_or_else(|| {
+                    anyhow!(
+                        "no volume '{name}' is recorded in {}; see wbctl create",
+                        name.config_file().display()
+                    )
+                })?;
+                (name.clone(), volume)
+            }
+            _ => bail!("give a volume's name, or --cache and --backing"),
+        };
+        volume.sector_size = self.sector_size.or(volume.sector_size);
+        volume.tunables.extend(parse_tunables(&self.tunables)?);
+        Ok((name, volume))
+    }
+}
+
+/// Why the daemon is to end.
+enum End {
+    Signal(Signal),
+    /// A client asked for it. The sender is told when all is done.
+    Detach,
+}
+
+/// What the control socket works on.
+struct Daemon {
+    name: Name,
+    volume: Volume,
+    cache: Cache,
+    device: PathBuf,
+    sector_size: u32,
+    runtime: Handle,
+    end: Sender<End>,
+}
+
+pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
+    let (name, volume) = args.volume()?;
+    let tunables = volume.tunables()?;
+    log_to_stderr();
+    let Some(_lock) = name.lock()? else {
+        bail!("volume '{name}' is attached already; see wbctl status {name}")
+    };
+    let (cache, backing) = open_patiently(&volume)?;
+    let sector_size = sector_size(volume.sector_size, &backing)?;
+    enter_private_mount_namespace()?;
+    if let Err(why) = libwb::serve::guard_against_reclaim() {
+        tracing::warn!("{why}: the volume may hang when memory is short");
+    }
+    let (end, ended) = channel();
+    watch_signals(end.clone())?;
+
+    let reactor = Reactor::start().context("cannot use io_uring, which wb needs")?;
+    let serve = |opened| -> Device { Arc::new(UringDevice::new(reactor.handle(), opened)) };
+    let runtime = Arc::new(reactor.handle().clone());
+    let cache = reactor.block_on(Cache::open(serve(cache), serve(backing), runtime, tunables))?;
+    let status = cache.status();
+    tracing::info!(
+        "recovered in {:.2} s: {} in the cache are not written back yet",
+        status.recovery_time.as_secs_f64(),
+        human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
+    );
+    let mountpoint = name.mountpoint();
+    std::fs::write(&mountpoint, "").with_context(|| format!("cannot make {}", mountpoint.display()))?;
+    let served = LoopDevice::attach(cache.clone(), reactor.handle(), &mountpoint, Options { sector_size });
+    let device = match served {
+        Ok(device) => device,
+        Err(e) => {
+            let _ = reactor.block_on(cache.close());
+            return Err(e.into());
+        }
+    };
+    let daemon = Daemon {
+        name: name.clone(),
+        volume,
+        cache: cache.clone(),
+        device: device.path().into(),
+        sector_size,
+        runtime: reactor.handle().clone(),
+        end,
+    };
+    let socket = name.socket();
+    control::serve(&socket, move |request, replies| daemon.answer(&request, replies))
+        .with_context(|| format!("cannot listen on {}", socket.display()))?;
+    link(&name, &device);
+    writeln!(out, "ready {}", device.path().display())?;
+    out.flush()?;
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+
+    serve_until_ended(&ended, &name, device, &reactor, &cache)
+}
+
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("WB_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,libwb=info,wbctl=info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_target(false)
+        .without_time()
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+fn open_patiently(volume: &Volume) -> Result<(Opened, Opened)> {
+    let pair = Pair { cache: volume.cache.clone(), backing: volume.backing.clone() };
+    let started = Instant::now();
+    loop {
+        match open_pair(&pair) {
+            Err(e) if started.elapsed() < PATIENCE && is_in_use(&e) => {
+                std::thread::sleep(Duration::from_millis(100))
+            }
+            other => return other,
+        }
+    }
+}
+
+fn is_in_use(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(libwb::device::probe::OpenError::InUse { .. }))
+}
+
+/// Blocks the signals that end the daemon in this thread and all that it starts later, and waits for them in one.
+fn watch_signals(end: Sender<End>) -> Result<()> {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+    signals.thread_block()?;
+    std::thread::Builder::new().name("wb-signals".into()).spawn(move || {
+        while let Ok(signal) = signals.wait() {
+            let _ = end.send(End::Signal(signal));
+        }
+    })?;
+    Ok(())
+}
+
+/// A stable name for the loop device. The volume can be used without it.
+fn link(name: &Name, device: &LoopDevice) {
+    let link = name.link();
+    let _ = std::fs::remove_file(&link);
+    let made = std::fs::create_dir_all(link.parent().unwrap_or(&link))
+        .and_then(|()| std::os::unix::fs::symlink(device.path(), &link));
+    if let Err(e) = made {
+        tracing::warn!("cannot make the link {}: {e}", link.display());
+    }
+}
+
+fn serve_until_ended(
+    ended: &Receiver<End>,
+    name: &Name,
+    device: LoopDevice,
+    reactor: &Reactor,
+    cache: &Cache,
+) -> Result<()> {
+    match ended.recv() {
+        Ok(End::Signal(signal)) => tracing::info!("{signal}: closing the log"),
+        Ok(End::Detach) | Err(_) => tracing::info!("detaching"),
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let held = holders(device.path());
+    if !held.is_empty() {
+        tracing::warn!("{} is still {}: it fails from now on", device.path().display(), held.join(", "));
+    }
+    let synced = device.detach();
+    let closed = reactor.block_on(cache.close());
+    for file in [name.link(), name.socket(), name.mountpoint()] {
+        let _ = std::fs::remove_file(file);
+    }
+    synced?;
+    Ok(closed?)
+}
+
+/// Refuses to take a device away from those who hold it.
+pub(crate) fn refuse_held(device: &Path, force: bool) -> Result<()> {
+    match holders(device) {
+        held if force || held.is_empty() => Ok(()),
+        held => Err(anyhow!(
+            "{} is {}; release it first, or use --force and let its users fail",
+            device.display(),
+            held.join(", ")
+        )),
+    }
+}
+
+impl Daemon {
+    fn answer(&self, request: &Request, replies: &mut Replies) {
+        let reply = match request {
+            Request::Status => Ok(Reply::Status(Box::new(self.status()))),
+            Request::Flush => self.run(None, |cache| async move { cache.flush().await }),
+            Request::Drain => self.drain(replies),
+            Request::Detach { drain, force } => self.detach(*drain, *force, replies),
+        };
+        // A client that went away is told nothing.
+        let _ = replies.send(&reply.unwrap_or_else(|e| Reply::Error { message: format!("{e:#}") }));
+    }
+
+    fn status(&self) -> VolumeStatus {
+        let status = self.cache.status();
+        VolumeStatus {
+            name: self.name.to_string(),
+            state: if status.failure.is_some() { show::FAILED } else { show::ATTACHED }.into(),
+            device: Some(self.device.clone()),
+            cache: self.volume.cache.clone(),
+            backing: self.volume.backing.clone(),
+            live: Some(LiveStatus::new(&status, self.sector_size)),
+        }
+    }
+
+    fn drain(&self, replies: &mut Replies) -> Result<Reply> {
+        self.run(Some(replies), |cache| async move { cache.drain().await })
+    }
+
+    /// Runs a request of the cache on the reactor, and reports progress meanwhile.
+    fn run<F>(&self, mut progress: Option<&mut Replies>, work: impl FnOnce(Cache) -> F) -> Result<Reply>
+    where
+        F: Future<Output = Result<(), libwb::cache::CacheError>> + Send + 'static,
+    {
+        let (done, result) = channel();
+        let work = work(self.cache.clone());
+        self.runtime.run_now(async move {
+            let _ = done.send(work.await);
+        });
+        loop {
+            match result.recv_timeout(PROGRESS) {
+                Ok(result) => return result.map(|()| Reply::Done).map_err(Into::into),
+                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
+                    if let Some(replies) = progress.as_mut() {
+                        let dirty_bytes = self.cache.status().dirty_blocks * to_u64(BLOCK_BYTES);
+                        replies.send(&Reply::Progress { dirty_bytes }).context("the client went away")?;
+                    }
+                }
+                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => bail!("the daemon is ending"),
+            }
+        }
+    }
+
+    fn detach(&self, drain: bool, force: bool, replies: &mut Replies) -> Result<Reply> {
+        refuse_held(&self.device, force)?;
+        if drain {
+            // What programs wrote through the page cache of the device is to be drained as well.
+            std::fs::File::open(&self.device).and_then(|device| device.sync_all())?;
+            self.drain(replies)?;
+            refuse_held(&self.device, force)?;
+        }
+        self.end.send(End::Detach).context("the daemon is ending")?;
+        Ok(Reply::Done)
+    }
+}

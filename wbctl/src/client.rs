@@ -1,0 +1,80 @@
+//! What is asked of a running daemon.
+
+use crate::attach::refuse_held;
+use crate::place::Name;
+use anyhow::{Context, Result, bail};
+use libwb::cli::{Output, Progress};
+use libwb::control::{Client, Reply, Request, VolumeStatus};
+use std::io::{ErrorKind, Write};
+use std::time::Duration;
+
+#[derive(clap::Args)]
+pub(crate) struct DetachArgs {
+    /// The volume
+    name: Name,
+    /// Write everything back first, so that the backing device alone holds all data
+    #[arg(long)]
+    drain: bool,
+    /// Detach even while the device is mounted or held; its users get I/O errors
+    #[arg(long)]
+    force: bool,
+}
+
+fn connect(name: &Name) -> Result<Client> {
+    Client::connect(&name.socket()).map_err(|e| match e.kind() {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+            anyhow::anyhow!("volume '{name}' is not attached; see wbctl list")
+        }
+        _ => anyhow::Error::new(e).context(format!("cannot reach the daemon of '{name}'")),
+    })
+}
+
+fn ask(name: &Name, request: &Request) -> Result<Reply> {
+    let mut bar: Option<(Progress, u64)> = None;
+    let reply = connect(name)?
+        .ask(request, |dirty| {
+            let (progress, most) = bar.get_or_insert_with(|| (Progress::new("writing back", dirty), dirty));
+            progress.set(most.saturating_sub(dirty));
+        })
+        .with_context(|| format!("the daemon of '{name}' went away"))?;
+    match reply {
+        Reply::Error { message } => bail!("{message}"),
+        reply => Ok(reply),
+    }
+}
+
+/// The state of an attached volume.
+pub(crate) fn status(name: &Name) -> Result<VolumeStatus> {
+    match ask(name, &Request::Status)? {
+        Reply::Status(status) => Ok(*status),
+        other => bail!("the daemon of '{name}' answers strangely: {other:?}"),
+    }
+}
+
+pub(crate) fn flush(name: &Name, out: &mut Output) -> Result<()> {
+    ask(name, &Request::Flush)?;
+    writeln!(out, "flushed '{name}'")?;
+    Ok(())
+}
+
+pub(crate) fn drain(name: &Name, out: &mut Output) -> Result<()> {
+    ask(name, &Request::Drain)?;
+    writeln!(out, "drained '{name}': everything written before is on the backing device")?;
+    Ok(())
+}
+
+pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
+    let name = &args.name;
+    // The daemon looks as well, but from its own mount namespace, where it may not see by what the device is held.
+    if let Some(device) = status(name)?.device {
+        refuse_held(&device, args.force)?;
+    }
+    ask(name, &Request::Detach { drain: args.drain, force: args.force })?;
+    // The daemon holds its lock as long as it lives.
+    while name.is_running()? {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let what = if args.drain { "; the backing device alone holds all data" } else { "" };
+    writeln!(out, "detached '{name}'{what}")?;
+    Ok(())
+}

@@ -1,0 +1,91 @@
+//! The record of a volume: a TOML file in the configuration folder.
+
+use crate::place::Name;
+use anyhow::{Context, Result, bail};
+use libwb::cache::Tunables;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Write};
+use std::path::PathBuf;
+
+/// What is recorded of a volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Volume {
+    /// The cache device.
+    pub(crate) cache: PathBuf,
+    /// The backing device.
+    pub(crate) backing: PathBuf,
+    /// Logical sector size of the loop device in bytes; chosen by the backing device when it is absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) sector_size: Option<u32>,
+    /// Tunables that differ from their defaults.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) tunables: BTreeMap<String, u32>,
+}
+
+impl Volume {
+    /// Reads the record of a volume; `None` when there is none.
+    pub(crate) fn load(name: &Name) -> Result<Option<Volume>> {
+        let path = name.config_file();
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
+        };
+        let volume: Volume = toml::from_str(&text)
+            .map_err(|e| anyhow::anyhow!("{}: {}", path.display(), one_line(&e, &text)))?;
+        volume.tunables().with_context(|| path.display().to_string())?;
+        Ok(Some(volume))
+    }
+
+    /// Writes the record of a new volume.
+    pub(crate) fn save_new(&self, name: &Name) -> Result<()> {
+        let path = name.config_file();
+        if let Some(dir) = path.parent() {
+            std::fs::create_dir_all(dir)
+                .with_context(|| format!("cannot make the folder {}", dir.display()))?;
+        }
+        let mut file = match std::fs::OpenOptions::new().write(true).create_new(true).open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
+                bail!("volume '{name}' exists already: it is recorded in {}", path.display())
+            }
+            Err(e) => return Err(e).with_context(|| format!("cannot write {}", path.display())),
+        };
+        file.write_all(toml::to_string(self)?.as_bytes())
+            .and_then(|()| file.sync_all())
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// The tunables in force: the defaults, and what is recorded.
+    pub(crate) fn tunables(&self) -> Result<Tunables> {
+        let mut tunables = Tunables::default();
+        for (key, value) in &self.tunables {
+            tunables.set(key, &value.to_string())?;
+        }
+        Ok(tunables)
+    }
+}
+
+/// Reads KEY=VALUE pairs; returns what is to be recorded.
+pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, u32>> {
+    let mut tunables = Tunables::default();
+    for pair in pairs {
+        tunables.set_pair(pair)?;
+    }
+    let given = |key: &str| pairs.iter().any(|pair| pair.split_once('=').is_some_and(|(k, _)| k == key));
+    Ok(tunables
+        .pairs()
+        .into_iter()
+        .filter(|(key, _)| given(key))
+        .map(|(key, value)| (key.into(), value))
+        .collect())
+}
+
+/// A TOML error without the excerpt that spreads over several lines.
+fn one_line(error: &toml::de::Error, text: &str) -> String {
+    let before = error.span().map_or("", |span| &text[..span.start]);
+    let line = before.matches('\n').count() + 1;
+    format!("line {line}: {}", error.message().replace('\n', " "))
+}

@@ -1,0 +1,121 @@
+//! `wbctl create`: format a cache device, and record the volume.
+
+use crate::Pair;
+use crate::config::{Volume, parse_tunables};
+use crate::place::Name;
+use anyhow::{Context, Result, bail};
+use libwb::cli::Output;
+use libwb::device::probe::{Access, Opened, open};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The volume's name
+    name: Name,
+    #[command(flatten)]
+    pair: Pair,
+    /// Logical sector size of the loop device in bytes; by default that of the backing device
+    #[arg(long, value_parser = parse_sector_size, value_name = "512|4096")]
+    sector_size: Option<u32>,
+    /// Format the cache device although it holds a filesystem, a partition table or the like
+    #[arg(long)]
+    force: bool,
+    /// Give up the dirty blocks of the cache that is on the cache device. They are lost for ever
+    #[arg(long)]
+    discard_dirty: bool,
+    /// Tunables to record
+    #[arg(value_name = "KEY=VALUE")]
+    tunables: Vec<String>,
+}
+
+/// Reads a sector size.
+pub(crate) fn parse_sector_size(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" => Ok(4096),
+        _ => Err("must be 512 or 4096".into()),
+    }
+}
+
+/// Opens both devices of a pair, and refuses a device that is paired with itself.
+pub(crate) fn open_pair(pair: &Pair) -> Result<(Opened, Opened)> {
+    let backing = open(&pair.backing, Access::Write)?;
+    let cache = match open(&pair.cache, Access::Write) {
+        Ok(cache) => cache,
+        // The lock on the backing device is in the way: the two are one.
+        Err(_) if same_path(&pair.cache, &pair.backing) => bail!("{}", same_device(pair)),
+        Err(e) => return Err(e.into()),
+    };
+    if cache.identity == backing.identity {
+        bail!("{}", same_device(pair));
+    }
+    if backing.size == 0 {
+        bail!("{}: the backing device is empty (0 bytes)", pair.backing.display());
+    }
+    Ok((cache, backing))
+}
+
+fn same_path(a: &Path, b: &Path) -> bool {
+    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+fn same_device(pair: &Pair) -> String {
+    format!(
+        "{} and {} are the same device; cache and backing must be two",
+        pair.cache.display(),
+        pair.backing.display()
+    )
+}
+
+pub(crate) fn create(args: &Args, out: &mut Output) -> Result<()> {
+    let name = &args.name;
+    let volume = Volume {
+        cache: absolute(&args.pair.cache)?,
+        backing: absolute(&args.pair.backing)?,
+        sector_size: args.sector_size,
+        tunables: parse_tunables(&args.tunables)?,
+    };
+    if name.config_file().exists() {
+        bail!("volume '{name}' exists already: it is recorded in {}", name.config_file().display());
+    }
+    let (_, backing) = open_pair(&args.pair)?;
+    sector_size(args.sector_size, &backing)?;
+    let mut format = Command::new(wbformat()?);
+    format.arg(&args.pair.cache).stdout(Stdio::null());
+    format.args(args.force.then_some("--force")).args(args.discard_dirty.then_some("--discard-dirty"));
+    if !format.status().context("cannot run wbformat")?.success() {
+        bail!("volume '{name}' was not created");
+    }
+    volume.save_new(name)?;
+    writeln!(
+        out,
+        "created '{name}', recorded in {}; start it with: wbctl attach {name}",
+        name.config_file().display()
+    )?;
+    Ok(())
+}
+
+/// The sector size to serve a backing device with.
+pub(crate) fn sector_size(wanted: Option<u32>, backing: &Opened) -> Result<u32> {
+    let wanted = wanted.unwrap_or(if backing.block_size > 512 { 4096 } else { 512 });
+    if wanted < backing.block_size {
+        bail!(
+            "{}: has blocks of {} bytes, so sectors of {wanted} bytes cannot be served; use --sector-size 4096",
+            backing.path.display(),
+            backing.block_size
+        );
+    }
+    Ok(wanted)
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).with_context(|| path.display().to_string())
+}
+
+/// The program beside this one, or else the one on the search path.
+fn wbformat() -> Result<PathBuf> {
+    let beside = std::env::current_exe()?.with_file_name("wbformat");
+    Ok(if beside.exists() { beside } else { "wbformat".into() })
+}

@@ -1,0 +1,150 @@
+//! Names of volumes, and the folders and files that belong to them.
+
+use anyhow::{Context, Result, bail};
+use std::fmt;
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+/// The longest name, so that the socket's path fits what the system allows.
+const MAX_NAME: usize = 64;
+
+/// A volume's name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Name(String);
+
+impl FromStr for Name {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Name, String> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if text.is_empty()
+            || text.len() > MAX_NAME
+            || text.starts_with(['.', '-'])
+            || !text.chars().all(plain)
+        {
+            return Err(format!(
+                "a volume name is 1 to {MAX_NAME} letters, digits, dots, dashes and underscores, and begins with none of '.' and '-'"
+            ));
+        }
+        Ok(Name(text.into()))
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Name {
+    /// A name for a volume that was given none: the cache device's file name, as far as that can be one.
+    pub(crate) fn of_device(device: &Path) -> Result<Name> {
+        let file = device.file_stem().unwrap_or_default().to_string_lossy();
+        file.parse()
+            .map_err(|_| anyhow::anyhow!("{}: its name is no volume name; give one", device.display()))
+    }
+
+    /// The file that records the volume.
+    pub(crate) fn config_file(&self) -> PathBuf {
+        config_dir().join(format!("{self}.toml"))
+    }
+
+    /// The folder of a running daemon's files.
+    fn run_dir(&self) -> PathBuf {
+        run_dir().join(&self.0)
+    }
+
+    /// The daemon's control socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.run_dir().join("socket")
+    }
+
+    /// The file that the daemon's FUSE mount covers.
+    pub(crate) fn mountpoint(&self) -> PathBuf {
+        self.run_dir().join("volume")
+    }
+
+    /// The link to the loop device.
+    pub(crate) fn link(&self) -> PathBuf {
+        Path::new("/dev/wb").join(&self.0)
+    }
+
+    fn lock_file(&self) -> PathBuf {
+        self.run_dir().join("lock")
+    }
+
+    /// Takes the lock that a daemon holds as long as it lives; `None` when one does. Makes the folder.
+    pub(crate) fn lock(&self) -> Result<Option<nix::fcntl::Flock<File>>> {
+        let dir = self.run_dir();
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .with_context(|| format!("cannot make the folder {} (root is needed)", dir.display()))?;
+        let path = self.lock_file();
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .with_context(|| format!("cannot open {}", path.display()))?;
+        match nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => Ok(Some(lock)),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
+            Err((_, cause)) => bail!("cannot lock {}: {}", path.display(), cause.desc()),
+        }
+    }
+
+    /// Whether a daemon runs for this volume.
+    pub(crate) fn is_running(&self) -> Result<bool> {
+        Ok(self.lock_file().exists() && self.lock()?.is_none())
+    }
+}
+
+fn folder(variable: &str, default: &str) -> PathBuf {
+    std::env::var_os(variable).map_or_else(|| default.into(), PathBuf::from)
+}
+
+fn config_dir() -> PathBuf {
+    folder("WB_CONFIG_DIR", "/etc/wb")
+}
+
+fn run_dir() -> PathBuf {
+    folder("WB_RUN_DIR", "/run/wb")
+}
+
+/// Names of all volumes that are recorded or have a run folder, sorted.
+pub(crate) fn all_names() -> Result<Vec<Name>> {
+    let mut names: Vec<Name> = Vec::new();
+    for (dir, suffix) in [(config_dir(), ".toml"), (run_dir(), "")] {
+        let entries = match std::fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(e).with_context(|| format!("cannot read the folder {}", dir.display())),
+        };
+        for entry in entries {
+            let file = entry?.file_name();
+            names.extend(file.to_string_lossy().strip_suffix(suffix).and_then(|name| name.parse().ok()));
+        }
+    }
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_leave_its_folder() {
+        for bad in ["", "a/b", "..", ".hidden", "-x", "a b", "ä", &"x".repeat(65)] {
+            assert!(bad.parse::<Name>().is_err(), "{bad}");
+        }
+        for good in ["a", "disk-1.img", "A_b"] {
+            assert!(good.parse::<Name>().is_ok(), "{good}");
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! `wbctl list` and `wbctl status`.
+
+use crate::client;
+use crate::config::Volume;
+use crate::place::{Name, all_names};
+use anyhow::{Result, bail};
+use comfy_table::{ContentArrangement, Table, presets};
+use libwb::cli::{Output, human_size};
+use libwb::control::{LiveStatus, VolumeStatus};
+use std::io::Write;
+
+/// States of a volume.
+pub(crate) const ATTACHED: &str = "attached";
+pub(crate) const FAILED: &str = "failed";
+const DETACHED: &str = "detached";
+
+/// The state of a volume, attached or not; `None` when nothing is known of it.
+fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
+    if name.is_running()? {
+        return client::status(name).map(Some);
+    }
+    Ok(Volume::load(name)?.map(|volume| VolumeStatus {
+        name: name.to_string(),
+        state: DETACHED.into(),
+        device: None,
+        cache: volume.cache,
+        backing: volume.backing,
+        live: None,
+    }))
+}
+
+fn volumes() -> Result<Vec<VolumeStatus>> {
+    all_names()?.iter().filter_map(|name| volume(name).transpose()).collect()
+}
+
+fn table() -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
+    table
+}
+
+pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
+    let volumes = volumes()?;
+    if json {
+        return print_json(&volumes, out);
+    }
+    if volumes.is_empty() {
+        writeln!(out, "no volumes; see wbctl create")?;
+        return Ok(());
+    }
+    let mut table = table();
+    table.set_header(["NAME", "STATE", "DEVICE", "SIZE", "DIRTY", "CACHE", "BACKING"]);
+    for v in volumes {
+        let size =
+            |of: fn(&LiveStatus) -> u64| v.live.as_ref().map_or("-".into(), |live| human_size(of(live)));
+        table.add_row([
+            v.name.clone(),
+            v.state.clone(),
+            v.device.as_ref().map_or("-".into(), |device| device.display().to_string()),
+            size(|live| live.volume_bytes),
+            size(|live| live.dirty_bytes),
+            v.cache.display().to_string(),
+            v.backing.display().to_string(),
+        ]);
+    }
+    writeln!(out, "{table}")?;
+    Ok(())
+}
+
+fn print_json(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
+    for volume in volumes {
+        writeln!(out, "{}", serde_json::to_string(volume)?)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn status(name: Option<&Name>, json: bool, out: &mut Output) -> Result<()> {
+    let volumes = match name {
+        None => volumes()?.into_iter().filter(|volume| volume.live.is_some()).collect(),
+        Some(name) => match volume(name)? {
+            Some(volume) => vec![volume],
+            None => bail!("no volume '{name}' is attached or recorded; see wbctl list"),
+        },
+    };
+    if json {
+        return print_json(&volumes, out);
+    }
+    if volumes.is_empty() {
+        writeln!(out, "no volume is attached; see wbctl list")?;
+    }
+    for (nth, volume) in volumes.iter().enumerate() {
+        if nth > 0 {
+            writeln!(out)?;
+        }
+        print_status(volume, out)?;
+    }
+    Ok(())
+}
+
+fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
+    let mut table = table();
+    let mut row = |key: &str, value: String| {
+        table.add_row([key.to_string(), value]);
+    };
+    row("volume", volume.name.clone());
+    row("state", volume.state.clone());
+    row("device", volume.device.as_ref().map_or("-".into(), |device| device.display().to_string()));
+    row("cache device", volume.cache.display().to_string());
+    row("backing device", volume.backing.display().to_string());
+    if let Some(live) = &volume.live {
+        live_rows(live, row);
+    }
+    writeln!(out, "{table}")?;
+    Ok(())
+}
+
+fn live_rows(live: &LiveStatus, mut row: impl FnMut(&str, String)) {
+    let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
+    let percent = |part: u64| (part * 100).checked_div(live.log_bytes).unwrap_or(0);
+    row("size", format!("{}, sectors of {} bytes", human_size(live.volume_bytes), live.sector_size));
+    row("dirty", format!("{} are only in the cache", human_size(live.dirty_bytes)));
+    row("used", format!("{} are in the cache, dirty or clean", human_size(live.used_bytes)));
+    row(
+        "log",
+        format!(
+            "{} of {} free ({} %)",
+            human_size(live.free_bytes),
+            human_size(live.log_bytes),
+            percent(live.free_bytes)
+        ),
+    );
+    row(
+        "segments",
+        format!(
+            "newest {}, durable up to {}, written back up to {}",
+            live.newest_segment, live.durable_segment, live.written_back_segment
+        ),
+    );
+    row("reads", format!("{}, {}", count("reads"), human_size(count("read_bytes"))));
+    row("read from backing", human_size(count("backing_read_bytes")));
+    row("writes", format!("{}, {}", count("writes"), human_size(count("write_bytes"))));
+    row("written back", human_size(count("written_back_bytes")));
+    row("flushes", count("flushes").to_string());
+    let errors =
+        format!("{} of write-back, {} of cache reads", count("writeback_errors"), count("cache_read_errors"));
+    row("errors", errors);
+    if let Some(failure) = &live.failure {
+        row("FAILED", format!("writes are refused: {failure}"));
+    }
+    if let Some(error) = &live.writeback_error {
+        row("write-back", format!("does not get on, trying again: {error}"));
+    }
+    row("recovery", format!("{:.2} s", live.recovery_seconds));
+    for (key, value) in &live.tunables {
+        row(key, value.to_string());
+    }
+    row("daemon", format!("process {}", live.pid));
+}

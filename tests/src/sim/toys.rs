@@ -95,16 +95,25 @@ impl ToyVolume {
         self.flaw == flaw && counter.is_multiple_of(n)
     }
 
+    /// Reads the device's whole blocks that hold a range. Returns them and where the range begins in them.
+    async fn blocks(&self, sector: Sector, length: usize) -> Result<(u64, IoBuf, usize), String> {
+        let unit = u64::from(self.backing.block_size());
+        let start = sector.bytes() / unit * unit;
+        let end = (sector.bytes() + to_u64(length)).next_multiple_of(unit);
+        let blocks = self.backing.read(start, IoBuf::zeroed(to_usize(end - start))).await;
+        Ok((start, blocks.map_err(|e| e.to_string())?, to_usize(sector.bytes() - start)))
+    }
+
     async fn store(&self, entry: &Entry) -> Result<(), String> {
-        let block = self.backing.block_size() as usize;
         let mut data = &entry.data[..];
-        if self.flaw == Flaw::ForgetsTail && data.len() >= 8 * SECTOR_BYTES + block {
-            data = &data[..data.len() - block];
+        if self.flaw == Flaw::ForgetsTail && data.len() >= 8 * SECTOR_BYTES {
+            data = &data[..data.len() - SECTOR_BYTES];
         }
-        let text = |e: libwb::device::DeviceError| e.to_string();
-        self.backing.write(entry.sector.bytes(), IoBuf::copy_of(data).into()).await.map_err(text)?;
+        let (start, mut blocks, at) = self.blocks(entry.sector, data.len()).await?;
+        blocks[at..at + data.len()].copy_from_slice(data);
+        self.backing.write(start, blocks.into()).await.map_err(|e| e.to_string())?;
         if self.flaw != Flaw::NoDeviceFlush {
-            self.backing.flush().await.map_err(text)?;
+            self.backing.flush().await.map_err(|e| e.to_string())?;
         }
         Ok(())
     }
@@ -146,9 +155,11 @@ impl ToyVolume {
         Ok(())
     }
 
-    async fn load(&self, sector: Sector, buf: IoBuf) -> Result<IoBuf, String> {
+    async fn load(&self, sector: Sector, mut buf: IoBuf) -> Result<IoBuf, String> {
         let _turn = self.turn.lock().await;
-        let mut buf = self.backing.read(sector.bytes(), buf).await.map_err(|e| e.to_string())?;
+        let (_, blocks, at) = self.blocks(sector, buf.len()).await?;
+        let length = buf.len();
+        buf.copy_from_slice(&blocks[at..at + length]);
         let queue = self.queue.lock();
         let seen = queue.len() - usize::from(!queue.is_empty() && self.strikes(Flaw::StaleRead, 5));
         for entry in queue.iter().take(seen) {

@@ -8,12 +8,12 @@ use super::{Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{Device, IoBuf};
 use crate::format::{
     BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId,
-    to_u64,
+    SuperblockExtension, to_u64,
 };
 use crate::log::LogError;
 use crate::log::live::{Totals, live_totals, visit_headers};
 use crate::log::recovery::{Recovery, recover};
-use crate::log::scan::{read_superblock, scan};
+use crate::log::scan::{BackingFacts, Superblock, check_pairing, read_superblock, scan};
 use crate::runtime::Runtime;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -39,8 +39,9 @@ impl Cache {
         tunables: Tunables,
     ) -> Result<Cache, CacheError> {
         let started = runtime.now();
-        let (geometry, recovery) = recover_log(&cache).await?;
-        let Replay { index, leftovers } = replay(&cache, &backing, geometry, &recovery).await?;
+        let (superblock, recovery) = recover_log(&cache).await?;
+        let geometry = superblock.geometry;
+        let Replay { index, leftovers } = replay(&cache, &backing, &superblock, &recovery).await?;
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let mut state = State::new(geometry, index, written_back, recovery.point);
         state.dirty_blocks = to_u64(state.index.len());
@@ -54,6 +55,8 @@ impl Cache {
             events: Events::default(),
             counters: AtomicCounters::default(),
             recovery_time,
+            digest: superblock.extension.as_ref().map(SuperblockExtension::digest),
+            extension: superblock.extension,
         });
         inner.settle(&recovery, written_back, leftovers).await?;
         inner.start_tasks();
@@ -67,19 +70,18 @@ impl Cache {
     /// # Errors
     /// As [`Cache::open`].
     pub async fn examine(cache: &Device, backing: &Device) -> Result<(Recovery, Totals), CacheError> {
-        let (geometry, recovery) = recover_log(cache).await?;
-        replay(cache, backing, geometry, &recovery).await?;
-        let live = live_totals(cache, geometry, &recovery, None).await?;
+        let (superblock, recovery) = recover_log(cache).await?;
+        replay(cache, backing, &superblock, &recovery).await?;
+        let live = live_totals(cache, superblock.geometry, &recovery, None).await?;
         Ok((recovery, live))
     }
 }
 
-async fn recover_log(cache: &Device) -> Result<(Geometry, Recovery), LogError> {
+async fn recover_log(cache: &Device) -> Result<(Superblock, Recovery), LogError> {
     let superblock = read_superblock(cache).await?;
-    let geometry = superblock.geometry;
-    let recovery = recover(superblock, &scan(cache, geometry, |_, _| {}).await);
+    let recovery = recover(&superblock, &scan(cache, superblock.geometry, |_, _| {}).await);
     if recovery.corruption.is_empty() {
-        return Ok((geometry, recovery));
+        return Ok((superblock, recovery));
     }
     Err(LogError::Corrupt { device: cache.name().to_string(), corruption: recovery.corruption })
 }
@@ -87,10 +89,15 @@ async fn recover_log(cache: &Device) -> Result<(Geometry, Recovery), LogError> {
 async fn replay(
     cache: &Device,
     backing: &Device,
-    geometry: Geometry,
+    superblock: &Superblock,
     recovery: &Recovery,
 ) -> Result<Replay, LogError> {
-    let mut replay = Replay { index: Index::new(geometry), leftovers: Vec::new() };
+    if let Some(extension) = &superblock.extension {
+        check_pairing(cache, extension, &BackingFacts::of(backing))?;
+    }
+    let geometry = superblock.geometry;
+    let mut replay =
+        Replay { index: Index::new(geometry, superblock.extension.is_some()), leftovers: Vec::new() };
     let mut outside = Ok(());
     visit_headers(cache, geometry, recovery.live(), |header| {
         if outside.is_ok() {
@@ -125,6 +132,9 @@ impl Replay {
                 }
             }
             self.index.insert(entry.block, entry.dirty, place);
+            if let Some(crc) = entry.crc {
+                self.index.set_crc(place, crc);
+            }
         }
         Ok(())
     }

@@ -73,6 +73,11 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Its size in bytes.
     fn size(&self) -> u64;
 
+    /// What tells it from others wherever it is plugged in: a serial number or the like. Empty where it has none.
+    fn identity(&self) -> &str {
+        ""
+    }
+
     /// The unit of its I/O in bytes: 512 or a larger power of two, at most 4096.
     fn block_size(&self) -> u32;
 

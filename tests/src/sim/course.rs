@@ -9,8 +9,8 @@ use futures_channel::oneshot;
 use libwb::device::sim::{Crash, Faults, SimDevice, SimRuntime, Simulation, Stop};
 use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
 use libwb::format::{
-    BLOCK_BYTES, RECORD_BLOCK_OFFSET, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
-    encode_superblock_block, to_u64, to_usize,
+    BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, SECTOR_BYTES, SEGMENT_BYTES,
+    SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension, encode_superblock_block, to_u64, to_usize,
 };
 use libwb::log::{recovery, scan};
 use libwb::runtime::Runtime;
@@ -18,6 +18,7 @@ use parking_lot::Mutex;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
+use uuid::Uuid;
 
 /// How often a drain is tried again once failing devices are sound again.
 const DRAIN_TRIES: u32 = 5;
@@ -117,16 +118,17 @@ impl<'a> Course<'a> {
         let block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
         let cache_block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
         let sectors = volume_sectors(&mut rng, block_size);
-        let cache = SimDevice::new(&runtime, "cache", fresh_cache(segments), cache_block_size);
+        let extended = rng.bool();
+        let cache = SimDevice::new(&runtime, "cache", fresh_cache(segments, extended), cache_block_size);
         let mut content = vec![0; to_usize(sectors) * SECTOR_BYTES];
         stamp::fill(&mut content, Sector(0), WriteId(0));
         let backing = SimDevice::new(&runtime, "backing", content, block_size);
         let slowness = rng.choice([1, 1, 10, 100]).unwrap_or(1);
         backing.set_slowness(slowness);
         let faulty = rng.u32(..5) == 0;
-        let forgetful = rng.u32(..4) == 0;
+        let forgetful = !extended && rng.u32(..4) == 0;
         let settings = format!(
-            "{segments} segments, {sectors} sectors, block sizes {cache_block_size} and {block_size}, \
+            "{segments} segments, extended: {extended}, {sectors} sectors, block sizes {cache_block_size} and {block_size}, \
              backing device {slowness} times slower, faulty: {faulty}, forgetful: {forgetful}"
         );
         Course {
@@ -340,7 +342,7 @@ impl<'a> Course<'a> {
         let checked = self.simulation.block_on(async {
             let superblock = scan::read_superblock(&device).await.map_err(|e| e.to_string())?;
             let slots = scan::scan(&device, superblock.geometry, |_, _| ()).await;
-            let recovery = recovery::recover(superblock, &slots);
+            let recovery = recovery::recover(&superblock, &slots);
             match recovery.corruption.is_empty() {
                 true => Ok(()),
                 false => Err(format!("the log is corrupt: {recovery:#?}")),
@@ -399,11 +401,29 @@ fn volume_sectors(rng: &mut Rng, block_size: u32) -> u64 {
 }
 
 /// A cache device as a fresh format leaves it.
-fn fresh_cache(segments: u64) -> Vec<u8> {
+fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
     let size = SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES);
     let mut content = vec![0; to_usize(size)];
     let first: &mut [u8; BLOCK_BYTES] = content.first_chunk_mut().expect("a cache device holds a block");
     encode_superblock_block(first);
+    if extended {
+        let page: &mut [u8; BLOCK_BYTES] = content[to_usize(EXTENSION_OFFSETS[0])..]
+            .first_chunk_mut()
+            .expect("within the superblock region");
+        SuperblockExtension {
+            generation: 0,
+            incompatible: 0,
+            read_compatible: 0,
+            clean: None,
+            created: 0,
+            uuid: Uuid::from_u128(0x5eed),
+            label: String::new(),
+            backing_sectors: 0,
+            backing_id: String::new(),
+            cache_bytes: size,
+        }
+        .encode(page);
+    }
     content
 }
 

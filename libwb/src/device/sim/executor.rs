@@ -291,6 +291,10 @@ impl Runtime for SimRuntime {
     fn now(&self) -> Duration {
         self.0.0.lock().now
     }
+
+    fn wall_clock(&self) -> Duration {
+        self.now()
+    }
 }
 
 /// Takes a task off the list of those that have not ended.

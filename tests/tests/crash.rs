@@ -23,7 +23,7 @@ fn fsynced_files_survive(filesystem: Filesystem) {
     filesystem.make(&attached.device);
     for (round, files) in [60, 150, 5].into_iter().enumerate() {
         let on = attached.mount().join(round.to_string());
-        std::fs::create_dir(&on).unwrap();
+        std::fs::create_dir(&on).expect("a new folder");
         let count = kill_in_mid_write(&mut attached, filesystem, &on, files);
         assert!(volume.is_gone(), "{filesystem:?}, round {round}");
         drop(attached);

@@ -16,7 +16,7 @@ fn as_ordinary_user(volume: &Volume, args: &[&str]) -> Outcome {
     let mut command = volume.command(args);
     if nix::unistd::geteuid().is_root() {
         for path in [volume.dir.path(), &volume.cache, &volume.backing] {
-            chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
+            chown(path, Some(NOBODY), Some(NOBODY)).expect("files to give away");
         }
         command.uid(NOBODY).gid(NOBODY);
     }

@@ -23,7 +23,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Entries of the submission queue; the completion queue has twice as many.
 const RING_ENTRIES: u32 = 256;
@@ -123,6 +123,10 @@ impl Runtime for Handle {
 
     fn now(&self) -> Duration {
         self.0.started.elapsed()
+    }
+
+    fn wall_clock(&self) -> Duration {
+        SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
     }
 }
 

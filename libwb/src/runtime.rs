@@ -14,4 +14,7 @@ pub trait Runtime: Send + Sync + 'static {
 
     /// Time since some fixed moment; never goes back.
     fn now(&self) -> Duration;
+
+    /// Time since the beginning of 1970 (UTC), for people to read. May jump.
+    fn wall_clock(&self) -> Duration;
 }

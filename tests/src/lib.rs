@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 mod filesystem;
+pub mod sim;
 mod volume;
 
 pub use filesystem::{Filesystem, Writer, check_files, fio_verify, has_program, succeeds, unmount};
@@ -275,7 +276,7 @@ pub fn segment_offset(cache: &Path, id: u64) -> u64 {
 pub fn write_segment(cache: &Path, id: u64, metablocks: &[Metablock], fill: u8) {
     let data = vec![fill; metablocks.len() * BLOCK_BYTES];
     let mut header = [0; BLOCK_BYTES];
-    encode_header(&mut header, SegmentId(id), metablocks, &data);
+    encode_header(&mut header, SegmentId(id), metablocks, &data, None);
     let offset = segment_offset(cache, id);
     overwrite(cache, offset, &header);
     overwrite(cache, offset + to_u64(BLOCK_BYTES), &data);

@@ -58,7 +58,7 @@ fn read_everything(image: Vec<u8>) {
         } else {
             block_on(scan(&device, geometry, visit))
         };
-        let recovery = recover(superblock.or_no_record(), &states);
+        let recovery = recover(&superblock.or_no_record(), &states);
         assert!(recovery.live_count() <= to_u64(slots));
         block_on(live_totals(&device, geometry, &recovery, Some(32768))).expect("live segments are there");
         for version in history.into_versions() {

@@ -34,7 +34,7 @@ fn formatted(dir: &TempDir, segments: u32) -> std::path::PathBuf {
 }
 
 fn entry(block: u64, dirty: u8) -> Metablock {
-    Metablock { block: BlockNo(block), dirty: DirtyBits(dirty) }
+    Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None }
 }
 
 #[test]

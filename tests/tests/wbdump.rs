@@ -13,7 +13,7 @@ fn json_lines(text: &str) -> Vec<serde_json::Value> {
 }
 
 fn entry(block: u64, dirty: u8) -> Metablock {
-    Metablock { block: BlockNo(block), dirty: DirtyBits(dirty) }
+    Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None }
 }
 
 /// Three segments, of which block 7 is in the first and the last; segment 3 is torn.

@@ -87,7 +87,7 @@ impl Findings {
             io.block_on(scan(device, geometry, |slot, _| progress.set(u64::from(slot.0))))
         };
         drop(progress);
-        let recovery = recover(superblock.or_no_record(), &slots);
+        let recovery = recover(&superblock.or_no_record(), &slots);
         let sectors = backing.as_ref().map(|backing| backing.sectors);
         let live = io.block_on(live_totals(device, geometry, &recovery, sectors))?;
         let dropped = io.block_on(totals(device, geometry, recovery.dropped.iter().copied(), None))?;
@@ -162,7 +162,9 @@ pub(crate) struct Unexplained(HashSet<Slot>);
 impl Unexplained {
     pub(crate) fn of(recovery: &Recovery, geometry: Geometry) -> Unexplained {
         let slot = |corruption: &Corruption| match corruption {
-            Corruption::Gap { missing, .. } => Some(geometry.slot_of(*missing)),
+            Corruption::Gap { missing, .. } | Corruption::DurableMissing { missing, .. } => {
+                Some(geometry.slot_of(*missing))
+            }
             Corruption::WrongSlot { slot, .. } | Corruption::Unexplained { slot } => Some(*slot),
             Corruption::RecordBeyondLog { .. } => None,
         };

@@ -13,7 +13,7 @@ use libwb::device::Device;
 use libwb::device::probe::{Access, open};
 use libwb::format::{SECTOR_BYTES, SegmentId, to_u64};
 use libwb::log::LogError;
-use libwb::log::scan::{RawSuperblock, examine_superblock};
+use libwb::log::scan::{BackingFacts, RawSuperblock, check_extension, check_pairing, examine_superblock};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -98,7 +98,10 @@ fn prepare(args: &Args) -> Result<Subject> {
             if backing.identity == opened.identity {
                 bail!("{} is the cache device itself, not its backing device", path.display());
             }
-            Some(Backing { path: path.clone(), sectors: backing.size / to_u64(SECTOR_BYTES) })
+            Some((
+                backing.identity_text,
+                Backing { path: path.clone(), sectors: backing.size / to_u64(SECTOR_BYTES) },
+            ))
         }
     };
     let device = io.serve(opened);
@@ -106,5 +109,19 @@ fn prepare(args: &Args) -> Result<Subject> {
     if let Err(fault) = superblock.magic {
         return Err(LogError::Superblock { device: device.name().to_string(), fault }.into());
     }
+    if let Some(extension) = superblock.extension() {
+        check_extension(&device, extension)?;
+        if let Some((identity, backing)) = &backing {
+            let name = backing.path.display().to_string();
+            let facts = BackingFacts { name: &name, sectors: backing.sectors, identity };
+            check_pairing(&device, extension, &facts)?;
+        }
+    }
+    let recorded = superblock.extension().filter(|extension| extension.backing_sectors != 0);
+    let recorded = recorded.map(|extension| Backing {
+        path: "the backing device it was made for".into(),
+        sectors: extension.backing_sectors,
+    });
+    let backing = backing.map(|(_, backing)| backing).or(recorded);
     Ok(Subject { io, device, superblock, backing })
 }

@@ -34,7 +34,7 @@ pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Out
     drop(progress);
     let place = to_usize(u64::from(slot.0));
     slots[place] = io.block_on(read_slot(device, geometry, slot)).state;
-    let recovery = recover(superblock.or_no_record(), &slots);
+    let recovery = recover(&superblock.or_no_record(), &slots);
 
     let mut held = Totals::default();
     let (verdict, summary) = match &slots[place] {

@@ -182,7 +182,7 @@ fn resized(f: &Findings) -> Option<Problem> {
 /// What is wrong with single slots is told with them.
 fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
     let meaning = match corruption {
-        Corruption::Gap { missing, .. } => format!(
+        Corruption::Gap { missing, .. } | Corruption::DurableMissing { missing, .. } => format!(
             "After it stand {} with {}, which may be nowhere else. They can be applied only if what segment \
              {missing} held is given up.",
             ids(&f.recovery.dropped),
@@ -235,7 +235,8 @@ fn notes(f: &Findings) -> Vec<String> {
         .take(SHOWN)
         .collect();
     let r = &f.recovery;
-    let breaks = r.corruption.iter().any(|c| matches!(c, Corruption::Gap { .. }));
+    let breaks =
+        r.corruption.iter().any(|c| matches!(c, Corruption::Gap { .. } | Corruption::DurableMissing { .. }));
     if !r.dropped.is_empty() && !breaks {
         notes.push(format!(
             "After a gap stand {}, which will not be applied: the power went before anything in them was \

@@ -25,6 +25,9 @@ pub(crate) struct Args {
     /// Give up the dirty blocks of the cache that is on the cache device. They are lost for ever
     #[arg(long)]
     discard_dirty: bool,
+    /// Write the base format of dm-writeboost alone, without pairing and the CRC of each block
+    #[arg(long)]
+    compat: bool,
     /// Tunables to record
     #[arg(value_name = "KEY=VALUE")]
     tunables: Vec<String>,
@@ -84,6 +87,11 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<()> {
     sector_size(args.sector_size, &backing)?;
     let mut format = Command::new(wbformat()?);
     format.arg(&args.pair.cache).stdout(Stdio::null());
+    if args.compat {
+        format.arg("--compat");
+    } else {
+        format.arg("--label").arg(name.to_string()).arg("--backing").arg(&args.pair.backing);
+    }
     format.args(args.force.then_some("--force")).args(args.discard_dirty.then_some("--discard-dirty"));
     if !format.status().context("cannot run wbformat")?.success() {
         bail!("volume '{name}' was not created");

@@ -144,7 +144,7 @@ impl Log {
             progress.set(u64::from(slot.0));
             visit(slot, content);
         }));
-        let recovery = recover(self.superblock.or_no_record(), &slots);
+        let recovery = recover(&self.superblock.or_no_record(), &slots);
         (slots, recovery)
     }
 }

@@ -1,13 +1,15 @@
 //! `wbdump segments`: one row for each slot, in log order.
 
+use crate::superblock::MAX_TIME;
 use crate::{Log, table};
 use anyhow::Result;
 use libwb::cli::Output;
-use libwb::format::{SegmentHeader, SegmentId, Slot, to_u64};
+use libwb::format::{Reason, SegmentExtension, SegmentHeader, SegmentId, Slot, to_u64};
 use libwb::log::recovery::{Recovery, Standing};
 use libwb::log::scan::SlotState;
 use serde::Serialize;
 use std::io::Write;
+use std::time::{Duration, UNIX_EPOCH};
 
 /// Which rows to show.
 #[derive(Clone, Copy)]
@@ -60,6 +62,9 @@ struct Row {
     length_blocks: Option<u8>,
     dirty_blocks: Option<usize>,
     state: State,
+    /// Why it was closed, and when, in RFC 3339; where the header says.
+    closed: Option<String>,
+    time: Option<String>,
     fault: Option<String>,
 }
 
@@ -84,12 +89,28 @@ struct Summary {
     id: SegmentId,
     length: u8,
     dirty: usize,
+    extension: Option<SegmentExtension>,
 }
 
 impl Summary {
     fn of(header: &SegmentHeader) -> Summary {
         let dirty = header.metablocks.iter().filter(|entry| !entry.dirty.is_clean()).count();
-        Summary { id: header.id, length: header.length(), dirty }
+        Summary { id: header.id, length: header.length(), dirty, extension: header.extension }
+    }
+
+    fn time(&self) -> Option<String> {
+        let since = Duration::from_millis(self.extension?.time.min(MAX_TIME * 1000));
+        Some(humantime::format_rfc3339_millis(UNIX_EPOCH + since).to_string())
+    }
+
+    fn closed(&self) -> Option<String> {
+        Some(match self.extension?.reason {
+            Reason::Full => "full".into(),
+            Reason::Flush => "flush".into(),
+            Reason::Idle => "idle".into(),
+            Reason::Close => "close".into(),
+            Reason::Other(code) => format!("code {code}"),
+        })
     }
 }
 
@@ -117,6 +138,8 @@ fn row(
         length_blocks: header.as_ref().map(|header| header.length),
         dirty_blocks: header.as_ref().map(|header| header.dirty),
         state: State::of(state, recovery),
+        closed: header.as_ref().and_then(Summary::closed),
+        time: header.as_ref().and_then(Summary::time),
         fault: match state {
             SlotState::Invalid(fault) => Some(fault.to_string()),
             _ => None,
@@ -132,7 +155,10 @@ fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) 
         }
         return Ok(());
     }
-    let mut table = table(["ID", "SLOT", "OFFSET", "BLOCKS", "DIRTY", "STATE"], &["STATE"]);
+    let mut table = table(
+        ["ID", "SLOT", "OFFSET", "BLOCKS", "DIRTY", "CLOSED", "TIME", "STATE"],
+        &["CLOSED", "TIME", "STATE"],
+    );
     for row in rows {
         let state = match &row.fault {
             Some(fault) => format!("{}: {fault}", row.state.name()),
@@ -140,7 +166,9 @@ fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) 
         };
         let [id, length, dirty] =
             [row.id, row.length_blocks.map(u64::from), row.dirty_blocks.map(to_u64)].map(or_dash);
-        table.add_row([id, row.slot.to_string(), row.offset_bytes.to_string(), length, dirty, state]);
+        let [closed, time] = [&row.closed, &row.time].map(|text| text.clone().unwrap_or_else(|| "-".into()));
+        let (slot, offset) = (row.slot.to_string(), row.offset_bytes.to_string());
+        table.add_row([id, slot, offset, length, dirty, closed, time, state]);
     }
     writeln!(out, "{}", table.trim_fmt())?;
     Ok(())

@@ -6,9 +6,13 @@ use libwb::cli::{Output, human_size};
 use libwb::format::{SEGMENT_BYTES, to_u64};
 use libwb::log::live::{Totals, live_totals};
 use libwb::log::recovery::Recovery;
-use libwb::log::scan::SlotState;
+use libwb::log::scan::{RawSuperblock, SlotState};
 use serde::Serialize;
 use std::io::Write;
+use std::time::{Duration, UNIX_EPOCH};
+
+/// The last second of the year 9999: later times are garbage.
+pub(crate) const MAX_TIME: u64 = 253_402_300_799;
 
 #[derive(Serialize)]
 struct Report<'a> {
@@ -31,6 +35,36 @@ struct Report<'a> {
     dirty_entries: u64,
     clean_entries: u64,
     corruption: Vec<String>,
+    /// Null on a device of the base format alone.
+    extension: Option<Extension<'a>>,
+}
+
+#[derive(Serialize)]
+struct Extension<'a> {
+    uuid: String,
+    label: &'a str,
+    /// Seconds since 1970 (UTC).
+    created: u64,
+    generation: u64,
+    sound_copies: usize,
+    backing_sectors: u64,
+    backing_id: &'a str,
+    /// The newest segment when the cache was last closed in order.
+    clean_segment: Option<u64>,
+}
+
+fn extension(superblock: &RawSuperblock) -> Option<Extension<'_>> {
+    let page = superblock.extension()?;
+    Some(Extension {
+        uuid: page.uuid.to_string(),
+        label: &page.label,
+        created: page.created,
+        generation: page.generation,
+        sound_copies: superblock.pages.iter().flatten().count(),
+        backing_sectors: page.backing_sectors,
+        backing_id: &page.backing_id,
+        clean_segment: page.clean.map(|id| id.0),
+    })
 }
 
 pub(crate) fn show(log: &Log, json: bool, out: &mut Output) -> Result<()> {
@@ -65,6 +99,7 @@ fn report<'a>(log: &'a Log, slots: &[SlotState], recovery: &Recovery, totals: &T
         dirty_entries: totals.dirty_entries,
         clean_entries: totals.clean_entries,
         corruption: recovery.corruption.iter().map(ToString::to_string).collect(),
+        extension: extension(&log.superblock),
     }
 }
 
@@ -89,8 +124,36 @@ fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
     for (name, value) in rows {
         writeln!(out, "{name:<20}{value}")?;
     }
+    match &r.extension {
+        None => writeln!(out, "{:<20}none: the base format alone", "extension")?,
+        Some(extension) => print_extension(extension, out)?,
+    }
     for corruption in &r.corruption {
         writeln!(out, "{:<20}{corruption}", "corrupt")?;
+    }
+    Ok(())
+}
+
+fn print_extension(e: &Extension<'_>, out: &mut Output) -> Result<()> {
+    let backing = match (e.backing_sectors, e.backing_id) {
+        (0, _) => "any".into(),
+        (sectors, "") => format!("one of {sectors} sectors"),
+        (sectors, id) => format!("{id}, of {sectors} sectors"),
+    };
+    let rows = [
+        ("extension", format!("{} of 2 copies are sound, generation {}", e.sound_copies, e.generation)),
+        ("uuid", e.uuid.clone()),
+        ("label", if e.label.is_empty() { "none".into() } else { e.label.to_string() }),
+        (
+            "created",
+            humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(e.created.min(MAX_TIME)))
+                .to_string(),
+        ),
+        ("backing device", backing),
+        ("closed in order at", e.clean_segment.map_or_else(|| "never".into(), |id| format!("segment {id}"))),
+    ];
+    for (name, value) in rows {
+        writeln!(out, "{name:<20}{value}")?;
     }
     Ok(())
 }

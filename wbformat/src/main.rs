@@ -5,7 +5,7 @@ use clap::Parser;
 use libwb::cli::{self, Exit, Io, Output, Progress, count, human_size};
 use libwb::device::probe::{Access, open};
 use libwb::device::{Device, signatures};
-use libwb::format::{Geometry, SEGMENT_BYTES, to_u64};
+use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, fitting, to_u64};
 use libwb::log::create::create;
 use libwb::log::live::live_totals;
 use libwb::log::recovery::recover;
@@ -14,6 +14,8 @@ use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+use uuid::Uuid;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -40,8 +42,20 @@ struct Args {
     #[arg(long)]
     discard_dirty: bool,
 
-    /// Write the base format alone, which every version of the kernel module understands
+    /// Pair the cache with this backing device: it will be refused in front of any other
+    #[arg(long, value_name = "DEV")]
+    backing: Option<PathBuf>,
+
+    /// A name for people, of up to 64 bytes
+    #[arg(long, value_parser = parse_label)]
+    label: Option<String>,
+
+    /// The cache's UUID, instead of a random one
     #[arg(long)]
+    uuid: Option<Uuid>,
+
+    /// Write the base format alone, without UUID, label, pairing and the CRC of each block
+    #[arg(long, conflicts_with_all = ["backing", "label", "uuid"])]
     compat: bool,
 
     /// Check everything and say what would be done, but write nothing
@@ -60,6 +74,12 @@ struct Report<'a> {
     size_bytes: u64,
     segments: u32,
     segment_bytes: usize,
+    /// Null with --compat.
+    uuid: Option<String>,
+}
+
+fn parse_label(text: &str) -> Result<String, String> {
+    if fitting(text) == text { Ok(text.into()) } else { Err("longer than 64 bytes".into()) }
 }
 
 fn main() -> ExitCode {
@@ -75,12 +95,35 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
     let geometry = Geometry::of_device(device.size()).with_context(|| path.display().to_string())?;
     refuse_dirty(args, &io, &device)?;
     refuse_foreign(args)?;
+    let extension = if args.compat { None } else { Some(extension(args, &device)?) };
     if !args.dry_run {
         let mut progress = Progress::new("formatting", u64::from(geometry.slots()));
-        io.block_on(create(&device, |done| progress.set(u64::from(done))))?;
+        io.block_on(create(&device, extension.as_ref(), |done| progress.set(u64::from(done))))?;
     }
-    report(args, &device, geometry, out)?;
+    report(args, &device, geometry, extension.as_ref(), out)?;
     Ok(Exit::Done)
+}
+
+/// What is written beyond the base format.
+fn extension(args: &Args, device: &Device) -> Result<SuperblockExtension> {
+    let mut extension = SuperblockExtension {
+        generation: 0,
+        incompatible: 0,
+        read_compatible: 0,
+        clean: None,
+        created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        uuid: args.uuid.unwrap_or_else(Uuid::new_v4),
+        label: args.label.clone().unwrap_or_default(),
+        backing_sectors: 0,
+        backing_id: String::new(),
+        cache_bytes: device.size(),
+    };
+    if let Some(path) = &args.backing {
+        let backing = open(path, Access::ReadUnlocked)?;
+        extension.backing_sectors = backing.size / to_u64(SECTOR_BYTES);
+        extension.backing_id = fitting(&backing.identity_text).into();
+    }
+    Ok(extension)
 }
 
 fn refuse_foreign(args: &Args) -> Result<()> {
@@ -120,7 +163,7 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     if let Some(fault) = slots.iter().find_map(unreadable) {
         bail!(cannot_tell(&fault));
     }
-    let recovery = recover(superblock.or_no_record(), &slots);
+    let recovery = recover(&superblock.or_no_record(), &slots);
     if let Some(corruption) = recovery.corruption.first() {
         bail!(cannot_tell(corruption));
     }
@@ -135,7 +178,13 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     Ok(())
 }
 
-fn report(args: &Args, device: &Device, geometry: Geometry, out: &mut Output) -> Result<()> {
+fn report(
+    args: &Args,
+    device: &Device,
+    geometry: Geometry,
+    extension: Option<&SuperblockExtension>,
+    out: &mut Output,
+) -> Result<()> {
     if args.json {
         let report = Report {
             device: &args.cache,
@@ -143,6 +192,7 @@ fn report(args: &Args, device: &Device, geometry: Geometry, out: &mut Output) ->
             size_bytes: device.size(),
             segments: geometry.slots(),
             segment_bytes: SEGMENT_BYTES,
+            uuid: extension.map(|extension| extension.uuid.to_string()),
         };
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
         return Ok(());

@@ -2,7 +2,7 @@
 
 use super::Inner;
 use crate::device::{DeviceError, IoBuf, SharedBuf};
-use crate::format::{BLOCK_BYTES, Metablock, SegmentId, encode_header};
+use crate::format::{BLOCK_BYTES, Metablock, Reason, SegmentExtension, SegmentId, crc32c, encode_header};
 use futures_util::StreamExt;
 use futures_util::future::{Either, select};
 use futures_util::stream::FuturesUnordered;
@@ -17,6 +17,7 @@ const RETRY_PAUSE: Duration = Duration::from_millis(50);
 /// A sealed segment to be written.
 struct Job {
     id: SegmentId,
+    reason: Reason,
     metablocks: Vec<Metablock>,
     buf: Arc<IoBuf>,
 }
@@ -42,8 +43,8 @@ impl Inner {
                     tracing::error!("segment {id} cannot be written");
                     self.fail(error);
                 }
-                Either::Left((Some((id, Ok(()))), _)) => {
-                    self.lock().segment_written(id);
+                Either::Left((Some((id, Ok(crcs))), _)) => {
+                    self.lock().segment_written(id, &crcs);
                     self.counters.segments.add(1);
                     self.events.flusher.notify(usize::MAX);
                     self.events.changed.notify(usize::MAX);
@@ -78,18 +79,40 @@ impl Inner {
         }
         let segment = &mut state.sealed[nth];
         segment.started = true;
-        Some(Job { id, metablocks: std::mem::take(&mut segment.metablocks), buf: segment.buf.clone() })
+        Some(Job {
+            id,
+            reason: segment.reason,
+            metablocks: std::mem::take(&mut segment.metablocks),
+            buf: segment.buf.clone(),
+        })
     }
 
-    async fn append(&self, job: Job) -> (SegmentId, Result<(), DeviceError>) {
-        let Job { id, metablocks, buf } = job;
+    /// Writes a segment. Returns the CRCs of its blocks, where the cache keeps them.
+    async fn append(&self, job: Job) -> (SegmentId, Result<Vec<u32>, DeviceError>) {
+        let Job { id, reason, mut metablocks, buf } = job;
         let data = BLOCK_BYTES..BLOCK_BYTES * (1 + metablocks.len());
+        let (geometry, durable, written_back) = {
+            let state = self.lock();
+            (state.geometry, state.durable, state.written_back)
+        };
+        let extension = self.digest.map(|digest| SegmentExtension {
+            digest,
+            reason,
+            durable,
+            written_back,
+            time: milliseconds(self.runtime.wall_clock()),
+        });
+        if extension.is_some() {
+            for (metablock, block) in metablocks.iter_mut().zip(buf[data.clone()].chunks(BLOCK_BYTES)) {
+                metablock.crc = Some(crc32c(block));
+            }
+        }
         let mut header = IoBuf::zeroed(BLOCK_BYTES);
-        encode_header(header.block_at_mut(0), id, &metablocks, &buf[data.clone()]);
-        let geometry = self.lock().geometry;
+        encode_header(header.block_at_mut(0), id, &metablocks, &buf[data.clone()], extension.as_ref());
         let offset = geometry.slot_offset(geometry.slot_of(id));
         let parts = vec![header.into(), SharedBuf::part_of(buf, data)];
-        (id, self.retrying(|| self.cache.write_parts(offset, parts.clone())).await)
+        let written = self.retrying(|| self.cache.write_parts(offset, parts.clone())).await;
+        (id, written.map(|()| metablocks.iter().filter_map(|metablock| metablock.crc).collect()))
     }
 
     /// The background task that flushes the cache device. All who wait share its flushes.
@@ -106,18 +129,20 @@ impl Inner {
             }
             if !due {
                 listener.await;
-            } else if let Err(error) = self.flush_cache_device().await {
-                self.fail(error);
+            } else {
+                // A failure shows in the state.
+                let _ = self.flush_cache_device().await;
             }
         }
         self.task_ended();
     }
 
-    /// Flushes the cache device, and so makes every written segment durable.
+    /// Flushes the cache device, and so makes every written segment durable. A failure fails the cache, whoever
+    /// asked: segments that it cost would count as durable after the next flush.
     pub(super) async fn flush_cache_device(&self) -> Result<(), DeviceError> {
         let written = self.lock().written;
         // No second try: what the device has lost by the failure, a later flush would not report.
-        self.cache.flush().await?;
+        self.cache.flush().await.inspect_err(|error| self.fail(error.clone()))?;
         self.lock().made_durable(written);
         self.events.wake_all();
         Ok(())
@@ -145,4 +170,8 @@ impl Inner {
         self.lock().tasks -= 1;
         self.events.changed.notify(usize::MAX);
     }
+}
+
+fn milliseconds(since: Duration) -> u64 {
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,7 +1,8 @@
 //! Block → place: where the newest version of each cached block lies.
 //!
-//! Two parts, both allocated once: what each place of the device holds, eight bytes each, and a hash table from
-//! a block to the place of its newest version, which looks the block up in the first part.
+//! All of it allocated once: what each place of the device holds, eight bytes each; the CRCs of their data, where
+//! the cache keeps any; and a hash table from a block to the place of its newest version, which looks the block up in
+//! the first part.
 
 use crate::format::{BlockNo, DirtyBits, Geometry, PLACES, Place, Slot};
 use hashbrown::HashTable;
@@ -9,6 +10,8 @@ use hashbrown::hash_table::Entry;
 
 /// Nothing is known of the place.
 const EMPTY: u64 = u64::MAX;
+/// Set where the CRC of the place's data is known.
+const HAS_CRC: u64 = 1 << 63;
 
 /// An entry of the log as the index keeps it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,16 +21,23 @@ pub(super) struct Cached {
 }
 
 pub(super) struct Index {
-    /// Block number in the upper 56 bits, dirty bits in the lower 8; or [`EMPTY`].
+    /// From the lowest bit: 8 dirty bits, a block number of 55 bits, [`HAS_CRC`]; or [`EMPTY`].
     places: Box<[u64]>,
+    /// One for each place, or none at all.
+    crcs: Box<[u32]>,
     /// Numbers of places.
     newest: HashTable<u32>,
 }
 
 impl Index {
-    pub(super) fn new(geometry: Geometry) -> Index {
+    /// An empty index, with room for CRCs or without.
+    pub(super) fn new(geometry: Geometry, with_crcs: bool) -> Index {
         let places = geometry.slots() as usize * usize::from(PLACES);
-        Index { places: vec![EMPTY; places].into_boxed_slice(), newest: HashTable::with_capacity(places) }
+        Index {
+            places: vec![EMPTY; places].into_boxed_slice(),
+            crcs: vec![0; if with_crcs { places } else { 0 }].into_boxed_slice(),
+            newest: HashTable::with_capacity(places),
+        }
     }
 
     /// The newest version of a block.
@@ -39,7 +49,26 @@ impl Index {
     /// What a place holds, whether or not it is the newest version of its block.
     pub(super) fn at(&self, place: Place) -> Option<(BlockNo, DirtyBits)> {
         let held = self.places[number(place) as usize];
-        (held != EMPTY).then(|| (BlockNo(held >> 8), dirty_of(held)))
+        (held != EMPTY).then(|| (block_of(held), dirty_of(held)))
+    }
+
+    /// The CRC-32C of what a place holds, if it is known.
+    pub(super) fn crc(&self, place: Place) -> Option<u32> {
+        let number = number(place) as usize;
+        let held = self.places[number];
+        (held != EMPTY && held & HAS_CRC != 0).then(|| self.crcs[number])
+    }
+
+    /// Notes the CRC-32C of what a place holds. Forgotten where the cache keeps none, or the place holds nothing.
+    pub(super) fn set_crc(&mut self, place: Place, crc: u32) {
+        let number = number(place) as usize;
+        let held = &mut self.places[number];
+        if *held != EMPTY
+            && let Some(kept) = self.crcs.get_mut(number)
+        {
+            *kept = crc;
+            *held |= HAS_CRC;
+        }
     }
 
     /// Makes a place the newest version of a block.
@@ -47,8 +76,11 @@ impl Index {
         let number = number(place);
         self.places[number as usize] = block.0 << 8 | u64::from(dirty.0);
         let places = &self.places;
-        let found =
-            self.newest.entry(hash(block), |&n| holds(places, n, block), |&n| hash(block_of(places, n)));
+        let found = self.newest.entry(
+            hash(block),
+            |&n| holds(places, n, block),
+            |&n| hash(block_of(places[n as usize])),
+        );
         match found {
             Entry::Occupied(mut entry) => *entry.get_mut() = number,
             Entry::Vacant(entry) => {
@@ -92,12 +124,12 @@ fn place(number: u32) -> Place {
     Place { slot: Slot(number / u32::from(PLACES)), index: (number % u32::from(PLACES)) as u8 }
 }
 
-fn block_of(places: &[u64], number: u32) -> BlockNo {
-    BlockNo(places[number as usize] >> 8)
+fn block_of(held: u64) -> BlockNo {
+    BlockNo((held & !HAS_CRC) >> 8)
 }
 
 fn holds(places: &[u64], number: u32, block: BlockNo) -> bool {
-    block_of(places, number) == block
+    block_of(places[number as usize]) == block
 }
 
 #[allow(clippy::cast_possible_truncation)] // the lower 8 bits
@@ -124,7 +156,7 @@ mod tests {
         #[test]
         fn behaves_like_a_map_under_a_wrapping_log(blocks in prop::collection::vec((0..300u64, any::<u8>()), 0..1500)) {
             let geometry = Geometry::of_device(SUPERBLOCK_REGION_BYTES + 3 * to_u64(SEGMENT_BYTES)).expect("three slots");
-            let mut index = Index::new(geometry);
+            let mut index = Index::new(geometry, true);
             let mut model: HashMap<u64, Cached> = HashMap::new();
             for (at, (block, dirty)) in blocks.into_iter().enumerate() {
                 let slot = Slot(u32::try_from(at / 127 % 3).expect("small"));

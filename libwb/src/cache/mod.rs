@@ -21,8 +21,11 @@ pub use status::{Counters, Status};
 pub use tunables::{TunableError, Tunables};
 
 use crate::device::{Device, DeviceError};
-use crate::format::{SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, to_u64};
+use crate::format::{
+    Reason, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, SuperblockExtension, to_u64,
+};
 use crate::log::LogError;
+use crate::log::create::write_extension;
 use crate::runtime::Runtime;
 use event_listener::Event;
 use nix::errno::Errno;
@@ -106,6 +109,10 @@ struct Inner {
     events: Events,
     counters: AtomicCounters,
     recovery_time: Duration,
+    /// What the cache device carries beyond the base format, if it does.
+    extension: Option<SuperblockExtension>,
+    /// What segments carry of its UUID.
+    digest: Option<u32>,
 }
 
 impl Inner {
@@ -196,7 +203,8 @@ impl Cache {
         self.inner.lock().stopping = true;
         self.inner.events.wake_all();
         self.inner.wait(&self.inner.events.changed, |state| (state.tasks == 0).then_some(())).await;
-        flushed
+        flushed?;
+        Ok(self.inner.mark_clean().await?)
     }
 }
 
@@ -212,12 +220,28 @@ impl Inner {
                 return Some(Err(CacheError::Closed));
             }
             // Somebody else may have sealed it, and may have opened the next.
-            let sealed = state.last_sealed() >= target || state.seal().is_ok();
+            let sealed = state.last_sealed() >= target || state.seal(reason(state)).is_ok();
             sealed.then_some(Ok(()))
         })
         .await?;
         self.events.appender.notify(usize::MAX);
         Ok(target)
+    }
+
+    /// Notes in the superblock extension that the cache was closed in order.
+    async fn mark_clean(&self) -> Result<(), DeviceError> {
+        let Some(extension) = &self.extension else { return Ok(()) };
+        let newest = self.lock().newest;
+        if extension.clean == Some(newest) {
+            return Ok(());
+        }
+        let page = SuperblockExtension {
+            generation: extension.generation + 1,
+            clean: Some(newest),
+            ..extension.clone()
+        };
+        write_extension(&self.cache, &page).await?;
+        self.cache.flush().await
     }
 
     async fn wait_durable(&self, target: SegmentId) -> Result<(), CacheError> {
@@ -235,4 +259,9 @@ impl Inner {
         })
         .await
     }
+}
+
+/// Why a segment that somebody waits for is closed.
+fn reason(state: &State) -> Reason {
+    if state.closing { Reason::Close } else { Reason::Flush }
 }

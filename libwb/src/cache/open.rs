@@ -7,18 +7,16 @@ use super::writeback::{Item, Stop};
 use super::{Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{Device, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentId, to_u64,
+    BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId,
+    SuperblockExtension, to_u64,
 };
 use crate::log::LogError;
+use crate::log::live::{Totals, live_totals, visit_headers};
 use crate::log::recovery::{Recovery, recover};
-use crate::log::scan::{read_header, read_superblock, scan};
+use crate::log::scan::{BackingFacts, Superblock, check_pairing, read_superblock, scan};
 use crate::runtime::Runtime;
-use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
 use std::sync::Arc;
-
-/// Headers read at a time while the index is built.
-const HEADER_DEPTH: usize = 32;
 
 /// What the live segments of a log hold.
 struct Replay {
@@ -41,14 +39,9 @@ impl Cache {
         tunables: Tunables,
     ) -> Result<Cache, CacheError> {
         let started = runtime.now();
-        let superblock = read_superblock(&cache).await?;
+        let (superblock, recovery) = recover_log(&cache).await?;
         let geometry = superblock.geometry;
-        let recovery = recover(superblock, &scan(&cache, geometry, |_, _| {}).await);
-        if !recovery.corruption.is_empty() {
-            let device = cache.name().to_string();
-            return Err(LogError::Corrupt { device, corruption: recovery.corruption }.into());
-        }
-        let Replay { index, leftovers } = replay(&cache, &backing, geometry, &recovery).await?;
+        let Replay { index, leftovers } = replay(&cache, &backing, &superblock, &recovery).await?;
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let mut state = State::new(geometry, index, written_back, recovery.point);
         state.dirty_blocks = to_u64(state.index.len());
@@ -62,6 +55,8 @@ impl Cache {
             events: Events::default(),
             counters: AtomicCounters::default(),
             recovery_time,
+            digest: superblock.extension.as_ref().map(SuperblockExtension::digest),
+            extension: superblock.extension,
         });
         inner.settle(&recovery, written_back, leftovers).await?;
         inner.start_tasks();
@@ -69,18 +64,58 @@ impl Cache {
     }
 }
 
+impl Cache {
+    /// What [`Cache::open`] would recover. Refuses what that would refuse, and changes nothing.
+    ///
+    /// # Errors
+    /// As [`Cache::open`].
+    pub async fn examine(cache: &Device, backing: &Device) -> Result<(Recovery, Totals), CacheError> {
+        let (superblock, recovery) = recover_log(cache).await?;
+        replay(cache, backing, &superblock, &recovery).await?;
+        let live = live_totals(cache, superblock.geometry, &recovery, None).await?;
+        Ok((recovery, live))
+    }
+}
+
+async fn recover_log(cache: &Device) -> Result<(Superblock, Recovery), LogError> {
+    let superblock = read_superblock(cache).await?;
+    let recovery = recover(&superblock, &scan(cache, superblock.geometry, |_, _| {}).await);
+    if recovery.corruption.is_empty() {
+        return Ok((superblock, recovery));
+    }
+    Err(LogError::Corrupt { device: cache.name().to_string(), corruption: recovery.corruption })
+}
+
 async fn replay(
     cache: &Device,
     backing: &Device,
-    geometry: Geometry,
+    superblock: &Superblock,
     recovery: &Recovery,
 ) -> Result<Replay, LogError> {
-    let mut index = Index::new(geometry);
-    let mut leftovers = Vec::new();
-    let headers = recovery.live().map(|id| async move { read_header(cache, geometry, id).await });
-    let mut headers = stream::iter(headers).buffered(HEADER_DEPTH);
-    while let Some(header) = headers.next().await {
-        let header = header?;
+    if let Some(extension) = &superblock.extension {
+        check_pairing(cache, extension, &BackingFacts::of(backing))?;
+    }
+    let geometry = superblock.geometry;
+    let mut replay =
+        Replay { index: Index::new(geometry, superblock.extension.is_some()), leftovers: Vec::new() };
+    let mut outside = Ok(());
+    visit_headers(cache, geometry, recovery.live(), |header| {
+        if outside.is_ok() {
+            outside = replay.apply(header, geometry, cache, backing);
+        }
+    })
+    .await?;
+    outside.map(|()| replay)
+}
+
+impl Replay {
+    fn apply(
+        &mut self,
+        header: &SegmentHeader,
+        geometry: Geometry,
+        cache: &Device,
+        backing: &Device,
+    ) -> Result<(), LogError> {
         let slot = geometry.slot_of(header.id);
         for (entry, place) in header.metablocks.iter().zip((0..).map(|index| Place { slot, index })) {
             if entry.dirty.is_clean() {
@@ -89,24 +124,27 @@ async fn replay(
                 continue;
             }
             check_inside(cache, backing, header.id, entry)?;
-            if let Some(old) = index.get(entry.block) {
+            if let Some(old) = self.index.get(entry.block) {
                 let sectors = old.dirty.without(entry.dirty);
-                let id = geometry.id_in_slot(old.place.slot, recovery.point);
+                let id = geometry.id_in_slot(old.place.slot, header.id);
                 if !sectors.is_clean() {
-                    leftovers.push(Item { block: entry.block, id, place: old.place, sectors });
+                    self.leftovers.push(Item { block: entry.block, id, place: old.place, sectors });
                 }
             }
-            index.insert(entry.block, entry.dirty, place);
+            self.index.insert(entry.block, entry.dirty, place);
+            if let Some(crc) = entry.crc {
+                self.index.set_crc(place, crc);
+            }
         }
+        Ok(())
     }
-    Ok(Replay { index, leftovers })
 }
 
 /// Every dirty sector of an entry must lie on the backing device.
 fn check_inside(cache: &Device, backing: &Device, id: SegmentId, entry: &Metablock) -> Result<(), LogError> {
     let sectors = backing.size() / to_u64(SECTOR_BYTES);
     let first = entry.block.sector();
-    let outside = |&(from, count): &(usize, usize)| first.0 + to_u64(from + count) > sectors;
+    let outside = |&(from, count): &(usize, usize)| first.0.saturating_add(to_u64(from + count)) > sectors;
     match DirtyBits::runs(entry.dirty).find(outside) {
         None => Ok(()),
         Some((from, _)) => Err(LogError::BeyondBacking {

@@ -3,12 +3,13 @@
 use super::state::State;
 use super::write::{Fragment, fragments};
 use super::{Cache, CacheError, Inner};
-use crate::device::{Device, DeviceError, IoBuf};
+use crate::device::{Device, DeviceError, IoBuf, Operation};
 use crate::format::{
-    BLOCK_BYTES, DirtyBits, Place, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, Slot, to_u64, to_usize,
+    BLOCK_BYTES, DirtyBits, Place, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, Slot, crc32c, to_u64, to_usize,
 };
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
+use nix::errno::Errno;
 use std::sync::Arc;
 
 /// Sectors that may lie unused between two parts of one read from the backing device.
@@ -46,6 +47,7 @@ struct Part {
 enum Source {
     Cache {
         _pinned: Pinned,
+        first: Place,
         last: Place,
         /// Where the same data lies on the backing device, if every block of it is clean.
         clean_at: Option<u64>,
@@ -135,6 +137,7 @@ impl Plan {
         self.last_cache = Some(self.fetches.len());
         let source = Source::Cache {
             _pinned: Pinned::new(inner, state, place.slot),
+            first: place,
             last: place,
             clean_at: (!dirty).then(|| wanted.block.bytes()),
             end,
@@ -158,7 +161,10 @@ impl Cache {
         let mut plan = inner.plan(sector, &mut buf);
         if plan.fetches.len() == 1 && plan.fetches[0].is_whole(buf.len()) {
             let fetch = plan.fetches.remove(0);
-            return Ok(inner.fetch(&fetch, Some(buf)).await?.0);
+            let (data, skip) = inner.fetch(&fetch, Some(buf)).await?;
+            // A device with larger blocks may have given more than was asked for.
+            let exact = skip == 0 && data.len() == fetch.length;
+            return Ok(if exact { data } else { IoBuf::copy_of(&data[skip..skip + fetch.length]) });
         }
         let mut reads: FuturesUnordered<_> =
             plan.fetches
@@ -220,19 +226,15 @@ impl Inner {
     /// Fetches from a device. Also returns how many bytes precede what was asked for. `into` is a buffer of just
     /// the right length, if there is one.
     async fn fetch(&self, fetch: &Fetch, into: Option<IoBuf>) -> Result<(IoBuf, usize), CacheError> {
-        let clean_at = match &fetch.source {
+        let (first, clean_at) = match &fetch.source {
             Source::Backing => return Ok(self.fetch_backing(fetch.offset, fetch.length, into).await?),
-            Source::Cache { clean_at, .. } => *clean_at,
+            Source::Cache { first, clean_at, .. } => (*first, *clean_at),
         };
         let buf = into.unwrap_or_else(|| IoBuf::zeroed(fetch.length));
-        match (self.cache.read(fetch.offset, buf).await, clean_at) {
+        match (self.read_places(first, buf).await, clean_at) {
             (Ok(data), _) => Ok((data, 0)),
-            (Err(error), None) => {
-                self.cache_read_failed(&error);
-                Err(error.into())
-            }
-            (Err(error), Some(at)) => {
-                self.cache_read_failed(&error);
+            (Err(error), None) => Err(error.into()),
+            (Err(_), Some(at)) => {
                 // The volume may end within the last block.
                 let length = to_u64(fetch.length).min(self.backing.size() - at);
                 Ok(self.fetch_backing(at, to_usize(length), None).await?)
@@ -255,9 +257,35 @@ impl Inner {
         read_from(&self.backing, start, buf).await.map(|data| (data, to_usize(offset - start)))
     }
 
-    pub(super) fn cache_read_failed(&self, error: &DeviceError) {
-        tracing::error!("{error}");
-        self.counters.cache_read_errors.add(1);
+    /// Reads neighbouring places of a slot from the cache device, and verifies their data where its CRC is known.
+    /// The slot is pinned, or not written back.
+    pub(super) async fn read_places(&self, first: Place, buf: IoBuf) -> Result<IoBuf, DeviceError> {
+        let offset = self.lock().geometry.place_offset(first);
+        let read = self.cache.read(offset, buf).await.and_then(|data| self.verify(first, offset, data));
+        read.inspect_err(|error| {
+            tracing::error!("{error}");
+            self.counters.cache_read_errors.add(1);
+        })
+    }
+
+    fn verify(&self, first: Place, offset: u64, data: IoBuf) -> Result<IoBuf, DeviceError> {
+        let blocks = || (first.index..).zip(data.chunks(BLOCK_BYTES));
+        let known: Vec<Option<u32>> = {
+            let state = self.lock();
+            blocks().map(|(index, _)| state.index.crc(Place { index, ..first })).collect()
+        };
+        let rotten =
+            blocks().zip(known).find(|((_, block), crc)| crc.is_some_and(|crc| crc != crc32c(block)));
+        match rotten {
+            None => Ok(data),
+            Some(((index, _), _)) => Err(DeviceError {
+                device: self.cache.name().clone(),
+                operation: Operation::Read,
+                offset: offset + to_u64(BLOCK_BYTES) * u64::from(index - first.index),
+                length: to_u64(BLOCK_BYTES),
+                cause: Errno::EBADMSG,
+            }),
+        }
     }
 }
 

@@ -12,7 +12,8 @@
 use super::index::Index;
 use crate::device::{DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, PLACES, Place, SEGMENT_BYTES, SegmentId, Slot,
+    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, PLACES, Place, Reason, SEGMENT_BYTES, SegmentId,
+    Slot,
 };
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
@@ -31,6 +32,7 @@ pub(super) struct OpenSegment {
 /// A segment on its way to the device. Nothing changes in it any more.
 pub(super) struct SealedSegment {
     pub(super) id: SegmentId,
+    pub(super) reason: Reason,
     pub(super) metablocks: Vec<Metablock>,
     pub(super) buf: Arc<IoBuf>,
     pub(super) started: bool,
@@ -152,7 +154,7 @@ impl State {
         dirty: DirtyBits,
     ) -> Result<&mut [u8; BLOCK_BYTES], Wait> {
         if self.open.as_ref().is_some_and(|open| open.length == PLACES) {
-            self.seal()?;
+            self.seal(Reason::Full)?;
         }
         if self.open.is_none() {
             self.open_next()?;
@@ -200,12 +202,12 @@ impl State {
     pub(super) fn seal_if_full(&mut self) {
         if self.open.as_ref().is_some_and(|open| open.length == PLACES) {
             // Without room, the next write waits for it.
-            let _ = self.seal();
+            let _ = self.seal(Reason::Full);
         }
     }
 
     /// Closes the open segment, if it holds anything.
-    pub(super) fn seal(&mut self) -> Result<(), Wait> {
+    pub(super) fn seal(&mut self, reason: Reason) -> Result<(), Wait> {
         if !self.may_seal() {
             return Err(Wait::Appender);
         }
@@ -214,10 +216,11 @@ impl State {
         let metablock = |index| {
             let (block, dirty) =
                 self.index.at(Place { slot, index }).expect("every place up to the length was taken");
-            Metablock { block, dirty }
+            Metablock { block, dirty, crc: None }
         };
         self.sealed.push_back(SealedSegment {
             id: open.id,
+            reason,
             metablocks: (0..open.length).map(metablock).collect(),
             buf: Arc::new(open.buf),
             started: false,
@@ -226,8 +229,13 @@ impl State {
         Ok(())
     }
 
-    /// A sealed segment has reached the device. Frees the RAM of all that lie there without a gap.
-    pub(super) fn segment_written(&mut self, id: SegmentId) {
+    /// A sealed segment has reached the device, with data of these CRCs. Frees the RAM of all that lie there without
+    /// a gap.
+    pub(super) fn segment_written(&mut self, id: SegmentId, crcs: &[u32]) {
+        let slot = self.geometry.slot_of(id);
+        for (index, &crc) in (0..).zip(crcs) {
+            self.index.set_crc(Place { slot, index }, crc);
+        }
         if let Some(segment) = self.sealed.iter_mut().find(|segment| segment.id == id) {
             segment.written = true;
         }

@@ -182,9 +182,7 @@ impl Inner {
             }
             Pinned::new(self, &mut state, old.place.slot)
         };
-        let offset = self.lock().geometry.place_offset(old.place);
-        let base = self.cache.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await;
-        let base = base.inspect_err(|error| self.cache_read_failed(error))?;
+        let base = self.read_places(old.place, IoBuf::zeroed(BLOCK_BYTES)).await?;
         drop(pinned);
         match self.place_on_top(new, data, old, id, base.block_at(0))? {
             Placed::Done => Ok(true),

@@ -3,8 +3,8 @@
 use super::Inner;
 use crate::device::{DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, RECORD_BLOCK_OFFSET, SECTOR_BYTES, Sector, SegmentId,
-    encode_record_block, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, RECORD_BLOCK_OFFSET, Reason, SECTOR_BYTES, Sector,
+    SegmentId, encode_record_block, to_u64, to_usize,
 };
 use futures_util::future::{Either, select};
 use futures_util::stream::FuturesUnordered;
@@ -112,7 +112,7 @@ impl Inner {
         if !(idle || half_full || draining || state.waiting_for_slot > 0) {
             return Next::Wait;
         }
-        if idle && state.open.is_some() && state.seal().is_ok() {
+        if idle && state.open.is_some() && state.seal(Reason::Idle).is_ok() {
             self.events.appender.notify(usize::MAX);
         }
         let most = state.written_back.plus(u64::from(self.tunables.nr_max_batched_writeback));
@@ -190,16 +190,15 @@ impl Inner {
         if run.has_gaps {
             buf = self.backing.read(offset, buf).await?;
         }
-        let geometry = self.lock().geometry;
         let mut reads: FuturesUnordered<_> = loads(&run.pieces)
             .into_iter()
             .map(|load| async move {
                 let data = IoBuf::zeroed(BLOCK_BYTES * load.blocks);
-                self.cache.read(geometry.place_offset(load.place), data).await.map(|data| (load, data))
+                self.read_places(load.place, data).await.map(|data| (load, data))
             })
             .collect();
         while let Some(read) = reads.next().await {
-            let (load, data) = read.inspect_err(|error| self.cache_read_failed(error))?;
+            let (load, data) = read?;
             let to = to_usize((load.sector.0 - run.start.0) * to_u64(SECTOR_BYTES));
             let from = load.first * SECTOR_BYTES;
             let bytes = load.sectors * SECTOR_BYTES;

@@ -5,6 +5,8 @@ mod mem;
 pub mod probe;
 #[cfg(feature = "blkid")]
 pub mod signatures;
+#[cfg(feature = "sim")]
+pub mod sim;
 mod uring;
 
 pub use buf::{IoBuf, SharedBuf};
@@ -70,6 +72,11 @@ pub trait BlockDevice: Send + Sync + 'static {
 
     /// Its size in bytes.
     fn size(&self) -> u64;
+
+    /// What tells it from others wherever it is plugged in: a serial number or the like. Empty where it has none.
+    fn identity(&self) -> &str {
+        ""
+    }
 
     /// The unit of its I/O in bytes: 512 or a larger power of two, at most 4096.
     fn block_size(&self) -> u32;

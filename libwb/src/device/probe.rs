@@ -88,6 +88,8 @@ pub struct Opened {
     pub block_size: u32,
     /// Which device it is.
     pub identity: Identity,
+    /// What tells it from others wherever it is plugged in, for a block device that has such a thing; else empty.
+    pub identity_text: String,
 }
 
 /// Opens a block device or a regular file for direct I/O.
@@ -139,12 +141,35 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
         Errno::EWOULDBLOCK => OpenError::InUse { path: path.into() },
         cause => system(cause.into()),
     })?;
+    let identity_text = if is_block { identity_text(meta.rdev()) } else { String::new() };
     let identity =
         if is_block { Identity::BlockDevice(meta.rdev()) } else { Identity::File(meta.dev(), meta.ino()) };
-    Ok(Opened { path: path.into(), file, size, block_size, identity })
+    Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text })
 }
 
 fn direct_io_fits_sectors(file: &File) -> bool {
     // A filesystem that does not say is believed: the kernel's oldest rule is the logical block size, 512 nearly always.
     sys::direct_io_alignment(file).is_none_or(|n| n > 0 && to_u64(SECTOR_BYTES).is_multiple_of(u64::from(n)))
+}
+
+/// A block device's own identity as sysfs has it: of a device-mapper or MD device its UUID, of a disk its world-wide
+/// name or serial number, of a partition its disk's with the number of the partition.
+fn identity_text(number: u64) -> String {
+    let dir = PathBuf::from(format!(
+        "/sys/dev/block/{}:{}",
+        nix::sys::stat::major(number),
+        nix::sys::stat::minor(number)
+    ));
+    let read = |file: &str| {
+        let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();
+        Some(text.trim().to_string()).filter(|text| !text.is_empty())
+    };
+    let of_disk = |up: &str| {
+        let names = ["dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial"];
+        names.iter().find_map(|name| read(&format!("{up}{name}")))
+    };
+    match read("partition") {
+        None => of_disk("").unwrap_or_default(),
+        Some(partition) => of_disk("../").map_or_else(String::new, |disk| format!("{disk}-part{partition}")),
+    }
 }

@@ -15,6 +15,7 @@ pub struct UringDevice {
     file: Arc<File>,
     size: u64,
     block_size: u32,
+    identity: String,
 }
 
 impl UringDevice {
@@ -25,6 +26,7 @@ impl UringDevice {
             name: opened.path.to_string_lossy().into(),
             size: opened.size,
             block_size: opened.block_size,
+            identity: opened.identity_text,
             file: Arc::new(opened.file),
         }
     }
@@ -62,6 +64,10 @@ impl BlockDevice for UringDevice {
 
     fn size(&self) -> u64 {
         self.size
+    }
+
+    fn identity(&self) -> &str {
+        &self.identity
     }
 
     fn block_size(&self) -> u32 {

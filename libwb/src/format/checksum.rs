@@ -16,6 +16,12 @@ impl Checksum {
         Checksum(::crc32c::crc32c_append(self.0, bytes))
     }
 
+    /// Takes in `length` bytes that follow, of which only the CRC-32C is known.
+    #[must_use]
+    pub fn append_crc(self, crc: u32, length: usize) -> Checksum {
+        Checksum(::crc32c::crc32c_combine(self.0, crc, length))
+    }
+
     /// The CRC-32C of everything taken in.
     pub fn value(self) -> u32 {
         self.0
@@ -32,5 +38,6 @@ mod tests {
         assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
         assert_eq!(Checksum::default().append(b"1234").append(b"56789").value(), 0xe306_9283);
+        assert_eq!(Checksum::default().append(b"1234").append_crc(crc32c(b"56789"), 5).value(), 0xe306_9283);
     }
 }

@@ -5,11 +5,15 @@
 //! and checked against devices that the module wrote (`tests/golden`). Every integer is little-endian.
 
 mod checksum;
+mod extension;
 mod geometry;
 mod segment;
 mod superblock;
 
 pub use checksum::{Checksum, crc32c};
+pub use extension::{
+    EXTENSION_OFFSETS, PageFault, Reason, SegmentExtension, SuperblockExtension, TEXT_BYTES, fitting,
+};
 pub use geometry::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, GeometryError, PLACES, Place, SECTOR_BYTES, SECTORS_PER_BLOCK,
     SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, Slot, to_u64, to_usize,

@@ -1,6 +1,7 @@
 //! A segment's header block: id, checksum, length, and one metablock for each data block.
 
 use super::checksum::Checksum;
+use super::extension::SegmentExtension;
 use super::geometry::{
     BLOCK_BYTES, BlockNo, DirtyBits, PLACES, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, SegmentId,
 };
@@ -14,6 +15,10 @@ const METABLOCK_BYTES: usize = 16;
 /// Within a metablock.
 const MB_SECTOR: usize = 0;
 const MB_DIRTY_BITS: usize = 8;
+/// Extension: whether the CRC of the data block follows.
+const MB_FLAGS: usize = 9;
+const MB_CRC: usize = 12;
+const HAS_CRC: u8 = 1;
 
 /// Where the range that the checksum covers begins, in bytes from the start of the segment. It ends with the
 /// last valid data block.
@@ -49,6 +54,8 @@ pub struct Metablock {
     pub block: BlockNo,
     /// Its dirty sectors.
     pub dirty: DirtyBits,
+    /// Extension: CRC-32C of the whole data block, where it is kept.
+    pub crc: Option<u32>,
 }
 
 /// A decoded header block.
@@ -60,6 +67,8 @@ pub struct SegmentHeader {
     pub checksum: u32,
     /// One for each valid data block, in the order in which they apply.
     pub metablocks: Vec<Metablock>,
+    /// What wb adds to the base format, where it is there and sound.
+    pub extension: Option<SegmentExtension>,
 }
 
 impl SegmentHeader {
@@ -81,6 +90,7 @@ impl SegmentHeader {
             id: SegmentId(id),
             checksum: LittleEndian::read_u32(&block[CHECKSUM..]),
             metablocks,
+            extension: SegmentExtension::decode(block),
         })
     }
 
@@ -107,28 +117,49 @@ fn decode_metablock(block: &[u8; BLOCK_BYTES], index: u8) -> Result<Metablock, H
     if !sector.0.is_multiple_of(SECTORS_PER_BLOCK) {
         return Err(HeaderFault::Unaligned { index, sector });
     }
-    Ok(Metablock { block: sector.block(), dirty: DirtyBits(block[at + MB_DIRTY_BITS]) })
+    let crc = (block[at + MB_FLAGS] & HAS_CRC != 0).then(|| LittleEndian::read_u32(&block[at + MB_CRC..]));
+    Ok(Metablock { block: sector.block(), dirty: DirtyBits(block[at + MB_DIRTY_BITS]), crc })
 }
 
 fn checksum(header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> u32 {
     Checksum::default().append(&header_block[HEADER_CHECKSUM_START..]).append(data).value()
 }
 
-/// Writes a header block for `data`, which holds one block for each metablock, and computes its checksum.
-pub fn encode_header(block: &mut [u8; BLOCK_BYTES], id: SegmentId, metablocks: &[Metablock], data: &[u8]) {
+/// Writes a header block for `data`, which holds one block for each metablock, and computes its checksum. The
+/// CRCs of the metablocks, where there are any, must be right.
+pub fn encode_header(
+    block: &mut [u8; BLOCK_BYTES],
+    id: SegmentId,
+    metablocks: &[Metablock],
+    data: &[u8],
+    extension: Option<&SegmentExtension>,
+) {
     assert!(metablocks.len() <= usize::from(PLACES) && data.len() == metablocks.len() * BLOCK_BYTES);
     block.fill(0);
     for (index, metablock) in metablocks.iter().enumerate() {
         let at = METABLOCKS + METABLOCK_BYTES * index;
         LittleEndian::write_u64(&mut block[at + MB_SECTOR..], metablock.block.sector().0);
         block[at + MB_DIRTY_BITS] = metablock.dirty.0;
+        if let Some(crc) = metablock.crc {
+            block[at + MB_FLAGS] = HAS_CRC;
+            LittleEndian::write_u32(&mut block[at + MB_CRC..], crc);
+        }
     }
-    let sum = checksum(block, data);
+    let mut sum = Checksum::default().append(&block[HEADER_CHECKSUM_START..]);
+    for (metablock, data) in metablocks.iter().zip(data.chunks(BLOCK_BYTES)) {
+        sum = match metablock.crc {
+            Some(crc) => sum.append_crc(crc, BLOCK_BYTES),
+            None => sum.append(data),
+        };
+    }
     LittleEndian::write_u64(&mut block[ID..], id.0);
-    LittleEndian::write_u32(&mut block[CHECKSUM..], sum);
+    LittleEndian::write_u32(&mut block[CHECKSUM..], sum.value());
     #[allow(clippy::cast_possible_truncation)] // asserted above
     {
         block[LENGTH] = metablocks.len() as u8;
+    }
+    if let Some(extension) = extension {
+        extension.encode(block);
     }
 }
 
@@ -138,8 +169,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn metablocks() -> impl Strategy<Value = Vec<Metablock>> {
-        let one = (0..1u64 << 48, any::<u8>())
-            .prop_map(|(block, dirty)| Metablock { block: BlockNo(block), dirty: DirtyBits(dirty) });
+        let one = (0..1u64 << 48, any::<u8>()).prop_map(|(block, dirty)| Metablock {
+            block: BlockNo(block),
+            dirty: DirtyBits(dirty),
+            crc: None,
+        });
         prop::collection::vec(one, 0..=usize::from(PLACES))
     }
 
@@ -148,7 +182,7 @@ mod tests {
         fn header_round_trips(id in 1..SegmentId::MAX.0, metablocks in metablocks(), fill in any::<u8>()) {
             let data = vec![fill; metablocks.len() * BLOCK_BYTES];
             let mut block = [0xa5; BLOCK_BYTES];
-            encode_header(&mut block, SegmentId(id), &metablocks, &data);
+            encode_header(&mut block, SegmentId(id), &metablocks, &data, None);
             let header = SegmentHeader::decode(&block).expect("a header just encoded");
             prop_assert_eq!(header.id, SegmentId(id));
             prop_assert_eq!(&header.metablocks, &metablocks);
@@ -159,7 +193,7 @@ mod tests {
         fn any_damage_under_the_checksum_is_noticed(metablocks in metablocks(), at in any::<prop::sample::Index>(), bit in 0..8u8) {
             let mut data = vec![7; metablocks.len() * BLOCK_BYTES];
             let mut block = [0; BLOCK_BYTES];
-            encode_header(&mut block, SegmentId(3), &metablocks, &data);
+            encode_header(&mut block, SegmentId(3), &metablocks, &data, None);
             let at = at.index(BLOCK_BYTES - HEADER_CHECKSUM_START + data.len());
             match at.checked_sub(BLOCK_BYTES - HEADER_CHECKSUM_START) {
                 Some(in_data) => data[in_data] ^= 1 << bit,

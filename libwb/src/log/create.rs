@@ -1,23 +1,29 @@
-//! Making an empty cache: the base format, as the kernel module makes it.
+//! Making an empty cache: the base format, as the kernel module makes it, and the superblock extension.
 
 use super::LogError;
 use crate::device::{Device, DeviceError, IoBuf, SharedBuf};
 use crate::format::{
-    BLOCK_BYTES, Geometry, SUPERBLOCK_OFFSET, SUPERBLOCK_REGION_BYTES, encode_superblock_block, to_usize,
+    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, SUPERBLOCK_OFFSET, SUPERBLOCK_REGION_BYTES,
+    SuperblockExtension, encode_superblock_block, to_usize,
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 /// Header blocks that are zeroed at the same time. They all share one block of zeros.
 const FORMAT_DEPTH: usize = 64;
 
-/// Makes an empty cache of a device, whatever it holds, and shows `progress` how many segments are done.
+/// Makes an empty cache of a device, whatever it holds, and shows `progress` how many segments are done. Without an
+/// extension, only the base format is written.
 ///
 /// The superblock region is zeroed and flushed first and the magic is written last, so that a format that is
 /// interrupted leaves no cache device at all and never an old log with holes.
 ///
 /// # Errors
 /// When the device cannot hold a cache, or fails.
-pub async fn create(device: &Device, mut progress: impl FnMut(u32)) -> Result<Geometry, LogError> {
+pub async fn create(
+    device: &Device,
+    extension: Option<&SuperblockExtension>,
+    mut progress: impl FnMut(u32),
+) -> Result<Geometry, LogError> {
     let geometry = Geometry::of_device(device.size())
         .map_err(|fault| LogError::Geometry { device: device.name().to_string(), fault })?;
     let region = IoBuf::zeroed(to_usize(SUPERBLOCK_REGION_BYTES));
@@ -35,6 +41,11 @@ pub async fn create(device: &Device, mut progress: impl FnMut(u32)) -> Result<Ge
         done += 1;
         progress(done);
     }
+    if let Some(extension) = extension {
+        for generation in [0, 1] {
+            write_extension(device, &SuperblockExtension { generation, ..extension.clone() }).await?;
+        }
+    }
     device.flush().await?;
 
     let mut superblock = IoBuf::zeroed(BLOCK_BYTES);
@@ -42,6 +53,17 @@ pub async fn create(device: &Device, mut progress: impl FnMut(u32)) -> Result<Ge
     device.write(SUPERBLOCK_OFFSET, superblock.into()).await?;
     device.flush().await?;
     Ok(geometry)
+}
+
+/// Writes a page of the superblock extension over the older of the two copies. It is durable after a flush.
+///
+/// # Errors
+/// When the device fails.
+pub async fn write_extension(device: &Device, page: &SuperblockExtension) -> Result<(), DeviceError> {
+    let mut block = IoBuf::zeroed(BLOCK_BYTES);
+    page.encode(block.block_at_mut(0));
+    let copy = if page.generation.is_multiple_of(2) { 0 } else { 1 };
+    device.write(EXTENSION_OFFSETS[copy], block.into()).await
 }
 
 #[cfg(test)]
@@ -60,7 +82,7 @@ mod tests {
         let memory = Arc::new(MemDevice::with_content("cache", vec![0xa5; to_usize(size)]));
         let device: Device = memory.clone();
         let mut calls = Vec::new();
-        let geometry = block_on(create(&device, |done| calls.push(done))).unwrap();
+        let geometry = block_on(create(&device, None, |done| calls.push(done))).unwrap();
         assert_eq!((geometry.slots(), calls), (3, vec![1, 2, 3]));
 
         let content = memory.content();
@@ -75,14 +97,14 @@ mod tests {
         let superblock = block_on(read_superblock(&device)).unwrap();
         let slots = block_on(scan(&device, superblock.geometry, |_, _| ()));
         assert!(slots.iter().all(|slot| matches!(slot, SlotState::Empty)));
-        assert_eq!(recover(superblock, &slots).point, SegmentId::NONE);
+        assert_eq!(recover(&superblock, &slots).point, SegmentId::NONE);
     }
 
     #[test]
     fn a_device_too_small_is_left_as_it_was() {
         let memory = Arc::new(MemDevice::with_content("cache", vec![0xa5; 1024 * 1024]));
         let device: Device = memory.clone();
-        assert!(matches!(block_on(create(&device, |_| ())), Err(LogError::Geometry { .. })));
+        assert!(matches!(block_on(create(&device, None, |_| ())), Err(LogError::Geometry { .. })));
         assert!(memory.content().iter().all(|&b| b == 0xa5));
     }
 }

@@ -124,11 +124,11 @@ mod tests {
         let size = SUPERBLOCK_REGION_BYTES + 2 * to_u64(SEGMENT_BYTES);
         let device: Device = Arc::new(MemDevice::new("cache", size));
         let geometry = Geometry::of_device(size).unwrap();
-        let entry = |block, dirty| Metablock { block: BlockNo(block), dirty: DirtyBits(dirty) };
+        let entry = |block, dirty| Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None };
         let segments = [vec![entry(1, 1), entry(2, 0)], vec![entry(1, 0xff), entry(u64::MAX / 8, 0x80)]];
         for (id, metablocks) in (1..).map(SegmentId).zip(segments) {
             let mut block = IoBuf::zeroed(BLOCK_BYTES);
-            encode_header(block.block_at_mut(0), id, &metablocks, &[0; 2 * BLOCK_BYTES]);
+            encode_header(block.block_at_mut(0), id, &metablocks, &[0; 2 * BLOCK_BYTES], None);
             block_on(device.write(geometry.slot_offset(geometry.slot_of(id)), block.into())).unwrap();
         }
         (device, geometry)

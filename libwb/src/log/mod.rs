@@ -31,6 +31,38 @@ pub enum LogError {
         /// What is wrong with it.
         fault: SuperblockFault,
     },
+    /// The superblock extension has features that this version does not know.
+    #[error(
+        "{device}: was written by a newer version of wb, with features (flags {flags:#x}) that this one does not know"
+    )]
+    UnknownFeatures {
+        /// The cache device.
+        device: String,
+        /// The flags that are not known.
+        flags: u32,
+    },
+    /// The cache device had another size when it was formatted.
+    #[error(
+        "{device}: was formatted with {formatted} bytes, but has {found}: it was truncated or resized. Give it its old size back"
+    )]
+    Resized {
+        /// The cache device.
+        device: String,
+        /// Its size then, in bytes.
+        formatted: u64,
+        /// Its size now, in bytes.
+        found: u64,
+    },
+    /// The cache belongs to another backing device.
+    #[error("{device}: belongs to another backing device than {backing}: {difference}")]
+    WrongBacking {
+        /// The cache device.
+        device: String,
+        /// The backing device that was given.
+        backing: String,
+        /// How it can be told.
+        difference: String,
+    },
     /// The log is damaged in a way that a power cut does not explain.
     #[error("{device}: the log is corrupt: {}", list(corruption))]
     Corrupt {

@@ -5,7 +5,7 @@
 //! ([`Geometry::loss_window`]). ARCHITECTURE.md gives the rule and why it holds.
 
 use super::scan::{SlotFault, SlotState, Superblock};
-use crate::format::{Geometry, SegmentId, Slot};
+use crate::format::{Geometry, SegmentExtension, SegmentId, Slot, SuperblockExtension};
 use std::ops::RangeInclusive;
 
 /// What explains a slot that holds no valid segment.
@@ -45,6 +45,14 @@ pub enum Corruption {
         highest: SegmentId,
         /// How many a power cut may lose.
         window: u64,
+    },
+    /// A segment is gone that was known to be durable.
+    #[error("segment {missing} is missing or damaged, though everything up to segment {durable} was durable")]
+    DurableMissing {
+        /// The first segment that is not there.
+        missing: SegmentId,
+        /// What a later header says was durable.
+        durable: SegmentId,
     },
     /// The superblock record names a segment that the log has not reached.
     #[error(
@@ -139,24 +147,62 @@ impl Recovery {
     }
 }
 
+/// What the headers of valid segments say beyond the base format. Facts that were true then, and stay true.
+#[derive(Default)]
+struct Claims {
+    /// Every segment up to this one was durable.
+    durable: SegmentId,
+    /// Every segment up to this one was written back.
+    written_back: SegmentId,
+}
+
+impl Claims {
+    fn of(segments: &[Valid]) -> Claims {
+        let mut claims = Claims::default();
+        for (id, extension) in segments.iter().filter_map(|&(id, extension)| Some((id, extension?))) {
+            // A header can only speak of segments before its own.
+            let before = |claim: SegmentId| if claim < id { claim } else { SegmentId::NONE };
+            claims.durable = claims.durable.max(before(extension.durable));
+            claims.written_back = claims.written_back.max(before(extension.written_back));
+        }
+        claims
+    }
+}
+
+type Valid = (SegmentId, Option<SegmentExtension>);
+
+/// A slot's segment, if it is valid and not one of an earlier cache on the device.
+fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid> {
+    let SlotState::Valid { id, extension, .. } = state else { return None };
+    let ours = superblock.extension.as_ref().map(SuperblockExtension::digest);
+    let foreign = ours.zip(extension.as_ref()).is_some_and(|(ours, its)| ours != its.digest);
+    (!foreign).then_some((*id, *extension))
+}
+
 /// Applies the rule to the verdicts of a scan, one for each slot.
-pub fn recover(superblock: Superblock, slots: &[SlotState]) -> Recovery {
-    let Superblock { geometry, record } = superblock;
+pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
+    let &Superblock { geometry, record, .. } = superblock;
     assert_eq!(slots.len(), geometry.all_slots().len());
     let window = geometry.loss_window();
-    let is_valid = |id: SegmentId| slots[slot_index(geometry.slot_of(id))].valid_id() == Some(id);
+    let is_valid = |id: SegmentId| {
+        let state = &slots[slot_index(geometry.slot_of(id))];
+        valid(state, superblock).is_some_and(|(found, _)| found == id)
+    };
 
-    let highest = slots.iter().filter_map(SlotState::valid_id).max().unwrap_or(SegmentId::NONE);
-    let written_back = record.max(highest.minus(geometry.lap()));
-    let skipped = skipped(geometry, highest, written_back, is_valid);
+    let mut segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
+    segments.sort_unstable_by_key(|&(id, _)| id);
+    let (highest, newest) = segments.last().copied().unwrap_or_default();
+    let claims = Claims::of(&segments);
+    let written_back = record.max(highest.minus(geometry.lap())).max(claims.written_back);
+    let by_module = superblock.extension.is_none() || newest.is_none();
+    let skipped = if by_module { skipped(geometry, highest, written_back, is_valid) } else { Vec::new() };
     let start = skipped.last().copied().unwrap_or(written_back).next();
     let mut point = start.minus(1);
     while point < highest && is_valid(point.next()) {
         point = point.next();
     }
 
-    let mut dropped: Vec<_> = slots.iter().filter_map(SlotState::valid_id).filter(|&id| id > point).collect();
-    dropped.sort_unstable();
+    let dropped = segments.iter().map(|&(id, _)| id).filter(|&id| id > point).collect();
     let mut recovery = Recovery {
         record,
         highest,
@@ -167,7 +213,10 @@ pub fn recover(superblock: Superblock, slots: &[SlotState]) -> Recovery {
         damage: Vec::new(),
         corruption: Vec::new(),
     };
-    if highest.since(point) > window {
+    if claims.durable > point {
+        let durable = claims.durable;
+        recovery.corruption.push(Corruption::DurableMissing { missing: point.next(), durable });
+    } else if highest.since(point) > window {
         recovery.corruption.push(Corruption::Gap { missing: point.next(), highest, window });
     }
     // With a single slot, the newest segment itself may be under overwrite.
@@ -242,13 +291,14 @@ mod tests {
             .map(|slot| match g.id_in_slot(slot, SegmentId(newest)) {
                 SegmentId::NONE => SlotState::Empty,
                 id if torn.contains(&id.0) => SlotState::Invalid(SlotFault::Checksum { id }),
-                id => SlotState::Valid { id, length: 127 },
+                id => SlotState::Valid { id, length: 127, extension: None },
             })
             .collect()
     }
 
     fn run(slots: u64, record: u64, states: &[SlotState]) -> Recovery {
-        recover(Superblock { geometry: geometry(slots), record: SegmentId(record) }, states)
+        let superblock = Superblock { geometry: geometry(slots), record: SegmentId(record), extension: None };
+        recover(&superblock, states)
     }
 
     fn ids(range: impl IntoIterator<Item = u64>) -> Vec<SegmentId> {
@@ -284,7 +334,7 @@ mod tests {
     fn a_hole_drops_what_follows_and_the_stale_segment_in_it_is_not_applied() {
         // Segment 20 was lost; its slot still holds segment 6, which is valid and older than 7.
         let mut states = log(14, 22, &[]);
-        states[5] = SlotState::Valid { id: SegmentId(6), length: 127 };
+        states[5] = SlotState::Valid { id: SegmentId(6), length: 127, extension: None };
         let r = run(14, 0, &states);
         assert_eq!(r.live().collect::<Vec<_>>(), ids(9..=19));
         assert_eq!(r.dropped, ids([21, 22]));
@@ -331,7 +381,7 @@ mod tests {
             .map(|slot| {
                 let id = geometry(14).id_in_slot(Slot(slot), SegmentId(30));
                 if geometry(10).slot_of(id) == Slot(slot) {
-                    SlotState::Valid { id, length: 1 }
+                    SlotState::Valid { id, length: 1, extension: None }
                 } else {
                     SlotState::Invalid(SlotFault::WrongSlot { id, sound: true })
                 }
@@ -353,7 +403,7 @@ mod tests {
             .prop_map(SegmentId);
         prop_oneof![
             Just(SlotState::Empty),
-            id.clone().prop_map(|id| SlotState::Valid { id, length: 1 }),
+            id.clone().prop_map(|id| SlotState::Valid { id, length: 1, extension: None }),
             id.prop_map(|id| SlotState::Invalid(SlotFault::Checksum { id })),
         ]
     }

@@ -3,8 +3,9 @@
 use super::LogError;
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, Geometry, HeaderFault, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SegmentHeader, SegmentId,
-    Slot, SuperblockFault, decode_magic, decode_record, to_u64,
+    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, HeaderFault, PageFault, RECORD_BLOCK_OFFSET, SECTOR_BYTES,
+    SUPERBLOCK_OFFSET, SegmentExtension, SegmentHeader, SegmentId, Slot, SuperblockExtension,
+    SuperblockFault, decode_magic, decode_record, fitting, to_u64,
 };
 use futures_util::{Stream, StreamExt, stream};
 
@@ -14,16 +15,18 @@ const SCAN_DEPTH: usize = 8;
 const HEADER_SCAN_DEPTH: usize = 64;
 
 /// What the superblock region of a cache device says.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Superblock {
     /// How the device is laid out.
     pub geometry: Geometry,
     /// The superblock record: every segment up to this one is written back.
     pub record: SegmentId,
+    /// What wb adds to the base format; a device of the kernel module has none.
+    pub extension: Option<SuperblockExtension>,
 }
 
 /// What the superblock region of a device says, right or wrong.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RawSuperblock {
     /// How a cache device of this size is laid out.
     pub geometry: Geometry,
@@ -31,13 +34,24 @@ pub struct RawSuperblock {
     pub magic: Result<(), SuperblockFault>,
     /// The superblock record.
     pub record: Result<SegmentId, SuperblockFault>,
+    /// Both copies of the superblock extension.
+    pub pages: [Result<SuperblockExtension, PageFault>; 2],
 }
 
 impl RawSuperblock {
+    /// The newer copy of the superblock extension that is sound, if any is.
+    pub fn extension(&self) -> Option<&SuperblockExtension> {
+        self.pages.iter().flatten().max_by_key(|page| page.generation)
+    }
+
     /// What to go on with on a device that is to be looked at all the same: a record that is garbage counts as none,
     /// so that every segment is taken into account.
-    pub fn or_no_record(self) -> Superblock {
-        Superblock { geometry: self.geometry, record: self.record.unwrap_or(SegmentId::NONE) }
+    pub fn or_no_record(&self) -> Superblock {
+        Superblock {
+            geometry: self.geometry,
+            extension: self.extension().cloned(),
+            record: self.record.unwrap_or(SegmentId::NONE),
+        }
     }
 }
 
@@ -50,8 +64,13 @@ pub async fn examine_superblock(device: &Device) -> Result<RawSuperblock, LogErr
         .map_err(|fault| LogError::Geometry { device: device.name().to_string(), fault })?;
     let first = device.read(SUPERBLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
     let last = device.read(RECORD_BLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
+    let page = async |offset| {
+        let block = device.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await?;
+        Ok::<_, DeviceError>(SuperblockExtension::decode(block.block_at(0)))
+    };
     Ok(RawSuperblock {
         geometry,
+        pages: [page(EXTENSION_OFFSETS[0]).await?, page(EXTENSION_OFFSETS[1]).await?],
         magic: decode_magic(first.block_at(0)),
         record: decode_record(last.block_at(0)),
     })
@@ -65,7 +84,71 @@ pub async fn read_superblock(device: &Device) -> Result<Superblock, LogError> {
     let superblock = |fault| LogError::Superblock { device: device.name().to_string(), fault };
     let raw = examine_superblock(device).await?;
     raw.magic.map_err(superblock)?;
-    Ok(Superblock { geometry: raw.geometry, record: raw.record.map_err(superblock)? })
+    raw.record.map_err(superblock)?;
+    let superblock = raw.or_no_record();
+    if let Some(extension) = &superblock.extension {
+        check_extension(device, extension)?;
+    }
+    Ok(superblock)
+}
+
+/// Whether this version may use a device with such an extension.
+///
+/// # Errors
+/// When it has features that are not known here, or the device was resized since it was formatted.
+pub fn check_extension(device: &Device, extension: &SuperblockExtension) -> Result<(), LogError> {
+    let unknown = extension.incompatible | extension.read_compatible;
+    if unknown != 0 {
+        return Err(LogError::UnknownFeatures { device: device.name().to_string(), flags: unknown });
+    }
+    let formatted = extension.cache_bytes;
+    if formatted != device.size() {
+        return Err(LogError::Resized { device: device.name().to_string(), formatted, found: device.size() });
+    }
+    Ok(())
+}
+
+/// What tells a backing device from others.
+#[derive(Clone, Copy, Debug)]
+pub struct BackingFacts<'a> {
+    /// Its name in messages.
+    pub name: &'a str,
+    /// Its size in sectors.
+    pub sectors: u64,
+    /// Its serial number or the like; empty where it has none.
+    pub identity: &'a str,
+}
+
+impl<'a> BackingFacts<'a> {
+    /// The facts of an open device.
+    pub fn of(device: &'a Device) -> BackingFacts<'a> {
+        let sectors = device.size() / to_u64(SECTOR_BYTES);
+        BackingFacts { name: device.name(), sectors, identity: device.identity() }
+    }
+}
+
+/// Whether a cache belongs to a backing device, as far as its extension tells.
+///
+/// # Errors
+/// When it belongs to another.
+pub fn check_pairing(
+    device: &Device,
+    extension: &SuperblockExtension,
+    backing: &BackingFacts<'_>,
+) -> Result<(), LogError> {
+    let wrong = |difference| {
+        let (device, backing) = (device.name().to_string(), backing.name.to_string());
+        Err(LogError::WrongBacking { device, backing, difference })
+    };
+    let (paired, found) = (extension.backing_sectors, backing.sectors);
+    if paired != 0 && paired != found {
+        return wrong(format!("the cache was made for one of {paired} sectors, this one has {found}"));
+    }
+    let (paired, found) = (extension.backing_id.as_str(), fitting(backing.identity));
+    if !paired.is_empty() && !found.is_empty() && paired != found {
+        return wrong(format!("the cache was made for '{paired}', this one is '{found}'"));
+    }
+    Ok(())
 }
 
 /// Why a slot holds no valid segment.
@@ -104,6 +187,8 @@ pub enum SlotState {
         id: SegmentId,
         /// How many data blocks it has.
         length: u8,
+        /// What its header says beyond the base format.
+        extension: Option<SegmentExtension>,
     },
     /// Something else.
     Invalid(SlotFault),
@@ -160,7 +245,10 @@ async fn fill_slot(
     content.data = Some(data);
     let id = header.id;
     match (geometry.slot_of(id) == slot, sound) {
-        (true, true) => content.state = SlotState::Valid { id, length: header.length() },
+        (true, true) => {
+            let (length, extension) = (header.length(), header.extension);
+            content.state = SlotState::Valid { id, length, extension };
+        }
         (true, false) => return Err(SlotFault::Checksum { id }),
         (false, sound) => return Err(SlotFault::WrongSlot { id, sound }),
     }
@@ -179,10 +267,10 @@ pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -
         Err(fault) => SlotState::Invalid(fault),
         Ok(header) if header.id == SegmentId::NONE => SlotState::Empty,
         Ok(header) => {
-            let (id, length) = (header.id, header.length());
+            let (id, length, extension) = (header.id, header.length(), header.extension);
             content.header = Some(header);
             if geometry.slot_of(id) == slot {
-                SlotState::Valid { id, length }
+                SlotState::Valid { id, length, extension }
             } else {
                 SlotState::Invalid(SlotFault::WrongSlot { id, sound: false })
             }

@@ -1,0 +1,304 @@
+//! Simulated devices and a seeded executor: the engine's world under test.
+//!
+//! A [`Simulation`] runs tasks on one thread with a virtual clock. A [`SimDevice`] is a disk in memory with a
+//! volatile write cache: I/O takes virtual time and ends in any order; what has completed but was not flushed may
+//! be lost at a power cut, sector by sector. A seed decides everything, so that it repeats a run exactly.
+
+mod disk;
+mod executor;
+
+pub use executor::{SimRuntime, Simulation, Stop};
+
+use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
+use crate::format::{to_u64, to_usize};
+use disk::{Completed, Disk, RequestId, digest, fits, sectors};
+use fastrand::Rng;
+use futures_channel::oneshot;
+use nix::errno::Errno;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How a device fails. The default is that it does not.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Faults {
+    /// The chance that a read fails, 0 to 1.
+    pub read: f64,
+    /// The chance that a write or a discard fails, 0 to 1. A part of it may have been done.
+    pub write: f64,
+    /// The chance that a flush fails, 0 to 1. Some of what it should have made durable then never will be.
+    pub flush: f64,
+}
+
+/// How a run ends that does not end well.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Crash {
+    /// The process dies. What completed is still visible, but no more durable than before; what is in flight may
+    /// be done in part.
+    Kill,
+    /// The power fails. What was not flushed survives or not, sector by sector.
+    PowerCut,
+}
+
+/// A disk in memory with a volatile write cache.
+pub struct SimDevice {
+    inner: Arc<Inner>,
+    size: u64,
+    block_size: u32,
+}
+
+struct Inner {
+    name: Arc<str>,
+    runtime: SimRuntime,
+    state: Mutex<State>,
+}
+
+struct State {
+    /// `None` once a crash has given the disk to another device.
+    disk: Option<Disk>,
+    rng: Rng,
+    faults: Faults,
+    slowness: u32,
+}
+
+impl SimDevice {
+    /// A device that holds `content`, all of it durable. `block_size` is the unit of its I/O in bytes.
+    pub fn new(runtime: &SimRuntime, name: &str, content: Vec<u8>, block_size: u32) -> SimDevice {
+        SimDevice::with_disk(runtime, name.into(), Disk::new(content), block_size)
+    }
+
+    fn with_disk(runtime: &SimRuntime, name: Arc<str>, disk: Disk, block_size: u32) -> SimDevice {
+        let size = to_u64(disk.visible().len());
+        let rng = runtime.fork_rng();
+        let state = State { disk: Some(disk), rng, faults: Faults::default(), slowness: 1 };
+        let inner = Inner { name, runtime: runtime.clone(), state: Mutex::new(state) };
+        SimDevice { inner: Arc::new(inner), size, block_size }
+    }
+
+    /// Makes it fail from now on, or sound again.
+    pub fn set_faults(&self, faults: Faults) {
+        self.inner.state.lock().faults = faults;
+    }
+
+    /// Makes it this many times slower than a fast device.
+    pub fn set_slowness(&self, factor: u32) {
+        self.inner.state.lock().slowness = factor.max(1);
+    }
+
+    /// What reads see now.
+    ///
+    /// # Panics
+    /// After a crash.
+    pub fn content(&self) -> Vec<u8> {
+        self.inner.state.lock().disk.as_ref().expect("a disk that has not crashed").visible().to_vec()
+    }
+
+    /// What is durable at least.
+    ///
+    /// # Panics
+    /// After a crash.
+    pub fn durable(&self) -> Vec<u8> {
+        self.inner.state.lock().disk.as_ref().expect("a disk that has not crashed").durable().to_vec()
+    }
+
+    /// What is there after a crash. This device fails everything from now on; the caller drops all tasks that use
+    /// it with [`Simulation::kill_tasks`].
+    ///
+    /// # Panics
+    /// When it has crashed already.
+    #[must_use]
+    pub fn crash(&self, crash: Crash) -> SimDevice {
+        let mut state = self.inner.state.lock();
+        let mut disk = state.disk.take().expect("a disk that has not crashed");
+        let disk = match crash {
+            Crash::Kill => {
+                disk.settle(&mut state.rng);
+                disk
+            }
+            Crash::PowerCut => Disk::new(disk.power_cut(&mut state.rng)),
+        };
+        SimDevice::with_disk(&self.inner.runtime, self.inner.name.clone(), disk, self.block_size)
+    }
+
+    fn error(&self, operation: Operation, offset: u64, length: u64, cause: Errno) -> DeviceError {
+        DeviceError { device: self.inner.name.clone(), operation, offset, length, cause }
+    }
+
+    /// Submits an operation that ends with `end` after the device's time for it.
+    fn submit<T: Send + 'static>(
+        &self,
+        what: Errand,
+        delay: Duration,
+        end: impl FnOnce(&mut State) -> Result<T, Errno> + Send + 'static,
+    ) -> IoFuture<T> {
+        let Errand { operation, offset, length, digest } = what;
+        let failure = self.error(operation, offset, length, Errno::ENODEV);
+        if !fits(self.size, self.block_size, offset, length) {
+            return Box::pin(std::future::ready(Err(DeviceError { cause: Errno::EINVAL, ..failure })));
+        }
+        let name_digest = disk::digest(self.inner.name.as_bytes());
+        let event =
+            name_digest ^ offset ^ length.rotate_left(17) ^ digest ^ (operation as u64).rotate_left(7);
+        self.inner.runtime.io_point(event);
+        let (done, result) = oneshot::channel();
+        let inner = self.inner.clone();
+        self.inner.runtime.call_after(delay, move || {
+            inner.runtime.io_point(!event);
+            let result = end(&mut inner.state.lock());
+            // Nobody may be waiting any more.
+            let _ = done.send(result);
+        });
+        Box::pin(async move {
+            result.await.unwrap_or(Err(Errno::ENODEV)).map_err(|cause| DeviceError { cause, ..failure })
+        })
+    }
+
+    /// Writes, with the parts of it becoming visible between submission and completion.
+    fn submit_write(&self, operation: Operation, offset: u64, data: SharedBuf) -> IoFuture<()> {
+        let length = to_u64(data.len());
+        if !fits(self.size, self.block_size, offset, length) {
+            return Box::pin(std::future::ready(Err(self.error(operation, offset, length, Errno::EINVAL))));
+        }
+        let what = Errand { operation, offset, length, digest: digest(&data) };
+        let count = sectors(&data);
+        let (id, delay, parts) = {
+            let mut state = self.inner.state.lock();
+            let delay = state.delay();
+            let Some(disk) = &mut state.disk else { return self.submit(what, delay, |_| Err(Errno::ENODEV)) };
+            let id = disk.begin(offset, data);
+            (id, delay, state.parts(delay, count))
+        };
+        for Part { cut, front, after } in parts {
+            let inner = self.inner.clone();
+            self.inner.runtime.call_after(after, move || {
+                if let Some(disk) = &mut inner.state.lock().disk {
+                    disk.take_in_part(id, cut, front);
+                }
+            });
+        }
+        self.submit(what, delay, move |state| state.end_write(id))
+    }
+}
+
+/// An operation as messages and the trace describe it.
+struct Errand {
+    operation: Operation,
+    offset: u64,
+    length: u64,
+    digest: u64,
+}
+
+/// When a part of a write becomes visible.
+struct Part {
+    cut: usize,
+    front: bool,
+    after: Duration,
+}
+
+impl State {
+    /// How long an operation takes: mostly a little, at times a lot, so that any order comes up.
+    fn delay(&mut self) -> Duration {
+        let micros = match self.rng.u32(..40) {
+            0 => self.rng.u32(1_000..50_000),
+            1..8 => self.rng.u32(300..3_000),
+            _ => self.rng.u32(20..300),
+        };
+        Duration::from_nanos(u64::from(micros) * 1000 + self.rng.u64(..1000)) * self.slowness
+    }
+
+    fn parts(&mut self, delay: Duration, count: usize) -> Vec<Part> {
+        let number = self.rng.u32(..3);
+        (0..number)
+            .map(|_| Part {
+                cut: self.rng.usize(..=count),
+                front: self.rng.bool(),
+                after: delay.mul_f64(self.rng.f64()),
+            })
+            .collect()
+    }
+
+    fn fails(&mut self, chance: f64) -> bool {
+        chance > 0.0 && self.rng.f64() < chance
+    }
+
+    fn disk(&mut self) -> Result<&mut Disk, Errno> {
+        self.disk.as_mut().ok_or(Errno::ENODEV)
+    }
+
+    fn end_write(&mut self, id: RequestId) -> Result<(), Errno> {
+        if self.fails(self.faults.write) {
+            self.disk()?.fail(id);
+            return Err(Errno::EIO);
+        }
+        self.disk()?.complete(id);
+        Ok(())
+    }
+
+    fn end_read(&mut self, offset: u64, mut buf: IoBuf) -> Result<IoBuf, Errno> {
+        if self.fails(self.faults.read) {
+            return Err(Errno::EIO);
+        }
+        let length = buf.len();
+        buf.copy_from_slice(&self.disk()?.visible()[to_usize(offset)..][..length]);
+        Ok(buf)
+    }
+
+    fn end_flush(&mut self, by: Completed) -> Result<(), Errno> {
+        if self.fails(self.faults.flush) {
+            let disk = self.disk.as_mut().ok_or(Errno::ENODEV)?;
+            disk.fail_flush(&mut self.rng, by);
+            return Err(Errno::EIO);
+        }
+        self.disk()?.flush(by);
+        Ok(())
+    }
+}
+
+impl BlockDevice for SimDevice {
+    fn name(&self) -> &Arc<str> {
+        &self.inner.name
+    }
+
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn block_size(&self) -> u32 {
+        self.block_size
+    }
+
+    fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
+        let what = Errand { operation: Operation::Read, offset, length: to_u64(buf.len()), digest: 0 };
+        let delay = self.inner.state.lock().delay();
+        self.submit(what, delay, move |state| state.end_read(offset, buf))
+    }
+
+    fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()> {
+        self.submit_write(Operation::Write, offset, data)
+    }
+
+    fn flush(&self) -> IoFuture<()> {
+        let what = Errand { operation: Operation::Flush, offset: 0, length: 0, digest: 0 };
+        let (delay, by) = {
+            let mut state = self.inner.state.lock();
+            let by = state.disk.as_ref().map(Disk::completed);
+            (state.delay(), by)
+        };
+        self.submit(what, delay, move |state| by.map_or(Err(Errno::ENODEV), |by| state.end_flush(by)))
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
+        if !fits(self.size, self.block_size, offset, length) {
+            return Box::pin(std::future::ready(Err(self.error(
+                Operation::Discard,
+                offset,
+                length,
+                Errno::EINVAL,
+            ))));
+        }
+        self.submit_write(Operation::Discard, offset, IoBuf::zeroed(to_usize(length)).into())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,270 @@
+//! What a disk with a volatile write cache holds, and what a crash leaves of it. Pure state: no time, no tasks.
+
+use super::super::SharedBuf;
+use crate::format::{SECTOR_BYTES, to_u64, to_usize};
+use fastrand::Rng;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// The completion number of a request that is under way, has failed, or whose data a failed flush gave up.
+const NEVER: u64 = u64::MAX;
+
+/// A write request, by order of submission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct RequestId(usize);
+
+/// How many requests had completed at some moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Completed(u64);
+
+/// A sector's content that is not known to be durable.
+#[derive(Clone)]
+struct Version {
+    request: RequestId,
+    data: SharedBuf,
+    /// Where in `data` the sector begins, in bytes.
+    at: usize,
+}
+
+impl Version {
+    fn bytes(&self) -> &[u8] {
+        &self.data[self.at..self.at + SECTOR_BYTES]
+    }
+}
+
+/// A write that the disk may not have taken in whole.
+struct InFlight {
+    first_sector: usize,
+    data: SharedBuf,
+    /// The sectors not taken in yet, counted from the first.
+    pending: Vec<Range<usize>>,
+}
+
+/// The disk.
+pub(super) struct Disk {
+    /// What reads see.
+    visible: Vec<u8>,
+    /// What every power cut leaves, unless something in `versions` took its place.
+    durable: Vec<u8>,
+    /// For each sector what was written since, oldest first.
+    versions: Vec<Vec<Version>>,
+    in_flight: BTreeMap<RequestId, InFlight>,
+    /// For each request how many completed before it, or [`NEVER`].
+    completion: Vec<u64>,
+    completed: u64,
+}
+
+/// What a power cut keeps of one request.
+enum Keep {
+    All,
+    Nothing,
+    /// Sectors before this byte of the device.
+    Before(usize),
+    /// Sectors from this byte of the device on.
+    From(usize),
+    /// Each sector with this chance in 256.
+    Each(u8),
+}
+
+impl Keep {
+    fn keeps(&self, rng: &mut Rng, at: usize) -> bool {
+        match self {
+            Keep::All => true,
+            Keep::Nothing => false,
+            Keep::Before(end) => at < *end,
+            Keep::From(start) => at >= *start,
+            Keep::Each(chance) => rng.u8(..) < *chance,
+        }
+    }
+
+    fn any(rng: &mut Rng, size: usize) -> Keep {
+        match rng.u32(..8) {
+            0..3 => Keep::All,
+            3..5 => Keep::Nothing,
+            5 => Keep::Before(rng.usize(..=size)),
+            6 => Keep::From(rng.usize(..=size)),
+            _ => Keep::Each(rng.u8(..)),
+        }
+    }
+
+    fn torn(rng: &mut Rng, request: &InFlight) -> Keep {
+        let start = request.first_sector * SECTOR_BYTES;
+        let within = start + rng.usize(..=request.data.len() / SECTOR_BYTES) * SECTOR_BYTES;
+        match rng.u32(..5) {
+            0 => Keep::All,
+            1 => Keep::Nothing,
+            2 => Keep::Before(within),
+            3 => Keep::From(within),
+            _ => Keep::Each(rng.u8(..)),
+        }
+    }
+}
+
+impl Disk {
+    pub(super) fn new(content: Vec<u8>) -> Disk {
+        let sectors = content.len() / SECTOR_BYTES;
+        assert_eq!(sectors * SECTOR_BYTES, content.len(), "a disk consists of sectors");
+        Disk {
+            durable: content.clone(),
+            visible: content,
+            versions: vec![Vec::new(); sectors],
+            in_flight: BTreeMap::new(),
+            completion: Vec::new(),
+            completed: 0,
+        }
+    }
+
+    pub(super) fn visible(&self) -> &[u8] {
+        &self.visible
+    }
+
+    pub(super) fn durable(&self) -> &[u8] {
+        &self.durable
+    }
+
+    /// Takes up a write; its bounds are checked.
+    pub(super) fn begin(&mut self, offset: u64, data: SharedBuf) -> RequestId {
+        let id = RequestId(self.completion.len());
+        self.completion.push(NEVER);
+        let pending = std::iter::once(0..data.len() / SECTOR_BYTES).collect();
+        let first_sector = to_usize(offset) / SECTOR_BYTES;
+        self.in_flight.insert(id, InFlight { first_sector, data, pending });
+        id
+    }
+
+    /// Takes in the sectors before or after `cut`, counted from the request's first: reads see them now.
+    pub(super) fn take_in_part(&mut self, id: RequestId, cut: usize, front: bool) {
+        let Some(mut request) = self.in_flight.remove(&id) else { return };
+        for range in std::mem::take(&mut request.pending) {
+            let middle = cut.clamp(range.start, range.end);
+            let (front_part, back_part) = (range.start..middle, middle..range.end);
+            let (take, leave) = if front { (front_part, back_part) } else { (back_part, front_part) };
+            take.for_each(|sector| self.take_in_sector(id, &request, sector));
+            request.pending.push(leave);
+        }
+        self.in_flight.insert(id, request);
+    }
+
+    fn take_in_sector(&mut self, id: RequestId, request: &InFlight, sector: usize) {
+        let version = Version { request: id, data: request.data.clone(), at: sector * SECTOR_BYTES };
+        let sector = request.first_sector + sector;
+        self.visible[sector * SECTOR_BYTES..][..SECTOR_BYTES].copy_from_slice(version.bytes());
+        self.versions[sector].push(version);
+    }
+
+    /// The write is done: all of it is taken in, and a flush from now on covers it.
+    pub(super) fn complete(&mut self, id: RequestId) {
+        self.take_in_part(id, usize::MAX, true);
+        self.in_flight.remove(&id);
+        self.completion[id.0] = self.completed;
+        self.completed += 1;
+    }
+
+    /// The write has failed: what was taken in stays, and no flush covers it.
+    pub(super) fn fail(&mut self, id: RequestId) {
+        self.in_flight.remove(&id);
+    }
+
+    pub(super) fn completed(&self) -> Completed {
+        Completed(self.completed)
+    }
+
+    /// Makes durable what had completed by a moment.
+    pub(super) fn flush(&mut self, by: Completed) {
+        for (sector, versions) in self.versions.iter_mut().enumerate() {
+            let covered = versions.iter().rposition(|version| self.completion[version.request.0] < by.0);
+            if let Some(last) = covered {
+                self.durable[sector * SECTOR_BYTES..][..SECTOR_BYTES].copy_from_slice(versions[last].bytes());
+                versions.drain(..=last);
+            }
+        }
+    }
+
+    /// A flush has failed, and some of what it should have made durable is given up: reads still see it, but no
+    /// later flush covers it.
+    pub(super) fn fail_flush(&mut self, rng: &mut Rng, by: Completed) {
+        for completion in self.completion.iter_mut().filter(|completion| **completion < by.0) {
+            if rng.bool() {
+                *completion = NEVER;
+            }
+        }
+    }
+
+    /// Lets writes under way end in any state, as when the process is gone that waited for them. What reads see is
+    /// what the next process finds, so its flushes cover all of it: no process could do better.
+    pub(super) fn settle(&mut self, rng: &mut Rng) {
+        for (id, request) in std::mem::take(&mut self.in_flight) {
+            let keep = Keep::torn(rng, &request);
+            for sector in request.pending.iter().flat_map(Clone::clone) {
+                if keep.keeps(rng, (request.first_sector + sector) * SECTOR_BYTES) {
+                    self.take_in_sector(id, &request, sector);
+                }
+            }
+        }
+        for completion in self.completion.iter_mut().filter(|completion| **completion == NEVER) {
+            *completion = self.completed;
+            self.completed += 1;
+        }
+    }
+
+    /// What a power cut leaves: for each sector the durable content or any of the versions since.
+    pub(super) fn power_cut(mut self, rng: &mut Rng) -> Vec<u8> {
+        let torn: BTreeMap<RequestId, Keep> =
+            self.in_flight.iter().map(|(&id, request)| (id, Keep::torn(rng, request))).collect();
+        for (id, request) in std::mem::take(&mut self.in_flight) {
+            for sector in request.pending.iter().flat_map(Clone::clone) {
+                self.take_in_sector(id, &request, sector);
+            }
+        }
+        let mut keep = self.kept(rng);
+        keep.extend(torn);
+        let mut image = self.durable;
+        for (sector, versions) in self.versions.iter().enumerate() {
+            let at = sector * SECTOR_BYTES;
+            if let Some(version) = versions.iter().rev().find(|v| keep[&v.request].keeps(rng, at)) {
+                image[at..at + SECTOR_BYTES].copy_from_slice(version.bytes());
+            }
+        }
+        image
+    }
+
+    /// What to keep of each request that is not durable, in one of the ways that disks lose data.
+    fn kept(&self, rng: &mut Rng) -> BTreeMap<RequestId, Keep> {
+        let mut requests: Vec<RequestId> = self.versions.iter().flatten().map(|v| v.request).collect();
+        requests.sort_unstable();
+        requests.dedup();
+        let mode = rng.u32(..7);
+        let cut = rng.usize(..=requests.len());
+        let lost = rng.usize(..requests.len().max(1));
+        let chance = rng.u8(..);
+        let size = self.visible.len();
+        let keep = |index: usize, rng: &mut Rng| match mode {
+            0 => Keep::Nothing,
+            1 => Keep::All,
+            2 if index < cut => Keep::Nothing,
+            3 if index >= cut => Keep::Nothing,
+            4 if index == lost => Keep::any(rng, size),
+            5 => Keep::Each(chance),
+            6 => Keep::any(rng, size),
+            _ => Keep::All,
+        };
+        requests.into_iter().enumerate().map(|(index, id)| (id, keep(index, rng))).collect()
+    }
+}
+
+/// How many sectors a buffer fills.
+pub(super) fn sectors(data: &SharedBuf) -> usize {
+    data.len() / SECTOR_BYTES
+}
+
+/// Whether a range can be the target of I/O with this block size, on a disk of this size.
+pub(super) fn fits(size: u64, block_size: u32, offset: u64, length: u64) -> bool {
+    let block = u64::from(block_size);
+    let end = offset.checked_add(length);
+    end.is_some_and(|end| end <= size) && offset.is_multiple_of(block) && length.is_multiple_of(block)
+}
+
+/// A hash of data, for the trace.
+pub(super) fn digest(data: &[u8]) -> u64 {
+    u64::from(crate::format::crc32c(data)) ^ to_u64(data.len()) << 32
+}

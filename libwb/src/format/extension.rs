@@ -1,0 +1,307 @@
+//! The extension: what wb keeps in bytes that the kernel module neither reads nor checks.
+//!
+//! Every part carries its own CRC and is ignored where that does not hold. `man/wb.5` has the offsets, with a
+//! worked hex dump. They never change their meaning.
+
+use super::checksum::{Checksum, crc32c};
+use super::geometry::{BLOCK_BYTES, SegmentId};
+use byteorder::{ByteOrder, LittleEndian};
+use uuid::Uuid;
+
+/// Where the two copies of the superblock extension lie, in bytes. They are written in turn.
+pub const EXTENSION_OFFSETS: [u64; 2] = [64 * 1024, 128 * 1024];
+/// The longest label or device identity, in bytes of UTF-8.
+pub const TEXT_BYTES: usize = 64;
+
+/// Offsets in a page of the superblock extension.
+mod page {
+    pub(super) const MARKER: usize = 0;
+    pub(super) const GENERATION: usize = 8;
+    pub(super) const VERSION: usize = 16;
+    pub(super) const INCOMPATIBLE: usize = 20;
+    pub(super) const READ_COMPATIBLE: usize = 24;
+    pub(super) const IS_CLEAN: usize = 28;
+    pub(super) const CLEAN_ID: usize = 32;
+    pub(super) const CREATED: usize = 40;
+    pub(super) const UUID: usize = 48;
+    pub(super) const LABEL: usize = 64;
+    pub(super) const BACKING_SECTORS: usize = 128;
+    pub(super) const BACKING_ID: usize = 136;
+    pub(super) const CACHE_BYTES: usize = 200;
+    pub(super) const CRC: usize = super::BLOCK_BYTES - 4;
+
+    const _: () = assert!(GENERATION == MARKER + 8 && CLEAN_ID == IS_CLEAN + 4 && UUID == CREATED + 8);
+    const _: () = assert!(LABEL == UUID + 16 && BACKING_SECTORS == LABEL + super::TEXT_BYTES);
+    const _: () = assert!(BACKING_ID == BACKING_SECTORS + 8 && CACHE_BYTES == BACKING_ID + super::TEXT_BYTES);
+    const _: () = assert!(CACHE_BYTES + 8 <= CRC);
+}
+
+/// Offsets in the first sector of a segment, whose first 13 bytes belong to the base format.
+mod header {
+    pub(super) const MARKER: usize = 16;
+    pub(super) const DIGEST: usize = 20;
+    pub(super) const CRC: usize = 24;
+    pub(super) const REASON: usize = 28;
+    pub(super) const DURABLE: usize = 32;
+    pub(super) const WRITTEN_BACK: usize = 40;
+    pub(super) const TIME: usize = 48;
+
+    const _: () = assert!(MARKER >= 13 && TIME + 8 <= super::super::geometry::SECTOR_BYTES);
+}
+
+const PAGE_MARKER: &[u8; 8] = b"wb-super";
+const HEADER_MARKER: &[u8; 4] = b"wbsg";
+/// The version of the extension that is written.
+const VERSION: u32 = 1;
+
+/// What is wrong with a page of the superblock extension.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PageFault {
+    /// There is none.
+    #[error("no superblock extension")]
+    Absent,
+    /// Its CRC does not hold.
+    #[error("a superblock extension with a wrong CRC")]
+    Crc,
+}
+
+/// A page of the superblock extension.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SuperblockExtension {
+    /// Grows by one with each page that is written.
+    pub generation: u64,
+    /// Feature flags without which the device must not be used at all. None are defined yet.
+    pub incompatible: u32,
+    /// Feature flags without which the device must not be written. None are defined yet.
+    pub read_compatible: u32,
+    /// The cache was closed in order, with this segment as its newest.
+    pub clean: Option<SegmentId>,
+    /// When the device was formatted, in seconds since 1970 (UTC).
+    pub created: u64,
+    /// The cache's identity.
+    pub uuid: Uuid,
+    /// A name for people, or an empty text.
+    pub label: String,
+    /// Size of the backing device in sectors, or 0 when the cache is not paired.
+    pub backing_sectors: u64,
+    /// The backing device's serial number or UUID, or an empty text where it has none.
+    pub backing_id: String,
+    /// Size of the cache device in bytes when it was formatted.
+    pub cache_bytes: u64,
+}
+
+impl SuperblockExtension {
+    /// Decodes a page.
+    ///
+    /// # Errors
+    /// When there is none, or it is damaged.
+    pub fn decode(block: &[u8; BLOCK_BYTES]) -> Result<SuperblockExtension, PageFault> {
+        if block[page::MARKER..][..8] != *PAGE_MARKER {
+            return Err(PageFault::Absent);
+        }
+        if LittleEndian::read_u32(&block[page::CRC..]) != crc32c(&block[..page::CRC]) {
+            return Err(PageFault::Crc);
+        }
+        let u64_at = |at: usize| LittleEndian::read_u64(&block[at..]);
+        let u32_at = |at: usize| LittleEndian::read_u32(&block[at..]);
+        let clean_id = SegmentId(u64_at(page::CLEAN_ID).min(SegmentId::MAX.0));
+        Ok(SuperblockExtension {
+            generation: u64_at(page::GENERATION),
+            incompatible: u32_at(page::INCOMPATIBLE),
+            read_compatible: u32_at(page::READ_COMPATIBLE),
+            clean: (u32_at(page::IS_CLEAN) == 1).then_some(clean_id),
+            created: u64_at(page::CREATED),
+            uuid: Uuid::from_slice(&block[page::UUID..page::LABEL]).unwrap_or_default(),
+            label: read_text(&block[page::LABEL..][..TEXT_BYTES]),
+            backing_sectors: u64_at(page::BACKING_SECTORS),
+            backing_id: read_text(&block[page::BACKING_ID..][..TEXT_BYTES]),
+            cache_bytes: u64_at(page::CACHE_BYTES),
+        })
+    }
+
+    /// Encodes a page. Texts are cut to [`TEXT_BYTES`].
+    pub fn encode(&self, block: &mut [u8; BLOCK_BYTES]) {
+        block.fill(0);
+        block[page::MARKER..][..8].copy_from_slice(PAGE_MARKER);
+        LittleEndian::write_u64(&mut block[page::GENERATION..], self.generation);
+        LittleEndian::write_u32(&mut block[page::VERSION..], VERSION);
+        LittleEndian::write_u32(&mut block[page::INCOMPATIBLE..], self.incompatible);
+        LittleEndian::write_u32(&mut block[page::READ_COMPATIBLE..], self.read_compatible);
+        LittleEndian::write_u32(&mut block[page::IS_CLEAN..], u32::from(self.clean.is_some()));
+        LittleEndian::write_u64(&mut block[page::CLEAN_ID..], self.clean.unwrap_or_default().0);
+        LittleEndian::write_u64(&mut block[page::CREATED..], self.created);
+        block[page::UUID..page::LABEL].copy_from_slice(self.uuid.as_bytes());
+        write_text(&mut block[page::LABEL..][..TEXT_BYTES], &self.label);
+        LittleEndian::write_u64(&mut block[page::BACKING_SECTORS..], self.backing_sectors);
+        write_text(&mut block[page::BACKING_ID..][..TEXT_BYTES], &self.backing_id);
+        LittleEndian::write_u64(&mut block[page::CACHE_BYTES..], self.cache_bytes);
+        let crc = crc32c(&block[..page::CRC]);
+        LittleEndian::write_u32(&mut block[page::CRC..], crc);
+    }
+
+    /// What segments carry of the cache's UUID, so that one of an earlier cache is not taken for one of this.
+    pub fn digest(&self) -> u32 {
+        crc32c(self.uuid.as_bytes())
+    }
+}
+
+/// Cuts a text so that it fits where texts are kept.
+pub fn fitting(text: &str) -> &str {
+    &text[..text.floor_char_boundary(TEXT_BYTES)]
+}
+
+fn write_text(field: &mut [u8], text: &str) {
+    let text = fitting(text).as_bytes();
+    field[..text.len()].copy_from_slice(text);
+}
+
+fn read_text(field: &[u8]) -> String {
+    let end = field.iter().position(|&byte| byte == 0).unwrap_or(field.len());
+    String::from_utf8_lossy(&field[..end]).into_owned()
+}
+
+/// Why a segment was closed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// It was full.
+    Full,
+    /// A flush wanted what it held to be durable.
+    Flush,
+    /// Nothing was written for a while.
+    Idle,
+    /// The cache was being closed.
+    Close,
+    /// Something that this version does not know.
+    Other(u8),
+}
+
+impl Reason {
+    const fn code(self) -> u8 {
+        match self {
+            Reason::Full => 1,
+            Reason::Flush => 2,
+            Reason::Idle => 3,
+            Reason::Close => 4,
+            Reason::Other(code) => code,
+        }
+    }
+
+    const fn from_code(code: u8) -> Reason {
+        match code {
+            1 => Reason::Full,
+            2 => Reason::Flush,
+            3 => Reason::Idle,
+            4 => Reason::Close,
+            other => Reason::Other(other),
+        }
+    }
+}
+
+/// What a segment's header says beyond the base format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentExtension {
+    /// [`SuperblockExtension::digest`] of the cache that the segment belongs to.
+    pub digest: u32,
+    /// Why the segment was closed.
+    pub reason: Reason,
+    /// When the header was written, every segment up to this one was durable.
+    pub durable: SegmentId,
+    /// When the header was written, every segment up to this one was written back and the backing device flushed.
+    pub written_back: SegmentId,
+    /// When the header was written, in milliseconds since 1970 (UTC).
+    pub time: u64,
+}
+
+impl SegmentExtension {
+    /// Decodes the extension of a header block, if there is one and its CRC holds for the whole block.
+    pub(super) fn decode(block: &[u8; BLOCK_BYTES]) -> Option<SegmentExtension> {
+        let marked = block[header::MARKER..][..4] == *HEADER_MARKER;
+        if !marked || LittleEndian::read_u32(&block[header::CRC..]) != header_crc(block) {
+            return None;
+        }
+        let id_at = |at: usize| SegmentId(LittleEndian::read_u64(&block[at..]).min(SegmentId::MAX.0));
+        Some(SegmentExtension {
+            digest: LittleEndian::read_u32(&block[header::DIGEST..]),
+            reason: Reason::from_code(block[header::REASON]),
+            durable: id_at(header::DURABLE),
+            written_back: id_at(header::WRITTEN_BACK),
+            time: LittleEndian::read_u64(&block[header::TIME..]),
+        })
+    }
+
+    /// Adds the extension to a header block that is complete but for it.
+    pub(super) fn encode(&self, block: &mut [u8; BLOCK_BYTES]) {
+        block[header::MARKER..][..4].copy_from_slice(HEADER_MARKER);
+        LittleEndian::write_u32(&mut block[header::DIGEST..], self.digest);
+        block[header::REASON] = self.reason.code();
+        LittleEndian::write_u64(&mut block[header::DURABLE..], self.durable.0);
+        LittleEndian::write_u64(&mut block[header::WRITTEN_BACK..], self.written_back.0);
+        LittleEndian::write_u64(&mut block[header::TIME..], self.time);
+        let crc = header_crc(block);
+        LittleEndian::write_u32(&mut block[header::CRC..], crc);
+    }
+}
+
+/// The CRC of a header block, in which the CRC itself counts as zeros.
+fn header_crc(block: &[u8; BLOCK_BYTES]) -> u32 {
+    let crc = Checksum::default().append(&block[..header::CRC]).append(&[0; 4]);
+    crc.append(&block[header::CRC + 4..]).value()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn page() -> SuperblockExtension {
+        SuperblockExtension {
+            generation: 7,
+            incompatible: 0,
+            read_compatible: 0,
+            clean: Some(SegmentId(12)),
+            created: 1_790_000_000,
+            uuid: Uuid::from_bytes([0x5a; 16]),
+            label: "data".into(),
+            backing_sectors: 4_194_304,
+            backing_id: "wwid:naa.5000c500".into(),
+            cache_bytes: 1 << 30,
+        }
+    }
+
+    #[test]
+    fn a_page_round_trips() {
+        let mut block = [0xa5; BLOCK_BYTES];
+        page().encode(&mut block);
+        assert_eq!(SuperblockExtension::decode(&block), Ok(page()));
+        assert_eq!(SuperblockExtension::decode(&[0; BLOCK_BYTES]), Err(PageFault::Absent));
+    }
+
+    #[test]
+    fn a_long_text_is_cut_between_characters() {
+        let mut block = [0; BLOCK_BYTES];
+        SuperblockExtension { label: "ä".repeat(40) + "b", ..page() }.encode(&mut block);
+        assert_eq!(SuperblockExtension::decode(&block).unwrap().label, "ä".repeat(32));
+        SuperblockExtension { label: format!("a{}", "ä".repeat(40)), ..page() }.encode(&mut block);
+        assert_eq!(SuperblockExtension::decode(&block).unwrap().label, format!("a{}", "ä".repeat(31)));
+    }
+
+    proptest! {
+        #[test]
+        fn any_damage_to_a_page_is_noticed(at in 0..BLOCK_BYTES, bit in 0..8u8) {
+            let mut block = [0; BLOCK_BYTES];
+            page().encode(&mut block);
+            block[at] ^= 1 << bit;
+            prop_assert!(SuperblockExtension::decode(&block).is_err());
+        }
+
+        #[test]
+        fn arbitrary_bytes_under_a_right_crc_never_panic(bytes in prop::collection::vec(any::<u8>(), 300)) {
+            let mut block = [0; BLOCK_BYTES];
+            block[..300].copy_from_slice(&bytes);
+            block[..8].copy_from_slice(PAGE_MARKER);
+            let crc = crc32c(&block[..page::CRC]);
+            LittleEndian::write_u32(&mut block[page::CRC..], crc);
+            prop_assert!(SuperblockExtension::decode(&block).is_ok());
+        }
+    }
+}

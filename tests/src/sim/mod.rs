@@ -1,0 +1,12 @@
+//! The crash simulator: a seed decides a course of work, crashes and recoveries on simulated devices, and an oracle
+//! judges every read by the history of the volume.
+
+pub mod clients;
+pub mod course;
+pub mod oracle;
+pub mod real;
+pub mod stamp;
+pub mod toys;
+pub mod volume;
+
+pub use course::{Failure, Report, run};

@@ -1,0 +1,362 @@
+//! The oracle: which contents of a volume its history allows.
+//!
+//! Time is a count of events. Writes are ordered where one was acknowledged before the other was submitted;
+//! otherwise they are concurrent, and either order will do. Two rules follow.
+//!
+//! *Reads.* A sector shows a write that was submitted before the read ended, and that no other write had replaced
+//! for certain when the read began. A write that a read has shown has taken effect by then.
+//!
+//! *Crashes.* What is recovered is the state at one moment T, at or after the submission of the last acknowledged
+//! flush. A write that any sector shows was submitted before T; so every write acknowledged before the latest
+//! such submission is in the state: in each of its sectors, it or something no older shows. Writes under way at T
+//! may be there in part.
+//!
+//! After a power cut what was recovered lies on the media, and becomes the state from the start. After the death
+//! of the process alone it may still be lost down to the last flush, but what was not recovered never comes back.
+
+use super::stamp::{self, WriteId};
+use libwb::device::sim::Crash;
+use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::ops::Range;
+
+/// A moment, as a count of events.
+pub type Moment = u64;
+
+const NEVER: Moment = Moment::MAX;
+/// How much of a sector's history a report shows.
+const EVENTS_SHOWN: usize = 60;
+
+/// A write as one of its sectors knows it.
+#[derive(Clone, Copy, Debug)]
+struct Version {
+    write: WriteId,
+    submitted: Moment,
+    acknowledged: Moment,
+    /// When it is known to have taken effect: acknowledged, or shown by a read.
+    effective: Moment,
+    /// Its write returned an error, and nothing is known for certain.
+    failed: bool,
+    /// When it was known to be replaced, and by which write, where reads have shown that.
+    replaced: Option<(Moment, WriteId)>,
+}
+
+impl Version {
+    /// Whether this one came before `other` for certain.
+    fn precedes(&self, other: &Version) -> bool {
+        self.acknowledged < other.submitted
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Event {
+    Submit(WriteId, Range<u64>),
+    Done(WriteId, Range<u64>, bool),
+    Flush(&'static str, Moment, bool),
+    Note(String),
+}
+
+/// The history of a volume, and the judge of what it shows.
+pub struct Oracle {
+    now: Moment,
+    /// The submission of the last acknowledged flush.
+    flushed: Moment,
+    /// For each sector the versions it may show.
+    sectors: Vec<Vec<Version>>,
+    events: Vec<(Moment, Event)>,
+    writes: u64,
+    /// When the reads under way began.
+    reads: BTreeSet<Moment>,
+    /// The first violation.
+    failure: Option<String>,
+}
+
+impl Oracle {
+    /// A volume of so many sectors, each as write 0 fills it.
+    pub fn new(sectors: u64) -> Oracle {
+        let first = Version {
+            write: WriteId(0),
+            submitted: 0,
+            acknowledged: 0,
+            effective: 0,
+            failed: false,
+            replaced: None,
+        };
+        Oracle {
+            now: 1,
+            flushed: 1,
+            sectors: vec![vec![first]; to_usize(sectors)],
+            events: Vec::new(),
+            writes: 0,
+            reads: BTreeSet::new(),
+            failure: None,
+        }
+    }
+
+    /// The first violation of a rule, with the history of the sector.
+    pub fn failure(&self) -> Option<&str> {
+        self.failure.as_deref()
+    }
+
+    /// Adds a line to the history.
+    pub fn note(&mut self, text: impl Into<String>) {
+        let now = self.tick();
+        self.events.push((now, Event::Note(text.into())));
+    }
+
+    /// A violation that the caller has found.
+    pub fn fail(&mut self, text: &str) {
+        if self.failure.is_none() {
+            self.failure = Some(format!("{text}\n{}", self.history(None)));
+        }
+    }
+
+    fn tick(&mut self) -> Moment {
+        self.now += 1;
+        self.now
+    }
+
+    fn fail_at(&mut self, sector: u64, text: &str) {
+        if self.failure.is_none() {
+            self.failure =
+                Some(format!("at {}, sector {sector} {text}\n{}", self.now, self.history(Some(sector))));
+        }
+    }
+
+    /// A write of `count` sectors begins.
+    pub fn write_begins(&mut self, first: Sector, count: u64) -> WriteId {
+        let submitted = self.tick();
+        self.writes += 1;
+        let write = WriteId(self.writes);
+        let version = Version {
+            write,
+            submitted,
+            acknowledged: NEVER,
+            effective: NEVER,
+            failed: false,
+            replaced: None,
+        };
+        let range = first.0..first.0 + count;
+        for sector in range.clone() {
+            self.sectors[to_usize(sector)].push(version);
+        }
+        self.events.push((submitted, Event::Submit(write, range)));
+        write
+    }
+
+    /// A write has ended. A failed one may have been done in part, and may still take effect.
+    pub fn write_ends(&mut self, write: WriteId, first: Sector, count: u64, acknowledged: bool) {
+        let now = self.tick();
+        let range = first.0..first.0 + count;
+        for sector in range.clone() {
+            let versions = &mut self.sectors[to_usize(sector)];
+            let Some(version) = versions.iter_mut().find(|version| version.write == write) else { continue };
+            if acknowledged {
+                version.acknowledged = now;
+                version.effective = version.effective.min(now);
+                let reading = self.reads.first().copied().unwrap_or(NEVER);
+                forget(versions, self.flushed.min(reading));
+            } else {
+                version.effective = NEVER;
+                version.failed = true;
+                for version in versions {
+                    version.replaced = version.replaced.filter(|(_, by)| *by != write);
+                }
+            }
+        }
+        self.events.push((now, Event::Done(write, range, acknowledged)));
+    }
+
+    /// A flush begins now.
+    pub fn flush_begins(&mut self) -> Moment {
+        self.tick()
+    }
+
+    /// A read begins now.
+    pub fn read_begins(&mut self) -> Moment {
+        let now = self.tick();
+        self.reads.insert(now);
+        now
+    }
+
+    /// A read that began at `began` has failed.
+    pub fn read_fails(&mut self, began: Moment) {
+        self.reads.remove(&began);
+    }
+
+    /// A flush, or something that implies one, has ended that began at `began`.
+    pub fn flush_ends(&mut self, what: &'static str, began: Moment, acknowledged: bool) {
+        let now = self.tick();
+        if acknowledged {
+            self.flushed = self.flushed.max(began);
+        }
+        self.events.push((now, Event::Flush(what, began, acknowledged)));
+    }
+
+    /// A read that began at `began` has returned `data`.
+    pub fn read_ends(&mut self, began: Moment, first: Sector, data: &[u8]) {
+        let now = self.tick();
+        self.reads.remove(&began);
+        for (sector, bytes) in (first.0..).zip(data.chunks_exact(SECTOR_BYTES)) {
+            let checked = stamp::decode(bytes, Sector(sector))
+                .and_then(|write| self.check_read(sector, write, began, now));
+            if let Err(text) = checked {
+                return self.fail_at(sector, &format!("{text}; read from {began} on"));
+            }
+        }
+    }
+
+    fn check_read(&mut self, sector: u64, write: WriteId, began: Moment, now: Moment) -> Result<(), String> {
+        let versions = &mut self.sectors[to_usize(sector)];
+        let shown = find(versions, write)?;
+        if let Some((moment, by)) = shown.replaced.filter(|(moment, _)| *moment < began) {
+            return Err(format!("shows {write}, which {by} had replaced by {moment}, as a read has shown"));
+        }
+        let newer = versions.iter().find(|v| v.effective < began && shown.effective < v.submitted);
+        if let Some(newer) = newer {
+            return Err(format!("shows {write}, which is older than {}", newer.write));
+        }
+        if shown.failed {
+            return Ok(());
+        }
+        for version in versions {
+            if version.write == write {
+                version.effective = version.effective.min(now);
+            } else if version.effective < began {
+                version.replaced.get_or_insert((now, write));
+            }
+        }
+        Ok(())
+    }
+
+    /// The whole volume as it was read after a crash.
+    pub fn recovered(&mut self, crash: Crash, data: &[u8]) {
+        let shown: Result<Vec<WriteId>, (u64, String)> = (0..to_u64(self.sectors.len()))
+            .zip(data.chunks_exact(SECTOR_BYTES))
+            .map(|(sector, bytes)| stamp::decode(bytes, Sector(sector)).map_err(|text| (sector, text)))
+            .collect();
+        let checked = shown.and_then(|shown| self.check_recovered(&shown).map(|()| shown));
+        match checked {
+            Ok(shown) => self.start_from(crash, &shown),
+            Err((sector, text)) => self.fail_at(sector, &format!("{text}, after {crash:?} and recovery")),
+        }
+    }
+
+    fn check_recovered(&self, shown: &[WriteId]) -> Result<(), (u64, String)> {
+        let mut moment = self.flushed;
+        let mut reason = format!("a flush submitted at {moment} was acknowledged");
+        let mut found = Vec::with_capacity(shown.len());
+        for ((sector, versions), &write) in (0..).zip(&self.sectors).zip(shown) {
+            let version = find(versions, write).map_err(|text| (sector, text))?;
+            if version.submitted > moment {
+                moment = version.submitted;
+                reason = format!("sector {sector} shows {write}, which was submitted at {moment}");
+            }
+            found.push(version);
+        }
+        for ((sector, versions), shown) in (0..).zip(&self.sectors).zip(found) {
+            let lost = versions.iter().find(|v| v.acknowledged < moment && shown.precedes(v));
+            if let Some(lost) = lost {
+                return Err((
+                    sector,
+                    format!("shows {} and lacks {}, though {reason}", shown.write, lost.write),
+                ));
+            }
+            let replaced = shown.replaced.and_then(|(_, by)| versions.iter().find(|v| v.write == by));
+            if let Some(by) = replaced.filter(|by| by.acknowledged < moment) {
+                let text = format!(
+                    "shows {}, which reads had shown replaced by {}, though {reason}",
+                    shown.write, by.write
+                );
+                return Err((sector, text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes what was recovered for the state to go on from.
+    fn start_from(&mut self, crash: Crash, shown: &[WriteId]) {
+        let now = self.tick();
+        self.reads.clear();
+        for (versions, &write) in self.sectors.iter_mut().zip(shown) {
+            let Ok(mut version) = find(versions, write) else { continue };
+            version.acknowledged = version.acknowledged.min(now);
+            version.effective = version.acknowledged;
+            version.replaced = None;
+            version.failed = false;
+            match crash {
+                Crash::PowerCut => {
+                    versions.clear();
+                    version.submitted = now;
+                    version.acknowledged = now;
+                    version.effective = now;
+                }
+                Crash::Kill => {
+                    versions.retain(|v| v.write != write && !version.precedes(v));
+                    versions.iter_mut().for_each(|v| v.replaced = Some((now, write)));
+                }
+            }
+            versions.push(version);
+        }
+        let now = self.tick();
+        if crash == Crash::PowerCut {
+            self.flushed = now;
+        }
+        self.events.push((now, Event::Note(format!("recovered from {crash:?}; all sectors agree"))));
+    }
+
+    /// What happened to a sector, or to all.
+    fn history(&self, sector: Option<u64>) -> String {
+        let concerns = |range: &Range<u64>| sector.is_none_or(|sector| range.contains(&sector));
+        let lines: Vec<String> = self
+            .events
+            .iter()
+            .filter_map(|(moment, event)| {
+                let text = match event {
+                    Event::Submit(write, range) => {
+                        concerns(range).then(|| format!("{write} of sectors {range:?} submitted"))
+                    }
+                    Event::Done(write, range, ok) => concerns(range)
+                        .then(|| format!("{write} {}", if *ok { "acknowledged" } else { "failed" })),
+                    Event::Flush(what, began, ok) => Some(format!(
+                        "{what} submitted at {began} {}",
+                        if *ok { "acknowledged" } else { "failed" }
+                    )),
+                    Event::Note(text) => Some(text.clone()),
+                };
+                text.map(|text| format!("{moment:>8}  {text}"))
+            })
+            .collect();
+        let skipped = lines.len().saturating_sub(EVENTS_SHOWN);
+        let mut history = match sector {
+            Some(sector) => format!("history of sector {sector}:\n"),
+            None => "history:\n".to_string(),
+        };
+        if skipped > 0 {
+            let _ = writeln!(history, "          ({skipped} earlier events)");
+        }
+        history + &lines[skipped..].join("\n")
+    }
+}
+
+/// Drops versions that nothing may show any more: one that took effect before `moment`, since when every read and
+/// every recovery must show it or something newer, comes after them.
+fn forget(versions: &mut Vec<Version>, moment: Moment) {
+    let certain = versions.iter().filter(|version| version.acknowledged < moment);
+    if let Some(newest) = certain.max_by_key(|version| version.submitted).copied() {
+        versions.retain(|version| !version.precedes(&newest));
+    }
+}
+
+fn find(versions: &[Version], write: WriteId) -> Result<Version, String> {
+    let found = versions.iter().find(|version| version.write == write).copied();
+    found.ok_or_else(|| {
+        format!(
+            "shows {write}, which has been replaced for good, was lost in a crash, or was never made here"
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests;

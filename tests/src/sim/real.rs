@@ -1,0 +1,64 @@
+//! The engine itself, with tunables that a seed chooses.
+
+use super::volume::{Engine, Outcome, Volume};
+use fastrand::Rng;
+use libwb::cache::{Cache, Tunables};
+use libwb::device::{Device, IoBuf};
+use libwb::format::Sector;
+use libwb::runtime::Runtime;
+use std::sync::Arc;
+
+/// Opens caches.
+#[derive(Clone, Copy, Debug)]
+pub struct WriteCache;
+
+impl Engine for WriteCache {
+    fn open(
+        &self,
+        cache: Device,
+        backing: Device,
+        runtime: Arc<dyn Runtime>,
+        taste: u64,
+    ) -> Outcome<Arc<dyn Volume>> {
+        let mut rng = Rng::with_seed(taste);
+        let batch = rng.choice([1, 2, 4, 32]).unwrap_or(32);
+        let tunables = Tunables { nr_max_batched_writeback: batch };
+        Box::pin(async move {
+            let opened = Cache::open(cache, backing, runtime, tunables).await;
+            opened.map(|cache| Arc::new(Open(cache)) as Arc<dyn Volume>).map_err(|e| e.to_string())
+        })
+    }
+}
+
+struct Open(Cache);
+
+impl Volume for Open {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf> {
+        let cache = self.0.clone();
+        Box::pin(async move { cache.read(sector, buf).await.map_err(|e| e.to_string()) })
+    }
+
+    fn write(&self, sector: Sector, data: Vec<u8>) -> Outcome<()> {
+        let cache = self.0.clone();
+        Box::pin(async move { cache.write(sector, &data).await.map_err(|e| e.to_string()) })
+    }
+
+    fn flush(&self) -> Outcome<()> {
+        let cache = self.0.clone();
+        Box::pin(async move { cache.flush().await.map_err(|e| e.to_string()) })
+    }
+
+    fn drain(&self) -> Outcome<()> {
+        let cache = self.0.clone();
+        Box::pin(async move { cache.drain().await.map_err(|e| e.to_string()) })
+    }
+
+    fn close(&self) -> Outcome<()> {
+        let cache = self.0.clone();
+        Box::pin(async move { cache.close().await.map_err(|e| e.to_string()) })
+    }
+}

@@ -1,0 +1,38 @@
+//! What the simulator puts to the test: something that makes a volume of a cache device and a backing device.
+
+use futures_util::future::BoxFuture;
+use libwb::device::{Device, IoBuf};
+use libwb::format::Sector;
+use libwb::runtime::Runtime;
+use std::sync::Arc;
+
+/// The outcome of an operation; errors are text, since the simulator only reports them.
+pub type Outcome<T> = BoxFuture<'static, Result<T, String>>;
+
+/// An open volume.
+pub trait Volume: Send + Sync {
+    /// Its size in bytes.
+    fn size(&self) -> u64;
+    /// Fills a buffer.
+    fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf>;
+    /// Writes.
+    fn write(&self, sector: Sector, data: Vec<u8>) -> Outcome<()>;
+    /// Makes acknowledged writes durable.
+    fn flush(&self) -> Outcome<()>;
+    /// Brings the backing device up to date.
+    fn drain(&self) -> Outcome<()>;
+    /// Flushes, and ends the background tasks.
+    fn close(&self) -> Outcome<()>;
+}
+
+/// Something that opens volumes.
+pub trait Engine: Send + Sync {
+    /// Opens a volume, recovering it if need be. `taste` is a random number to choose settings by.
+    fn open(
+        &self,
+        cache: Device,
+        backing: Device,
+        runtime: Arc<dyn Runtime>,
+        taste: u64,
+    ) -> Outcome<Arc<dyn Volume>>;
+}

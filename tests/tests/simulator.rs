@@ -1,0 +1,119 @@
+//! Courses of work and crashes on simulated devices, one for each seed.
+//!
+//! `WB_SIM_SEED` chooses the seed of `one_seed`; `WB_SIM_FIRST_SEED` and `WB_SIM_SEEDS` those of `many_seeds`.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use wb_tests::sim::real::WriteCache;
+use wb_tests::sim::toys::{Flaw, Toy};
+use wb_tests::sim::volume::Engine;
+use wb_tests::sim::{Failure, run};
+
+/// The engine that is put to the test.
+const ENGINE: WriteCache = WriteCache;
+const DEFAULT_SEEDS: u64 = 350;
+/// Failures that are shown of one test.
+const SHOWN: usize = 3;
+
+fn number(variable: &str) -> Option<u64> {
+    std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|e| panic!("{variable}={text}: {e}")))
+}
+
+/// Runs seeds on two threads, and panics with the failures.
+fn run_seeds(engine: &(dyn Engine + Sync), seeds: std::ops::Range<u64>) {
+    let next = AtomicU64::new(seeds.start);
+    let work = || {
+        let mut failures: Vec<Failure> = Vec::new();
+        loop {
+            let seed = next.fetch_add(1, Ordering::Relaxed);
+            if seed >= seeds.end || failures.len() >= SHOWN {
+                return failures;
+            }
+            failures.extend(run(engine, seed).err());
+        }
+    };
+    let failures = std::thread::scope(|scope| {
+        let other = scope.spawn(work);
+        let mut failures = work();
+        failures.extend(other.join().expect("the other thread panicked; it has named its seed"));
+        failures
+    });
+    let text: Vec<String> = failures.iter().take(SHOWN).map(ToString::to_string).collect();
+    assert!(text.is_empty(), "{}", text.join("\n\n"));
+}
+
+/// The first seed, of so many, that shows the flaw.
+fn caught(flaw: Flaw, seeds: u64) -> Failure {
+    (0..seeds)
+        .find_map(|seed| run(&Toy(flaw), seed).err())
+        .unwrap_or_else(|| panic!("{flaw:?} goes unnoticed"))
+}
+
+#[test]
+fn one_seed() {
+    let seed = number("WB_SIM_SEED").unwrap_or(1);
+    match run(&ENGINE, seed) {
+        Ok(report) => println!("seed {seed}: {report:?}"),
+        Err(failure) => panic!("{failure}"),
+    }
+}
+
+#[test]
+fn many_seeds() {
+    let first = number("WB_SIM_FIRST_SEED").unwrap_or(0);
+    run_seeds(&ENGINE, first..first + number("WB_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS));
+}
+
+#[test]
+fn a_seed_repeats_its_course_exactly() {
+    for seed in 0..20 {
+        let report = run(&ENGINE, seed).expect("a sound engine");
+        assert_eq!(run(&ENGINE, seed).expect("a sound engine"), report);
+    }
+}
+
+#[test]
+fn a_correct_toy_passes() {
+    run_seeds(&Toy(Flaw::None), 0..60);
+}
+
+#[test]
+fn a_flush_acknowledged_early_is_caught() {
+    caught(Flaw::EarlyFlush, 20);
+}
+
+#[test]
+fn a_missing_device_flush_is_caught() {
+    caught(Flaw::NoDeviceFlush, 20);
+}
+
+#[test]
+fn a_lost_write_is_caught() {
+    caught(Flaw::LostWrite, 20);
+}
+
+#[test]
+fn a_stale_read_is_caught() {
+    let text = caught(Flaw::StaleRead, 20).text;
+    assert!(text.contains("older than") || text.contains("replaced"), "{text}");
+}
+
+#[test]
+fn writes_out_of_order_are_caught() {
+    assert!(caught(Flaw::Reorders, 100).text.contains("which was submitted at"));
+}
+
+#[test]
+fn a_write_done_in_part_is_caught() {
+    caught(Flaw::ForgetsTail, 20);
+}
+
+#[test]
+fn an_old_write_that_comes_back_is_caught() {
+    caught(Flaw::Resurrects, 20);
+}
+
+#[test]
+fn a_hang_is_caught() {
+    let text = caught(Flaw::Hangs, 50).text;
+    assert!(text.contains("deadlock") || text.contains("stuck"), "{text}");
+}

@@ -1,7 +1,7 @@
 //! A volume as a loop device: a file in a FUSE mount that nobody else sees, with a loop device over it.
 //!
-//! The mount lives in a mount namespace of the daemon's own and the loop device is set to clear itself, so that
-//! neither outlives the daemon, however it ends.
+//! The mount is in no namespace at all and the loop device is set to clear itself, so that neither outlives the
+//! daemon and its users, however it ends.
 
 use super::Volume;
 use crate::device::IoBuf;
@@ -14,8 +14,6 @@ use fuser::{
     Session, SessionACL, WriteFlags,
 };
 use nix::errno::Errno;
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -56,36 +54,21 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Serv
     move |cause| ServeError { what, cause: cause.into() }
 }
 
-/// Gives this thread, and those that it starts from now on, a mount namespace of their own. Mounts and unmounts of
-/// others are still seen in it, but not the other way round.
-///
-/// # Errors
-/// When the system does not allow it.
-pub fn enter_private_mount_namespace() -> Result<(), ServeError> {
-    unshare(CloneFlags::CLONE_NEWNS)
-        .map_err(failed("cannot make a private mount namespace (root is needed)"))?;
-    let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_SLAVE, none)
-        .map_err(failed("cannot make mounts private"))
-}
-
 /// A loop device that serves a volume.
 pub struct LoopDevice {
     path: PathBuf,
     device: File,
-    mountpoint: PathBuf,
     session: BackgroundSession,
 }
 
 impl LoopDevice {
-    /// Mounts a FUSE file over the regular file `mountpoint` and puts a loop device on it.
+    /// Serves the volume as a FUSE file and puts a loop device on it.
     ///
     /// # Errors
     /// Says which step failed.
     pub fn attach<V: Volume>(
         volume: V,
         runtime: &Handle,
-        mountpoint: &Path,
         options: Options,
     ) -> Result<LoopDevice, ServeError> {
         let fuse = OpenOptions::new()
@@ -93,11 +76,8 @@ impl LoopDevice {
             .write(true)
             .open("/dev/fuse")
             .map_err(failed("cannot open /dev/fuse"))?;
-        let data = format!("fd={},rootmode=100000,user_id=0,group_id=0", fuse.as_raw_fd());
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        mount(Some("wb"), mountpoint, Some("fuse"), flags, Some(data.as_str()))
-            .map_err(failed(format!("cannot mount over {}", mountpoint.display())))?;
-        let mounted = Mounted(mountpoint);
+        let mounted = sys::mount_fuse_detached(&fuse)
+            .map_err(failed("cannot mount a FUSE file (root and Linux 5.2 or later are needed)"))?;
         let mut config = Config::default();
         config.n_threads = Some(THREADS);
         config.clone_fd = true;
@@ -109,11 +89,10 @@ impl LoopDevice {
             .read(true)
             .write(true)
             .custom_flags(libc::O_DIRECT)
-            .open(mountpoint)
-            .map_err(failed(format!("cannot open {}", mountpoint.display())))?;
+            .open(format!("/proc/self/fd/{}", mounted.as_raw_fd()))
+            .map_err(failed("cannot open the FUSE file"))?;
         let (path, device) = configure_loop_device(&file, options.sector_size)?;
-        std::mem::forget(mounted);
-        Ok(LoopDevice { path, device, mountpoint: mountpoint.into(), session })
+        Ok(LoopDevice { path, device, session })
     }
 
     /// The loop device's path.
@@ -134,26 +113,10 @@ impl LoopDevice {
             tracing::warn!("{}: cannot be cleared: {}", self.path.display(), cause.desc());
         }
         drop(self.device);
-        unmount(&self.mountpoint);
         if released && let Err(cause) = self.session.join() {
             tracing::warn!("the FUSE session ended with an error: {cause}");
         }
         synced
-    }
-}
-
-/// Takes a mount down again when a later step fails.
-struct Mounted<'a>(&'a Path);
-
-impl Drop for Mounted<'_> {
-    fn drop(&mut self) {
-        unmount(self.0);
-    }
-}
-
-fn unmount(mountpoint: &Path) {
-    if let Err(cause) = umount2(mountpoint, MntFlags::MNT_DETACH) {
-        tracing::warn!("{}: cannot be unmounted: {}", mountpoint.display(), cause.desc());
     }
 }
 

@@ -1,0 +1,100 @@
+//! A loop device over a cache on files, against a loop device over plain memory behind the same front end.
+
+use crate::fio::{self, Load};
+use crate::memory::Memory;
+use crate::report::{Round, Row, Table};
+use crate::{Options, rig};
+use anyhow::Result;
+use libwb::cache::{Cache, Tunables};
+use libwb::log::create::create;
+use libwb::reactor::Reactor;
+use libwb::serve::loopdev::{LoopDevice, Options as LoopOptions, enter_private_mount_namespace};
+use libwb::serve::{Volume, guard_against_reclaim};
+use std::sync::Arc;
+use tempfile::{NamedTempFile, TempPath};
+
+/// What is served: few enough bytes that all of them fit the cache, so that reads are hits.
+const VOLUME_BYTES: u64 = 512 << 20;
+/// More than a cache is written in a second.
+const BYTES_PER_SECOND: u64 = 600 << 20;
+
+const LOADS: [Load; 4] = [
+    Load { name: "4 KiB random write, 32 in flight", pattern: "randwrite", depth: 32 },
+    Load { name: "4 KiB random write, 1 in flight", pattern: "randwrite", depth: 1 },
+    Load { name: "4 KiB random read, 32 in flight", pattern: "randread", depth: 32 },
+    Load { name: "4 KiB random read, 1 in flight", pattern: "randread", depth: 1 },
+];
+
+/// Serves both, and loads them in turn.
+pub(crate) fn measure(options: &Options) -> Result<Table> {
+    enter_private_mount_namespace()?;
+    if let Err(why) = guard_against_reclaim() {
+        eprintln!("wb-bench: {why}; the figures may be less than the daemon's");
+    }
+    let reactor = Reactor::start()?;
+    // Write-back begins when half of the log is dirty; it is to be idle while a figure is taken.
+    let log = 2 * (VOLUME_BYTES + BYTES_PER_SECOND * u64::from(options.seconds + 1));
+    let backing = rig::file(&reactor, &options.dir, "backing", VOLUME_BYTES)?;
+    let device = rig::file(&reactor, &options.dir, "cache", log)?;
+    let cache = reactor.block_on(async {
+        create(&device, |_| ()).await?;
+        let runtime = Arc::new(reactor.handle().clone());
+        anyhow::Ok(Cache::open(device, backing, runtime, Tunables::default()).await?)
+    })?;
+    let memory = Served::new(Memory::new(VOLUME_BYTES), &reactor)?;
+    let cached = Served::new(cache.clone(), &reactor)?;
+    let rows = rows(options, &memory, &cached, || Ok(reactor.block_on(cache.drain())?));
+    let ended = [memory.end(), cached.end(), reactor.block_on(cache.close()).map_err(Into::into)];
+    let rows = rows?;
+    ended.into_iter().collect::<Result<()>>()?;
+    Ok(Table {
+        title: format!(
+            "Loop device: cache and backing device are files with direct I/O in {}",
+            options.dir.display()
+        ),
+        unit: "requests per second",
+        baseline: "the same front end over plain memory",
+        rows,
+    })
+}
+
+fn rows(
+    options: &Options,
+    memory: &Served,
+    cached: &Served,
+    drain: impl Fn() -> Result<()>,
+) -> Result<Vec<Row>> {
+    fio::fill(memory.device.path())?;
+    fio::fill(cached.device.path())?;
+    let mut rounds = LOADS.map(|load| (load, Vec::new()));
+    for _ in 0..options.rounds {
+        for (load, rounds) in &mut rounds {
+            // What an earlier load has left must not be written back while this one runs.
+            drain()?;
+            let baseline = fio::run(memory.device.path(), *load, options.seconds)?;
+            let cache = fio::run(cached.device.path(), *load, options.seconds)?;
+            rounds.push(Round { baseline, cache });
+        }
+    }
+    Ok(rounds.into_iter().map(|(load, rounds)| Row::new(load.name, rounds)).collect())
+}
+
+/// A volume, served as a loop device. Dropped early, the device and the mount go away with the program.
+struct Served {
+    device: LoopDevice,
+    mountpoint: TempPath,
+}
+
+impl Served {
+    fn new(volume: impl Volume, reactor: &Reactor) -> Result<Served> {
+        let mountpoint = NamedTempFile::with_prefix("wb-bench-mount-")?.into_temp_path();
+        let options = LoopOptions { sector_size: 512 };
+        let device = LoopDevice::attach(volume, reactor.handle(), &mountpoint, options)?;
+        Ok(Served { device, mountpoint })
+    }
+
+    fn end(self) -> Result<()> {
+        self.device.detach()?;
+        Ok(self.mountpoint.close()?)
+    }
+}

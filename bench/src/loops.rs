@@ -42,7 +42,13 @@ pub(crate) fn measure(options: &Options) -> Result<Table> {
         anyhow::Ok(Cache::open(device, backing, runtime, Tunables::default()).await?)
     })?;
     let memory = Served::new(Memory::new(VOLUME_BYTES), &reactor)?;
-    let cached = Served::new(cache.clone(), &reactor)?;
+    let cached = match Served::new(cache.clone(), &reactor) {
+        Ok(cached) => cached,
+        Err(error) => {
+            memory.end()?;
+            return Err(error);
+        }
+    };
     let rows = rows(options, &memory, &cached, || Ok(reactor.block_on(cache.drain())?));
     let ended = [memory.end(), cached.end(), reactor.block_on(cache.close()).map_err(Into::into)];
     let rows = rows?;

@@ -1,5 +1,5 @@
-//! What the measurements stand on. Nothing of it outlives the program: files lose their names as soon as they are
-//! open, mounts are in a namespace of the program's own, and loop devices clear themselves.
+//! What the measurements stand on. Nothing that takes space outlives the program, however it ends: files lose their
+//! names as soon as they are open, mounts are in a namespace of the program's own, and loop devices clear themselves.
 
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::{StreamExt, TryStreamExt, stream};

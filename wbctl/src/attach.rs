@@ -12,7 +12,7 @@ use libwb::device::probe::Opened;
 use libwb::device::{Device, UringDevice};
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::{Handle, Reactor};
-use libwb::serve::loopdev::{LoopDevice, Options, enter_private_mount_namespace, holders};
+use libwb::serve::loopdev::{LoopDevice, Options, holders};
 use nix::sys::signal::{SigSet, Signal};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -102,7 +102,6 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     };
     let (cache, backing) = open_patiently(&volume)?;
     let sector_size = sector_size(volume.sector_size, &backing)?;
-    enter_private_mount_namespace()?;
     if let Err(why) = libwb::serve::guard_against_reclaim() {
         tracing::warn!("{why}: the volume may hang when memory is short");
     }
@@ -119,9 +118,8 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
         status.recovery_time.as_secs_f64(),
         human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
     );
-    let mountpoint = name.mountpoint();
-    std::fs::write(&mountpoint, "").with_context(|| format!("cannot make {}", mountpoint.display()))?;
-    let served = LoopDevice::attach(cache.clone(), reactor.handle(), &mountpoint, Options { sector_size });
+    let file = format!("wb-{name}");
+    let served = LoopDevice::attach(cache.clone(), reactor.handle(), &file, Options { sector_size });
     let device = match served {
         Ok(device) => device,
         Err(e) => {
@@ -219,7 +217,7 @@ fn serve_until_ended(
     }
     let synced = device.detach();
     let closed = reactor.block_on(cache.close());
-    for file in [name.link(), name.socket(), name.mountpoint()] {
+    for file in [name.link(), name.socket()] {
         let _ = std::fs::remove_file(file);
     }
     synced?;

@@ -63,6 +63,8 @@ struct Inbox {
     tasks: VecDeque<Runnable>,
     ops: Vec<Op>,
     stop: bool,
+    /// The reactor's thread is past taking anything.
+    ended: bool,
 }
 
 struct Shared {
@@ -75,7 +77,13 @@ struct Shared {
 
 impl Shared {
     fn post(&self, put: impl FnOnce(&mut Inbox)) {
-        put(&mut self.inbox.lock());
+        let late = {
+            let mut inbox = self.inbox.lock();
+            put(&mut inbox);
+            // Nobody takes them any more. Dropped, operations fail; and not under the lock, which they may want.
+            inbox.ended.then(|| (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops)))
+        };
+        drop(late);
         if self.parked.swap(false, Ordering::SeqCst) {
             // The counter cannot overflow: each write follows a park, and the reactor reads it before the next.
             let _ = self.wake.write(1);
@@ -175,6 +183,16 @@ impl Drop for Reactor {
     }
 }
 
+struct AbortOnUnwind;
+
+impl Drop for AbortOnUnwind {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::process::abort();
+        }
+    }
+}
+
 /// The reactor as its own thread sees it.
 struct Ring {
     shared: Arc<Shared>,
@@ -189,6 +207,8 @@ struct Ring {
 
 impl Ring {
     fn run(mut self) {
+        // Unwinding would free memory that the kernel still writes to.
+        let _guard = AbortOnUnwind;
         loop {
             let (tasks, ops, stop) = {
                 let mut inbox = self.shared.inbox.lock();
@@ -294,7 +314,11 @@ impl Ring {
             }
         }
         drop(tasks);
-        let rest = std::mem::take(&mut *self.shared.inbox.lock());
+        let rest = {
+            let mut inbox = self.shared.inbox.lock();
+            inbox.ended = true;
+            (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops))
+        };
         drop(rest);
     }
 }

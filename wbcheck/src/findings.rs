@@ -162,10 +162,12 @@ pub(crate) struct Unexplained(HashSet<Slot>);
 impl Unexplained {
     pub(crate) fn of(recovery: &Recovery, geometry: Geometry) -> Unexplained {
         let slot = |corruption: &Corruption| match corruption {
-            Corruption::Gap { missing, .. } | Corruption::DurableMissing { missing, .. } => {
-                Some(geometry.slot_of(*missing))
-            }
-            Corruption::WrongSlot { slot, .. } | Corruption::Unexplained { slot } => Some(*slot),
+            Corruption::Gap { missing, .. }
+            | Corruption::DurableMissing { missing, .. }
+            | Corruption::WrittenPastHole { missing, .. } => Some(geometry.slot_of(*missing)),
+            Corruption::WrongSlot { slot, .. }
+            | Corruption::Unexplained { slot }
+            | Corruption::Unreadable { slot } => Some(*slot),
             Corruption::RecordBeyondLog { .. } => None,
         };
         Unexplained(recovery.corruption.iter().filter_map(slot).collect())

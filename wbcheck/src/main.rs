@@ -13,7 +13,7 @@ use libwb::device::Device;
 use libwb::device::probe::{Access, open};
 use libwb::format::{SECTOR_BYTES, SegmentId, to_u64};
 use libwb::log::LogError;
-use libwb::log::scan::{BackingFacts, RawSuperblock, check_extension, check_pairing, examine_superblock};
+use libwb::log::scan::{BackingFacts, RawSuperblock, check_pairing, examine_superblock};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -109,13 +109,11 @@ fn prepare(args: &Args) -> Result<Subject> {
     if let Err(fault) = superblock.magic {
         return Err(LogError::Superblock { device: device.name().to_string(), fault }.into());
     }
-    if let Some(extension) = superblock.extension() {
-        check_extension(&device, extension)?;
-        if let Some((identity, backing)) = &backing {
-            let name = backing.path.display().to_string();
-            let facts = BackingFacts { name: &name, sectors: backing.sectors, identity };
-            check_pairing(&device, extension, &facts)?;
-        }
+    superblock.check_extension(&device)?;
+    if let (Some(extension), Some((identity, backing))) = (superblock.extension(), &backing) {
+        let name = backing.path.display().to_string();
+        let facts = BackingFacts { name: &name, sectors: backing.sectors, identity };
+        check_pairing(&device, extension, &facts)?;
     }
     let recorded = superblock.extension().filter(|extension| extension.backing_sectors != 0);
     let recorded = recorded.map(|extension| Backing {

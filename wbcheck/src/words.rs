@@ -182,7 +182,9 @@ fn resized(f: &Findings) -> Option<Problem> {
 /// What is wrong with single slots is told with them.
 fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
     let meaning = match corruption {
-        Corruption::Gap { missing, .. } | Corruption::DurableMissing { missing, .. } => format!(
+        Corruption::Gap { missing, .. }
+        | Corruption::DurableMissing { missing, .. }
+        | Corruption::WrittenPastHole { missing, .. } => format!(
             "After it stand {} with {}, which may be nowhere else. They can be applied only if what segment \
              {missing} held is given up.",
             ids(&f.recovery.dropped),
@@ -193,7 +195,9 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
                                                was not written back may be lost."
                 .into()
         }
-        Corruption::WrongSlot { .. } | Corruption::Unexplained { .. } => return None,
+        Corruption::WrongSlot { .. } | Corruption::Unexplained { .. } | Corruption::Unreadable { .. } => {
+            return None;
+        }
     };
     Some(Problem { what: corruption.to_string(), meaning })
 }

@@ -16,20 +16,23 @@ use libwb::serve::loopdev::{LoopDevice, Options, holders};
 use nix::sys::signal::{SigSet, Signal};
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 /// How long a device that is in use is tried again: a daemon that was just killed may have I/O under way.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// How long something is waited for that is to pass at once.
+const BRIEFLY: Duration = Duration::from_millis(500);
 /// How often a drain reports progress.
 const PROGRESS: Duration = Duration::from_millis(250);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// A volume that was recorded by `wbctl create`; with --cache and --backing, a name for the volume
-    #[arg(required_unless_present = "cache")]
-    name: Option<Name>,
+    #[arg(value_name = "NAME", required_unless_present = "cache")]
+    first: Option<First>,
     /// The cache device: a block device or a file
     #[arg(long, value_name = "DEV", requires = "backing")]
     cache: Option<PathBuf>,
@@ -44,10 +47,29 @@ pub(crate) struct Args {
     tunables: Vec<String>,
 }
 
+/// The first word that is no option. NAME may be left out where --cache is given.
+#[derive(Clone, Debug)]
+enum First {
+    Name(Name),
+    Tunable(String),
+}
+
+impl FromStr for First {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<First, String> {
+        if text.contains('=') { Ok(First::Tunable(text.into())) } else { text.parse().map(First::Name) }
+    }
+}
+
 impl Args {
-    /// Since NAME is optional where --cache is given, a first tunable may have been taken for it.
     fn volume(&self) -> Result<(Name, Volume)> {
-        let (name, mut volume) = match (&self.name, &self.cache, &self.backing) {
+        let (name, tunable) = match &self.first {
+            Some(First::Name(name)) => (Some(name), None),
+            Some(First::Tunable(pair)) => (None, Some(pair)),
+            None => (None, None),
+        };
+        let (name, mut volume) = match (name, &self.cache, &self.backing) {
             (name, Some(cache), Some(backing)) => {
                 let volume = Volume {
                     cache: cache.clone(),
@@ -55,7 +77,7 @@ impl Args {
                     sector_size: None,
                     tunables: Default::default(),
                 };
-                (name.clone().map_or_else(|| Name::of_device(cache), Ok)?, volume)
+                (name.cloned().map_or_else(|| Name::of_device(cache), Ok)?, volume)
             }
             (Some(name), ..) => {
                 let volume = Volume::load(name)?;
@@ -70,7 +92,8 @@ impl Args {
             _ => bail!("give a volume's name, or --cache and --backing"),
         };
         volume.sector_size = self.sector_size.or(volume.sector_size);
-        volume.tunables.extend(parse_tunables(&self.tunables)?);
+        let tunables: Vec<String> = tunable.into_iter().chain(&self.tunables).cloned().collect();
+        volume.tunables.extend(parse_tunables(&tunables)?);
         Ok((name, volume))
     }
 }
@@ -97,9 +120,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let (name, volume) = args.volume()?;
     let tunables = volume.tunables()?;
     log_to_stderr();
-    let Some(_lock) = name.lock()? else {
-        bail!("volume '{name}' is attached already; see wbctl status {name}")
-    };
+    lock_for_life(&name)?;
     let (cache, backing) = open_patiently(&volume)?;
     let sector_size = sector_size(volume.sector_size, &backing)?;
     if let Err(why) = libwb::serve::guard_against_reclaim() {
@@ -136,15 +157,40 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
         runtime: reactor.handle().clone(),
         end,
     };
-    let socket = name.socket();
+    if let Err(e) = announce(&name, daemon, out) {
+        let _ = device.detach();
+        let _ = reactor.block_on(cache.close());
+        return Err(e);
+    }
+    serve_until_ended(&ended, &name, device, &reactor, &cache)
+}
+
+/// Takes the volume's lock, for as long as the process lives: its devices are not free before that.
+fn lock_for_life(name: &Name) -> Result<()> {
+    let started = Instant::now();
+    loop {
+        match name.lock()? {
+            Some(lock) => {
+                std::mem::forget(lock);
+                return Ok(());
+            }
+            // Others take the lock for a moment to see whether it is free.
+            None if started.elapsed() < BRIEFLY => std::thread::sleep(Duration::from_millis(10)),
+            None => bail!("volume '{name}' is attached already; see wbctl status {name}"),
+        }
+    }
+}
+
+/// Opens the control socket, and tells everybody that the volume can be used.
+fn announce(name: &Name, daemon: Daemon, out: &mut Output) -> Result<()> {
+    let (socket, device) = (name.socket(), daemon.device.clone());
     control::serve(&socket, move |request, replies| daemon.answer(&request, replies))
         .with_context(|| format!("cannot listen on {}", socket.display()))?;
-    link(&name, &device);
-    writeln!(out, "ready {}", device.path().display())?;
+    link(name, &device);
+    writeln!(out, "ready {}", device.display())?;
     out.flush()?;
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-
-    serve_until_ended(&ended, &name, device, &reactor, &cache)
+    Ok(())
 }
 
 fn log_to_stderr() {
@@ -189,11 +235,11 @@ fn watch_signals(end: Sender<End>) -> Result<()> {
 }
 
 /// A stable name for the loop device. The volume can be used without it.
-fn link(name: &Name, device: &LoopDevice) {
+fn link(name: &Name, device: &Path) {
     let link = name.link();
     let _ = std::fs::remove_file(&link);
     let made = std::fs::create_dir_all(link.parent().unwrap_or(&link))
-        .and_then(|()| std::os::unix::fs::symlink(device.path(), &link));
+        .and_then(|()| std::os::unix::fs::symlink(device, &link));
     if let Err(e) = made {
         tracing::warn!("cannot make the link {}: {e}", link.display());
     }
@@ -216,12 +262,15 @@ fn serve_until_ended(
     if !held.is_empty() {
         tracing::warn!("{} is still {}: it fails from now on", device.path().display(), held.join(", "));
     }
-    let synced = device.detach();
+    let synced = write_out(&device, ended);
+    if let Err(e) = device.detach() {
+        tracing::warn!("{e}");
+    }
     let closed = reactor.block_on(cache.close());
     for file in [name.link(), name.socket()] {
         let _ = std::fs::remove_file(file);
     }
-    let outcome = synced.map_err(anyhow::Error::from).and(closed.map_err(Into::into));
+    let outcome = synced.and(closed.map_err(Into::into));
     if let Ok(End::Detach(mut replies)) = end {
         let message = |e| format!("detached, but not all data could be kept: {e:#}");
         let reply = outcome.as_ref().map_or_else(|e| Reply::Error { message: message(e) }, |()| Reply::Done);
@@ -229,6 +278,27 @@ fn serve_until_ended(
         let _ = replies.send(&reply);
     }
     outcome
+}
+
+/// Writes out what programs wrote through the device's page cache. That can take for ever when the log is full and the
+/// backing device fails, so a second signal gives up on it.
+fn write_out(device: &LoopDevice, ended: &Receiver<End>) -> Result<()> {
+    let (done, result) = channel();
+    let path = device.path().to_path_buf();
+    std::thread::spawn(move || {
+        let _ = done.send(std::fs::File::open(&path).and_then(|file| file.sync_all()));
+    });
+    loop {
+        match result.recv_timeout(BRIEFLY) {
+            Ok(synced) => {
+                return synced.with_context(|| format!("cannot write out {}", device.path().display()));
+            }
+            Err(_) if matches!(ended.try_recv(), Ok(End::Signal(_))) => {
+                bail!("{}: ended by a second signal before all was written out", device.path().display())
+            }
+            Err(_) => {}
+        }
+    }
 }
 
 /// Refuses to take a device away from those who hold it.

@@ -13,18 +13,29 @@ use std::io::Write;
 pub(crate) const ATTACHED: &str = "attached";
 pub(crate) const FAILED: &str = "failed";
 const DETACHED: &str = "detached";
+const BUSY: &str = "starting or stopping";
 
 /// The state of a volume, attached or not; `None` when nothing is known of it.
 fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
+    let mut state = DETACHED;
     if name.is_running()? {
-        return client::status(name).map(Some);
+        // While the daemon recovers or ends, it does not answer.
+        match client::status(name) {
+            Ok(status) => return Ok(Some(status)),
+            Err(_) => state = BUSY,
+        }
     }
-    Ok(Volume::load(name)?.map(|volume| VolumeStatus {
+    let recorded = Volume::load(name)?;
+    if recorded.is_none() && state == DETACHED {
+        return Ok(None);
+    }
+    let (cache, backing) = recorded.map(|volume| (volume.cache, volume.backing)).unwrap_or_default();
+    Ok(Some(VolumeStatus {
         name: name.to_string(),
-        state: DETACHED.into(),
+        state: state.into(),
         device: None,
-        cache: volume.cache,
-        backing: volume.backing,
+        cache,
+        backing,
         live: None,
     }))
 }

@@ -9,7 +9,7 @@ use futures_util::stream::FuturesUnordered;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How often a failed write or flush of the cache device is tried again before writes are refused.
+/// How often a failed write of a segment is tried again before writes are refused. A failed flush never is.
 const RETRIES: u32 = 3;
 /// The pause before the first of them. It doubles each time.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
@@ -140,7 +140,14 @@ impl Inner {
     /// Flushes the cache device, and so makes every written segment durable. A failure fails the cache, whoever
     /// asked: segments that it cost would count as durable after the next flush.
     pub(super) async fn flush_cache_device(&self) -> Result<(), DeviceError> {
-        let written = self.lock().written;
+        let _alone = self.flushing.lock().await;
+        let written = {
+            let state = self.lock();
+            if let Some(failure) = &state.failure {
+                return Err(failure.clone());
+            }
+            state.written
+        };
         // No second try: what the device has lost by the failure, a later flush would not report.
         self.cache.flush().await.inspect_err(|error| self.fail(error.clone()))?;
         self.lock().made_durable(written);

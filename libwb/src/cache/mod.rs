@@ -28,6 +28,7 @@ use crate::log::LogError;
 use crate::log::create::write_extension;
 use crate::runtime::Runtime;
 use event_listener::Event;
+use futures_util::lock::Mutex as AsyncMutex;
 use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 use state::State;
@@ -108,6 +109,8 @@ struct Inner {
     state: Mutex<State>,
     events: Events,
     counters: AtomicCounters,
+    /// Held while the cache device is flushed: of two flushes at once, one could take the other's error.
+    flushing: AsyncMutex<()>,
     recovery_time: Duration,
     /// What the cache device carries beyond the base format, if it does.
     extension: Option<SuperblockExtension>,
@@ -238,7 +241,7 @@ impl Inner {
             return Ok(());
         }
         let page = SuperblockExtension {
-            generation: extension.generation + 1,
+            generation: extension.generation.wrapping_add(1),
             clean: Some(newest),
             ..extension.clone()
         };

@@ -4,7 +4,7 @@ use super::index::Index;
 use super::state::State;
 use super::status::AtomicCounters;
 use super::writeback::{Item, Stop};
-use super::{Cache, CacheError, Events, Inner, Tunables};
+use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{Device, IoBuf};
 use crate::format::{
     BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId,
@@ -17,6 +17,9 @@ use crate::log::scan::{BackingFacts, Superblock, check_pairing, read_superblock,
 use crate::runtime::Runtime;
 use parking_lot::Mutex;
 use std::sync::Arc;
+
+/// A log that is to go on must not end just below [`SegmentId::MAX`].
+const LAST_SANE_ID: SegmentId = SegmentId(SegmentId::MAX.0 / 2);
 
 /// What the live segments of a log hold.
 struct Replay {
@@ -54,6 +57,7 @@ impl Cache {
             state: Mutex::new(state),
             events: Events::default(),
             counters: AtomicCounters::default(),
+            flushing: AsyncMutex::default(),
             recovery_time,
             digest: superblock.extension.as_ref().map(SuperblockExtension::digest),
             extension: superblock.extension,
@@ -80,6 +84,9 @@ impl Cache {
 async fn recover_log(cache: &Device) -> Result<(Superblock, Recovery), LogError> {
     let superblock = read_superblock(cache).await?;
     let recovery = recover(&superblock, &scan(cache, superblock.geometry, |_, _| {}).await);
+    if recovery.point > LAST_SANE_ID {
+        return Err(LogError::GarbageId { device: cache.name().to_string(), id: recovery.point });
+    }
     if recovery.corruption.is_empty() {
         return Ok((superblock, recovery));
     }

@@ -6,9 +6,9 @@ use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, RECORD_BLOCK_OFFSET, Reason, SECTOR_BYTES, Sector,
     SegmentId, encode_record_block, to_u64, to_usize,
 };
+use futures_util::StreamExt;
 use futures_util::future::{Either, select};
 use futures_util::stream::FuturesUnordered;
-use futures_util::{StreamExt, TryStreamExt, stream};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -172,11 +172,23 @@ impl Inner {
             return Ok(());
         }
         let runs = runs(&pieces(items), u64::from(self.backing.block_size()));
-        stream::iter(runs)
-            .map(|run| self.write_run(run))
-            .buffer_unordered(DEPTH)
-            .try_for_each(async |()| Ok(()))
-            .await?;
+        let mut runs = runs.into_iter();
+        let mut writes = FuturesUnordered::new();
+        let mut result = Ok(());
+        loop {
+            while result.is_ok()
+                && writes.len() < DEPTH
+                && let Some(run) = runs.next()
+            {
+                writes.push(self.write_run(run));
+            }
+            // Even after a failure, what was started is waited for: it must not come out over a later write.
+            match writes.next().await {
+                Some(done) => result = result.and(done),
+                None => break,
+            }
+        }
+        result?;
         Ok(self.backing.flush().await?)
     }
 

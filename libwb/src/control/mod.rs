@@ -19,7 +19,7 @@ const MAX_LINE: u64 = 64 * 1024;
 /// Clients served at a time. More are turned away.
 const MAX_CLIENTS: usize = 32;
 
-/// How long a client may take to send its request.
+/// How long a client may take to send its request, or to take a reply.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a client asks of a daemon.
@@ -66,7 +66,7 @@ pub enum Reply {
 pub struct VolumeStatus {
     /// The volume's name.
     pub name: String,
-    /// `attached`, `detached`, or `failed` when writes are refused.
+    /// `attached`, `detached`, `starting or stopping`, or `failed` when writes are refused.
     pub state: String,
     /// The loop device, while attached.
     pub device: Option<PathBuf>,
@@ -185,7 +185,12 @@ pub fn serve(path: &Path, handle: impl Fn(Request, &mut Replies) + Send + Sync +
     let handle = Arc::new(handle);
     let clients = Arc::new(AtomicUsize::new(0));
     std::thread::Builder::new().name("wb-control".into()).spawn(move || {
-        for client in listener.incoming().flatten() {
+        for client in listener.incoming() {
+            let Ok(client) = client else {
+                // Out of descriptors, most likely: come again when some may be free.
+                std::thread::sleep(Duration::from_millis(100));
+                continue;
+            };
             if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
                 clients.fetch_sub(1, Ordering::SeqCst);
                 let message = format!("more than {MAX_CLIENTS} clients at a time");
@@ -206,7 +211,8 @@ pub fn serve(path: &Path, handle: impl Fn(Request, &mut Replies) + Send + Sync +
 }
 
 fn answer(client: UnixStream, handle: &impl Fn(Request, &mut Replies)) {
-    let (Ok(()), Ok(replies)) = (client.set_read_timeout(Some(PATIENCE)), client.try_clone()) else { return };
+    let limited = client.set_read_timeout(Some(PATIENCE)).and(client.set_write_timeout(Some(PATIENCE)));
+    let (Ok(()), Ok(replies)) = (limited, client.try_clone()) else { return };
     let mut replies = Replies(replies);
     match read_line(&mut BufReader::new(client)) {
         Ok(line) => match serde_json::from_str(&line) {

@@ -108,7 +108,8 @@ pub trait BlockDevice: Send + Sync + 'static {
             writes.push(self.write(at, part));
             at += length;
         }
-        Box::pin(async move { futures_util::future::try_join_all(writes).await.map(|_| ()) })
+        // All of them, even after a failure: who tries again must not be overtaken by a write that is still out.
+        Box::pin(async move { futures_util::future::join_all(writes).await.into_iter().collect() })
     }
 
     /// Makes every write that completed before the call durable.

@@ -41,6 +41,22 @@ pub enum LogError {
         /// The flags that are not known.
         flags: u32,
     },
+    /// No copy of the superblock extension is sound.
+    #[error(
+        "{device}: both copies of the superblock extension are damaged, so that it cannot be told which cache it is"
+    )]
+    ExtensionDamaged {
+        /// The cache device.
+        device: String,
+    },
+    /// The log has nearly run out of ids, which no real one does.
+    #[error("{device}: the newest segment has the id {id}, beyond what any log reaches")]
+    GarbageId {
+        /// The cache device.
+        device: String,
+        /// The id.
+        id: SegmentId,
+    },
     /// The cache device had another size when it was formatted.
     #[error(
         "{device}: was formatted with {formatted} bytes, but has {found}: it was truncated or resized. Give it its old size back"

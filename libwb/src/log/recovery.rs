@@ -74,6 +74,24 @@ pub enum Corruption {
         /// The segment.
         id: SegmentId,
     },
+    /// A slot that may hold live data cannot be read.
+    #[error(
+        "slot {slot} cannot be read, and what it holds may not be written back; the device is failing, or was not ready"
+    )]
+    Unreadable {
+        /// Where.
+        slot: Slot,
+    },
+    /// The kernel module has gone on with a log of wb that had a hole from a power cut.
+    #[error(
+        "segment {missing} was lost in a power cut, and the kernel module has written after it, up to segment {highest}"
+    )]
+    WrittenPastHole {
+        /// The segment that is not there.
+        missing: SegmentId,
+        /// The largest valid id.
+        highest: SegmentId,
+    },
     /// A slot holds garbage that no write under way explains.
     #[error("slot {slot} holds no valid segment, and no power cut explains that")]
     Unexplained {
@@ -192,7 +210,11 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     let mut segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
     segments.sort_unstable_by_key(|&(id, _)| id);
     let (highest, newest) = segments.last().copied().unwrap_or_default();
-    let claims = Claims::of(&segments);
+    let mut claims = Claims::of(&segments);
+    if let Some(clean) = superblock.extension.as_ref().and_then(|extension| extension.clean) {
+        // Closing in order made everything durable, and that stays true whoever has written since.
+        claims.durable = claims.durable.max(clean);
+    }
     let written_back = record.max(highest.minus(geometry.lap())).max(claims.written_back);
     let by_module = superblock.extension.is_none() || newest.is_none();
     let skipped = if by_module { skipped(geometry, highest, written_back, is_valid) } else { Vec::new() };
@@ -216,6 +238,8 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     if claims.durable > point {
         let durable = claims.durable;
         recovery.corruption.push(Corruption::DurableMissing { missing: point.next(), durable });
+    } else if went_on_past_a_hole(superblock, &segments, point) {
+        recovery.corruption.push(Corruption::WrittenPastHole { missing: point.next(), highest });
     } else if highest.since(point) > window {
         recovery.corruption.push(Corruption::Gap { missing: point.next(), highest, window });
     }
@@ -231,6 +255,12 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
         }
     }
     recovery
+}
+
+/// wb never leaves a hole and goes on. The kernel module does, and only its segments have no extension.
+fn went_on_past_a_hole(superblock: &Superblock, segments: &[Valid], point: SegmentId) -> bool {
+    let dropped = segments.iter().filter(|&&(id, _)| id > point).map(|(_, extension)| extension.is_some());
+    superblock.extension.is_some() && dropped.clone().any(|ours| ours) && dropped.clone().any(|ours| !ours)
 }
 
 fn slot_index(slot: Slot) -> usize {
@@ -258,6 +288,7 @@ fn explain(recovery: &mut Recovery, geometry: Geometry, slot: Slot, fault: &Slot
     if let SlotFault::WrongSlot { id, sound: true } = fault {
         recovery.corruption.push(Corruption::WrongSlot { slot, id: *id });
     }
+    let unreadable = matches!(fault, SlotFault::Unreadable(_));
     let in_flight = geometry.id_in_slot(slot, point.plus(geometry.loss_window()));
     let old = geometry.id_in_slot(slot, point);
     let written_back = recovery.skipped.last().copied().unwrap_or(recovery.written_back);
@@ -268,7 +299,16 @@ fn explain(recovery: &mut Recovery, geometry: Geometry, slot: Slot, fault: &Slot
     } else {
         (old, Explanation::None)
     };
+    // A power cut garbles what was being written, but leaves it readable.
+    let explanation = match explanation {
+        Explanation::PowerCut if unreadable => Explanation::None,
+        other => other,
+    };
     recovery.damage.push(Damage { slot, expected, explanation });
+    if unreadable && explanation == Explanation::None {
+        recovery.corruption.push(Corruption::Unreadable { slot });
+        return;
+    }
     if explanation == Explanation::None {
         recovery.corruption.push(Corruption::Unexplained { slot });
     }
@@ -448,6 +488,50 @@ mod tests {
         let r = run_extended(14, 0, log(14, 9, &[8]), |id| extended(id.saturating_sub(2), 0));
         assert!(r.corruption.is_empty());
         assert_eq!((r.point, r.dropped), (SegmentId(7), ids([9])));
+    }
+
+    #[test]
+    fn rot_after_a_clean_close_is_corruption_even_in_the_newest_segment() {
+        let mut superblock =
+            Superblock { geometry: geometry(14), record: SegmentId(0), extension: Some(page()) };
+        let states = log(14, 3, &[3]);
+        assert!(recover(&superblock, &states).corruption.is_empty());
+        superblock.extension.as_mut().unwrap().clean = Some(SegmentId(3));
+        assert_eq!(
+            recover(&superblock, &states).corruption,
+            [Corruption::DurableMissing { missing: SegmentId(3), durable: SegmentId(3) }]
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_not_taken_for_the_work_of_a_power_cut() {
+        let unreadable = || {
+            let cause = nix::errno::Errno::EIO;
+            let operation = crate::device::Operation::Read;
+            SlotState::Invalid(SlotFault::Unreadable(crate::device::DeviceError {
+                device: "cache".into(),
+                operation,
+                offset: 0,
+                length: 4096,
+                cause,
+            }))
+        };
+        let mut states = log(14, 5, &[]);
+        states[3] = unreadable();
+        assert_eq!(run(14, 0, &states).corruption, [Corruption::Unreadable { slot: Slot(3) }]);
+        // What is written back is not needed.
+        let mut states = log(14, 9, &[]);
+        states[3] = unreadable();
+        assert!(run(14, 7, &states).corruption.is_empty());
+    }
+
+    #[test]
+    fn a_log_that_the_kernel_module_continued_past_a_hole_is_not_cut_back_in_silence() {
+        let r = run_extended(14, 0, log(14, 6, &[4]), |id| if id > 5 { None } else { extended(0, 0) });
+        assert_eq!(
+            r.corruption,
+            [Corruption::WrittenPastHole { missing: SegmentId(4), highest: SegmentId(6) }]
+        );
     }
 
     #[test]

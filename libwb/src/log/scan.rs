@@ -44,6 +44,28 @@ impl RawSuperblock {
         self.pages.iter().flatten().max_by_key(|page| page.generation)
     }
 
+    /// Whether this version may use the device, as far as its extension tells.
+    ///
+    /// # Errors
+    /// When both copies of the extension are damaged, it has features that are not known here, or the device was
+    /// resized since it was formatted.
+    pub fn check_extension(&self, device: &Device) -> Result<(), LogError> {
+        let name = || device.name().to_string();
+        let Some(extension) = self.extension() else {
+            let damaged = self.pages.iter().any(|page| matches!(page, Err(PageFault::Crc)));
+            return if damaged { Err(LogError::ExtensionDamaged { device: name() }) } else { Ok(()) };
+        };
+        let flags = extension.incompatible | extension.read_compatible;
+        if flags != 0 {
+            return Err(LogError::UnknownFeatures { device: name(), flags });
+        }
+        let (formatted, found) = (extension.cache_bytes, device.size());
+        if formatted != found {
+            return Err(LogError::Resized { device: name(), formatted, found });
+        }
+        Ok(())
+    }
+
     /// What to go on with on a device that is to be looked at all the same: a record that is garbage counts as none,
     /// so that every segment is taken into account.
     pub fn or_no_record(&self) -> Superblock {
@@ -85,27 +107,8 @@ pub async fn read_superblock(device: &Device) -> Result<Superblock, LogError> {
     let raw = examine_superblock(device).await?;
     raw.magic.map_err(superblock)?;
     raw.record.map_err(superblock)?;
-    let superblock = raw.or_no_record();
-    if let Some(extension) = &superblock.extension {
-        check_extension(device, extension)?;
-    }
-    Ok(superblock)
-}
-
-/// Whether this version may use a device with such an extension.
-///
-/// # Errors
-/// When it has features that are not known here, or the device was resized since it was formatted.
-pub fn check_extension(device: &Device, extension: &SuperblockExtension) -> Result<(), LogError> {
-    let unknown = extension.incompatible | extension.read_compatible;
-    if unknown != 0 {
-        return Err(LogError::UnknownFeatures { device: device.name().to_string(), flags: unknown });
-    }
-    let formatted = extension.cache_bytes;
-    if formatted != device.size() {
-        return Err(LogError::Resized { device: device.name().to_string(), formatted, found: device.size() });
-    }
-    Ok(())
+    raw.check_extension(device)?;
+    Ok(raw.or_no_record())
 }
 
 /// What tells a backing device from others.

@@ -67,8 +67,9 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Serv
 pub struct LoopDevice {
     path: PathBuf,
     device: File,
-    mount: OwnedFd,
-    session: BackgroundSession,
+    /// Both last as long as the device: the mount, and the threads that answer it.
+    _mount: OwnedFd,
+    _session: BackgroundSession,
 }
 
 impl LoopDevice {
@@ -99,7 +100,7 @@ impl LoopDevice {
         let file = openat(&mount, name, flags, Mode::empty())
             .map_err(failed(format!("cannot open the FUSE file '{name}'")))?;
         let (path, device) = configure_loop_device(&File::from(file), options.sector_size)?;
-        Ok(LoopDevice { path, device, mount, session })
+        Ok(LoopDevice { path, device, _mount: mount, _session: session })
     }
 
     /// The loop device's path.
@@ -107,24 +108,13 @@ impl LoopDevice {
         &self.path
     }
 
-    /// Takes the loop device and the mount down. Data that programs wrote to the device through the page cache is
-    /// written to the volume first. If somebody still holds the device, it fails for them from now on.
+    /// Takes the loop device down. If somebody still holds it, it fails for them once the volume is closed.
     ///
     /// # Errors
-    /// When that data cannot be written. The device is taken down all the same.
+    /// When the system refuses.
     pub fn detach(self) -> Result<(), ServeError> {
-        let synced =
-            self.device.sync_all().map_err(failed(format!("cannot write out {}", self.path.display())));
-        let released = holders(&self.path).is_empty();
-        if let Err(cause) = sys::loop_clear(&self.device) {
-            tracing::warn!("{}: cannot be cleared: {}", self.path.display(), cause.desc());
-        }
-        drop(self.device);
-        drop(self.mount);
-        if released && let Err(cause) = self.session.join() {
-            tracing::warn!("the FUSE session ended with an error: {cause}");
-        }
-        synced
+        // The mount and its session end with their last user, which may be after this.
+        sys::loop_clear(&self.device).map_err(failed(format!("cannot clear {}", self.path.display())))
     }
 }
 
@@ -345,7 +335,7 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         reply.ok();
     }
 
-    /// Discard and write-zeroes arrive here. The kernel writes zeros itself where they are not supported.
+    /// Discard and write-zeroes arrive here. The kernel remembers that they are not supported, and writes zeros itself.
     fn fallocate(
         &self,
         _request: &Request,
@@ -356,6 +346,6 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         _mode: i32,
         reply: ReplyEmpty,
     ) {
-        reply.error(fuser::Errno::EOPNOTSUPP);
+        reply.error(fuser::Errno::ENOSYS);
     }
 }

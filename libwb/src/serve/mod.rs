@@ -15,10 +15,11 @@ use nix::sys::mman::{MlockAllFlags, mlockall};
 /// # Errors
 /// Says what the system refused. The process can serve all the same, but may hang when memory is short.
 pub fn guard_against_reclaim() -> Result<(), String> {
-    mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)
-        .map_err(|cause| format!("memory cannot be locked: {}", cause.desc()))?;
-    sys::set_io_flusher()
-        .map_err(|cause| format!("the process cannot be marked as an I/O flusher: {}", cause.desc()))
+    let locked = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)
+        .map_err(|cause| format!("memory cannot be locked: {}", cause.desc()));
+    let flusher = sys::set_io_flusher()
+        .map_err(|cause| format!("the process cannot be marked as an I/O flusher: {}", cause.desc()));
+    locked.and(flusher)
 }
 
 /// What a front end serves.

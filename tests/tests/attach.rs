@@ -206,3 +206,32 @@ fn a_write_beyond_the_end_is_refused_and_the_last_sector_is_not() {
     attached.detach(&["--drain"]);
     assert_eq!(read_at(&volume.backing, 16 * MIB, 512), [9; 512]);
 }
+
+#[test]
+fn a_program_that_has_the_device_open_does_not_keep_the_daemon_from_ending() {
+    needs_serving!();
+    let volume = Volume::created(8, 16 * MIB);
+    for end in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut attached = volume.attach_with(&[]);
+        let device = File::options().read(true).write(true).open(&attached.device).unwrap();
+        device.write_all_at(&noise(7, MIB), 0).unwrap();
+        attached.signal(end);
+        assert_eq!(attached.wait().code(), Some(0), "{}", attached.stderr());
+        // Only now does its loop device go away.
+        drop(device);
+        assert!(wait_for(|| volume.is_gone()), "{:?} is still there", volume.loop_devices());
+    }
+    let attached = volume.attach_with(&[]);
+    assert!(read_at(&attached.device, 0, MIB) == noise(7, MIB));
+    attached.detach(&[]);
+}
+
+#[test]
+fn a_tunable_may_follow_the_devices_where_no_name_is_given() {
+    needs_serving!();
+    let volume = Volume::created(8, 16 * MIB);
+    let args = [&["attach"], &volume.pair()[..], &["nr_max_batched_writeback=7", "colour=red"]].concat();
+    let refused = volume.wbctl(&args);
+    assert_eq!(refused.code, 1);
+    assert!(refused.stderr.contains("unknown tunable 'colour'"), "{refused:?}");
+}

@@ -2,18 +2,25 @@
 //!
 //! A test that cannot run here says so through [`skip!`], never by passing in silence.
 
-pub mod sim;
-
+use libwb::device::IoBuf;
 use libwb::format::{
     BLOCK_BYTES, Geometry, Metablock, SUPERBLOCK_REGION_BYTES, SegmentId, encode_header, to_u64, to_usize,
 };
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
+
+mod filesystem;
+pub mod sim;
+mod volume;
+
+pub use filesystem::{Filesystem, Writer, check_files, fio_verify, has_program, succeeds, unmount};
+pub use volume::{Attached, PATIENCE, Volume};
 
 /// The devices in `tests/golden`, each written by the real kernel module.
 pub const GOLDEN: [&str; 9] = [
@@ -51,6 +58,47 @@ pub fn note_skip(reason: &str) {
     }
 }
 
+/// Ends the test as skipped unless volumes can be served here and the programs that are named are there.
+#[macro_export]
+macro_rules! needs_serving {
+    ($($program:expr),* $(,)?) => {
+        if let Some(why) = $crate::what_is_missing(&[$($program),*]) {
+            $crate::skip!("{why}");
+        }
+    };
+}
+
+/// What [`needs_serving!`] finds missing.
+pub fn what_is_missing(programs: &[&str]) -> Option<String> {
+    if !nix::unistd::geteuid().is_root() {
+        return Some("needs root".into());
+    }
+    let device = ["/dev/fuse", "/dev/loop-control"].into_iter().find(|path| File::open(path).is_err());
+    let program = programs.iter().find(|program| !has_program(program));
+    device.or(program.copied()).map(|missing| format!("needs {missing}"))
+}
+
+/// How to run the test of this thread alone.
+pub fn how_to_repeat() -> String {
+    let exe = std::env::current_exe().unwrap_or_default();
+    let file = exe.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let target = file.rsplit_once('-').map_or(file.as_str(), |(target, _hash)| target);
+    let thread = std::thread::current();
+    format!("cargo test -p wb-tests --test {target} {} -- --exact --nocapture", thread.name().unwrap_or(""))
+}
+
+/// Waits until something is so; false when it has not become so within [`PATIENCE`].
+pub fn wait_for(mut so: impl FnMut() -> bool) -> bool {
+    let started = Instant::now();
+    while !so() {
+        if started.elapsed() > PATIENCE {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    true
+}
+
 /// The path of one of the workspace's programs, which `cargo test --workspace` and `cargo build --workspace` put beside
 /// the test programs. Testing this package alone does not build them again.
 ///
@@ -76,6 +124,24 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    /// Runs a command to its end.
+    ///
+    /// # Panics
+    /// When it cannot be started, hangs, or is ended by a signal.
+    pub fn of(command: Command) -> Outcome {
+        let name = format!("{command:?}");
+        let output = assert_cmd::Command::from_std(command).timeout(PATIENCE).output();
+        let output = output.unwrap_or_else(|e| panic!("{name}: {e}"));
+        let text = |bytes| String::from_utf8(bytes).expect("output in UTF-8");
+        let (stdout, stderr) = (text(output.stdout), text(output.stderr));
+        let code = output.status.code();
+        Outcome {
+            code: code.unwrap_or_else(|| panic!("{name} hangs or was killed: {stdout}{stderr}")),
+            stdout,
+            stderr,
+        }
+    }
+
     /// The first line of standard output, or an empty text.
     pub fn first_line(&self) -> &str {
         self.stdout.lines().next().unwrap_or_default()
@@ -93,15 +159,11 @@ impl Outcome {
 /// Runs one of the programs to its end.
 ///
 /// # Panics
-/// When it cannot be started or is ended by a signal.
+/// When it cannot be started, hangs, or is ended by a signal.
 pub fn run<A: AsRef<std::ffi::OsStr>>(program: &str, args: impl IntoIterator<Item = A>) -> Outcome {
-    let output = assert_cmd::Command::new(bin(program)).args(args).output().expect("a program that starts");
-    let text = |bytes| String::from_utf8(bytes).expect("output in UTF-8");
-    Outcome {
-        code: output.status.code().expect("an exit code"),
-        stdout: text(output.stdout),
-        stderr: text(output.stderr),
-    }
+    let mut command = Command::new(bin(program));
+    command.args(args);
+    Outcome::of(command)
 }
 
 /// Runs one of the programs to its end, as [`run`], with arguments that may be texts or references to paths.
@@ -171,7 +233,7 @@ pub fn sha256(path: &Path) -> String {
     let mut buf = vec![0; 1 << 20];
     loop {
         match file.read(&mut buf).expect("a file to read") {
-            0 => return hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect(),
+            0 => return hex(hasher),
             n => hasher.update(&buf[..n]),
         }
     }
@@ -261,4 +323,50 @@ pub fn read_at(path: &Path, offset: u64, bytes: u64) -> Vec<u8> {
     let mut buf = vec![0; to_usize(bytes)];
     File::open(path).and_then(|file| file.read_exact_at(&mut buf, offset)).expect("bytes to read");
     buf
+}
+
+/// The SHA-256 that the volume of a golden pair has once the kernel module has recovered it.
+///
+/// # Panics
+/// When the pair is not there.
+pub fn golden_volume_sha256(name: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name).join("expect.json");
+    let text = std::fs::read_to_string(path).expect("a golden pair");
+    let expect: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+    // The pair in write-around mode has no recovery: its volume is what it was.
+    let sha256 = expect["after_recovery"]["volume_sha256"].as_str();
+    sha256.or(expect["volume_sha256_before_power_cut"].as_str()).expect("a SHA-256").into()
+}
+
+/// The SHA-256 of a block device as direct I/O reads it, past the page cache.
+///
+/// # Panics
+/// When it cannot be read.
+pub fn sha256_direct(device: &Path) -> String {
+    let mut file =
+        OpenOptions::new().read(true).custom_flags(nix::libc::O_DIRECT).open(device).expect("a device");
+    let mut hasher = Sha256::new();
+    let mut buf = IoBuf::zeroed(1 << 20);
+    loop {
+        match file.read(&mut buf).expect("a device to read") {
+            0 => return hex(hasher),
+            n => hasher.update(&buf[..n]),
+        }
+    }
+}
+
+fn hex(hasher: Sha256) -> String {
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Bytes that look random, the same for the same seed.
+pub fn noise(seed: u64, bytes: u64) -> Vec<u8> {
+    let mut x = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut word = || {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        x.to_le_bytes()
+    };
+    (0..bytes.div_ceil(8)).flat_map(|_| word()).take(to_usize(bytes)).collect()
 }

@@ -8,14 +8,73 @@ use wb_tests::{
 };
 
 #[test]
-fn a_new_cache_is_bit_for_bit_what_the_kernel_module_makes() {
+fn a_new_cache_of_the_base_format_is_bit_for_bit_what_the_kernel_module_makes() {
     let dir = TempDir::new().unwrap();
     let want = golden_bytes("fresh", "cache.img");
     let file = zeros(&dir, "cache", u64::try_from(want.len()).unwrap());
-    let outcome = run("wbformat", [&file]);
+    let outcome = wb!("wbformat", &file, "--compat");
     assert_eq!(outcome.code, 0, "{outcome:?}");
     assert!(outcome.first_line().ends_with("formatted as a cache of 7 MiB (14 segments of 512 KiB)"));
     assert!(std::fs::read(&file).unwrap() == want);
+}
+
+#[test]
+fn the_extension_changes_nothing_that_the_kernel_module_reads() {
+    let dir = TempDir::new().unwrap();
+    let want = golden_bytes("fresh", "cache.img");
+    let file = zeros(&dir, "cache", u64::try_from(want.len()).unwrap());
+    assert_eq!(run("wbformat", [&file]).code, 0);
+    let content = std::fs::read(&file).unwrap();
+    // The kernel module reads the first block, the record's block, and the segments.
+    for range in [0..64 << 10, 132 << 10..want.len()] {
+        assert!(content[range.clone()] == want[range]);
+    }
+}
+
+#[test]
+fn identity_and_pairing_are_kept_and_another_backing_device_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let (cache, backing) = (zeros(&dir, "cache", 8 << 20), zeros(&dir, "backing", 16 << 20));
+    let uuid = "6d3c2f52-7bb5-4a5e-9d3f-0123456789ab";
+    let outcome = wb!("wbformat", &cache, "--backing", &backing, "--label", "data", "--uuid", uuid, "--json");
+    assert_eq!(outcome.json()["uuid"], uuid);
+    let shown = wb!("wbdump", "super", &cache, "--json").json();
+    let extension = &shown["extension"];
+    assert_eq!((&extension["uuid"], &extension["label"]), (&uuid.into(), &"data".into()));
+    assert_eq!(extension["backing_sectors"], 32768);
+
+    let other = zeros(&dir, "other", 17 << 20);
+    let before = sha256(&cache);
+    for outcome in [
+        wb!("wbcheck", &cache, "--backing", &other),
+        wb!("wbctl", "replay", "--cache", &cache, "--backing", &other),
+    ] {
+        assert_ne!(outcome.code, 0);
+        assert!(outcome.stderr.contains("belongs to another backing device"), "{outcome:?}");
+    }
+    assert_eq!(sha256(&cache), before);
+}
+
+#[test]
+fn a_cache_device_that_was_truncated_or_resized_is_refused() {
+    let dir = TempDir::new().unwrap();
+    let (cache, backing) = (zeros(&dir, "cache", 8 << 20), zeros(&dir, "backing", 16 << 20));
+    assert_eq!(run("wbformat", [&cache]).code, 0);
+    for size in [7 << 20, 9 << 20] {
+        std::fs::OpenOptions::new().write(true).open(&cache).unwrap().set_len(size).unwrap();
+        let outcome = wb!("wbctl", "replay", "--cache", &cache, "--backing", &backing);
+        assert_eq!(outcome.code, 1);
+        assert!(outcome.stderr.contains("truncated or resized"), "{outcome:?}");
+        assert_eq!(run("wbcheck", [&cache]).code, 8);
+    }
+}
+
+#[test]
+fn what_contradicts_itself_is_a_usage_error() {
+    let long = "x".repeat(65);
+    assert_eq!(wb!("wbformat", "cache", "--compat", "--label", "data").code, 2);
+    assert_eq!(wb!("wbformat", "cache", "--label", &long).code, 2);
+    assert_eq!(wb!("wbformat", "cache", "--uuid", "seven").code, 2);
 }
 
 #[test]
@@ -132,7 +191,7 @@ fn a_block_device_is_formatted_as_a_file_is() {
     let dir = TempDir::new().unwrap();
     let file = zeros(&dir, "disk", 8 << 20);
     let Some(device) = LoopDevice::attach(&file) else { skip!("cannot attach a loop device") };
-    let outcome = run("wbformat", [&device.path]);
+    let outcome = wb!("wbformat", &device.path, "--compat");
     assert_eq!(outcome.code, 0, "{outcome:?}");
     assert_eq!(run("wbcheck", [&device.path]).code, 0);
     assert!(std::fs::read(&device.path).unwrap() == golden_bytes("fresh", "cache.img"));

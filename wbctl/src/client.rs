@@ -65,7 +65,7 @@ pub(crate) fn drain(name: &Name, out: &mut Output) -> Result<()> {
 
 pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
     let name = &args.name;
-    // The daemon looks as well, but from its own mount namespace, where it may not see by what the device is held.
+    // The daemon looks as well, but as a service it may not see the mounts that its users see.
     if let Some(device) = status(name)?.device {
         refuse_held(&device, args.force)?;
     }

@@ -61,11 +61,6 @@ impl Name {
         self.run_dir().join("socket")
     }
 
-    /// The file that the daemon's FUSE mount covers.
-    pub(crate) fn mountpoint(&self) -> PathBuf {
-        self.run_dir().join("volume")
-    }
-
     /// The link to the loop device.
     pub(crate) fn link(&self) -> PathBuf {
         Path::new("/dev/wb").join(&self.0)

@@ -106,17 +106,11 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
 
 /// What is written beyond the base format.
 fn extension(args: &Args, device: &Device) -> Result<SuperblockExtension> {
+    let uuid = args.uuid.unwrap_or_else(Uuid::new_v4);
     let mut extension = SuperblockExtension {
-        generation: 0,
-        incompatible: 0,
-        read_compatible: 0,
-        clean: None,
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-        uuid: args.uuid.unwrap_or_else(Uuid::new_v4),
         label: args.label.clone().unwrap_or_default(),
-        backing_sectors: 0,
-        backing_id: String::new(),
-        cache_bytes: device.size(),
+        ..SuperblockExtension::new(uuid, device.size())
     };
     if let Some(path) = &args.backing {
         let backing = open(path, Access::ReadUnlocked)?;

@@ -173,6 +173,8 @@ impl Cache {
     /// When a device fails. Write-back goes on trying by itself.
     pub async fn drain(&self) -> Result<(), CacheError> {
         let target = self.inner.seal().await?;
+        // Once the newest versions are durable, older ones need not be written.
+        self.inner.wait_durable(target).await?;
         {
             let mut state = self.inner.lock();
             state.drain_to = state.drain_to.max(target);

@@ -9,7 +9,6 @@ use crate::format::{
 };
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use nix::errno::Errno;
 use std::sync::Arc;
 
 /// Sectors that may lie unused between two parts of one read from the backing device.
@@ -30,8 +29,10 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        self.inner.lock().unpin(self.slot);
-        self.inner.events.appender.notify(usize::MAX);
+        let awaited = self.inner.lock().unpin(self.slot);
+        if awaited {
+            self.inner.events.appender.notify(usize::MAX);
+        }
     }
 }
 
@@ -283,7 +284,7 @@ impl Inner {
                 operation: Operation::Read,
                 offset: offset + to_u64(BLOCK_BYTES) * u64::from(index - first.index),
                 length: to_u64(BLOCK_BYTES),
-                cause: Errno::EBADMSG,
+                cause: DeviceError::ALTERED,
             }),
         }
     }

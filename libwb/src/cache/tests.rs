@@ -1,12 +1,19 @@
 //! The engine on devices in memory. Crashes are the simulator's business; here it is the plain behaviour.
 
 use super::{Cache, Tunables};
-use crate::device::{Device, IoBuf, MemDevice};
+use crate::device::{BlockDevice, Device, IoBuf, MemDevice};
 use crate::format::{
-    SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, encode_superblock_block, to_u64, to_usize,
+    EXTENSION_OFFSETS, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension,
+    encode_superblock_block, to_u64, to_usize,
 };
 use crate::reactor::Reactor;
 use std::sync::Arc;
+
+/// A sector of the superblock region, where the extension is to be written, as a fresh format does.
+fn extend(cache: &mut [u8]) {
+    let page = SuperblockExtension::new(uuid::Uuid::from_u128(7), to_u64(cache.len()));
+    page.encode(cache[to_usize(EXTENSION_OFFSETS[0])..].first_chunk_mut().unwrap());
+}
 
 struct Rig {
     reactor: Reactor,
@@ -18,6 +25,7 @@ impl Rig {
     fn new(segments: u64, backing_blocks: usize) -> Rig {
         let mut content = vec![0; to_usize(SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES))];
         encode_superblock_block(content.first_chunk_mut().unwrap());
+        extend(&mut content);
         let old: Vec<u8> = (0..backing_blocks * 8).flat_map(|sector| stamp(sector, 0)).collect();
         Rig {
             reactor: Reactor::start().unwrap(),
@@ -46,6 +54,43 @@ impl Rig {
             assert_eq!(bytes, stamp(sector + nth, versions[nth]));
         }
     }
+}
+
+/// Flips a bit of every data block on the cache device that holds this sector in this version.
+fn rot(rig: &Rig, sector: usize, version: u8) {
+    let mut content = rig.cache.content();
+    for at in (0..content.len()).step_by(512) {
+        if content[at..at + 512] == stamp(sector, version) {
+            content[at + 100] ^= 1;
+        }
+    }
+    let whole = IoBuf::copy_of(&content);
+    rig.reactor.block_on(rig.cache.write(0, whole.into())).unwrap();
+}
+
+#[test]
+fn rot_on_the_cache_device_is_never_served_and_never_written_back() {
+    let rig = Rig::new(8, 64);
+    let cache = rig.open();
+    rig.write(&cache, 0, 8, 1);
+    rig.reactor.block_on(cache.flush()).unwrap();
+    rot(&rig, 0, 1);
+    let read = rig.reactor.block_on(cache.read(Sector(0), IoBuf::zeroed(512)));
+    assert!(
+        read.unwrap_err().to_string().contains("does not match its checksum"),
+        "dirty data is nowhere else"
+    );
+    assert!(rig.reactor.block_on(cache.drain()).is_err());
+    assert!(cache.status().writeback_error.is_some());
+    assert_eq!(rig.backing.content()[..512], stamp(0, 0));
+    // A newer version supersedes the rotten one.
+    rig.write(&cache, 0, 8, 2);
+    rig.reactor.block_on(cache.drain()).unwrap();
+    assert_eq!(rig.backing.content()[..512], stamp(0, 2));
+    // What is clean is read from the backing device instead.
+    rot(&rig, 0, 2);
+    rig.check(&cache, 0, &[2, 2, 2]);
+    rig.reactor.block_on(cache.close()).unwrap();
 }
 
 fn stamp(sector: usize, version: u8) -> [u8; 512] {

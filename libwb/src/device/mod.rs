@@ -45,7 +45,7 @@ impl fmt::Display for Operation {
 
 /// An operation on a device failed.
 #[derive(Clone, Debug, thiserror::Error)]
-#[error("{device}: {operation} of {length} bytes at byte {offset} failed: {}", cause.desc())]
+#[error("{device}: {operation} of {length} bytes at byte {offset} failed: {}", describe(*cause))]
 pub struct DeviceError {
     /// The device's path.
     pub device: Arc<str>,
@@ -55,8 +55,20 @@ pub struct DeviceError {
     pub offset: u64,
     /// How many bytes it concerned.
     pub length: u64,
-    /// What the system said.
+    /// What the system said; [`DeviceError::ALTERED`] when the data itself is wrong.
     pub cause: Errno,
+}
+
+impl DeviceError {
+    /// The cause when what was read is not what was written.
+    pub const ALTERED: Errno = Errno::EBADMSG;
+}
+
+fn describe(cause: Errno) -> &'static str {
+    match cause {
+        DeviceError::ALTERED => "the data does not match its checksum; the device has altered it",
+        other => other.desc(),
+    }
 }
 
 /// The future of an operation on a device. It owns what it needs; dropping it does not undo the operation.

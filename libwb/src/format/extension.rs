@@ -91,6 +91,22 @@ pub struct SuperblockExtension {
 }
 
 impl SuperblockExtension {
+    /// What a fresh cache of so many bytes carries, without label and pairing.
+    pub fn new(uuid: Uuid, cache_bytes: u64) -> SuperblockExtension {
+        SuperblockExtension {
+            generation: 0,
+            incompatible: 0,
+            read_compatible: 0,
+            clean: None,
+            created: 0,
+            uuid,
+            label: String::new(),
+            backing_sectors: 0,
+            backing_id: String::new(),
+            cache_bytes,
+        }
+    }
+
     /// Decodes a page.
     ///
     /// # Errors

@@ -398,6 +398,82 @@ mod tests {
         assert!(run(1, 7, &log(1, 7, &[7])).corruption.is_empty());
     }
 
+    fn extended(durable: u64, written_back: u64) -> Option<SegmentExtension> {
+        Some(SegmentExtension {
+            digest: page().digest(),
+            reason: crate::format::Reason::Full,
+            durable: SegmentId(durable),
+            written_back: SegmentId(written_back),
+            time: 0,
+        })
+    }
+
+    fn page() -> SuperblockExtension {
+        SuperblockExtension::new(uuid::Uuid::from_u128(7), 0)
+    }
+
+    /// As [`run`], on a device with the extension; `claims` gives what each valid segment's header says.
+    fn run_extended(
+        slots: u64,
+        record: u64,
+        mut states: Vec<SlotState>,
+        claims: impl Fn(u64) -> Option<SegmentExtension>,
+    ) -> Recovery {
+        for state in &mut states {
+            if let SlotState::Valid { id, extension, .. } = state {
+                *extension = claims(id.0);
+            }
+        }
+        let superblock =
+            Superblock { geometry: geometry(slots), record: SegmentId(record), extension: Some(page()) };
+        recover(&superblock, &states)
+    }
+
+    #[test]
+    fn a_header_that_knows_more_than_the_record_is_believed() {
+        let r = run_extended(14, 2, log(14, 9, &[]), |id| extended(id - 1, id.saturating_sub(4)));
+        assert_eq!(r.live().collect::<Vec<_>>(), ids(6..=9));
+        // No header can know of what came after it.
+        let r = run_extended(14, 2, log(14, 9, &[]), |id| extended(0, id + 1000));
+        assert_eq!(r.live().collect::<Vec<_>>(), ids(3..=9));
+    }
+
+    #[test]
+    fn a_durable_segment_that_is_gone_is_corruption_however_near_the_end() {
+        let r = run_extended(14, 0, log(14, 9, &[8]), |id| extended(id - 1, 0));
+        assert_eq!(
+            r.corruption,
+            [Corruption::DurableMissing { missing: SegmentId(8), durable: SegmentId(8) }]
+        );
+        let r = run_extended(14, 0, log(14, 9, &[8]), |id| extended(id.saturating_sub(2), 0));
+        assert!(r.corruption.is_empty());
+        assert_eq!((r.point, r.dropped), (SegmentId(7), ids([9])));
+    }
+
+    #[test]
+    fn wb_never_overwrites_what_the_record_does_not_cover_so_nothing_is_skipped() {
+        let r = run_extended(14, 0, log(14, 14, &[1]), |_| extended(0, 0));
+        assert!(r.skipped.is_empty());
+        assert_eq!(
+            r.corruption[0],
+            Corruption::Gap { missing: SegmentId(1), highest: SegmentId(14), window: 3 }
+        );
+        // But the kernel module does, and it may have written since.
+        let r = run_extended(14, 0, log(14, 14, &[1]), |id| if id == 14 { None } else { extended(0, 0) });
+        assert_eq!(r.skipped, ids([1]));
+    }
+
+    #[test]
+    fn a_segment_of_an_earlier_cache_is_not_taken_for_one_of_this() {
+        let r = run_extended(14, 0, log(14, 9, &[]), |id| {
+            let mut claims = extended(0, 0)?;
+            claims.digest ^= u32::from(id > 5);
+            Some(claims)
+        });
+        assert_eq!((r.highest, r.point), (SegmentId(5), SegmentId(5)));
+        assert!(r.dropped.is_empty() && r.corruption.is_empty());
+    }
+
     fn any_state() -> impl Strategy<Value = SlotState> {
         let id = prop_oneof![0..40u64, any::<u64>().prop_map(|id| id % (SegmentId::MAX.0 + 1))]
             .prop_map(SegmentId);

@@ -410,19 +410,7 @@ fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
         let page: &mut [u8; BLOCK_BYTES] = content[to_usize(EXTENSION_OFFSETS[0])..]
             .first_chunk_mut()
             .expect("within the superblock region");
-        SuperblockExtension {
-            generation: 0,
-            incompatible: 0,
-            read_compatible: 0,
-            clean: None,
-            created: 0,
-            uuid: Uuid::from_u128(0x5eed),
-            label: String::new(),
-            backing_sectors: 0,
-            backing_id: String::new(),
-            cache_bytes: size,
-        }
-        .encode(page);
+        SuperblockExtension::new(Uuid::from_u128(0x5eed), size).encode(page);
     }
     content
 }

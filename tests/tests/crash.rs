@@ -1,0 +1,123 @@
+//! A daemon that is killed without warning leaves nothing behind, and loses nothing that was durable.
+
+use std::path::Path;
+use wb_tests::{
+    Attached, Filesystem, Volume, Writer, check_files, needs_serving, noise, overwrite, wait_for,
+};
+
+const MIB: u64 = 1 << 20;
+
+/// Kills the daemon while a writer is at work on `filesystem`; returns how many files were durable.
+fn kill_in_mid_write(attached: &mut Attached, filesystem: Filesystem, on: &Path, files: u32) -> u32 {
+    let writer = Writer::start(on);
+    assert!(wait_for(|| writer.durable() >= files), "{filesystem:?}: {}", attached.stderr());
+    attached.kill();
+    let count = writer.end();
+    attached.unmount();
+    count
+}
+
+fn fsynced_files_survive(filesystem: Filesystem) {
+    let volume = Volume::created(24, 512 * MIB);
+    let mut attached = volume.attach_with(&[]);
+    filesystem.make(&attached.device);
+    for (round, files) in [60, 150, 5].into_iter().enumerate() {
+        let on = attached.mount().join(round.to_string());
+        std::fs::create_dir(&on).expect("a new folder");
+        let count = kill_in_mid_write(&mut attached, filesystem, &on, files);
+        assert!(volume.is_gone(), "{filesystem:?}, round {round}");
+        drop(attached);
+        attached = volume.attach_with(&[]);
+        let on = attached.mount();
+        check_files(&on.join(round.to_string()), count);
+        attached.unmount();
+        filesystem.check(&attached.device);
+    }
+    attached.detach(&["--drain"]);
+    filesystem.check(&volume.backing);
+    filesystem.with_image(&volume.backing, |on| check_files(&on.join("1"), 150));
+}
+
+#[test]
+fn files_that_were_fsynced_on_ext4_survive() {
+    needs_serving!("mkfs.ext4", "e2fsck");
+    fsynced_files_survive(Filesystem::Ext4);
+}
+
+#[test]
+fn files_that_were_fsynced_on_xfs_survive() {
+    needs_serving!("mkfs.xfs", "xfs_repair");
+    fsynced_files_survive(Filesystem::Xfs);
+}
+
+#[test]
+fn a_killed_daemon_leaves_no_mount_and_no_loop_device() {
+    needs_serving!();
+    let volume = Volume::created(16, 32 * MIB);
+    let mut attached = volume.attach_with(&[]);
+    let mounts = || std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let folder = volume.dir.path().to_str().unwrap();
+    assert!(!mounts().contains(folder), "the daemon's mount is seen by nobody else");
+    attached.kill();
+    assert!(volume.is_gone() && !mounts().contains(folder));
+    assert_eq!(volume.status()["state"], "detached");
+    volume.attach_with(&[]).detach(&[]);
+}
+
+#[test]
+fn a_loop_device_that_is_mounted_goes_once_it_is_unmounted() {
+    needs_serving!("mkfs.ext4");
+    let volume = Volume::created(16, 32 * MIB);
+    let mut attached = volume.attach_with(&[]);
+    Filesystem::Ext4.make(&attached.device);
+    let on = attached.mount();
+    attached.kill();
+    assert_eq!(volume.loop_devices(), [attached.device.as_path()], "the mount holds it");
+    assert!(
+        std::fs::write(on.join("x"), "x")
+            .and_then(|()| std::fs::File::open(on.join("x"))?.sync_all())
+            .is_err()
+    );
+    attached.unmount();
+    assert!(volume.is_gone());
+}
+
+#[test]
+fn a_volume_can_be_attached_again_while_the_dead_device_is_still_mounted() {
+    needs_serving!("mkfs.ext4");
+    let volume = Volume::created(16, 32 * MIB);
+    let mut dead = volume.attach_with(&[]);
+    Filesystem::Ext4.make(&dead.device);
+    let on = dead.mount();
+    std::fs::write(on.join("kept"), noise(1, MIB)).unwrap();
+    std::fs::File::open(on.join("kept")).unwrap().sync_all().unwrap();
+    dead.kill();
+    let mut attached = volume.attach_with(&[]);
+    assert_ne!(attached.device, dead.device);
+    assert_eq!(std::fs::read_link(volume.link()).unwrap(), attached.device);
+    dead.unmount();
+    let on = attached.mount();
+    assert!(std::fs::read(on.join("kept")).is_ok_and(|data| data == noise(1, MIB)));
+}
+
+#[test]
+fn a_second_daemon_for_a_volume_is_refused() {
+    needs_serving!();
+    let volume = Volume::created(16, 32 * MIB);
+    let attached = volume.attach_with(&[]);
+    overwrite(&attached.device, 0, &noise(2, MIB));
+    let refused = volume.wbctl(&["attach", &volume.name]);
+    let expected = format!("wbctl: volume '{0}' is attached already; see wbctl status {0}\n", volume.name);
+    assert_eq!((refused.code, refused.stderr), (1, expected));
+
+    let other = format!("{}-other", volume.name);
+    let pair = volume.pair();
+    for (cache, backing) in [(pair[1], pair[3]), (pair[3], pair[1])] {
+        let refused = volume.wbctl(&["attach", &other, "--cache", cache, "--backing", backing]);
+        assert_eq!((refused.code, refused.stdout.as_str()), (1, ""), "{refused:?}");
+        assert_eq!(refused.stderr.lines().count(), 1, "{refused:?}");
+        assert!(refused.stderr.contains("in use"), "{refused:?}");
+    }
+    attached.detach(&["--drain"]);
+    assert!(wb_tests::read_at(&volume.backing, 0, MIB) == noise(2, MIB));
+}

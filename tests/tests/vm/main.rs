@@ -130,6 +130,7 @@ fn the_module_writes(root: &Path, share: &Path, seed: u64) -> Vec<Pair> {
         let ops = pair.work(work);
         pair.hand_over(&ops, share);
         pair.apply(&ops);
+        pair.misleading = options.contains("update_sb_record_interval");
         write!(plan, "attach {name} {options}\nwrite {name}\n").unwrap();
         match end {
             Some(End::Close) => writeln!(plan, "detach {name}").unwrap(),
@@ -167,6 +168,7 @@ fn we_write(root: &Path, seed: u64, modules: &[Pair]) -> Vec<Pair> {
         let ops = pair.work(work);
         pair.write_ours(&ops, end);
         pair.apply(&ops);
+        pair.misleading = end == End::Cut;
         pair
     };
     pairs.into_iter().map(write).collect()
@@ -177,6 +179,9 @@ fn the_module_reads_and_writes(root: &Path, share: &Path, pairs: &mut [Pair], fi
     let mut plan = String::new();
     let mut before = Vec::new();
     for (nth, pair) in pairs.iter_mut().enumerate() {
+        if pair.misleading {
+            pair.write_ours(&[], End::Close);
+        }
         let ops = pair.work(Work::Mixed);
         pair.hand_over(&ops, share);
         let name = &pair.name;

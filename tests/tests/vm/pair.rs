@@ -67,6 +67,8 @@ pub(crate) struct Pair {
     pub(crate) volume: Vec<u8>,
     /// The power went while it was written: only a recovery can tell what the volume holds.
     pub(crate) interrupted: bool,
+    /// The log has a superblock record and was not closed by us: the kernel module may read old data from it.
+    pub(crate) misleading: bool,
 }
 
 impl Pair {
@@ -79,7 +81,8 @@ impl Pair {
         let mut volume = vec![0; to_usize(sectors) * SECTOR_BYTES];
         fill(&mut volume, Sector(0), WriteId(0));
         let rng = Rng::with_seed(seed);
-        let pair = Pair { name: name.into(), dir, rng, writes: 0, volume, interrupted: false };
+        let pair =
+            Pair { name: name.into(), dir, rng, writes: 0, volume, interrupted: false, misleading: false };
         fs::write(pair.backing(), &pair.volume).unwrap();
         let bytes = cache_bytes(SEGMENTS) + CACHE_TAIL_SECTORS * to_u64(SECTOR_BYTES);
         fs::File::create(pair.cache()).and_then(|file| file.set_len(bytes)).unwrap();
@@ -89,6 +92,8 @@ impl Pair {
     /// A copy of both devices, under another name.
     pub(crate) fn copy(&self, root: &Path, name: &str) -> Pair {
         let dir = root.join(name);
+        // New files: an engine that was stopped in the midst may hold the old ones.
+        let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir).unwrap();
         let copy = Pair {
             name: name.into(),
@@ -97,6 +102,7 @@ impl Pair {
             writes: self.writes,
             volume: self.volume.clone(),
             interrupted: self.interrupted,
+            misleading: self.misleading,
         };
         fs::copy(self.cache(), copy.cache()).unwrap();
         fs::copy(self.backing(), copy.backing()).unwrap();
@@ -140,9 +146,9 @@ impl Pair {
         let writes = match work {
             Work::Nothing => return ops,
             Work::Whole | Work::Drained => 60,
-            Work::Partial => 200,
+            Work::Partial => 150,
             Work::Flushes => 40,
-            Work::Wrapped => 250,
+            Work::Wrapped => 200,
             Work::Reads | Work::Mixed => 80,
         };
         for _ in 0..writes {

@@ -6,6 +6,7 @@
 //! write-back are background tasks.
 
 mod appender;
+mod handover;
 mod index;
 mod open;
 mod read;
@@ -209,6 +210,7 @@ impl Cache {
         self.inner.events.wake_all();
         self.inner.wait(&self.inner.events.changed, |state| (state.tasks == 0).then_some(())).await;
         flushed?;
+        self.inner.hand_over().await?;
         Ok(self.inner.mark_clean().await?)
     }
 }

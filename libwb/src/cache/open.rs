@@ -5,7 +5,7 @@ use super::state::State;
 use super::status::AtomicCounters;
 use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
-use crate::device::{Device, IoBuf};
+use crate::device::{Device, DeviceError, IoBuf, SharedBuf};
 use crate::format::{
     BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId,
     SuperblockExtension, to_u64,
@@ -15,9 +15,12 @@ use crate::log::live::{Totals, live_totals, visit_headers};
 use crate::log::recovery::{Recovery, recover};
 use crate::log::scan::{BackingFacts, Superblock, check_pairing, read_superblock, scan};
 use crate::runtime::Runtime;
+use futures_util::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use std::sync::Arc;
 
+/// Headers that are erased at the same time.
+const ERASE_DEPTH: usize = 32;
 /// A log that is to go on must not end just below [`SegmentId::MAX`].
 const LAST_SANE_ID: SegmentId = SegmentId(SegmentId::MAX.0 / 2);
 
@@ -182,20 +185,21 @@ impl Inner {
         if written_back > recovery.record {
             self.write_record(written_back).await?;
         }
+        // The log will grow up to dropped segments again.
         if !recovery.dropped.is_empty() {
             self.erase(&recovery.dropped).await?;
         }
         Ok(())
     }
 
-    /// Erases the headers of segments that were dropped, since the log will grow up to them again.
-    async fn erase(&self, dropped: &[SegmentId]) -> Result<(), CacheError> {
+    /// Erases the headers of segments that nobody is to apply again. It is durable afterwards.
+    pub(super) async fn erase(&self, segments: &[SegmentId]) -> Result<(), DeviceError> {
         let geometry = self.lock().geometry;
-        for &id in dropped {
-            let offset = geometry.slot_offset(geometry.slot_of(id));
-            self.cache.write(offset, IoBuf::zeroed(BLOCK_BYTES).into()).await?;
-        }
-        Ok(self.cache.flush().await?)
+        let zeros = SharedBuf::from(IoBuf::zeroed(BLOCK_BYTES));
+        let erase = |id| self.cache.write(geometry.slot_offset(geometry.slot_of(id)), zeros.clone());
+        let mut writes = stream::iter(segments.iter().copied().map(erase)).buffer_unordered(ERASE_DEPTH);
+        while writes.try_next().await?.is_some() {}
+        self.cache.flush().await
     }
 
     fn start_tasks(self: &Arc<Self>) {

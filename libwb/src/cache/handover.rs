@@ -1,0 +1,38 @@
+//! What a cache that is closed leaves behind, so that the kernel module reads the same as we do.
+//!
+//! When the module recovers a log and comes to a partial version of a block, it writes the dirty sectors of the version
+//! before to the backing device, even if the superblock record says that both had been written back long ago. Then it
+//! takes all that the record covers for clean. So the older version stands over the newer one. It does so to its own
+//! devices as well, where `update_sb_record_interval` is set. We leave no older version with which that could happen.
+
+use super::Inner;
+use crate::device::DeviceError;
+use crate::format::SegmentId;
+use crate::log::scan::read_header;
+use futures_util::{StreamExt, stream};
+
+/// Headers that are read at the same time.
+const DEPTH: usize = 32;
+
+impl Inner {
+    /// Erases the written-back segments before the last of them that holds a partial version.
+    pub(super) async fn hand_over(&self) -> Result<(), DeviceError> {
+        let (geometry, newest, written_back) = {
+            let state = self.lock();
+            (state.geometry, state.newest, state.written_back)
+        };
+        let oldest = newest.minus(geometry.lap()).next();
+        let reads = (oldest.0..=written_back.0).map(|id| read_header(&self.cache, geometry, SegmentId(id)));
+        let mut headers = stream::iter(reads).buffered(DEPTH);
+        let (mut older, mut misleading) = (Vec::new(), Vec::new());
+        while let Some(header) = headers.next().await {
+            // What is not there cannot mislead.
+            let Ok(header) = header else { continue };
+            if header.metablocks.iter().any(|entry| !entry.dirty.is_clean() && !entry.dirty.is_all()) {
+                misleading.append(&mut older);
+            }
+            older.push(header.id);
+        }
+        if misleading.is_empty() { Ok(()) } else { self.erase(&misleading).await }
+    }
+}

@@ -122,9 +122,7 @@ impl<'a> Course<'a> {
         let sectors = volume_sectors(&mut rng, block_size);
         let extended = rng.bool();
         let cache = SimDevice::new(&runtime, "cache", fresh_cache(segments, extended), cache_block_size);
-        let mut content = vec![0; to_usize(sectors) * SECTOR_BYTES];
-        stamp::fill(&mut content, Sector(0), WriteId(0));
-        let backing = SimDevice::new(&runtime, "backing", content, block_size);
+        let backing = SimDevice::new(&runtime, "backing", fresh_backing(sectors), block_size);
         let slowness = rng.choice([1, 1, 10, 100]).unwrap_or(1);
         backing.set_slowness(slowness);
         let faulty = rng.u32(..5) == 0;
@@ -405,8 +403,15 @@ fn volume_sectors(rng: &mut Rng, block_size: u32) -> u64 {
     blocks * 8 + odd
 }
 
+/// A backing device as the first write leaves it.
+pub(super) fn fresh_backing(sectors: u64) -> Vec<u8> {
+    let mut content = vec![0; to_usize(sectors) * SECTOR_BYTES];
+    stamp::fill(&mut content, Sector(0), WriteId(0));
+    content
+}
+
 /// A cache device as a fresh format leaves it.
-fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
+pub(super) fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
     let size = SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES);
     let mut content = vec![0; to_usize(size)];
     let first: &mut [u8; BLOCK_BYTES] = content.first_chunk_mut().expect("a cache device holds a block");

@@ -9,6 +9,8 @@ use wb_tests::sim::volume::Engine;
 
 /// Interleavings that each script is run with.
 const SEEDS: u64 = 2;
+/// Interleavings within which a planted bug is to show.
+const BUG_SEEDS: u64 = 8;
 /// Sectors of a whole segment's blocks.
 const SEGMENT: u64 = 127 * 8;
 
@@ -111,8 +113,19 @@ const GAPS: &[Step] = &[
     Flush,
 ];
 
+/// More than the log holds, so that writers wait for slots, and slots are reused as soon as they are free.
+const FULL: &[Step] = &[
+    Write(0, 3 * SEGMENT),
+    Write(8, 3 * SEGMENT - 8),
+    Write(3, SEGMENT),
+    FlushBehind,
+    Write(0, SEGMENT + 5),
+    Flush,
+];
+
+/// The volume is as small as the steps allow.
 fn script(name: &'static str, segments: u64, steps: &'static [Step]) -> Script {
-    let blocks = if name == "gaps" { 3 * 127 } else { 16 };
+    let blocks = if steps.iter().any(|step| matches!(step, Write(_, SEGMENT..))) { 3 * 127 } else { 16 };
     Script { name, segments, blocks, steps }
 }
 
@@ -162,25 +175,34 @@ fn cuts() {
 }
 
 #[test]
+fn full() {
+    everywhere("full", &[3], FULL);
+}
+
+#[test]
 fn gaps() {
     everywhere("gaps", &[5, 8], GAPS);
 }
 
-/// Bugs that no crash of these scripts could hide.
+/// Planted bugs show, to prove that the crashes are what they are meant to be.
 #[test]
-fn bugs_show() {
+fn planted_bugs_show() {
     let cases = [
         (Bug::FlushAcknowledgedEarly, "laps", 3, LAPS),
         (Bug::BackingNotFlushed, "drains", 3, DRAINS),
         (Bug::MergeDropsOldSectors, "merges", 5, MERGES),
-        (Bug::VolatileWrittenBack, "drains", 5, DRAINS),
+        (Bug::VolatileWrittenBack, "gaps", 5, GAPS),
+        (Bug::RecordNotDurable, "full", 3, FULL),
+        (Bug::WrittenOverGap, "gaps", 8, GAPS),
+        (Bug::LossWindowIgnored, "gaps", 8, GAPS),
+        (Bug::DurableClaimedEarly, "gaps", 8, GAPS),
         (Bug::GapSkipped, "gaps", 8, GAPS),
         (Bug::DroppedNotErased, "gaps", 8, GAPS),
     ];
     for (bug, name, segments, steps) in cases {
         let engine: Arc<dyn Engine> = Arc::new(WriteCache::with(bug));
         let script = script(name, segments, steps);
-        let caught = (0..SEEDS).any(|seed| explore(&engine, &script, true, seed).is_err());
+        let caught = (0..BUG_SEEDS).any(|seed| explore(&engine, &script, true, seed).is_err());
         assert!(caught, "{bug:?} goes unnoticed by {name}");
     }
 }

@@ -8,7 +8,8 @@ use wb_tests::sim::toys::{Flaw, Toy};
 use wb_tests::sim::volume::Engine;
 use wb_tests::sim::{Failure, run};
 
-const DEFAULT_SEEDS: u64 = 350;
+/// `make sim` and `make soak` run more.
+const DEFAULT_SEEDS: u64 = 100;
 /// Failures that are shown of one test.
 const SHOWN: usize = 3;
 

@@ -2,9 +2,8 @@
 #![allow(unsafe_code)]
 
 use nix::errno::Errno;
-use std::ffi::CString;
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 mod ioctl {
     nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int); // BLKSSZGET, linux/fs.h
@@ -110,48 +109,4 @@ pub(crate) fn set_io_flusher() -> nix::Result<()> {
     // SAFETY: the call takes plain numbers.
     Errno::result(unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) })?;
     Ok(())
-}
-
-/// Mounts a FUSE filesystem whose root is a regular file, served through an open `/dev/fuse`, nowhere: the mount is
-/// in no namespace, nobody else can reach it, and it goes away with its last user. Linux 5.2 or later.
-pub(crate) fn mount_fuse_detached(fuse: &File) -> nix::Result<OwnedFd> {
-    const FSCONFIG_SET_STRING: libc::c_int = 1;
-    const FSCONFIG_CMD_CREATE: libc::c_int = 6;
-    const CLOEXEC: libc::c_int = 1; // FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC
-    const NOSUID_NODEV_NOEXEC: libc::c_int = 2 | 4 | 8; // MOUNT_ATTR_*
-
-    // SAFETY: the name is NUL-terminated and lives through the call.
-    let context = unsafe { owned_fd(libc::syscall(libc::SYS_fsopen, c"fuse".as_ptr(), CLOEXEC)) }?;
-    let fd = CString::new(fuse.as_raw_fd().to_string()).map_err(|_| Errno::EINVAL)?;
-    let options = [
-        (c"source", c"wb"),
-        (c"fd", &*fd),
-        (c"rootmode", c"100000"),
-        (c"user_id", c"0"),
-        (c"group_id", c"0"),
-    ];
-    for (key, value) in options {
-        let (context, key, value) = (context.as_raw_fd(), key.as_ptr(), value.as_ptr());
-        // SAFETY: both texts are NUL-terminated and live through the call.
-        Errno::result(unsafe {
-            libc::syscall(libc::SYS_fsconfig, context, FSCONFIG_SET_STRING, key, value, 0)
-        })?;
-    }
-    let none = std::ptr::null::<libc::c_char>();
-    // SAFETY: the command takes no texts.
-    Errno::result(unsafe {
-        libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, none, none, 0)
-    })?;
-    // SAFETY: the call takes plain numbers.
-    unsafe { owned_fd(libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOEXEC, NOSUID_NODEV_NOEXEC)) }
-}
-
-/// Takes charge of a descriptor that a system call has returned.
-///
-/// # Safety
-/// It must be the result of a call that opens a new descriptor.
-unsafe fn owned_fd(result: libc::c_long) -> nix::Result<OwnedFd> {
-    let fd = libc::c_int::try_from(Errno::result(result)?).map_err(|_| Errno::EBADF)?;
-    // SAFETY: the descriptor is new, by the caller's word, so nobody else closes it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

@@ -181,6 +181,7 @@ pub fn fio_verify(dir: &Path, bytes: u64, sector_size: &str) {
         "--rw=randwrite",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--randseed=20260",
     ];
     let mut fio = Command::new("fio");

@@ -207,6 +207,7 @@ impl Served {
 
 impl Drop for Volume {
     fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.link());
         if std::thread::panicking() {
             eprintln!("repeat it with: {}", crate::how_to_repeat());
         }

@@ -78,8 +78,8 @@ impl Args {
 /// Why the daemon is to end.
 enum End {
     Signal(Signal),
-    /// A client asked for it. The sender is told when all is done.
-    Detach,
+    /// A client asked for it, and is told when all is done.
+    Detach(Replies),
 }
 
 /// What the control socket works on.
@@ -118,7 +118,8 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
         status.recovery_time.as_secs_f64(),
         human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
     );
-    let served = LoopDevice::attach(cache.clone(), reactor.handle(), Options { sector_size });
+    let file = format!("wb-{name}");
+    let served = LoopDevice::attach(cache.clone(), reactor.handle(), &file, Options { sector_size });
     let device = match served {
         Ok(device) => device,
         Err(e) => {
@@ -205,9 +206,10 @@ fn serve_until_ended(
     reactor: &Reactor,
     cache: &Cache,
 ) -> Result<()> {
-    match ended.recv() {
+    let end = ended.recv();
+    match &end {
         Ok(End::Signal(signal)) => tracing::info!("{signal}: closing the log"),
-        Ok(End::Detach) | Err(_) => tracing::info!("detaching"),
+        Ok(End::Detach(_)) | Err(_) => tracing::info!("detaching"),
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     let held = holders(device.path());
@@ -219,8 +221,14 @@ fn serve_until_ended(
     for file in [name.link(), name.socket()] {
         let _ = std::fs::remove_file(file);
     }
-    synced?;
-    Ok(closed?)
+    let outcome = synced.map_err(anyhow::Error::from).and(closed.map_err(Into::into));
+    if let Ok(End::Detach(mut replies)) = end {
+        let message = |e| format!("detached, but not all data could be kept: {e:#}");
+        let reply = outcome.as_ref().map_or_else(|e| Reply::Error { message: message(e) }, |()| Reply::Done);
+        // A client that went away is told nothing.
+        let _ = replies.send(&reply);
+    }
+    outcome
 }
 
 /// Refuses to take a device away from those who hold it.
@@ -241,7 +249,10 @@ impl Daemon {
             Request::Status => Ok(Reply::Status(Box::new(self.status()))),
             Request::Flush => self.run(None, |cache| async move { cache.flush().await }),
             Request::Drain => self.drain(replies),
-            Request::Detach { drain, force } => self.detach(*drain, *force, replies),
+            Request::Detach { drain, force } => match self.detach(*drain, *force, replies) {
+                Ok(()) => return,
+                Err(e) => Err(e),
+            },
         };
         // A client that went away is told nothing.
         let _ = replies.send(&reply.unwrap_or_else(|e| Reply::Error { message: format!("{e:#}") }));
@@ -287,7 +298,8 @@ impl Daemon {
         }
     }
 
-    fn detach(&self, drain: bool, force: bool, replies: &mut Replies) -> Result<Reply> {
+    /// Makes the daemon end, which then replies itself.
+    fn detach(&self, drain: bool, force: bool, replies: &mut Replies) -> Result<()> {
         refuse_held(&self.device, force)?;
         if drain {
             // What programs wrote through the page cache of the device is to be drained as well.
@@ -295,7 +307,6 @@ impl Daemon {
             self.drain(replies)?;
             refuse_held(&self.device, force)?;
         }
-        self.end.send(End::Detach).context("the daemon is ending")?;
-        Ok(Reply::Done)
+        self.end.send(End::Detach(replies.try_clone()?)).ok().context("the daemon is ending")
     }
 }

@@ -1,5 +1,6 @@
 //! The record of a volume: a TOML file in the configuration folder.
 
+use crate::create::parse_sector_size;
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
 use libwb::cache::Tunables;
@@ -36,6 +37,10 @@ impl Volume {
         let volume: Volume = toml::from_str(&text)
             .map_err(|e| anyhow::anyhow!("{}: {}", path.display(), one_line(&e, &text)))?;
         volume.tunables().with_context(|| path.display().to_string())?;
+        if let Some(size) = volume.sector_size {
+            let checked = parse_sector_size(&size.to_string()).map_err(anyhow::Error::msg);
+            checked.with_context(|| format!("{}: sector_size = {size}", path.display()))?;
+        }
         Ok(Some(volume))
     }
 

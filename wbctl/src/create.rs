@@ -4,8 +4,8 @@ use crate::Pair;
 use crate::config::{Volume, parse_tunables};
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
-use libwb::cli::Output;
-use libwb::device::probe::{Access, Opened, open};
+use libwb::cli::{Exit, Output};
+use libwb::device::probe::{Access, Opened, identity, open};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -48,7 +48,7 @@ pub(crate) fn open_pair(pair: &Pair) -> Result<(Opened, Opened)> {
     let cache = match open(&pair.cache, Access::Write) {
         Ok(cache) => cache,
         // The lock on the backing device is in the way: the two are one.
-        Err(_) if same_path(&pair.cache, &pair.backing) => bail!("{}", same_device(pair)),
+        Err(_) if is_same(&pair.cache, &pair.backing) => bail!("{}", same_device(pair)),
         Err(e) => return Err(e.into()),
     };
     if cache.identity == backing.identity {
@@ -60,8 +60,9 @@ pub(crate) fn open_pair(pair: &Pair) -> Result<(Opened, Opened)> {
     Ok((cache, backing))
 }
 
-fn same_path(a: &Path, b: &Path) -> bool {
-    matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+/// Whether two paths lead to one device, by whatever name.
+fn is_same(a: &Path, b: &Path) -> bool {
+    matches!((identity(a), identity(b)), (Ok(a), Ok(b)) if a == b)
 }
 
 fn same_device(pair: &Pair) -> String {
@@ -72,7 +73,7 @@ fn same_device(pair: &Pair) -> String {
     )
 }
 
-pub(crate) fn create(args: &Args, out: &mut Output) -> Result<()> {
+pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     let name = &args.name;
     let volume = Volume {
         cache: absolute(&args.pair.cache)?,
@@ -93,8 +94,11 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<()> {
         format.arg("--label").arg(name.to_string()).arg("--backing").arg(&args.pair.backing);
     }
     format.args(args.force.then_some("--force")).args(args.discard_dirty.then_some("--discard-dirty"));
-    if !format.status().context("cannot run wbformat")?.success() {
-        bail!("volume '{name}' was not created");
+    match format.status().context("cannot run wbformat")? {
+        status if status.success() => {}
+        // It has said why.
+        status if status.code() == Some(Exit::Failed as i32) => return Ok(Exit::Failed),
+        status => bail!("volume '{name}' was not created: wbformat: {status}"),
     }
     volume.save_new(name)?;
     writeln!(
@@ -102,7 +106,7 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<()> {
         "created '{name}', recorded in {}; start it with: wbctl attach {name}",
         name.config_file().display()
     )?;
-    Ok(())
+    Ok(Exit::Done)
 }
 
 /// The sector size to serve a backing device with.

@@ -86,7 +86,7 @@ fn main() -> ExitCode {
 
 fn run(command: Command, out: &mut Output) -> Result<Exit> {
     match command {
-        Command::Create(args) => create::create(&args, out)?,
+        Command::Create(args) => return create::create(&args, out),
         Command::Attach(args) => attach::attach(&args, out)?,
         Command::Detach(args) => client::detach(&args, out)?,
         Command::List { json } => show::list(json, out)?,

@@ -30,8 +30,10 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        self.inner.lock().unpin(self.slot);
-        self.inner.events.appender.notify(usize::MAX);
+        let awaited = self.inner.lock().unpin(self.slot);
+        if awaited {
+            self.inner.events.appender.notify(usize::MAX);
+        }
     }
 }
 

@@ -277,14 +277,15 @@ impl State {
         *self.pins.entry(slot).or_insert(0) += 1;
     }
 
-    /// Ends a [`State::pin`].
-    pub(super) fn unpin(&mut self, slot: Slot) {
-        if let Some(count) = self.pins.get_mut(&slot) {
-            *count -= 1;
-            if *count == 0 {
-                self.pins.remove(&slot);
-            }
+    /// Ends a [`State::pin`]. Returns whether a sealed segment may have waited for that.
+    pub(super) fn unpin(&mut self, slot: Slot) -> bool {
+        let Some(count) = self.pins.get_mut(&slot) else { return false };
+        *count -= 1;
+        if *count > 0 {
+            return false;
         }
+        self.pins.remove(&slot);
+        self.sealed.iter().any(|segment| !segment.started && self.geometry.slot_of(segment.id) == slot)
     }
 
     pub(super) fn is_pinned(&self, slot: Slot) -> bool {

@@ -162,6 +162,14 @@ impl Replies {
         line.push(b'\n');
         self.0.write_all(&line)
     }
+
+    /// To reply to the same client from another thread.
+    ///
+    /// # Errors
+    /// When the process has too many files open.
+    pub fn try_clone(&self) -> io::Result<Replies> {
+        self.0.try_clone().map(Replies)
+    }
 }
 
 /// Answers clients of a socket, each on a thread of its own, until the process ends.

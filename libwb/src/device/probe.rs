@@ -4,7 +4,7 @@ use crate::format::{SECTOR_BYTES, to_u64};
 use crate::sys;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -75,6 +75,16 @@ pub enum Identity {
     File(u64, u64),
 }
 
+impl Identity {
+    fn of(meta: &Metadata) -> Identity {
+        if meta.file_type().is_block_device() {
+            Identity::BlockDevice(meta.rdev())
+        } else {
+            Identity::File(meta.dev(), meta.ino())
+        }
+    }
+}
+
 /// A device, opened and locked.
 #[derive(Debug)]
 pub struct Opened {
@@ -142,9 +152,16 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
         cause => system(cause.into()),
     })?;
     let identity_text = if is_block { identity_text(meta.rdev()) } else { String::new() };
-    let identity =
-        if is_block { Identity::BlockDevice(meta.rdev()) } else { Identity::File(meta.dev(), meta.ino()) };
+    let identity = Identity::of(&meta);
     Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text })
+}
+
+/// Which device a path leads to, without opening it.
+///
+/// # Errors
+/// When there is nothing.
+pub fn identity(path: &Path) -> io::Result<Identity> {
+    std::fs::metadata(path).map(|meta| Identity::of(&meta))
 }
 
 fn direct_io_fits_sectors(file: &File) -> bool {

@@ -1,7 +1,8 @@
 //! A volume as a loop device: a file in a FUSE mount that nobody else sees, with a loop device over it.
 //!
-//! The mount is in no namespace at all and the loop device is set to clear itself, so that neither outlives the
-//! daemon and its users, however it ends.
+//! The mount stands in no folder and the loop device is set to clear itself, so that neither outlives the daemon,
+//! however it ends. A mount namespace of the daemon's own would hide the mount as well, but keep every mount of the
+//! system that it was copied from in use where mounts are not shared, as in containers.
 
 use super::Volume;
 use crate::device::IoBuf;
@@ -9,11 +10,17 @@ use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::Handle;
 use crate::sys;
 use fuser::{
-    BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyOpen, ReplyWrite, Request,
-    Session, SessionACL, WriteFlags,
+    BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen,
+    ReplyWrite, Request, Session, SessionACL, WriteFlags,
 };
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::Mode;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+};
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -27,6 +34,8 @@ const MAX_REQUEST: u32 = 1 << 20;
 const MAX_BACKGROUND: u16 = 256;
 /// Threads that take requests. Each holds a buffer of 16 MiB of address space.
 const THREADS: usize = 2;
+/// The file's inode.
+const FILE: INodeNo = INodeNo(2);
 /// How long the kernel may believe what it was told of the file, which never changes.
 const FOREVER: Duration = Duration::from_secs(1 << 31);
 /// Attempts to get a free loop device, since another program may be quicker.
@@ -58,17 +67,19 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Serv
 pub struct LoopDevice {
     path: PathBuf,
     device: File,
+    mount: OwnedFd,
     session: BackgroundSession,
 }
 
 impl LoopDevice {
-    /// Serves the volume as a FUSE file and puts a loop device on it.
+    /// Makes a FUSE file of that name, which shows as the loop device's backing file, and puts a loop device on it.
     ///
     /// # Errors
     /// Says which step failed.
     pub fn attach<V: Volume>(
         volume: V,
         runtime: &Handle,
+        name: &str,
         options: Options,
     ) -> Result<LoopDevice, ServeError> {
         let fuse = OpenOptions::new()
@@ -76,23 +87,19 @@ impl LoopDevice {
             .write(true)
             .open("/dev/fuse")
             .map_err(failed("cannot open /dev/fuse"))?;
-        let mounted = sys::mount_fuse_detached(&fuse)
-            .map_err(failed("cannot mount a FUSE file (root and Linux 5.2 or later are needed)"))?;
+        let mount = mount(&fuse).map_err(failed("cannot make a FUSE mount (root is needed)"))?;
         let mut config = Config::default();
         config.n_threads = Some(THREADS);
         config.clone_fd = true;
-        let files = VolumeFile { volume, runtime: runtime.clone(), options };
+        let files = VolumeFile { volume, runtime: runtime.clone(), name: name.into(), options };
         let session = Session::from_fd(files, OwnedFd::from(fuse), SessionACL::Owner, config)
             .and_then(Session::spawn)
             .map_err(failed("cannot start the FUSE session"))?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_DIRECT)
-            .open(format!("/proc/self/fd/{}", mounted.as_raw_fd()))
-            .map_err(failed("cannot open the FUSE file"))?;
-        let (path, device) = configure_loop_device(&file, options.sector_size)?;
-        Ok(LoopDevice { path, device, session })
+        let flags = OFlag::O_RDWR | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
+        let file = openat(&mount, name, flags, Mode::empty())
+            .map_err(failed(format!("cannot open the FUSE file '{name}'")))?;
+        let (path, device) = configure_loop_device(&File::from(file), options.sector_size)?;
+        Ok(LoopDevice { path, device, mount, session })
     }
 
     /// The loop device's path.
@@ -113,11 +120,31 @@ impl LoopDevice {
             tracing::warn!("{}: cannot be cleared: {}", self.path.display(), cause.desc());
         }
         drop(self.device);
+        drop(self.mount);
         if released && let Err(cause) = self.session.join() {
             tracing::warn!("the FUSE session ended with an error: {cause}");
         }
         synced
     }
+}
+
+/// A FUSE mount that stands in no folder. It ends when nobody uses it any more.
+fn mount(fuse: &File) -> rustix::io::Result<OwnedFd> {
+    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in [
+        ("source", "wb"),
+        ("fd", &fuse.as_raw_fd().to_string()),
+        ("rootmode", "40000"),
+        ("user_id", "0"),
+        ("group_id", "0"),
+    ] {
+        fsconfig_set_string(&context, key, value)?;
+    }
+    fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
 fn configure_loop_device(file: &File, sector_size: u32) -> Result<(PathBuf, File), ServeError> {
@@ -166,26 +193,28 @@ pub fn holders(device: &Path) -> Vec<String> {
     found
 }
 
-/// The file that the loop device stands on. It is the root of its filesystem.
+/// The file that the loop device stands on, alone in its folder.
 struct VolumeFile<V> {
     volume: V,
     runtime: Handle,
+    name: String,
     options: Options,
 }
 
 impl<V: Volume> VolumeFile<V> {
-    fn attributes(&self) -> FileAttr {
-        let size = self.volume.size();
+    fn attributes(&self, ino: INodeNo) -> FileAttr {
+        let is_folder = ino == INodeNo::ROOT;
+        let size = if is_folder { 0 } else { self.volume.size() };
         FileAttr {
-            ino: INodeNo::ROOT,
+            ino,
             size,
             blocks: size / to_u64(SECTOR_BYTES),
             atime: UNIX_EPOCH,
             mtime: UNIX_EPOCH,
             ctime: UNIX_EPOCH,
             crtime: UNIX_EPOCH,
-            kind: FileType::RegularFile,
-            perm: 0o600,
+            kind: if is_folder { FileType::Directory } else { FileType::RegularFile },
+            perm: if is_folder { 0o700 } else { 0o600 },
             nlink: 1,
             uid: 0,
             gid: 0,
@@ -219,8 +248,16 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         Ok(())
     }
 
-    fn getattr(&self, _request: &Request, _ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        reply.attr(&FOREVER, &self.attributes());
+    fn lookup(&self, _request: &Request, _parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        if name == self.name.as_str() {
+            reply.entry(&FOREVER, &self.attributes(FILE), Generation(0));
+        } else {
+            reply.error(fuser::Errno::ENOENT);
+        }
+    }
+
+    fn getattr(&self, _request: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        reply.attr(&FOREVER, &self.attributes(ino));
     }
 
     fn open(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {

@@ -1,0 +1,75 @@
+//! Random writes into the engine on a real file, against sequential writes of whole segments to the same file.
+
+use crate::Options;
+use crate::report::{Round, Row, Table};
+use crate::rig::{self, Random};
+use anyhow::Result;
+use libwb::cache::{Cache, Tunables};
+use libwb::device::{Device, MemDevice};
+use libwb::format::{BLOCK_BYTES, BlockNo, to_u64};
+use libwb::reactor::Reactor;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Written on each side for each second that a figure is to take; the slower side takes longer.
+const BYTES_PER_SECOND: u64 = 1 << 30;
+/// Never written to: the log is longer than what is written.
+const VOLUME_BYTES: u64 = 256 << 20;
+/// Writes between two looks for a signal.
+const BURST: u64 = 4096;
+
+/// Writes the same number of bytes to the file in both ways, in turn, each time until they are durable.
+pub(crate) fn measure(options: &Options) -> Result<Table> {
+    let reactor = Reactor::start()?;
+    let bytes = BYTES_PER_SECOND * u64::from(options.seconds);
+    // Write-back begins when half of the log is dirty.
+    let device = rig::file(&reactor, &options.dir, "cache", bytes * 2 + bytes / 4)?;
+    let rounds = (0..options.rounds)
+        .map(|_| {
+            let baseline = sequential(&reactor, &device, bytes)?;
+            let cache = random(&reactor, &device, bytes)?;
+            Ok(Round { baseline, cache })
+        })
+        .collect::<Result<_>>()?;
+    Ok(Table {
+        title: format!("Append: the cache device is a file with direct I/O in {}", options.dir.display()),
+        unit: "MB per second, with the final flush",
+        baseline: "sequential writes of 512 KiB to that file, 8 in flight",
+        rows: vec![Row::new("4 KiB random write", rounds)],
+    })
+}
+
+fn sequential(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
+    let started = Instant::now();
+    reactor.block_on(rig::write_sequentially(device, bytes))?;
+    rig::check_signals()?;
+    Ok(megabytes_per_second(bytes, started))
+}
+
+fn random(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
+    let backing = Arc::new(MemDevice::new("backing", VOLUME_BYTES));
+    let runtime = Arc::new(reactor.handle().clone());
+    reactor.block_on(async {
+        rig::format(device).await?;
+        let cache = Cache::open(device.clone(), backing, runtime, Tunables::default()).await?;
+        let started = Instant::now();
+        let mut random = Random(1);
+        let block = [0x5a; BLOCK_BYTES];
+        for nth in 0..bytes / to_u64(BLOCK_BYTES) {
+            let to = BlockNo(random.below(VOLUME_BYTES / to_u64(BLOCK_BYTES)));
+            cache.write(to.sector(), &block).await?;
+            if nth % BURST == 0 {
+                rig::check_signals()?;
+            }
+        }
+        cache.flush().await?;
+        let figure = megabytes_per_second(bytes, started);
+        cache.close().await?;
+        Ok(figure)
+    })
+}
+
+#[allow(clippy::cast_precision_loss)] // a figure
+fn megabytes_per_second(bytes: u64, started: Instant) -> f64 {
+    bytes as f64 / 1e6 / started.elapsed().as_secs_f64()
+}

@@ -1,0 +1,105 @@
+//! What the measurements stand on. Nothing that takes space outlives the program, however it ends: files lose their
+//! names as soon as they are open, and mounts and loop devices go away with their last user.
+
+use anyhow::{Context, Result, bail, ensure};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use libwb::device::probe::{Access, Opened, open};
+use libwb::device::{Device, IoBuf, SharedBuf, UringDevice};
+use libwb::format::{SuperblockExtension, to_u64, to_usize};
+use libwb::log::LogError;
+use libwb::log::create::create;
+use libwb::reactor::Reactor;
+use nix::sys::signal::{SigSet, Signal};
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use uuid::Uuid;
+
+/// A write of a whole segment.
+pub(crate) const SEGMENT: usize = 512 * 1024;
+/// Writes to a cache device at a time: as many segments as the engine keeps on their way.
+pub(crate) const SEGMENTS_IN_FLIGHT: usize = 8;
+
+static SIGNALLED: AtomicBool = AtomicBool::new(false);
+
+/// Lets signals end the measurement in order, from now on and in all threads started later.
+pub(crate) fn watch_signals() -> Result<()> {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    signals.thread_block()?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        while signals.wait().is_ok() {
+            SIGNALLED.store(true, Ordering::Relaxed);
+        }
+    })?;
+    Ok(())
+}
+
+/// Fails once a signal has come.
+pub(crate) fn check_signals() -> Result<()> {
+    ensure!(!SIGNALLED.load(Ordering::Relaxed), "interrupted");
+    Ok(())
+}
+
+/// Makes a file of `bytes` bytes of allocated, written space, as a device has it, and opens it for direct I/O.
+///
+/// The first write to a hole or to preallocated space is a change of the file's metadata; that would be measured.
+pub(crate) fn file(reactor: &Reactor, dir: &Path, name: &str, bytes: u64) -> Result<Device> {
+    let file = unnamed_file(dir, name, bytes)?;
+    let device: Device = Arc::new(UringDevice::new(reactor.handle(), file));
+    reactor.block_on(write_sequentially(&device, bytes))?;
+    Ok(device)
+}
+
+fn unnamed_file(dir: &Path, name: &str, bytes: u64) -> Result<Opened> {
+    let temporary = tempfile::Builder::new()
+        .prefix(&format!("wb-bench-{name}-"))
+        .tempfile_in(dir)
+        .with_context(|| format!("cannot make a file in {}", dir.display()))?;
+    temporary.as_file().set_len(bytes)?;
+    check_space(temporary.as_file(), bytes)?;
+    // The name goes at the end of this function, and the space when the device is closed.
+    Ok(open(temporary.path(), Access::Write)?)
+}
+
+fn check_space(file: &File, bytes: u64) -> Result<()> {
+    let stat = nix::sys::statvfs::fstatvfs(file)?;
+    let free = stat.blocks_available() * stat.fragment_size();
+    if free < bytes {
+        bail!("{} MiB are needed, but only {} MiB are free; use --dir", bytes >> 20, free >> 20);
+    }
+    Ok(())
+}
+
+/// Writes a device from its start on, as the log is written, and flushes it.
+pub(crate) async fn write_sequentially(device: &Device, bytes: u64) -> Result<()> {
+    let mut buf = IoBuf::zeroed(SEGMENT);
+    buf.fill(0xa5);
+    let data = SharedBuf::from(buf);
+    let count = to_usize(bytes) / SEGMENT;
+    stream::iter((0..count).map(|nth| device.write(to_u64(nth * SEGMENT), data.clone())))
+        .buffer_unordered(SEGMENTS_IN_FLIGHT)
+        .try_for_each(async |()| Ok(()))
+        .await?;
+    Ok(device.flush().await?)
+}
+
+/// Numbers without a pattern, the same in each run (SplitMix64).
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    /// A number below `limit`.
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ z >> 31) % limit
+    }
+}
+
+/// Makes a cache of a device, as wbformat does.
+pub(crate) async fn format(device: &Device) -> Result<(), LogError> {
+    let extension = SuperblockExtension::new(Uuid::from_u128(1), device.size());
+    create(device, Some(&extension), |_| ()).await.map(|_| ())
+}

@@ -26,8 +26,6 @@ pub enum Bug {
     SupersededLeftOut,
     /// Segments that recovery dropped stay on the device.
     DroppedNotErased,
-    /// The record is left to the first write-back, though dropped segments were erased.
-    RecordNotWrittenAtOpen,
     /// The appender runs ahead of the last flush without bound.
     LossWindowIgnored,
     /// A segment counts as written although one before it is not.
@@ -36,7 +34,7 @@ pub enum Bug {
     FailedFlushForgiven,
     /// Data from the cache device is served whatever its CRC says.
     RotServed,
-    /// A header says that all was durable which was merely written.
+    /// A header says that all before it was durable.
     DurableClaimedEarly,
 }
 

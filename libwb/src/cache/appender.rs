@@ -96,11 +96,10 @@ impl Inner {
             let state = self.lock();
             (state.geometry, state.durable, state.written_back)
         };
-        let durable = if self.planted.has(Bug::DurableClaimedEarly) { id.minus(1) } else { durable };
         let extension = self.digest.map(|digest| SegmentExtension {
             digest,
             reason,
-            durable,
+            durable: if self.planted.has(Bug::DurableClaimedEarly) { id.minus(1) } else { durable },
             written_back,
             time: milliseconds(self.runtime.wall_clock()),
         });

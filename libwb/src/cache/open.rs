@@ -202,7 +202,7 @@ impl Inner {
             Ok(()) | Err(Stop::Closing) => {}
         }
         // The record must stand before dropped segments are erased: without them, W no longer follows from H.
-        if written_back > recovery.record && !self.planted.has(Bug::RecordNotWrittenAtOpen) {
+        if written_back > recovery.record {
             self.write_record(written_back).await?;
         }
         if !recovery.dropped.is_empty() && !self.planted.has(Bug::DroppedNotErased) {

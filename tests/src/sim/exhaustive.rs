@@ -9,6 +9,7 @@ use super::oracle::Oracle;
 use super::stamp;
 use super::volume::{Engine, Outcome, Volume};
 use fastrand::Rng;
+use futures_util::FutureExt;
 use libwb::device::sim::{SimDevice, Simulation, Snapshot};
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, Sector, to_u64, to_usize};
@@ -353,7 +354,7 @@ impl Run {
             }
             Step::Sleep(millis) => {
                 let sleep = self.simulation.runtime().sleep(Duration::from_millis(millis));
-                self.finish(async { Ok(sleep.await) })?;
+                self.finish(sleep.map(Ok))?;
             }
             Step::Reopen | Step::Cut(_) => {}
         }

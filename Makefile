@@ -1,6 +1,11 @@
 # Everything a developer or a newcomer runs. `make demo` and `make test` install what they need.
 
-.PHONY: demo test test-vm bench deps build fmt
+.PHONY: demo test sim soak test-vm bench deps build fmt
+
+# How many courses of work and crashes `make sim` simulates, and `make soak`; the first seed of the latter.
+SIM_SEEDS = 2000
+SEEDS = 20000
+FIRST = 0
 
 # What the build needs (libblkid and what binds to it), and what the tests drive the volumes with.
 PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev e2fsprogs xfsprogs fio zstd util-linux
@@ -13,7 +18,7 @@ demo: deps
 	cargo build --release --workspace --bins
 	tests/demo.sh target/release
 
-test: deps
+test: deps sim
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
 	tests/run.sh
@@ -22,6 +27,14 @@ test: deps
 test-vm: deps
 	@tests/install-packages.sh $(VM_PACKAGES)
 	tests/vm/run.sh
+
+# Built as the tests are, so that nothing is built twice.
+sim: deps
+	cargo build --workspace --all-features --bins
+	"$${CARGO_TARGET_DIR:-target}/debug/soak" $(SIM_SEEDS)
+
+soak: deps
+	cargo run --release -p wb-tests --bin soak -- $(SEEDS) $(FIRST)
 
 bench: deps
 	cargo run --release -p wb-bench -- all

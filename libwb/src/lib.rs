@@ -11,6 +11,10 @@ pub mod control;
 pub mod device;
 pub mod format;
 pub mod log;
+#[cfg(not(feature = "sim"))]
+mod planted;
+#[cfg(feature = "sim")]
+pub mod planted;
 pub mod reactor;
 pub mod runtime;
 pub mod serve;

@@ -8,9 +8,8 @@ use wb_tests::sim::toys::{Flaw, Toy};
 use wb_tests::sim::volume::Engine;
 use wb_tests::sim::{Failure, run};
 
-/// The engine that is put to the test.
-const ENGINE: WriteCache = WriteCache;
-const DEFAULT_SEEDS: u64 = 350;
+/// `make sim` and `make soak` run more.
+const DEFAULT_SEEDS: u64 = 100;
 /// Failures that are shown of one test.
 const SHOWN: usize = 3;
 
@@ -51,7 +50,7 @@ fn caught(flaw: Flaw, seeds: u64) -> Failure {
 #[test]
 fn one_seed() {
     let seed = number("WB_SIM_SEED").unwrap_or(1);
-    match run(&ENGINE, seed) {
+    match run(&WriteCache::default(), seed) {
         Ok(report) => println!("seed {seed}: {report:?}"),
         Err(failure) => panic!("{failure}"),
     }
@@ -60,14 +59,14 @@ fn one_seed() {
 #[test]
 fn many_seeds() {
     let first = number("WB_SIM_FIRST_SEED").unwrap_or(0);
-    run_seeds(&ENGINE, first..first + number("WB_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS));
+    run_seeds(&WriteCache::default(), first..first + number("WB_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS));
 }
 
 #[test]
 fn a_seed_repeats_its_course_exactly() {
     for seed in 0..20 {
-        let report = run(&ENGINE, seed).expect("a sound engine");
-        assert_eq!(run(&ENGINE, seed).expect("a sound engine"), report);
+        let report = run(&WriteCache::default(), seed).expect("a sound engine");
+        assert_eq!(run(&WriteCache::default(), seed).expect("a sound engine"), report);
     }
 }
 

@@ -3,6 +3,7 @@
 use super::Inner;
 use crate::device::{DeviceError, IoBuf, SharedBuf};
 use crate::format::{BLOCK_BYTES, Metablock, Reason, SegmentExtension, SegmentId, crc32c, encode_header};
+use crate::planted::Bug;
 use futures_util::StreamExt;
 use futures_util::future::{Either, select};
 use futures_util::stream::FuturesUnordered;
@@ -67,13 +68,13 @@ impl Inner {
         let id = state.sealed[nth].id;
         // A power cut may lose what is not durable, in any order. Recovery tells that from corruption by its extent.
         let window = state.geometry.loss_window();
-        if id.since(state.durable) > window {
+        if id.since(state.durable) > window && !self.planted.has(Bug::LossWindowIgnored) {
             state.flush_wanted.insert(id.minus(window));
             drop(guard);
             self.events.flusher.notify(usize::MAX);
             return None;
         }
-        if state.is_pinned(state.geometry.slot_of(id)) {
+        if state.is_pinned(state.geometry.slot_of(id)) && !self.planted.has(Bug::PinsIgnored) {
             // Somebody still reads what the slot held before. Who unpins it wakes the appender.
             return None;
         }
@@ -98,7 +99,7 @@ impl Inner {
         let extension = self.digest.map(|digest| SegmentExtension {
             digest,
             reason,
-            durable,
+            durable: if self.planted.has(Bug::DurableClaimedEarly) { id.minus(1) } else { durable },
             written_back,
             time: milliseconds(self.runtime.wall_clock()),
         });
@@ -148,8 +149,12 @@ impl Inner {
             }
             state.written
         };
+        let mut flushed = self.cache.flush().await;
+        if flushed.is_err() && self.planted.has(Bug::FailedFlushForgiven) {
+            flushed = self.retrying(|| self.cache.flush()).await;
+        }
         // No second try: what the device has lost by the failure, a later flush would not report.
-        self.cache.flush().await.inspect_err(|error| self.fail(error.clone()))?;
+        flushed.inspect_err(|error| self.fail(error.clone()))?;
         self.lock().made_durable(written);
         self.events.wake_all();
         Ok(())

@@ -14,6 +14,7 @@ use crate::log::LogError;
 use crate::log::live::{Totals, live_totals, visit_headers};
 use crate::log::recovery::{Recovery, recover};
 use crate::log::scan::{BackingFacts, Superblock, check_pairing, read_superblock, scan};
+use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
@@ -44,12 +45,38 @@ impl Cache {
         runtime: Arc<dyn Runtime>,
         tunables: Tunables,
     ) -> Result<Cache, CacheError> {
+        Cache::open_with(cache, backing, runtime, tunables, Planted::default()).await
+    }
+
+    /// As [`Cache::open`], with a bug.
+    ///
+    /// # Errors
+    /// As [`Cache::open`].
+    #[cfg(feature = "sim")]
+    pub async fn open_planted(
+        cache: Device,
+        backing: Device,
+        runtime: Arc<dyn Runtime>,
+        tunables: Tunables,
+        planted: Planted,
+    ) -> Result<Cache, CacheError> {
+        Cache::open_with(cache, backing, runtime, tunables, planted).await
+    }
+
+    async fn open_with(
+        cache: Device,
+        backing: Device,
+        runtime: Arc<dyn Runtime>,
+        tunables: Tunables,
+        planted: Planted,
+    ) -> Result<Cache, CacheError> {
         let started = runtime.now();
         let (superblock, recovery) = recover_log(&cache).await?;
         let geometry = superblock.geometry;
-        let Replay { index, leftovers } = replay(&cache, &backing, &superblock, &recovery).await?;
+        let Replay { index, leftovers } = replay(&cache, &backing, &superblock, &recovery, planted).await?;
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let mut state = State::new(geometry, index, written_back, recovery.point);
+        state.planted = planted;
         state.dirty_blocks = to_u64(state.index.len());
         let recovery_time = runtime.now().saturating_sub(started);
         let inner = Arc::new(Inner {
@@ -64,6 +91,7 @@ impl Cache {
             recovery_time,
             digest: superblock.extension.as_ref().map(SuperblockExtension::digest),
             extension: superblock.extension,
+            planted,
         });
         inner.settle(&recovery, written_back, leftovers).await?;
         inner.start_tasks();
@@ -78,7 +106,7 @@ impl Cache {
     /// As [`Cache::open`].
     pub async fn examine(cache: &Device, backing: &Device) -> Result<(Recovery, Totals), CacheError> {
         let (superblock, recovery) = recover_log(cache).await?;
-        replay(cache, backing, &superblock, &recovery).await?;
+        replay(cache, backing, &superblock, &recovery, Planted::default()).await?;
         let live = live_totals(cache, superblock.geometry, &recovery, None).await?;
         Ok((recovery, live))
     }
@@ -101,6 +129,7 @@ async fn replay(
     backing: &Device,
     superblock: &Superblock,
     recovery: &Recovery,
+    planted: Planted,
 ) -> Result<Replay, LogError> {
     if let Some(extension) = &superblock.extension {
         check_pairing(cache, extension, &BackingFacts::of(backing))?;
@@ -109,7 +138,8 @@ async fn replay(
     let mut replay =
         Replay { index: Index::new(geometry, superblock.extension.is_some()), leftovers: Vec::new() };
     let mut outside = Ok(());
-    visit_headers(cache, geometry, recovery.live(), |header| {
+    let above_gap = recovery.dropped.iter().copied().filter(|_| planted.has(Bug::GapSkipped));
+    visit_headers(cache, geometry, recovery.live().chain(above_gap), |header| {
         if outside.is_ok() {
             outside = replay.apply(header, geometry, cache, backing);
         }
@@ -186,7 +216,7 @@ impl Inner {
             self.write_record(written_back).await?;
         }
         // The log will grow up to dropped segments again.
-        if !recovery.dropped.is_empty() {
+        if !recovery.dropped.is_empty() && !self.planted.has(Bug::DroppedNotErased) {
             self.erase(&recovery.dropped).await?;
         }
         Ok(())

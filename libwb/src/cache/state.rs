@@ -15,6 +15,7 @@ use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, PLACES, Place, Reason, SEGMENT_BYTES, SegmentId,
     Slot,
 };
+use crate::planted::{Bug, Planted};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -79,6 +80,7 @@ pub(super) struct State {
     pub(super) stopping: bool,
     /// Background tasks that have not ended.
     pub(super) tasks: usize,
+    pub(super) planted: Planted,
 }
 
 impl State {
@@ -103,6 +105,7 @@ impl State {
             closing: false,
             stopping: false,
             tasks: 0,
+            planted: Planted::default(),
         }
     }
 
@@ -238,6 +241,9 @@ impl State {
         }
         if let Some(segment) = self.sealed.iter_mut().find(|segment| segment.id == id) {
             segment.written = true;
+        }
+        if self.planted.has(Bug::WrittenOverGap) {
+            self.written = self.written.max(id);
         }
         while let Some(segment) = self.sealed.pop_front_if(|segment| segment.written) {
             self.written = segment.id;

@@ -6,6 +6,7 @@ use super::state::{State, Wait};
 use super::{Cache, CacheError, Inner};
 use crate::device::IoBuf;
 use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, SECTOR_BYTES, Sector, SegmentId, to_u64};
+use crate::planted::Bug;
 use parking_lot::MutexGuard;
 use std::sync::Arc;
 
@@ -257,7 +258,8 @@ impl State {
                 return Ok(());
             }
             // What the new version must carry on, so that it alone holds everything not yet written back.
-            if self.is_dirty(old.place, old.dirty) && !old.dirty.without(dirty).is_clean() {
+            let more = self.is_dirty(old.place, old.dirty) && !old.dirty.without(dirty).is_clean();
+            if more && !self.planted.has(Bug::MergeDropsOldSectors) {
                 let Some(base) = self.in_ram(old.place).copied() else {
                     return Err(Stop::Merge { block: new.block, old, id: self.id_of(old.place.slot) });
                 };

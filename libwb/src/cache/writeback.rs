@@ -6,6 +6,7 @@ use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, RECORD_BLOCK_OFFSET, Reason, SECTOR_BYTES, Sector,
     SegmentId, encode_record_block, to_u64, to_usize,
 };
+use crate::planted::Bug;
 use futures_util::StreamExt;
 use futures_util::future::{Either, select};
 use futures_util::stream::FuturesUnordered;
@@ -116,7 +117,8 @@ impl Inner {
             self.events.appender.notify(usize::MAX);
         }
         let most = state.written_back.plus(u64::from(self.tunables.nr_max_batched_writeback));
-        let last = state.durable.min(most);
+        let reached = if self.planted.has(Bug::VolatileWrittenBack) { state.written } else { state.durable };
+        let last = reached.min(most);
         if last > state.written_back {
             return Next::Batch { last };
         }
@@ -148,6 +150,9 @@ impl Inner {
         let mut block = IoBuf::zeroed(BLOCK_BYTES);
         encode_record_block(block.block_at_mut(0), id);
         self.cache.write(RECORD_BLOCK_OFFSET, block.into()).await?;
+        if self.planted.has(Bug::RecordNotDurable) {
+            return Ok(());
+        }
         self.flush_cache_device().await
     }
 
@@ -160,7 +165,8 @@ impl Inner {
             let (block, sectors) = state.index.at(place).filter(|(_, dirty)| !dirty.is_clean())?;
             let newest = state.index.get(block)?.place;
             // A newer version carries all that this one does. But until it is durable, a power cut may undo it.
-            let superseded = newest != place && state.id_of(newest.slot) <= state.durable;
+            let kept = state.id_of(newest.slot) <= state.durable || self.planted.has(Bug::SupersededLeftOut);
+            let superseded = newest != place && kept;
             (!superseded).then_some(Item { block, id, place, sectors })
         };
         (0..PLACES).filter_map(item).collect()
@@ -189,6 +195,9 @@ impl Inner {
             }
         }
         result?;
+        if self.planted.has(Bug::BackingNotFlushed) {
+            return Ok(());
+        }
         Ok(self.backing.flush().await?)
     }
 

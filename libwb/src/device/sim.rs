@@ -7,15 +7,17 @@
 mod disk;
 mod executor;
 
+pub use disk::{Snapshot, Undurable};
 pub use executor::{SimRuntime, Simulation, Stop};
 
 use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
-use crate::format::{to_u64, to_usize};
+use crate::format::{SECTOR_BYTES, to_u64, to_usize};
 use disk::{Completed, Disk, RequestId, digest, fits, sectors};
 use fastrand::Rng;
 use futures_channel::oneshot;
 use nix::errno::Errno;
 use parking_lot::Mutex;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,6 +61,8 @@ struct State {
     rng: Rng,
     faults: Faults,
     slowness: u32,
+    /// Sectors whose stored bits have changed.
+    rotten: BTreeSet<usize>,
 }
 
 impl SimDevice {
@@ -70,7 +74,8 @@ impl SimDevice {
     fn with_disk(runtime: &SimRuntime, name: Arc<str>, disk: Disk, block_size: u32) -> SimDevice {
         let size = to_u64(disk.visible().len());
         let rng = runtime.fork_rng();
-        let state = State { disk: Some(disk), rng, faults: Faults::default(), slowness: 1 };
+        let state =
+            State { disk: Some(disk), rng, faults: Faults::default(), slowness: 1, rotten: BTreeSet::new() };
         let inner = Inner { name, runtime: runtime.clone(), state: Mutex::new(state) };
         SimDevice { inner: Arc::new(inner), size, block_size }
     }
@@ -78,6 +83,17 @@ impl SimDevice {
     /// Makes it fail from now on, or sound again.
     pub fn set_faults(&self, faults: Faults) {
         self.inner.state.lock().faults = faults;
+    }
+
+    /// Flips a bit of what the sector at `offset` holds, unnoticed by the device, until the sector is written again,
+    /// [`SimDevice::heal_rot`] is called, or the device crashes.
+    pub fn rot(&self, offset: u64) {
+        self.inner.state.lock().rotten.insert(to_usize(offset) / SECTOR_BYTES);
+    }
+
+    /// Takes back every [`SimDevice::rot`].
+    pub fn heal_rot(&self) {
+        self.inner.state.lock().rotten.clear();
     }
 
     /// Makes it this many times slower than a fast device.
@@ -99,6 +115,15 @@ impl SimDevice {
     /// After a crash.
     pub fn durable(&self) -> Vec<u8> {
         self.inner.state.lock().disk.as_ref().expect("a disk that has not crashed").durable().to_vec()
+    }
+
+    /// What a power cut could leave now.
+    ///
+    /// # Panics
+    /// After a crash.
+    #[must_use]
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot::new(self.inner.state.lock().disk.clone().expect("a disk that has not crashed"))
     }
 
     /// What is there after a crash. This device fails everything from now on; the caller drops all tasks that use
@@ -144,6 +169,9 @@ impl SimDevice {
         let inner = self.inner.clone();
         self.inner.runtime.call_after(delay, move || {
             inner.runtime.io_point(!event);
+            if operation != Operation::Read {
+                inner.runtime.about_to_change();
+            }
             let result = end(&mut inner.state.lock());
             // Nobody may be waiting any more.
             let _ = done.send(result);
@@ -159,6 +187,7 @@ impl SimDevice {
         if !fits(self.size, self.block_size, offset, length) {
             return Box::pin(std::future::ready(Err(self.error(operation, offset, length, Errno::EINVAL))));
         }
+        self.inner.runtime.about_to_change();
         let what = Errand { operation, offset, length, digest: digest(&data) };
         let count = sectors(&data);
         let (id, delay, parts) = {
@@ -166,6 +195,8 @@ impl SimDevice {
             let delay = state.delay();
             let Some(disk) = &mut state.disk else { return self.submit(what, delay, |_| Err(Errno::ENODEV)) };
             let id = disk.begin(offset, data);
+            let first = to_usize(offset) / SECTOR_BYTES;
+            state.rotten.retain(|sector| !(first..first + count).contains(sector));
             (id, delay, state.parts(delay, count))
         };
         for Part { cut, front, after } in parts {
@@ -239,7 +270,12 @@ impl State {
             return Err(Errno::EIO);
         }
         let length = buf.len();
-        buf.copy_from_slice(&self.disk()?.visible()[to_usize(offset)..][..length]);
+        let offset = to_usize(offset);
+        buf.copy_from_slice(&self.disk()?.visible()[offset..][..length]);
+        let sectors = offset / SECTOR_BYTES..(offset + length).div_ceil(SECTOR_BYTES);
+        for sector in self.rotten.range(sectors) {
+            buf[sector * SECTOR_BYTES - offset] ^= 1;
+        }
         Ok(buf)
     }
 

@@ -88,6 +88,8 @@ struct Course<'a> {
     unit: u64,
     /// Whether devices fail in this course.
     faulty: bool,
+    /// Whether the cache device carries the extension, so that rot of its data is noticed.
+    extended: bool,
     /// Whether the superblock record is lost now and then. The kernel module hardly ever writes it, and the log must
     /// be recovered without.
     forgetful: bool,
@@ -120,9 +122,7 @@ impl<'a> Course<'a> {
         let sectors = volume_sectors(&mut rng, block_size);
         let extended = rng.bool();
         let cache = SimDevice::new(&runtime, "cache", fresh_cache(segments, extended), cache_block_size);
-        let mut content = vec![0; to_usize(sectors) * SECTOR_BYTES];
-        stamp::fill(&mut content, Sector(0), WriteId(0));
-        let backing = SimDevice::new(&runtime, "backing", content, block_size);
+        let backing = SimDevice::new(&runtime, "backing", fresh_backing(sectors), block_size);
         let slowness = rng.choice([1, 1, 10, 100]).unwrap_or(1);
         backing.set_slowness(slowness);
         let faulty = rng.u32(..5) == 0;
@@ -140,6 +140,7 @@ impl<'a> Course<'a> {
             backing: Arc::new(backing),
             unit,
             faulty,
+            extended,
             forgetful,
             crashed: None,
             crashes: 0,
@@ -245,7 +246,8 @@ impl<'a> Course<'a> {
         }
         if self.faulty {
             let rng = self.rng.fork();
-            let trouble = trouble(self.runtime().clone(), self.cache.clone(), self.backing.clone(), rng);
+            let devices = [self.cache.clone(), self.backing.clone()];
+            let trouble = trouble(self.runtime().clone(), devices, self.extended, rng);
             self.runtime().spawn(Box::pin(trouble));
         }
         let all = futures_util::future::join_all(ends);
@@ -357,6 +359,7 @@ impl<'a> Course<'a> {
 
     fn heal(&mut self) {
         self.cache.set_faults(Faults::default());
+        self.cache.heal_rot();
         self.backing.set_faults(Faults::default());
     }
 
@@ -400,8 +403,15 @@ fn volume_sectors(rng: &mut Rng, block_size: u32) -> u64 {
     blocks * 8 + odd
 }
 
+/// A backing device as the first write leaves it.
+pub(super) fn fresh_backing(sectors: u64) -> Vec<u8> {
+    let mut content = vec![0; to_usize(sectors) * SECTOR_BYTES];
+    stamp::fill(&mut content, Sector(0), WriteId(0));
+    content
+}
+
 /// A cache device as a fresh format leaves it.
-fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
+pub(super) fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
     let size = SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES);
     let mut content = vec![0; to_usize(size)];
     let first: &mut [u8; BLOCK_BYTES] = content.first_chunk_mut().expect("a cache device holds a block");
@@ -416,7 +426,8 @@ fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
 }
 
 /// Makes the devices fail for a while, a few times, and sound again.
-async fn trouble(runtime: SimRuntime, cache: Arc<SimDevice>, backing: Arc<SimDevice>, mut rng: Rng) {
+async fn trouble(runtime: SimRuntime, devices: [Arc<SimDevice>; 2], rot: bool, mut rng: Rng) {
+    let [cache, backing] = devices;
     for _ in 0..rng.u32(1..5) {
         let quiet = rng.u64(1..1_000_000);
         runtime.sleep(Duration::from_micros(quiet)).await;
@@ -424,8 +435,21 @@ async fn trouble(runtime: SimRuntime, cache: Arc<SimDevice>, backing: Arc<SimDev
         let chance = |rng: &mut Rng| rng.choice([0.0, 0.0, 0.01, 0.2, 1.0]).unwrap_or(0.0);
         let faults = Faults { read: chance(&mut rng), write: chance(&mut rng), flush: chance(&mut rng) };
         device.set_faults(faults);
+        if rot && rng.u32(..3) == 0 {
+            rot_some(&cache, &mut rng);
+        }
         let trouble = rng.u64(1..5_000_000);
         runtime.sleep(Duration::from_micros(trouble)).await;
         device.set_faults(Faults::default());
+        cache.heal_rot();
+    }
+}
+
+/// Rots some of a cache device's data, but no header.
+fn rot_some(cache: &SimDevice, rng: &mut Rng) {
+    let segments = (cache.size() - SUPERBLOCK_REGION_BYTES) / to_u64(SEGMENT_BYTES);
+    for _ in 0..1 << rng.u32(..10) {
+        let segment = SUPERBLOCK_REGION_BYTES + rng.u64(..segments) * to_u64(SEGMENT_BYTES);
+        cache.rot(segment + rng.u64(to_u64(BLOCK_BYTES)..to_u64(SEGMENT_BYTES)));
     }
 }

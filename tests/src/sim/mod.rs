@@ -3,6 +3,7 @@
 
 pub mod clients;
 pub mod course;
+pub mod exhaustive;
 pub mod oracle;
 pub mod real;
 pub mod stamp;

@@ -230,13 +230,27 @@ impl Oracle {
         Ok(())
     }
 
-    /// The whole volume as it was read after a crash.
-    pub fn recovered(&mut self, crash: Crash, data: &[u8]) {
-        let shown: Result<Vec<WriteId>, (u64, String)> = (0..to_u64(self.sectors.len()))
+    /// Whether a power cut at this moment may leave a volume that reads as `data`.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn allows(&self, data: &[u8]) -> Result<(), String> {
+        let shown = self.decode(data).and_then(|shown| self.check_recovered(&shown));
+        shown.map_err(|(sector, text)| {
+            format!("sector {sector} {text}, after recovery\n{}", self.history(Some(sector)))
+        })
+    }
+
+    fn decode(&self, data: &[u8]) -> Result<Vec<WriteId>, (u64, String)> {
+        (0..to_u64(self.sectors.len()))
             .zip(data.chunks_exact(SECTOR_BYTES))
             .map(|(sector, bytes)| stamp::decode(bytes, Sector(sector)).map_err(|text| (sector, text)))
-            .collect();
-        let checked = shown.and_then(|shown| self.check_recovered(&shown).map(|()| shown));
+            .collect()
+    }
+
+    /// The whole volume as it was read after a crash.
+    pub fn recovered(&mut self, crash: Crash, data: &[u8]) {
+        let checked = self.decode(data).and_then(|shown| self.check_recovered(&shown).map(|()| shown));
         match checked {
             Ok(shown) => self.start_from(crash, &shown),
             Err((sector, text)) => self.fail_at(sector, &format!("{text}, after {crash:?} and recovery")),

@@ -5,12 +5,22 @@ use fastrand::Rng;
 use libwb::cache::{Cache, Tunables};
 use libwb::device::{Device, IoBuf};
 use libwb::format::Sector;
+use libwb::planted::{Bug, Planted};
 use libwb::runtime::Runtime;
 use std::sync::Arc;
 
 /// Opens caches.
-#[derive(Clone, Copy, Debug)]
-pub struct WriteCache;
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WriteCache {
+    planted: Planted,
+}
+
+impl WriteCache {
+    /// Opens caches that have a bug.
+    pub fn with(bug: Bug) -> WriteCache {
+        WriteCache { planted: Planted::new(bug) }
+    }
+}
 
 impl Engine for WriteCache {
     fn open(
@@ -23,8 +33,9 @@ impl Engine for WriteCache {
         let mut rng = Rng::with_seed(taste);
         let batch = rng.choice([1, 2, 4, 32]).unwrap_or(32);
         let tunables = Tunables { nr_max_batched_writeback: batch };
+        let planted = self.planted;
         Box::pin(async move {
-            let opened = Cache::open(cache, backing, runtime, tunables).await;
+            let opened = Cache::open_planted(cache, backing, runtime, tunables, planted).await;
             opened.map(|cache| Arc::new(Open(cache)) as Arc<dyn Volume>).map_err(|e| e.to_string())
         })
     }

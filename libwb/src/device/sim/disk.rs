@@ -33,6 +33,7 @@ impl Version {
 }
 
 /// A write that the disk may not have taken in whole.
+#[derive(Clone)]
 struct InFlight {
     first_sector: usize,
     data: SharedBuf,
@@ -41,6 +42,7 @@ struct InFlight {
 }
 
 /// The disk.
+#[derive(Clone)]
 pub(super) struct Disk {
     /// What reads see.
     visible: Vec<u8>,
@@ -211,28 +213,43 @@ impl Disk {
     pub(super) fn power_cut(mut self, rng: &mut Rng) -> Vec<u8> {
         let torn: BTreeMap<RequestId, Keep> =
             self.in_flight.iter().map(|(&id, request)| (id, Keep::torn(rng, request))).collect();
+        self.take_in_all();
+        let mut keep = self.kept(rng);
+        keep.extend(torn);
+        self.image(|version, sector| keep[&version.request].keeps(rng, sector * SECTOR_BYTES))
+    }
+
+    /// Takes in all that is under way.
+    fn take_in_all(&mut self) {
         for (id, request) in std::mem::take(&mut self.in_flight) {
             for sector in request.pending.iter().flat_map(Clone::clone) {
                 self.take_in_sector(id, &request, sector);
             }
         }
-        let mut keep = self.kept(rng);
-        keep.extend(torn);
-        let mut image = self.durable;
+    }
+
+    /// What is left when of all that is not durable only the versions survive that are to be kept.
+    fn image(&self, mut keeps: impl FnMut(&Version, usize) -> bool) -> Vec<u8> {
+        let mut image = self.durable.clone();
         for (sector, versions) in self.versions.iter().enumerate() {
-            let at = sector * SECTOR_BYTES;
-            if let Some(version) = versions.iter().rev().find(|v| keep[&v.request].keeps(rng, at)) {
-                image[at..at + SECTOR_BYTES].copy_from_slice(version.bytes());
+            if let Some(version) = versions.iter().rev().find(|version| keeps(version, sector)) {
+                image[sector * SECTOR_BYTES..][..SECTOR_BYTES].copy_from_slice(version.bytes());
             }
         }
         image
     }
 
-    /// What to keep of each request that is not durable, in one of the ways that disks lose data.
-    fn kept(&self, rng: &mut Rng) -> BTreeMap<RequestId, Keep> {
+    /// The requests of which something is not durable, in the order of submission.
+    fn undurable(&self) -> Vec<RequestId> {
         let mut requests: Vec<RequestId> = self.versions.iter().flatten().map(|v| v.request).collect();
         requests.sort_unstable();
         requests.dedup();
+        requests
+    }
+
+    /// What to keep of each request that is not durable, in one of the ways that disks lose data.
+    fn kept(&self, rng: &mut Rng) -> BTreeMap<RequestId, Keep> {
+        let requests = self.undurable();
         let mode = rng.u32(..7);
         let cut = rng.usize(..=requests.len());
         let lost = rng.usize(..requests.len().max(1));
@@ -249,6 +266,50 @@ impl Disk {
             _ => Keep::All,
         };
         requests.into_iter().enumerate().map(|(index, id)| (id, keep(index, rng))).collect()
+    }
+}
+
+/// A moment in the life of a disk: everything that a power cut could have left then.
+pub struct Snapshot {
+    disk: Disk,
+    undurable: Vec<Undurable>,
+}
+
+/// A write that a power cut may undo, in whole or in part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Undurable {
+    /// Its number among all writes that were ever submitted, from 0.
+    pub number: usize,
+    /// Its length in sectors.
+    pub sectors: usize,
+}
+
+impl Snapshot {
+    pub(super) fn new(mut disk: Disk) -> Snapshot {
+        disk.take_in_all();
+        let sectors = |id| {
+            let version = disk.versions.iter().flatten().find(|version| version.request == id);
+            version.map_or(0, |version| sectors(&version.data))
+        };
+        let undurable = disk.undurable().into_iter();
+        let undurable = undurable.map(|id| Undurable { number: id.0, sectors: sectors(id) }).collect();
+        Snapshot { disk, undurable }
+    }
+
+    /// How many writes have been submitted.
+    pub fn submitted(&self) -> usize {
+        self.disk.completion.len()
+    }
+
+    /// The writes that are not durable, in the order of submission.
+    pub fn undurable(&self) -> &[Undurable] {
+        &self.undurable
+    }
+
+    /// What a power cut leaves that of each undurable write, by its number, keeps just the sectors that `keeps`
+    /// says, counted from the write's first.
+    pub fn image(&self, keeps: impl Fn(usize, usize) -> bool) -> Vec<u8> {
+        self.disk.image(|version, _| keeps(version.request.0, version.at / SECTOR_BYTES))
     }
 }
 

@@ -60,7 +60,11 @@ struct State {
     /// Points of I/O until the halt.
     halt_after: Option<u64>,
     trace: u64,
+    observer: Option<Observer>,
 }
+
+/// Called before anything changes on a device.
+type Observer = Arc<dyn Fn() + Send + Sync>;
 
 struct Shared(Mutex<State>);
 
@@ -102,6 +106,7 @@ impl Simulation {
             halted: false,
             halt_after: None,
             trace: 0,
+            observer: None,
         };
         Simulation { runtime: SimRuntime(Arc::new(Shared(Mutex::new(state)))) }
     }
@@ -221,6 +226,25 @@ impl SimRuntime {
     /// Halts after this many more submissions and completions of I/O.
     pub fn halt_after_io(&self, points: u64) {
         self.0.0.lock().halt_after = Some(points);
+    }
+
+    /// Has a function called before any write begins or ends and before any flush ends: between two such calls,
+    /// nothing changes of what a power cut could leave.
+    pub fn observe(&self, observer: impl Fn() + Send + Sync + 'static) {
+        self.0.0.lock().observer = Some(Arc::new(observer));
+    }
+
+    /// Ends [`SimRuntime::observe`].
+    pub fn observe_no_more(&self) {
+        let observer = self.0.0.lock().observer.take();
+        drop(observer);
+    }
+
+    pub(super) fn about_to_change(&self) {
+        let observer = self.0.0.lock().observer.clone();
+        if let Some(observer) = observer {
+            observer();
+        }
     }
 
     /// A hash of everything that has happened. Equal seeds give equal hashes.

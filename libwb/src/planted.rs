@@ -1,0 +1,65 @@
+//! Known bugs that the simulator's tests plant, to prove that it finds each of them.
+//!
+//! Where a bug can be planted, the code asks [`Planted::has`]. Without the feature `sim` the answer is a constant, and
+//! nothing of this is left.
+
+#![cfg_attr(not(feature = "sim"), allow(unreachable_pub, reason = "exported with the feature alone"))]
+
+/// A bug that can be planted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bug {
+    /// A flush is acknowledged as soon as the segments are written, before the device flush.
+    FlushAcknowledgedEarly,
+    /// The superblock record is not flushed before the slots that it frees are reused.
+    RecordNotDurable,
+    /// The backing device is not flushed before the record says that segments are written back.
+    BackingNotFlushed,
+    /// Recovery applies what lies above a gap.
+    GapSkipped,
+    /// A write to part of a block drops the dirty sectors of the version before it.
+    MergeDropsOldSectors,
+    /// A slot is overwritten while a read of what it held is under way.
+    PinsIgnored,
+    /// Segments are written back that are not durable yet.
+    VolatileWrittenBack,
+    /// Write-back leaves out versions of which a newer one exists, durable or not.
+    SupersededLeftOut,
+    /// Segments that recovery dropped stay on the device.
+    DroppedNotErased,
+    /// The appender runs ahead of the last flush without bound.
+    LossWindowIgnored,
+    /// A segment counts as written although one before it is not.
+    WrittenOverGap,
+    /// A failed flush of the cache device is tried again, as if nothing had been lost by it.
+    FailedFlushForgiven,
+    /// Data from the cache device is served whatever its CRC says.
+    RotServed,
+    /// A header says that all before it was durable.
+    DurableClaimedEarly,
+}
+
+/// The bug that an open cache has, if any.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Planted {
+    #[cfg(feature = "sim")]
+    bug: Option<Bug>,
+}
+
+impl Planted {
+    /// Plants a bug.
+    #[cfg(feature = "sim")]
+    pub fn new(bug: Bug) -> Planted {
+        Planted { bug: Some(bug) }
+    }
+
+    /// Whether this is the bug.
+    pub(crate) fn has(self, bug: Bug) -> bool {
+        #[cfg(feature = "sim")]
+        return self.bug == Some(bug);
+        #[cfg(not(feature = "sim"))]
+        {
+            let _ = bug;
+            false
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! Scripts on small caches that crash at every moment, in every way.
+
+use libwb::planted::Bug;
+use std::sync::Arc;
+use wb_tests::sim::exhaustive::Step::{self, Cut, Drain, Flush, FlushBehind, Read, Reopen, Sleep, Write};
+use wb_tests::sim::exhaustive::{Left, Script, Tally, explore};
+use wb_tests::sim::real::WriteCache;
+use wb_tests::sim::volume::Engine;
+
+/// Interleavings that each script is run with.
+const SEEDS: u64 = 2;
+/// Interleavings within which a planted bug is to show.
+const BUG_SEEDS: u64 = 8;
+/// Sectors of a whole segment's blocks.
+const SEGMENT: u64 = 127 * 8;
+
+/// Parts of blocks, merged in RAM and from the cache device, with flushes between.
+const MERGES: &[Step] = &[
+    Write(0, 8),
+    Write(19, 3),
+    Flush,
+    Write(2, 2),
+    Write(17, 4),
+    FlushBehind,
+    Write(5, 12),
+    Flush,
+    Read(0, 32),
+    Write(1, 1),
+    Flush,
+];
+
+/// Each flush takes a slot, so that the log goes around, more than once.
+const LAPS: &[Step] = &[
+    Write(0, 8),
+    Flush,
+    Write(3, 8),
+    Flush,
+    Write(0, 2),
+    Flush,
+    Write(8, 9),
+    Flush,
+    Write(1, 6),
+    FlushBehind,
+    Write(30, 3),
+    Flush,
+    Write(0, 40),
+    Flush,
+    Write(7, 2),
+    Read(0, 64),
+    Flush,
+];
+
+/// Write-back on demand, with newer versions on their way.
+const DRAINS: &[Step] = &[
+    Write(4, 8),
+    Drain,
+    Write(0, 6),
+    FlushBehind,
+    Write(5, 2),
+    Drain,
+    Write(4, 1),
+    Write(6, 1),
+    Sleep(3000),
+    Write(7, 3),
+    Drain,
+];
+
+/// Closed and opened again, clean and dirty.
+const REOPENS: &[Step] = &[
+    Write(0, 8),
+    Flush,
+    Write(2, 3),
+    Reopen,
+    Write(1, 2),
+    Write(9, 1),
+    Reopen,
+    Write(3, 9),
+    Drain,
+    Reopen,
+    Read(0, 32),
+];
+
+/// Power cuts, and crashes of the recovery that follows.
+const CUTS: &[Step] = &[
+    Write(0, 8),
+    Flush,
+    Write(2, 3),
+    FlushBehind,
+    Sleep(1),
+    Cut(Left::NewestTorn),
+    Write(1, 2),
+    Flush,
+    Write(9, 3),
+    FlushBehind,
+    Cut(Left::AllButOldest),
+    Write(0, 20),
+    Flush,
+    Cut(Left::Nothing),
+    Drain,
+];
+
+/// Whole segments, several on their way, of which the oldest is lost: what is above the gap is dropped, and the log
+/// grows up to it again.
+const GAPS: &[Step] = &[
+    Write(0, 3 * SEGMENT),
+    Sleep(100),
+    Cut(Left::AllButOldest),
+    Write(5, 8),
+    Flush,
+    Write(7, 3),
+    Flush,
+    Write(0, 2),
+    Flush,
+];
+
+/// More than the log holds, so that writers wait for slots, and slots are reused as soon as they are free.
+const FULL: &[Step] = &[
+    Write(0, 3 * SEGMENT),
+    Write(8, 3 * SEGMENT - 8),
+    Write(3, SEGMENT),
+    FlushBehind,
+    Write(0, SEGMENT + 5),
+    Flush,
+];
+
+/// The volume is as small as the steps allow.
+fn script(name: &'static str, segments: u64, steps: &'static [Step]) -> Script {
+    let blocks = if steps.iter().any(|step| matches!(step, Write(_, SEGMENT..))) { 3 * 127 } else { 16 };
+    Script { name, segments, blocks, steps }
+}
+
+fn engine() -> Arc<dyn Engine> {
+    Arc::new(WriteCache::default())
+}
+
+fn everywhere(name: &'static str, sizes: &[u64], steps: &'static [Step]) {
+    let mut all = Tally::default();
+    for &segments in sizes {
+        for (extended, seed) in [false, true].into_iter().flat_map(|e| (0..SEEDS).map(move |seed| (e, seed)))
+        {
+            let tally = explore(&engine(), &script(name, segments, steps), extended, seed);
+            let tally = tally.unwrap_or_else(|text| panic!("{text}"));
+            all.moments += tally.moments;
+            all.crashes += tally.crashes;
+            all.recoveries += tally.recoveries;
+        }
+    }
+    println!("{name}: {all:?}");
+    assert!(all.crashes > all.moments && all.moments > 100, "{all:?}");
+}
+
+#[test]
+fn merges() {
+    everywhere("merges", &[3, 5], MERGES);
+}
+
+#[test]
+fn laps() {
+    everywhere("laps", &[3, 5], LAPS);
+}
+
+#[test]
+fn drains() {
+    everywhere("drains", &[3, 5], DRAINS);
+}
+
+#[test]
+fn reopens() {
+    everywhere("reopens", &[3, 5], REOPENS);
+}
+
+#[test]
+fn cuts() {
+    everywhere("cuts", &[3, 5], CUTS);
+}
+
+#[test]
+fn full() {
+    everywhere("full", &[3], FULL);
+}
+
+#[test]
+fn gaps() {
+    everywhere("gaps", &[5, 8], GAPS);
+}
+
+/// Planted bugs show, to prove that the crashes are what they are meant to be.
+#[test]
+fn planted_bugs_show() {
+    let cases = [
+        (Bug::FlushAcknowledgedEarly, "laps", 3, LAPS),
+        (Bug::BackingNotFlushed, "drains", 3, DRAINS),
+        (Bug::MergeDropsOldSectors, "merges", 5, MERGES),
+        (Bug::VolatileWrittenBack, "gaps", 5, GAPS),
+        (Bug::RecordNotDurable, "full", 3, FULL),
+        (Bug::WrittenOverGap, "gaps", 8, GAPS),
+        (Bug::LossWindowIgnored, "gaps", 8, GAPS),
+        (Bug::DurableClaimedEarly, "gaps", 8, GAPS),
+        (Bug::GapSkipped, "gaps", 8, GAPS),
+        (Bug::DroppedNotErased, "gaps", 8, GAPS),
+    ];
+    for (bug, name, segments, steps) in cases {
+        let engine: Arc<dyn Engine> = Arc::new(WriteCache::with(bug));
+        let script = script(name, segments, steps);
+        let caught = (0..BUG_SEEDS).any(|seed| explore(&engine, &script, true, seed).is_err());
+        assert!(caught, "{bug:?} goes unnoticed by {name}");
+    }
+}

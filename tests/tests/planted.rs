@@ -1,0 +1,66 @@
+//! The simulator finds bugs: each of those that can be planted shows within a few seeds.
+
+use libwb::planted::Bug;
+use std::panic::catch_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use wb_tests::sim::real::WriteCache;
+use wb_tests::sim::run;
+
+/// Where each bug is looked for: the first seed, and how many may be needed from there. Where the first one that shows
+/// it is far from 0, the search begins shortly before. A change of the engine changes what each seed comes to, so
+/// that there is room for more.
+const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
+    (Bug::FlushAcknowledgedEarly, 0, 100),
+    (Bug::RecordNotDurable, 330, 700),
+    (Bug::BackingNotFlushed, 0, 20),
+    (Bug::GapSkipped, 130, 500),
+    (Bug::MergeDropsOldSectors, 0, 20),
+    (Bug::PinsIgnored, 0, 100),
+    (Bug::VolatileWrittenBack, 0, 200),
+    (Bug::SupersededLeftOut, 0, 100),
+    (Bug::DroppedNotErased, 1970, 1500),
+    (Bug::LossWindowIgnored, 90, 200),
+    (Bug::WrittenOverGap, 30, 100),
+    (Bug::FailedFlushForgiven, 340, 400),
+    (Bug::RotServed, 20, 300),
+    (Bug::DurableClaimedEarly, 130, 500),
+];
+
+/// What the simulator says of a seed, if it finds fault with it. An assertion in the engine counts as well.
+fn verdict(bug: Bug, seed: u64) -> Option<String> {
+    match catch_unwind(|| run(&WriteCache::with(bug), seed)) {
+        Ok(result) => result.err().map(|failure| failure.text.lines().next().unwrap_or_default().to_string()),
+        Err(_) => Some("a panic".into()),
+    }
+}
+
+/// Looks for a bug; returns a line for the table, and whether it was found.
+fn look_for(&(bug, first, seeds): &(Bug, u64, u64)) -> (String, bool) {
+    let found = (first..first + seeds).find_map(|seed| verdict(bug, seed).map(|text| (seed, text)));
+    let line = match &found {
+        Some((seed, text)) => format!("{bug:?}: seed {seed}, {} from {first} on: {text}", seed - first + 1),
+        None => format!("{bug:?} goes unnoticed by the {seeds} seeds from {first} on"),
+    };
+    (line, found.is_some())
+}
+
+#[test]
+fn every_planted_bug_is_found() {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut missed = Vec::new();
+        while let Some(case) = SEEDS_NEEDED.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let (line, found) = look_for(case);
+            println!("{line}");
+            missed.extend((!found).then_some(line));
+        }
+        missed
+    };
+    let missed = std::thread::scope(|scope| {
+        let other = scope.spawn(work);
+        let mut missed = work();
+        missed.extend(other.join().expect("the other thread does not panic"));
+        missed
+    });
+    assert!(missed.is_empty(), "{}", missed.join("\n"));
+}

@@ -262,6 +262,8 @@ impl<'a> Course<'a> {
         if drain && let Life::Halted = self.settle("drain", || volume.drain())? {
             return Ok(Life::Halted);
         }
+        // A close erases segments that the record covers, so from now on the log needs its record.
+        self.forgetful = false;
         if let Life::Halted = self.settle("close", || volume.close())? {
             return Ok(Life::Halted);
         }

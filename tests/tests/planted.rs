@@ -11,7 +11,7 @@ use wb_tests::sim::run;
 /// that there is room for more.
 const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
     (Bug::FlushAcknowledgedEarly, 0, 100),
-    (Bug::RecordNotDurable, 330, 700),
+    (Bug::RecordNotDurable, 1800, 400),
     (Bug::BackingNotFlushed, 0, 20),
     (Bug::GapSkipped, 130, 500),
     (Bug::MergeDropsOldSectors, 0, 20),

@@ -5,7 +5,7 @@ use super::state::State;
 use super::status::AtomicCounters;
 use super::writeback::{Item, Stop};
 use super::{Cache, CacheError, Events, Inner, Tunables};
-use crate::device::{Device, DeviceError, IoBuf, SharedBuf};
+use crate::device::{Device, IoBuf};
 use crate::format::{
     BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId,
     SuperblockExtension, to_u64,
@@ -15,12 +15,8 @@ use crate::log::live::{Totals, live_totals, visit_headers};
 use crate::log::recovery::{Recovery, recover};
 use crate::log::scan::{BackingFacts, Superblock, check_pairing, read_superblock, scan};
 use crate::runtime::Runtime;
-use futures_util::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use std::sync::Arc;
-
-/// Headers that are erased at the same time.
-const ERASE_DEPTH: usize = 32;
 
 /// What the live segments of a log hold.
 struct Replay {
@@ -179,21 +175,20 @@ impl Inner {
         if written_back > recovery.record {
             self.write_record(written_back).await?;
         }
-        // The log will grow up to dropped segments again.
         if !recovery.dropped.is_empty() {
             self.erase(&recovery.dropped).await?;
         }
         Ok(())
     }
 
-    /// Erases the headers of segments that nobody is to apply again. It is durable afterwards.
-    pub(super) async fn erase(&self, segments: &[SegmentId]) -> Result<(), DeviceError> {
+    /// Erases the headers of segments that were dropped, since the log will grow up to them again.
+    async fn erase(&self, dropped: &[SegmentId]) -> Result<(), CacheError> {
         let geometry = self.lock().geometry;
-        let zeros = SharedBuf::from(IoBuf::zeroed(BLOCK_BYTES));
-        let erase = |id| self.cache.write(geometry.slot_offset(geometry.slot_of(id)), zeros.clone());
-        let mut writes = stream::iter(segments.iter().copied().map(erase)).buffer_unordered(ERASE_DEPTH);
-        while writes.try_next().await?.is_some() {}
-        self.cache.flush().await
+        for &id in dropped {
+            let offset = geometry.slot_offset(geometry.slot_of(id));
+            self.cache.write(offset, IoBuf::zeroed(BLOCK_BYTES).into()).await?;
+        }
+        Ok(self.cache.flush().await?)
     }
 
     fn start_tasks(self: &Arc<Self>) {

@@ -6,16 +6,17 @@
 //! devices as well, where `update_sb_record_interval` is set. We leave no older version with which that could happen.
 
 use super::Inner;
-use crate::device::DeviceError;
-use crate::format::SegmentId;
+use crate::device::{DeviceError, IoBuf};
+use crate::format::{BLOCK_BYTES, SegmentId, encode_header};
 use crate::log::scan::read_header;
-use futures_util::{StreamExt, stream};
+use futures_util::{StreamExt, TryStreamExt, stream};
 
-/// Headers that are read at the same time.
+/// Headers that are read or written at the same time.
 const DEPTH: usize = 32;
 
 impl Inner {
-    /// Erases the written-back segments before the last of them that holds a partial version.
+    /// Empties the written-back segments before the last of them that holds a partial version. They stay in the log, so
+    /// that it can be walked without the superblock record too.
     pub(super) async fn hand_over(&self) -> Result<(), DeviceError> {
         let (geometry, newest, written_back) = {
             let state = self.lock();
@@ -31,8 +32,19 @@ impl Inner {
             if header.metablocks.iter().any(|entry| !entry.dirty.is_clean() && !entry.dirty.is_all()) {
                 misleading.append(&mut older);
             }
-            older.push(header.id);
+            if !header.metablocks.is_empty() {
+                older.push((header.id, header.extension));
+            }
         }
-        if misleading.is_empty() { Ok(()) } else { self.erase(&misleading).await }
+        if misleading.is_empty() {
+            return Ok(());
+        }
+        let empty = misleading.into_iter().map(|(id, extension)| {
+            let mut block = IoBuf::zeroed(BLOCK_BYTES);
+            encode_header(block.block_at_mut(0), id, &[], &[], extension.as_ref());
+            self.cache.write(geometry.slot_offset(geometry.slot_of(id)), block.into())
+        });
+        stream::iter(empty).buffer_unordered(DEPTH).try_for_each(async |()| Ok(())).await?;
+        self.cache.flush().await
     }
 }

@@ -222,8 +222,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Erases the headers of segments that nobody is to apply again. It is durable afterwards.
-    pub(super) async fn erase(&self, segments: &[SegmentId]) -> Result<(), DeviceError> {
+    /// Erases the headers of segments that were dropped. It is durable afterwards.
+    async fn erase(&self, segments: &[SegmentId]) -> Result<(), DeviceError> {
         let geometry = self.lock().geometry;
         let zeros = SharedBuf::from(IoBuf::zeroed(BLOCK_BYTES));
         let erase = |id| self.cache.write(geometry.slot_offset(geometry.slot_of(id)), zeros.clone());

@@ -42,6 +42,10 @@ impl Memory {
 }
 
 impl Volume for Memory {
+    async fn discard(&self, _sector: Sector, _length: u64) -> Result<(), Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
+
     fn size(&self) -> u64 {
         to_u64(self.0.len() * SHARD_BYTES)
     }

@@ -36,6 +36,14 @@ pub enum Bug {
     RotServed,
     /// A header says that all before it was durable.
     DurableClaimedEarly,
+    /// The backing device is not flushed before a discard is acknowledged.
+    DiscardNotFlushed,
+    /// A discard leaves dirty data in the log.
+    DiscardLeavesDirty,
+    /// A discard takes effect before earlier writes are durable.
+    DiscardAheadOfLog,
+    /// Writes do not wait for a discard of the same range.
+    FenceIgnored,
 }
 
 /// The bug that an open cache has, if any.

@@ -2,7 +2,9 @@
 
 use libwb::planted::Bug;
 use std::sync::Arc;
-use wb_tests::sim::exhaustive::Step::{self, Cut, Drain, Flush, FlushBehind, Read, Reopen, Sleep, Write};
+use wb_tests::sim::exhaustive::Step::{
+    self, Cut, Discard, DiscardBehind, Drain, Flush, FlushBehind, Read, Reopen, Sleep, Slow, Write, WriteFua,
+};
 use wb_tests::sim::exhaustive::{Left, Script, Tally, explore};
 use wb_tests::sim::real::WriteCache;
 use wb_tests::sim::volume::Engine;
@@ -99,6 +101,46 @@ const CUTS: &[Step] = &[
     Drain,
 ];
 
+/// Discards of what is dirty in RAM and on the cache device, of what is written back, of parts of blocks, and with writes
+/// that come between.
+const DISCARDS: &[Step] = &[
+    Write(0, 24),
+    Flush,
+    Write(3, 9),
+    Discard(8, 8),
+    Read(0, 32),
+    Drain,
+    Write(32, 3),
+    Discard(5, 30),
+    WriteFua(9, 2),
+    DiscardBehind(8, 16),
+    Write(12, 2),
+    Flush,
+    Reopen,
+    Write(40, 8),
+    Discard(0, 64),
+    Write(1, 1),
+    Drain,
+];
+
+/// Writes that come between while a slow backing device discards, and are written back at once.
+const FENCES: &[Step] = &[
+    Write(0, 64),
+    Drain,
+    Slow(50),
+    DiscardBehind(0, 64),
+    Sleep(1),
+    Write(8, 2),
+    FlushBehind,
+    Write(24, 8),
+    Drain,
+    Read(0, 64),
+    DiscardBehind(0, 64),
+    Write(16, 8),
+    Drain,
+    Read(0, 64),
+];
+
 /// Whole segments, several on their way, of which the oldest is lost: what is above the gap is dropped, and the log
 /// grows up to it again.
 const GAPS: &[Step] = &[
@@ -175,6 +217,16 @@ fn cuts() {
 }
 
 #[test]
+fn discards() {
+    everywhere("discards", &[3, 5], DISCARDS);
+}
+
+#[test]
+fn fences() {
+    everywhere("fences", &[3, 5], FENCES);
+}
+
+#[test]
 fn full() {
     everywhere("full", &[3], FULL);
 }
@@ -198,6 +250,9 @@ fn planted_bugs_show() {
         (Bug::DurableClaimedEarly, "gaps", 8, GAPS),
         (Bug::GapSkipped, "gaps", 8, GAPS),
         (Bug::DroppedNotErased, "gaps", 8, GAPS),
+        (Bug::DiscardNotFlushed, "discards", 5, DISCARDS),
+        (Bug::DiscardLeavesDirty, "discards", 5, DISCARDS),
+        (Bug::FenceIgnored, "fences", 5, FENCES),
     ];
     for (bug, name, segments, steps) in cases {
         let engine: Arc<dyn Engine> = Arc::new(WriteCache::with(bug));

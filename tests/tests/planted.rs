@@ -1,4 +1,5 @@
-//! The simulator finds bugs: each of those that can be planted shows within a few seeds.
+//! The simulator finds bugs: each of those that can be planted shows within a few seeds. The one that needs a write in the
+//! midst of a discard, `FenceIgnored`, is left to the scripts that crash at every moment.
 
 use libwb::planted::Bug;
 use std::panic::catch_unwind;
@@ -11,19 +12,22 @@ use wb_tests::sim::run;
 /// that there is room for more.
 const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
     (Bug::FlushAcknowledgedEarly, 0, 100),
-    (Bug::RecordNotDurable, 1800, 400),
     (Bug::BackingNotFlushed, 0, 20),
-    (Bug::GapSkipped, 130, 500),
+    (Bug::RecordNotDurable, 320, 400),
     (Bug::MergeDropsOldSectors, 0, 20),
-    (Bug::PinsIgnored, 0, 100),
+    (Bug::PinsIgnored, 0, 300),
     (Bug::VolatileWrittenBack, 0, 200),
     (Bug::SupersededLeftOut, 0, 100),
-    (Bug::DroppedNotErased, 1970, 1500),
-    (Bug::LossWindowIgnored, 90, 200),
-    (Bug::WrittenOverGap, 30, 100),
-    (Bug::FailedFlushForgiven, 340, 400),
-    (Bug::RotServed, 20, 300),
-    (Bug::DurableClaimedEarly, 130, 500),
+    (Bug::GapSkipped, 580, 500),
+    (Bug::LossWindowIgnored, 30, 200),
+    (Bug::WrittenOverGap, 0, 100),
+    (Bug::DroppedNotErased, 650, 1500),
+    (Bug::RotServed, 80, 300),
+    (Bug::DurableClaimedEarly, 230, 500),
+    (Bug::DiscardNotFlushed, 0, 100),
+    (Bug::DiscardLeavesDirty, 0, 100),
+    (Bug::DiscardAheadOfLog, 0, 100),
+    (Bug::FailedFlushForgiven, 1840, 500),
 ];
 
 /// What the simulator says of a seed, if it finds fault with it. An assertion in the engine counts as well.

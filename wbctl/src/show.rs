@@ -151,6 +151,7 @@ fn live_rows(live: &LiveStatus, mut row: impl FnMut(&str, String)) {
     row("read from backing", human_size(count("backing_read_bytes")));
     row("writes", format!("{}, {}", count("writes"), human_size(count("write_bytes"))));
     row("written back", human_size(count("written_back_bytes")));
+    row("discarded", human_size(count("discarded_bytes")));
     row("flushes", count("flushes").to_string());
     let errors =
         format!("{} of write-back, {} of cache reads", count("writeback_errors"), count("cache_read_errors"));

@@ -96,6 +96,13 @@ impl Index {
         *held = *held & !0xff | u64::from(dirty.0);
     }
 
+    /// Forgets a block. The place that holds it stays taken.
+    pub(super) fn remove(&mut self, block: BlockNo) {
+        if let Ok(entry) = self.newest.find_entry(hash(block), |&n| holds(&self.places, n, block)) {
+            entry.remove();
+        }
+    }
+
     /// Forgets all that a slot holds, before it is written anew.
     pub(super) fn forget(&mut self, slot: Slot) {
         for index in 0..PLACES {

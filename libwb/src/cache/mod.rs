@@ -6,6 +6,7 @@
 //! write-back are background tasks.
 
 mod appender;
+mod discard;
 mod handover;
 mod index;
 mod open;
@@ -21,7 +22,7 @@ mod writeback;
 pub use status::{Counters, Status};
 pub use tunables::{TunableError, Tunables};
 
-use crate::device::{Device, DeviceError};
+use crate::device::{Device, DeviceError, Operation};
 use crate::format::{
     Reason, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, SuperblockExtension, to_u64,
 };
@@ -36,6 +37,7 @@ use parking_lot::{Mutex, MutexGuard};
 use state::State;
 use status::AtomicCounters;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 const _: () = assert!(SUPERBLOCK_REGION_BYTES.is_multiple_of(SECTOR_BYTES as u64));
@@ -58,7 +60,7 @@ pub enum CacheError {
         /// Where it begins.
         sector: Sector,
         /// Its length in bytes.
-        length: usize,
+        length: u64,
     },
     /// The cache is being closed.
     #[error("the volume is being detached")]
@@ -71,6 +73,7 @@ impl CacheError {
         match self {
             CacheError::OutOfRange { .. } => Errno::EINVAL,
             CacheError::Closed => Errno::ESHUTDOWN,
+            CacheError::Device(error) if error.operation == Operation::Discard => error.cause,
             CacheError::Log(_) | CacheError::Device(_) | CacheError::Failed(_) => Errno::EIO,
         }
     }
@@ -107,13 +110,15 @@ struct Inner {
     cache: Device,
     backing: Device,
     runtime: Arc<dyn Runtime>,
-    tunables: Tunables,
+    tunables: Mutex<Tunables>,
     state: Mutex<State>,
     events: Events,
     counters: AtomicCounters,
     /// Held while the cache device is flushed: of two flushes at once, one could take the other's error.
     flushing: AsyncMutex<()>,
     recovery_time: Duration,
+    /// The backing device has refused a discard.
+    cannot_discard: AtomicBool,
     /// What the cache device carries beyond the base format, if it does.
     extension: Option<SuperblockExtension>,
     /// What segments carry of its UUID.
@@ -147,9 +152,9 @@ impl Inner {
         self.events.wake_all();
     }
 
-    fn check_range(&self, sector: Sector, length: usize) -> Result<(), CacheError> {
-        let aligned = length.is_multiple_of(SECTOR_BYTES);
-        let end = sector.0.checked_add(to_u64(length / SECTOR_BYTES));
+    fn check_range(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
+        let aligned = length.is_multiple_of(to_u64(SECTOR_BYTES));
+        let end = sector.0.checked_add(length / to_u64(SECTOR_BYTES));
         if aligned && end.is_some_and(|end| end <= self.backing.size() / to_u64(SECTOR_BYTES)) {
             return Ok(());
         }
@@ -161,6 +166,17 @@ impl Cache {
     /// The volume's size in bytes: that of the backing device.
     pub fn size(&self) -> u64 {
         self.inner.backing.size()
+    }
+
+    /// The tunables in force.
+    pub fn tunables(&self) -> Tunables {
+        self.inner.tunables.lock().clone()
+    }
+
+    /// Changes the tunables, from now on.
+    pub fn set_tunables(&self, tunables: Tunables) {
+        *self.inner.tunables.lock() = tunables;
+        self.inner.events.writeback.notify(usize::MAX);
     }
 
     /// Makes everything that was acknowledged before survive a power cut.

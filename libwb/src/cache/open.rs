@@ -19,6 +19,7 @@ use crate::runtime::Runtime;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 /// Headers that are erased at the same time.
 const ERASE_DEPTH: usize = 32;
@@ -83,12 +84,13 @@ impl Cache {
             cache,
             backing,
             runtime,
-            tunables,
+            tunables: Mutex::new(tunables),
             state: Mutex::new(state),
             events: Events::default(),
             counters: AtomicCounters::default(),
             flushing: AsyncMutex::default(),
             recovery_time,
+            cannot_discard: AtomicBool::new(false),
             digest: superblock.extension.as_ref().map(SuperblockExtension::digest),
             extension: superblock.extension,
             planted,
@@ -205,8 +207,10 @@ impl Inner {
         written_back: SegmentId,
         leftovers: Vec<Item>,
     ) -> Result<(), CacheError> {
-        // A daemon that was killed may have left segments in the device's volatile cache.
-        self.cache.flush().await.map_err(CacheError::Device)?;
+        // A daemon that was killed may have left segments in the cache device's volatile cache, and a discard in the
+        // backing device's. Reads show them, so the next flush must cover them.
+        self.cache.flush().await?;
+        self.backing.flush().await?;
         match self.write_items(leftovers).await {
             Err(Stop::Device(error)) => return Err(error.into()),
             Ok(()) | Err(Stop::Closing) => {}

@@ -51,6 +51,8 @@ enum Source {
         _pinned: Pinned,
         first: Place,
         last: Place,
+        /// The CRC-32C of each block, where it is known. Noted before the slot may be written anew.
+        crcs: Vec<Option<u32>>,
         /// Where the same data lies on the backing device, if every block of it is clean.
         clean_at: Option<u64>,
         /// Where the last block's address ends on the volume, in sectors.
@@ -123,13 +125,16 @@ impl Plan {
         let end = wanted.block.sector().0 + SECTORS_PER_BLOCK;
         let in_block = wanted.first * SECTOR_BYTES;
         if let Some(fetch) = self.last_cache.map(|nth| &mut self.fetches[nth])
-            && let Source::Cache { last, clean_at, end: last_end, .. } = &mut fetch.source
+            && let Source::Cache { last, crcs, clean_at, end: last_end, .. } = &mut fetch.source
             && last.slot == place.slot
         {
             let same = *last == place;
             let next = last.index + 1 == place.index && *last_end + SECTORS_PER_BLOCK == end;
             if same || next {
                 (*last, *last_end) = (place, end);
+                if next {
+                    crcs.push(state.index.crc(place));
+                }
                 *clean_at = clean_at.filter(|_| !dirty);
                 let block_at = if same { fetch.length - BLOCK_BYTES } else { fetch.length };
                 fetch.length = block_at + BLOCK_BYTES;
@@ -141,6 +146,7 @@ impl Plan {
             _pinned: Pinned::new(inner, state, place.slot),
             first: place,
             last: place,
+            crcs: vec![state.index.crc(place)],
             clean_at: (!dirty).then(|| wanted.block.bytes()),
             end,
         };
@@ -157,7 +163,7 @@ impl Cache {
     /// When the request lies outside the volume, or a device fails that alone holds the data.
     pub async fn read(&self, sector: Sector, mut buf: IoBuf) -> Result<IoBuf, CacheError> {
         let inner = &self.inner;
-        inner.check_range(sector, buf.len())?;
+        inner.check_range(sector, to_u64(buf.len()))?;
         inner.counters.reads.add(1);
         inner.counters.read_bytes.add(to_u64(buf.len()));
         let mut plan = inner.plan(sector, &mut buf);
@@ -228,12 +234,12 @@ impl Inner {
     /// Fetches from a device. Also returns how many bytes precede what was asked for. `into` is a buffer of just
     /// the right length, if there is one.
     async fn fetch(&self, fetch: &Fetch, into: Option<IoBuf>) -> Result<(IoBuf, usize), CacheError> {
-        let (first, clean_at) = match &fetch.source {
+        let (first, crcs, clean_at) = match &fetch.source {
             Source::Backing => return Ok(self.fetch_backing(fetch.offset, fetch.length, into).await?),
-            Source::Cache { first, clean_at, .. } => (*first, *clean_at),
+            Source::Cache { first, crcs, clean_at, .. } => (*first, crcs, *clean_at),
         };
         let buf = into.unwrap_or_else(|| IoBuf::zeroed(fetch.length));
-        match (self.read_places(first, buf).await, clean_at) {
+        match (self.read_verified(first, crcs, buf).await, clean_at) {
             (Ok(data), _) => Ok((data, 0)),
             (Err(error), None) => Err(error.into()),
             (Err(_), Some(at)) => {
@@ -262,28 +268,37 @@ impl Inner {
     /// Reads neighbouring places of a slot from the cache device, and verifies their data where its CRC is known.
     /// The slot is pinned, or not written back.
     pub(super) async fn read_places(&self, first: Place, buf: IoBuf) -> Result<IoBuf, DeviceError> {
+        let crcs: Vec<Option<u32>> = {
+            let state = self.lock();
+            let indices = (first.index..).take(buf.len() / BLOCK_BYTES);
+            indices.map(|index| state.index.crc(Place { index, ..first })).collect()
+        };
+        self.read_verified(first, &crcs, buf).await
+    }
+
+    async fn read_verified(
+        &self,
+        first: Place,
+        crcs: &[Option<u32>],
+        buf: IoBuf,
+    ) -> Result<IoBuf, DeviceError> {
         let offset = self.lock().geometry.place_offset(first);
-        let read = self.cache.read(offset, buf).await.and_then(|data| self.verify(first, offset, data));
+        let read = self.cache.read(offset, buf).await.and_then(|data| self.verify(crcs, offset, data));
         read.inspect_err(|error| {
             tracing::error!("{error}");
             self.counters.cache_read_errors.add(1);
         })
     }
 
-    fn verify(&self, first: Place, offset: u64, data: IoBuf) -> Result<IoBuf, DeviceError> {
-        let blocks = || (first.index..).zip(data.chunks(BLOCK_BYTES));
-        let known: Vec<Option<u32>> = {
-            let state = self.lock();
-            blocks().map(|(index, _)| state.index.crc(Place { index, ..first })).collect()
-        };
-        let rotten =
-            blocks().zip(known).find(|((_, block), crc)| crc.is_some_and(|crc| crc != crc32c(block)));
+    fn verify(&self, crcs: &[Option<u32>], offset: u64, data: IoBuf) -> Result<IoBuf, DeviceError> {
+        let is_rotten = |block: &[u8], crc: Option<u32>| crc.is_some_and(|crc| crc != crc32c(block));
+        let rotten = data.chunks(BLOCK_BYTES).zip(crcs).position(|(block, &crc)| is_rotten(block, crc));
         match rotten.filter(|_| !self.planted.has(Bug::RotServed)) {
             None => Ok(data),
-            Some(((index, _), _)) => Err(DeviceError {
+            Some(nth) => Err(DeviceError {
                 device: self.cache.name().clone(),
                 operation: Operation::Read,
-                offset: offset + to_u64(BLOCK_BYTES) * u64::from(index - first.index),
+                offset: offset + to_u64(nth * BLOCK_BYTES),
                 length: to_u64(BLOCK_BYTES),
                 cause: DeviceError::ALTERED,
             }),

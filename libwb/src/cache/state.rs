@@ -17,6 +17,7 @@ use crate::format::{
 };
 use crate::planted::{Bug, Planted};
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Sealed segments kept in RAM on their way to the device, 512 KiB each. Writers wait when there are as many.
@@ -47,6 +48,8 @@ pub(super) enum Wait {
     Slot,
     /// For the appender: too many sealed segments.
     Appender,
+    /// For a discard of this block.
+    Discard(BlockNo),
 }
 
 pub(super) struct State {
@@ -64,6 +67,8 @@ pub(super) struct State {
     pub(super) flush_wanted: BTreeSet<SegmentId>,
     /// Write-back is to reach this segment, whatever the policy says.
     pub(super) drain_to: SegmentId,
+    /// Blocks that are being discarded. Writes to them wait.
+    pub(super) fenced: Vec<Range<BlockNo>>,
     /// Reads under way on a slot, which must not be overwritten meanwhile.
     pins: HashMap<Slot, u32>,
     /// Buffers for segments to come.
@@ -97,6 +102,7 @@ impl State {
             written_back,
             flush_wanted: BTreeSet::new(),
             drain_to: SegmentId::NONE,
+            fenced: Vec::new(),
             pins: HashMap::new(),
             spare: Vec::new(),
             waiting_for_slot: 0,

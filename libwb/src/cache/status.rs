@@ -31,6 +31,7 @@ pub(super) struct AtomicCounters {
     pub(super) flushes: Counter,
     pub(super) segments: Counter,
     pub(super) written_back_bytes: Counter,
+    pub(super) discarded_bytes: Counter,
     pub(super) cache_read_errors: Counter,
     pub(super) writeback_errors: Counter,
     last_writeback_error: Mutex<Option<DeviceError>>,
@@ -70,6 +71,8 @@ pub struct Counters {
     pub segments: u64,
     /// Bytes written back to the backing device.
     pub written_back_bytes: u64,
+    /// Bytes that the backing device was told to discard.
+    pub discarded_bytes: u64,
     /// Reads that failed on the cache device.
     pub cache_read_errors: u64,
     /// Batches of write-back that failed; each is tried again.
@@ -125,6 +128,7 @@ impl Cache {
             flushes: c.flushes.get(),
             segments: c.segments.get(),
             written_back_bytes: c.written_back_bytes.get(),
+            discarded_bytes: c.discarded_bytes.get(),
             cache_read_errors: c.cache_read_errors.get(),
             writeback_errors: c.writeback_errors.get(),
         };
@@ -143,7 +147,7 @@ impl Cache {
             failure: state.failure.as_ref().map(ToString::to_string),
             writeback_error: c.last_writeback_error().map(|error| error.to_string()),
             recovery_time: inner.recovery_time,
-            tunables: inner.tunables.clone(),
+            tunables: self.tunables(),
             counters,
         }
     }

@@ -68,7 +68,7 @@ impl Cache {
     /// # Errors
     /// When the request lies outside the volume, the cache is being closed, or the cache device failed.
     pub fn write_ready(&self, sector: Sector, data: &[u8]) -> Result<usize, CacheError> {
-        self.inner.check_range(sector, data.len())?;
+        self.inner.check_range(sector, to_u64(data.len()))?;
         self.inner.counters.writes.add(1);
         self.inner.counters.write_bytes.add(to_u64(data.len()));
         match self.inner.write_some(sector, data) {
@@ -133,7 +133,11 @@ impl Inner {
     }
 
     /// Changes the state, and wakes the background tasks that this gives something to do.
-    fn noticing<T>(&self, mut state: MutexGuard<'_, State>, change: impl FnOnce(&mut State) -> T) -> T {
+    pub(super) fn noticing<T>(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        change: impl FnOnce(&mut State) -> T,
+    ) -> T {
         let (sealed, newest) = (state.last_sealed(), state.newest);
         let result = change(&mut state);
         let (sealed, opened) = (state.last_sealed() != sealed, state.newest != newest);
@@ -147,13 +151,16 @@ impl Inner {
         result
     }
 
-    async fn wait_for(&self, wait: Wait) {
+    pub(super) async fn wait_for(&self, wait: Wait) {
         match wait {
             Wait::Appender => {
                 self.wait(&self.events.changed, |state| {
                     (state.may_seal() || state.is_ending()).then_some(())
                 })
                 .await;
+            }
+            Wait::Discard(block) => {
+                self.wait(&self.events.changed, |state| (!state.is_fenced(block)).then_some(())).await;
             }
             Wait::Slot => {
                 self.lock().waiting_for_slot += 1;
@@ -209,6 +216,9 @@ impl Inner {
         if !same || !state.is_dirty(old.place, old.dirty) {
             return Ok(Placed::Changed);
         }
+        if state.is_fenced(new.block) {
+            return Ok(Placed::Wait(Wait::Discard(new.block)));
+        }
         let placed = self.noticing(state, |state| state.place_merged(new, data, old.dirty, base));
         Ok(placed.map_or_else(Placed::Wait, |()| Placed::Done))
     }
@@ -228,7 +238,7 @@ impl State {
         self.failure.is_some() || self.closing
     }
 
-    fn check_open(&self) -> Result<(), CacheError> {
+    pub(super) fn check_open(&self) -> Result<(), CacheError> {
         match &self.failure {
             Some(failure) => Err(CacheError::Failed(failure.clone())),
             None if self.closing => Err(CacheError::Closed),
@@ -251,6 +261,9 @@ impl State {
     }
 
     fn write_fragment(&mut self, new: &Fragment, bytes: &[u8]) -> Result<(), Stop> {
+        if self.is_fenced(new.block) {
+            return Err(Stop::Wait(Wait::Discard(new.block)));
+        }
         let dirty = new.bits();
         if let Some(old) = self.index.get(new.block) {
             if let Some(data) = self.overwrite(old.place, old.dirty, dirty) {

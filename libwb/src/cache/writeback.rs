@@ -116,7 +116,7 @@ impl Inner {
         if idle && state.open.is_some() && state.seal(Reason::Idle).is_ok() {
             self.events.appender.notify(usize::MAX);
         }
-        let most = state.written_back.plus(u64::from(self.tunables.nr_max_batched_writeback));
+        let most = state.written_back.plus(u64::from(self.tunables.lock().nr_max_batched_writeback));
         let reached = if self.planted.has(Bug::VolatileWrittenBack) { state.written } else { state.durable };
         let last = reached.min(most);
         if last > state.written_back {

@@ -126,6 +126,7 @@ impl LiveStatus {
             ("flushes", c.flushes),
             ("segments_written", c.segments),
             ("written_back_bytes", c.written_back_bytes),
+            ("discarded_bytes", c.discarded_bytes),
             ("cache_read_errors", c.cache_read_errors),
             ("writeback_errors", c.writeback_errors),
         ];

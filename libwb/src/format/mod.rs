@@ -18,7 +18,9 @@ pub use geometry::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, GeometryError, PLACES, Place, SECTOR_BYTES, SECTORS_PER_BLOCK,
     SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, Slot, to_u64, to_usize,
 };
-pub use segment::{HEADER_CHECKSUM_START, HeaderFault, Metablock, SegmentHeader, encode_header};
+pub use segment::{
+    HEADER_CHECKSUM_START, HeaderFault, Metablock, SegmentHeader, empty_header, encode_header,
+};
 pub use superblock::{
     MAGIC, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SuperblockFault, decode_magic, decode_record,
     encode_record_block, encode_superblock_block,

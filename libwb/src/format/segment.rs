@@ -163,6 +163,18 @@ pub fn encode_header(
     }
 }
 
+/// Makes a sound header block that of an empty segment, which changes nothing but its first sector: a power cut
+/// leaves either the one or the other.
+pub fn empty_header(block: &mut [u8; BLOCK_BYTES]) {
+    let extension = SegmentExtension::decode(block);
+    block[LENGTH] = 0;
+    let sum = checksum(block, &[]);
+    LittleEndian::write_u32(&mut block[CHECKSUM..], sum);
+    if let Some(extension) = extension {
+        extension.encode(block);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,6 +199,19 @@ mod tests {
             prop_assert_eq!(header.id, SegmentId(id));
             prop_assert_eq!(&header.metablocks, &metablocks);
             prop_assert!(header.verify(&block, &data));
+        }
+
+        #[test]
+        fn emptying_changes_the_first_sector_alone(metablocks in metablocks()) {
+            let data = vec![7; metablocks.len() * BLOCK_BYTES];
+            let mut block = [0; BLOCK_BYTES];
+            encode_header(&mut block, SegmentId(3), &metablocks, &data, None);
+            let mut emptied = block;
+            empty_header(&mut emptied);
+            let header = SegmentHeader::decode(&emptied).expect("a sound header");
+            prop_assert_eq!((header.id, header.length()), (SegmentId(3), 0));
+            prop_assert!(header.verify(&emptied, &[]));
+            prop_assert_eq!(&emptied[SECTOR_BYTES..], &block[SECTOR_BYTES..]);
         }
 
         #[test]

@@ -335,17 +335,33 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         reply.ok();
     }
 
-    /// Discard and write-zeroes arrive here. The kernel remembers that they are not supported, and writes zeros itself.
+    /// Discard and write-zeroes arrive here. What the volume refuses as not supported, the kernel does by writing zeros
+    /// where it must.
     fn fallocate(
         &self,
         _request: &Request,
         _ino: INodeNo,
         _fh: FileHandle,
-        _offset: u64,
-        _length: u64,
-        _mode: i32,
+        offset: u64,
+        length: u64,
+        mode: i32,
         reply: ReplyEmpty,
     ) {
-        reply.error(fuser::Errno::ENOSYS);
+        const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
+        const READS_ZEROS: [i32; 2] = [libc::FALLOC_FL_PUNCH_HOLE, libc::FALLOC_FL_ZERO_RANGE];
+        if !READS_ZEROS.contains(&(mode & !KEEP_SIZE)) {
+            return reply.error(fuser::Errno::EOPNOTSUPP);
+        }
+        let sector = match sector(offset, to_usize(length)) {
+            Ok(sector) => sector,
+            Err(errno) => return reply.error(errno),
+        };
+        let volume = self.volume.clone();
+        self.runtime.run_now(async move {
+            match volume.discard(sector, length).await {
+                Ok(()) => reply.ok(),
+                Err(errno) => reply.error(to_fuse(errno)),
+            }
+        });
     }
 }

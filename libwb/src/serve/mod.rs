@@ -39,6 +39,9 @@ pub trait Volume: Clone + Send + Sync + 'static {
     /// Fills a buffer.
     fn read(&self, sector: Sector, buf: IoBuf) -> impl Future<Output = Result<IoBuf, Errno>> + Send;
 
+    /// Makes a range of `length` bytes read as zeros, durably.
+    fn discard(&self, sector: Sector, length: u64) -> impl Future<Output = Result<(), Errno>> + Send;
+
     /// Makes everything acknowledged before durable.
     fn flush(&self) -> impl Future<Output = Result<(), Errno>> + Send;
 }
@@ -58,6 +61,10 @@ impl Volume for Cache {
 
     async fn read(&self, sector: Sector, buf: IoBuf) -> Result<IoBuf, Errno> {
         self.read(sector, buf).await.map_err(|error| error.errno())
+    }
+
+    async fn discard(&self, sector: Sector, length: u64) -> Result<(), Errno> {
+        self.discard(sector, length).await.map_err(|error| error.errno())
     }
 
     async fn flush(&self) -> Result<(), Errno> {

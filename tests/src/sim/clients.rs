@@ -22,6 +22,12 @@ pub struct Habits {
     unit: u64,
     /// Out of 100 operations, how many write.
     writes: u32,
+    /// Out of 100 writes, how many are durable when they are acknowledged.
+    fua: u32,
+    /// Out of 100 operations, how many discard.
+    discards: u32,
+    /// Out of 1000 operations, how many change the tunables.
+    tunes: u32,
     /// Out of 100 operations, how many flush.
     flushes: u32,
     /// Out of 1000 operations, how many drain.
@@ -39,12 +45,20 @@ pub struct Habits {
 }
 
 impl Habits {
+    /// Whether anything is discarded.
+    pub fn discards(&self) -> bool {
+        self.discards > 0
+    }
+
     /// Habits for a volume whose unit of I/O is so many sectors.
     pub fn any(rng: &mut Rng, unit: u64) -> Habits {
         let often = |rng: &mut Rng, choices: &[u32]| rng.choice(choices.iter().copied()).unwrap_or(0);
         Habits {
             unit,
             writes: often(rng, &[30, 50, 70, 90]),
+            fua: often(rng, &[0, 0, 2, 20]),
+            discards: often(rng, &[0, 0, 2, 20]),
+            tunes: often(rng, &[0, 10]),
             flushes: often(rng, &[0, 1, 5, 15, 40]),
             drains: often(rng, &[0, 0, 0, 5, 30]),
             pauses: often(rng, &[0, 1, 10, 50]),
@@ -82,6 +96,9 @@ impl Client {
                 self.runtime.sleep(Duration::from_millis(millis)).await;
             }
             let habits = self.habits.clone();
+            if self.rng.u32(..1000) < habits.tunes {
+                self.volume.tune(self.rng.u64(..));
+            }
             if self.rng.u32(..1000) < habits.drains {
                 self.flush(true).await;
             } else if self.rng.u32(..100) < habits.flushes {
@@ -89,8 +106,11 @@ impl Client {
             } else {
                 let (first, count) = self.range(next);
                 next = first + count;
-                if self.rng.u32(..100) < habits.writes {
-                    self.write(Sector(first), count).await;
+                if self.rng.u32(..100) < habits.discards {
+                    self.discard(Sector(first), count).await;
+                } else if self.rng.u32(..100) < habits.writes {
+                    let fua = self.rng.u32(..100) < habits.fua;
+                    self.write(Sector(first), count, fua).await;
                 } else {
                     self.read(Sector(first), count).await;
                 }
@@ -119,12 +139,26 @@ impl Client {
         (first * habits.unit, count * habits.unit)
     }
 
-    async fn write(&self, first: Sector, count: u64) {
+    async fn discard(&self, first: Sector, count: u64) {
+        let discard = self.oracle.lock().discard_begins(first, count);
+        let result = self.volume.discard(first, count).await;
+        self.oracle.lock().durable_write_ends(discard, first, count, result.is_ok());
+        self.judge("a discard", result.err());
+    }
+
+    async fn write(&self, first: Sector, count: u64, fua: bool) {
         let write = self.oracle.lock().write_begins(first, count);
         let mut data = vec![0; to_usize(count) * SECTOR_BYTES];
         stamp::fill(&mut data, first, write);
-        let result = self.volume.write(first, data).await;
-        self.oracle.lock().write_ends(write, first, count, result.is_ok());
+        let result = if fua {
+            let result = self.volume.write_fua(first, data).await;
+            self.oracle.lock().durable_write_ends(write, first, count, result.is_ok());
+            result
+        } else {
+            let result = self.volume.write(first, data).await;
+            self.oracle.lock().write_ends(write, first, count, result.is_ok());
+            result
+        };
         self.judge("a write", result.err());
     }
 

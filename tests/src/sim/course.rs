@@ -224,6 +224,8 @@ impl<'a> Course<'a> {
     /// Lets clients loose on the volume.
     fn work(&mut self, volume: &Arc<dyn Volume>) -> Result<Life<()>, String> {
         let habits = Habits::any(&mut self.rng, self.unit);
+        // What a discard has made the log forget, only the record keeps from coming back.
+        self.forgetful &= !habits.discards();
         let clients = self.rng.u32(1..=8);
         let operations = 1 << self.rng.u32(0..8);
         let mut ends = Vec::new();

@@ -31,6 +31,12 @@ const UNIT: u32 = 512;
 pub enum Step {
     /// Writes so many sectors from the first on.
     Write(u64, u64),
+    /// Discards so many sectors from the first on.
+    Discard(u64, u64),
+    /// Begins to discard. The steps that follow do not wait for it.
+    DiscardBehind(u64, u64),
+    /// Writes so many sectors from the first on, durably.
+    WriteFua(u64, u64),
     /// Reads so many sectors from the first on.
     Read(u64, u64),
     /// Flushes, and waits for it.
@@ -41,6 +47,8 @@ pub enum Step {
     Drain,
     /// Lets milliseconds pass.
     Sleep(u64),
+    /// Makes the backing device so many times slower.
+    Slow(u32),
     /// Closes the volume and opens it again.
     Reopen,
     /// The power fails, and of what is not durable only this is left; the volume is opened again.
@@ -337,6 +345,22 @@ impl Run {
                 self.finish(volume.write(Sector(first), data))?;
                 oracle.lock().write_ends(write, Sector(first), count, true);
             }
+            Step::WriteFua(first, count) => {
+                let write = oracle.lock().write_begins(Sector(first), count);
+                let mut data = vec![0; to_usize(count) * SECTOR_BYTES];
+                stamp::fill(&mut data, Sector(first), write);
+                self.finish(volume.write_fua(Sector(first), data))?;
+                oracle.lock().durable_write_ends(write, Sector(first), count, true);
+            }
+            Step::Discard(first, count) => {
+                self.finish(discard(oracle.clone(), volume.clone(), Sector(first), count))?;
+            }
+            Step::DiscardBehind(first, count) => {
+                let discarding = discard(oracle.clone(), volume.clone(), Sector(first), count);
+                self.simulation.runtime().spawn(Box::pin(async move {
+                    let _ = discarding.await;
+                }));
+            }
             Step::Read(first, count) => {
                 let began = oracle.lock().read_begins();
                 let read = volume.read(Sector(first), IoBuf::zeroed(to_usize(count) * SECTOR_BYTES));
@@ -352,6 +376,7 @@ impl Run {
                     _ => self.finish(flushing)?,
                 }
             }
+            Step::Slow(factor) => self.devices[1].set_slowness(factor),
             Step::Sleep(millis) => {
                 let sleep = self.simulation.runtime().sleep(Duration::from_millis(millis));
                 self.finish(sleep.map(Ok))?;
@@ -373,6 +398,15 @@ impl Run {
         }
         self.explorer.oracle.lock().failure().map_or(Ok(()), |text| Err(text.to_string()))
     }
+}
+
+fn discard(oracle: Arc<Mutex<Oracle>>, volume: Arc<dyn Volume>, first: Sector, count: u64) -> Outcome<()> {
+    Box::pin(async move {
+        let discard = oracle.lock().discard_begins(first, count);
+        let result = volume.discard(first, count).await;
+        oracle.lock().durable_write_ends(discard, first, count, result.is_ok());
+        result
+    })
 }
 
 fn flush(oracle: Arc<Mutex<Oracle>>, volume: Arc<dyn Volume>, drain: bool) -> Outcome<()> {

@@ -11,10 +11,12 @@
 //! such submission is in the state: in each of its sectors, it or something no older shows. Writes under way at T
 //! may be there in part.
 //!
+//! *Discards* are writes of zeros. A sector that shows zeros may show any of them, so it is enough that one is right.
+//!
 //! After a power cut what was recovered lies on the media, and becomes the state from the start. After the death
 //! of the process alone it may still be lost down to the last flush, but what was not recovered never comes back.
 
-use super::stamp::{self, WriteId};
+use super::stamp::{self, Content, WriteId};
 use libwb::device::sim::Crash;
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use std::collections::BTreeSet;
@@ -34,6 +36,10 @@ struct Version {
     write: WriteId,
     submitted: Moment,
     acknowledged: Moment,
+    /// It is a discard, and the sector reads as zeros.
+    zeros: bool,
+    /// It was durable when it was acknowledged.
+    durable: bool,
     /// When it is known to have taken effect: acknowledged, or shown by a read.
     effective: Moment,
     /// Its write returned an error, and nothing is known for certain.
@@ -51,7 +57,7 @@ impl Version {
 
 #[derive(Clone, Debug)]
 enum Event {
-    Submit(WriteId, Range<u64>),
+    Submit(WriteId, &'static str, Range<u64>),
     Done(WriteId, Range<u64>, bool),
     Flush(&'static str, Moment, bool),
     Note(String),
@@ -79,6 +85,8 @@ impl Oracle {
             write: WriteId(0),
             submitted: 0,
             acknowledged: 0,
+            zeros: false,
+            durable: false,
             effective: 0,
             failed: false,
             replaced: None,
@@ -126,6 +134,15 @@ impl Oracle {
 
     /// A write of `count` sectors begins.
     pub fn write_begins(&mut self, first: Sector, count: u64) -> WriteId {
+        self.begins(first, count, false)
+    }
+
+    /// A discard of `count` sectors begins.
+    pub fn discard_begins(&mut self, first: Sector, count: u64) -> WriteId {
+        self.begins(first, count, true)
+    }
+
+    fn begins(&mut self, first: Sector, count: u64, zeros: bool) -> WriteId {
         let submitted = self.tick();
         self.writes += 1;
         let write = WriteId(self.writes);
@@ -133,6 +150,8 @@ impl Oracle {
             write,
             submitted,
             acknowledged: NEVER,
+            zeros,
+            durable: false,
             effective: NEVER,
             failed: false,
             replaced: None,
@@ -141,8 +160,20 @@ impl Oracle {
         for sector in range.clone() {
             self.sectors[to_usize(sector)].push(version);
         }
-        self.events.push((submitted, Event::Submit(write, range)));
+        let what = if zeros { "discard" } else { "write" };
+        self.events.push((submitted, Event::Submit(write, what, range)));
         write
+    }
+
+    /// As [`Oracle::write_ends`], of a write or a discard that is durable if it was acknowledged.
+    pub fn durable_write_ends(&mut self, write: WriteId, first: Sector, count: u64, acknowledged: bool) {
+        for sector in first.0..first.0 + count {
+            let versions = &mut self.sectors[to_usize(sector)];
+            if let Some(version) = versions.iter_mut().find(|version| version.write == write) {
+                version.durable = acknowledged;
+            }
+        }
+        self.write_ends(write, first, count, acknowledged);
     }
 
     /// A write has ended. A failed one may have been done in part, and may still take effect.
@@ -200,31 +231,39 @@ impl Oracle {
         self.reads.remove(&began);
         for (sector, bytes) in (first.0..).zip(data.chunks_exact(SECTOR_BYTES)) {
             let checked = stamp::decode(bytes, Sector(sector))
-                .and_then(|write| self.check_read(sector, write, began, now));
+                .and_then(|content| self.check_read(sector, content, began, now));
             if let Err(text) = checked {
                 return self.fail_at(sector, &format!("{text}; read from {began} on"));
             }
         }
     }
 
-    fn check_read(&mut self, sector: u64, write: WriteId, began: Moment, now: Moment) -> Result<(), String> {
+    fn check_read(
+        &mut self,
+        sector: u64,
+        content: Content,
+        began: Moment,
+        now: Moment,
+    ) -> Result<(), String> {
         let versions = &mut self.sectors[to_usize(sector)];
-        let shown = find(versions, write)?;
-        if let Some((moment, by)) = shown.replaced.filter(|(moment, _)| *moment < began) {
-            return Err(format!("shows {write}, which {by} had replaced by {moment}, as a read has shown"));
-        }
-        let newer = versions.iter().find(|v| v.effective < began && shown.effective < v.submitted);
-        if let Some(newer) = newer {
-            return Err(format!("shows {write}, which is older than {}", newer.write));
-        }
+        let candidates = candidates(versions, content)?;
+        let (right, wrong): (Vec<_>, Vec<_>) = candidates
+            .into_iter()
+            .map(|shown| (shown, may_be_read(versions, &shown, began)))
+            .partition(|(_, judged)| judged.is_ok());
+        let &[(shown, _)] = right.as_slice() else {
+            // Of several discards nobody knows which one it was.
+            let first_wrong = wrong.into_iter().next().filter(|_| right.is_empty());
+            return first_wrong.map_or(Ok(()), |(_, judged)| judged);
+        };
         if shown.failed {
             return Ok(());
         }
         for version in versions {
-            if version.write == write {
+            if version.write == shown.write {
                 version.effective = version.effective.min(now);
             } else if version.effective < began {
-                version.replaced.get_or_insert((now, write));
+                version.replaced.get_or_insert((now, shown.write));
             }
         }
         Ok(())
@@ -236,12 +275,12 @@ impl Oracle {
     /// What is wrong with it.
     pub fn allows(&self, data: &[u8]) -> Result<(), String> {
         let shown = self.decode(data).and_then(|shown| self.check_recovered(&shown));
-        shown.map_err(|(sector, text)| {
+        shown.map(drop).map_err(|(sector, text)| {
             format!("sector {sector} {text}, after recovery\n{}", self.history(Some(sector)))
         })
     }
 
-    fn decode(&self, data: &[u8]) -> Result<Vec<WriteId>, (u64, String)> {
+    fn decode(&self, data: &[u8]) -> Result<Vec<Content>, (u64, String)> {
         (0..to_u64(self.sectors.len()))
             .zip(data.chunks_exact(SECTOR_BYTES))
             .map(|(sector, bytes)| stamp::decode(bytes, Sector(sector)).map_err(|text| (sector, text)))
@@ -250,51 +289,44 @@ impl Oracle {
 
     /// The whole volume as it was read after a crash.
     pub fn recovered(&mut self, crash: Crash, data: &[u8]) {
-        let checked = self.decode(data).and_then(|shown| self.check_recovered(&shown).map(|()| shown));
+        let checked = self.decode(data).and_then(|shown| self.check_recovered(&shown));
         match checked {
             Ok(shown) => self.start_from(crash, &shown),
             Err((sector, text)) => self.fail_at(sector, &format!("{text}, after {crash:?} and recovery")),
         }
     }
 
-    fn check_recovered(&self, shown: &[WriteId]) -> Result<(), (u64, String)> {
+    /// Which version each sector shows.
+    fn check_recovered(&self, shown: &[Content]) -> Result<Vec<Version>, (u64, String)> {
         let mut moment = self.flushed;
         let mut reason = format!("a flush submitted at {moment} was acknowledged");
         let mut found = Vec::with_capacity(shown.len());
-        for ((sector, versions), &write) in (0..).zip(&self.sectors).zip(shown) {
-            let version = find(versions, write).map_err(|text| (sector, text))?;
-            if version.submitted > moment {
-                moment = version.submitted;
-                reason = format!("sector {sector} shows {write}, which was submitted at {moment}");
+        for ((sector, versions), &content) in (0..).zip(&self.sectors).zip(shown) {
+            let candidates = candidates(versions, content).map_err(|text| (sector, text))?;
+            let Some(oldest) = candidates.iter().min_by_key(|version| version.submitted) else { continue };
+            if oldest.submitted > moment {
+                moment = oldest.submitted;
+                reason = format!("sector {sector} shows {}, which was submitted at {moment}", oldest.write);
             }
-            found.push(version);
+            found.push(candidates);
         }
-        for ((sector, versions), shown) in (0..).zip(&self.sectors).zip(found) {
-            let lost = versions.iter().find(|v| v.acknowledged < moment && shown.precedes(v));
-            if let Some(lost) = lost {
-                return Err((
-                    sector,
-                    format!("shows {} and lacks {}, though {reason}", shown.write, lost.write),
-                ));
-            }
-            let replaced = shown.replaced.and_then(|(_, by)| versions.iter().find(|v| v.write == by));
-            if let Some(by) = replaced.filter(|by| by.acknowledged < moment) {
-                let text = format!(
-                    "shows {}, which reads had shown replaced by {}, though {reason}",
-                    shown.write, by.write
-                );
-                return Err((sector, text));
-            }
+        let mut recovered = Vec::with_capacity(found.len());
+        for ((sector, versions), candidates) in (0..).zip(&self.sectors).zip(found) {
+            let judge = |shown: &Version| may_be_recovered(versions, shown, moment, &reason);
+            let right = candidates.iter().find(|shown| judge(shown).is_ok());
+            let wrong =
+                || (sector, candidates.first().and_then(|shown| judge(shown).err()).unwrap_or_default());
+            recovered.push(right.copied().ok_or_else(wrong)?);
         }
-        Ok(())
+        Ok(recovered)
     }
 
     /// Takes what was recovered for the state to go on from.
-    fn start_from(&mut self, crash: Crash, shown: &[WriteId]) {
+    fn start_from(&mut self, crash: Crash, shown: &[Version]) {
         let now = self.tick();
         self.reads.clear();
-        for (versions, &write) in self.sectors.iter_mut().zip(shown) {
-            let Ok(mut version) = find(versions, write) else { continue };
+        for (versions, &version) in self.sectors.iter_mut().zip(shown) {
+            let mut version = version;
             version.acknowledged = version.acknowledged.min(now);
             version.effective = version.acknowledged;
             version.replaced = None;
@@ -307,8 +339,8 @@ impl Oracle {
                     version.effective = now;
                 }
                 Crash::Kill => {
-                    versions.retain(|v| v.write != write && !version.precedes(v));
-                    versions.iter_mut().for_each(|v| v.replaced = Some((now, write)));
+                    versions.retain(|v| v.write != version.write && !version.precedes(v));
+                    versions.iter_mut().for_each(|v| v.replaced = Some((now, version.write)));
                 }
             }
             versions.push(version);
@@ -323,25 +355,24 @@ impl Oracle {
     /// What happened to a sector, or to all.
     fn history(&self, sector: Option<u64>) -> String {
         let concerns = |range: &Range<u64>| sector.is_none_or(|sector| range.contains(&sector));
-        let lines: Vec<String> = self
-            .events
-            .iter()
-            .filter_map(|(moment, event)| {
-                let text = match event {
-                    Event::Submit(write, range) => {
-                        concerns(range).then(|| format!("{write} of sectors {range:?} submitted"))
-                    }
-                    Event::Done(write, range, ok) => concerns(range)
-                        .then(|| format!("{write} {}", if *ok { "acknowledged" } else { "failed" })),
-                    Event::Flush(what, began, ok) => Some(format!(
-                        "{what} submitted at {began} {}",
-                        if *ok { "acknowledged" } else { "failed" }
-                    )),
-                    Event::Note(text) => Some(text.clone()),
-                };
-                text.map(|text| format!("{moment:>8}  {text}"))
-            })
-            .collect();
+        let lines: Vec<String> =
+            self.events
+                .iter()
+                .filter_map(|(moment, event)| {
+                    let text = match event {
+                        Event::Submit(write, what, range) => concerns(range)
+                            .then(|| format!("{write}, a {what} of sectors {range:?}, submitted")),
+                        Event::Done(write, range, ok) => concerns(range)
+                            .then(|| format!("{write} {}", if *ok { "acknowledged" } else { "failed" })),
+                        Event::Flush(what, began, ok) => Some(format!(
+                            "{what} submitted at {began} {}",
+                            if *ok { "acknowledged" } else { "failed" }
+                        )),
+                        Event::Note(text) => Some(text.clone()),
+                    };
+                    text.map(|text| format!("{moment:>8}  {text}"))
+                })
+                .collect();
         let skipped = lines.len().saturating_sub(EVENTS_SHOWN);
         let mut history = match sector {
             Some(sector) => format!("history of sector {sector}:\n"),
@@ -363,13 +394,53 @@ fn forget(versions: &mut Vec<Version>, moment: Moment) {
     }
 }
 
-fn find(versions: &[Version], write: WriteId) -> Result<Version, String> {
-    let found = versions.iter().find(|version| version.write == write).copied();
-    found.ok_or_else(|| {
-        format!(
+/// The versions that a sector may show: one, or all that are zeros.
+fn candidates(versions: &[Version], content: Content) -> Result<Vec<Version>, String> {
+    let matches = |version: &&Version| match content {
+        Content::Of(write) => version.write == write && !version.zeros,
+        Content::Zeros => version.zeros,
+    };
+    let found: Vec<Version> = versions.iter().filter(matches).copied().collect();
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    Err(match content {
+        Content::Of(write) => format!(
             "shows {write}, which has been replaced for good, was lost in a crash, or was never made here"
-        )
+        ),
+        Content::Zeros => "holds zeros, though nothing that could show has discarded it".into(),
     })
+}
+
+/// Whether a read that began at `began` may show a version.
+fn may_be_read(versions: &[Version], shown: &Version, began: Moment) -> Result<(), String> {
+    let write = shown.write;
+    if let Some((moment, by)) = shown.replaced.filter(|(moment, _)| *moment < began) {
+        return Err(format!("shows {write}, which {by} had replaced by {moment}, as a read has shown"));
+    }
+    let newer = versions.iter().find(|v| v.effective < began && shown.effective < v.submitted);
+    newer.map_or(Ok(()), |newer| Err(format!("shows {write}, which is older than {}", newer.write)))
+}
+
+/// Whether a version may be what is recovered of the state at a moment.
+fn may_be_recovered(
+    versions: &[Version],
+    shown: &Version,
+    moment: Moment,
+    reason: &str,
+) -> Result<(), String> {
+    let write = shown.write;
+    let kept = |v: &&Version| v.acknowledged < moment || v.durable;
+    if let Some(lost) = versions.iter().find(|v| kept(v) && shown.precedes(v)) {
+        let why = if lost.durable { "that one was durable" } else { reason };
+        return Err(format!("shows {write} and lacks {}, though {why}", lost.write));
+    }
+    let replaced = shown.replaced.and_then(|(_, by)| versions.iter().find(|v| v.write == by));
+    if replaced.is_some_and(|by| by.acknowledged < moment) {
+        let by = shown.replaced.map_or(WriteId(0), |(_, by)| by);
+        return Err(format!("shows {write}, which reads had shown replaced by {by}, though {reason}"));
+    }
+    Ok(())
 }
 
 #[cfg(test)]

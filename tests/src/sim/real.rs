@@ -4,7 +4,7 @@ use super::volume::{Engine, Outcome, Volume};
 use fastrand::Rng;
 use libwb::cache::{Cache, Tunables};
 use libwb::device::{Device, IoBuf};
-use libwb::format::Sector;
+use libwb::format::{SECTOR_BYTES, Sector, to_u64};
 use libwb::planted::{Bug, Planted};
 use libwb::runtime::Runtime;
 use std::sync::Arc;
@@ -30,15 +30,18 @@ impl Engine for WriteCache {
         runtime: Arc<dyn Runtime>,
         taste: u64,
     ) -> Outcome<Arc<dyn Volume>> {
-        let mut rng = Rng::with_seed(taste);
-        let batch = rng.choice([1, 2, 4, 32]).unwrap_or(32);
-        let tunables = Tunables { nr_max_batched_writeback: batch };
+        let tunables = tunables(taste);
         let planted = self.planted;
         Box::pin(async move {
             let opened = Cache::open_planted(cache, backing, runtime, tunables, planted).await;
             opened.map(|cache| Arc::new(Open(cache)) as Arc<dyn Volume>).map_err(|e| e.to_string())
         })
     }
+}
+
+fn tunables(taste: u64) -> Tunables {
+    let mut rng = Rng::with_seed(taste);
+    Tunables { nr_max_batched_writeback: rng.choice([1, 2, 4, 32]).unwrap_or(32) }
 }
 
 struct Open(Cache);
@@ -56,6 +59,21 @@ impl Volume for Open {
     fn write(&self, sector: Sector, data: Vec<u8>) -> Outcome<()> {
         let cache = self.0.clone();
         Box::pin(async move { cache.write(sector, &data).await.map_err(|e| e.to_string()) })
+    }
+
+    fn write_fua(&self, sector: Sector, data: Vec<u8>) -> Outcome<()> {
+        let cache = self.0.clone();
+        Box::pin(async move { cache.write_fua(sector, &data).await.map_err(|e| e.to_string()) })
+    }
+
+    fn discard(&self, sector: Sector, count: u64) -> Outcome<()> {
+        let cache = self.0.clone();
+        let length = count * to_u64(SECTOR_BYTES);
+        Box::pin(async move { cache.discard(sector, length).await.map_err(|e| e.to_string()) })
+    }
+
+    fn tune(&self, taste: u64) {
+        self.0.set_tunables(tunables(taste));
     }
 
     fn flush(&self) -> Outcome<()> {

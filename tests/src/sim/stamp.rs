@@ -29,13 +29,22 @@ pub fn fill(data: &mut [u8], first: Sector, write: WriteId) {
     }
 }
 
-/// Which write filled a sector.
+/// What a sector shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// What a write filled it with.
+    Of(WriteId),
+    /// What any discard leaves.
+    Zeros,
+}
+
+/// Who filled a sector.
 ///
 /// # Errors
-/// What is wrong when none did.
-pub fn decode(bytes: &[u8], sector: Sector) -> Result<WriteId, String> {
+/// What is wrong when nobody can have.
+pub fn decode(bytes: &[u8], sector: Sector) -> Result<Content, String> {
     if bytes.iter().all(|&byte| byte == 0) {
-        return Err("holds zeros".into());
+        return Ok(Content::Zeros);
     }
     let first = &bytes[..STAMP_BYTES];
     let found = (LittleEndian::read_u64(&first[..8]), WriteId(LittleEndian::read_u64(&first[8..])));
@@ -43,7 +52,7 @@ pub fn decode(bytes: &[u8], sector: Sector) -> Result<WriteId, String> {
         return Err(format!("is torn at byte {}", at * STAMP_BYTES));
     }
     match found {
-        (address, write) if address == MARK | sector.0 => Ok(write),
+        (address, write) if address == MARK | sector.0 => Ok(Content::Of(write)),
         (address, write) if address & MARK == MARK => {
             Err(format!("holds sector {} of {write}", address & !MARK))
         }

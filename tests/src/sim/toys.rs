@@ -199,6 +199,17 @@ impl Volume for Handle {
         Box::pin(std::future::ready(Ok(())))
     }
 
+    fn write_fua(&self, sector: Sector, data: Vec<u8>) -> Outcome<()> {
+        let (written, flushed) = (self.write(sector, data), self.flush());
+        Box::pin(async move { written.await.and(flushed.await) })
+    }
+
+    fn discard(&self, sector: Sector, count: u64) -> Outcome<()> {
+        self.write_fua(sector, vec![0; to_usize(count) * SECTOR_BYTES])
+    }
+
+    fn tune(&self, _taste: u64) {}
+
     fn flush(&self) -> Outcome<()> {
         let toy = self.0.clone();
         Box::pin(async move { toy.store_all().await })

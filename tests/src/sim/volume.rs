@@ -17,10 +17,16 @@ pub trait Volume: Send + Sync {
     fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf>;
     /// Writes.
     fn write(&self, sector: Sector, data: Vec<u8>) -> Outcome<()>;
+    /// Writes, and makes that durable before it is acknowledged.
+    fn write_fua(&self, sector: Sector, data: Vec<u8>) -> Outcome<()>;
+    /// Makes so many sectors read as zeros, durably.
+    fn discard(&self, sector: Sector, count: u64) -> Outcome<()>;
     /// Makes acknowledged writes durable.
     fn flush(&self) -> Outcome<()>;
     /// Brings the backing device up to date.
     fn drain(&self) -> Outcome<()>;
+    /// Changes its settings, as a random number decides.
+    fn tune(&self, taste: u64);
     /// Flushes, and ends the background tasks.
     fn close(&self) -> Outcome<()>;
 }

@@ -279,7 +279,7 @@ pub(crate) fn difference(got: &[u8], want: &[u8]) -> Result<(), String> {
     let sectors = (0..).zip(got.chunks(SECTOR_BYTES).zip(want.chunks(SECTOR_BYTES)));
     let wrong: Vec<_> = sectors.filter(|(_, (got, want))| got != want).collect();
     let Some(&(sector, (got, want))) = wrong.first() else { return Ok(()) };
-    let content = |bytes| decode(bytes, Sector(sector)).map_or_else(|e| e, |write| write.to_string());
+    let content = |bytes| decode(bytes, Sector(sector)).map_or_else(|e| e, |content| format!("{content:?}"));
     Err(format!(
         "{} sectors differ; the first is {sector}: {}, not {}",
         wrong.len(),

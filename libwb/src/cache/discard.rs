@@ -1,0 +1,152 @@
+//! The way of a discard. The range reads as zeros afterwards, and that survives a power cut.
+//!
+//! The log has no entry for "nothing here". So where it holds dirty data of the range, zeros are written on top of it,
+//! through the log; what it holds clean is forgotten; and the backing device gives up the whole range. It does so
+//! only when everything written before is durable, for its state must not be ahead of the log's; and it is flushed
+//! before the discard is acknowledged, for the log's must not be ahead of its. Writes to the range wait meanwhile:
+//! one that was written back in the midst of it would be lost.
+
+use super::state::{State, Wait};
+use super::{Cache, CacheError, Inner};
+use crate::device::{DeviceError, Operation};
+use crate::format::{
+    BLOCK_BYTES, BlockNo, DirtyBits, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, to_u64, to_usize,
+};
+use crate::planted::Bug;
+use nix::errno::Errno;
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+/// Blocks that are looked up in one visit to the state.
+const VISIT: u64 = 4096;
+const ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
+
+/// Keeps writes off a range of blocks.
+struct Fence<'a> {
+    inner: &'a Inner,
+    blocks: Range<BlockNo>,
+}
+
+impl<'a> Fence<'a> {
+    fn new(inner: &'a Inner, blocks: Range<BlockNo>) -> Fence<'a> {
+        inner.lock().fenced.push(blocks.clone());
+        Fence { inner, blocks }
+    }
+}
+
+impl Drop for Fence<'_> {
+    fn drop(&mut self) {
+        let mut state = self.inner.lock();
+        if let Some(nth) = state.fenced.iter().position(|blocks| *blocks == self.blocks) {
+            state.fenced.swap_remove(nth);
+        }
+        drop(state);
+        self.inner.events.changed.notify(usize::MAX);
+    }
+}
+
+impl Cache {
+    /// Makes `length` bytes from `sector` on read as zeros, and gives up their space. Durable when it returns.
+    ///
+    /// # Errors
+    /// When the backing device cannot discard (its [`CacheError::errno`] is `EOPNOTSUPP` then), the range is not
+    /// within the volume, the cache is being closed, or a device fails. Parts may have been discarded.
+    pub async fn discard(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
+        let inner = &self.inner;
+        inner.check_range(sector, length)?;
+        if inner.cannot_discard.load(Ordering::Relaxed) {
+            return Err(inner.no_discard(sector, length).into());
+        }
+        let end = Sector(sector.0 + length / to_u64(SECTOR_BYTES));
+        let first = BlockNo(sector.0.div_ceil(SECTORS_PER_BLOCK));
+        let blocks = first..first.max(end.block());
+        // What is no whole block goes the way of a write.
+        let head = end.min(blocks.start.sector());
+        let tail = head.max(blocks.end.sector());
+        for (from, to) in [(sector, head), (tail, end)] {
+            if from < to {
+                self.write(from, &ZEROS[..to_usize(to.0 - from.0) * SECTOR_BYTES]).await?;
+            }
+        }
+        if blocks.is_empty() {
+            return self.flush().await;
+        }
+        let _fence = Fence::new(inner, blocks.clone());
+        inner.cover(&blocks).await?;
+        if !inner.planted.has(Bug::DiscardAheadOfLog) {
+            self.flush().await?;
+        }
+        let bytes = (blocks.end.0 - blocks.start.0) * to_u64(BLOCK_BYTES);
+        let discarded = inner.backing.discard(blocks.start.bytes(), bytes).await;
+        if discarded.as_ref().is_err_and(|error| error.cause == Errno::EOPNOTSUPP) {
+            inner.cannot_discard.store(true, Ordering::Relaxed);
+        }
+        discarded?;
+        inner.counters.discarded_bytes.add(bytes);
+        if inner.planted.has(Bug::DiscardNotFlushed) {
+            return Ok(());
+        }
+        Ok(inner.backing.flush().await?)
+    }
+}
+
+impl Inner {
+    /// Makes the log hold nothing of some blocks but zeros.
+    async fn cover(&self, blocks: &Range<BlockNo>) -> Result<(), CacheError> {
+        let mut next = blocks.start;
+        while next < blocks.end {
+            let visited = next..BlockNo(blocks.end.0.min(next.0 + VISIT));
+            let (reached, covered) = self.noticing(self.lock(), |state| state.cover(visited));
+            next = reached;
+            match covered {
+                Ok(()) => {}
+                Err(wait) => {
+                    self.lock().check_open()?;
+                    self.wait_for(wait).await;
+                }
+            }
+        }
+        self.lock().check_open()
+    }
+
+    fn no_discard(&self, sector: Sector, length: u64) -> DeviceError {
+        DeviceError {
+            device: self.backing.name().clone(),
+            operation: Operation::Discard,
+            offset: sector.bytes(),
+            length,
+            cause: Errno::EOPNOTSUPP,
+        }
+    }
+}
+
+impl State {
+    /// Whether a discard of this block is under way.
+    pub(super) fn is_fenced(&self, block: BlockNo) -> bool {
+        self.fenced.iter().any(|blocks| blocks.contains(&block)) && !self.planted.has(Bug::FenceIgnored)
+    }
+
+    /// Zeros over what is dirty of some blocks, and forgets what is clean. Returns the block it has come to.
+    fn cover(&mut self, blocks: Range<BlockNo>) -> (BlockNo, Result<(), Wait>) {
+        for block in (blocks.start.0..blocks.end.0).map(BlockNo) {
+            let Some(old) = self.index.get(block) else { continue };
+            if !self.is_dirty(old.place, old.dirty) {
+                self.index.remove(block);
+                continue;
+            }
+            if self.planted.has(Bug::DiscardLeavesDirty) {
+                continue;
+            }
+            if let Some(data) = self.overwrite(old.place, old.dirty, DirtyBits::ALL) {
+                data.fill(0);
+                continue;
+            }
+            match self.take_place(block, DirtyBits::ALL) {
+                Ok(data) => data.fill(0),
+                Err(wait) => return (block, Err(wait)),
+            }
+        }
+        self.seal_if_full();
+        (blocks.end, Ok(()))
+    }
+}

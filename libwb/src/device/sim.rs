@@ -140,7 +140,7 @@ impl SimDevice {
                 disk.settle(&mut state.rng);
                 disk
             }
-            Crash::PowerCut => Disk::new(disk.power_cut(&mut state.rng)),
+            Crash::PowerCut => disk.power_cut(&mut state.rng),
         };
         SimDevice::with_disk(&self.inner.runtime, self.inner.name.clone(), disk, self.block_size)
     }

@@ -148,7 +148,7 @@ pub fn encode_header(
     let mut sum = Checksum::default().append(&block[HEADER_CHECKSUM_START..]);
     for (metablock, data) in metablocks.iter().zip(data.chunks(BLOCK_BYTES)) {
         sum = match metablock.crc {
-            Some(crc) => sum.append_crc(crc, BLOCK_BYTES),
+            Some(crc) => sum.append_block_crc(crc),
             None => sum.append(data),
         };
     }

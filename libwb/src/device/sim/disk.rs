@@ -209,14 +209,18 @@ impl Disk {
         }
     }
 
-    /// What a power cut leaves: for each sector the durable content or any of the versions since.
-    pub(super) fn power_cut(mut self, rng: &mut Rng) -> Vec<u8> {
+    /// The disk that a power cut leaves: each sector holds the durable content or any of the versions since.
+    pub(super) fn power_cut(mut self, rng: &mut Rng) -> Disk {
         let torn: BTreeMap<RequestId, Keep> =
             self.in_flight.iter().map(|(&id, request)| (id, Keep::torn(rng, request))).collect();
         self.take_in_all();
         let mut keep = self.kept(rng);
         keep.extend(torn);
-        self.image(|version, sector| keep[&version.request].keeps(rng, sector * SECTOR_BYTES))
+        let mut media = std::mem::take(&mut self.durable);
+        self.overlay(&mut media, |version, sector| keep[&version.request].keeps(rng, sector * SECTOR_BYTES));
+        self.visible.copy_from_slice(&media);
+        self.versions.iter_mut().for_each(Vec::clear);
+        Disk { visible: self.visible, durable: media, versions: self.versions, ..Disk::new(Vec::new()) }
     }
 
     /// Takes in all that is under way.
@@ -229,14 +233,19 @@ impl Disk {
     }
 
     /// What is left when of all that is not durable only the versions survive that are to be kept.
-    fn image(&self, mut keeps: impl FnMut(&Version, usize) -> bool) -> Vec<u8> {
+    fn image(&self, keeps: impl FnMut(&Version, usize) -> bool) -> Vec<u8> {
         let mut image = self.durable.clone();
+        self.overlay(&mut image, keeps);
+        image
+    }
+
+    /// Puts the newest version of each sector that is to be kept over the durable content.
+    fn overlay(&self, image: &mut [u8], mut keeps: impl FnMut(&Version, usize) -> bool) {
         for (sector, versions) in self.versions.iter().enumerate() {
             if let Some(version) = versions.iter().rev().find(|version| keeps(version, sector)) {
                 image[sector * SECTOR_BYTES..][..SECTOR_BYTES].copy_from_slice(version.bytes());
             }
         }
-        image
     }
 
     /// The requests of which something is not durable, in the order of submission.

@@ -42,6 +42,8 @@ pub enum Bug {
     DiscardLeavesDirty,
     /// A discard takes effect before earlier writes are durable.
     DiscardAheadOfLog,
+    /// Strict order takes more than one epoch at a time.
+    EpochsMixed,
     /// Writes do not wait for a discard of the same range.
     FenceIgnored,
 }

@@ -10,7 +10,7 @@ const MIB: u64 = 1 << 20;
 
 /// Bytes of disk space that a file takes.
 fn space(file: &Path) -> u64 {
-    std::fs::metadata(file).unwrap().blocks() * 512
+    std::fs::metadata(file).expect("a file").blocks() * 512
 }
 
 fn blkdiscard(device: &Path, at: u64, bytes: u64, more: &[&str]) {
@@ -20,8 +20,8 @@ fn blkdiscard(device: &Path, at: u64, bytes: u64, more: &[&str]) {
 
 /// Writes past the page cache's back.
 fn write(device: &Path, at: u64, data: &[u8]) {
-    let file = File::options().write(true).open(device).unwrap();
-    file.write_all_at(data, at).and_then(|()| file.sync_all()).unwrap();
+    let file = File::options().write(true).open(device).expect("a device");
+    file.write_all_at(data, at).and_then(|()| file.sync_all()).expect("a write");
 }
 
 /// A filesystem in memory whose files cannot have holes punched.
@@ -30,7 +30,7 @@ struct Ramfs(PathBuf);
 impl Ramfs {
     fn new(volume: &Volume) -> Ramfs {
         let on = volume.path("ramfs");
-        std::fs::create_dir(&on).unwrap();
+        std::fs::create_dir(&on).expect("a new folder");
         succeeds(Command::new("mount").args(["-t", "ramfs", "wb-test"]).arg(&on));
         Ramfs(on)
     }

@@ -3,7 +3,7 @@
 use crate::create::parse_sector_size;
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
-use libwb::cache::Tunables;
+use libwb::cache::{TunableValue, Tunables};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write};
@@ -22,7 +22,7 @@ pub(crate) struct Volume {
     pub(crate) sector_size: Option<u32>,
     /// Tunables that differ from their defaults.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    pub(crate) tunables: BTreeMap<String, u32>,
+    pub(crate) tunables: BTreeMap<String, TunableValue>,
 }
 
 impl Volume {
@@ -74,18 +74,13 @@ impl Volume {
 }
 
 /// Reads KEY=VALUE pairs; returns what is to be recorded.
-pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, u32>> {
+pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, TunableValue>> {
     let mut tunables = Tunables::default();
     for pair in pairs {
         tunables.set_pair(pair)?;
     }
     let given = |key: &str| pairs.iter().any(|pair| pair.split_once('=').is_some_and(|(k, _)| k == key));
-    Ok(tunables
-        .pairs()
-        .into_iter()
-        .filter(|(key, _)| given(key))
-        .map(|(key, value)| (key.into(), value))
-        .collect())
+    Ok(tunables.pairs().filter(|(key, _)| given(key)).map(|(key, value)| (key.into(), value)).collect())
 }
 
 /// A TOML error without the excerpt that spreads over several lines.

@@ -7,8 +7,8 @@
 //! one that was written back in the midst of it would be lost.
 
 use super::state::{State, Wait};
-use super::{Cache, CacheError, Inner};
-use crate::device::{DeviceError, Operation};
+use super::{Cache, CacheError, Inner, WritebackOrder};
+use crate::device::{BlockDevice, DeviceError, Operation};
 use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, to_u64, to_usize,
 };
@@ -49,12 +49,14 @@ impl Cache {
     /// Makes `length` bytes from `sector` on read as zeros, and gives up their space. Durable when it returns.
     ///
     /// # Errors
-    /// When the backing device cannot discard (its [`CacheError::errno`] is `EOPNOTSUPP` then), the range is not
+    /// When the backing device cannot discard, or write-back is in strict order (the [`CacheError::errno`] is `EOPNOTSUPP` then), the range is not
     /// within the volume, the cache is being closed, or a device fails. Parts may have been discarded.
     pub async fn discard(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
         let inner = &self.inner;
         inner.check_range(sector, length)?;
-        if inner.cannot_discard.load(Ordering::Relaxed) {
+        // What the backing device discards at once would be ahead of what strict order has yet to write back.
+        let strict = inner.tunables.lock().writeback_order == WritebackOrder::Strict;
+        if strict || inner.cannot_discard.load(Ordering::Relaxed) {
             return Err(inner.no_discard(sector, length).into());
         }
         let end = Sector(sector.0 + length / to_u64(SECTOR_BYTES));

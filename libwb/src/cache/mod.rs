@@ -9,20 +9,23 @@ mod appender;
 mod discard;
 mod handover;
 mod index;
+mod meter;
 mod open;
+mod policy;
 mod read;
 mod state;
 mod status;
 #[cfg(test)]
 mod tests;
+mod throttle;
 mod tunables;
 mod write;
 mod writeback;
 
 pub use status::{Counters, Status};
-pub use tunables::{TunableError, Tunables};
+pub use tunables::{TunableError, TunableValue, Tunables, WritebackOrder};
 
-use crate::device::{Device, DeviceError, Operation};
+use crate::device::{BlockDevice, Device, DeviceError, Operation};
 use crate::format::{
     Reason, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, SuperblockExtension, to_u64,
 };
@@ -32,6 +35,7 @@ use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
 use event_listener::Event;
 use futures_util::lock::Mutex as AsyncMutex;
+use meter::Metered;
 use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 use state::State;
@@ -108,7 +112,10 @@ impl Events {
 
 struct Inner {
     cache: Device,
-    backing: Device,
+    /// The backing device, as requests use it.
+    backing: Metered,
+    /// The same, as write-back uses it.
+    writeback_device: Metered,
     runtime: Arc<dyn Runtime>,
     tunables: Mutex<Tunables>,
     state: Mutex<State>,
@@ -179,6 +186,17 @@ impl Cache {
         self.inner.events.writeback.notify(usize::MAX);
     }
 
+    /// Writes nothing back any more, but for a drain that is asked for, and when the log is full and writes wait.
+    pub fn pause(&self) {
+        self.inner.lock().paused = true;
+    }
+
+    /// Ends a [`Cache::pause`].
+    pub fn resume(&self) {
+        self.inner.lock().paused = false;
+        self.inner.events.writeback.notify(usize::MAX);
+    }
+
     /// Makes everything that was acknowledged before survive a power cut.
     ///
     /// # Errors
@@ -189,7 +207,7 @@ impl Cache {
         self.inner.wait_durable(target).await
     }
 
-    /// Writes everything back that is dirty at the time of the call.
+    /// Writes everything back that is dirty at the time of the call. Dropped, it leaves the rest to the usual policy.
     ///
     /// # Errors
     /// When a device fails. Write-back goes on trying by itself.
@@ -197,11 +215,7 @@ impl Cache {
         let target = self.inner.seal().await?;
         // Once the newest versions are durable, older ones need not be written.
         self.inner.wait_durable(target).await?;
-        {
-            let mut state = self.inner.lock();
-            state.drain_to = state.drain_to.max(target);
-        }
-        self.inner.events.writeback.notify(usize::MAX);
+        let _drain = Drain::to(target, &self.inner);
         let failures = self.inner.counters.writeback_errors.get();
         let inner = &self.inner;
         inner
@@ -233,6 +247,29 @@ impl Cache {
     }
 }
 
+/// A drain that somebody waits for.
+struct Drain<'a> {
+    to: SegmentId,
+    inner: &'a Inner,
+}
+
+impl<'a> Drain<'a> {
+    fn to(to: SegmentId, inner: &'a Inner) -> Drain<'a> {
+        inner.lock().drains.push(to);
+        inner.events.writeback.notify(usize::MAX);
+        Drain { to, inner }
+    }
+}
+
+impl Drop for Drain<'_> {
+    fn drop(&mut self) {
+        let mut state = self.inner.lock();
+        if let Some(nth) = state.drains.iter().position(|&to| to == self.to) {
+            state.drains.swap_remove(nth);
+        }
+    }
+}
+
 impl Inner {
     /// Seals the open segment if it holds anything. Returns the segment that holds the newest data.
     async fn seal(&self) -> Result<SegmentId, CacheError> {
@@ -246,7 +283,10 @@ impl Inner {
             }
             // Somebody else may have sealed it, and may have opened the next.
             let sealed = state.last_sealed() >= target || state.seal(reason(state)).is_ok();
-            sealed.then_some(Ok(()))
+            sealed.then(|| {
+                state.end_epoch(target);
+                Ok(())
+            })
         })
         .await?;
         self.events.appender.notify(usize::MAX);

@@ -1,11 +1,12 @@
 //! Opening a cache: recovery, and what must be put right before the first request.
 
 use super::index::Index;
+use super::meter::Metered;
 use super::state::State;
 use super::status::AtomicCounters;
 use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
-use crate::device::{Device, DeviceError, IoBuf, SharedBuf};
+use crate::device::{BlockDevice, Device, DeviceError, IoBuf, SharedBuf};
 use crate::format::{
     BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId,
     SuperblockExtension, to_u64,
@@ -82,7 +83,8 @@ impl Cache {
         let recovery_time = runtime.now().saturating_sub(started);
         let inner = Arc::new(Inner {
             cache,
-            backing,
+            writeback_device: Metered::new(backing.clone(), runtime.clone()),
+            backing: Metered::new(backing, runtime.clone()),
             runtime,
             tunables: Mutex::new(tunables),
             state: Mutex::new(state),

@@ -3,7 +3,7 @@
 use super::state::State;
 use super::write::{Fragment, fragments};
 use super::{Cache, CacheError, Inner};
-use crate::device::{Device, DeviceError, IoBuf, Operation};
+use crate::device::{BlockDevice, DeviceError, IoBuf, Operation};
 use crate::format::{
     BLOCK_BYTES, DirtyBits, Place, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, Slot, crc32c, to_u64, to_usize,
 };
@@ -262,7 +262,7 @@ impl Inner {
         let end = (offset + to_u64(length)).next_multiple_of(unit);
         let whole = start == offset && end == offset + to_u64(length);
         let buf = into.filter(|_| whole).unwrap_or_else(|| IoBuf::zeroed(to_usize(end - start)));
-        read_from(&self.backing, start, buf).await.map(|data| (data, to_usize(offset - start)))
+        self.backing.read(start, buf).await.map(|data| (data, to_usize(offset - start)))
     }
 
     /// Reads neighbouring places of a slot from the cache device, and verifies their data where its CRC is known.
@@ -304,10 +304,6 @@ impl Inner {
             }),
         }
     }
-}
-
-async fn read_from(device: &Device, offset: u64, buf: IoBuf) -> Result<IoBuf, DeviceError> {
-    device.read(offset, buf).await
 }
 
 /// Splits a fragment into runs of neighbouring sectors that the cache holds, or does not.

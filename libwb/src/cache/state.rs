@@ -10,6 +10,7 @@
 //! survive a power cut; `written` ones are on the device, perhaps in its volatile cache.
 
 use super::index::Index;
+use super::throttle::Throttle;
 use crate::device::{DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, PLACES, Place, Reason, SEGMENT_BYTES, SegmentId,
@@ -65,8 +66,13 @@ pub(super) struct State {
     pub(super) written_back: SegmentId,
     /// Segments that somebody wants to be durable.
     pub(super) flush_wanted: BTreeSet<SegmentId>,
-    /// Write-back is to reach this segment, whatever the policy says.
-    pub(super) drain_to: SegmentId,
+    /// Write-back is to reach these segments, whatever the policy says.
+    pub(super) drains: Vec<SegmentId>,
+    /// Nothing is written back but for a drain, and when there is no choice.
+    pub(super) paused: bool,
+    pub(super) throttle: Throttle,
+    /// For each slot whether an epoch of the write history ends with its segment: whether a flush came after it.
+    epoch_ends: Box<[bool]>,
     /// Blocks that are being discarded. Writes to them wait.
     pub(super) fenced: Vec<Range<BlockNo>>,
     /// Reads under way on a slot, which must not be overwritten meanwhile.
@@ -101,7 +107,10 @@ impl State {
             durable: point,
             written_back,
             flush_wanted: BTreeSet::new(),
-            drain_to: SegmentId::NONE,
+            drains: Vec::new(),
+            paused: false,
+            throttle: Throttle::default(),
+            epoch_ends: vec![true; geometry.slots() as usize].into(),
             fenced: Vec::new(),
             pins: HashMap::new(),
             spare: Vec::new(),
@@ -222,6 +231,7 @@ impl State {
         }
         let Some(open) = self.open.take_if(|open| open.length > 0) else { return Ok(()) };
         let slot = self.geometry.slot_of(open.id);
+        self.epoch_ends[slot.0 as usize] = false;
         let metablock = |index| {
             let (block, dirty) =
                 self.index.at(Place { slot, index }).expect("every place up to the length was taken");
@@ -276,6 +286,22 @@ impl State {
         let clean = (0..PLACES).filter_map(|index| newest_here(Place { slot, index })).count();
         self.dirty_blocks -= crate::format::to_u64(clean);
         self.written_back = id;
+    }
+
+    /// The newest segment that a drain is to reach.
+    pub(super) fn drain_to(&self) -> SegmentId {
+        self.drains.iter().copied().max().unwrap_or_default()
+    }
+
+    /// A flush covers everything up to this segment, which is sealed.
+    pub(super) fn end_epoch(&mut self, id: SegmentId) {
+        self.epoch_ends[self.geometry.slot_of(id).0 as usize] = true;
+    }
+
+    /// Whether an epoch of the write history ends with a segment of the log. Of one from before the cache was opened
+    /// nobody knows; it counts as such, which is the safer answer.
+    pub(super) fn ends_epoch(&self, id: SegmentId) -> bool {
+        self.epoch_ends[self.geometry.slot_of(id).0 as usize]
     }
 
     /// Keeps a slot from being overwritten until it is unpinned as often.

@@ -1,7 +1,7 @@
 //! What a cache says about itself.
 
 use super::{Cache, Tunables};
-use crate::device::DeviceError;
+use crate::device::{BlockDevice, DeviceError};
 use crate::format::{SEGMENT_BYTES, SegmentId, to_u64};
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};

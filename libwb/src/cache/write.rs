@@ -71,6 +71,9 @@ impl Cache {
         self.inner.check_range(sector, to_u64(data.len()))?;
         self.inner.counters.writes.add(1);
         self.inner.counters.write_bytes.add(to_u64(data.len()));
+        if self.inner.lock().is_tight() {
+            return Ok(0);
+        }
         match self.inner.write_some(sector, data) {
             (_, Some(Stop::Error(error))) => Err(error),
             (done, _) => Ok(done),
@@ -83,6 +86,7 @@ impl Cache {
     /// When the cache is being closed or a device fails. Parts may have been written.
     pub async fn write_rest(&self, sector: Sector, data: &[u8]) -> Result<(), CacheError> {
         let inner = &self.inner;
+        inner.pace(data.len()).await;
         let mut done = 0;
         while done < data.len() {
             let at = Sector(sector.0 + to_u64(done / SECTOR_BYTES));
@@ -149,6 +153,17 @@ impl Inner {
             self.events.writeback.notify(usize::MAX);
         }
         result
+    }
+
+    /// Waits for the turn of a write of so many bytes, when the log is nearly full.
+    async fn pace(&self, length: usize) {
+        if length == 0 || !self.lock().is_tight() {
+            return;
+        }
+        let delay = self.lock().admit(self.runtime.now(), length.div_ceil(BLOCK_BYTES));
+        if !delay.is_zero() {
+            self.runtime.sleep(delay).await;
+        }
     }
 
     pub(super) async fn wait_for(&self, wait: Wait) {

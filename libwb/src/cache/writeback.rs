@@ -1,27 +1,19 @@
 //! The way back to the disk: oldest segments first, many at a time, sorted and merged.
 
-use super::Inner;
-use crate::device::{DeviceError, IoBuf};
+use super::{Inner, WritebackOrder};
+use crate::device::{BlockDevice, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, RECORD_BLOCK_OFFSET, Reason, SECTOR_BYTES, Sector,
-    SegmentId, encode_record_block, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, RECORD_BLOCK_OFFSET, SECTOR_BYTES, Sector, SegmentId,
+    encode_record_block, to_u64, to_usize,
 };
 use crate::planted::Bug;
 use futures_util::StreamExt;
-use futures_util::future::{Either, select};
 use futures_util::stream::FuturesUnordered;
-use std::sync::Arc;
-use std::time::Duration;
 
 /// The longest single write to the backing device, in sectors.
 const MAX_RUN_SECTORS: u64 = 2048;
 /// Writes to the backing device at a time. With [`MAX_RUN_SECTORS`] it bounds the memory that write-back takes.
 const DEPTH: usize = 16;
-/// After this time without a write, the log is written back though there is room.
-const IDLE: Duration = Duration::from_secs(1);
-/// The pause after the first failed batch; it doubles up to [`MAX_PAUSE`].
-const PAUSE: Duration = Duration::from_millis(100);
-const MAX_PAUSE: Duration = Duration::from_secs(10);
 
 /// A version of a block, or some sectors of it, to be written back.
 #[derive(Clone, Copy)]
@@ -45,99 +37,18 @@ impl From<DeviceError> for Stop {
     }
 }
 
-/// What write-back is to do next.
-enum Next {
-    Batch { last: SegmentId },
-    Flush,
-    Wait,
-    End,
-}
-
 impl Inner {
-    /// The background task that writes back.
-    pub(super) async fn writeback(self: Arc<Self>) {
-        let mut pause = PAUSE;
-        let mut tick = self.runtime.sleep(IDLE);
-        let mut writes_at_tick = self.counters.writes.get();
-        let mut idle = false;
-        loop {
-            let listener = self.events.writeback.listen();
-            match self.next_writeback(idle) {
-                Next::Batch { last } => match self.write_back(last).await {
-                    Ok(()) => {
-                        self.counters.writeback_succeeded();
-                        pause = PAUSE;
-                    }
-                    Err(Stop::Closing) => {}
-                    Err(Stop::Device(error)) => {
-                        tracing::warn!("write-back failed, the data stays in the cache: {error}");
-                        self.counters.writeback_failed(&error);
-                        self.events.changed.notify(usize::MAX);
-                        self.pause(pause).await;
-                        pause = (pause * 2).min(MAX_PAUSE);
-                    }
-                },
-                Next::Flush => {
-                    self.events.flusher.notify(usize::MAX);
-                    listener.await;
-                }
-                Next::Wait => match select(listener, &mut tick).await {
-                    Either::Left(_) => {}
-                    Either::Right(_) => {
-                        let writes = self.counters.writes.get();
-                        idle = writes == writes_at_tick;
-                        writes_at_tick = writes;
-                        tick = self.runtime.sleep(IDLE);
-                    }
-                },
-                Next::End => break,
-            }
-            idle &= self.counters.writes.get() == writes_at_tick;
-        }
-        self.task_ended();
-    }
-
-    /// Sleeps, but not through the end.
-    async fn pause(&self, duration: Duration) {
-        let ending = self.wait(&self.events.writeback, |state| state.stopping.then_some(()));
-        select(self.runtime.sleep(duration), std::pin::pin!(ending)).await;
-    }
-
-    fn next_writeback(&self, idle: bool) -> Next {
-        let mut state = self.lock();
-        if state.stopping || state.failure.is_some() {
-            return Next::End;
-        }
-        let half_full = state.dirty_segments() * 2 >= state.geometry.lap();
-        let draining = state.drain_to > state.written_back;
-        if !(idle || half_full || draining || state.waiting_for_slot > 0) {
-            return Next::Wait;
-        }
-        if idle && state.open.is_some() && state.seal(Reason::Idle).is_ok() {
-            self.events.appender.notify(usize::MAX);
-        }
-        let most = state.written_back.plus(u64::from(self.tunables.lock().nr_max_batched_writeback));
-        let reached = if self.planted.has(Bug::VolatileWrittenBack) { state.written } else { state.durable };
-        let last = reached.min(most);
-        if last > state.written_back {
-            return Next::Batch { last };
-        }
-        // Only what is durable may go to the backing device: a write there must not outrun the log.
-        if state.written > state.durable {
-            let written = state.written;
-            state.flush_wanted.insert(written);
-            return Next::Flush;
-        }
-        Next::Wait
-    }
-
     /// Writes back every segment up to `last`, and then lets their slots be reused.
-    async fn write_back(&self, last: SegmentId) -> Result<(), Stop> {
+    pub(super) async fn write_back(&self, last: SegmentId) -> Result<(), Stop> {
+        let started = self.runtime.now();
         let first = self.lock().written_back.next();
         let segments = (first.0..=last.0).map(SegmentId);
-        let items = segments.clone().flat_map(|id| self.items_of(id)).collect();
+        let strict = self.tunables.lock().writeback_order == WritebackOrder::Strict;
+        let items = segments.clone().flat_map(|id| self.items_of(id, strict)).collect();
         self.write_items(items).await?;
         self.write_record(last).await?;
+        let took = self.runtime.now().saturating_sub(started);
+        self.lock().throttle.measured(last.next().since(first), took);
         for id in segments {
             self.lock().segment_written_back(id);
         }
@@ -157,16 +68,18 @@ impl Inner {
     }
 
     /// What of a segment must be written back.
-    fn items_of(&self, id: SegmentId) -> Vec<Item> {
+    fn items_of(&self, id: SegmentId, strict: bool) -> Vec<Item> {
         let state = self.lock();
         let slot = state.geometry.slot_of(id);
         let item = |index| {
             let place = Place { slot, index };
             let (block, sectors) = state.index.at(place).filter(|(_, dirty)| !dirty.is_clean())?;
             let newest = state.index.get(block)?.place;
-            // A newer version carries all that this one does. But until it is durable, a power cut may undo it.
-            let kept = state.id_of(newest.slot) <= state.durable || self.planted.has(Bug::SupersededLeftOut);
-            let superseded = newest != place && kept;
+            // A newer version carries all that this one does. But until it is durable, a power cut may undo it; and in
+            // strict order it is not its turn.
+            let durable =
+                state.id_of(newest.slot) <= state.durable || self.planted.has(Bug::SupersededLeftOut);
+            let superseded = newest != place && durable && !strict;
             (!superseded).then_some(Item { block, id, place, sectors })
         };
         (0..PLACES).filter_map(item).collect()
@@ -177,7 +90,7 @@ impl Inner {
         if items.is_empty() {
             return Ok(());
         }
-        let runs = runs(&pieces(items), u64::from(self.backing.block_size()));
+        let runs = runs(&pieces(items), u64::from(self.writeback_device.block_size()));
         let mut runs = runs.into_iter();
         let mut writes = FuturesUnordered::new();
         let mut result = Ok(());
@@ -198,7 +111,7 @@ impl Inner {
         if self.planted.has(Bug::BackingNotFlushed) {
             return Ok(());
         }
-        Ok(self.backing.flush().await?)
+        Ok(self.writeback_device.flush().await?)
     }
 
     async fn write_run(&self, run: Run) -> Result<(), Stop> {
@@ -209,7 +122,7 @@ impl Inner {
         let length = to_usize((run.end.0 - run.start.0) * to_u64(SECTOR_BYTES));
         let mut buf = IoBuf::zeroed(length);
         if run.has_gaps {
-            buf = self.backing.read(offset, buf).await?;
+            buf = self.writeback_device.read(offset, buf).await?;
         }
         let mut reads: FuturesUnordered<_> = loads(&run.pieces)
             .into_iter()
@@ -226,7 +139,7 @@ impl Inner {
             buf[to..to + bytes].copy_from_slice(&data[from..from + bytes]);
         }
         drop(reads);
-        self.backing.write(offset, buf.into()).await?;
+        self.writeback_device.write(offset, buf.into()).await?;
         self.counters.written_back_bytes.add(to_u64(length));
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! A client sends one request and reads replies until one that ends the exchange: anything but
 //! [`Reply::Progress`].
 
-use crate::cache::Status;
+use crate::cache::{Status, TunableValue};
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -108,7 +108,7 @@ pub struct LiveStatus {
     /// How long recovery took, in seconds.
     pub recovery_seconds: f64,
     /// Tunables by name.
-    pub tunables: BTreeMap<String, u32>,
+    pub tunables: BTreeMap<String, TunableValue>,
     /// What has happened since the volume was attached, by name.
     pub counters: BTreeMap<String, u64>,
 }
@@ -144,7 +144,7 @@ impl LiveStatus {
             failure: status.failure.clone(),
             writeback_error: status.writeback_error.clone(),
             recovery_seconds: status.recovery_time.as_secs_f64(),
-            tunables: status.tunables.pairs().into_iter().map(|(key, value)| (key.into(), value)).collect(),
+            tunables: status.tunables.pairs().map(|(key, value)| (key.into(), value)).collect(),
             counters: counters.into_iter().map(|(key, value)| (key.into(), value)).collect(),
         }
     }

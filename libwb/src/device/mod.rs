@@ -18,6 +18,7 @@ use futures_util::future::BoxFuture;
 use nix::errno::Errno;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// An operation on a block device, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +93,11 @@ pub trait BlockDevice: Send + Sync + 'static {
 
     /// The unit of its I/O in bytes: 512 or a larger power of two, at most 4096.
     fn block_size(&self) -> u32;
+
+    /// For how long it was busy since the system started, whoever used it; none where nobody knows.
+    fn busy(&self) -> Option<Duration> {
+        None
+    }
 
     /// Fills the whole buffer from `offset` on.
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf>;

@@ -100,6 +100,8 @@ pub struct Opened {
     pub identity: Identity,
     /// What tells it from others wherever it is plugged in, for a block device that has such a thing; else empty.
     pub identity_text: String,
+    /// Where the system keeps its statistics, for a block device.
+    pub stat: Option<PathBuf>,
 }
 
 /// Opens a block device or a regular file for direct I/O.
@@ -151,9 +153,11 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
         Errno::EWOULDBLOCK => OpenError::InUse { path: path.into() },
         cause => system(cause.into()),
     })?;
-    let identity_text = if is_block { identity_text(meta.rdev()) } else { String::new() };
+    let sysfs = is_block.then(|| sysfs_folder(meta.rdev()));
+    let identity_text = sysfs.as_deref().map_or_else(String::new, identity_text);
+    let stat = sysfs.map(|folder| folder.join("stat"));
     let identity = Identity::of(&meta);
-    Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text })
+    Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
 }
 
 /// Which device a path leads to, without opening it.
@@ -169,14 +173,14 @@ fn direct_io_fits_sectors(file: &File) -> bool {
     sys::direct_io_alignment(file).is_none_or(|n| n > 0 && to_u64(SECTOR_BYTES).is_multiple_of(u64::from(n)))
 }
 
+fn sysfs_folder(number: u64) -> PathBuf {
+    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
+}
+
 /// A block device's own identity as sysfs has it: of a device-mapper or MD device its UUID, of a disk its world-wide
 /// name or serial number, of a partition its disk's with the number of the partition.
-fn identity_text(number: u64) -> String {
-    let dir = PathBuf::from(format!(
-        "/sys/dev/block/{}:{}",
-        nix::sys::stat::major(number),
-        nix::sys::stat::minor(number)
-    ));
+fn identity_text(dir: &Path) -> String {
     let read = |file: &str| {
         let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();
         Some(text.trim().to_string()).filter(|text| !text.is_empty())

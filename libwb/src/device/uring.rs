@@ -6,7 +6,9 @@ use crate::format::to_u64;
 use crate::reactor::{Handle, OpKind};
 use nix::errno::Errno;
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A file or a block device, opened by [`super::probe::open`].
 pub struct UringDevice {
@@ -16,6 +18,8 @@ pub struct UringDevice {
     size: u64,
     block_size: u32,
     identity: String,
+    /// Where the system counts the time during which a block device is busy.
+    stat: Option<PathBuf>,
 }
 
 impl UringDevice {
@@ -27,6 +31,7 @@ impl UringDevice {
             size: opened.size,
             block_size: opened.block_size,
             identity: opened.identity_text,
+            stat: opened.stat,
             file: Arc::new(opened.file),
         }
     }
@@ -72,6 +77,12 @@ impl BlockDevice for UringDevice {
 
     fn block_size(&self) -> u32 {
         self.block_size
+    }
+
+    fn busy(&self) -> Option<Duration> {
+        // Documentation/block/stat.rst of the kernel: the tenth field is milliseconds.
+        let text = std::fs::read_to_string(self.stat.as_ref()?).ok()?;
+        text.split_whitespace().nth(9)?.parse().ok().map(Duration::from_millis)
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {

@@ -2,7 +2,7 @@
 
 use super::oracle::Oracle;
 use super::stamp;
-use super::volume::Volume;
+use super::volume::{Taste, Volume};
 use fastrand::Rng;
 use libwb::device::IoBuf;
 use libwb::device::sim::SimRuntime;
@@ -45,6 +45,11 @@ pub struct Habits {
 }
 
 impl Habits {
+    /// In strict order, discards are refused.
+    pub fn discard_nothing(&mut self) {
+        self.discards = 0;
+    }
+
     /// Whether anything is discarded.
     pub fn discards(&self) -> bool {
         self.discards > 0
@@ -84,6 +89,8 @@ pub struct Client {
     pub habits: Habits,
     /// Whether operations may fail.
     pub faulty: bool,
+    /// Whether write-back is in strict order.
+    pub strict: bool,
 }
 
 impl Client {
@@ -97,7 +104,7 @@ impl Client {
             }
             let habits = self.habits.clone();
             if self.rng.u32(..1000) < habits.tunes {
-                self.volume.tune(self.rng.u64(..));
+                self.volume.tune(Taste { number: self.rng.u64(..), strict: self.strict });
             }
             if self.rng.u32(..1000) < habits.drains {
                 self.flush(true).await;

@@ -3,7 +3,7 @@
 use super::clients::{Client, Habits};
 use super::oracle::Oracle;
 use super::stamp::{self, WriteId};
-use super::volume::{Engine, Volume};
+use super::volume::{Engine, Taste, Volume};
 use fastrand::Rng;
 use futures_channel::oneshot;
 use libwb::device::sim::{Crash, Faults, SimDevice, SimRuntime, Simulation, Stop};
@@ -93,6 +93,8 @@ struct Course<'a> {
     /// Whether the superblock record is lost now and then. The kernel module hardly ever writes it, and the log must
     /// be recovered without.
     forgetful: bool,
+    /// Whether write-back is in strict order.
+    strict: bool,
     /// The worst crash since the volume was last looked at.
     crashed: Option<Crash>,
     crashes: u32,
@@ -127,21 +129,28 @@ impl<'a> Course<'a> {
         backing.set_slowness(slowness);
         let faulty = rng.u32(..5) == 0;
         let forgetful = !extended && rng.u32(..4) == 0;
+        let strict = rng.u32(..6) == 0;
+        let mut oracle = Oracle::new(sectors);
+        if strict {
+            oracle.keep_ledger();
+        }
         let settings = format!(
             "{segments} segments, extended: {extended}, {sectors} sectors, block sizes {cache_block_size} and {block_size}, \
-             backing device {slowness} times slower, faulty: {faulty}, forgetful: {forgetful}"
+             backing device {slowness} times slower, faulty: {faulty}, \
+             forgetful: {forgetful}, strict: {strict}"
         );
         Course {
             engine,
             simulation,
             rng,
-            oracle: Arc::new(Mutex::new(Oracle::new(sectors))),
+            oracle: Arc::new(Mutex::new(oracle)),
             cache: Arc::new(cache),
             backing: Arc::new(backing),
             unit,
             faulty,
             extended,
             forgetful,
+            strict,
             crashed: None,
             crashes: 0,
             settings,
@@ -185,7 +194,7 @@ impl<'a> Course<'a> {
 
     fn open(&mut self) -> Result<Life<Arc<dyn Volume>>, String> {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
-        let taste = self.rng.u64(..);
+        let taste = Taste { number: self.rng.u64(..), strict: self.strict };
         let opening = self.engine.open(cache, backing, Arc::new(self.runtime().clone()), taste);
         Ok(match self.finish("opening", opening)? {
             Life::Goes(Ok(volume)) => Life::Goes(volume),
@@ -223,7 +232,10 @@ impl<'a> Course<'a> {
 
     /// Lets clients loose on the volume.
     fn work(&mut self, volume: &Arc<dyn Volume>) -> Result<Life<()>, String> {
-        let habits = Habits::any(&mut self.rng, self.unit);
+        let mut habits = Habits::any(&mut self.rng, self.unit);
+        if self.strict {
+            habits.discard_nothing();
+        }
         // What a discard has made the log forget, only the record keeps from coming back.
         self.forgetful &= !habits.discards();
         let clients = self.rng.u32(1..=8);
@@ -237,6 +249,7 @@ impl<'a> Course<'a> {
                 rng: self.rng.fork(),
                 habits: habits.clone(),
                 faulty: self.faulty,
+                strict: self.strict,
             };
             let (done, end) = oneshot::channel();
             let operations = self.rng.u32(1..=operations);
@@ -311,13 +324,22 @@ impl<'a> Course<'a> {
     /// Drops all tasks, and leaves the devices as a crash, or the end of a process, does.
     fn end_process(&mut self, crash: Crash) {
         self.simulation.kill_tasks();
+        self.judge_backing_alone();
         self.cache = Arc::new(self.cache.crash(crash));
         self.backing = Arc::new(self.backing.crash(crash));
+        self.judge_backing_alone();
         if crash == Crash::PowerCut && self.forgetful && self.rng.bool() {
             self.oracle.lock().note("the superblock record is lost");
             let mut content = self.cache.content();
             content[to_usize(RECORD_BLOCK_OFFSET)..][..BLOCK_BYTES].fill(0);
             self.cache = Arc::new(SimDevice::new(self.runtime(), "cache", content, self.cache.block_size()));
+        }
+    }
+
+    /// In strict order, the backing device must do if the cache device is lost at this moment.
+    fn judge_backing_alone(&self) {
+        if self.strict {
+            self.oracle.lock().backing_alone(&self.backing.content());
         }
     }
 

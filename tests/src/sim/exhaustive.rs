@@ -7,7 +7,7 @@
 use super::course::{fresh_backing, fresh_cache};
 use super::oracle::Oracle;
 use super::stamp;
-use super::volume::{Engine, Outcome, Volume};
+use super::volume::{Engine, Outcome, Taste, Volume};
 use fastrand::Rng;
 use futures_util::FutureExt;
 use libwb::device::sim::{SimDevice, Simulation, Snapshot};
@@ -239,7 +239,8 @@ fn recover(engine: &dyn Engine, [cache, backing]: [Vec<u8>; 2]) -> Result<Vec<u8
     let simulation = Simulation::new(1);
     let backing = Arc::new(MemDevice::with_content("backing", backing));
     let cache: Device = Arc::new(MemDevice::with_content("cache", cache));
-    let opening = engine.open(cache, backing.clone(), Arc::new(simulation.runtime().clone()), 0);
+    let opening =
+        engine.open(cache, backing.clone(), Arc::new(simulation.runtime().clone()), Taste::default());
     let recovering = async {
         let volume = opening.await?;
         let data = volume.read(Sector(0), IoBuf::zeroed(to_usize(volume.size()))).await?;
@@ -297,7 +298,7 @@ impl Run {
         self.simulation.runtime().observe(move || explorer.crash_now(&devices));
         let [cache, backing] = self.devices.clone();
         let runtime = Arc::new(self.simulation.runtime().clone());
-        self.finish(self.explorer.engine.open(cache, backing, runtime, 0))
+        self.finish(self.explorer.engine.open(cache, backing, runtime, Taste::default()))
     }
 
     fn end(&self, volume: Arc<dyn Volume>) {

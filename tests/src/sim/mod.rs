@@ -4,6 +4,7 @@
 pub mod clients;
 pub mod course;
 pub mod exhaustive;
+pub mod ledger;
 pub mod oracle;
 pub mod real;
 pub mod stamp;

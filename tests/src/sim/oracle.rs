@@ -16,6 +16,7 @@
 //! After a power cut what was recovered lies on the media, and becomes the state from the start. After the death
 //! of the process alone it may still be lost down to the last flush, but what was not recovered never comes back.
 
+use super::ledger::Ledger;
 use super::stamp::{self, Content, WriteId};
 use libwb::device::sim::Crash;
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
@@ -74,6 +75,8 @@ pub struct Oracle {
     writes: u64,
     /// When the reads under way began.
     reads: BTreeSet<Moment>,
+    /// Kept where the backing device alone is judged as well.
+    ledger: Option<Ledger>,
     /// The first violation.
     failure: Option<String>,
 }
@@ -98,7 +101,20 @@ impl Oracle {
             events: Vec::new(),
             writes: 0,
             reads: BTreeSet::new(),
+            ledger: None,
             failure: None,
+        }
+    }
+
+    /// From now on, the backing device alone can be judged, too.
+    pub fn keep_ledger(&mut self) {
+        self.ledger = Some(Ledger::new(to_u64(self.sectors.len())));
+    }
+
+    /// Judges what the backing device alone holds at this moment.
+    pub fn backing_alone(&mut self, data: &[u8]) {
+        if let Some(Err(text)) = self.ledger.as_ref().map(|ledger| ledger.check(data)) {
+            self.fail(&text);
         }
     }
 
@@ -160,6 +176,9 @@ impl Oracle {
         for sector in range.clone() {
             self.sectors[to_usize(sector)].push(version);
         }
+        if let Some(ledger) = &mut self.ledger {
+            ledger.begins(write, range.clone(), submitted);
+        }
         let what = if zeros { "discard" } else { "write" };
         self.events.push((submitted, Event::Submit(write, what, range)));
         write
@@ -180,6 +199,9 @@ impl Oracle {
     pub fn write_ends(&mut self, write: WriteId, first: Sector, count: u64, acknowledged: bool) {
         let now = self.tick();
         let range = first.0..first.0 + count;
+        if let Some(ledger) = self.ledger.as_mut().filter(|_| acknowledged) {
+            ledger.ends(write, range.clone(), now);
+        }
         for sector in range.clone() {
             let versions = &mut self.sectors[to_usize(sector)];
             let Some(version) = versions.iter_mut().find(|version| version.write == write) else { continue };
@@ -221,6 +243,9 @@ impl Oracle {
         let now = self.tick();
         if acknowledged {
             self.flushed = self.flushed.max(began);
+            if let Some(ledger) = &mut self.ledger {
+                ledger.flushed(began, now);
+            }
         }
         self.events.push((now, Event::Flush(what, began, acknowledged)));
     }
@@ -325,7 +350,10 @@ impl Oracle {
     fn start_from(&mut self, crash: Crash, shown: &[Version]) {
         let now = self.tick();
         self.reads.clear();
-        for (versions, &version) in self.sectors.iter_mut().zip(shown) {
+        for ((sector, versions), &version) in (0..).zip(&mut self.sectors).zip(shown) {
+            if let Some(ledger) = &mut self.ledger {
+                ledger.recovered(sector, version.write, now);
+            }
             let mut version = version;
             version.acknowledged = version.acknowledged.min(now);
             version.effective = version.acknowledged;

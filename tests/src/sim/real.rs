@@ -1,8 +1,8 @@
 //! The engine itself, with tunables that a seed chooses.
 
-use super::volume::{Engine, Outcome, Volume};
+use super::volume::{Engine, Outcome, Taste, Volume};
 use fastrand::Rng;
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, Tunables, WritebackOrder};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{SECTOR_BYTES, Sector, to_u64};
 use libwb::planted::{Bug, Planted};
@@ -28,7 +28,7 @@ impl Engine for WriteCache {
         cache: Device,
         backing: Device,
         runtime: Arc<dyn Runtime>,
-        taste: u64,
+        taste: Taste,
     ) -> Outcome<Arc<dyn Volume>> {
         let tunables = tunables(taste);
         let planted = self.planted;
@@ -39,9 +39,14 @@ impl Engine for WriteCache {
     }
 }
 
-fn tunables(taste: u64) -> Tunables {
-    let mut rng = Rng::with_seed(taste);
-    Tunables { nr_max_batched_writeback: rng.choice([1, 2, 4, 32]).unwrap_or(32) }
+fn tunables(taste: Taste) -> Tunables {
+    let mut rng = Rng::with_seed(taste.number);
+    Tunables {
+        nr_max_batched_writeback: rng.choice([1, 2, 4, 32]).unwrap_or(32),
+        writeback_threshold: rng.choice([0, 70, 70, 100]).unwrap_or(70),
+        sync_data_interval: rng.choice([0, 0, 1, 5]).unwrap_or(0),
+        writeback_order: if taste.strict { WritebackOrder::Strict } else { WritebackOrder::Sorted },
+    }
 }
 
 struct Open(Cache);
@@ -72,7 +77,12 @@ impl Volume for Open {
         Box::pin(async move { cache.discard(sector, length).await.map_err(|e| e.to_string()) })
     }
 
-    fn tune(&self, taste: u64) {
+    fn tune(&self, taste: Taste) {
+        if taste.number.is_multiple_of(8) {
+            self.0.pause();
+        } else {
+            self.0.resume();
+        }
         self.0.set_tunables(tunables(taste));
     }
 

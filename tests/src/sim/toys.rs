@@ -4,7 +4,7 @@
 //! A toy keeps acknowledged writes in a queue in memory and brings them to the backing device one by one, each with
 //! a flush of its own. A power cut so leaves a prefix. It does not use the cache device.
 
-use super::volume::{Engine, Outcome, Volume};
+use super::volume::{Engine, Outcome, Taste, Volume};
 use futures_util::lock::Mutex as AsyncMutex;
 use libwb::device::{Device, IoBuf};
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
@@ -47,7 +47,7 @@ impl Engine for Toy {
         _cache: Device,
         backing: Device,
         runtime: Arc<dyn Runtime>,
-        _taste: u64,
+        _taste: Taste,
     ) -> Outcome<Arc<dyn Volume>> {
         let toy = Arc::new(ToyVolume {
             flaw: self.0,
@@ -208,7 +208,7 @@ impl Volume for Handle {
         self.write_fua(sector, vec![0; to_usize(count) * SECTOR_BYTES])
     }
 
-    fn tune(&self, _taste: u64) {}
+    fn tune(&self, _taste: Taste) {}
 
     fn flush(&self) -> Outcome<()> {
         let toy = self.0.clone();

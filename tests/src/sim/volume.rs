@@ -9,6 +9,15 @@ use std::sync::Arc;
 /// The outcome of an operation; errors are text, since the simulator only reports them.
 pub type Outcome<T> = BoxFuture<'static, Result<T, String>>;
 
+/// What to choose settings by.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Taste {
+    /// A random number.
+    pub number: u64,
+    /// Whether write-back is to be in strict order.
+    pub strict: bool,
+}
+
 /// An open volume.
 pub trait Volume: Send + Sync {
     /// Its size in bytes.
@@ -25,20 +34,20 @@ pub trait Volume: Send + Sync {
     fn flush(&self) -> Outcome<()>;
     /// Brings the backing device up to date.
     fn drain(&self) -> Outcome<()>;
-    /// Changes its settings, as a random number decides.
-    fn tune(&self, taste: u64);
+    /// Changes its settings.
+    fn tune(&self, taste: Taste);
     /// Flushes, and ends the background tasks.
     fn close(&self) -> Outcome<()>;
 }
 
 /// Something that opens volumes.
 pub trait Engine: Send + Sync {
-    /// Opens a volume, recovering it if need be. `taste` is a random number to choose settings by.
+    /// Opens a volume, recovering it if need be.
     fn open(
         &self,
         cache: Device,
         backing: Device,
         runtime: Arc<dyn Runtime>,
-        taste: u64,
+        taste: Taste,
     ) -> Outcome<Arc<dyn Volume>>;
 }

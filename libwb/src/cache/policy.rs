@@ -1,0 +1,202 @@
+//! When to write back, and how much.
+
+use super::state::State;
+use super::writeback::Stop;
+use super::{Inner, WritebackOrder};
+use crate::device::BlockDevice;
+use crate::format::{Reason, SegmentId};
+use crate::planted::Bug;
+use futures_util::future::{BoxFuture, Either, select};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often the load is looked at. After this time without a write, the log is written back though there is room.
+const PERIOD: Duration = Duration::from_secs(1);
+/// A batch is at most this part of the log, one in so many segments: its slots come free all at once.
+const BATCH_OF_LOG: u64 = 8;
+/// But it need not be smaller than this.
+const SMALL_BATCH: u64 = 8;
+/// The log is written back, whatever the load, when less than this part of the slots is free: one in so many.
+const URGENT: u64 = 8;
+/// The pause after the first failed batch; it doubles up to [`MAX_PAUSE`].
+const PAUSE: Duration = Duration::from_millis(100);
+const MAX_PAUSE: Duration = Duration::from_secs(10);
+
+/// What write-back is to do next.
+enum Next {
+    Batch { last: SegmentId },
+    Flush,
+    Wait,
+    End,
+}
+
+/// What was seen in the last period.
+struct Load {
+    /// When the period under way began, and the counts at that time.
+    since: Duration,
+    writes: u64,
+    device: Option<Duration>,
+    requests: Duration,
+    writeback: Duration,
+    /// Nothing was written in the last whole period.
+    idle: bool,
+    /// For how much of it others than write-back kept the backing device busy, in percent.
+    percent: u32,
+    /// When the last segment was sealed because of its age.
+    synced: Duration,
+    end: BoxFuture<'static, ()>,
+}
+
+impl Load {
+    fn new(inner: &Inner) -> Load {
+        let now = inner.runtime.now();
+        Load {
+            since: now,
+            writes: inner.counters.writes.get(),
+            device: inner.backing.busy(),
+            requests: inner.backing.busy_here(),
+            writeback: inner.writeback_device.busy_here(),
+            idle: false,
+            percent: 0,
+            synced: now,
+            end: inner.runtime.sleep(PERIOD),
+        }
+    }
+
+    /// Takes a look, if a period is over.
+    fn observe(&mut self, inner: &Inner) {
+        let now = inner.runtime.now();
+        let length = now.saturating_sub(self.since);
+        if length < PERIOD {
+            self.idle &= inner.counters.writes.get() == self.writes;
+            return;
+        }
+        let last = std::mem::replace(self, Load::new(inner));
+        self.synced = last.synced;
+        self.idle = self.writes == last.writes;
+        let requests = self.requests.saturating_sub(last.requests);
+        let writeback = self.writeback.saturating_sub(last.writeback);
+        let others = self
+            .device
+            .zip(last.device)
+            .map(|(now, then)| now.saturating_sub(then).saturating_sub(writeback));
+        let busy = requests.max(others.unwrap_or_default());
+        self.percent =
+            u32::try_from(busy.as_millis() * 100 / length.as_millis().max(1)).unwrap_or(u32::MAX).min(100);
+    }
+}
+
+impl Inner {
+    /// The background task that writes back.
+    pub(super) async fn writeback(self: Arc<Self>) {
+        let mut pause = PAUSE;
+        let mut load = Load::new(&self);
+        loop {
+            let listener = self.events.writeback.listen();
+            load.observe(&self);
+            self.sync_old_data(&mut load);
+            match self.next_writeback(&load) {
+                Next::Batch { last } => match self.write_back(last).await {
+                    Ok(()) => {
+                        self.counters.writeback_succeeded();
+                        pause = PAUSE;
+                    }
+                    Err(Stop::Closing) => {}
+                    Err(Stop::Device(error)) => {
+                        tracing::warn!("write-back failed, the data stays in the cache: {error}");
+                        self.counters.writeback_failed(&error);
+                        self.events.changed.notify(usize::MAX);
+                        self.pause(pause).await;
+                        pause = (pause * 2).min(MAX_PAUSE);
+                    }
+                },
+                Next::Flush => {
+                    self.events.flusher.notify(usize::MAX);
+                    listener.await;
+                }
+                Next::Wait => {
+                    let _ = select(listener, &mut load.end).await;
+                }
+                Next::End => break,
+            }
+        }
+        self.task_ended();
+    }
+
+    /// Sleeps, but not through the end.
+    async fn pause(&self, duration: Duration) {
+        let ending = self.wait(&self.events.writeback, |state| state.stopping.then_some(()));
+        match select(self.runtime.sleep(duration), std::pin::pin!(ending)).await {
+            Either::Left(_) | Either::Right(_) => {}
+        }
+    }
+
+    /// Makes durable what has been volatile for as long as it may be.
+    fn sync_old_data(&self, load: &mut Load) {
+        let interval = self.tunables.lock().sync_data_interval;
+        if interval == 0 || self.runtime.now() < load.synced + Duration::from_secs(interval.into()) {
+            return;
+        }
+        load.synced = self.runtime.now();
+        let mut state = self.lock();
+        if state.newest > state.durable && !state.stopping && state.seal(Reason::Idle).is_ok() {
+            let last = state.last_sealed();
+            state.flush_wanted.insert(last);
+            drop(state);
+            self.events.appender.notify(usize::MAX);
+            self.events.flusher.notify(usize::MAX);
+        }
+    }
+
+    fn next_writeback(&self, load: &Load) -> Next {
+        let tunables = self.tunables.lock().clone();
+        let mut state = self.lock();
+        if state.stopping || state.failure.is_some() {
+            return Next::End;
+        }
+        if !state.wants_writeback(load, tunables.writeback_threshold) {
+            return Next::Wait;
+        }
+        if load.idle && state.open.is_some() && state.seal(Reason::Idle).is_ok() {
+            self.events.appender.notify(usize::MAX);
+        }
+        let most = u64::from(tunables.nr_max_batched_writeback)
+            .min((state.geometry.lap() / BATCH_OF_LOG).max(SMALL_BATCH));
+        let reached = if self.planted.has(Bug::VolatileWrittenBack) { state.written } else { state.durable };
+        let mut last = reached.min(state.written_back.plus(most));
+        if tunables.writeback_order == WritebackOrder::Strict && !self.planted.has(Bug::EpochsMixed) {
+            last = state.first_flush_within(last);
+        }
+        if last > state.written_back {
+            return Next::Batch { last };
+        }
+        // Only what is durable may go to the backing device: a write there must not outrun the log.
+        if state.written > state.durable {
+            let written = state.written;
+            state.flush_wanted.insert(written);
+            return Next::Flush;
+        }
+        Next::Wait
+    }
+}
+
+impl State {
+    fn wants_writeback(&self, load: &Load, threshold: u32) -> bool {
+        if self.drain_to() > self.written_back || self.waiting_for_slot > 0 {
+            return true;
+        }
+        if self.paused {
+            return false;
+        }
+        let lap = self.geometry.lap();
+        let urgent = self.free_slots() * URGENT < lap;
+        let half_full = self.dirty_segments() * 2 >= lap;
+        urgent || ((load.idle || half_full) && load.percent < threshold)
+    }
+
+    /// The first segment after `written_back`, up to `last`, that a flush closed; or `last`.
+    fn first_flush_within(&self, last: SegmentId) -> SegmentId {
+        let candidates = (self.written_back.next().0..=last.0).map(SegmentId);
+        candidates.into_iter().find(|&id| self.ends_epoch(id)).unwrap_or(last)
+    }
+}

@@ -168,7 +168,7 @@ impl Unexplained {
             Corruption::WrongSlot { slot, .. }
             | Corruption::Unexplained { slot }
             | Corruption::Unreadable { slot } => Some(*slot),
-            Corruption::RecordBeyondLog { .. } => None,
+            Corruption::RecordBeyondLog { .. } | Corruption::GarbageId { .. } => None,
         };
         Unexplained(recovery.corruption.iter().filter_map(slot).collect())
     }

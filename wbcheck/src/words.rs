@@ -190,7 +190,7 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
             ids(&f.recovery.dropped),
             count(f.dropped.dirty_blocks, "dirty block"),
         ),
-        Corruption::RecordBeyondLog { .. } => {
+        Corruption::RecordBeyondLog { .. } | Corruption::GarbageId { .. } => {
             "The newest part of the log is gone, or the record is wrong. Data that \
                                                was not written back may be lost."
                 .into()

@@ -6,6 +6,7 @@ pub mod live;
 pub mod recovery;
 pub mod salvage;
 pub mod scan;
+pub mod upgrade;
 
 use crate::device::DeviceError;
 use crate::format::{GeometryError, SegmentId, SuperblockFault};
@@ -87,6 +88,22 @@ pub enum LogError {
     Unsalvageable {
         /// The cache device.
         device: String,
+    },
+    /// The device carries the extension already.
+    #[error("{device}: carries wb's extension already; there is nothing to upgrade")]
+    Extended {
+        /// The cache device.
+        device: String,
+    },
+    /// The superblock extension is gone, but segments with the extension are there.
+    #[error(
+        "{device}: segment {id} was written by wb, so the device had the extension and lost it. Write the cache back with wbctl replay, then format it"
+    )]
+    ExtensionLost {
+        /// The cache device.
+        device: String,
+        /// Such a segment.
+        id: SegmentId,
     },
     /// An entry of the log lies outside the backing device.
     #[error(

@@ -81,6 +81,14 @@ pub enum LogError {
         /// What was found, at least one.
         corruption: Vec<recovery::Corruption>,
     },
+    /// Most of the log lies where it cannot have been written.
+    #[error(
+        "{device}: the log is corrupt: most of its segments are sound but belong elsewhere, so the device was truncated or resized. Give it its old size back"
+    )]
+    Misplaced {
+        /// The cache device.
+        device: String,
+    },
     /// There is no way on with a corrupt log that recovery would accept.
     #[error(
         "{device}: the log is damaged in a way that --salvage does not know. Copy the device, and see with wbdump what can still be read"

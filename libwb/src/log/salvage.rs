@@ -22,7 +22,8 @@ use super::create::{write_extension, write_record};
 use super::live::{totals, visit_headers};
 use super::recovery::{Recovery, recover};
 use super::scan::{
-    BackingFacts, RawSuperblock, SlotState, check_pairing, examine_superblock, read_slot_header, scan,
+    BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock, read_slot_header,
+    scan,
 };
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
@@ -134,6 +135,16 @@ impl Scanned {
         self.superblock.record.is_err() || !self.recovery().corruption.is_empty()
     }
 
+    /// Whether most of what the device holds is sound but lies where it cannot have been written on a device of this
+    /// size. In a few slots alone, a damaged id looks the same.
+    pub fn is_resized(&self) -> bool {
+        let misplaced =
+            |slot: &&SlotState| matches!(slot, SlotState::Invalid(SlotFault::WrongSlot { sound: true, .. }));
+        let misplaced = self.slots.iter().filter(misplaced).count();
+        let all = self.slots.iter().filter(|slot| !matches!(slot, SlotState::Empty)).count();
+        misplaced > 1 && misplaced * 2 > all
+    }
+
     /// Plans a way on with a corrupt log. `None` when it is not corrupt.
     ///
     /// # Errors
@@ -141,6 +152,9 @@ impl Scanned {
     pub async fn salvage(&self, device: &Device, way: Way) -> Result<Option<Plan>, LogError> {
         if !self.is_corrupt() {
             return Ok(None);
+        }
+        if self.is_resized() {
+            return Err(LogError::Misplaced { device: device.name().to_string() });
         }
         let draft = Draft::new(&self.superblock, &self.slots, Some(way));
         let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: device.name().to_string() })?;
@@ -156,6 +170,9 @@ impl Scanned {
     pub fn repair(&self, device: &Device) -> Result<Option<Plan>, LogError> {
         let recovery = self.recovery();
         let device = || device.name().to_string();
+        if let Err(fault) = self.superblock.record {
+            return Err(LogError::Superblock { device: device(), fault });
+        }
         if self.is_corrupt() {
             return Err(LogError::Corrupt { device: device(), corruption: recovery.corruption });
         }

@@ -7,6 +7,8 @@ use super::salvage::{Plan, Scanned};
 use super::scan::{BackingFacts, SlotState};
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{BLOCK_BYTES, EXTENSION_OFFSETS, SECTOR_BYTES, SegmentId, SuperblockExtension, fitting};
+use std::time::Duration;
+use uuid::Uuid;
 
 /// What is to be written.
 #[derive(Clone, Debug)]
@@ -24,7 +26,8 @@ pub struct Upgrade {
 }
 
 impl Upgrade {
-    /// Plans it for a log that was read. `extension` is what the device is to carry; the pairing is added to it.
+    /// Plans it for a log that was read. The cache gets a new identity, `created` so long
+    /// after the beginning of 1970.
     ///
     /// # Errors
     /// When the device has the extension, its log is corrupt, or it does not fit the backing device.
@@ -32,7 +35,8 @@ impl Upgrade {
         device: &Device,
         scanned: &Scanned,
         backing: &BackingFacts<'_>,
-        extension: SuperblockExtension,
+        label: &str,
+        created: Duration,
     ) -> Result<Upgrade, LogError> {
         let name = || device.name().to_string();
         if scanned.superblock.extension().is_some() {
@@ -66,9 +70,27 @@ impl Upgrade {
             extension: SuperblockExtension {
                 backing_sectors: backing.sectors,
                 backing_id: fitting(backing.identity).into(),
-                ..extension
+                label: fitting(label).into(),
+                created: created.as_secs(),
+                ..SuperblockExtension::new(Uuid::new_v4(), device.size())
             },
         })
+    }
+
+    /// What is written, one thing each.
+    pub fn changes(&self) -> Vec<String> {
+        let mut changes = self.repair.as_ref().map(Plan::changes).unwrap_or_default();
+        if self.records && self.repair.is_none() {
+            changes.push(format!(
+                "the superblock record: segment {} is the last written back",
+                self.written_back
+            ));
+        }
+        changes.push(format!(
+            "the superblock extension: a new identity, paired with a backing device of {} sectors",
+            self.extension.backing_sectors
+        ));
+        changes
     }
 
     /// Carries it out. It is durable afterwards. Interrupted, it leaves a device without the extension, or with it.

@@ -86,7 +86,7 @@ impl Plan {
         shortened(&self.blocks().iter().map(ToString::to_string).collect::<Vec<_>>())
     }
 
-    /// What is written, one sentence each.
+    /// What is written, one thing each.
     pub fn changes(&self) -> Vec<String> {
         let (mut emptied, mut erased, mut kept) = (Vec::new(), Vec::new(), Vec::new());
         for change in self.draft.all_changes() {
@@ -99,12 +99,10 @@ impl Plan {
         }
         let mut changes = Vec::new();
         if let Some(record) = self.record {
-            changes.push(format!(
-                "noted in the superblock record that segment {record} is the last written back"
-            ));
+            changes.push(format!("the superblock record: segment {record} is the last written back"));
         }
         for (ids, what) in
-            [(&mut kept, "kept the good blocks of"), (&mut emptied, "put empty segments in the places of")]
+            [(&mut kept, "the good blocks alone of"), (&mut emptied, "empty segments in the places of")]
         {
             ids.sort_unstable();
             if !ids.is_empty() {
@@ -112,13 +110,13 @@ impl Plan {
             }
         }
         if !erased.is_empty() {
-            changes.push(format!("erased slot{} {}", plural(erased.len()), shortened(&erased)));
+            changes.push(format!("zeros over slot{} {}", plural(erased.len()), shortened(&erased)));
         }
         if self.draft.unmark {
-            changes.push("took back the mark that the cache was closed in order".into());
+            changes.push("no more mark that the cache was closed in order".into());
         }
         if self.damaged_copy {
-            changes.push("wrote the damaged copy of the superblock extension anew from the sound one".into());
+            changes.push("the damaged copy of the superblock extension, from the sound one".into());
         }
         changes
     }

@@ -4,6 +4,8 @@ pub mod create;
 pub mod history;
 pub mod live;
 pub mod recovery;
+#[cfg(test)]
+mod rig;
 pub mod salvage;
 pub mod scan;
 pub mod upgrade;

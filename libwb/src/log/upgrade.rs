@@ -122,3 +122,89 @@ impl Upgrade {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::to_usize;
+    use crate::log::rig::{Log, MASKS, after_power_cut, read, volume};
+    use crate::log::scan::check_pairing;
+    use futures_lite::future::block_on;
+
+    const BACKING: BackingFacts<'_> = BackingFacts { name: "backing", sectors: 80_000, identity: "serial" };
+
+    fn plan(device: &Device) -> Result<Upgrade, LogError> {
+        block_on(Upgrade::plan(device, &read(device), &BACKING, "data", Duration::ZERO))
+    }
+
+    /// Logs of the kernel module: whole, with a torn end, with the oldest segment under overwrite.
+    fn logs() -> [Log; 3] {
+        let [whole, mut torn, mut overwrite] = [Log::new(20, false), Log::new(9, false), Log::new(20, false)];
+        torn.garble(8);
+        overwrite.rot(7, 1);
+        [whole, torn, overwrite]
+    }
+
+    #[test]
+    fn an_upgrade_keeps_the_volume_and_pairs_the_cache() {
+        for log in logs() {
+            let recorder = log.device();
+            let device: Device = recorder.clone();
+            block_on(plan(&device).unwrap().apply(&device)).unwrap();
+            assert_eq!(volume(&recorder.memory.content()), volume(&log.image));
+            let after = read(&device);
+            assert!(after.repair(&device).unwrap().is_none());
+            assert!(after.recovery().skipped.is_empty());
+            let page = after.superblock.extension().unwrap();
+            assert_eq!((page.label.as_str(), page.backing_id.as_str()), ("data", "serial"));
+            assert!(check_pairing(&device, page, &BackingFacts { sectors: 1, ..BACKING }).is_err());
+            assert!(matches!(plan(&device), Err(LogError::Extended { .. })));
+        }
+    }
+
+    #[test]
+    fn a_power_cut_in_an_upgrade_leaves_a_device_with_the_extension_or_without() {
+        for log in logs() {
+            let recorder = log.device();
+            let device: Device = recorder.clone();
+            block_on(plan(&device).unwrap().apply(&device)).unwrap();
+            // Each sector is written for itself.
+            let writes = recorder.writes.lock().clone();
+            let sectors = writes.iter().flat_map(|(offset, data, after)| {
+                (*offset..)
+                    .step_by(SECTOR_BYTES)
+                    .zip(data.chunks(SECTOR_BYTES))
+                    .map(|(at, s)| (at, s.to_vec(), *after))
+            });
+            let sectors: Vec<_> = sectors.collect();
+            for flushes in 0..=*recorder.flushes.lock() {
+                for any in MASKS {
+                    let cut = after_power_cut(&log, &sectors, flushes, any);
+                    assert_eq!(volume(&cut.image), volume(&log.image), "flush {flushes}, mask {any:#x}");
+                    let device: Device = cut.device();
+                    match plan(&device) {
+                        Ok(again) => block_on(again.apply(&device)).unwrap(),
+                        Err(error) => assert!(matches!(error, LogError::Extended { .. }), "{error}"),
+                    }
+                    assert!(read(&device).superblock.extension().is_some());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_upgraded_is_refused() {
+        let mut corrupt = Log::new(9, false);
+        corrupt.rot(3, 0);
+        let mut lost = Log::new(3, true);
+        lost.image[to_usize(EXTENSION_OFFSETS[0])..][..8].fill(0);
+        lost.image[to_usize(EXTENSION_OFFSETS[1])..][..8].fill(0);
+        let refused = |log: &Log| plan(&(log.device() as Device)).expect_err("a refusal");
+        assert!(refused(&corrupt).is_corruption());
+        assert!(matches!(refused(&lost), LogError::ExtensionLost { .. }));
+        let device: Device = Log::new(9, false).device();
+        let small = BackingFacts { sectors: 800 * 8, ..BACKING };
+        let plan = block_on(Upgrade::plan(&device, &read(&device), &small, "", Duration::ZERO));
+        assert!(matches!(plan, Err(LogError::BeyondBacking { .. })));
+    }
+}

@@ -1,13 +1,11 @@
 //! Salvage and repair of logs in memory.
 
-mod rig;
-
 use super::*;
 use crate::format::{BLOCK_BYTES, EXTENSION_OFFSETS, SEGMENT_BYTES, to_u64, to_usize};
 use crate::log::recovery::Corruption;
+use crate::log::rig::{LENGTH, Log, MASKS, SLOTS, after_power_cut, expected, lost, read, salvage, volume};
 use futures_lite::future::block_on;
 use proptest::prelude::*;
-use rig::{LENGTH, Log, SLOTS, Write, expected, lost, read, salvage, volume};
 use std::collections::BTreeMap;
 
 #[test]
@@ -313,22 +311,6 @@ fn cases() -> Vec<Log> {
     cases
 }
 
-/// What lies on the device after a power cut: all writes up to a flush, and any of those after it.
-fn after_power_cut(log: &Log, writes: &[Write], flushes: usize, any: u64) -> Log {
-    let mut log = log.clone();
-    let mut unflushed = 0;
-    for (offset, data, after) in writes {
-        let kept = *after < flushes || (*after == flushes && any >> (unflushed % 64) & 1 == 1);
-        unflushed += u32::from(*after == flushes);
-        if kept {
-            let at = to_usize(*offset);
-            log.image[at..at + data.len()].copy_from_slice(data);
-            log.unreadable.retain(|&bad| !(*offset <= bad && bad < offset + to_u64(data.len())));
-        }
-    }
-    log
-}
-
 #[test]
 fn a_power_cut_at_any_write_and_a_second_attempt_give_the_same_volume() {
     for (nth, log) in cases().iter().enumerate() {
@@ -337,7 +319,7 @@ fn a_power_cut_at_any_write_and_a_second_attempt_give_the_same_volume() {
             let want = volume(&done.memory.content()).expect("a sound log");
             let writes = done.writes.lock().clone();
             for flushes in 0..=*done.flushes.lock() {
-                for any in [0, u64::MAX, 0x5555_5555_5555_5555, 0xaaaa_aaaa_aaaa_aaaa, 1, 6] {
+                for any in MASKS {
                     let cut = after_power_cut(log, &writes, flushes, any);
                     let device: Device = cut.device();
                     let found = if read(&device).is_corrupt() {

@@ -229,3 +229,22 @@ pub(super) fn expected(segments: impl IntoIterator<Item = u64>, but: &[(u64, u64
 pub(super) fn lost(plan: &Plan) -> Vec<(u64, Vec<u64>)> {
     plan.given_up.iter().map(|lost| (lost.id.0, lost.blocks.iter().map(|block| block.0).collect())).collect()
 }
+
+/// Which writes of those that no flush followed a power cut leaves, as bits.
+pub(super) const MASKS: [u64; 6] = [0, u64::MAX, 0x5555_5555_5555_5555, 0xaaaa_aaaa_aaaa_aaaa, 1, 6];
+
+/// What lies on the device after a power cut: all writes up to a flush, and any of those after it.
+pub(super) fn after_power_cut(log: &Log, writes: &[Write], flushes: usize, any: u64) -> Log {
+    let mut log = log.clone();
+    let mut unflushed = 0;
+    for (offset, data, after) in writes {
+        let kept = *after < flushes || (*after == flushes && any >> (unflushed % 64) & 1 == 1);
+        unflushed += u32::from(*after == flushes);
+        if kept {
+            let at = to_usize(*offset);
+            log.image[at..at + data.len()].copy_from_slice(data);
+            log.unreadable.retain(|&bad| !(*offset <= bad && bad < offset + to_u64(data.len())));
+        }
+    }
+    log
+}

@@ -3,8 +3,8 @@
 use crate::device::{BlockDevice, Device, DeviceError, IoBuf, IoFuture, MemDevice, Operation, SharedBuf};
 use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock, RECORD_BLOCK_OFFSET, Reason,
-    SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId, SuperblockExtension, crc32c,
-    encode_header, encode_record_block, encode_superblock_block, to_u64, to_usize,
+    SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId, SuperblockExtension,
+    crc32c, encode_header, encode_record_block, encode_superblock_block, to_u64, to_usize,
 };
 use crate::log::live::visit_headers;
 use crate::log::salvage::{Plan, Scanned, Way};
@@ -232,6 +232,15 @@ pub(super) fn lost(plan: &Plan) -> Vec<(u64, Vec<u64>)> {
 
 /// Which writes of those that no flush followed a power cut leaves, as bits.
 pub(super) const MASKS: [u64; 6] = [0, u64::MAX, 0x5555_5555_5555_5555, 0xaaaa_aaaa_aaaa_aaaa, 1, 6];
+
+/// The same writes, each sector for itself: a power cut may tear them.
+pub(super) fn in_sectors(writes: &[Write]) -> Vec<Write> {
+    let sectors = writes.iter().flat_map(|(offset, data, after)| {
+        let places = (*offset..).step_by(SECTOR_BYTES);
+        places.zip(data.chunks(SECTOR_BYTES)).map(|(at, sector)| (at, sector.to_vec(), *after))
+    });
+    sectors.collect()
+}
 
 /// What lies on the device after a power cut: all writes up to a flush, and any of those after it.
 pub(super) fn after_power_cut(log: &Log, writes: &[Write], flushes: usize, any: u64) -> Log {

@@ -127,7 +127,7 @@ impl Upgrade {
 mod tests {
     use super::*;
     use crate::format::to_usize;
-    use crate::log::rig::{Log, MASKS, after_power_cut, read, volume};
+    use crate::log::rig::{Log, MASKS, after_power_cut, in_sectors, read, volume};
     use crate::log::scan::check_pairing;
     use futures_lite::future::block_on;
 
@@ -168,15 +168,7 @@ mod tests {
             let recorder = log.device();
             let device: Device = recorder.clone();
             block_on(plan(&device).unwrap().apply(&device)).unwrap();
-            // Each sector is written for itself.
-            let writes = recorder.writes.lock().clone();
-            let sectors = writes.iter().flat_map(|(offset, data, after)| {
-                (*offset..)
-                    .step_by(SECTOR_BYTES)
-                    .zip(data.chunks(SECTOR_BYTES))
-                    .map(|(at, s)| (at, s.to_vec(), *after))
-            });
-            let sectors: Vec<_> = sectors.collect();
+            let sectors = in_sectors(&recorder.writes.lock());
             for flushes in 0..=*recorder.flushes.lock() {
                 for any in MASKS {
                     let cut = after_power_cut(&log, &sectors, flushes, any);

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 pub enum Exit {
     /// Done; for wbcheck: nothing wrong.
     Done = 0,
-    /// Failed; for wbcheck: errors were found and all repaired.
+    /// Failed; for wbcheck, [`Exit::Repaired`].
     Failed = 1,
     /// The command line makes no sense.
     Usage = 2,
@@ -25,6 +25,12 @@ pub enum Exit {
     ErrorsLeft = 4,
     /// wbcheck: could not check.
     CouldNotCheck = 8,
+}
+
+impl Exit {
+    /// wbcheck: errors were found, and all repaired.
+    #[allow(non_upper_case_globals)] // named as the others
+    pub const Repaired: Exit = Exit::Failed;
 }
 
 impl From<Exit> for ExitCode {

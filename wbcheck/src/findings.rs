@@ -4,8 +4,10 @@ use crate::{Args, Subject};
 use anyhow::Result;
 use libwb::cli::{Exit, Progress};
 use libwb::format::{BlockNo, Geometry, SegmentId, Slot, SuperblockFault, to_u64, to_usize};
+use libwb::log::LogError;
 use libwb::log::live::{Totals, live_totals, totals};
-use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery, recover};
+use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery};
+use libwb::log::salvage::{Plan, Scanned, Way};
 use libwb::log::scan::{SlotFault, SlotState, read_slot_header, scan, scan_headers};
 use serde::Serialize;
 use std::collections::HashSet;
@@ -73,6 +75,9 @@ pub(crate) struct Findings {
     pub(crate) live: Totals,
     pub(crate) dropped: Totals,
     pub(crate) broken: Vec<Broken>,
+    /// The ways on with a corrupt log.
+    pub(crate) ways: Vec<Plan>,
+    pub(crate) scanned: Scanned,
 }
 
 impl Findings {
@@ -87,7 +92,8 @@ impl Findings {
             io.block_on(scan(device, geometry, |slot, _| progress.set(u64::from(slot.0))))
         };
         drop(progress);
-        let recovery = recover(&superblock.or_no_record(), &slots);
+        let scanned = Scanned { superblock: superblock.clone(), slots };
+        let (recovery, slots) = (scanned.recovery(), &scanned.slots);
         let sectors = backing.as_ref().map(|backing| backing.sectors);
         let live = io.block_on(live_totals(device, geometry, &recovery, sectors))?;
         let dropped = io.block_on(totals(device, geometry, recovery.dropped.iter().copied(), None))?;
@@ -102,10 +108,12 @@ impl Findings {
             record: superblock.record,
             valid: number(|slot| matches!(slot, SlotState::Valid { .. })),
             empty: number(|slot| matches!(slot, SlotState::Empty)),
-            broken: broken(subject, &recovery, &slots),
+            broken: broken(subject, &recovery, slots),
             recovery,
             live,
             dropped,
+            ways: if args.headers_only { Vec::new() } else { ways(subject, &scanned)? },
+            scanned,
         })
     }
 
@@ -117,7 +125,9 @@ impl Findings {
             || at_risk
         {
             Verdict::Corrupt
-        } else if self.broken.iter().any(|b| b.unreadable || b.explanation == Explanation::WrittenBack) {
+        } else if self.scanned.superblock.has_damaged_copy()
+            || self.broken.iter().any(|b| b.unreadable || b.explanation == Explanation::WrittenBack)
+        {
             Verdict::Damaged
         } else if !self.broken.is_empty()
             || !self.recovery.dropped.is_empty()
@@ -128,6 +138,18 @@ impl Findings {
             Verdict::Sound
         }
     }
+}
+
+fn ways(subject: &Subject, scanned: &Scanned) -> Result<Vec<Plan>> {
+    let mut ways = Vec::new();
+    for way in Way::ALL {
+        match subject.io.block_on(scanned.salvage(&subject.device, way)) {
+            Ok(plan) => ways.extend(plan),
+            Err(LogError::Misplaced { .. } | LogError::Unsalvageable { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(ways)
 }
 
 fn broken(subject: &Subject, recovery: &Recovery, slots: &[SlotState]) -> Vec<Broken> {
@@ -168,7 +190,7 @@ impl Unexplained {
             Corruption::WrongSlot { slot, .. }
             | Corruption::Unexplained { slot }
             | Corruption::Unreadable { slot } => Some(*slot),
-            Corruption::RecordBeyondLog { .. } => None,
+            Corruption::RecordBeyondLog { .. } | Corruption::GarbageId { .. } => None,
         };
         Unexplained(recovery.corruption.iter().filter_map(slot).collect())
     }

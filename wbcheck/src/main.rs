@@ -1,7 +1,8 @@
-//! `wbcheck`: reads a cache device, changes nothing, and says whether it is sound.
+//! `wbcheck`: reads a cache device and says whether it is sound. It changes nothing, unless it is told to repair.
 
 mod findings;
 mod one_segment;
+mod repair;
 mod report;
 mod words;
 
@@ -13,6 +14,7 @@ use libwb::device::Device;
 use libwb::device::probe::{Access, open};
 use libwb::format::{SECTOR_BYTES, SegmentId, to_u64};
 use libwb::log::LogError;
+use libwb::log::salvage::Way;
 use libwb::log::scan::{BackingFacts, RawSuperblock, check_pairing, examine_superblock};
 use std::io::Write;
 use std::path::PathBuf;
@@ -21,11 +23,12 @@ use std::process::ExitCode;
 const EXIT_CODES: &str = "\
 Exit codes:
   0  sound, also after a power cut
+  1  errors were found, and all repaired (--repair)
   2  the command line makes no sense
-  4  errors found
+  4  errors found, and still there
   8  could not check: for example the device is in use, or is no cache device";
 
-/// Check a cache device. Reads the whole device and changes nothing.
+/// Check a cache device. Reads the whole device, and changes nothing but with --repair.
 ///
 /// The first line of the output is the verdict. What a power cut explains is no error; it is noted, and nothing that was
 /// acknowledged as durable is lost.
@@ -48,6 +51,28 @@ struct Args {
     #[arg(long, conflicts_with = "segment")]
     headers_only: bool,
 
+    /// Repair what can be without giving up any data that recovery would use: what a power cut has torn, what is
+    /// damaged but written back, a damaged copy of the superblock extension
+    ///
+    /// The kernel module, which stops reading at the first damaged segment, then reads the whole log. The device must not
+    /// be attached.
+    #[arg(long, conflicts_with_all = ["segment", "headers_only"])]
+    repair: bool,
+
+    /// With --repair, go on with a corrupt log, and give up what has to be: with skip the damaged blocks alone, with stop
+    /// all that came after them
+    ///
+    /// Without it, what each way would give up is shown. Copy the device first: what is given up is gone for ever.
+    #[arg(
+        long,
+        value_name = "skip|stop",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "skip",
+        requires = "repair"
+    )]
+    salvage: Option<Way>,
+
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -65,31 +90,45 @@ struct Subject {
     backing: Option<Backing>,
 }
 
+impl Subject {
+    fn read_superblock(&mut self) -> Result<()> {
+        self.superblock = self.io.block_on(examine_superblock(&self.device))?;
+        Ok(())
+    }
+}
+
 fn main() -> ExitCode {
     let args = Args::parse();
     cli::run("wbcheck", Exit::CouldNotCheck, |out| check(&args, out))
 }
 
 fn check(args: &Args, out: &mut Output) -> Result<Exit> {
-    let subject = prepare(args)?;
+    let mut subject = prepare(args)?;
     if let Some(id) = args.segment {
         return one_segment::check(&subject, SegmentId(id), args, out);
     }
     let findings = Findings::gather(&subject, args)?;
+    if args.repair {
+        return repair::repair(&mut subject, findings, args, out);
+    }
+    print(&findings, args, out)
+}
+
+fn print(findings: &Findings, args: &Args, out: &mut Output) -> Result<Exit> {
     let verdict = findings.verdict();
     if args.json {
-        writeln!(out, "{}", serde_json::to_string(&report::Report::of(&findings))?)?;
+        writeln!(out, "{}", serde_json::to_string(&report::Report::of(findings, None))?)?;
     } else if !args.quiet {
-        words::print(&findings, out)?;
+        words::print(findings, out)?;
     } else if verdict.exit() != Exit::Done {
-        writeln!(out, "{}", words::headline(&findings))?;
+        writeln!(out, "{}", words::headline(findings))?;
     }
     Ok(verdict.exit())
 }
 
 fn prepare(args: &Args) -> Result<Subject> {
     let io = Io::start()?;
-    let opened = open(&args.cache, Access::Read)?;
+    let opened = open(&args.cache, if args.repair { Access::Write } else { Access::Read })?;
     let backing = match &args.backing {
         None => None,
         // Only its size matters, so it may be in use.

@@ -1,7 +1,9 @@
 //! The findings as JSON. The names are part of the program's interface.
 
 use crate::findings::{Broken, Findings, Verdict};
+use crate::repair::Repaired;
 use libwb::log::recovery::Explanation;
+use libwb::log::salvage::{Plan, Summary};
 use serde::Serialize;
 use std::path::Path;
 
@@ -32,6 +34,20 @@ pub(crate) struct Report<'a> {
     entries_beyond_backing: Option<u64>,
     damage: Vec<Damaged<'a>>,
     corruption: Vec<String>,
+    /// One of the two copies of the superblock extension is damaged.
+    superblock_copy_damaged: bool,
+    /// The ways on with a corrupt log, and what each would give up.
+    salvage: Vec<Summary>,
+    /// What --repair has done; null when there was nothing to do. All else is as it is afterwards.
+    repair: Option<Repair>,
+}
+
+#[derive(Serialize)]
+struct Repair {
+    verdict_before: Verdict,
+    written: Vec<String>,
+    /// What was given up of a corrupt log; null where nothing had to be.
+    salvage: Option<Summary>,
 }
 
 #[derive(Serialize)]
@@ -46,7 +62,7 @@ struct Damaged<'a> {
 }
 
 impl Report<'_> {
-    pub(crate) fn of(f: &Findings) -> Report<'_> {
+    pub(crate) fn of<'a>(f: &'a Findings, repaired: Option<&Repaired>) -> Report<'a> {
         let mut corruption: Vec<_> = f.recovery.corruption.iter().map(ToString::to_string).collect();
         corruption.extend(f.record.err().map(|fault| fault.to_string()));
         Report {
@@ -72,6 +88,13 @@ impl Report<'_> {
             entries_beyond_backing: f.backing.as_ref().map(|_| f.live.beyond_count),
             damage: f.broken.iter().map(|b| damaged(f, b)).collect(),
             corruption,
+            superblock_copy_damaged: f.scanned.superblock.has_damaged_copy(),
+            salvage: f.ways.iter().map(Plan::summary).collect(),
+            repair: repaired.map(|repaired| Repair {
+                verdict_before: repaired.verdict,
+                written: repaired.plan.changes(),
+                salvage: repaired.plan.way.map(|_| repaired.plan.summary()),
+            }),
         }
     }
 }

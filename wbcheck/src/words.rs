@@ -5,6 +5,7 @@ use crate::findings::{Broken, Findings, Verdict};
 use libwb::cli::{Output, count, human_size};
 use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, SegmentId, to_u64};
 use libwb::log::recovery::{Corruption, Explanation};
+use libwb::log::salvage::{segments, ways_on};
 use std::io::{self, Write};
 
 /// Items of a list that are shown one by one.
@@ -48,6 +49,9 @@ pub(crate) fn print(f: &Findings, out: &mut Output) -> io::Result<()> {
     }
     if let Some(advice) = advice(f) {
         writeln!(out, "\nWhat to do: {advice}")?;
+    }
+    for way in ways_on(&f.ways, "--repair --salvage") {
+        writeln!(out, "  - {way}.")?;
     }
     Ok(())
 }
@@ -120,7 +124,13 @@ fn errors(f: &Findings) -> Vec<Problem> {
     }
     errors.extend(f.recovery.corruption.iter().filter_map(|corruption| explained(f, corruption)));
     errors.extend(resized(f));
-    let told = is_resized(f);
+    if f.scanned.superblock.has_damaged_copy() {
+        errors.push(Problem {
+            what: "one of the two copies of the superblock extension is damaged".into(),
+            meaning: "The other one is sound. The device may be wearing out.".into(),
+        });
+    }
+    let told = f.scanned.is_resized();
     let bad = |b: &&Broken| {
         !(told && b.misplaced.is_some()) && (b.explanation != Explanation::PowerCut || b.unreadable)
     };
@@ -149,15 +159,8 @@ fn errors(f: &Findings) -> Vec<Problem> {
     errors
 }
 
-/// Whether most of what the device holds is sound but lies where it cannot have been written on a device of this size.
-/// In a few slots alone, a damaged id looks the same.
-fn is_resized(f: &Findings) -> bool {
-    let misplaced = f.broken.iter().filter(|b| b.misplaced.is_some()).count();
-    to_u64(misplaced) * 2 > f.valid + to_u64(f.broken.len())
-}
-
 fn resized(f: &Findings) -> Option<Problem> {
-    if !is_resized(f) {
+    if !f.scanned.is_resized() {
         return None;
     }
     let mut found = f.broken.iter().filter_map(|b| Some((b.slot, b.misplaced?)));
@@ -187,10 +190,10 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
         | Corruption::WrittenPastHole { missing, .. } => format!(
             "After it stand {} with {}, which may be nowhere else. They can be applied only if what segment \
              {missing} held is given up.",
-            ids(&f.recovery.dropped),
+            segments(&f.recovery.dropped),
             count(f.dropped.dirty_blocks, "dirty block"),
         ),
-        Corruption::RecordBeyondLog { .. } => {
+        Corruption::RecordBeyondLog { .. } | Corruption::GarbageId { .. } => {
             "The newest part of the log is gone, or the record is wrong. Data that \
                                                was not written back may be lost."
                 .into()
@@ -245,14 +248,14 @@ fn notes(f: &Findings) -> Vec<String> {
         notes.push(format!(
             "After a gap stand {}, which will not be applied: the power went before anything in them was \
              acknowledged as durable.",
-            ids(&r.dropped)
+            segments(&r.dropped)
         ));
     }
     if !r.skipped.is_empty() {
         notes.push(format!(
             "{} need not be applied: {} was being written over, which happens only after everything up to it was \
              written back.",
-            capitalized(&ids(&r.skipped)),
+            capitalized(&segments(&r.skipped)),
             if r.skipped.len() == 1 { "it" } else { "the last of them" },
         ));
     }
@@ -264,15 +267,19 @@ fn advice(f: &Findings) -> Option<&'static str> {
         Verdict::Sound => None,
         Verdict::SoundAfterPowerCut => Some("nothing. Use the cache as usual."),
         Verdict::Damaged => Some(
-            "write everything back, then watch the device or replace it. The damaged slots will be written over in \
-             time.",
+            "repair it with --repair, or write everything back: the damaged slots will be written over in time. Watch \
+             the device, or replace it.",
         ),
-        Verdict::Corrupt if is_resized(f) => Some(
+        Verdict::Corrupt if f.scanned.is_resized() => Some(
             "give the device its former size again, then check again. Do not attach or format it before that.",
         ),
         Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {
             Some("look for the right backing device. Do not attach this pair.")
         }
+        Verdict::Corrupt if !f.ways.is_empty() => Some(
+            "copy both devices first, and see with wbdump what can be read. Then there are two ways on, here or with \
+             wbctl attach or replay:",
+        ),
         Verdict::Corrupt => Some(
             "attach, write back and format nothing yet: that would make the loss final. Copy both devices first; \
              then see with wbdump what can still be read.",
@@ -296,22 +303,6 @@ fn segment_or_none(id: SegmentId) -> String {
 
 fn range(first: SegmentId, last: SegmentId) -> String {
     if first == last { format!("segment {first}") } else { format!("segments {first} to {last}") }
-}
-
-/// "segment 7" or "segments 7 to 9, 12, ...", for ids in order, at least one.
-fn ids(ids: &[SegmentId]) -> String {
-    let runs = ids.chunk_by(|a, b| a.next() == *b);
-    let parts = runs.map(|run| match run {
-        [one] => one.to_string(),
-        [first, .., last] => format!("{first} to {last}"),
-        [] => String::new(),
-    });
-    let mut parts: Vec<String> = parts.collect();
-    if parts.len() > SHOWN {
-        parts.truncate(SHOWN);
-        parts.push("...".into());
-    }
-    format!("segment{} {}", if ids.len() == 1 { "" } else { "s" }, parts.join(", "))
 }
 
 fn capitalized(text: &str) -> String {

@@ -3,7 +3,7 @@
 use crate::config::{Volume, parse_tunables};
 use crate::create::{open_pair, parse_sector_size, sector_size};
 use crate::place::Name;
-use crate::{Pair, show};
+use crate::{Pair, salvage, show};
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::Cache;
 use libwb::cli::{Output, human_size};
@@ -42,6 +42,8 @@ pub(crate) struct Args {
     /// Logical sector size of the loop device in bytes; by default that of the backing device
     #[arg(long, value_parser = parse_sector_size, value_name = "512|4096")]
     sector_size: Option<u32>,
+    #[command(flatten)]
+    salvage: salvage::Salvage,
     /// Tunables for this time
     #[arg(value_name = "KEY=VALUE")]
     tunables: Vec<String>,
@@ -132,7 +134,12 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let reactor = Reactor::start().context("cannot use io_uring, which wb needs")?;
     let serve = |opened| -> Device { Arc::new(UringDevice::new(reactor.handle(), opened)) };
     let runtime = Arc::new(reactor.handle().clone());
-    let cache = reactor.block_on(Cache::open(serve(cache), serve(backing), runtime, tunables))?;
+    let (cache, backing) = (serve(cache), serve(backing));
+    let open = async || Cache::open(cache.clone(), backing.clone(), runtime.clone(), tunables.clone()).await;
+    let (cache, salvaged) = reactor.block_on(args.salvage.open(&cache, &backing, open))?;
+    for line in salvaged.iter().flat_map(salvage::outcome) {
+        tracing::warn!("the log was corrupt: {line}");
+    }
     let status = cache.status();
     tracing::info!(
         "recovered in {:.2} s: {} in the cache are not written back yet",

@@ -1,4 +1,4 @@
-//! `wbctl`: creates, attaches, detaches and replays caches.
+//! `wbctl`: creates, attaches, detaches, replays and upgrades caches.
 
 mod attach;
 mod client;
@@ -6,7 +6,9 @@ mod config;
 mod create;
 mod place;
 mod replay;
+mod salvage;
 mod show;
+mod upgrade;
 
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand};
@@ -66,6 +68,11 @@ enum Command {
     ///
     /// Serves nothing, and needs no root for plain files. Safe to interrupt and to repeat.
     Replay(replay::Args),
+    /// Give a cache device of the kernel module what wb keeps beyond its format, in place
+    ///
+    /// That is an identity, a pairing with the backing device, so that a wrong one is refused, and from then on a CRC of
+    /// every block that is written. What is in the cache stays as it is, and the kernel module can still read it.
+    Upgrade(upgrade::Args),
 }
 
 /// A cache and a backing device.
@@ -94,6 +101,7 @@ fn run(command: Command, out: &mut Output) -> Result<Exit> {
         Command::Flush { name } => client::flush(&name, out)?,
         Command::Drain { name } => client::drain(&name, out)?,
         Command::Replay(args) => replay::replay(&args, out)?,
+        Command::Upgrade(args) => upgrade::upgrade(&args, out)?,
     }
     Ok(Exit::Done)
 }

@@ -1,12 +1,13 @@
 //! `wbctl replay`: write a log back offline.
 
-use crate::Pair;
 use crate::create::open_pair;
+use crate::{Pair, salvage};
 use anyhow::Result;
 use libwb::cache::{Cache, Tunables};
 use libwb::cli::{Io, Output, Progress, count, human_size};
 use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::log::salvage::{Plan, Summary};
 use serde::Serialize;
 use std::io::Write;
 use std::path::PathBuf;
@@ -16,8 +17,10 @@ use std::time::Duration;
 pub(crate) struct Args {
     #[command(flatten)]
     pair: Pair,
+    #[command(flatten)]
+    salvage: salvage::Salvage,
     /// Say what would be written back, and change nothing
-    #[arg(long)]
+    #[arg(long, conflicts_with = "salvage")]
     dry_run: bool,
     /// Print one JSON object instead of text
     #[arg(long)]
@@ -38,6 +41,10 @@ struct Report {
     segments: u64,
     /// The last segment that was applied.
     recovery_point: u64,
+    /// What was given up of a corrupt log; null where nothing had to be.
+    salvage: Option<Summary>,
+    #[serde(skip)]
+    salvage_in_words: Vec<String>,
 }
 
 pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
@@ -52,6 +59,9 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
     if args.json {
         writeln!(out, "{}", serde_json::to_string(&report)?)?;
         return Ok(());
+    }
+    for line in &report.salvage_in_words {
+        writeln!(out, "{line}")?;
     }
     if report.dirty_blocks == 0 {
         writeln!(out, "nothing to write back: the cache is clean")?;
@@ -71,7 +81,8 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
 }
 
 fn write_back(io: &Io, cache: Device, backing: Device, args: &Args) -> Result<Report> {
-    let cache = io.block_on(Cache::open(cache, backing, io.runtime(), Tunables::default()))?;
+    let open = async || Cache::open(cache.clone(), backing.clone(), io.runtime(), Tunables::default()).await;
+    let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, open))?;
     let before = cache.status();
     let drained = drain(io, &cache, before.dirty_blocks);
     let closed = io.block_on(cache.close());
@@ -85,12 +96,15 @@ fn write_back(io: &Io, cache: Device, backing: Device, args: &Args) -> Result<Re
         written_back_bytes: cache.status().counters.written_back_bytes,
         segments: before.dirty_segments,
         recovery_point: before.newest.0,
+        salvage: salvaged.as_ref().map(Plan::summary),
+        salvage_in_words: salvaged.as_ref().map(salvage::outcome).unwrap_or_default(),
     })
 }
 
 /// What a replay would do.
 fn look(io: &Io, cache: &Device, backing: &Device, args: &Args) -> Result<Report> {
-    let (recovery, live) = io.block_on(Cache::examine(cache, backing))?;
+    let look = args.salvage.open(cache, backing, async || Cache::examine(cache, backing).await);
+    let ((recovery, live), _) = io.block_on(look)?;
     Ok(Report {
         cache: args.pair.cache.clone(),
         backing: args.pair.backing.clone(),
@@ -99,6 +113,8 @@ fn look(io: &Io, cache: &Device, backing: &Device, args: &Args) -> Result<Report
         written_back_bytes: 0,
         segments: recovery.live_count(),
         recovery_point: recovery.point.0,
+        salvage: None,
+        salvage_in_words: Vec::new(),
     })
 }
 

@@ -99,7 +99,9 @@ impl Summary {
     }
 
     fn time(&self) -> Option<String> {
-        let since = Duration::from_millis(self.extension?.time.min(MAX_TIME * 1000));
+        let time = self.extension?.time;
+        // What stands in for a lost segment has none.
+        let since = Duration::from_millis((time > 0).then_some(time)?.min(MAX_TIME * 1000));
         Some(humantime::format_rfc3339_millis(UNIX_EPOCH + since).to_string())
     }
 
@@ -109,6 +111,7 @@ impl Summary {
             Reason::Flush => "flush".into(),
             Reason::Idle => "idle".into(),
             Reason::Close => "close".into(),
+            Reason::Salvage => "salvage".into(),
             Reason::Other(code) => format!("code {code}"),
         })
     }

@@ -24,8 +24,6 @@ use std::sync::atomic::AtomicBool;
 
 /// Headers that are erased at the same time.
 const ERASE_DEPTH: usize = 32;
-/// A log that is to go on must not end just below [`SegmentId::MAX`].
-const LAST_SANE_ID: SegmentId = SegmentId(SegmentId::MAX.0 / 2);
 
 /// What the live segments of a log hold.
 struct Replay {
@@ -119,9 +117,6 @@ impl Cache {
 async fn recover_log(cache: &Device) -> Result<(Superblock, Recovery), LogError> {
     let superblock = read_superblock(cache).await?;
     let recovery = recover(&superblock, &scan(cache, superblock.geometry, |_, _| {}).await);
-    if recovery.point > LAST_SANE_ID {
-        return Err(LogError::GarbageId { device: cache.name().to_string(), id: recovery.point });
-    }
     if recovery.corruption.is_empty() {
         return Ok((superblock, recovery));
     }

@@ -187,6 +187,8 @@ pub enum Reason {
     Idle,
     /// The cache was being closed.
     Close,
+    /// It stands in for a segment that was lost.
+    Salvage,
     /// Something that this version does not know.
     Other(u8),
 }
@@ -198,6 +200,7 @@ impl Reason {
             Reason::Flush => 2,
             Reason::Idle => 3,
             Reason::Close => 4,
+            Reason::Salvage => 5,
             Reason::Other(code) => code,
         }
     }
@@ -208,6 +211,7 @@ impl Reason {
             2 => Reason::Flush,
             3 => Reason::Idle,
             4 => Reason::Close,
+            5 => Reason::Salvage,
             other => Reason::Other(other),
         }
     }

@@ -3,8 +3,9 @@
 use super::LogError;
 use crate::device::{Device, DeviceError, IoBuf, SharedBuf};
 use crate::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, SUPERBLOCK_OFFSET, SUPERBLOCK_REGION_BYTES,
-    SuperblockExtension, encode_superblock_block, to_usize,
+    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET,
+    SUPERBLOCK_REGION_BYTES, SegmentId, SuperblockExtension, encode_record_block, encode_superblock_block,
+    to_usize,
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 
@@ -64,6 +65,16 @@ pub async fn write_extension(device: &Device, page: &SuperblockExtension) -> Res
     page.encode(block.block_at_mut(0));
     let copy = if page.generation.is_multiple_of(2) { 0 } else { 1 };
     device.write(EXTENSION_OFFSETS[copy], block.into()).await
+}
+
+/// Writes the superblock record. It is durable after a flush.
+///
+/// # Errors
+/// When the device fails.
+pub async fn write_record(device: &Device, written_back: SegmentId) -> Result<(), DeviceError> {
+    let mut block = IoBuf::zeroed(BLOCK_BYTES);
+    encode_record_block(block.block_at_mut(0), written_back);
+    device.write(RECORD_BLOCK_OFFSET, block.into()).await
 }
 
 #[cfg(test)]

@@ -1,10 +1,14 @@
-//! The log as it lies on a cache device: making an empty one, and reading what is there.
+//! The log as it lies on a cache device: making an empty one, reading what is there, and putting right what is damaged.
 
 pub mod create;
 pub mod history;
 pub mod live;
 pub mod recovery;
+#[cfg(test)]
+mod rig;
+pub mod salvage;
 pub mod scan;
+pub mod upgrade;
 
 use crate::device::DeviceError;
 use crate::format::{GeometryError, SegmentId, SuperblockFault};
@@ -43,19 +47,11 @@ pub enum LogError {
     },
     /// No copy of the superblock extension is sound.
     #[error(
-        "{device}: both copies of the superblock extension are damaged, so that it cannot be told which cache it is"
+        "{device}: both copies of the superblock extension are damaged, so that it cannot be told to which cache and backing device its segments belong. Nothing can go on safely: copy the device, and see with wbdump what it holds"
     )]
     ExtensionDamaged {
         /// The cache device.
         device: String,
-    },
-    /// The log has nearly run out of ids, which no real one does.
-    #[error("{device}: the newest segment has the id {id}, beyond what any log reaches")]
-    GarbageId {
-        /// The cache device.
-        device: String,
-        /// The id.
-        id: SegmentId,
     },
     /// The cache device had another size when it was formatted.
     #[error(
@@ -87,9 +83,41 @@ pub enum LogError {
         /// What was found, at least one.
         corruption: Vec<recovery::Corruption>,
     },
+    /// Most of the log lies where it cannot have been written.
+    #[error(
+        "{device}: the log is corrupt: most of its segments are sound but belong elsewhere, so the device was truncated or resized. Give it its old size back"
+    )]
+    Misplaced {
+        /// The cache device.
+        device: String,
+    },
+    /// There is no way on with a corrupt log that recovery would accept.
+    #[error(
+        "{device}: the log is damaged in a way that --salvage does not know. Copy the device, and see with wbdump what can still be read"
+    )]
+    Unsalvageable {
+        /// The cache device.
+        device: String,
+    },
+    /// The device carries the extension already.
+    #[error("{device}: carries wb's extension already; there is nothing to upgrade")]
+    Extended {
+        /// The cache device.
+        device: String,
+    },
+    /// The superblock extension is gone, but segments with the extension are there.
+    #[error(
+        "{device}: segment {id} was written by wb, so the device had the extension and lost it. Write the cache back with wbctl replay, then format it"
+    )]
+    ExtensionLost {
+        /// The cache device.
+        device: String,
+        /// Such a segment.
+        id: SegmentId,
+    },
     /// An entry of the log lies outside the backing device.
     #[error(
-        "{device}: segment {id} holds data for sector {sector}, but the backing device {backing} has only {sectors} sectors; is it the right backing device?"
+        "{device}: segment {id} holds data for sector {sector}, but the backing device {backing} has only {sectors} sectors; is it the right backing device? If it was made smaller, give it its old size back"
     )]
     BeyondBacking {
         /// The cache device.
@@ -113,6 +141,17 @@ pub enum LogError {
         /// The segment.
         id: SegmentId,
     },
+}
+
+impl LogError {
+    /// Whether [`salvage`] may go on where this stopped.
+    pub fn is_corruption(&self) -> bool {
+        match self {
+            LogError::Corrupt { .. } => true,
+            LogError::Superblock { fault, .. } => matches!(fault, SuperblockFault::GarbageRecord { .. }),
+            _ => false,
+        }
+    }
 }
 
 fn list(corruption: &[recovery::Corruption]) -> String {

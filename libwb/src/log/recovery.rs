@@ -8,6 +8,12 @@ use super::scan::{SlotFault, SlotState, Superblock};
 use crate::format::{Geometry, SegmentExtension, SegmentId, Slot, SuperblockExtension};
 use std::ops::RangeInclusive;
 
+#[cfg(test)]
+mod tests;
+
+/// A log that is to go on must not end just below [`SegmentId::MAX`]; none that is real comes near.
+pub(super) const LAST_SANE_ID: SegmentId = SegmentId(SegmentId::MAX.0 / 2);
+
 /// What explains a slot that holds no valid segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Explanation {
@@ -91,6 +97,12 @@ pub enum Corruption {
         missing: SegmentId,
         /// The largest valid id.
         highest: SegmentId,
+    },
+    /// The log has nearly run out of ids, which no real one does.
+    #[error("the log goes on at segment {id}, which none reaches")]
+    GarbageId {
+        /// The recovery point.
+        id: SegmentId,
     },
     /// A slot holds garbage that no write under way explains.
     #[error("slot {slot} holds no valid segment, and no power cut explains that")]
@@ -187,10 +199,10 @@ impl Claims {
     }
 }
 
-type Valid = (SegmentId, Option<SegmentExtension>);
+pub(super) type Valid = (SegmentId, Option<SegmentExtension>);
 
 /// A slot's segment, if it is valid and not one of an earlier cache on the device.
-fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid> {
+pub(super) fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid> {
     let SlotState::Valid { id, extension, .. } = state else { return None };
     let ours = superblock.extension.as_ref().map(SuperblockExtension::digest);
     let foreign = ours.zip(extension.as_ref()).is_some_and(|(ours, its)| ours != its.digest);
@@ -249,6 +261,9 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     {
         recovery.corruption.push(Corruption::RecordBeyondLog { record, highest });
     }
+    if point > LAST_SANE_ID {
+        recovery.corruption.push(Corruption::GarbageId { id: point });
+    }
     for (slot, state) in geometry.all_slots().zip(slots) {
         if let SlotState::Invalid(fault) = state {
             explain(&mut recovery, geometry, slot, fault);
@@ -263,7 +278,7 @@ fn went_on_past_a_hole(superblock: &Superblock, segments: &[Valid], point: Segme
     superblock.extension.is_some() && dropped.clone().any(|ours| ours) && dropped.clone().any(|ours| !ours)
 }
 
-fn slot_index(slot: Slot) -> usize {
+pub(super) fn slot_index(slot: Slot) -> usize {
     slot.0 as usize
 }
 
@@ -311,278 +326,5 @@ fn explain(recovery: &mut Recovery, geometry: Geometry, slot: Slot, fault: &Slot
     }
     if explanation == Explanation::None {
         recovery.corruption.push(Corruption::Unexplained { slot });
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::format::{SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64};
-    use proptest::prelude::*;
-
-    fn geometry(slots: u64) -> Geometry {
-        Geometry::of_device(SUPERBLOCK_REGION_BYTES + slots * to_u64(SEGMENT_BYTES)).expect("a sane size")
-    }
-
-    /// The slots of a log of which the segments up to `newest` were written, but for those in `torn`.
-    fn log(slots: u64, newest: u64, torn: &[u64]) -> Vec<SlotState> {
-        let g = geometry(slots);
-        g.all_slots()
-            .map(|slot| match g.id_in_slot(slot, SegmentId(newest)) {
-                SegmentId::NONE => SlotState::Empty,
-                id if torn.contains(&id.0) => SlotState::Invalid(SlotFault::Checksum { id }),
-                id => SlotState::Valid { id, length: 127, extension: None },
-            })
-            .collect()
-    }
-
-    fn run(slots: u64, record: u64, states: &[SlotState]) -> Recovery {
-        let superblock = Superblock { geometry: geometry(slots), record: SegmentId(record), extension: None };
-        recover(&superblock, states)
-    }
-
-    fn ids(range: impl IntoIterator<Item = u64>) -> Vec<SegmentId> {
-        range.into_iter().map(SegmentId).collect()
-    }
-
-    #[test]
-    fn a_fresh_cache_has_nothing_to_apply() {
-        let r = run(14, 0, &log(14, 0, &[]));
-        assert_eq!((r.point, r.live_count()), (SegmentId(0), 0));
-        assert!(r.corruption.is_empty() && r.damage.is_empty());
-    }
-
-    #[test]
-    fn a_whole_log_is_applied_from_the_oldest_dirty_segment() {
-        let r = run(14, 0, &log(14, 20, &[]));
-        assert_eq!(r.live().collect::<Vec<_>>(), ids(7..=20));
-        let r = run(14, 12, &log(14, 20, &[]));
-        assert_eq!(r.live().collect::<Vec<_>>(), ids(13..=20));
-        let r = run(14, 20, &log(14, 20, &[]));
-        assert_eq!((r.live_count(), r.point), (0, SegmentId(20)));
-    }
-
-    #[test]
-    fn a_torn_newest_segment_is_a_power_cut() {
-        let r = run(14, 0, &log(14, 5, &[5]));
-        assert_eq!(r.point, SegmentId(4));
-        assert!(r.corruption.is_empty());
-        assert_eq!(r.damage[0].explanation, Explanation::PowerCut);
-    }
-
-    #[test]
-    fn a_hole_drops_what_follows_and_the_stale_segment_in_it_is_not_applied() {
-        // Segment 20 was lost; its slot still holds segment 6, which is valid and older than 7.
-        let mut states = log(14, 22, &[]);
-        states[5] = SlotState::Valid { id: SegmentId(6), length: 127, extension: None };
-        let r = run(14, 0, &states);
-        assert_eq!(r.live().collect::<Vec<_>>(), ids(9..=19));
-        assert_eq!(r.dropped, ids([21, 22]));
-        assert!(r.corruption.is_empty());
-    }
-
-    #[test]
-    fn a_torn_overwrite_under_the_old_first_sector_costs_only_what_was_written_back() {
-        // Segment 15 was being written over segment 1.
-        let r = run(14, 0, &log(14, 14, &[1]));
-        assert_eq!(r.skipped, ids([1]));
-        assert_eq!(r.live().collect::<Vec<_>>(), ids(2..=14));
-        assert!(r.corruption.is_empty());
-        assert_eq!(r.damage[0].explanation, Explanation::PowerCut);
-    }
-
-    #[test]
-    fn rot_in_the_middle_is_corruption() {
-        let r = run(14, 0, &log(14, 14, &[6]));
-        assert_eq!(
-            r.corruption,
-            [Corruption::Gap { missing: SegmentId(6), highest: SegmentId(14), window: 3 }]
-        );
-        assert_eq!(r.point, SegmentId(5));
-    }
-
-    #[test]
-    fn rot_in_a_segment_that_was_written_back_puts_nothing_at_risk() {
-        let r = run(14, 10, &log(14, 14, &[8]));
-        assert!(r.corruption.is_empty());
-        assert_eq!(r.damage[0].explanation, Explanation::WrittenBack);
-        assert_eq!(r.live().collect::<Vec<_>>(), ids(11..=14));
-    }
-
-    #[test]
-    fn a_first_lap_that_rotted_whole_is_not_taken_for_an_empty_log() {
-        let r = run(14, 0, &log(14, 5, &[1, 2, 3, 4, 5]));
-        assert!(r.corruption.contains(&Corruption::Unexplained { slot: Slot(3) }), "{r:?}");
-    }
-
-    #[test]
-    fn a_truncated_device_is_noticed() {
-        let states: Vec<_> = (0..10)
-            .map(|slot| {
-                let id = geometry(14).id_in_slot(Slot(slot), SegmentId(30));
-                if geometry(10).slot_of(id) == Slot(slot) {
-                    SlotState::Valid { id, length: 1, extension: None }
-                } else {
-                    SlotState::Invalid(SlotFault::WrongSlot { id, sound: true })
-                }
-            })
-            .collect();
-        assert!(run(10, 0, &states).corruption.iter().any(|c| matches!(c, Corruption::WrongSlot { .. })));
-    }
-
-    #[test]
-    fn a_record_beyond_the_log_is_corruption() {
-        let r = run(14, 99, &log(14, 5, &[]));
-        assert!(matches!(r.corruption[0], Corruption::RecordBeyondLog { .. }));
-        // The only slot is under overwrite: nothing else can be there.
-        assert!(run(1, 7, &log(1, 7, &[7])).corruption.is_empty());
-    }
-
-    fn extended(durable: u64, written_back: u64) -> Option<SegmentExtension> {
-        Some(SegmentExtension {
-            digest: page().digest(),
-            reason: crate::format::Reason::Full,
-            durable: SegmentId(durable),
-            written_back: SegmentId(written_back),
-            time: 0,
-        })
-    }
-
-    fn page() -> SuperblockExtension {
-        SuperblockExtension::new(uuid::Uuid::from_u128(7), 0)
-    }
-
-    /// As [`run`], on a device with the extension; `claims` gives what each valid segment's header says.
-    fn run_extended(
-        slots: u64,
-        record: u64,
-        mut states: Vec<SlotState>,
-        claims: impl Fn(u64) -> Option<SegmentExtension>,
-    ) -> Recovery {
-        for state in &mut states {
-            if let SlotState::Valid { id, extension, .. } = state {
-                *extension = claims(id.0);
-            }
-        }
-        let superblock =
-            Superblock { geometry: geometry(slots), record: SegmentId(record), extension: Some(page()) };
-        recover(&superblock, &states)
-    }
-
-    #[test]
-    fn a_header_that_knows_more_than_the_record_is_believed() {
-        let r = run_extended(14, 2, log(14, 9, &[]), |id| extended(id - 1, id.saturating_sub(4)));
-        assert_eq!(r.live().collect::<Vec<_>>(), ids(6..=9));
-        // No header can know of what came after it.
-        let r = run_extended(14, 2, log(14, 9, &[]), |id| extended(0, id + 1000));
-        assert_eq!(r.live().collect::<Vec<_>>(), ids(3..=9));
-    }
-
-    #[test]
-    fn a_durable_segment_that_is_gone_is_corruption_however_near_the_end() {
-        let r = run_extended(14, 0, log(14, 9, &[8]), |id| extended(id - 1, 0));
-        assert_eq!(
-            r.corruption,
-            [Corruption::DurableMissing { missing: SegmentId(8), durable: SegmentId(8) }]
-        );
-        let r = run_extended(14, 0, log(14, 9, &[8]), |id| extended(id.saturating_sub(2), 0));
-        assert!(r.corruption.is_empty());
-        assert_eq!((r.point, r.dropped), (SegmentId(7), ids([9])));
-    }
-
-    #[test]
-    fn rot_after_a_clean_close_is_corruption_even_in_the_newest_segment() {
-        let mut superblock =
-            Superblock { geometry: geometry(14), record: SegmentId(0), extension: Some(page()) };
-        let states = log(14, 3, &[3]);
-        assert!(recover(&superblock, &states).corruption.is_empty());
-        superblock.extension.as_mut().unwrap().clean = Some(SegmentId(3));
-        assert_eq!(
-            recover(&superblock, &states).corruption,
-            [Corruption::DurableMissing { missing: SegmentId(3), durable: SegmentId(3) }]
-        );
-    }
-
-    #[test]
-    fn what_cannot_be_read_is_not_taken_for_the_work_of_a_power_cut() {
-        let unreadable = || {
-            let cause = nix::errno::Errno::EIO;
-            let operation = crate::device::Operation::Read;
-            SlotState::Invalid(SlotFault::Unreadable(crate::device::DeviceError {
-                device: "cache".into(),
-                operation,
-                offset: 0,
-                length: 4096,
-                cause,
-            }))
-        };
-        let mut states = log(14, 5, &[]);
-        states[3] = unreadable();
-        assert_eq!(run(14, 0, &states).corruption, [Corruption::Unreadable { slot: Slot(3) }]);
-        // What is written back is not needed.
-        let mut states = log(14, 9, &[]);
-        states[3] = unreadable();
-        assert!(run(14, 7, &states).corruption.is_empty());
-    }
-
-    #[test]
-    fn a_log_that_the_kernel_module_continued_past_a_hole_is_not_cut_back_in_silence() {
-        let r = run_extended(14, 0, log(14, 6, &[4]), |id| if id > 5 { None } else { extended(0, 0) });
-        assert_eq!(
-            r.corruption,
-            [Corruption::WrittenPastHole { missing: SegmentId(4), highest: SegmentId(6) }]
-        );
-    }
-
-    #[test]
-    fn wb_never_overwrites_what_the_record_does_not_cover_so_nothing_is_skipped() {
-        let r = run_extended(14, 0, log(14, 14, &[1]), |_| extended(0, 0));
-        assert!(r.skipped.is_empty());
-        assert_eq!(
-            r.corruption[0],
-            Corruption::Gap { missing: SegmentId(1), highest: SegmentId(14), window: 3 }
-        );
-        // But the kernel module does, and it may have written since.
-        let r = run_extended(14, 0, log(14, 14, &[1]), |id| if id == 14 { None } else { extended(0, 0) });
-        assert_eq!(r.skipped, ids([1]));
-    }
-
-    #[test]
-    fn a_segment_of_an_earlier_cache_is_not_taken_for_one_of_this() {
-        let r = run_extended(14, 0, log(14, 9, &[]), |id| {
-            let mut claims = extended(0, 0)?;
-            claims.digest ^= u32::from(id > 5);
-            Some(claims)
-        });
-        assert_eq!((r.highest, r.point), (SegmentId(5), SegmentId(5)));
-        assert!(r.dropped.is_empty() && r.corruption.is_empty());
-    }
-
-    fn any_state() -> impl Strategy<Value = SlotState> {
-        let id = prop_oneof![0..40u64, any::<u64>().prop_map(|id| id % (SegmentId::MAX.0 + 1))]
-            .prop_map(SegmentId);
-        prop_oneof![
-            Just(SlotState::Empty),
-            id.clone().prop_map(|id| SlotState::Valid { id, length: 1, extension: None }),
-            id.prop_map(|id| SlotState::Invalid(SlotFault::Checksum { id })),
-        ]
-    }
-
-    proptest! {
-        #[test]
-        fn any_verdicts_give_a_bounded_answer(
-            states in prop::collection::vec(any_state(), 1..20),
-            record in prop_oneof![0..40u64, Just(SegmentId::MAX.0)],
-        ) {
-            let n = to_u64(states.len());
-            // A scan calls a segment valid only in the slot that its id belongs to.
-            let states: Vec<_> = states.into_iter().zip(geometry(n).all_slots()).map(|(state, slot)| match state {
-                SlotState::Valid { id, .. } if id == SegmentId::NONE || geometry(n).slot_of(id) != slot => SlotState::Empty,
-                other => other,
-            }).collect();
-            let r = run(n, record, &states);
-            prop_assert!(r.live_count() <= n);
-            prop_assert!(r.live().all(|id| states[slot_index(geometry(n).slot_of(id))].valid_id() == Some(id)));
-        }
     }
 }

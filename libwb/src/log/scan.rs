@@ -44,6 +44,11 @@ impl RawSuperblock {
         self.pages.iter().flatten().max_by_key(|page| page.generation)
     }
 
+    /// Whether one of the two copies of the superblock extension is damaged or gone.
+    pub fn has_damaged_copy(&self) -> bool {
+        self.extension().is_some() && self.pages.iter().any(Result::is_err)
+    }
+
     /// Whether this version may use the device, as far as its extension tells.
     ///
     /// # Errors

@@ -1,0 +1,366 @@
+//! Going on with a corrupt log, and repairing one that is not.
+//!
+//! Both work on the cache device alone and end with a log that recovery accepts as it is. A way on gives something up,
+//! so it is taken only when it is asked for by name; a repair gives up nothing. A slot that must change becomes an empty
+//! segment (length 0, which the kernel module takes as well) with the id that belongs there, holds what is left of that
+//! segment, or is erased where the log has not reached.
+//!
+//! The order of the writes makes an interruption harmless: until the last of them the log is refused as before, and a
+//! second attempt finds the same; or recovery already makes of it what it would make of it in the end. The record of
+//! what is written back comes first, since it follows from segments that may go. The clean mark comes last.
+
+mod draft;
+mod remains;
+#[cfg(test)]
+mod tests;
+mod words;
+
+pub use words::{Summary, segments, ways_on};
+
+use super::LogError;
+use super::create::{write_extension, write_record};
+use super::live::{totals, visit_headers};
+use super::recovery::{Recovery, recover};
+use super::scan::{
+    BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock, read_slot_header,
+    scan,
+};
+use crate::device::{Device, DeviceError, IoBuf};
+use crate::format::{
+    BLOCK_BYTES, BlockNo, Geometry, Reason, SegmentExtension, SegmentId, Slot, SuperblockExtension,
+    encode_header,
+};
+use draft::{Change, Doomed, Draft, Found};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use remains::Remains;
+use serde::Serialize;
+use std::collections::HashMap;
+use std::fmt;
+use std::str::FromStr;
+
+/// Slots that are rewritten at the same time.
+const WRITE_DEPTH: usize = 32;
+
+/// How to go on with a corrupt log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Way {
+    /// Keep every valid segment. The blocks of one that is lost fall back to older versions, so the volume may be in a
+    /// state in which it never was.
+    Skip,
+    /// Go back to the last consistent point. Valid segments after it are given up, and the volume is in a state in
+    /// which it has been.
+    Stop,
+}
+
+impl Way {
+    /// Both.
+    pub const ALL: [Way; 2] = [Way::Skip, Way::Stop];
+}
+
+impl FromStr for Way {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Way, String> {
+        let way = Way::ALL.into_iter().find(|way| way.to_string() == text);
+        way.ok_or_else(|| "must be skip or stop".into())
+    }
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Way::Skip => "skip",
+            Way::Stop => "stop",
+        })
+    }
+}
+
+/// A segment that is given up, whole or in part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GivenUp {
+    /// Where it lies, or ought to.
+    pub slot: Slot,
+    /// Which it is; [`SegmentId::NONE`] where that cannot be told.
+    pub id: SegmentId,
+    /// The dirty blocks that are given up.
+    pub blocks: Vec<BlockNo>,
+    /// How well they are known.
+    pub certainty: Certainty,
+    /// How many of its dirty blocks are kept.
+    pub kept: u64,
+}
+
+/// How well it is known what a segment held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Certainty {
+    /// Its header is sound.
+    Sure,
+    /// Its header can be read, but may be wrong.
+    Perhaps,
+    /// Not at all.
+    Unknown,
+}
+
+/// A device whose log was read, sound or not.
+#[derive(Clone, Debug)]
+pub struct Scanned {
+    /// What the superblock region says.
+    pub superblock: RawSuperblock,
+    /// One verdict for each slot.
+    pub slots: Vec<SlotState>,
+}
+
+impl Scanned {
+    /// Reads the whole log of a device, and shows each slot's number to `progress`.
+    ///
+    /// # Errors
+    /// When the device cannot be read, or is no cache device that this version may use.
+    pub async fn read(device: &Device, mut progress: impl FnMut(Slot)) -> Result<Scanned, LogError> {
+        let superblock = examine_superblock(device).await?;
+        let fault = |fault| LogError::Superblock { device: device.name().to_string(), fault };
+        superblock.magic.map_err(fault)?;
+        superblock.check_extension(device)?;
+        let slots = scan(device, superblock.geometry, |slot, _| progress(slot)).await;
+        Ok(Scanned { superblock, slots })
+    }
+
+    /// What recovery makes of it.
+    pub fn recovery(&self) -> Recovery {
+        recover(&self.superblock.or_no_record(), &self.slots)
+    }
+
+    /// Whether recovery refuses it.
+    pub fn is_corrupt(&self) -> bool {
+        self.superblock.record.is_err() || !self.recovery().corruption.is_empty()
+    }
+
+    /// Whether most of what the device holds is sound but lies where it cannot have been written on a device of this
+    /// size. In a few slots alone, a damaged id looks the same.
+    pub fn is_resized(&self) -> bool {
+        let misplaced =
+            |slot: &&SlotState| matches!(slot, SlotState::Invalid(SlotFault::WrongSlot { sound: true, .. }));
+        let misplaced = self.slots.iter().filter(misplaced).count();
+        let all = self.slots.iter().filter(|slot| !matches!(slot, SlotState::Empty)).count();
+        misplaced > 1 && misplaced * 2 > all
+    }
+
+    /// Plans a way on with a corrupt log. `None` when it is not corrupt.
+    ///
+    /// # Errors
+    /// When the device fails, or there is no way on.
+    pub async fn salvage(&self, device: &Device, way: Way) -> Result<Option<Plan>, LogError> {
+        if !self.is_corrupt() {
+            return Ok(None);
+        }
+        if self.is_resized() {
+            return Err(LogError::Misplaced { device: device.name().to_string() });
+        }
+        let draft = Draft::new(&self.superblock, &self.slots, Some(way));
+        let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: device.name().to_string() })?;
+        let mut plan = Plan::of(self, Some(way), draft);
+        plan.given_up = plan.look(device).await?;
+        Ok(Some(plan))
+    }
+
+    /// Plans the repair of a log that is not corrupt. `None` when there is nothing to repair.
+    ///
+    /// # Errors
+    /// When the log is corrupt.
+    pub fn repair(&self, device: &Device) -> Result<Option<Plan>, LogError> {
+        let recovery = self.recovery();
+        let device = || device.name().to_string();
+        if let Err(fault) = self.superblock.record {
+            return Err(LogError::Superblock { device: device(), fault });
+        }
+        if self.is_corrupt() {
+            return Err(LogError::Corrupt { device: device(), corruption: recovery.corruption });
+        }
+        let draft = Draft::new(&self.superblock, &self.slots, None);
+        let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: device() })?;
+        let needless = draft.is_empty() && recovery.skipped.is_empty() && !self.superblock.has_damaged_copy();
+        Ok((!needless).then(|| Plan::of(self, None, draft)))
+    }
+}
+
+/// What is to be written to a cache device, and what is given up by that.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The way on; none for a repair.
+    pub way: Option<Way>,
+    /// Where the log is to end.
+    pub point: SegmentId,
+    /// What is given up, in the order of the log.
+    pub given_up: Vec<GivenUp>,
+    /// What the superblock record says although the log does not bear it out. It is not believed.
+    pub disbelieved: Option<SegmentId>,
+    geometry: Geometry,
+    extension: Option<SuperblockExtension>,
+    draft: Draft,
+    /// The superblock record, where it must change.
+    record: Option<SegmentId>,
+    /// The superblock extension, where a copy must be written.
+    page: Option<SuperblockExtension>,
+    damaged_copy: bool,
+}
+
+impl Plan {
+    fn of(scanned: &Scanned, way: Option<Way>, draft: Draft) -> Plan {
+        let superblock = &scanned.superblock;
+        let extension = superblock.extension().cloned();
+        let damaged_copy = superblock.has_damaged_copy();
+        let page =
+            extension.as_ref().filter(|_| draft.unmark || damaged_copy).map(|page| SuperblockExtension {
+                generation: page.generation.wrapping_add(1),
+                clean: page.clean.filter(|_| !draft.unmark),
+                ..page.clone()
+            });
+        Plan {
+            way,
+            point: draft.point,
+            given_up: Vec::new(),
+            disbelieved: draft.disbelieved,
+            geometry: superblock.geometry,
+            record: Some(draft.written_back).filter(|&id| superblock.record != Ok(id)),
+            extension,
+            draft,
+            page,
+            damaged_copy,
+        }
+    }
+
+    /// Whether what is kept belongs to a backing device and fits on it.
+    ///
+    /// # Errors
+    /// When not, or the cache device fails.
+    pub async fn check_backing(&self, device: &Device, backing: &BackingFacts<'_>) -> Result<(), LogError> {
+        if let Some(extension) = &self.extension {
+            check_pairing(device, extension, backing)?;
+        }
+        let held = totals(device, self.geometry, self.kept(), Some(backing.sectors)).await?;
+        match held.beyond.first() {
+            None => Ok(()),
+            Some(beyond) => Err(LogError::BeyondBacking {
+                device: device.name().to_string(),
+                id: beyond.id,
+                sector: beyond.sector,
+                backing: backing.name.into(),
+                sectors: backing.sectors,
+            }),
+        }
+    }
+
+    /// The live segments that stay as they are.
+    fn kept(&self) -> impl Iterator<Item = SegmentId> {
+        let changed: std::collections::HashSet<Slot> =
+            self.draft.all_changes().map(|change| change.slot).collect();
+        let first = self.draft.written_back.max(self.point.minus(self.geometry.lap())).next();
+        let geometry = self.geometry;
+        (first.0..=self.point.0).map(SegmentId).filter(move |&id| !changed.contains(&geometry.slot_of(id)))
+    }
+
+    /// Carries it out. It is durable afterwards. Can be interrupted at any time, planned again, and carried out.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub async fn apply(&self, device: &Device) -> Result<(), DeviceError> {
+        // A daemon that was killed may have left segments in the device's volatile cache.
+        device.flush().await?;
+        if let Some(record) = self.record {
+            write_record(device, record).await?;
+            device.flush().await?;
+        }
+        let writes = self.draft.changes.iter().map(|change| self.change(device, *change));
+        stream::iter(writes).buffer_unordered(WRITE_DEPTH).try_for_each(async |()| Ok(())).await?;
+        device.flush().await?;
+        if let Some(change) = self.draft.decisive {
+            self.change(device, change).await?;
+            device.flush().await?;
+        }
+        if let Some(page) = &self.page {
+            write_extension(device, page).await?;
+            device.flush().await?;
+        }
+        Ok(())
+    }
+
+    async fn change(&self, device: &Device, change: Change) -> Result<(), DeviceError> {
+        let Change { slot, id, live } = change;
+        if live && let Some(remains) = self.remains(device, id).await {
+            return remains.write(device, self.geometry).await;
+        }
+        let mut block = IoBuf::zeroed(BLOCK_BYTES);
+        if id != SegmentId::NONE {
+            let extension = self.extension.as_ref().map(filler_extension);
+            encode_header(block.block_at_mut(0), id, &[], &[], extension.as_ref());
+        }
+        device.write(self.geometry.slot_offset(slot), block.into()).await
+    }
+
+    async fn remains(&self, device: &Device, id: SegmentId) -> Option<Remains> {
+        let digest = self.extension.as_ref().map(SuperblockExtension::digest);
+        Remains::find(device, self.geometry, id, digest).await
+    }
+
+    /// Looks what is given up. Of the blocks of lost segments, those do not count that a later segment holds, too: that
+    /// carries every sector that is not written back.
+    async fn look(&self, device: &Device) -> Result<Vec<GivenUp>, LogError> {
+        let mut given_up = Vec::with_capacity(self.draft.doomed.len());
+        for doomed in &self.draft.doomed {
+            given_up.push(self.look_at(device, doomed).await);
+        }
+        let mut newest: HashMap<BlockNo, SegmentId> = HashMap::new();
+        for lost in &given_up {
+            newest.extend(lost.blocks.iter().map(|&block| (block, SegmentId::NONE)));
+        }
+        if !newest.is_empty() {
+            visit_headers(device, self.geometry, self.kept(), |header| {
+                for entry in header.metablocks.iter().filter(|entry| !entry.dirty.is_clean()) {
+                    if let Some(id) = newest.get_mut(&entry.block) {
+                        *id = header.id;
+                    }
+                }
+            })
+            .await?;
+        }
+        for lost in given_up.iter_mut().filter(|lost| lost.id != SegmentId::NONE) {
+            lost.blocks.retain(|block| newest.get(block).is_none_or(|&id| id < lost.id));
+        }
+        Ok(given_up)
+    }
+
+    async fn look_at(&self, device: &Device, doomed: &Doomed) -> GivenUp {
+        let &Doomed { slot, id, found } = doomed;
+        let none = GivenUp { slot, id, blocks: Vec::new(), certainty: Certainty::Unknown, kept: 0 };
+        if found == Found::Nothing {
+            return none;
+        }
+        let stays = self.draft.all_changes().any(|change| change.slot == slot && change.live);
+        if stays && let Some(remains) = self.remains(device, id).await {
+            return GivenUp {
+                blocks: remains.lost(),
+                certainty: Certainty::Sure,
+                kept: remains.kept(),
+                ..none
+            };
+        }
+        let Some(header) = read_slot_header(device, self.geometry, slot).await.header else { return none };
+        let proved = found == Found::Sound || header.extension.is_some() && header.id == id;
+        let dirty = header.metablocks.iter().filter(|entry| !entry.dirty.is_clean());
+        let mut blocks: Vec<_> = dirty.map(|entry| entry.block).collect();
+        blocks.sort_unstable();
+        blocks.dedup();
+        GivenUp { blocks, certainty: if proved { Certainty::Sure } else { Certainty::Perhaps }, ..none }
+    }
+}
+
+/// What the header of an empty segment says that stands in for a lost one: nothing.
+fn filler_extension(page: &SuperblockExtension) -> SegmentExtension {
+    SegmentExtension {
+        digest: page.digest(),
+        reason: Reason::Salvage,
+        durable: SegmentId::NONE,
+        written_back: SegmentId::NONE,
+        time: 0,
+    }
+}

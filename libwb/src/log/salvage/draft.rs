@@ -1,0 +1,302 @@
+//! Which slots must change so that recovery accepts a log. Pure code over the verdicts of a scan.
+//!
+//! W, P, H and D are those of [`recovery`](crate::log::recovery). F is where the log is to end: P, or further on where
+//! what follows P is kept.
+
+use super::Way;
+use crate::format::{Geometry, SegmentId, Slot, SuperblockFault};
+use crate::log::recovery::{Corruption, LAST_SANE_ID, Recovery, recover, slot_index, valid};
+use crate::log::scan::{RawSuperblock, SlotFault, SlotState, Superblock};
+
+/// A slot that is to be rewritten.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Change {
+    pub(super) slot: Slot,
+    /// The segment that it is to hold; with [`SegmentId::NONE`], none.
+    pub(super) id: SegmentId,
+    /// The segment is not written back, so that whatever is left of it is kept.
+    pub(super) live: bool,
+}
+
+/// A segment that is given up, whole or in part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Doomed {
+    pub(super) slot: Slot,
+    /// [`SegmentId::NONE`] where that cannot be told.
+    pub(super) id: SegmentId,
+    /// What stands in the slot.
+    pub(super) found: Found,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Found {
+    /// The segment itself, sound.
+    Sound,
+    /// Something damaged, perhaps the segment.
+    Damaged,
+    /// Nothing of the segment.
+    Nothing,
+}
+
+/// What is to be done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Draft {
+    /// W, which the superblock record must say before anything else is written.
+    pub(super) written_back: SegmentId,
+    /// F.
+    pub(super) point: SegmentId,
+    /// The order does not matter.
+    pub(super) changes: Vec<Change>,
+    /// Comes after all others. Until then recovery refuses the log, or makes of it what it makes of it in the end.
+    pub(super) decisive: Option<Change>,
+    /// The clean mark names a segment that will not be there.
+    pub(super) unmark: bool,
+    /// What the superblock record says, and the log does not bear out.
+    pub(super) disbelieved: Option<SegmentId>,
+    pub(super) doomed: Vec<Doomed>,
+}
+
+impl Draft {
+    /// Plans a way on, or for none, the repair of a log that is sound. `None` when even that would not make a log that
+    /// recovery accepts.
+    pub(super) fn new(raw: &RawSuperblock, slots: &[SlotState], way: Option<Way>) -> Option<Draft> {
+        let mut superblock = raw.or_no_record();
+        superblock.record = SegmentId::NONE;
+        let slots = if way.is_some() { without_misnumbered(&superblock, slots) } else { slots.to_vec() };
+        let unrecorded = recover(&superblock, &slots);
+        let disbelieved = match raw.record {
+            Ok(record) if is_believed(&superblock, &slots, record, unrecorded.highest, way) => {
+                superblock.record = record;
+                None
+            }
+            Ok(record) => Some(record),
+            Err(SuperblockFault::GarbageRecord { found }) => Some(SegmentId(found)),
+            Err(SuperblockFault::WrongMagic { .. }) => return None,
+        };
+        let recovery = recover(&superblock, &slots);
+        let plan = Planner { superblock: &superblock, slots: &slots, recovery: &recovery };
+        let mut draft = plan.draft(way);
+        draft.disbelieved = disbelieved;
+        if superblock.record > recovery.highest
+            && !goes_on(&superblock, &slots, recovery.highest, superblock.record)
+        {
+            plan.doom_unrecorded(&unrecorded, &mut draft);
+        }
+        draft.leads_to_a_sound_log(&superblock, &slots).then_some(draft)
+    }
+
+    /// Whether there is nothing to be done.
+    pub(super) fn is_empty(&self) -> bool {
+        self.changes.is_empty() && self.decisive.is_none() && !self.unmark && self.disbelieved.is_none()
+    }
+
+    /// Every change.
+    pub(super) fn all_changes(&self) -> impl Iterator<Item = Change> {
+        self.changes.iter().copied().chain(self.decisive)
+    }
+
+    fn leads_to_a_sound_log(&self, superblock: &Superblock, slots: &[SlotState]) -> bool {
+        let (superblock, slots) = self.outcome(superblock, slots);
+        let after = recover(&superblock, &slots);
+        after.corruption.is_empty() && after.dropped.is_empty() && after.point == self.point
+    }
+
+    /// What a scan will find.
+    fn outcome(&self, superblock: &Superblock, slots: &[SlotState]) -> (Superblock, Vec<SlotState>) {
+        let mut superblock = superblock.clone();
+        superblock.record = self.written_back;
+        let filler = superblock.extension.as_ref().map(super::filler_extension);
+        if let Some(page) = superblock.extension.as_mut().filter(|_| self.unmark) {
+            page.clean = None;
+        }
+        let mut slots = slots.to_vec();
+        for change in self.all_changes() {
+            slots[slot_index(change.slot)] = match change.id {
+                SegmentId::NONE => SlotState::Empty,
+                id => SlotState::Valid { id, length: 0, extension: filler },
+            };
+        }
+        (superblock, slots)
+    }
+}
+
+struct Planner<'a> {
+    superblock: &'a Superblock,
+    slots: &'a [SlotState],
+    recovery: &'a Recovery,
+}
+
+impl Planner<'_> {
+    fn draft(&self, way: Option<Way>) -> Draft {
+        let (recovery, geometry) = (self.recovery, self.superblock.geometry);
+        let tail_is_corrupt = recovery.corruption.iter().any(|corruption| {
+            matches!(
+                corruption,
+                Corruption::Gap { .. }
+                    | Corruption::DurableMissing { .. }
+                    | Corruption::WrittenPastHole { .. }
+            )
+        });
+        let end = self.end();
+        let point = if way == Some(Way::Skip) && tail_is_corrupt { end } else { recovery.point };
+        let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
+        let needed = written_back.max(point.minus(geometry.lap()));
+        let mut draft = Draft {
+            written_back,
+            point,
+            changes: Vec::new(),
+            decisive: None,
+            unmark: self.clean_mark() > Some(point),
+            disbelieved: None,
+            doomed: Vec::new(),
+        };
+        for slot in geometry.all_slots() {
+            self.visit(slot, needed, &mut draft);
+        }
+        if way == Some(Way::Stop) && tail_is_corrupt {
+            for id in (point.next().0..=end.0).map(SegmentId) {
+                draft.doomed.push(self.doomed(geometry.slot_of(id), id));
+            }
+        }
+        draft.doomed.sort_unstable_by_key(|doomed| (doomed.id, doomed.slot));
+        draft.doomed.dedup();
+        draft.choose_decisive(geometry, recovery.highest);
+        draft
+    }
+
+    /// The last segment that there was: the newest one that stands, or one that the clean mark names if all that may
+    /// have stood after the newest is damaged.
+    fn end(&self) -> SegmentId {
+        let highest = self.recovery.highest.max(self.recovery.point);
+        match self.clean_mark() {
+            Some(clean) if goes_on(self.superblock, self.slots, highest, clean) => clean,
+            _ => highest,
+        }
+    }
+
+    fn clean_mark(&self) -> Option<SegmentId> {
+        self.superblock.extension.as_ref().and_then(|extension| extension.clean)
+    }
+
+    /// Segments up to `needed` are written back or have no slot any more.
+    fn visit(&self, slot: Slot, needed: SegmentId, draft: &mut Draft) {
+        let (geometry, point) = (self.superblock.geometry, draft.point);
+        let state = &self.slots[slot_index(slot)];
+        let id = geometry.id_in_slot(slot, point);
+        let found = valid(state, self.superblock).map_or(SegmentId::NONE, |(found, _)| found);
+        let live = id > needed;
+        // The log must not end below what is recorded as written back.
+        let must_stand = live || (id == point && id != SegmentId::NONE);
+        let fault = match state {
+            SlotState::Invalid(fault) => Some(fault),
+            _ => None,
+        };
+        if !(must_stand && found != id || found > point || fault.is_some()) {
+            return;
+        }
+        draft.changes.push(Change { slot, id, live });
+        if live {
+            draft.doomed.push(self.doomed(slot, id));
+        } else if let Some(fault) = fault {
+            let in_flight = geometry.id_in_slot(slot, point.plus(geometry.loss_window()));
+            let held = match fault {
+                SlotFault::WrongSlot { id, sound: true } => *id,
+                SlotFault::Unreadable(_) if in_flight > point => in_flight,
+                _ if in_flight == SegmentId::NONE => SegmentId::NONE,
+                _ => return,
+            };
+            draft.doomed.push(Doomed { slot, id: held, found: Found::Damaged });
+        }
+    }
+
+    fn doomed(&self, slot: Slot, id: SegmentId) -> Doomed {
+        let found = match &self.slots[slot_index(slot)] {
+            SlotState::Invalid(_) => Found::Damaged,
+            state if valid(state, self.superblock).is_some_and(|(found, _)| found == id) => Found::Sound,
+            _ => Found::Nothing,
+        };
+        Doomed { slot, id, found }
+    }
+
+    /// The superblock record is believed, and covers segments that would count as dirty without it.
+    fn doom_unrecorded(&self, unrecorded: &Recovery, draft: &mut Draft) {
+        let geometry = self.superblock.geometry;
+        let standing = (unrecorded.written_back.next().0..=unrecorded.highest.0).map(SegmentId);
+        let sound =
+            standing.map(|id| self.doomed(geometry.slot_of(id), id)).filter(|d| d.found == Found::Sound);
+        draft.doomed.splice(..0, sound);
+    }
+}
+
+impl Draft {
+    fn choose_decisive(&mut self, geometry: Geometry, highest: SegmentId) {
+        let nth = if highest > self.point {
+            // While the newest segment stands, W and P do too.
+            self.changes.iter().position(|change| change.slot == geometry.slot_of(highest))
+        } else {
+            // While the first missing segment is missing, so is all that follows it.
+            let live = self.changes.iter().enumerate().filter(|(_, change)| change.live);
+            live.min_by_key(|(_, change)| change.id).map(|(nth, _)| nth)
+        };
+        self.decisive = nth.map(|nth| self.changes.remove(nth));
+    }
+}
+
+/// Whether the log may have gone on from `highest` to `last`: every slot that it would have written since is damaged,
+/// and none holds what had stood there before.
+fn goes_on(superblock: &Superblock, slots: &[SlotState], highest: SegmentId, last: SegmentId) -> bool {
+    let geometry = superblock.geometry;
+    // Of a log of which nothing stands, there is no telling where it had come to.
+    let from = if highest == SegmentId::NONE { last.minus(geometry.lap()) } else { highest };
+    let damaged = |id| matches!(slots[slot_index(geometry.slot_of(SegmentId(id)))], SlotState::Invalid(_));
+    let is_near = last <= LAST_SANE_ID && last.since(from) <= geometry.lap();
+    last > highest && is_near && (from.next().0..=last.0).all(damaged)
+}
+
+/// Nothing protects the superblock record against rot. What it says counts if it lies within the log, or the log may
+/// have reached so far. [`Way::Stop`] would rather give up what stands than let old data replace newer, so it believes
+/// in a lap of segments that left no trace.
+fn is_believed(
+    superblock: &Superblock,
+    slots: &[SlotState],
+    record: SegmentId,
+    highest: SegmentId,
+    way: Option<Way>,
+) -> bool {
+    let within_a_lap = record <= LAST_SANE_ID && record.since(highest) < superblock.geometry.lap();
+    let traceless = highest != SegmentId::NONE && within_a_lap;
+    match way {
+        // Recovery does.
+        None => true,
+        Some(Way::Skip) => record <= highest || goes_on(superblock, slots, highest, record),
+        Some(Way::Stop) => record <= highest || traceless || goes_on(superblock, slots, highest, record),
+    }
+}
+
+/// The id of a segment of the base format is not protected, and a wrong one far up would make all others look written
+/// back. The segments of a log stand within a lap of each other; what stands more than a lap above the most of them
+/// counts as damaged.
+fn without_misnumbered(superblock: &Superblock, slots: &[SlotState]) -> Vec<SlotState> {
+    let lap = superblock.geometry.lap();
+    let segments = slots.iter().filter_map(|state| valid(state, superblock));
+    let mut segments: Vec<_> = segments.filter(|(id, _)| *id <= LAST_SANE_ID).collect();
+    segments.sort_unstable_by_key(|&(id, _)| id);
+    // The extension's CRC covers the id.
+    let certain = segments.iter().filter(|(_, extension)| extension.is_some()).map(|&(id, _)| id).max();
+    let (mut most, mut top, mut first) = (0, SegmentId::NONE, 0);
+    for (nth, &(id, _)) in segments.iter().enumerate() {
+        while segments[first].0 <= id.minus(lap) {
+            first += 1;
+        }
+        let near = nth + 1 - first;
+        if near > most && Some(id) >= certain {
+            (most, top) = (near, id);
+        }
+    }
+    let misnumbered = |state: &SlotState| valid(state, superblock).filter(|(id, _)| id.since(top) > lap);
+    let damaged = |id| SlotState::Invalid(SlotFault::WrongSlot { id, sound: false });
+    slots
+        .iter()
+        .map(|state| misnumbered(state).map_or_else(|| state.clone(), |(id, _)| damaged(id)))
+        .collect()
+}

@@ -1,0 +1,86 @@
+//! What is left of a damaged segment: the blocks that can be proved good.
+
+use crate::device::{Device, DeviceError, IoBuf};
+use crate::format::{
+    BLOCK_BYTES, BlockNo, Geometry, Metablock, Place, SegmentExtension, SegmentHeader, SegmentId, Slot,
+    crc32c, encode_header, to_u64,
+};
+use futures_util::{StreamExt, stream};
+
+/// Blocks that are read at the same time.
+const DEPTH: usize = 16;
+
+/// A damaged segment of which the header is sound and at least one block too.
+pub(super) struct Remains {
+    slot: Slot,
+    id: SegmentId,
+    extension: SegmentExtension,
+    metablocks: Vec<Metablock>,
+    /// Which of them are proved to be good.
+    good: Vec<bool>,
+}
+
+impl Remains {
+    /// Looks what is left of segment `id` in its slot. Nothing can be proved of a segment without the extension: its
+    /// one checksum covers it whole.
+    pub(super) async fn find(
+        device: &Device,
+        geometry: Geometry,
+        id: SegmentId,
+        digest: Option<u32>,
+    ) -> Option<Remains> {
+        let slot = geometry.slot_of(id);
+        let block = device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await.ok()?;
+        let header = SegmentHeader::decode(block.block_at(0)).ok()?;
+        let extension = header.extension.filter(|its| header.id == id && Some(its.digest) == digest)?;
+        let is_good = async |(index, entry): (u8, &Metablock)| {
+            let place = geometry.place_offset(Place { slot, index });
+            let data = device.read(place, IoBuf::zeroed(BLOCK_BYTES)).await;
+            data.is_ok_and(|data| entry.crc == Some(crc32c(&data)))
+        };
+        let good: Vec<bool> =
+            stream::iter((0..).zip(&header.metablocks)).map(is_good).buffered(DEPTH).collect().await;
+        let metablocks = header.metablocks;
+        good.contains(&true).then_some(Remains { slot, id, extension, metablocks, good })
+    }
+
+    /// The dirty blocks of which no good version is left.
+    pub(super) fn lost(&self) -> Vec<BlockNo> {
+        let entries = || self.metablocks.iter().zip(&self.good);
+        let lost = entries().enumerate().filter(|(_, (entry, good))| !**good && !entry.dirty.is_clean());
+        let lost = lost
+            .filter(|(nth, (bad, _))| !entries().skip(*nth).any(|(e, good)| *good && e.block == bad.block));
+        lost.map(|(_, (entry, _))| entry.block).collect()
+    }
+
+    /// How many dirty blocks are good.
+    pub(super) fn kept(&self) -> u64 {
+        let kept =
+            self.metablocks.iter().zip(&self.good).filter(|(entry, good)| **good && !entry.dirty.is_clean());
+        to_u64(kept.count())
+    }
+
+    /// Makes a valid segment of it. The good blocks stay where they are; over each bad one goes a copy of its good
+    /// neighbour, entry and data, which changes nothing of what the log means. The header comes last, so that until
+    /// then the same is left of the segment.
+    pub(super) async fn write(&self, device: &Device, geometry: Geometry) -> Result<(), DeviceError> {
+        let length = self.good.iter().rposition(|&good| good).map_or(0, |last| last + 1);
+        let mut metablocks = self.metablocks[..length].to_vec();
+        let place = |index| geometry.slot_offset(self.slot) + to_u64(BLOCK_BYTES * (1 + index));
+        for bad in (0..length).filter(|&index| !self.good[index]) {
+            let before = (0..bad).rev().find(|&index| self.good[index]);
+            let Some(twin) = before.or_else(|| (bad..length).find(|&index| self.good[index])) else {
+                continue;
+            };
+            metablocks[bad] = self.metablocks[twin];
+            let data = device.read(place(twin), IoBuf::zeroed(BLOCK_BYTES)).await?;
+            device.write(place(bad), data.into()).await?;
+        }
+        device.flush().await?;
+        let mut block = IoBuf::zeroed(BLOCK_BYTES);
+        // Every entry has its CRC, so that the data itself is not looked at.
+        let data = vec![0; length * BLOCK_BYTES];
+        encode_header(block.block_at_mut(0), self.id, &metablocks, &data, Some(&self.extension));
+        device.write(geometry.slot_offset(self.slot), block.into()).await
+    }
+}

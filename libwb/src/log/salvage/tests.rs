@@ -1,0 +1,444 @@
+//! Salvage and repair of logs in memory.
+
+use super::*;
+use crate::format::{BLOCK_BYTES, EXTENSION_OFFSETS, SEGMENT_BYTES, to_u64, to_usize};
+use crate::log::recovery::Corruption;
+use crate::log::rig::{
+    LENGTH, Log, MASKS, SLOTS, after_power_cut, expected, in_sectors, lost, read, salvage, volume,
+};
+use futures_lite::future::block_on;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+#[test]
+fn a_sound_log_is_left_alone() {
+    for extended in [false, true] {
+        let log = Log::new(20, extended);
+        let device: Device = log.device();
+        for way in Way::ALL {
+            assert!(block_on(read(&device).salvage(&device, way)).unwrap().is_none());
+        }
+        assert!(read(&device).repair(&device).unwrap().is_none());
+    }
+}
+
+#[test]
+fn of_a_segment_with_a_rotten_block_skip_keeps_the_others() {
+    for bad in 0..LENGTH {
+        let mut log = Log::new(9, true);
+        log.rot(5, to_usize(bad));
+        let (device, plan) = salvage(&log, Way::Skip);
+        assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[(5, bad)])), "{bad}");
+        // The first two blocks of each segment were written again.
+        let blocks = if bad < 2 { vec![] } else { vec![500 + bad] };
+        assert_eq!(lost(&plan), [(5, blocks)]);
+        assert_eq!((plan.given_up[0].kept, plan.given_up[0].certainty), (4, Certainty::Sure));
+    }
+}
+
+#[test]
+fn without_the_extension_skip_gives_up_the_damaged_segment_alone() {
+    let mut log = Log::new(9, false);
+    log.rot(5, 3).record(2);
+    let (device, plan) = salvage(&log, Way::Skip);
+    assert_eq!(volume(&device.memory.content()), Some(expected([3, 4, 6, 7, 8, 9], &[])));
+    assert_eq!(lost(&plan), [(5, vec![502, 503, 504])]);
+    assert_eq!(plan.given_up[0].certainty, Certainty::Perhaps);
+}
+
+#[test]
+fn stop_goes_back_to_before_the_damage() {
+    for extended in [false, true] {
+        let mut log = Log::new(20, extended);
+        log.rot(12, 3);
+        let (device, plan) = salvage(&log, Way::Stop);
+        assert_eq!(volume(&device.memory.content()), Some(expected(7..=11, &[])), "{extended}");
+        assert_eq!(plan.point, SegmentId(11));
+        assert_eq!(lost(&plan).iter().map(|(id, _)| *id).collect::<Vec<_>>(), (12..=20).collect::<Vec<_>>());
+        assert!(plan.summary().dirty_blocks_given_up >= 8 * 3);
+    }
+}
+
+#[test]
+fn stop_with_the_oldest_live_segment_gone_leaves_an_empty_log_that_goes_on() {
+    let mut log = Log::new(20, true);
+    log.garble(7);
+    let (device, plan) = salvage(&log, Way::Stop);
+    assert_eq!((plan.point, volume(&device.memory.content())), (SegmentId(6), Some(BTreeMap::new())));
+}
+
+#[test]
+fn a_clean_mark_that_nothing_bears_out_is_taken_back() {
+    let mut log = Log::new(5, true);
+    log.write_pages(Some(SegmentId(9)));
+    for way in Way::ALL {
+        let (device, plan) = salvage(&log, way);
+        assert_eq!(volume(&device.memory.content()), Some(expected(1..=5, &[])), "{way}");
+        assert_eq!(plan.summary().dirty_blocks_given_up, 0);
+    }
+}
+
+#[test]
+fn what_is_left_of_the_segments_up_to_the_clean_mark_is_kept() {
+    let mut log = Log::new(9, true);
+    log.write_pages(Some(SegmentId(9)));
+    log.rot(8, 2).rot(9, 4);
+    let (device, _) = salvage(&log, Way::Skip);
+    assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[(8, 2), (9, 4)])));
+    let (device, _) = salvage(&log, Way::Stop);
+    assert_eq!(volume(&device.memory.content()), Some(expected(1..=7, &[])));
+}
+
+#[test]
+fn the_log_goes_on_at_a_record_whose_segment_has_rotted() {
+    for extended in [false, true] {
+        let mut log = Log::new(9, extended);
+        log.record(9).garble(9);
+        for way in Way::ALL {
+            let (device, plan) = salvage(&log, way);
+            assert_eq!((plan.point, plan.gives_up()), (SegmentId(9), "gives up nothing".into()));
+            assert_eq!(volume(&device.memory.content()), Some(BTreeMap::new()));
+        }
+    }
+}
+
+#[test]
+fn a_record_that_nothing_bears_out_makes_skip_give_up_nothing() {
+    let mut log = Log::new(9, false);
+    log.record(11);
+    let (device, plan) = salvage(&log, Way::Skip);
+    assert_eq!((plan.disbelieved, plan.gives_up()), (Some(SegmentId(11)), "gives up nothing".into()));
+    assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[])));
+    let (device, plan) = salvage(&log, Way::Stop);
+    assert_eq!((plan.point, plan.summary().segments_given_up), (SegmentId(11), (1..=9).collect()));
+    assert_eq!(volume(&device.memory.content()), Some(BTreeMap::new()));
+    // What no log of this size can have reached, nobody believes.
+    for record in [500, SegmentId::MAX.0, u64::MAX] {
+        log.record(record);
+        for way in Way::ALL {
+            let (device, _) = salvage(&log, way);
+            assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[])), "{record} {way}");
+        }
+    }
+}
+
+#[test]
+fn a_wrong_id_far_up_does_not_make_the_others_look_written_back() {
+    for wrong in [5 + SLOTS * 1000, 5 + SLOTS * ((1 << 55) / SLOTS + 9)] {
+        let mut log = Log::new(9, false);
+        let at = log.at(5);
+        log.image[at..at + 8].copy_from_slice(&wrong.to_le_bytes());
+        assert_eq!(log.geometry().slot_of(SegmentId(wrong)), log.geometry().slot_of(SegmentId(5)));
+        let (device, _) = salvage(&log, Way::Skip);
+        assert_eq!(volume(&device.memory.content()), Some(expected([1, 2, 3, 4, 6, 7, 8, 9], &[])));
+        let (device, _) = salvage(&log, Way::Stop);
+        assert_eq!(volume(&device.memory.content()), Some(expected(1..=4, &[])));
+    }
+}
+
+#[test]
+fn what_lies_where_the_log_has_not_been_is_erased() {
+    let mut log = Log::new(3, false);
+    log.garble(12);
+    let mut misplaced = Log::new(4, false);
+    let (from, to) = (misplaced.at(4), misplaced.at(7));
+    misplaced.image.copy_within(from..from + SEGMENT_BYTES, to);
+    for (log, newest) in [(log, 3), (misplaced, 4)] {
+        for way in Way::ALL {
+            let (device, _) = salvage(&log, way);
+            assert_eq!(volume(&device.memory.content()), Some(expected(1..=newest, &[])));
+        }
+    }
+}
+
+#[test]
+fn slots_that_cannot_be_read_are_written_anew() {
+    for id in [4, 7] {
+        let mut log = Log::new(6, true);
+        log.unreadable(id);
+        let (device, plan) = salvage(&log, Way::Skip);
+        assert_eq!(volume(&device.memory.content()), Some(expected((1..=6).filter(|&i| i != id), &[])));
+        assert_eq!(plan.given_up[0].certainty, Certainty::Unknown);
+    }
+}
+
+#[test]
+fn of_a_segment_with_an_unreadable_block_skip_keeps_the_others() {
+    let mut log = Log::new(6, true);
+    log.unreadable.push(to_u64(log.at(4) + 3 * BLOCK_BYTES));
+    let (device, plan) = salvage(&log, Way::Skip);
+    assert_eq!(volume(&device.memory.content()), Some(expected(1..=6, &[(4, 2)])));
+    assert_eq!(lost(&plan), [(4, vec![402])]);
+}
+
+#[test]
+fn a_log_that_the_kernel_module_continued_past_a_hole_goes_both_ways() {
+    let mut log = Log::new(5, true);
+    log.garble(4);
+    log.put(6, false, 0);
+    let mut hole = log.clone();
+    hole.put(5, true, 0);
+    for way in Way::ALL {
+        let device: Device = hole.device();
+        assert!(matches!(read(&device).recovery().corruption[..], [Corruption::WrittenPastHole { .. }]));
+        let (device, _) = salvage(&hole, way);
+        let segments: &[u64] = if way == Way::Skip { &[1, 2, 3, 5, 6] } else { &[1, 2, 3] };
+        assert_eq!(volume(&device.memory.content()), Some(expected(segments.iter().copied(), &[])));
+    }
+}
+
+#[test]
+fn the_wrong_backing_device_is_refused_before_anything_is_written() {
+    let mut log = Log::new(9, true);
+    log.page.as_mut().unwrap().backing_sectors = 8000;
+    log.write_pages(None);
+    log.rot(5, 1);
+    let device: Device = log.device();
+    let plan = block_on(read(&device).salvage(&device, Way::Skip)).unwrap().unwrap();
+    let facts = |sectors| BackingFacts { name: "backing", sectors, identity: "" };
+    let wrong = block_on(plan.check_backing(&device, &facts(9000)));
+    assert!(matches!(wrong, Err(LogError::WrongBacking { .. })), "{wrong:?}");
+    block_on(plan.check_backing(&device, &facts(8000))).unwrap();
+    let mut log = Log::new(9, false);
+    log.rot(5, 1);
+    let device: Device = log.device();
+    let plan = block_on(read(&device).salvage(&device, Way::Skip)).unwrap().unwrap();
+    let small = block_on(plan.check_backing(&device, &facts(800 * 8)));
+    assert!(matches!(small, Err(LogError::BeyondBacking { id: SegmentId(8), .. })), "{small:?}");
+}
+
+#[test]
+fn a_repair_makes_a_log_whole_and_keeps_its_volume() {
+    let torn = |extended| {
+        let mut log = Log::new(20, extended);
+        log.garble(20).record(9);
+        log.rot(8, 2);
+        log
+    };
+    let dropped = |extended| {
+        let mut log = Log::new(9, extended);
+        for id in [11, 12] {
+            log.put(id, extended, 0);
+        }
+        log
+    };
+    for extended in [false, true] {
+        for log in [torn(extended), dropped(extended)] {
+            let before = volume(&log.image).expect("a sound log");
+            let recorder = log.device();
+            let device: Device = recorder.clone();
+            let plan = read(&device).repair(&device).unwrap().expect("something to repair");
+            block_on(plan.apply(&device)).unwrap();
+            let after = read(&device);
+            assert!(after.repair(&device).unwrap().is_none());
+            assert!(after.slots.iter().all(|slot| !matches!(slot, SlotState::Invalid(_))));
+            assert!(after.recovery().dropped.is_empty());
+            assert_eq!(volume(&recorder.memory.content()), Some(before));
+        }
+    }
+}
+
+#[test]
+fn a_damaged_copy_of_the_superblock_extension_is_restored_from_the_sound_one() {
+    for copy in EXTENSION_OFFSETS {
+        for at in [3, 50] {
+            let mut log = Log::new(5, true);
+            log.image[to_usize(copy) + at] ^= 1;
+            let device: Device = log.device();
+            let plan = read(&device).repair(&device).unwrap().expect("something to repair");
+            block_on(plan.apply(&device)).unwrap();
+            let pages = read(&device).superblock.pages;
+            let uuids = pages.map(|page| page.expect("a sound copy").uuid);
+            assert_eq!(uuids, [uuid::Uuid::from_u128(7); 2]);
+        }
+    }
+}
+
+#[test]
+fn a_corrupt_log_is_not_repaired() {
+    let mut log = Log::new(9, true);
+    log.rot(5, 1);
+    let device: Device = log.device();
+    assert!(matches!(read(&device).repair(&device), Err(LogError::Corrupt { .. })));
+}
+
+/// Logs in need, corrupt in every way that there is.
+fn cases() -> Vec<Log> {
+    let mut cases = Vec::new();
+    for extended in [false, true] {
+        let new = |newest| Log::new(newest, extended);
+        let mut case = |mut log: Log, damage: &dyn Fn(&mut Log)| {
+            damage(&mut log);
+            cases.push(log);
+        };
+        case(new(9), &|log| {
+            log.rot(3, 2);
+        });
+        case(new(20), &|log| {
+            log.rot(8, 2).rot(12, 0).garble(18);
+        });
+        case(new(20), &|log| {
+            log.garble(7).rot(8, 4).rot(11, 0);
+        });
+        case(new(20), &|log| {
+            log.record(9).rot(10, 1).garble(9);
+        });
+        case(new(14), &|log| {
+            log.garble(1).rot(9, 1);
+        });
+        case(new(9), &|log| {
+            log.record(9).garble(9);
+        });
+        case(new(9), &|log| {
+            log.record(11);
+        });
+        case(new(9), &|log| {
+            log.record(u64::MAX).rot(4, 4);
+        });
+        case(new(9), &|log| {
+            log.unreadable(2).garble(5);
+        });
+        case(new(5), &|log| {
+            log.garble(12).garble(13);
+        });
+    }
+    let mut marked = Log::new(9, true);
+    marked.write_pages(Some(SegmentId(9)));
+    marked.rot(8, 2).rot(9, 4);
+    cases.push(marked);
+    let mut marked_beyond = Log::new(9, true);
+    marked_beyond.put(11, true, 0);
+    marked_beyond.write_pages(Some(SegmentId(20)));
+    cases.push(marked_beyond);
+    let mut mixed = Log::new(20, true);
+    mixed.put(19, false, 0);
+    mixed.garble(8);
+    cases.push(mixed);
+    cases
+}
+
+#[test]
+fn a_power_cut_at_any_write_and_a_second_attempt_give_the_same_volume() {
+    for (nth, log) in cases().iter().enumerate() {
+        for way in Way::ALL {
+            let (done, plan) = salvage(log, way);
+            let want = volume(&done.memory.content()).expect("a sound log");
+            let writes = done.writes.lock().clone();
+            for flushes in 0..=*done.flushes.lock() {
+                let count = writes.iter().filter(|(.., after)| *after == flushes).count();
+                let alone = (0..count).flat_map(|nth| [1 << nth, !(1 << nth)]);
+                for any in MASKS.into_iter().take(2).chain(alone) {
+                    let cut = after_power_cut(log, &writes, flushes, any);
+                    let what = format!("case {nth}, {way}, flush {flushes}, mask {any:#x}");
+                    assert_eq!(after_second_attempt(&cut, way).as_ref(), Some(&want), "{what}");
+                }
+                // The header of a segment of which good blocks are kept is all that proves them.
+                if plan.given_up.iter().all(|lost| lost.kept == 0) {
+                    for any in MASKS.into_iter().skip(2) {
+                        let cut = after_power_cut(log, &in_sectors(&writes), flushes, any);
+                        let what = format!("case {nth}, {way}, flush {flushes}, torn, mask {any:#x}");
+                        assert_eq!(after_second_attempt(&cut, way).as_ref(), Some(&want), "{what}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The volume of a log after it is salvaged, if need be.
+fn after_second_attempt(log: &Log, way: Way) -> Option<BTreeMap<u64, u8>> {
+    let device: Device = log.device();
+    match read(&device).is_corrupt() {
+        true => volume(&salvage(log, way).0.memory.content()),
+        false => volume(&log.image),
+    }
+}
+
+/// Something wrong with a log.
+#[derive(Clone, Debug)]
+enum Damage {
+    Rot { id: u64, block: usize },
+    Garble { id: u64 },
+    Unreadable { id: u64 },
+    Record { id: u64 },
+    Clean { id: u64 },
+    Bytes { slot: u64, at: usize, bytes: Vec<u8> },
+    Move { from: u64, to: u64 },
+}
+
+fn damage() -> impl Strategy<Value = Damage> {
+    let (id, block) = (|| 1..40u64, 0..5usize);
+    let far = || prop_oneof![8 => 0..60u64, 1 => Just(u64::MAX), 1 => any::<u64>()];
+    prop_oneof![
+        4 => (id(), block).prop_map(|(id, block)| Damage::Rot { id, block }),
+        2 => id().prop_map(|id| Damage::Garble { id }),
+        1 => id().prop_map(|id| Damage::Unreadable { id }),
+        1 => far().prop_map(|id| Damage::Record { id }),
+        1 => far().prop_map(|id| Damage::Clean { id }),
+        3 => (id(), 0..600usize, prop::collection::vec(any::<u8>(), 1..9))
+            .prop_map(|(slot, at, bytes)| Damage::Bytes { slot, at, bytes }),
+        1 => (id(), id()).prop_map(|(from, to)| Damage::Move { from, to }),
+    ]
+}
+
+impl Damage {
+    fn inflict(&self, log: &mut Log) {
+        match self {
+            Damage::Rot { id, block } => {
+                log.rot(*id, *block);
+            }
+            Damage::Garble { id } => {
+                log.garble(*id);
+            }
+            Damage::Unreadable { id } => {
+                log.unreadable(*id);
+            }
+            Damage::Record { id } => {
+                log.record(*id);
+            }
+            Damage::Clean { id } => log.write_pages(Some(SegmentId(*id))),
+            Damage::Bytes { slot, at, bytes } => {
+                let at = log.at(*slot) + at;
+                log.image[at..at + bytes.len()].copy_from_slice(bytes);
+            }
+            Damage::Move { from, to } => {
+                let (from, to) = (log.at(*from), log.at(*to));
+                log.image.copy_within(from..from + SEGMENT_BYTES, to);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn after_any_damage_recovery_accepts_the_log_or_what_salvage_makes_of_it(
+        slots in prop_oneof![3 => 14..15u64, 1 => 1..6u64],
+        newest in 0..40u64,
+        kinds in any::<[bool; 2]>(),
+        module_wrote in 0..40u64,
+        record in 0..40u64,
+        damage in prop::collection::vec(damage(), 1..6),
+    ) {
+        let [extended, module_came_later] = kinds;
+        let mut log = Log::empty(slots, extended);
+        for id in 1..=newest {
+            let ours = extended && !(module_came_later && id > module_wrote);
+            log.put(id, ours, id.saturating_sub(1 + slots / 4));
+        }
+        log.record(record.min(newest));
+        for damage in damage {
+            damage.inflict(&mut log);
+        }
+        let device: Device = log.device();
+        if !read(&device).is_corrupt() {
+            return Ok(());
+        }
+        for way in Way::ALL {
+            let (done, plan) = salvage(&log, way);
+            prop_assert!(volume(&done.memory.content()).is_some());
+            let _ = (plan.gives_up(), plan.changes(), plan.summary());
+        }
+    }
+}

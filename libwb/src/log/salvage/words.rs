@@ -1,0 +1,179 @@
+//! What a plan does and gives up, in words and as a record for JSON.
+
+use super::{Certainty, GivenUp, Plan, Way};
+use crate::format::{BlockNo, SegmentId, to_u64};
+use serde::Serialize;
+
+/// Items of a list that are shown one by one.
+const SHOWN: usize = 10;
+
+/// What a way on gives up. The names are part of the programs' interface.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// The way on; null for a repair.
+    pub way: Option<Way>,
+    /// The last segment of the log afterwards.
+    pub recovery_point: u64,
+    /// The segments that are given up, whole or in part.
+    pub segments_given_up: Vec<u64>,
+    /// Those of them of which it is not known for sure what they held.
+    pub segments_uncertain: Vec<u64>,
+    /// Slots whose content is given up though it cannot be told which segment it is.
+    pub slots_given_up: Vec<u32>,
+    /// How many dirty blocks are given up, as far as is known.
+    pub dirty_blocks_given_up: u64,
+    /// Which, in units of 4096 bytes of the backing device.
+    pub blocks_given_up: Vec<u64>,
+    /// How many dirty blocks of damaged segments are kept.
+    pub dirty_blocks_kept: u64,
+    /// What the superblock record says, where it is not believed.
+    pub disbelieved_record: Option<u64>,
+}
+
+impl Plan {
+    /// What is given up.
+    pub fn summary(&self) -> Summary {
+        let ids = |wanted: fn(&GivenUp) -> bool| self.ids(wanted).into_iter().map(|id| id.0).collect();
+        Summary {
+            way: self.way,
+            recovery_point: self.point.0,
+            segments_given_up: ids(|_| true),
+            segments_uncertain: ids(|lost| lost.certainty != Certainty::Sure),
+            slots_given_up: self.nameless().map(|lost| lost.slot.0).collect(),
+            dirty_blocks_given_up: to_u64(self.blocks().len()),
+            blocks_given_up: self.blocks().iter().map(|block| block.0).collect(),
+            dirty_blocks_kept: self.given_up.iter().map(|lost| lost.kept).sum(),
+            disbelieved_record: self.disbelieved.map(|id| id.0),
+        }
+    }
+
+    /// What is given up, as the rest of a sentence that begins with the plan.
+    pub fn gives_up(&self) -> String {
+        let ids = self.ids(|_| true);
+        let mut what = Vec::new();
+        if !ids.is_empty() {
+            what.push(segments(&ids));
+        }
+        let slots: Vec<_> = self.nameless().map(|lost| lost.slot.to_string()).collect();
+        if !slots.is_empty() {
+            what.push(format!("what stands in slot{} {}", plural(slots.len()), shortened(&slots)));
+        }
+        if what.is_empty() {
+            return "gives up nothing".into();
+        }
+        let blocks = self.blocks();
+        let unsure = self.given_up.iter().any(|lost| lost.certainty == Certainty::Perhaps);
+        let mut text = format!(
+            "gives up {}: {} dirty block{}{}",
+            what.join(" and "),
+            blocks.len(),
+            plural(blocks.len()),
+            if unsure { ", as far as damaged headers can be trusted" } else { "" },
+        );
+        let kept: u64 = self.given_up.iter().map(|lost| lost.kept).sum();
+        if kept > 0 {
+            text += &format!(" ({kept} more of the same segments are kept)");
+        }
+        let unknown = self.ids(|lost| lost.certainty == Certainty::Unknown);
+        if !unknown.is_empty() {
+            text += &format!("; what {} held is not known", segments(&unknown));
+        }
+        text
+    }
+
+    /// The dirty blocks that are given up, as a short list; empty when none are known.
+    pub fn blocks_in_words(&self) -> String {
+        shortened(&self.blocks().iter().map(ToString::to_string).collect::<Vec<_>>())
+    }
+
+    /// What is written, one thing each.
+    pub fn changes(&self) -> Vec<String> {
+        let (mut emptied, mut erased, mut kept) = (Vec::new(), Vec::new(), Vec::new());
+        for change in self.draft.all_changes() {
+            let partly = self.given_up.iter().any(|lost| lost.slot == change.slot && lost.kept > 0);
+            match change.id {
+                SegmentId::NONE => erased.push(change.slot.to_string()),
+                id if partly => kept.push(id),
+                id => emptied.push(id),
+            }
+        }
+        let mut changes = Vec::new();
+        if let Some(record) = self.record {
+            changes.push(format!("the superblock record: segment {record} is the last written back"));
+        }
+        for (ids, what) in
+            [(&mut kept, "the good blocks alone of"), (&mut emptied, "empty segments in the places of")]
+        {
+            ids.sort_unstable();
+            if !ids.is_empty() {
+                changes.push(format!("{what} {}", segments(ids)));
+            }
+        }
+        if !erased.is_empty() {
+            changes.push(format!("zeros over slot{} {}", plural(erased.len()), shortened(&erased)));
+        }
+        if self.draft.unmark {
+            changes.push("no more mark that the cache was closed in order".into());
+        }
+        if self.damaged_copy {
+            changes.push("the damaged copy of the superblock extension, from the sound one".into());
+        }
+        changes
+    }
+
+    fn ids(&self, wanted: fn(&GivenUp) -> bool) -> Vec<SegmentId> {
+        let named = self.given_up.iter().filter(|lost| lost.id != SegmentId::NONE && wanted(lost));
+        let mut ids: Vec<_> = named.map(|lost| lost.id).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+
+    fn nameless(&self) -> impl Iterator<Item = &GivenUp> {
+        self.given_up.iter().filter(|lost| lost.id == SegmentId::NONE)
+    }
+
+    fn blocks(&self) -> Vec<BlockNo> {
+        let mut blocks: Vec<_> = self.given_up.iter().flat_map(|lost| lost.blocks.iter().copied()).collect();
+        blocks.sort_unstable();
+        blocks.dedup();
+        blocks
+    }
+}
+
+/// What to do about a corrupt log: the ways on and what each gives up, one line each. `option` is how the program is told
+/// to take one.
+pub fn ways_on(plans: &[Plan], option: &str) -> Vec<String> {
+    let way = |plan: &Plan| {
+        let what = match (plan.way?, plan.point) {
+            (Way::Skip, _) => "keeps every valid segment; lost blocks fall back to older versions".into(),
+            (Way::Stop, SegmentId::NONE) => "goes back to an empty log, the last consistent point".into(),
+            (Way::Stop, point) => format!("goes back to segment {point}, the last consistent point"),
+        };
+        let record = plan.disbelieved.map(|record| {
+            format!(". It does not believe the superblock record ({record}): all that the log holds counts as dirty")
+        });
+        Some(format!("{option}={} {what}. It {}{}", plan.way?, plan.gives_up(), record.unwrap_or_default()))
+    };
+    plans.iter().filter_map(way).collect()
+}
+
+/// "segment 7" or "segments 7 to 9, 12, ...", for ids in order, at least one.
+pub fn segments(ids: &[SegmentId]) -> String {
+    let runs = ids.chunk_by(|a, b| a.next() == *b);
+    let parts = runs.map(|run| match run {
+        [one] => one.to_string(),
+        [first, .., last] => format!("{first} to {last}"),
+        [] => String::new(),
+    });
+    format!("segment{} {}", plural(ids.len()), shortened(&parts.collect::<Vec<_>>()))
+}
+
+fn shortened(items: &[String]) -> String {
+    let more = if items.len() > SHOWN { ", ..." } else { "" };
+    format!("{}{more}", items[..items.len().min(SHOWN)].join(", "))
+}
+
+fn plural(n: usize) -> &'static str {
+    if n == 1 { "" } else { "s" }
+}

@@ -1,0 +1,202 @@
+//! Giving a device of the kernel module the extension, in place.
+
+use super::LogError;
+use super::create::{write_extension, write_record};
+use super::live::live_totals;
+use super::salvage::{Plan, Scanned};
+use super::scan::{BackingFacts, SlotState};
+use crate::device::{Device, DeviceError, IoBuf};
+use crate::format::{BLOCK_BYTES, EXTENSION_OFFSETS, SECTOR_BYTES, SegmentId, SuperblockExtension, fitting};
+use std::time::Duration;
+use uuid::Uuid;
+
+/// What is to be written.
+#[derive(Clone, Debug)]
+pub struct Upgrade {
+    /// What is put right in the log before.
+    pub repair: Option<Plan>,
+    /// The last segment that is known to be written back.
+    pub written_back: SegmentId,
+    /// Whether the superblock record must be written to say so.
+    pub records: bool,
+    /// How many blocks are dirty. They stay so.
+    pub dirty_blocks: u64,
+    /// The new extension.
+    pub extension: SuperblockExtension,
+}
+
+impl Upgrade {
+    /// Plans it for a log that was read. The cache gets a new identity, `created` so long
+    /// after the beginning of 1970.
+    ///
+    /// # Errors
+    /// When the device has the extension, its log is corrupt, or it does not fit the backing device.
+    pub async fn plan(
+        device: &Device,
+        scanned: &Scanned,
+        backing: &BackingFacts<'_>,
+        label: &str,
+        created: Duration,
+    ) -> Result<Upgrade, LogError> {
+        let name = || device.name().to_string();
+        if scanned.superblock.extension().is_some() {
+            return Err(LogError::Extended { device: name() });
+        }
+        let repair = scanned.repair(device)?;
+        for slot in &scanned.slots {
+            if let &SlotState::Valid { id, extension: Some(_), .. } = slot {
+                return Err(LogError::ExtensionLost { device: name(), id });
+            }
+        }
+        let recovery = scanned.recovery();
+        let live = live_totals(device, scanned.superblock.geometry, &recovery, Some(backing.sectors)).await?;
+        if let Some(beyond) = live.beyond.first() {
+            let backing_name = backing.name.to_string();
+            let (id, sector, sectors) = (beyond.id, beyond.sector, backing.sectors);
+            return Err(LogError::BeyondBacking {
+                device: name(),
+                id,
+                sector,
+                backing: backing_name,
+                sectors,
+            });
+        }
+        let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
+        Ok(Upgrade {
+            repair,
+            written_back,
+            records: written_back > recovery.record,
+            dirty_blocks: live.dirty_blocks,
+            extension: SuperblockExtension {
+                backing_sectors: backing.sectors,
+                backing_id: fitting(backing.identity).into(),
+                label: fitting(label).into(),
+                created: created.as_secs(),
+                ..SuperblockExtension::new(Uuid::new_v4(), device.size())
+            },
+        })
+    }
+
+    /// What is written, one thing each.
+    pub fn changes(&self) -> Vec<String> {
+        let mut changes = self.repair.as_ref().map(Plan::changes).unwrap_or_default();
+        if self.records && self.repair.is_none() {
+            changes.push(format!(
+                "the superblock record: segment {} is the last written back",
+                self.written_back
+            ));
+        }
+        changes.push(format!(
+            "the superblock extension: a new identity, paired with a backing device of {} sectors",
+            self.extension.backing_sectors
+        ));
+        changes
+    }
+
+    /// Carries it out. It is durable afterwards. Interrupted, it leaves a device without the extension, or with it.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub async fn apply(&self, device: &Device) -> Result<(), DeviceError> {
+        if let Some(repair) = &self.repair {
+            repair.apply(device).await?;
+        }
+        if self.records {
+            write_record(device, self.written_back).await?;
+        }
+        // The marker is in the first sector of a page. It is written when the rest is there, or a torn page would be
+        // taken for a damaged one, and the device refused.
+        for (generation, offset) in (0..).zip(EXTENSION_OFFSETS) {
+            let page = SuperblockExtension { generation, ..self.extension.clone() };
+            let mut block = IoBuf::zeroed(BLOCK_BYTES);
+            page.encode(block.block_at_mut(0));
+            block[..SECTOR_BYTES].fill(0);
+            device.write(offset, block.into()).await?;
+        }
+        device.flush().await?;
+        for generation in [0, 1] {
+            let page = SuperblockExtension { generation, ..self.extension.clone() };
+            write_extension(device, &page).await?;
+            device.flush().await?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::to_usize;
+    use crate::log::rig::{Log, MASKS, after_power_cut, in_sectors, read, volume};
+    use crate::log::scan::check_pairing;
+    use futures_lite::future::block_on;
+
+    const BACKING: BackingFacts<'_> = BackingFacts { name: "backing", sectors: 80_000, identity: "serial" };
+
+    fn plan(device: &Device) -> Result<Upgrade, LogError> {
+        block_on(Upgrade::plan(device, &read(device), &BACKING, "data", Duration::ZERO))
+    }
+
+    /// Logs of the kernel module: whole, with a torn end, with the oldest segment under overwrite.
+    fn logs() -> [Log; 3] {
+        let [whole, mut torn, mut overwrite] = [Log::new(20, false), Log::new(9, false), Log::new(20, false)];
+        torn.garble(8);
+        overwrite.rot(7, 1);
+        [whole, torn, overwrite]
+    }
+
+    #[test]
+    fn an_upgrade_keeps_the_volume_and_pairs_the_cache() {
+        for log in logs() {
+            let recorder = log.device();
+            let device: Device = recorder.clone();
+            block_on(plan(&device).unwrap().apply(&device)).unwrap();
+            assert_eq!(volume(&recorder.memory.content()), volume(&log.image));
+            let after = read(&device);
+            assert!(after.repair(&device).unwrap().is_none());
+            assert!(after.recovery().skipped.is_empty());
+            let page = after.superblock.extension().unwrap();
+            assert_eq!((page.label.as_str(), page.backing_id.as_str()), ("data", "serial"));
+            assert!(check_pairing(&device, page, &BackingFacts { sectors: 1, ..BACKING }).is_err());
+            assert!(matches!(plan(&device), Err(LogError::Extended { .. })));
+        }
+    }
+
+    #[test]
+    fn a_power_cut_in_an_upgrade_leaves_a_device_with_the_extension_or_without() {
+        for log in logs() {
+            let recorder = log.device();
+            let device: Device = recorder.clone();
+            block_on(plan(&device).unwrap().apply(&device)).unwrap();
+            let sectors = in_sectors(&recorder.writes.lock());
+            for flushes in 0..=*recorder.flushes.lock() {
+                for any in MASKS {
+                    let cut = after_power_cut(&log, &sectors, flushes, any);
+                    assert_eq!(volume(&cut.image), volume(&log.image), "flush {flushes}, mask {any:#x}");
+                    let device: Device = cut.device();
+                    match plan(&device) {
+                        Ok(again) => block_on(again.apply(&device)).unwrap(),
+                        Err(error) => assert!(matches!(error, LogError::Extended { .. }), "{error}"),
+                    }
+                    assert!(read(&device).superblock.extension().is_some());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_upgraded_is_refused() {
+        let mut corrupt = Log::new(9, false);
+        corrupt.rot(3, 0);
+        let mut lost = Log::new(3, true);
+        lost.image[to_usize(EXTENSION_OFFSETS[0])..][..8].fill(0);
+        lost.image[to_usize(EXTENSION_OFFSETS[1])..][..8].fill(0);
+        let refused = |log: &Log| plan(&(log.device() as Device)).expect_err("a refusal");
+        assert!(refused(&corrupt).is_corruption());
+        assert!(matches!(refused(&lost), LogError::ExtensionLost { .. }));
+        let device: Device = Log::new(9, false).device();
+        let small = BackingFacts { sectors: 800 * 8, ..BACKING };
+        let plan = block_on(Upgrade::plan(&device, &read(&device), &small, "", Duration::ZERO));
+        assert!(matches!(plan, Err(LogError::BeyondBacking { .. })));
+    }
+}

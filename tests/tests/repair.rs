@@ -1,0 +1,113 @@
+//! `wbcheck --repair`: what a power cut or wear has left is put right, and no data is given up.
+
+use libwb::format::{BlockNo, DirtyBits, EXTENSION_OFFSETS, Metablock};
+use std::path::Path;
+use wb_tests::{
+    GOLDEN, Outcome, Volume, flip_bit, golden_volume_sha256, needs_serving, overwrite, segment_offset,
+    sha256, wb, write_record, write_segment,
+};
+
+fn check(cache: &Path) -> Outcome {
+    wb!("wbcheck", cache)
+}
+
+/// Repairs a device that needs it, and checks that nothing is left to do, and that the volume is the same.
+fn repairs(volume: &Volume, written: &str) {
+    let twin = Volume::blank(1, 1 << 20);
+    std::fs::copy(&volume.cache, &twin.cache).expect("room for an image");
+    std::fs::copy(&volume.backing, &twin.backing).expect("room for an image");
+    let outcome = wb!("wbcheck", &volume.cache, "--repair");
+    assert_eq!(outcome.code, 1, "{outcome:?}");
+    assert_eq!(outcome.first_line(), format!("{}: repaired, and sound now", volume.cache.display()));
+    assert!(outcome.stdout.contains(written), "{written:?} is not in {outcome:?}");
+    assert_eq!(check(&volume.cache).first_line(), format!("{}: sound", volume.cache.display()));
+    let repaired = sha256(&volume.cache);
+    assert_eq!(wb!("wbcheck", &volume.cache, "--repair").code, 0, "nothing is left");
+    assert_eq!(sha256(&volume.cache), repaired);
+    for pair in [volume, &twin] {
+        pair.must(&[&["replay"], &pair.pair()[..]].concat());
+    }
+    assert_eq!(sha256(&volume.backing), sha256(&twin.backing), "the volume has changed");
+}
+
+#[test]
+fn a_sound_device_is_left_as_it_is() {
+    for name in GOLDEN {
+        let volume = Volume::golden(name);
+        let before = sha256(&volume.cache);
+        let outcome = wb!("wbcheck", &volume.cache, "--repair", "--backing", &volume.backing);
+        assert_eq!((outcome.code, sha256(&volume.cache)), (0, before), "{name}: {outcome:?}");
+    }
+}
+
+#[test]
+fn what_a_power_cut_left_is_put_right() {
+    let torn = Volume::golden("few-1");
+    flip_bit(&torn.cache, segment_offset(&torn.cache, 7) + 4096);
+    repairs(&torn, "zeros over slot 6");
+
+    let overwritten = Volume::golden("lapped-1");
+    overwrite(&overwritten.cache, segment_offset(&overwritten.cache, 34) + 512, &[0x5a; 9000]);
+    repairs(&overwritten, "the superblock record: segment 34 is the last written back");
+
+    let hole = Volume::golden("few-1");
+    let block = Metablock { block: BlockNo(3), dirty: DirtyBits(0xff), crc: None };
+    write_segment(&hole.cache, 9, &[block], 1);
+    repairs(&hole, "zeros over slot 8");
+}
+
+#[test]
+fn rot_in_what_is_written_back_is_written_over() {
+    let volume = Volume::golden("sbrecord-1");
+    flip_bit(&volume.cache, segment_offset(&volume.cache, 3) + 4096);
+    assert_eq!(check(&volume.cache).code, 4);
+    repairs(&volume, "empty segments in the places of segment 3");
+}
+
+#[test]
+fn a_damaged_copy_of_the_superblock_extension_is_found_and_restored() {
+    for copy in EXTENSION_OFFSETS {
+        let volume = Volume::created(8, 4 << 20);
+        flip_bit(&volume.cache, copy + 70);
+        let found = check(&volume.cache);
+        assert_eq!((found.code, found.stdout.contains("one of the two copies")), (4, true), "{found:?}");
+        repairs(&volume, "the damaged copy of the superblock extension");
+    }
+}
+
+#[test]
+fn a_corrupt_log_needs_salvage_and_is_left_as_it_is_without() {
+    let volume = Volume::golden("few-1");
+    flip_bit(&volume.cache, segment_offset(&volume.cache, 3) + 4096);
+    let before = sha256(&volume.cache);
+    let outcome = wb!("wbcheck", &volume.cache, "--repair");
+    assert_eq!((outcome.code, outcome.stdout.contains("--salvage=skip")), (4, true), "{outcome:?}");
+    assert_eq!(sha256(&volume.cache), before);
+    let report = wb!("wbcheck", &volume.cache, "--repair", "--salvage=stop", "--json");
+    let json = report.json();
+    assert_eq!((report.code, &json["verdict"]), (1, &"sound".into()), "{json}");
+    assert_eq!(json["repair"]["salvage"]["segments_given_up"], serde_json::json!([3, 4, 5, 6, 7]), "{json}");
+    assert_eq!(json["repair"]["verdict_before"], "corrupt", "{json}");
+    volume.must(&[&["replay"], &volume.pair()[..]].concat());
+}
+
+#[test]
+fn a_record_that_is_garbage_is_salvaged_without_loss() {
+    let volume = Volume::golden("few-1");
+    write_record(&volume.cache, u64::MAX);
+    assert_eq!(wb!("wbcheck", &volume.cache, "--repair").code, 4);
+    let outcome = wb!("wbcheck", &volume.cache, "--repair", "--salvage");
+    assert_eq!((outcome.code, outcome.stdout.contains("It gives up nothing")), (1, true), "{outcome:?}");
+    volume.must(&[&["replay"], &volume.pair()[..]].concat());
+    assert_eq!(sha256(&volume.backing), golden_volume_sha256("few-1"));
+}
+
+#[test]
+fn a_device_that_is_attached_is_not_repaired() {
+    needs_serving!();
+    let volume = Volume::created(8, 4 << 20);
+    let attached = volume.attach();
+    let outcome = wb!("wbcheck", &volume.cache, "--repair");
+    assert_eq!((outcome.code, outcome.stderr.contains("in use")), (8, true), "{outcome:?}");
+    attached.detach(&[]);
+}

@@ -1,0 +1,69 @@
+//! What attach and replay do about a corrupt log.
+
+use anyhow::{Result, anyhow};
+use libwb::cache::CacheError;
+use libwb::device::Device;
+use libwb::log::LogError;
+use libwb::log::salvage::{Plan, Scanned, Way, ways_on};
+use libwb::log::scan::BackingFacts;
+
+#[derive(clap::Args)]
+pub(crate) struct Salvage {
+    /// Go on with a corrupt log, and give up what has to be: with skip the damaged blocks alone, with stop all that
+    /// came after them
+    ///
+    /// Without it, a corrupt log is refused, and what each way would give up is shown. Copy the cache device first: what
+    /// is given up is gone for ever. A log that is not corrupt is not changed by it.
+    #[arg(long, value_name = "skip|stop", num_args = 0..=1, require_equals = true, default_missing_value = "skip")]
+    salvage: Option<Way>,
+}
+
+impl Salvage {
+    /// Opens a cache. Where its log is corrupt, salvages it first if that was asked for, or else says what can be done.
+    pub(crate) async fn open<T>(
+        &self,
+        cache: &Device,
+        backing: &Device,
+        open: impl AsyncFn() -> Result<T, CacheError>,
+    ) -> Result<(T, Option<Plan>)> {
+        let refused = match open().await {
+            Ok(opened) => return Ok((opened, None)),
+            Err(CacheError::Log(error)) if error.is_corruption() => error,
+            Err(error) => return Err(error.into()),
+        };
+        let scanned = Scanned::read(cache, |_| ()).await?;
+        let Some(way) = self.salvage else { return Err(what_can_be_done(&refused, cache, &scanned).await?) };
+        let plan = scanned.salvage(cache, way).await?.ok_or(refused)?;
+        plan.check_backing(cache, &BackingFacts::of(backing)).await?;
+        plan.apply(cache).await?;
+        Ok((open().await?, Some(plan)))
+    }
+}
+
+/// What a salvage has done, a sentence each.
+pub(crate) fn outcome(plan: &Plan) -> Vec<String> {
+    let mut lines = ways_on(std::slice::from_ref(plan), "--salvage");
+    if !plan.blocks_in_words().is_empty() {
+        lines.push(format!(
+            "given up, in units of 4096 bytes of the backing device: {}",
+            plan.blocks_in_words()
+        ));
+    }
+    lines
+}
+
+async fn what_can_be_done(
+    refused: &LogError,
+    cache: &Device,
+    scanned: &Scanned,
+) -> Result<anyhow::Error, LogError> {
+    let mut plans = Vec::new();
+    for way in Way::ALL {
+        plans.extend(scanned.salvage(cache, way).await?);
+    }
+    let ways: String = ways_on(&plans, "--salvage").iter().map(|way| format!("\n  {way}")).collect();
+    Ok(anyhow!(
+        "{refused}\n  Neither device was changed. Copy the cache device before anything else; then there are two ways \
+         on:{ways}"
+    ))
+}

@@ -1,0 +1,57 @@
+//! `wbctl upgrade`: give a device of the kernel module wb's extension.
+
+use crate::Pair;
+use crate::create::open_pair;
+use anyhow::{Result, bail};
+use libwb::cli::{Io, Output, count};
+use libwb::format::fitting;
+use libwb::log::salvage::Scanned;
+use libwb::log::scan::BackingFacts;
+use libwb::log::upgrade::Upgrade;
+use std::io::Write;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pair: Pair,
+    /// A name for people, of up to 64 bytes
+    #[arg(long, value_parser = parse_label)]
+    label: Option<String>,
+    /// Say what would be changed, and change nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+fn parse_label(text: &str) -> Result<String, String> {
+    if fitting(text) == text { Ok(text.into()) } else { Err("longer than 64 bytes".into()) }
+}
+
+pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
+    let io = Io::start()?;
+    let (cache, backing) = open_pair(&args.pair)?;
+    let (cache, backing) = (io.serve(cache), io.serve(backing));
+    let scanned = io.block_on(Scanned::read(&cache, |_| ()))?;
+    let label = args.label.as_deref().unwrap_or_default();
+    let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let backing = BackingFacts::of(&backing);
+    let upgrade = match io.block_on(Upgrade::plan(&cache, &scanned, &backing, label, created)) {
+        Err(error) if error.is_corruption() => bail!("{error}; salvage it first, see what wbcheck says"),
+        other => other?,
+    };
+    if !args.dry_run {
+        io.block_on(upgrade.apply(&cache))?;
+    }
+    let path = args.pair.cache.display();
+    let done = if args.dry_run { "would be upgraded; nothing was changed" } else { "upgraded" };
+    writeln!(out, "{path}: {done}")?;
+    for change in upgrade.changes() {
+        writeln!(out, "  - {change}")?;
+    }
+    writeln!(
+        out,
+        "What is in the cache stays as it is ({} not written back yet). The kernel module can still read it.",
+        count(upgrade.dirty_blocks, "dirty block")
+    )?;
+    Ok(())
+}

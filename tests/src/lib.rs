@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 mod filesystem;
+pub mod fuzzed;
+pub mod recipe;
 pub mod sim;
 mod volume;
 

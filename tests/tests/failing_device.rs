@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use wb_tests::{Attached, FailingFile, Faults, Volume, needs_serving, noise, read_at, wait_for};
+use wb_tests::{Attached, FailingFile, Faults, LoopDevice, Volume, needs_serving, noise, read_at, wait_for};
 
 const MIB: u64 = 1 << 20;
 const ALL: std::ops::Range<u64> = 0..u64::MAX;
@@ -45,13 +45,14 @@ fn on_failing_backing() -> (Volume, FailingFile) {
     (volume, backing)
 }
 
-/// A new volume, on a cache device that can fail.
-fn on_failing_cache() -> (Volume, FailingFile) {
+/// A new volume, on a cache device that can fail: a file, or a block device.
+fn on_failing_cache(is_block: bool) -> (Volume, FailingFile, Option<LoopDevice>) {
     let mut volume = Volume::blank(16, 32 * MIB);
     let cache = FailingFile::over(&volume.cache, &volume.path("failing"));
-    volume.cache = cache.path.clone();
+    let block = is_block.then(|| LoopDevice::attach(&cache.path).expect("a loop device"));
+    volume.cache = block.as_ref().map_or_else(|| cache.path.clone(), |device| device.path.clone());
     volume.create(&[]);
-    (volume, cache)
+    (volume, cache, block)
 }
 
 #[test]
@@ -119,7 +120,8 @@ fn only_reads_go_on(volume: &Volume, attached: &mut Attached<'_>, kept: &[u8]) {
     assert!(attached.is_running());
     let status = volume.status();
     assert_eq!(status["state"], "failed", "{status}");
-    assert!(status["live"]["failure"].as_str().is_some_and(|why| why.contains("device.img")), "{status}");
+    let cache = volume.cache.to_str().expect("UTF-8");
+    assert!(status["live"]["failure"].as_str().is_some_and(|why| why.contains(cache)), "{status}");
     let drained = volume.wbctl(&["drain", &volume.name]);
     assert_eq!((drained.code, drained.stderr.lines().count()), (1, 1), "{drained:?}");
     let detached = volume.wbctl(&["detach", &volume.name]);
@@ -131,10 +133,12 @@ fn only_reads_go_on(volume: &Volume, attached: &mut Attached<'_>, kept: &[u8]) {
 #[test]
 fn a_cache_device_that_fails_writes_or_flushes_acknowledges_nothing_more_and_reads_go_on() {
     needs_serving!();
-    for faults in
-        [Faults { writes: true, ..Faults::default() }, Faults { flushes: true, ..Faults::default() }]
+    let writes = Faults { writes: true, ..Faults::default() };
+    let flushes = Faults { flushes: true, ..Faults::default() };
+    for (faults, is_block) in
+        [(writes.clone(), false), (flushes.clone(), false), (writes, true), (flushes, true)]
     {
-        let (volume, cache) = on_failing_cache();
+        let (volume, cache, _block) = on_failing_cache(is_block);
         let mut attached = volume.attach_with(&[]);
         let kept = noise(3, MIB);
         write(&attached.device, 4 * MIB, &kept).unwrap();
@@ -158,7 +162,7 @@ fn a_cache_device_that_fails_writes_or_flushes_acknowledges_nothing_more_and_rea
 #[test]
 fn what_the_cache_device_cannot_read_comes_from_the_backing_device_if_it_is_clean_and_fails_if_it_is_dirty() {
     needs_serving!();
-    let (volume, cache) = on_failing_cache();
+    let (volume, cache, _block) = on_failing_cache(false);
     let mut attached = volume.attach_with(&[]);
     let device = attached.device.clone();
     write(&device, 4 * MIB, &noise(5, MIB)).unwrap();

@@ -6,12 +6,12 @@ use libwb::cache::{Cache, CacheError, Tunables};
 use libwb::control::{Reply, Request, answer};
 use libwb::device::sim::Simulation;
 use libwb::device::{Device, IoBuf, MemDevice};
-use libwb::format::{BlockNo, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, to_u64, to_usize};
+use libwb::format::{BLOCK_BYTES, BlockNo, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, to_u64, to_usize};
 use libwb::log::LogError;
 use libwb::log::history::{History, read_version};
 use libwb::log::live::live_totals;
 use libwb::log::recovery::recover;
-use libwb::log::scan::{examine_superblock, scan, scan_headers};
+use libwb::log::scan::{examine_superblock, read_slot, read_superblock, scan, scan_headers};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
@@ -71,8 +71,8 @@ pub fn recovery(bytes: &[u8]) {
     serve(&Recipe::decode(bytes).build());
 }
 
-/// Serves an image as the daemon does, if it is fit for that: the volume stays the same over a write, a drain and
-/// another start. An image that is refused is left as it was.
+/// Serves an image as the daemon does, if it is fit for that: the volume is what the live segments make of the backing
+/// device, and stays the same over a write, a drain and another start. An image that is refused is left as it was.
 ///
 /// # Panics
 /// When that does not hold.
@@ -82,6 +82,7 @@ pub fn serve(image: &[u8]) {
         cache: Arc::new(MemDevice::with_content("cache", image.to_vec())),
         backing: Arc::new(MemDevice::new("backing", VOLUME_BYTES)),
     };
+    let wanted = rig.applied();
     let cache = match rig.open() {
         Ok(cache) => cache,
         Err(CacheError::Log(_)) => {
@@ -94,6 +95,7 @@ pub fn serve(image: &[u8]) {
     };
     let pieces = rig.pieces();
     let mut volume = rig.read(&cache, &pieces);
+    assert!(are(&pieces, &volume, &wanted), "not what the log says");
     let data = [0x5a; 3 * SECTOR_BYTES];
     if rig.run(cache.write(Sector(13), &data)).is_ok()
         && let Some(piece) = &mut volume[0]
@@ -107,16 +109,21 @@ pub fn serve(image: &[u8]) {
     }
     if drained {
         let content = rig.backing.content();
-        for (at, piece) in pieces.iter().zip(&volume) {
-            let written_back = &content[at * PIECE..][..PIECE];
-            assert!(piece.as_ref().is_none_or(|piece| piece[..] == *written_back), "not what was served");
-        }
+        assert!(are(&pieces, &volume, &content), "not what was served");
     }
     let again = rig.open().expect("a cache that was closed in order");
     for (before, after) in volume.iter().zip(rig.read(&again, &pieces)) {
         let same = before.as_ref().is_none_or(|before| after.is_some_and(|after| after[..] == before[..]));
         assert!(same, "not what was served before");
     }
+}
+
+/// Whether pieces of a volume, as far as they could be read, are what they should be.
+fn are(pieces: &BTreeSet<usize>, volume: &[Option<IoBuf>], wanted: &[u8]) -> bool {
+    let same = |(at, piece): (&usize, &Option<IoBuf>)| {
+        piece.as_ref().is_none_or(|piece| piece[..] == wanted[at * PIECE..][..PIECE])
+    };
+    pieces.iter().zip(volume).all(same)
 }
 
 struct Rig {
@@ -133,6 +140,29 @@ impl Rig {
     fn open(&self) -> Result<Cache, CacheError> {
         let runtime = Arc::new(self.simulation.runtime().clone());
         self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, Tunables::default()))
+    }
+
+    /// What the live segments, applied in order, make of the backing device.
+    fn applied(&self) -> Vec<u8> {
+        let mut volume = vec![0; to_usize(VOLUME_BYTES)];
+        let device: Device = self.cache.clone();
+        let Ok(superblock) = block_on(read_superblock(&device)) else { return volume };
+        let geometry = superblock.geometry;
+        let states = block_on(scan(&device, geometry, |_, _| ()));
+        for id in recover(&superblock, &states).live() {
+            let content = block_on(read_slot(&device, geometry, geometry.slot_of(id)));
+            let (Some(header), Some(data)) = (content.header, content.data) else { continue };
+            for (entry, data) in header.metablocks.iter().zip(data.chunks(BLOCK_BYTES)) {
+                for (first, count) in entry.dirty.runs() {
+                    let start = entry.block.sector().0.saturating_add(to_u64(first)).min(VOLUME_BYTES);
+                    let start = to_usize(start) * SECTOR_BYTES;
+                    if let Some(place) = volume.get_mut(start..start + count * SECTOR_BYTES) {
+                        place.copy_from_slice(&data[first * SECTOR_BYTES..][..count * SECTOR_BYTES]);
+                    }
+                }
+            }
+        }
+        volume
     }
 
     /// The pieces of the volume that any header on the cache device names, and the first.

@@ -44,6 +44,8 @@ fn what_the_fuzzer_starts_from_holds() {
         fuzzed::recovery(&bytes);
     }
     fuzzed::requests().iter().for_each(|bytes| fuzzed::control(bytes));
+    // More than is read of it.
+    fuzzed::control(&[b' '; 70_000]);
 }
 
 proptest! {

@@ -5,24 +5,22 @@ use futures_lite::future::block_on;
 use libwb::cache::{Cache, CacheError, Tunables};
 use libwb::control::{Reply, Request, answer};
 use libwb::device::sim::Simulation;
-use libwb::device::{Device, IoBuf, MemDevice};
-use libwb::format::{BLOCK_BYTES, BlockNo, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, to_u64, to_usize};
+use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
+use libwb::format::{BLOCK_BYTES, BlockNo, SECTOR_BYTES, Sector, to_u64};
 use libwb::log::LogError;
 use libwb::log::history::{History, read_version};
 use libwb::log::live::live_totals;
 use libwb::log::recovery::recover;
 use libwb::log::scan::{examine_superblock, read_slot, read_superblock, scan, scan_headers};
 use std::cell::RefCell;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// A part of a volume that is read at once, in bytes.
-const PIECE: usize = 1 << 20;
-/// How many there are.
-const PIECES: usize = to_usize(VOLUME_BYTES) / PIECE;
+/// Three sectors are written here.
+const WRITTEN: Sector = Sector(13);
 
 /// Any bytes as a recipe of a cache device: all that the programs read of it is read, without panic and without
 /// end.
@@ -82,48 +80,41 @@ pub fn serve(image: &[u8]) {
         cache: Arc::new(MemDevice::with_content("cache", image.to_vec())),
         backing: Arc::new(MemDevice::new("backing", VOLUME_BYTES)),
     };
-    let wanted = rig.applied();
+    let mut volume = rig.applied();
     let cache = match rig.open() {
         Ok(cache) => cache,
         Err(CacheError::Log(_)) => {
             assert!(rig.cache.content() == image, "refused, and changed");
-            return assert!(rig.backing.content() == vec![0; PIECE * PIECES], "refused, and written to");
+            let is_zero = |block: &BlockNo| rig.written_back(*block)[..] == [0; BLOCK_BYTES];
+            return assert!(volume.keys().all(is_zero), "refused, and written to");
         }
         // A block whose own checksum is wrong under a right one of its segment.
         Err(CacheError::Device(_)) => return,
         Err(error) => panic!("{error}"),
     };
-    let pieces = rig.pieces();
-    let mut volume = rig.read(&cache, &pieces);
-    assert!(are(&pieces, &volume, &wanted), "not what the log says");
+    // Nor can such a block be read.
+    volume.retain(|&block, wanted| {
+        let served = rig.read(&cache, block);
+        assert!(served.as_ref().is_none_or(|served| *served == *wanted), "not what the log says");
+        served.is_some()
+    });
     let data = [0x5a; 3 * SECTOR_BYTES];
-    if rig.run(cache.write(Sector(13), &data)).is_ok()
-        && let Some(piece) = &mut volume[0]
+    if rig.run(cache.write(WRITTEN, &data)).is_ok()
+        && let Some(block) = volume.get_mut(&WRITTEN.block())
     {
-        piece[13 * SECTOR_BYTES..][..data.len()].copy_from_slice(&data);
+        block[WRITTEN.in_block() * SECTOR_BYTES..][..data.len()].copy_from_slice(&data);
     }
     rig.run(cache.flush()).expect("a device that works");
     let drained = rig.run(cache.drain()).is_ok();
     if rig.run(cache.close()).is_err() {
         return;
     }
-    if drained {
-        let content = rig.backing.content();
-        assert!(are(&pieces, &volume, &content), "not what was served");
-    }
+    let is_back = |(&block, data): (&BlockNo, &Vec<u8>)| rig.written_back(block)[..] == data[..];
+    assert!(!drained || volume.iter().all(is_back), "not what was served");
     let again = rig.open().expect("a cache that was closed in order");
-    for (before, after) in volume.iter().zip(rig.read(&again, &pieces)) {
-        let same = before.as_ref().is_none_or(|before| after.is_some_and(|after| after[..] == before[..]));
-        assert!(same, "not what was served before");
-    }
-}
-
-/// Whether pieces of a volume, as far as they could be read, are what they should be.
-fn are(pieces: &BTreeSet<usize>, volume: &[Option<IoBuf>], wanted: &[u8]) -> bool {
-    let same = |(at, piece): (&usize, &Option<IoBuf>)| {
-        piece.as_ref().is_none_or(|piece| piece[..] == wanted[at * PIECE..][..PIECE])
-    };
-    pieces.iter().zip(volume).all(same)
+    let is_same =
+        |(&block, data): (&BlockNo, &Vec<u8>)| rig.read(&again, block).is_some_and(|served| served == *data);
+    assert!(volume.iter().all(is_same), "not what was served before");
 }
 
 struct Rig {
@@ -142,47 +133,41 @@ impl Rig {
         self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, Tunables::default()))
     }
 
-    /// What the live segments, applied in order, make of the backing device.
-    fn applied(&self) -> Vec<u8> {
-        let mut volume = vec![0; to_usize(VOLUME_BYTES)];
+    /// What the live segments, applied in order, make of the backing device: of all blocks that any header names, and
+    /// the one that is written later.
+    fn applied(&self) -> BTreeMap<BlockNo, Vec<u8>> {
         let device: Device = self.cache.clone();
+        let mut volume = BTreeMap::from([(WRITTEN.block(), vec![0; BLOCK_BYTES])]);
         let Ok(superblock) = block_on(read_superblock(&device)) else { return volume };
         let geometry = superblock.geometry;
-        let states = block_on(scan(&device, geometry, |_, _| ()));
+        let states = block_on(scan(&device, geometry, |_, content| {
+            let named = content.header.iter().flat_map(|header| &header.metablocks).map(|entry| entry.block);
+            let inside = named.filter(|block| block.0 < VOLUME_BYTES / to_u64(BLOCK_BYTES));
+            volume.extend(inside.map(|block| (block, vec![0; BLOCK_BYTES])));
+        }));
         for id in recover(&superblock, &states).live() {
             let content = block_on(read_slot(&device, geometry, geometry.slot_of(id)));
-            let (Some(header), Some(data)) = (content.header, content.data) else { continue };
+            let (header, data) = content.header.zip(content.data).expect("a live segment");
             for (entry, data) in header.metablocks.iter().zip(data.chunks(BLOCK_BYTES)) {
+                let Some(block) = volume.get_mut(&entry.block) else { continue };
                 for (first, count) in entry.dirty.runs() {
-                    let start = entry.block.sector().0.saturating_add(to_u64(first)).min(VOLUME_BYTES);
-                    let start = to_usize(start) * SECTOR_BYTES;
-                    if let Some(place) = volume.get_mut(start..start + count * SECTOR_BYTES) {
-                        place.copy_from_slice(&data[first * SECTOR_BYTES..][..count * SECTOR_BYTES]);
-                    }
+                    let sectors = first * SECTOR_BYTES..(first + count) * SECTOR_BYTES;
+                    block[sectors.clone()].copy_from_slice(&data[sectors]);
                 }
             }
         }
         volume
     }
 
-    /// The pieces of the volume that any header on the cache device names, and the first.
-    fn pieces(&self) -> BTreeSet<usize> {
-        let device: Device = self.cache.clone();
-        let geometry = block_on(examine_superblock(&device)).expect("a cache device").geometry;
-        let mut pieces = BTreeSet::from([0]);
-        block_on(scan_headers(&device, geometry, |_, content| {
-            let blocks = content.header.iter().flat_map(|header| &header.metablocks);
-            let blocks_a_piece = to_u64(PIECE / SECTOR_BYTES) / SECTORS_PER_BLOCK;
-            pieces.extend(blocks.map(|entry| to_usize(entry.block.0 / blocks_a_piece)));
-        }));
-        pieces.into_iter().filter(|&piece| piece < PIECES).collect()
+    /// A block of the volume; none where it cannot be read.
+    fn read(&self, cache: &Cache, block: BlockNo) -> Option<Vec<u8>> {
+        let read = self.run(cache.read(block.sector(), IoBuf::zeroed(BLOCK_BYTES)));
+        read.ok().map(|data| data.to_vec())
     }
 
-    /// Pieces of the volume; none where one cannot be read.
-    fn read(&self, cache: &Cache, pieces: &BTreeSet<usize>) -> Vec<Option<IoBuf>> {
-        let sector = |piece: usize| Sector(to_u64(piece * PIECE / SECTOR_BYTES));
-        let read = |&piece: &usize| self.run(cache.read(sector(piece), IoBuf::zeroed(PIECE))).ok();
-        pieces.iter().map(read).collect()
+    /// A block of the backing device.
+    fn written_back(&self, block: BlockNo) -> IoBuf {
+        block_on(self.backing.read(block.bytes(), IoBuf::zeroed(BLOCK_BYTES))).expect("a block inside")
     }
 }
 

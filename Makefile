@@ -1,11 +1,13 @@
 # Everything a developer or a newcomer runs. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak test-vm bench deps build fmt
+.PHONY: demo test sim soak fuzz test-vm bench deps build fmt
 
 # How many courses of work and crashes `make sim` simulates, and `make soak`; the first seed of the latter.
 SIM_SEEDS = 2000
 SEEDS = 20000
 FIRST = 0
+# How long `make fuzz` runs each target.
+SECONDS = 180
 
 # What the build needs (libblkid and what binds to it), and what the tests drive the volumes with.
 PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev e2fsprogs xfsprogs fio zstd util-linux
@@ -35,6 +37,10 @@ sim: deps
 
 soak: deps
 	cargo run --release -p wb-tests --bin soak -- $(SEEDS) $(FIRST)
+
+# Needs cargo fuzz: cargo install cargo-fuzz --locked
+fuzz: deps
+	fuzz/run.sh $(SECONDS)
 
 bench: deps
 	cargo run --release -p wb-bench -- all

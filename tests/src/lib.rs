@@ -15,10 +15,14 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+mod failing;
 mod filesystem;
+pub mod fuzzed;
+pub mod recipe;
 pub mod sim;
 mod volume;
 
+pub use failing::{FailingFile, Faults};
 pub use filesystem::{Filesystem, Writer, check_files, fio_verify, has_program, succeeds, unmount};
 pub use volume::{Attached, PATIENCE, Volume};
 

@@ -32,6 +32,16 @@ impl Drop for Tmpfs {
     }
 }
 
+/// A new volume of 32 MiB, on a sparse file in a filesystem with room for 1 MiB.
+fn on_full_filesystem() -> (Volume, Tmpfs) {
+    let mut volume = Volume::blank(16, 0);
+    let tmpfs = Tmpfs::new(&volume, "1M");
+    volume.backing = tmpfs.0.join("backing.img");
+    File::create(&volume.backing).and_then(|file| file.set_len(32 * MIB)).expect("a sparse file");
+    volume.create(&[]);
+    (volume, tmpfs)
+}
+
 fn write_through(device: &std::path::Path, at: u64, data: &[u8]) {
     let file = File::options().write(true).open(device).expect("a device");
     file.write_all_at(data, at).and_then(|()| file.sync_all()).expect("a write that the cache takes");
@@ -40,11 +50,7 @@ fn write_through(device: &std::path::Path, at: u64, data: &[u8]) {
 #[test]
 fn write_back_waits_for_a_backing_device_without_room_and_goes_on_when_there_is() {
     needs_serving!();
-    let mut volume = Volume::blank(16, 0);
-    let tmpfs = Tmpfs::new(&volume, "1M");
-    volume.backing = tmpfs.0.join("backing.img");
-    File::create(&volume.backing).and_then(|file| file.set_len(32 * MIB)).unwrap();
-    volume.create(&[]);
+    let (volume, tmpfs) = on_full_filesystem();
     let mut attached = volume.attach_with(&[]);
     write_through(&attached.device, 8 * MIB, &noise(1, 4 * MIB));
     let drained = volume.wbctl(&["drain", &volume.name]);
@@ -69,11 +75,7 @@ fn write_back_waits_for_a_backing_device_without_room_and_goes_on_when_there_is(
 #[test]
 fn a_detach_that_cannot_drain_says_so_and_keeps_serving() {
     needs_serving!();
-    let mut volume = Volume::blank(16, 0);
-    let tmpfs = Tmpfs::new(&volume, "1M");
-    volume.backing = tmpfs.0.join("backing.img");
-    File::create(&volume.backing).and_then(|file| file.set_len(32 * MIB)).unwrap();
-    volume.create(&[]);
+    let (volume, tmpfs) = on_full_filesystem();
     let mut attached = volume.attach_with(&[]);
     write_through(&attached.device, 0, &noise(2, 4 * MIB));
     let refused = volume.wbctl(&["detach", "--drain", &volume.name]);

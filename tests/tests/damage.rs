@@ -1,91 +1,74 @@
-//! Nothing that stands on a device may make the reader of the log panic, loop, or run out of memory.
+//! Nothing that stands on a device may make a reader of the log, or the engine that opens it, panic, loop, or run out
+//! of memory. The fuzzer (`make fuzz`) looks for such things with the same functions.
 
-use futures_lite::future::block_on;
-use libwb::device::{Device, MemDevice};
-use libwb::format::{BLOCK_BYTES, BlockNo, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64, to_usize};
-use libwb::log::history::{History, read_version};
-use libwb::log::live::live_totals;
-use libwb::log::recovery::recover;
-use libwb::log::scan::{examine_superblock, scan, scan_headers};
+use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_usize};
 use proptest::prelude::*;
-use std::sync::{Arc, OnceLock};
-use wb_tests::{GOLDEN, golden_bytes};
-
-/// Bytes to be written over part of an image.
-#[derive(Clone, Debug)]
-struct Damage {
-    at: usize,
-    bytes: Vec<u8>,
-}
-
-fn image(name: usize) -> &'static [u8] {
-    static IMAGES: [OnceLock<Vec<u8>>; GOLDEN.len()] = [const { OnceLock::new() }; GOLDEN.len()];
-    IMAGES[name].get_or_init(|| golden_bytes(GOLDEN[name], "cache.img"))
-}
+use wb_tests::fuzzed;
+use wb_tests::recipe::{BASES, Change, Recipe, seeds};
 
 /// Anywhere, but most of all where the format has meaning: the superblock, its record, and headers.
-fn damage() -> impl Strategy<Value = Damage> {
+fn write() -> impl Strategy<Value = Change> {
     let region = to_usize(SUPERBLOCK_REGION_BYTES);
     let at = prop_oneof![
         0..16usize,
         region - 512..region - 500,
-        (0..14usize, 0..16usize).prop_map(move |(slot, at)| region + slot * SEGMENT_BYTES + at),
+        (0..14usize, 0..64usize).prop_map(move |(slot, at)| region + slot * SEGMENT_BYTES + at),
         (0..14usize, 512..BLOCK_BYTES).prop_map(move |(slot, at)| region + slot * SEGMENT_BYTES + at),
         0..8usize << 20,
     ];
-    (at, prop::collection::vec(any::<u8>(), 1..40)).prop_map(|(at, bytes)| Damage { at, bytes })
+    let at = at.prop_map(|at| u32::try_from(at).expect("less than 4 GiB"));
+    (at, prop::collection::vec(any::<u8>(), 1..40)).prop_map(|(at, bytes)| Change::Write { at, bytes })
 }
 
-/// Segments whose checksum is right although their content makes no sense.
-fn reseal(image: &mut [u8], slot: usize) {
-    let start = to_usize(SUPERBLOCK_REGION_BYTES) + slot * SEGMENT_BYTES;
-    let segment = &mut image[start..start + SEGMENT_BYTES];
-    let end = BLOCK_BYTES * (1 + usize::from(segment[12].min(127)));
-    let sum = libwb::format::crc32c(&segment[512..end]);
-    segment[8..12].copy_from_slice(&sum.to_le_bytes());
+fn change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        6 => write(),
+        2 => (0..14u8, any::<bool>()).prop_map(|(slot, blocks)| Change::Reseal { slot, blocks }),
+        1 => any::<bool>().prop_map(|second| Change::ResealPage { second }),
+        1 => (0..14u8, 0..14u8).prop_map(|(from, to)| Change::Copy { from, to }),
+        1 => (0..12 * 1024u16).prop_map(|sectors| Change::Cut { sectors }),
+    ]
 }
 
-fn read_everything(image: Vec<u8>) {
-    let slots = image.len() / SEGMENT_BYTES;
-    let device: Device = Arc::new(MemDevice::with_content("cache", image));
-    let superblock = block_on(examine_superblock(&device)).expect("a size that suits");
-    let geometry = superblock.geometry;
-    for headers_only in [false, true] {
-        let mut history = History::of(BlockNo(0));
-        let visit = |slot, content: &_| history.visit(slot, content);
-        let states = if headers_only {
-            block_on(scan_headers(&device, geometry, visit))
-        } else {
-            block_on(scan(&device, geometry, visit))
-        };
-        let recovery = recover(&superblock.or_no_record(), &states);
-        assert!(recovery.live_count() <= to_u64(slots));
-        block_on(live_totals(&device, geometry, &recovery, Some(32768))).expect("live segments are there");
-        for version in history.into_versions() {
-            block_on(read_version(&device, geometry, &version)).expect("versions lie on the device");
-        }
+fn recipe(changes: std::ops::Range<usize>) -> impl Strategy<Value = Recipe> {
+    let base = (0u8..).take(BASES).collect::<Vec<_>>();
+    (prop::sample::select(base), prop::collection::vec(change(), changes))
+        .prop_map(|(base, changes)| Recipe { base, changes })
+}
+
+#[test]
+fn what_the_fuzzer_starts_from_holds() {
+    for recipe in seeds() {
+        let bytes = recipe.encode();
+        fuzzed::device(&bytes);
+        fuzzed::recovery(&bytes);
     }
+    fuzzed::requests().iter().for_each(|bytes| fuzzed::control(bytes));
+    // More than is read of it.
+    fuzzed::control(&[b' '; 70_000]);
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(500))]
+    #![proptest_config(ProptestConfig::with_cases(150))]
 
     #[test]
-    fn damaged_devices_are_read_without_panic(
-        name in 0..GOLDEN.len(),
-        damage in prop::collection::vec(damage(), 1..12),
-        resealed in prop::collection::vec(0..14usize, 0..4),
-        cut in prop_oneof![Just(0usize), 0..12 * SEGMENT_BYTES / 512],
-    ) {
-        let mut image = image(name).to_vec();
-        for Damage { at, bytes } in damage {
-            let end = image.len().min(at + bytes.len());
-            image[at..end].copy_from_slice(&bytes[..end - at]);
-        }
-        for slot in resealed {
-            reseal(&mut image, slot);
-        }
-        image.truncate(image.len() - cut * 512);
-        read_everything(image);
+    fn damaged_devices_are_read_without_panic(recipe in recipe(1..14)) {
+        fuzzed::read_everything(recipe.build());
+    }
+
+    /// With little damage, many of them are fit to be served.
+    #[test]
+    fn damaged_devices_are_opened_or_refused_without_panic(recipe in recipe(0..5)) {
+        fuzzed::serve(&recipe.build());
+    }
+
+    #[test]
+    fn any_bytes_are_a_recipe(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        Recipe::decode(&bytes).build();
+    }
+
+    #[test]
+    fn any_request_gets_one_reply(bytes in prop::collection::vec(any::<u8>(), 0..4000)) {
+        fuzzed::control(&bytes);
     }
 }

@@ -211,7 +211,8 @@ pub fn serve(path: &Path, handle: impl Fn(Request, &mut Replies) + Send + Sync +
     Ok(())
 }
 
-fn answer(client: UnixStream, handle: &impl Fn(Request, &mut Replies)) {
+/// Reads the request of one client and hands it over. What is no request is answered with an error.
+pub fn answer(client: UnixStream, handle: &impl Fn(Request, &mut Replies)) {
     let limited = client.set_read_timeout(Some(PATIENCE)).and(client.set_write_timeout(Some(PATIENCE)));
     let (Ok(()), Ok(replies)) = (limited, client.try_clone()) else { return };
     let mut replies = Replies(replies);

@@ -1,0 +1,31 @@
+//! Writes the inputs that fuzzing starts from: `fuzz-seeds FOLDER`. They are made of the golden images at run time, so
+//! that none need be kept.
+
+use std::path::Path;
+use std::process::ExitCode;
+use wb_tests::fuzzed::requests;
+use wb_tests::recipe::{Recipe, seeds};
+
+fn main() -> ExitCode {
+    let Some(folder) = std::env::args_os().nth(1) else {
+        eprintln!("usage: fuzz-seeds FOLDER");
+        return ExitCode::from(2);
+    };
+    let recipes: Vec<Vec<u8>> = seeds().iter().map(Recipe::encode).collect();
+    let targets = [("device", &recipes), ("recovery", &recipes), ("control", &requests())];
+    for (target, inputs) in targets {
+        if let Err(e) = write(&Path::new(&folder).join(target), inputs) {
+            eprintln!("fuzz-seeds: {}: {e}", folder.display());
+            return ExitCode::FAILURE;
+        }
+    }
+    ExitCode::SUCCESS
+}
+
+fn write(folder: &Path, inputs: &[Vec<u8>]) -> std::io::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    for (nth, input) in inputs.iter().enumerate() {
+        std::fs::write(folder.join(format!("{nth:03}")), input)?;
+    }
+    Ok(())
+}

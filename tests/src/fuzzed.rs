@@ -1,0 +1,216 @@
+//! What must hold for any input. The fuzzer finds the inputs; property tests try some in every run.
+
+use crate::recipe::{Recipe, VOLUME_BYTES};
+use futures_lite::future::block_on;
+use libwb::cache::{Cache, CacheError, Tunables};
+use libwb::control::{Reply, Request, answer};
+use libwb::device::sim::Simulation;
+use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
+use libwb::format::{BLOCK_BYTES, BlockNo, SECTOR_BYTES, Sector, to_u64};
+use libwb::log::LogError;
+use libwb::log::history::{History, read_version};
+use libwb::log::live::live_totals;
+use libwb::log::recovery::recover;
+use libwb::log::scan::{examine_superblock, read_slot, read_superblock, scan, scan_headers};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+/// Three sectors are written here.
+const WRITTEN: Sector = Sector(13);
+
+/// Any bytes as a recipe of a cache device: all that the programs read of it is read, without panic and without
+/// end.
+///
+/// # Panics
+/// When that does not hold.
+pub fn device(bytes: &[u8]) {
+    read_everything(Recipe::decode(bytes).build());
+}
+
+/// Reads the log on an image in every way there is.
+///
+/// # Panics
+/// When what a scan found is not there.
+pub fn read_everything(image: Vec<u8>) {
+    let device: Device = Arc::new(MemDevice::with_content("cache", image));
+    let superblock = match block_on(examine_superblock(&device)) {
+        Ok(superblock) => superblock,
+        Err(LogError::Geometry { .. }) => return,
+        Err(error) => panic!("{error}"),
+    };
+    let _ = superblock.check_extension(&device);
+    let geometry = superblock.geometry;
+    for headers_only in [false, true] {
+        let mut history = History::of(BlockNo(0));
+        let visit = |slot, content: &_| history.visit(slot, content);
+        let states = if headers_only {
+            block_on(scan_headers(&device, geometry, visit))
+        } else {
+            block_on(scan(&device, geometry, visit))
+        };
+        let recovery = recover(&superblock.or_no_record(), &states);
+        assert!(recovery.live_count() <= geometry.lap());
+        block_on(live_totals(&device, geometry, &recovery, Some(32768))).expect("live segments are there");
+        for version in history.into_versions() {
+            block_on(read_version(&device, geometry, &version)).expect("versions lie on the device");
+        }
+    }
+}
+
+/// Any bytes as a recipe of a cache device, which the engine opens.
+///
+/// # Panics
+/// As [`serve`].
+pub fn recovery(bytes: &[u8]) {
+    serve(&Recipe::decode(bytes).build());
+}
+
+/// Serves an image as the daemon does, if it is fit for that: the volume is what the live segments make of the backing
+/// device, and stays the same over a write, a drain and another start. An image that is refused is left as it was.
+///
+/// # Panics
+/// When that does not hold.
+pub fn serve(image: &[u8]) {
+    let rig = Rig {
+        simulation: Simulation::new(1),
+        cache: Arc::new(MemDevice::with_content("cache", image.to_vec())),
+        backing: Arc::new(MemDevice::new("backing", VOLUME_BYTES)),
+    };
+    let mut volume = rig.applied();
+    let cache = match rig.open() {
+        Ok(cache) => cache,
+        Err(CacheError::Log(_)) => {
+            assert!(rig.cache.content() == image, "refused, and changed");
+            let is_zero = |block: &BlockNo| rig.written_back(*block)[..] == [0; BLOCK_BYTES];
+            return assert!(volume.keys().all(is_zero), "refused, and written to");
+        }
+        // A block whose own checksum is wrong under a right one of its segment.
+        Err(CacheError::Device(_)) => return,
+        Err(error) => panic!("{error}"),
+    };
+    // Nor can such a block be read.
+    volume.retain(|&block, wanted| {
+        let served = rig.read(&cache, block);
+        assert!(served.as_ref().is_none_or(|served| *served == *wanted), "not what the log says");
+        served.is_some()
+    });
+    let data = [0x5a; 3 * SECTOR_BYTES];
+    if rig.run(cache.write(WRITTEN, &data)).is_ok()
+        && let Some(block) = volume.get_mut(&WRITTEN.block())
+    {
+        block[WRITTEN.in_block() * SECTOR_BYTES..][..data.len()].copy_from_slice(&data);
+    }
+    rig.run(cache.flush()).expect("a device that works");
+    let drained = rig.run(cache.drain()).is_ok();
+    if rig.run(cache.close()).is_err() {
+        return;
+    }
+    let is_back = |(&block, data): (&BlockNo, &Vec<u8>)| rig.written_back(block)[..] == data[..];
+    assert!(!drained || volume.iter().all(is_back), "not what was served");
+    let again = rig.open().expect("a cache that was closed in order");
+    let is_same =
+        |(&block, data): (&BlockNo, &Vec<u8>)| rig.read(&again, block).is_some_and(|served| served == *data);
+    assert!(volume.iter().all(is_same), "not what was served before");
+}
+
+struct Rig {
+    simulation: Simulation,
+    cache: Arc<MemDevice>,
+    backing: Arc<MemDevice>,
+}
+
+impl Rig {
+    fn run<T>(&self, future: impl Future<Output = T>) -> T {
+        self.simulation.block_on(future).expect("an end")
+    }
+
+    fn open(&self) -> Result<Cache, CacheError> {
+        let runtime = Arc::new(self.simulation.runtime().clone());
+        self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, Tunables::default()))
+    }
+
+    /// What the live segments, applied in order, make of the backing device: of all blocks that any header names, and
+    /// the one that is written later.
+    fn applied(&self) -> BTreeMap<BlockNo, Vec<u8>> {
+        let device: Device = self.cache.clone();
+        let mut volume = BTreeMap::from([(WRITTEN.block(), vec![0; BLOCK_BYTES])]);
+        let Ok(superblock) = block_on(read_superblock(&device)) else { return volume };
+        let geometry = superblock.geometry;
+        let states = block_on(scan(&device, geometry, |_, content| {
+            let named = content.header.iter().flat_map(|header| &header.metablocks).map(|entry| entry.block);
+            let inside = named.filter(|block| block.0 < VOLUME_BYTES / to_u64(BLOCK_BYTES));
+            volume.extend(inside.map(|block| (block, vec![0; BLOCK_BYTES])));
+        }));
+        for id in recover(&superblock, &states).live() {
+            let content = block_on(read_slot(&device, geometry, geometry.slot_of(id)));
+            let (header, data) = content.header.zip(content.data).expect("a live segment");
+            for (entry, data) in header.metablocks.iter().zip(data.chunks(BLOCK_BYTES)) {
+                let Some(block) = volume.get_mut(&entry.block) else { continue };
+                for (first, count) in entry.dirty.runs() {
+                    let sectors = first * SECTOR_BYTES..(first + count) * SECTOR_BYTES;
+                    block[sectors.clone()].copy_from_slice(&data[sectors]);
+                }
+            }
+        }
+        volume
+    }
+
+    /// A block of the volume; none where it cannot be read.
+    fn read(&self, cache: &Cache, block: BlockNo) -> Option<Vec<u8>> {
+        let read = self.run(cache.read(block.sector(), IoBuf::zeroed(BLOCK_BYTES)));
+        read.ok().map(|data| data.to_vec())
+    }
+
+    /// A block of the backing device.
+    fn written_back(&self, block: BlockNo) -> IoBuf {
+        block_on(self.backing.read(block.bytes(), IoBuf::zeroed(BLOCK_BYTES))).expect("a block inside")
+    }
+}
+
+/// Any bytes as what a client sends to the control socket: one reply, whatever it was; and as what a daemon replies.
+///
+/// # Panics
+/// When that does not hold.
+pub fn control(bytes: &[u8]) {
+    let _ = serde_json::from_slice::<Reply>(bytes);
+    let (mut client, daemon) = UnixStream::pair().expect("two sockets");
+    let asked = RefCell::new(None);
+    client.write_all(bytes).and_then(|()| client.shutdown(Shutdown::Write)).expect("room for a request");
+    answer(daemon, &|request, replies| {
+        asked.replace(Some(request));
+        replies.send(&Reply::Done).expect("a client");
+    });
+    let mut reply = String::new();
+    if let Err(e) = client.read_to_string(&mut reply) {
+        // So it ends where not all that was sent has been read.
+        assert_eq!(e.kind(), ErrorKind::ConnectionReset);
+    }
+    assert!(reply.ends_with('\n') && reply.lines().count() == 1, "{reply:?}");
+    let reply: Reply = serde_json::from_str(&reply).expect("a reply");
+    match asked.into_inner() {
+        None => assert!(matches!(reply, Reply::Error { .. })),
+        Some(request) => {
+            assert_eq!(reply, Reply::Done);
+            let line = serde_json::to_string(&request).expect("JSON");
+            assert_eq!(serde_json::from_str::<Request>(&line).expect("a request"), request);
+        }
+    }
+}
+
+/// What [`control`] may start from: every request, and replies.
+pub fn requests() -> Vec<Vec<u8>> {
+    let lines = [
+        r#"{"request":"status"}"#,
+        r#"{"request":"flush"}"#,
+        r#"{"request":"drain"}"#,
+        r#"{"request":"detach","drain":true,"force":false}"#,
+        r#"{"reply":"progress","dirty_bytes":4096}"#,
+        r#"{"reply":"error","message":"\u00e4\n"}"#,
+        r#"{"reply":"status","name":"data","state":"attached","device":null,"cache":"/c","backing":"/b","live":null}"#,
+    ];
+    lines.map(|line| format!("{line}\n").into_bytes()).to_vec()
+}

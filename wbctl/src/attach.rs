@@ -122,6 +122,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let (name, volume) = args.volume()?;
     let tunables = volume.tunables()?;
     log_to_stderr();
+    libwb::serve::abort_on_panic();
     lock_for_life(&name)?;
     let (cache, backing) = open_patiently(&volume)?;
     let sector_size = sector_size(volume.sector_size, &backing)?;

@@ -79,6 +79,7 @@ impl Cache {
             self.flush().await?;
         }
         let bytes = (blocks.end.0 - blocks.start.0) * to_u64(BLOCK_BYTES);
+        let before = inner.backing_flushes.failures();
         let discarded = inner.backing.discard(blocks.start.bytes(), bytes).await;
         if discarded.as_ref().is_err_and(|error| error.cause == Errno::EOPNOTSUPP) {
             inner.cannot_discard.store(true, Ordering::Relaxed);
@@ -88,7 +89,7 @@ impl Cache {
         if inner.planted.has(Bug::DiscardNotFlushed) {
             return Ok(());
         }
-        Ok(inner.backing.flush().await?)
+        Ok(inner.backing_flushes.flush(&inner.backing, before).await?)
     }
 }
 

@@ -1,9 +1,12 @@
-//! How busy a device is kept: a device that counts the time during which anything is under way on it.
+//! A device that several use: how busy it is kept, and which flushes have failed.
 
-use crate::device::{BlockDevice, Device, IoBuf, IoFuture, SharedBuf};
+use crate::device::{BlockDevice, Device, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
 use crate::runtime::Runtime;
+use futures_util::lock::Mutex as AsyncMutex;
+use nix::errno::Errno;
 use parking_lot::Mutex;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 #[derive(Default)]
@@ -11,6 +14,44 @@ struct Busy {
     in_flight: u32,
     since: Duration,
     total: Duration,
+}
+
+/// The flushes of a device that several use. A failed flush gives up what it should have made durable, whoever wrote
+/// that, and no later one reports it: so each user must know of the failures of all.
+#[derive(Default)]
+pub(super) struct Flushes {
+    /// Held during a flush.
+    alone: AsyncMutex<()>,
+    failed: AtomicU64,
+}
+
+/// How many flushes had failed at some moment.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Failures(u64);
+
+impl Flushes {
+    /// To be noted before the first of the writes that a flush is to cover.
+    pub(super) fn failures(&self) -> Failures {
+        Failures(self.failed.load(Ordering::Acquire))
+    }
+
+    /// Makes durable what was written since `before`.
+    ///
+    /// # Errors
+    /// When this flush fails, or another one has since. The writes must be repeated, then.
+    pub(super) async fn flush(&self, device: &Metered, before: Failures) -> Result<(), DeviceError> {
+        let _alone = self.alone.lock().await;
+        let flushed = device.flush().await;
+        if flushed.is_err() {
+            self.failed.fetch_add(1, Ordering::AcqRel);
+        }
+        flushed?;
+        if self.failures() == before {
+            return Ok(());
+        }
+        let device = device.name().clone();
+        Err(DeviceError { device, operation: Operation::Flush, offset: 0, length: 0, cause: Errno::EIO })
+    }
 }
 
 /// A device whose use is measured.

@@ -35,7 +35,7 @@ use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
 use event_listener::Event;
 use futures_util::lock::Mutex as AsyncMutex;
-use meter::Metered;
+use meter::{Flushes, Metered};
 use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 use state::State;
@@ -116,6 +116,7 @@ struct Inner {
     backing: Metered,
     /// The same, as write-back uses it.
     writeback_device: Metered,
+    backing_flushes: Flushes,
     runtime: Arc<dyn Runtime>,
     tunables: Mutex<Tunables>,
     state: Mutex<State>,

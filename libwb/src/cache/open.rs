@@ -1,7 +1,7 @@
 //! Opening a cache: recovery, and what must be put right before the first request.
 
 use super::index::Index;
-use super::meter::Metered;
+use super::meter::{Flushes, Metered};
 use super::state::State;
 use super::status::AtomicCounters;
 use super::writeback::{Item, Stop};
@@ -82,6 +82,7 @@ impl Cache {
         let inner = Arc::new(Inner {
             cache,
             writeback_device: Metered::new(backing.clone(), runtime.clone()),
+            backing_flushes: Flushes::default(),
             backing: Metered::new(backing, runtime.clone()),
             runtime,
             tunables: Mutex::new(tunables),

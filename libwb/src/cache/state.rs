@@ -295,7 +295,9 @@ impl State {
 
     /// A flush covers everything up to this segment, which is sealed.
     pub(super) fn end_epoch(&mut self, id: SegmentId) {
-        self.epoch_ends[self.geometry.slot_of(id).0 as usize] = true;
+        if id != SegmentId::NONE {
+            self.epoch_ends[self.geometry.slot_of(id).0 as usize] = true;
+        }
     }
 
     /// Whether an epoch of the write history ends with a segment of the log. Of one from before the cache was opened

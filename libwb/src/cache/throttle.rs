@@ -51,6 +51,7 @@ impl State {
         let position = self.position();
         if !self.is_tight() {
             self.throttle.charged = position;
+            self.throttle.next = now;
             return Duration::ZERO;
         }
         let tight_below = (self.geometry.lap() / TIGHT).max(1);

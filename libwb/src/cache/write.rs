@@ -7,7 +7,9 @@ use super::{Cache, CacheError, Inner};
 use crate::device::IoBuf;
 use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, SECTOR_BYTES, Sector, SegmentId, to_u64};
 use crate::planted::Bug;
+use futures_util::future::select;
 use parking_lot::MutexGuard;
+use std::pin::pin;
 use std::sync::Arc;
 
 /// Why a write cannot go on at once.
@@ -162,7 +164,9 @@ impl Inner {
         }
         let delay = self.lock().admit(self.runtime.now(), length.div_ceil(BLOCK_BYTES));
         if !delay.is_zero() {
-            self.runtime.sleep(delay).await;
+            let relaxed = self
+                .wait(&self.events.changed, |state| (!state.is_tight() || state.is_ending()).then_some(()));
+            select(self.runtime.sleep(delay), pin!(relaxed)).await;
         }
     }
 

@@ -74,13 +74,18 @@ impl Inner {
         let item = |index| {
             let place = Place { slot, index };
             let (block, sectors) = state.index.at(place).filter(|(_, dirty)| !dirty.is_clean())?;
-            let newest = state.index.get(block)?.place;
+            let newest = state.index.get(block)?;
+            if newest.place == place {
+                return Some(Item { block, id, place, sectors });
+            }
             // A newer version carries all that this one does. But until it is durable, a power cut may undo it; and in
             // strict order it is not its turn.
             let durable =
-                state.id_of(newest.slot) <= state.durable || self.planted.has(Bug::SupersededLeftOut);
-            let superseded = newest != place && durable && !strict;
-            (!superseded).then_some(Item { block, id, place, sectors })
+                state.id_of(newest.place.slot) <= state.durable || self.planted.has(Bug::SupersededLeftOut);
+            // What the newest version lacks was written back before that was made, though the record may not say so.
+            // Something newer than this one may have been.
+            let sectors = sectors.intersection(newest.dirty);
+            (!sectors.is_clean() && (strict || !durable)).then_some(Item { block, id, place, sectors })
         };
         (0..PLACES).filter_map(item).collect()
     }
@@ -90,6 +95,7 @@ impl Inner {
         if items.is_empty() {
             return Ok(());
         }
+        let before = self.backing_flushes.failures();
         let runs = runs(&pieces(items), u64::from(self.writeback_device.block_size()));
         let mut runs = runs.into_iter();
         let mut writes = FuturesUnordered::new();
@@ -111,7 +117,7 @@ impl Inner {
         if self.planted.has(Bug::BackingNotFlushed) {
             return Ok(());
         }
-        Ok(self.writeback_device.flush().await?)
+        Ok(self.backing_flushes.flush(&self.writeback_device, before).await?)
     }
 
     async fn write_run(&self, run: Run) -> Result<(), Stop> {

@@ -174,6 +174,12 @@ impl DirtyBits {
         DirtyBits(self.0 | other.0)
     }
 
+    /// The bits that both have.
+    #[must_use]
+    pub const fn intersection(self, other: DirtyBits) -> DirtyBits {
+        DirtyBits(self.0 & other.0)
+    }
+
     /// The bits that `other` lacks.
     #[must_use]
     pub const fn without(self, other: DirtyBits) -> DirtyBits {

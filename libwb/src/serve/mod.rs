@@ -22,6 +22,16 @@ pub fn guard_against_reclaim() -> Result<(), String> {
     locked.and(flusher)
 }
 
+/// Ends the process when any of its threads panics: a volume of which one thread is gone would hang whoever uses it, and
+/// what was acknowledged as durable is recovered when it is attached again.
+pub fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
+}
+
 /// What a front end serves.
 pub trait Volume: Clone + Send + Sync + 'static {
     /// Size in bytes.

@@ -1,7 +1,8 @@
 //! The way of a discard. The range reads as zeros afterwards, and that survives a power cut.
 //!
 //! The log has no entry for "nothing here". So where it holds dirty data of the range, zeros are written on top of it,
-//! through the log; what it holds clean is forgotten; and the backing device gives up the whole range. It does so
+//! through the log; what it holds clean is forgotten, and written-back segments up to there are emptied, since the kernel
+//! module would take them for a read cache; and the backing device gives up the whole range. It does so
 //! only when everything written before is durable, for its state must not be ahead of the log's; and it is flushed
 //! before the discard is acknowledged, for the log's must not be ahead of its. Writes to the range wait meanwhile:
 //! one that was written back in the midst of it would be lost.
@@ -10,7 +11,7 @@ use super::state::{State, Wait};
 use super::{Cache, CacheError, Inner, WritebackOrder};
 use crate::device::{BlockDevice, DeviceError, Operation};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, SegmentId, to_u64, to_usize,
 };
 use crate::planted::Bug;
 use nix::errno::Errno;
@@ -74,7 +75,8 @@ impl Cache {
             return self.flush().await;
         }
         let _fence = Fence::new(inner, blocks.clone());
-        inner.cover(&blocks).await?;
+        let forgotten = inner.cover(&blocks).await?;
+        inner.empty_up_to(forgotten).await?;
         if !inner.planted.has(Bug::DiscardAheadOfLog) {
             self.flush().await?;
         }
@@ -94,12 +96,15 @@ impl Cache {
 }
 
 impl Inner {
-    /// Makes the log hold nothing of some blocks but zeros.
-    async fn cover(&self, blocks: &Range<BlockNo>) -> Result<(), CacheError> {
+    /// Makes the log hold nothing of some blocks but zeros. Returns the last segment that may have a written-back version
+    /// of them.
+    async fn cover(&self, blocks: &Range<BlockNo>) -> Result<SegmentId, CacheError> {
         let mut next = blocks.start;
+        // What had been written back before the cache was opened is not in the index.
+        let mut forgotten = self.lock().clean_at_open;
         while next < blocks.end {
             let visited = next..BlockNo(blocks.end.0.min(next.0 + VISIT));
-            let (reached, covered) = self.noticing(self.lock(), |state| state.cover(visited));
+            let (reached, covered) = self.noticing(self.lock(), |state| state.cover(visited, &mut forgotten));
             next = reached;
             match covered {
                 Ok(()) => {}
@@ -109,7 +114,7 @@ impl Inner {
                 }
             }
         }
-        self.lock().check_open()
+        self.lock().check_open().map(|()| forgotten)
     }
 
     fn no_discard(&self, sector: Sector, length: u64) -> DeviceError {
@@ -130,11 +135,12 @@ impl State {
     }
 
     /// Zeros over what is dirty of some blocks, and forgets what is clean. Returns the block it has come to.
-    fn cover(&mut self, blocks: Range<BlockNo>) -> (BlockNo, Result<(), Wait>) {
+    fn cover(&mut self, blocks: Range<BlockNo>, forgotten: &mut SegmentId) -> (BlockNo, Result<(), Wait>) {
         for block in (blocks.start.0..blocks.end.0).map(BlockNo) {
             let Some(old) = self.index.get(block) else { continue };
             if !self.is_dirty(old.place, old.dirty) {
                 self.index.remove(block);
+                *forgotten = self.id_of(old.place.slot).max(*forgotten);
                 continue;
             }
             if self.planted.has(Bug::DiscardLeavesDirty) {

@@ -1,26 +1,26 @@
 //! What a cache that is closed leaves behind, so that the kernel module reads the same as we do.
 //!
-//! The module takes written-back segments for a read cache. So none may hold a version that was discarded since; and
-//! what was discarded before a crash is not known any more, so none may hold a version that the index does not know.
-//!
 //! When the module recovers a log and comes to a partial version of a block, it writes the dirty sectors of the version
 //! before to the backing device, even if the superblock record says that both had been written back long ago. Then it
 //! takes all that the record covers for clean. So the older version stands over the newer one. It does so to its own
 //! devices as well, where `update_sb_record_interval` is set. We leave no older version with which that could happen.
+//!
+//! And it takes written-back segments for a read cache. So none may hold a version that was discarded since.
 
 use super::Inner;
+use super::read::Pinned;
 use crate::device::{DeviceError, IoBuf};
-use crate::format::{BLOCK_BYTES, Geometry, SegmentId, empty_header};
+use crate::format::{BLOCK_BYTES, SegmentHeader, SegmentId, empty_header};
 use crate::log::scan::read_header;
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{StreamExt, stream};
+use std::sync::Arc;
 
 /// Headers that are read or written at the same time.
 const DEPTH: usize = 32;
 
 impl Inner {
-    /// Empties the written-back segments before the last of them that holds a partial version, and those of which the
-    /// index does not know all blocks. They stay in the log, so that it can be walked without the superblock record too.
-    pub(super) async fn hand_over(&self) -> Result<(), DeviceError> {
+    /// Empties the written-back segments before the last of them that holds a partial version.
+    pub(super) async fn hand_over(self: &Arc<Self>) -> Result<(), DeviceError> {
         let (geometry, newest, written_back) = {
             let state = self.lock();
             (state.geometry, state.newest, state.written_back)
@@ -35,30 +35,56 @@ impl Inner {
             if header.metablocks.iter().any(|entry| !entry.dirty.is_clean() && !entry.dirty.is_all()) {
                 misleading.append(&mut older);
             }
-            let index_knows = {
-                let state = self.lock();
-                header.metablocks.iter().all(|entry| state.index.get(entry.block).is_some())
-            };
-            if !index_knows {
-                misleading.push(header.id);
-            } else if !header.metablocks.is_empty() {
+            if !header.metablocks.is_empty() {
                 older.push(header.id);
             }
         }
-        if misleading.is_empty() {
-            return Ok(());
-        }
-        stream::iter(misleading)
-            .map(Ok)
-            .try_for_each_concurrent(DEPTH, |id| self.empty(geometry, id))
-            .await?;
-        self.cache.flush().await
+        self.empty_segments(misleading).await
     }
 
-    async fn empty(&self, geometry: Geometry, id: SegmentId) -> Result<(), DeviceError> {
-        let offset = geometry.slot_offset(geometry.slot_of(id));
+    /// Empties all segments up to one that is written back. A block may have older versions in any of them.
+    pub(super) async fn empty_up_to(self: &Arc<Self>, last: SegmentId) -> Result<(), DeviceError> {
+        let first = {
+            let state = self.lock();
+            state.emptied.max(state.newest.minus(state.geometry.lap())).next()
+        };
+        self.empty_segments((first.0..=last.0).map(SegmentId)).await?;
+        let mut state = self.lock();
+        state.emptied = state.emptied.max(last);
+        Ok(())
+    }
+
+    /// Makes written-back segments empty, durably. They stay in the log, so that it can be walked without the
+    /// superblock record too.
+    pub(super) async fn empty_segments(
+        self: &Arc<Self>,
+        segments: impl IntoIterator<Item = SegmentId>,
+    ) -> Result<(), DeviceError> {
+        let emptying = segments.into_iter().map(|id| self.empty(id));
+        let mut emptying = stream::iter(emptying).buffer_unordered(DEPTH);
+        let mut any = false;
+        while let Some(emptied) = emptying.next().await {
+            any |= emptied?;
+        }
+        if any { self.flush_cache_device().await } else { Ok(()) }
+    }
+
+    /// Empties a segment that is written back, if its slot still holds it. Returns whether there was anything in it.
+    async fn empty(self: &Arc<Self>, id: SegmentId) -> Result<bool, DeviceError> {
+        let (offset, _pinned) = {
+            let mut state = self.lock();
+            let slot = state.geometry.slot_of(id);
+            if state.id_of(slot) != id {
+                return Ok(false);
+            }
+            (state.geometry.slot_offset(slot), Pinned::new(self, &mut state, slot))
+        };
         let mut block = self.cache.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await?;
+        let header = SegmentHeader::decode(block.block_at(0));
+        if !header.is_ok_and(|header| header.id == id && header.length() > 0) {
+            return Ok(false);
+        }
         empty_header(block.block_at_mut(0));
-        self.cache.write(offset, block.into()).await
+        self.cache.write(offset, block.into()).await.map(|()| true)
     }
 }

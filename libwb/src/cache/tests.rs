@@ -148,3 +148,31 @@ fn requests_outside_the_volume_are_refused() {
     rig.reactor.block_on(cache.close()).unwrap();
     assert!(rig.reactor.block_on(cache.write(Sector(0), &[0; 512])).is_err());
 }
+
+/// The kernel module takes what is written back for a read cache.
+#[test]
+fn no_segment_holds_what_was_discarded_even_from_before_the_cache_was_opened() {
+    let rig = Rig::new(8, 64);
+    for version in 1..4 {
+        let cache = rig.open();
+        rig.write(&cache, 0, 8, version);
+        rig.reactor.block_on(cache.drain()).unwrap();
+        rig.reactor.block_on(cache.close()).unwrap();
+    }
+    let lengths = || -> Vec<u8> {
+        let content = rig.cache.content();
+        let header = |slot: usize| content[to_usize(SUPERBLOCK_REGION_BYTES) + slot * SEGMENT_BYTES + 12];
+        (0..4).map(header).collect()
+    };
+    assert_eq!(lengths(), [1, 1, 1, 0]);
+    let cache = rig.open();
+    rig.write(&cache, 16, 8, 9);
+    rig.reactor.block_on(cache.drain()).unwrap();
+    rig.reactor.block_on(cache.discard(Sector(0), 4096)).unwrap();
+    assert_eq!(lengths(), [0, 0, 0, 1], "what is newer, and other than discarded, stays");
+    rig.reactor.block_on(cache.discard(Sector(16), 4096)).unwrap();
+    assert_eq!(lengths(), [0; 4]);
+    let zeros = rig.reactor.block_on(cache.read(Sector(0), IoBuf::zeroed(4096))).unwrap();
+    assert!(zeros.iter().all(|&byte| byte == 0));
+    rig.reactor.block_on(cache.close()).unwrap();
+}

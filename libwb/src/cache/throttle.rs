@@ -15,6 +15,10 @@ const FIRST_PRICE: u64 = 64;
 /// And when no slot is left.
 const LAST_PRICE: u64 = 512;
 
+/// No write waits longer for its turn. Beyond that it waits for a slot, as all do when the log is full: a price that was
+/// measured on full segments says little where flushes close them almost empty.
+const LONGEST: Duration = Duration::from_millis(500);
+
 /// When writes may go.
 #[derive(Default)]
 pub(super) struct Throttle {
@@ -61,7 +65,7 @@ impl State {
         // A flush closes a segment with places left, and what that wastes is paid for as well.
         let wasted = position.saturating_sub(throttle.charged);
         throttle.charged = throttle.charged.max(position) + to_u64(blocks);
-        let start = throttle.next.max(now);
+        let start = throttle.next.max(now).min(now + LONGEST);
         let places = u32::try_from(to_u64(blocks) + wasted).unwrap_or(u32::MAX);
         let price = u32::try_from(price).unwrap_or(u32::MAX);
         throttle.next = start + throttle.per_place * places / 256 * price;

@@ -66,6 +66,25 @@ pub async fn write_extension(device: &Device, page: &SuperblockExtension) -> Res
     device.write(EXTENSION_OFFSETS[copy], block.into()).await
 }
 
+/// Records that the backing device, to which the cache is known to belong, has `sectors` by now. It is durable
+/// afterwards.
+///
+/// # Errors
+/// When the device fails.
+pub async fn record_backing_size(
+    device: &Device,
+    extension: &SuperblockExtension,
+    sectors: u64,
+) -> Result<(), DeviceError> {
+    let page = SuperblockExtension {
+        generation: extension.generation.wrapping_add(1),
+        backing_sectors: sectors,
+        ..extension.clone()
+    };
+    write_extension(device, &page).await?;
+    device.flush().await
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

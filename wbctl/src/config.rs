@@ -99,10 +99,20 @@ pub(crate) fn edited(name: &Name, tunables: &BTreeMap<String, u32>) -> Result<St
     let cannot = || format!("cannot change {}", path.display());
     let mut record: DocumentMut =
         std::fs::read_to_string(&path).map_err(anyhow::Error::new)?.parse().with_context(cannot)?;
+    // As a table or inline, both of which were read before.
     let table = record.entry("tunables").or_insert_with(toml_edit::table);
+    let table = table.as_table_like_mut().with_context(cannot)?;
     for (key, value) in tunables {
-        // As a table or inline, both of which were read before.
-        table.as_table_like_mut().with_context(cannot)?.insert(key, toml_edit::value(i64::from(*value)));
+        let new = toml_edit::Value::from(i64::from(*value));
+        match table.get_mut(key).and_then(toml_edit::Item::as_value_mut) {
+            // With the comments around it.
+            Some(old) => {
+                let around = old.decor().clone();
+                *old = new;
+                *old.decor_mut() = around;
+            }
+            None => drop(table.insert(key, new.into())),
+        }
     }
     Ok(record.to_string())
 }

@@ -5,8 +5,8 @@ use wb_tests::{Outcome, Volume, needs_serving, sha256, sha256_direct};
 
 fn table(volume: &Volume, text: &str) -> String {
     let path = volume.path("writeboosttab");
-    std::fs::write(&path, text).unwrap();
-    path.to_str().unwrap().into()
+    std::fs::write(&path, text).expect("what the test needs");
+    path.to_str().expect("what the test needs").into()
 }
 
 fn records(volume: &Volume) -> usize {

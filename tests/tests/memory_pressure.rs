@@ -66,10 +66,10 @@ fn write_all(group: &Cgroup, source: &Path, on: &Path) {
     let mut copy = Command::new("sh");
     let script = format!("for i in $(seq {FILES}); do cp \"$0\" \"$1/$i\" || exit 1; done; sync -f \"$1\"");
     copy.args(["-c", &script]).arg(source).arg(on);
-    let mut child = group.command(&copy).spawn().unwrap();
+    let mut child = group.command(&copy).spawn().expect("what the test needs");
     let mut status = None;
     wait_for(|| {
-        status = child.try_wait().unwrap();
+        status = child.try_wait().expect("what the test needs");
         status.is_some()
     });
     if status.is_none() {
@@ -92,7 +92,7 @@ fn fill(filesystem: Filesystem) {
     filesystem.make(&attached.device);
     let on = attached.mount();
     let source = volume.path("source");
-    std::fs::write(&source, noise(7, FILE_BYTES)).unwrap();
+    std::fs::write(&source, noise(7, FILE_BYTES)).expect("what the test needs");
     write_all(&writers, &source, &on);
     // Read it from the volume, not from memory.
     attached.unmount();

@@ -15,11 +15,15 @@ fn refuses(volume: &Volume, why: &str) {
 fn recorded(golden: &str) -> Volume {
     let mut volume = Volume::golden(golden);
     let pair = Volume::created(8, 8 * MIB);
-    std::fs::create_dir(volume.path("config")).unwrap();
-    let record = std::fs::read_to_string(pair.path("config").join(format!("{}.toml", pair.name))).unwrap();
-    let record = record.replace(pair.dir.path().to_str().unwrap(), volume.dir.path().to_str().unwrap());
+    std::fs::create_dir(volume.path("config")).expect("what the test needs");
+    let record = std::fs::read_to_string(pair.path("config").join(format!("{}.toml", pair.name)))
+        .expect("what the test needs");
+    let record = record.replace(
+        pair.dir.path().to_str().expect("what the test needs"),
+        volume.dir.path().to_str().expect("it works"),
+    );
     volume.name = "golden".into();
-    std::fs::write(volume.path("config/golden.toml"), record).unwrap();
+    std::fs::write(volume.path("config/golden.toml"), record).expect("what the test needs");
     volume
 }
 

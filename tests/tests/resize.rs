@@ -14,7 +14,9 @@ fn resize(path: &Path, bytes: u64) {
 }
 
 fn recorded_sectors(volume: &Volume) -> u64 {
-    wb!("wbdump", "super", &volume.cache, "--json").json()["extension"]["backing_sectors"].as_u64().unwrap()
+    wb!("wbdump", "super", &volume.cache, "--json").json()["extension"]["backing_sectors"]
+        .as_u64()
+        .expect("what the test needs")
 }
 
 /// Attaches and detaches; returns what the daemon said.

@@ -24,7 +24,8 @@ struct Systemd {
 impl Systemd {
     fn of(volume: &Volume) -> Systemd {
         let socket = volume.path("notify");
-        let (receiver, told) = (UnixDatagram::bind(&socket).unwrap(), Arc::new(Mutex::new(Vec::new())));
+        let (receiver, told) =
+            (UnixDatagram::bind(&socket).expect("what the test needs"), Arc::new(Mutex::new(Vec::new())));
         let (device, all) = (volume.link(), told.clone());
         std::thread::spawn(move || {
             let mut buf = [0; 4096];
@@ -32,7 +33,7 @@ impl Systemd {
                 let can_be_read =
                     File::open(&device).is_ok_and(|mut file| file.read_exact(&mut [0; 512]).is_ok());
                 let text = String::from_utf8_lossy(&buf[..n]).into_owned();
-                all.lock().unwrap().push((text, can_be_read));
+                all.lock().expect("what the test needs").push((text, can_be_read));
             }
         });
         Systemd { socket, told }
@@ -48,7 +49,7 @@ impl Systemd {
     fn told(&self) -> Vec<String> {
         self.told
             .lock()
-            .unwrap()
+            .expect("what the test needs")
             .iter()
             .flat_map(|(text, _)| text.lines().map(String::from).collect::<Vec<_>>())
             .collect()

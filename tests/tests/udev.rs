@@ -22,7 +22,7 @@ udevadm test --action=change "/sys/class/block/${2#/dev/}"
 
 /// What udev makes of a block device with the rules: the lines of its properties.
 fn udev(rules: &Path, device: &Path) -> Option<Vec<String>> {
-    let number = std::fs::metadata(device).unwrap().rdev();
+    let number = std::fs::metadata(device).expect("what the test needs").rdev();
     let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
     let mut command = Command::new("unshare");
     command.args(["--mount", "--propagation=private", "sh", "-c", TRY_RULES, "sh"]);

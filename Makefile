@@ -1,6 +1,6 @@
 # Everything a developer or a newcomer runs. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak fuzz test-vm bench deps build fmt
+.PHONY: demo test sim soak fuzz test-vm bench deps build install fmt
 
 # How many courses of work and crashes `make sim` simulates, and `make soak`; the first seed of the latter.
 SIM_SEEDS = 2000
@@ -47,6 +47,13 @@ bench: deps
 
 build: deps
 	cargo build --release --workspace --bins
+
+# The programs, the manual, and what systemd and udev need; after `make build`.
+install:
+	install -D -t $(DESTDIR)/usr/bin $(addprefix $${CARGO_TARGET_DIR:-target}/release/,wbctl wbformat wbcheck wbdump)
+	install -D -m 644 -t $(DESTDIR)/usr/share/man/man5 man/wb.5
+	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system dist/systemd/wb@.service
+	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d dist/udev/60-wb.rules
 
 deps:
 	@tests/install-packages.sh $(PACKAGES)

@@ -106,7 +106,13 @@ pub(crate) fn loop_clear(device: &File) -> nix::Result<()> {
 /// Tells the kernel that this thread, and those that it starts, serve I/O that memory reclaim may wait for.
 pub(crate) fn set_io_flusher() -> nix::Result<()> {
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
+    const PR_GET_IO_FLUSHER: libc::c_int = 58;
     // SAFETY: the call takes plain numbers.
     Errno::result(unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) })?;
-    Ok(())
+    // SAFETY: the call takes plain numbers.
+    match Errno::result(unsafe { libc::prctl(PR_GET_IO_FLUSHER, 0, 0, 0, 0) })? {
+        1 => Ok(()),
+        // A sandbox that pretends.
+        _ => Err(Errno::ENOTSUP),
+    }
 }

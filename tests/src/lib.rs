@@ -116,6 +116,21 @@ pub fn bin(name: &str) -> PathBuf {
     program
 }
 
+/// A file of the folder `dist`, with each program where the workspace has built it instead of where it is installed.
+///
+/// # Panics
+/// When it does not name the program.
+pub fn dist(file: &str, programs: &[&str]) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist").join(file);
+    let mut text = std::fs::read_to_string(path).expect("a file in dist");
+    for program in programs {
+        let installed = format!("/usr/bin/{program}");
+        assert!(text.contains(&installed), "{installed} is not in {text}");
+        text = text.replace(&installed, bin(program).to_str().expect("UTF-8"));
+    }
+    text
+}
+
 /// What a program said and how it ended.
 #[derive(Debug)]
 pub struct Outcome {

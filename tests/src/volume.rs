@@ -150,10 +150,16 @@ impl Volume {
     /// # Panics
     /// When it does not get ready.
     pub fn attach_with(&self, more: &[&str]) -> Attached<'_> {
-        let args = [&["attach", self.name.as_str()], more].concat();
+        self.start(self.command(&[&["attach", self.name.as_str()], more].concat()))
+    }
+
+    /// Runs a command that attaches this volume.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    pub fn start(&self, mut command: Command) -> Attached<'_> {
         let stderr = self.path("stderr");
-        let mut child = self
-            .command(&args)
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(File::create(&stderr).expect("a new file"))
@@ -163,7 +169,7 @@ impl Volume {
         let mut attached = Attached { device: PathBuf::new(), volume: self, child, mounts: Vec::new() };
         attached.device = first_line(stdout)
             .and_then(|line| line.strip_prefix("ready ").map(PathBuf::from))
-            .unwrap_or_else(|| panic!("wbctl {args:?} is not ready:\n{}", attached.stderr()));
+            .unwrap_or_else(|| panic!("{command:?} is not ready:\n{}", attached.stderr()));
         self.served.lock().expect("a lock").push(Served::new(&attached.device));
         attached
     }
@@ -255,6 +261,11 @@ impl Attached<'_> {
     pub fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).expect("a process id");
         kill(Pid::from_raw(pid), signal).expect("a daemon to signal");
+    }
+
+    /// The daemon's process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// Waits until the daemon has ended.

@@ -121,3 +121,53 @@ fn a_second_daemon_for_a_volume_is_refused() {
     attached.detach(&["--drain"]);
     assert!(wb_tests::read_at(&volume.backing, 0, MIB) == noise(2, MIB));
 }
+
+#[test]
+fn detach_by_force_clears_what_a_killed_daemon_left() {
+    needs_serving!("mkfs.ext4");
+    let volume = Volume::created(16, 32 * MIB);
+    let mut attached = volume.attach_with(&[]);
+    Filesystem::Ext4.make(&attached.device);
+    let on = attached.mount();
+    attached.kill();
+    assert!(volume.link().is_symlink() && volume.socket().exists());
+    let refused = volume.wbctl(&["detach", &volume.name]);
+    assert!(refused.code == 1 && refused.stderr.contains("is not attached"), "{refused:?}");
+    let cleared = volume.must(&["detach", "--force", &volume.name]);
+    let held = format!("{} of an earlier daemon is still mounted on {}", attached.device_str(), on.display());
+    assert!(cleared.starts_with("cleared what") && cleared.contains(&held), "{cleared}");
+    assert!(!volume.link().is_symlink() && !volume.path("run").join(&volume.name).exists());
+    attached.unmount();
+    assert!(volume.is_gone());
+    let nothing = volume.wbctl(&["detach", "--force", &volume.name]);
+    assert!(nothing.code == 1 && nothing.stderr.contains("nothing was left behind"), "{nothing:?}");
+    drop(attached);
+    volume.attach_with(&[]).detach(&[]);
+}
+
+#[test]
+fn attach_says_what_still_holds_the_device_of_a_killed_daemon() {
+    needs_serving!("mkfs.ext4");
+    let volume = Volume::created(16, 32 * MIB);
+    let mut dead = volume.attach_with(&[]);
+    Filesystem::Ext4.make(&dead.device);
+    dead.mount();
+    dead.kill();
+    let attached = volume.attach_with(&[]);
+    let said = format!("{} of an earlier daemon is still mounted on", dead.device_str());
+    assert!(attached.stderr().contains(&said), "{}", attached.stderr());
+    dead.unmount();
+    attached.detach(&[]);
+}
+
+#[test]
+fn a_link_that_leads_elsewhere_is_replaced() {
+    needs_serving!();
+    let volume = Volume::created(16, 32 * MIB);
+    std::fs::create_dir_all(volume.link().parent().unwrap()).unwrap();
+    std::os::unix::fs::symlink("/dev/null", volume.link()).unwrap();
+    let attached = volume.attach_with(&[]);
+    assert_eq!(std::fs::read_link(volume.link()).unwrap(), attached.device);
+    attached.detach(&[]);
+    assert!(!volume.link().is_symlink());
+}

@@ -2,29 +2,35 @@
 
 use crate::config::{Volume, parse_tunables};
 use crate::create::{open_pair, parse_sector_size, sector_size};
+use crate::notify::{self, Busy};
 use crate::place::Name;
-use crate::{Pair, salvage, show};
+use crate::{Pair, leftovers, logging, salvage, show};
 use anyhow::{Context, Result, anyhow, bail};
-use libwb::cache::Cache;
+use libwb::cache::{Cache, TunableValue};
 use libwb::cli::{Output, human_size};
 use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
-use libwb::device::probe::Opened;
+use libwb::device::probe::{OpenError, Opened};
 use libwb::device::{Device, UringDevice};
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::{Handle, Reactor};
 use libwb::serve::loopdev::{LoopDevice, Options, holders};
 use nix::sys::signal::{SigSet, Signal};
-use std::io::{IsTerminal, Write};
+use std::collections::BTreeMap;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long a device that is in use is tried again: a daemon that was just killed may have I/O under way.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long something is waited for that is to pass at once.
 const BRIEFLY: Duration = Duration::from_millis(500);
+/// How long the daemon, told to end by a signal, waits for the device to be released.
+const RELEASE: Duration = Duration::from_secs(60);
+/// What systemd is told the volume is doing.
+const SERVING: &str = "serving";
 /// How often a drain reports progress.
 const PROGRESS: Duration = Duration::from_millis(250);
 
@@ -44,6 +50,9 @@ pub(crate) struct Args {
     sector_size: Option<u32>,
     #[command(flatten)]
     salvage: salvage::Salvage,
+    /// Wait so long for devices that are not there yet, as at boot
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    wait: u32,
     /// Tunables for this time
     #[arg(value_name = "KEY=VALUE")]
     tunables: Vec<String>,
@@ -115,22 +124,26 @@ struct Daemon {
     device: PathBuf,
     sector_size: u32,
     runtime: Handle,
+    /// Held while tunables are changed, so that of two clients at a time neither undoes what the other sets.
+    setting: Mutex<()>,
     end: Sender<End>,
 }
 
 pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let (name, volume) = args.volume()?;
     let tunables = volume.tunables()?;
-    log_to_stderr();
+    logging::to_stderr();
     libwb::serve::abort_on_panic();
     lock_for_life(&name)?;
-    let (cache, backing) = open_patiently(&volume)?;
+    leftovers::warn(&name);
+    let (cache, backing) = open_patiently(&volume, Duration::from_secs(args.wait.into()))?;
     let sector_size = sector_size(volume.sector_size, &backing)?;
     if let Err(why) = libwb::serve::guard_against_reclaim() {
         tracing::warn!("{why}: the volume may hang when memory is short");
     }
     let (end, ended) = channel();
     watch_signals(end.clone())?;
+    let recovering = Busy::with("recovering");
 
     let reactor = Reactor::start().context("cannot use io_uring, which wb needs")?;
     let serve = |opened| -> Device { Arc::new(UringDevice::new(reactor.handle(), opened)) };
@@ -141,13 +154,14 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     for line in salvaged.iter().flat_map(salvage::outcome) {
         tracing::warn!("the log was corrupt: {line}");
     }
+    drop(recovering);
     let status = cache.status();
     tracing::info!(
         "recovered in {:.2} s: {} in the cache are not written back yet",
         status.recovery_time.as_secs_f64(),
         human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
     );
-    let file = format!("wb-{name}");
+    let file = name.served_file();
     let served = LoopDevice::attach(cache.clone(), reactor.handle(), &file, Options { sector_size });
     let device = match served {
         Ok(device) => device,
@@ -163,6 +177,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
         device: device.path().into(),
         sector_size,
         runtime: reactor.handle().clone(),
+        setting: Mutex::default(),
         end,
     };
     if let Err(e) = announce(&name, daemon, out) {
@@ -197,28 +212,16 @@ fn announce(name: &Name, daemon: Daemon, out: &mut Output) -> Result<()> {
     link(name, &device);
     writeln!(out, "ready {}", device.display())?;
     out.flush()?;
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    notify::ready(SERVING);
     Ok(())
 }
 
-fn log_to_stderr() {
-    let filter = tracing_subscriber::EnvFilter::try_from_env("WB_LOG")
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,libwb=info,wbctl=info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_target(false)
-        .without_time()
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
-}
-
-fn open_patiently(volume: &Volume) -> Result<(Opened, Opened)> {
+fn open_patiently(volume: &Volume, wait: Duration) -> Result<(Opened, Opened)> {
     let pair = Pair { cache: volume.cache.clone(), backing: volume.backing.clone() };
     let started = Instant::now();
     loop {
         match open_pair(&pair) {
-            Err(e) if started.elapsed() < PATIENCE && is_in_use(&e) => {
+            Err(e) if started.elapsed() < patience(&e, wait) => {
                 std::thread::sleep(Duration::from_millis(100))
             }
             other => return other,
@@ -226,8 +229,13 @@ fn open_patiently(volume: &Volume) -> Result<(Opened, Opened)> {
     }
 }
 
-fn is_in_use(error: &anyhow::Error) -> bool {
-    matches!(error.downcast_ref(), Some(libwb::device::probe::OpenError::InUse { .. }))
+/// How long it is tried again after an error. A device that is not there is waited for as long as the user says.
+fn patience(error: &anyhow::Error, wait: Duration) -> Duration {
+    match error.downcast_ref() {
+        Some(OpenError::InUse { .. }) => PATIENCE,
+        Some(OpenError::System { cause, .. }) if cause.kind() == ErrorKind::NotFound => wait,
+        _ => Duration::ZERO,
+    }
 }
 
 /// Blocks the signals that end the daemon in this thread and all that it starts later, and waits for them in one.
@@ -242,12 +250,15 @@ fn watch_signals(end: Sender<End>) -> Result<()> {
     Ok(())
 }
 
-/// A stable name for the loop device. The volume can be used without it.
+/// A stable name for the loop device. udev makes the same (dist/udev), but need not run. The volume can be used without.
 fn link(name: &Name, device: &Path) {
     let link = name.link();
-    let _ = std::fs::remove_file(&link);
+    // In one step, so that a name that leads to the device before does not vanish meanwhile.
+    let new = link.with_file_name(format!(".{name}"));
+    let _ = std::fs::remove_file(&new);
     let made = std::fs::create_dir_all(link.parent().unwrap_or(&link))
-        .and_then(|()| std::os::unix::fs::symlink(device, &link));
+        .and_then(|()| std::os::unix::fs::symlink(device, &new))
+        .and_then(|()| std::fs::rename(&new, &link));
     if let Err(e) = made {
         tracing::warn!("cannot make the link {}: {e}", link.display());
     }
@@ -261,11 +272,15 @@ fn serve_until_ended(
     cache: &Cache,
 ) -> Result<()> {
     let end = ended.recv();
+    notify::stopping();
+    let _closing = Busy::with("closing");
     match &end {
-        Ok(End::Signal(signal)) => tracing::info!("{signal}: closing the log"),
+        Ok(End::Signal(signal)) => {
+            tracing::info!("{signal}: closing the log");
+            wait_until_released(&device, ended);
+        }
         Ok(End::Detach(_)) | Err(_) => tracing::info!("detaching"),
     }
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     let held = holders(device.path());
     if !held.is_empty() {
         tracing::warn!("{} is still {}: it fails from now on", device.path().display(), held.join(", "));
@@ -286,6 +301,26 @@ fn serve_until_ended(
         let _ = replies.send(&reply);
     }
     outcome
+}
+
+/// When the system shuts down, filesystems on the device may be unmounted only after the daemon was told to end. So it
+/// serves on while the device is held, up to a limit or a second signal.
+fn wait_until_released(device: &LoopDevice, ended: &Receiver<End>) {
+    let started = Instant::now();
+    let mut told = false;
+    while started.elapsed() < RELEASE {
+        let held = holders(device.path());
+        if held.is_empty() {
+            return;
+        }
+        if !told {
+            tracing::warn!("waiting: {} is still {}", device.path().display(), held.join(", "));
+            told = true;
+        }
+        if ended.recv_timeout(Duration::from_millis(100)).is_ok() {
+            return;
+        }
+    }
 }
 
 /// Writes out what programs wrote through the device's page cache. That can take for ever when the log is full and the
@@ -327,6 +362,8 @@ impl Daemon {
             Request::Status => Ok(Reply::Status(Box::new(self.status()))),
             Request::Flush => self.run(None, |cache| async move { cache.flush().await }),
             Request::Drain => self.drain(replies),
+            Request::Tunables => Ok(Reply::Tunables { tunables: control::by_name(&self.cache.tunables()) }),
+            Request::Set { tunables } => self.set(tunables),
             Request::Detach { drain, force } => match self.detach(*drain, *force, replies) {
                 Ok(()) => return,
                 Err(e) => Err(e),
@@ -349,7 +386,24 @@ impl Daemon {
     }
 
     fn drain(&self, replies: &mut Replies) -> Result<Reply> {
-        self.run(Some(replies), |cache| async move { cache.drain().await })
+        notify::status("draining");
+        let drained = self.run(Some(replies), |cache| async move { cache.drain().await });
+        notify::status(SERVING);
+        drained
+    }
+
+    fn set(&self, wanted: &BTreeMap<String, TunableValue>) -> Result<Reply> {
+        let _setting = self.setting.lock();
+        let mut tunables = self.cache.tunables();
+        for (key, value) in wanted {
+            tunables.set(key, &value.to_string())?;
+        }
+        tracing::info!(
+            "set {}",
+            wanted.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
+        );
+        self.cache.set_tunables(tunables);
+        Ok(Reply::Done)
     }
 
     /// Runs a request of the cache on the reactor, and reports progress meanwhile.

@@ -1,10 +1,13 @@
 //! What is asked of a running daemon.
 
 use crate::attach::refuse_held;
+use crate::leftovers;
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
+use libwb::cache::TunableValue;
 use libwb::cli::{Output, Progress};
 use libwb::control::{Client, Reply, Request, VolumeStatus};
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write};
 use std::time::Duration;
 
@@ -15,7 +18,8 @@ pub(crate) struct DetachArgs {
     /// Write everything back first, so that the backing device alone holds all data
     #[arg(long)]
     drain: bool,
-    /// Detach even while the device is mounted or held; its users get I/O errors
+    /// Detach even while the device is mounted or held; its users get I/O errors. Also clears what a killed daemon left
+    /// behind
     #[arg(long)]
     force: bool,
 }
@@ -51,6 +55,19 @@ pub(crate) fn status(name: &Name) -> Result<VolumeStatus> {
     }
 }
 
+/// The tunables in force of an attached volume.
+pub(crate) fn tunables(name: &Name) -> Result<BTreeMap<String, TunableValue>> {
+    match ask(name, &Request::Tunables)? {
+        Reply::Tunables { tunables } => Ok(tunables),
+        other => bail!("the daemon of '{name}' answers strangely: {other:?}"),
+    }
+}
+
+/// Changes tunables of an attached volume, all or none.
+pub(crate) fn set(name: &Name, tunables: BTreeMap<String, TunableValue>) -> Result<()> {
+    ask(name, &Request::Set { tunables }).map(drop)
+}
+
 pub(crate) fn flush(name: &Name, out: &mut Output) -> Result<()> {
     ask(name, &Request::Flush)?;
     writeln!(out, "flushed '{name}'")?;
@@ -65,6 +82,9 @@ pub(crate) fn drain(name: &Name, out: &mut Output) -> Result<()> {
 
 pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
     let name = &args.name;
+    if args.force && !name.is_running()? {
+        return leftovers::clear(name, out);
+    }
     // The daemon looks as well, but as a service it may not see the mounts that its users see.
     if let Some(device) = status(name)?.device {
         refuse_held(&device, args.force)?;

@@ -6,8 +6,10 @@ use anyhow::{Context, Result, bail};
 use libwb::cache::{TunableValue, Tunables};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{ErrorKind, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use toml_edit::DocumentMut;
 
 /// What is recorded of a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,7 +65,7 @@ impl Volume {
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// The tunables in force: the defaults, and what is recorded.
+    /// The tunables to attach with: the defaults, and what is recorded.
     pub(crate) fn tunables(&self) -> Result<Tunables> {
         let mut tunables = Tunables::default();
         for (key, value) in &self.tunables {
@@ -81,6 +83,56 @@ pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, Tunabl
     }
     let given = |key: &str| pairs.iter().any(|pair| pair.split_once('=').is_some_and(|(k, _)| k == key));
     Ok(tunables.pairs().filter(|(key, _)| given(key)).map(|(key, value)| (key.into(), value)).collect())
+}
+
+/// The record of a volume with other tunables, and all else in it as it was.
+pub(crate) fn edited(name: &Name, tunables: &BTreeMap<String, TunableValue>) -> Result<String> {
+    if Volume::load(name)?.is_none() {
+        bail!("no volume '{name}' is recorded in {}; see wbctl create", name.config_file().display());
+    }
+    let path = name.config_file();
+    let cannot = || format!("cannot change {}", path.display());
+    let mut record: DocumentMut =
+        std::fs::read_to_string(&path).map_err(anyhow::Error::new)?.parse().with_context(cannot)?;
+    // As a table or inline, both of which were read before.
+    let table = record.entry("tunables").or_insert_with(toml_edit::table);
+    let table = table.as_table_like_mut().with_context(cannot)?;
+    for (key, value) in tunables {
+        let new = match value {
+            TunableValue::Number(number) => toml_edit::Value::from(i64::from(*number)),
+            TunableValue::Word(word) => toml_edit::Value::from(word.as_str()),
+        };
+        match table.get_mut(key).and_then(toml_edit::Item::as_value_mut) {
+            // With the comments around it.
+            Some(old) => {
+                let around = old.decor().clone();
+                *old = new;
+                *old.decor_mut() = around;
+            }
+            None => drop(table.insert(key, new.into())),
+        }
+    }
+    Ok(record.to_string())
+}
+
+/// Replaces a file so that, whatever happens, it is the old one or the new one.
+pub(crate) fn replace(path: &Path, text: &str) -> Result<()> {
+    let cannot = || format!("cannot write {}", path.display());
+    // No volume's record: those end in .toml.
+    let mut new = path.as_os_str().to_os_string();
+    new.push(".new");
+    let written = (|| {
+        let mut file = File::create(&new)?;
+        file.set_permissions(std::fs::metadata(path)?.permissions())?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&new, path)?;
+        File::open(path.parent().unwrap_or(path))?.sync_all()
+    })();
+    if written.is_err() {
+        let _ = std::fs::remove_file(&new);
+    }
+    written.map_err(|e: std::io::Error| anyhow::Error::new(e).context(cannot()))
 }
 
 /// A TOML error without the excerpt that spreads over several lines.

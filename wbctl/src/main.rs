@@ -4,10 +4,16 @@ mod attach;
 mod client;
 mod config;
 mod create;
+mod import;
+mod leftovers;
+mod logging;
+mod notify;
 mod place;
+mod remove;
 mod replay;
 mod salvage;
 mod show;
+mod tune;
 mod upgrade;
 
 use anyhow::Result;
@@ -64,6 +70,14 @@ enum Command {
         /// The volume
         name: Name,
     },
+    /// Show the tunables of a volume: those in force, or those that it is to be attached with
+    Get(tune::GetArgs),
+    /// Change tunables of an attached volume, from now on
+    Set(tune::SetArgs),
+    /// Forget a volume that is detached and has no dirty data. Its devices are left as they are
+    Remove(remove::Args),
+    /// Take over the volumes of the script `writeboost`: record what its table lists. Touches no device
+    Import(import::Args),
     /// Write all dirty data back to the backing device offline, and mark the cache clean
     ///
     /// Serves nothing, and needs no root for plain files. Safe to interrupt and to repeat.
@@ -100,6 +114,10 @@ fn run(command: Command, out: &mut Output) -> Result<Exit> {
         Command::Status { name, json } => show::status(name.as_ref(), json, out)?,
         Command::Flush { name } => client::flush(&name, out)?,
         Command::Drain { name } => client::drain(&name, out)?,
+        Command::Get(args) => tune::get(&args, out)?,
+        Command::Set(args) => tune::set(&args, out)?,
+        Command::Remove(args) => remove::remove(&args, out)?,
+        Command::Import(args) => import::import(&args, out)?,
         Command::Replay(args) => replay::replay(&args, out)?,
         Command::Upgrade(args) => upgrade::upgrade(&args, out)?,
     }

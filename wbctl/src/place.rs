@@ -1,9 +1,10 @@
 //! Names of volumes, and the folders and files that belong to them.
 
 use anyhow::{Context, Result, bail};
+use nix::fcntl::{Flock, FlockArg};
 use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -66,12 +67,17 @@ impl Name {
         Path::new("/dev/wb").join(&self.0)
     }
 
+    /// The file that the loop device stands on, as sysfs and udev see it: at the root of a mount that nobody else sees.
+    pub(crate) fn served_file(&self) -> String {
+        format!("{self}.wb")
+    }
+
     fn lock_file(&self) -> PathBuf {
         self.run_dir().join("lock")
     }
 
     /// Takes the lock that a daemon holds as long as it lives; `None` when one does. Makes the folder.
-    pub(crate) fn lock(&self) -> Result<Option<nix::fcntl::Flock<File>>> {
+    pub(crate) fn lock(&self) -> Result<Option<Flock<File>>> {
         let dir = self.run_dir();
         DirBuilder::new()
             .recursive(true)
@@ -85,16 +91,45 @@ impl Name {
             .truncate(false)
             .open(&path)
             .with_context(|| format!("cannot open {}", path.display()))?;
-        match nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock) {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            // Somebody who held the lock may have cleared it away, and another may have made a new one.
+            Ok(lock) if !is_file_at(&lock, &path) => self.lock(),
             Ok(lock) => Ok(Some(lock)),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
             Err((_, cause)) => bail!("cannot lock {}: {}", path.display(), cause.desc()),
         }
     }
 
+    /// Removes all files of a daemon, which must not run: `lock` is its lock. True when it had not removed them itself.
+    pub(crate) fn clear(&self, lock: Flock<File>) -> Result<bool> {
+        let mut was_left = false;
+        for file in [self.link(), self.socket()] {
+            was_left |= remove(&file)?;
+        }
+        remove(&self.lock_file())?;
+        drop(lock);
+        // Another daemon may be starting; then it is not empty.
+        let _ = std::fs::remove_dir(self.run_dir());
+        Ok(was_left)
+    }
+
     /// Whether a daemon runs for this volume.
     pub(crate) fn is_running(&self) -> Result<bool> {
         Ok(self.lock_file().exists() && self.lock()?.is_none())
+    }
+}
+
+fn is_file_at(file: &File, path: &Path) -> bool {
+    let number = |meta: std::io::Result<std::fs::Metadata>| meta.ok().map(|meta| (meta.dev(), meta.ino()));
+    number(file.metadata()) == number(std::fs::metadata(path))
+}
+
+/// Removes a file or a link; false when there was none.
+fn remove(path: &Path) -> Result<bool> {
+    match std::fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e).with_context(|| format!("cannot remove {}", path.display())),
     }
 }
 

@@ -1,6 +1,7 @@
 //! `wbdump`: shows the log on a cache device, however damaged it is.
 
 mod block;
+mod identity;
 mod segment;
 mod segments;
 mod superblock;
@@ -37,6 +38,12 @@ struct Cli {
 enum Verb {
     /// Show the superblock and totals of what the log holds. Reads the whole device
     Super(Target),
+    /// Show which cache it is, as variables for udev and scripts. Reads the superblock alone
+    Identity {
+        /// The cache device: a block device or a file
+        #[arg(value_name = "CACHE")]
+        cache: PathBuf,
+    },
     /// List the segments in log order, oldest first. Reads the whole device
     Segments {
         #[command(flatten)]
@@ -91,6 +98,7 @@ fn main() -> ExitCode {
 fn dump(verb: Verb, out: &mut Output) -> Result<()> {
     match verb {
         Verb::Super(target) => superblock::show(&Log::open(&target.cache)?, target.json, out),
+        Verb::Identity { cache } => identity::show(&cache, out),
         Verb::Segments { target, live, bad } => {
             let only = segments::Only { live, bad };
             segments::list(&Log::open(&target.cache)?, only, target.json, out)

@@ -12,6 +12,7 @@ use crate::format::{
     SuperblockExtension, to_u64,
 };
 use crate::log::LogError;
+use crate::log::create::write_extension;
 use crate::log::live::{Totals, live_totals, visit_headers};
 use crate::log::recovery::{Recovery, recover};
 use crate::log::scan::{BackingFacts, Superblock, check_pairing, read_superblock, scan};
@@ -75,6 +76,7 @@ impl Cache {
         let geometry = superblock.geometry;
         let Replay { index, leftovers } = replay(&cache, &backing, &superblock, &recovery, planted).await?;
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
+        let grown = grown(superblock.extension.as_ref(), &backing);
         let mut state = State::new(geometry, index, written_back, recovery.point);
         state.planted = planted;
         state.dirty_blocks = to_u64(state.index.len());
@@ -93,10 +95,14 @@ impl Cache {
             recovery_time,
             cannot_discard: AtomicBool::new(false),
             digest: superblock.extension.as_ref().map(SuperblockExtension::digest),
-            extension: superblock.extension,
+            extension: grown.clone().or(superblock.extension),
             planted,
         });
         inner.settle(&recovery, written_back, leftovers).await?;
+        if let Some(page) = grown {
+            write_extension(&inner.cache, &page).await?;
+            inner.cache.flush().await?;
+        }
         inner.start_tasks();
         Ok(Cache { inner })
     }
@@ -113,6 +119,24 @@ impl Cache {
         let live = live_totals(cache, superblock.geometry, &recovery, None).await?;
         Ok((recovery, live))
     }
+}
+
+/// What to record when the backing device is larger than it was, so that it is noticed should it shrink again.
+fn grown(extension: Option<&SuperblockExtension>, backing: &Device) -> Option<SuperblockExtension> {
+    let extension = extension?;
+    let (before, sectors) = (extension.backing_sectors, BackingFacts::of(backing).sectors);
+    if before == 0 || sectors <= before {
+        return None;
+    }
+    let bytes = |sectors: u64| sectors.saturating_mul(to_u64(SECTOR_BYTES));
+    tracing::info!(
+        "{} has grown from {} to {} bytes, and the volume with it",
+        backing.name(),
+        bytes(before),
+        bytes(sectors)
+    );
+    let generation = extension.generation.wrapping_add(1);
+    Some(SuperblockExtension { generation, backing_sectors: sectors, ..extension.clone() })
 }
 
 async fn recover_log(cache: &Device) -> Result<(Superblock, Recovery), LogError> {

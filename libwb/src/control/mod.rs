@@ -3,7 +3,7 @@
 //! A client sends one request and reads replies until one that ends the exchange: anything but
 //! [`Reply::Progress`].
 
-use crate::cache::{Status, TunableValue};
+use crate::cache::{Status, TunableValue, Tunables};
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -32,6 +32,13 @@ pub enum Request {
     Flush,
     /// To write everything back, with [`Reply::Progress`] meanwhile.
     Drain,
+    /// For [`Reply::Tunables`].
+    Tunables,
+    /// To change tunables, all of them or none.
+    Set {
+        /// Tunables by name.
+        tunables: BTreeMap<String, TunableValue>,
+    },
     /// To stop serving and exit.
     Detach {
         /// Write everything back first, with [`Reply::Progress`] meanwhile.
@@ -47,6 +54,11 @@ pub enum Request {
 pub enum Reply {
     /// The volume's state.
     Status(Box<VolumeStatus>),
+    /// The tunables in force.
+    Tunables {
+        /// Tunables by name.
+        tunables: BTreeMap<String, TunableValue>,
+    },
     /// A drain is under way.
     Progress {
         /// What is still to be written back.
@@ -144,10 +156,15 @@ impl LiveStatus {
             failure: status.failure.clone(),
             writeback_error: status.writeback_error.clone(),
             recovery_seconds: status.recovery_time.as_secs_f64(),
-            tunables: status.tunables.pairs().map(|(key, value)| (key.into(), value)).collect(),
+            tunables: by_name(&status.tunables),
             counters: counters.into_iter().map(|(key, value)| (key.into(), value)).collect(),
         }
     }
+}
+
+/// Tunables by name.
+pub fn by_name(tunables: &Tunables) -> BTreeMap<String, TunableValue> {
+    tunables.pairs().map(|(key, value)| (key.into(), value)).collect()
 }
 
 /// Sends replies to one client.
@@ -277,6 +294,12 @@ mod tests {
         assert_eq!(parse(r#"{"request":"detach","drain":true,"force":false}"#).unwrap(), detach);
         assert!(parse(r#"{"request":"detach","drain":true,"force":false,"colour":1}"#).is_err());
         assert!(parse(r#"{"request":"explode"}"#).is_err());
+        let set = parse(r#"{"request":"set","tunables":{"nr_max_batched_writeback":64}}"#).unwrap();
+        assert_eq!(
+            set,
+            Request::Set { tunables: [("nr_max_batched_writeback".into(), TunableValue::Number(64))].into() }
+        );
+        assert!(parse(r#"{"request":"set","tunables":{"nr_max_batched_writeback":-1}}"#).is_err());
     }
 
     #[test]

@@ -135,10 +135,10 @@ impl<'a> BackingFacts<'a> {
     }
 }
 
-/// Whether a cache belongs to a backing device, as far as its extension tells.
+/// Whether a cache belongs to a backing device, as far as its extension tells. A backing device may have grown.
 ///
 /// # Errors
-/// When it belongs to another.
+/// When it belongs to another, or to one that was larger.
 pub fn check_pairing(
     device: &Device,
     extension: &SuperblockExtension,
@@ -149,8 +149,11 @@ pub fn check_pairing(
         Err(LogError::WrongBacking { device, backing, difference })
     };
     let (paired, found) = (extension.backing_sectors, backing.sectors);
-    if paired != 0 && paired != found {
-        return wrong(format!("the cache was made for one of {paired} sectors, this one has {found}"));
+    if found < paired {
+        return wrong(format!(
+            "the cache was made for one of {paired} sectors, this one has only {found}; if it was shrunk, give it its \
+             old size back"
+        ));
     }
     let (paired, found) = (extension.backing_id.as_str(), fitting(backing.identity));
     if !paired.is_empty() && !found.is_empty() && paired != found {

@@ -1,0 +1,129 @@
+//! Devices of another size: a backing device that grows or shrinks, a cache device that is replaced by a larger one.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+use wb_tests::{
+    Filesystem, Volume, cache_bytes, needs_serving, noise, overwrite, read_at, sha256, wb, zeros,
+};
+
+const MIB: u64 = 1 << 20;
+
+fn resize(path: &Path, bytes: u64) {
+    File::options().write(true).open(path).and_then(|file| file.set_len(bytes)).expect("a file to resize");
+}
+
+fn recorded_sectors(volume: &Volume) -> u64 {
+    wb!("wbdump", "super", &volume.cache, "--json").json()["extension"]["backing_sectors"]
+        .as_u64()
+        .expect("what the test needs")
+}
+
+/// Attaches and detaches; returns what the daemon said.
+fn attach_once(volume: &Volume) -> String {
+    let attached = volume.attach_with(&[]);
+    let said = attached.stderr();
+    attached.detach(&[]);
+    said
+}
+
+fn refuses(volume: &Volume, why: &str) {
+    let before = [sha256(&volume.cache), sha256(&volume.backing)];
+    for args in [vec!["attach", volume.name.as_str()], [&["replay"], &volume.pair()[..]].concat()] {
+        let refused = volume.wbctl(&args);
+        assert_eq!((refused.code, refused.stdout.as_str()), (1, ""), "{refused:?}");
+        assert!(refused.stderr.contains(why), "{refused:?}");
+    }
+    assert_eq!([sha256(&volume.cache), sha256(&volume.backing)], before);
+}
+
+#[test]
+fn a_backing_device_that_has_grown_is_served_whole_and_may_not_shrink_again() {
+    needs_serving!();
+    let volume = Volume::created(16, 16 * MIB);
+    let mut attached = volume.attach_with(&[]);
+    overwrite(&attached.device, 15 * MIB, &noise(1, MIB));
+    File::open(&attached.device).unwrap().sync_all().unwrap();
+    attached.kill();
+    drop(attached);
+
+    resize(&volume.backing, 24 * MIB + 512);
+    let attached = volume.attach_with(&[]);
+    let said = attached.stderr();
+    assert!(said.contains("has grown from 16777216 to 25165824 bytes, and the volume with it"), "{said}");
+    assert_eq!(volume.status()["live"]["volume_bytes"], 24 * MIB + 512);
+    overwrite(&attached.device, 24 * MIB - MIB, &noise(2, MIB + 512));
+    attached.detach(&["--drain"]);
+    assert!(read_at(&volume.backing, 15 * MIB, MIB) == noise(1, MIB), "written before it grew");
+    assert!(
+        read_at(&volume.backing, 23 * MIB, MIB + 512) == noise(2, MIB + 512),
+        "written in what it grew by"
+    );
+    assert_eq!(recorded_sectors(&volume), 24 * MIB / 512 + 1);
+    let said = attach_once(&volume);
+    assert!(!said.contains("has grown"), "{said}");
+
+    resize(&volume.backing, 16 * MIB);
+    refuses(
+        &volume,
+        "the cache was made for one of 49153 sectors, this one has only 32768; if it was shrunk",
+    );
+}
+
+#[test]
+fn what_is_refused_is_not_changed_although_the_backing_device_has_grown() {
+    needs_serving!();
+    let volume = Volume::created(16, 16 * MIB);
+    let mut attached = volume.attach_with(&[]);
+    overwrite(&attached.device, 0, &noise(1, 3 * MIB));
+    File::open(&attached.device).unwrap().sync_all().unwrap();
+    attached.kill();
+    drop(attached);
+    wb_tests::flip_bit(&volume.cache, wb_tests::segment_offset(&volume.cache, 1) + 100_000);
+    resize(&volume.backing, 24 * MIB);
+    refuses(&volume, "the log is corrupt");
+    assert_eq!(recorded_sectors(&volume), 32768);
+}
+
+#[test]
+fn a_filesystem_grows_with_its_backing_device() {
+    needs_serving!("mkfs.ext4", "e2fsck", "resize2fs");
+    let volume = Volume::created(16, 32 * MIB);
+    let mut attached = volume.attach_with(&[]);
+    Filesystem::Ext4.make(&attached.device);
+    std::fs::write(attached.mount().join("old"), noise(1, MIB)).unwrap();
+    attached.unmount();
+    attached.detach(&[]);
+    resize(&volume.backing, 64 * MIB);
+    let mut attached = volume.attach_with(&[]);
+    // Not mounted: that needs more rights than a container has.
+    wb_tests::succeeds(Command::new("e2fsck").args(["-f", "-p"]).arg(&attached.device));
+    wb_tests::succeeds(Command::new("resize2fs").arg(&attached.device));
+    let on = attached.mount();
+    std::fs::write(on.join("new"), noise(2, 40 * MIB)).unwrap();
+    attached.unmount();
+    Filesystem::Ext4.check(&attached.device);
+    attached.detach(&["--drain"]);
+    Filesystem::Ext4.with_image(&volume.backing, |on| {
+        assert!(std::fs::read(on.join("old")).is_ok_and(|data| data == noise(1, MIB)));
+        assert!(std::fs::read(on.join("new")).is_ok_and(|data| data == noise(2, 40 * MIB)));
+    });
+}
+
+/// The recipe of README.md.
+#[test]
+fn a_cache_device_is_replaced_by_a_larger_one() {
+    needs_serving!();
+    let mut volume = Volume::created(8, 16 * MIB);
+    let attached = volume.attach_with(&[]);
+    overwrite(&attached.device, 4096, &noise(1, 3 * MIB));
+    attached.detach(&["--drain"]);
+    let name = volume.name.clone();
+    volume.must(&["remove", &name]);
+    volume.cache = zeros(&volume.dir, "larger.img", cache_bytes(32));
+    volume.create(&[]);
+    let attached = volume.attach_with(&[]);
+    assert_eq!(volume.status()["live"]["log_bytes"], 16 * MIB);
+    assert!(read_at(&attached.device, 4096, 3 * MIB) == noise(1, 3 * MIB));
+    attached.detach(&[]);
+}

@@ -1,0 +1,156 @@
+//! `wbctl import`: take over the volumes of the script `writeboost` of the kernel module.
+//!
+//! Its table has a line for each volume: the name of the device-mapper device, the backing device, the cache device, and
+//! options of the module as KEY=VALUE with commas between them. Empty lines, and those that begin with `#`, say nothing.
+
+use crate::config::Volume;
+use crate::place::Name;
+use anyhow::{Context, Result, anyhow, bail};
+use libwb::cache::Tunables;
+use libwb::cli::Output;
+use libwb::control::by_name;
+use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+/// The longest table that is read, in bytes.
+const MAX_TABLE: u64 = 1 << 20;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The table
+    #[arg(default_value = "/etc/writeboosttab")]
+    table: PathBuf,
+    /// Say what would be recorded, and record nothing
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// A line of the table.
+#[derive(Debug)]
+struct Entry {
+    name: Name,
+    volume: Volume,
+    /// What of the options was left out, and why.
+    left_out: Vec<String>,
+}
+
+pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
+    let entries = parse(&read(&args.table)?).with_context(|| args.table.display().to_string())?;
+    if entries.is_empty() {
+        bail!("{}: lists no volume", args.table.display());
+    }
+    for entry in &entries {
+        let record = entry.name.config_file();
+        if record.exists() {
+            bail!("volume '{}' exists already: it is recorded in {}", entry.name, record.display());
+        }
+    }
+    let done = if args.dry_run { "would import" } else { "imported" };
+    for Entry { name, volume, left_out } in &entries {
+        if !args.dry_run {
+            volume.save_new(name)?;
+        }
+        let (cache, backing) = (volume.cache.display(), volume.backing.display());
+        writeln!(out, "{done} '{name}': {backing} with the cache {cache}")?;
+        for what in left_out {
+            writeln!(out, "  left out: {what}")?;
+        }
+    }
+    writeln!(
+        out,
+        "For each volume: unmount it, take it from the kernel module (dmsetup remove NAME), take its line out of {}, \
+         and start it here: wbctl attach NAME. It is /dev/wb/NAME then.",
+        args.table.display()
+    )?;
+    Ok(())
+}
+
+fn read(table: &Path) -> Result<String> {
+    let mut text = String::new();
+    let read = std::fs::File::open(table).and_then(|file| file.take(MAX_TABLE + 1).read_to_string(&mut text));
+    read.with_context(|| format!("cannot read {}", table.display()))?;
+    if text.len() as u64 > MAX_TABLE {
+        bail!("{}: longer than any table of volumes", table.display());
+    }
+    Ok(text)
+}
+
+fn parse(text: &str) -> Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    let mut names = BTreeSet::new();
+    for (line, number) in text.lines().map(str::trim).zip(1..) {
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let entry = parse_line(line).with_context(|| format!("line {number}"))?;
+        if !names.insert(entry.name.clone()) {
+            bail!("line {number}: the name '{}' is there twice", entry.name);
+        }
+        entries.push(entry);
+    }
+    Ok(entries)
+}
+
+fn parse_line(line: &str) -> Result<Entry> {
+    let mut fields = line.split_ascii_whitespace();
+    let (Some(name), Some(backing), Some(cache)) = (fields.next(), fields.next(), fields.next()) else {
+        bail!("must be: NAME BACKING CACHE [OPTION,…]");
+    };
+    let options = fields.next().unwrap_or_default();
+    if let Some(more) = fields.next() {
+        bail!("'{more}' follows the options; must be: NAME BACKING CACHE [OPTION,…]");
+    }
+    for device in [backing, cache] {
+        if !device.starts_with('/') {
+            bail!("'{device}' is no path of a device");
+        }
+    }
+    let mut tunables = Tunables::default();
+    let mut left_out = Vec::new();
+    let mut set = BTreeSet::new();
+    for option in options.split(',').filter(|option| !option.is_empty()) {
+        let (key, value) = option.split_once('=').unwrap_or((option, ""));
+        match tunables.set(key, value) {
+            Ok(()) => drop(set.insert(key)),
+            Err(_) if key == "write_around_mode" => {
+                left_out.push(format!("{option}: the volume is to cache writes from now on"));
+            }
+            Err(e) => left_out.push(format!("{option}: {e}")),
+        }
+    }
+    let mut tunables = by_name(&tunables);
+    tunables.retain(|key, _| set.contains(key.as_str()));
+    let name = name.parse().map_err(|why: String| anyhow!("'{name}': {why}"))?;
+    let volume = Volume { cache: cache.into(), backing: backing.into(), sector_size: None, tunables };
+    Ok(Entry { name, volume, left_out })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_makes_no_sense_is_named() {
+        let why = |text: &str| format!("{:#}", parse(text).unwrap_err());
+        assert_eq!(why("\n# x\na /b"), "line 3: must be: NAME BACKING CACHE [OPTION,…]");
+        assert_eq!(
+            why("a /b /c x=1 y"),
+            "line 1: 'y' follows the options; must be: NAME BACKING CACHE [OPTION,…]"
+        );
+        assert_eq!(why("a /b c"), "line 1: 'c' is no path of a device");
+        assert!(why("a+b /b /c").starts_with("line 1: 'a+b': a volume name is"));
+        assert_eq!(why("a /b /c\na /d /e"), "line 2: the name 'a' is there twice");
+    }
+
+    #[test]
+    fn options_are_taken_or_told() {
+        let entries =
+            parse("  a\t/b /c nr_max_batched_writeback=8,,x=1,nr_max_batched_writeback,\n").unwrap();
+        assert_eq!(
+            entries[0].volume.tunables,
+            [("nr_max_batched_writeback".into(), libwb::cache::TunableValue::Number(8))].into()
+        );
+        assert_eq!(entries[0].left_out.len(), 2, "{entries:?}");
+    }
+}

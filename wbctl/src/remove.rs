@@ -1,0 +1,76 @@
+//! `wbctl remove`: forget a volume.
+
+use crate::config::Volume;
+use crate::place::Name;
+use anyhow::{Context, Result, bail};
+use libwb::cli::{Io, Output, Progress, count, human_size};
+use libwb::device::probe::Access;
+use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::log::live::live_totals;
+use libwb::log::recovery::recover;
+use libwb::log::scan::{read_superblock, scan};
+use std::io::Write;
+use std::path::Path;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The volume
+    name: Name,
+    /// Forget it without looking whether its cache is clean, as when the cache device is gone
+    #[arg(long)]
+    force: bool,
+}
+
+pub(crate) fn remove(args: &Args, out: &mut Output) -> Result<()> {
+    let name = &args.name;
+    let record = name.config_file();
+    if !record.exists() {
+        bail!("no volume '{name}' is recorded in {}", record.display());
+    }
+    let Some(lock) = name.lock()? else {
+        bail!("volume '{name}' is attached; first: wbctl detach {name} --drain");
+    };
+    if !args.force
+        && let Some(volume) = Volume::load(name)?
+    {
+        refuse_dirty(name, &volume)?;
+    }
+    std::fs::remove_file(&record).with_context(|| format!("cannot remove {}", record.display()))?;
+    name.clear(lock)?;
+    writeln!(out, "removed '{name}'; its devices are as they were")?;
+    Ok(())
+}
+
+fn refuse_dirty(name: &Name, volume: &Volume) -> Result<()> {
+    let cannot_tell = || {
+        format!(
+            "refused: it cannot be told whether the cache of '{name}' is clean (--force forgets it all the same)"
+        )
+    };
+    let dirty = dirty_blocks(&volume.cache).with_context(cannot_tell)?;
+    if dirty > 0 {
+        bail!(
+            "refused: {} ({}) of '{name}' are only in its cache. Write them back first: wbctl replay --cache {} \
+             --backing {}",
+            human_size(dirty * to_u64(BLOCK_BYTES)),
+            count(dirty, "block"),
+            volume.cache.display(),
+            volume.backing.display()
+        );
+    }
+    Ok(())
+}
+
+fn dirty_blocks(cache: &Path) -> Result<u64> {
+    let io = Io::start()?;
+    let device = io.open(cache, Access::Read)?;
+    let superblock = io.block_on(read_superblock(&device))?;
+    let geometry = superblock.geometry;
+    let mut progress = Progress::new("looking for dirty blocks", u64::from(geometry.slots()));
+    let slots = io.block_on(scan(&device, geometry, |slot, _| progress.set(u64::from(slot.0))));
+    let recovery = recover(&superblock, &slots);
+    if let Some(corruption) = recovery.corruption.first() {
+        bail!("{}: the log is corrupt: {corruption}", cache.display());
+    }
+    Ok(io.block_on(live_totals(&device, geometry, &recovery, None))?.dirty_blocks)
+}

@@ -55,7 +55,7 @@ fn the_daemon_itself_refuses_what_is_out_of_range() {
     let volume = Volume::created(8, 8 * MIB);
     let _attached = volume.attach_with(&[]);
     let mut client = libwb::control::Client::connect(&volume.socket()).unwrap();
-    let tunables = [(KEY.to_string(), 4000)].into();
+    let tunables = [(KEY.to_string(), libwb::cache::TunableValue::Number(4000))].into();
     let reply = client.ask(&libwb::control::Request::Set { tunables }, |_| ()).unwrap();
     let libwb::control::Reply::Error { message } = reply else { panic!("{reply:?}") };
     assert!(message.contains("must be a number from 1 to 1024"), "{message}");

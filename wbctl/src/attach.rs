@@ -12,6 +12,8 @@ use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
 use libwb::device::probe::{OpenError, Opened};
 use libwb::device::{Device, UringDevice};
 use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::format::{SECTOR_BYTES, to_u64};
+use libwb::log::create::accept_growth;
 use libwb::reactor::{Handle, Reactor};
 use libwb::serve::loopdev::{LoopDevice, Options, holders};
 use nix::sys::signal::{SigSet, Signal};
@@ -50,6 +52,9 @@ pub(crate) struct Args {
     sector_size: Option<u32>,
     #[command(flatten)]
     salvage: salvage::Salvage,
+    /// The backing device is the same, and has grown. Needed where it has no identity that shows that, as a plain file
+    #[arg(long)]
+    grown: bool,
     /// Wait so long for devices that are not there yet, as at boot
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u32,
@@ -149,6 +154,9 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let serve = |opened| -> Device { Arc::new(UringDevice::new(reactor.handle(), opened)) };
     let runtime = Arc::new(reactor.handle().clone());
     let (cache, backing) = (serve(cache), serve(backing));
+    if args.grown {
+        reactor.block_on(accept_growth(&cache, backing.size() / to_u64(SECTOR_BYTES)))?;
+    }
     let open = async || Cache::open(cache.clone(), backing.clone(), runtime.clone(), tunables.clone()).await;
     let (cache, salvaged) = reactor.block_on(args.salvage.open(&cache, &backing, open))?;
     for line in salvaged.iter().flat_map(salvage::outcome) {

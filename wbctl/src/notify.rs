@@ -7,6 +7,8 @@ use std::time::Duration;
 /// How much more time is asked for, in microseconds, and how often.
 const MORE_MICROS: u32 = 60_000_000;
 const OFTEN: Duration = Duration::from_secs(20);
+/// And how many times at most, an hour in all: a backing device that is gone must not keep a system from shutting down.
+const TIMES: u32 = 180;
 
 fn tell(states: &[NotifyState<'_>]) {
     // Nothing that the volume depends on.
@@ -38,7 +40,7 @@ impl Busy {
         status(text);
         let (alive, over) = channel::<()>();
         std::thread::spawn(move || {
-            loop {
+            for _ in 0..TIMES {
                 tell(&[NotifyState::ExtendTimeoutUsec(MORE_MICROS)]);
                 if over.recv_timeout(OFTEN) != Err(RecvTimeoutError::Timeout) {
                     break;

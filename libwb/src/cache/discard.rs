@@ -11,7 +11,7 @@ use super::state::{State, Wait};
 use super::{Cache, CacheError, Inner, WritebackOrder};
 use crate::device::{BlockDevice, DeviceError, Operation};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, SegmentId, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, to_u64, to_usize,
 };
 use crate::planted::Bug;
 use nix::errno::Errno;
@@ -75,8 +75,8 @@ impl Cache {
             return self.flush().await;
         }
         let _fence = Fence::new(inner, blocks.clone());
-        let forgotten = inner.cover(&blocks).await?;
-        inner.empty_up_to(forgotten).await?;
+        inner.cover(&blocks).await?;
+        inner.empty_what_was_forgotten().await?;
         if !inner.planted.has(Bug::DiscardAheadOfLog) {
             self.flush().await?;
         }
@@ -96,25 +96,23 @@ impl Cache {
 }
 
 impl Inner {
-    /// Makes the log hold nothing of some blocks but zeros. Returns the last segment that may have a written-back version
-    /// of them.
-    async fn cover(&self, blocks: &Range<BlockNo>) -> Result<SegmentId, CacheError> {
+    /// Makes the log hold nothing of some blocks but zeros.
+    async fn cover(&self, blocks: &Range<BlockNo>) -> Result<(), CacheError> {
         let mut next = blocks.start;
-        // What had been written back before the cache was opened is not in the index.
-        let mut forgotten = self.lock().clean_at_open;
         while next < blocks.end {
             let visited = next..BlockNo(blocks.end.0.min(next.0 + VISIT));
-            let (reached, covered) = self.noticing(self.lock(), |state| state.cover(visited, &mut forgotten));
+            let (reached, covered) = self.noticing(self.lock(), |state| {
+                // In the same visit: nothing may open a segment any more once the last one was sealed.
+                state.check_open()?;
+                Ok::<_, CacheError>(state.cover(visited))
+            })?;
             next = reached;
             match covered {
                 Ok(()) => {}
-                Err(wait) => {
-                    self.lock().check_open()?;
-                    self.wait_for(wait).await;
-                }
+                Err(wait) => self.wait_for(wait).await,
             }
         }
-        self.lock().check_open().map(|()| forgotten)
+        Ok(())
     }
 
     fn no_discard(&self, sector: Sector, length: u64) -> DeviceError {
@@ -135,12 +133,12 @@ impl State {
     }
 
     /// Zeros over what is dirty of some blocks, and forgets what is clean. Returns the block it has come to.
-    fn cover(&mut self, blocks: Range<BlockNo>, forgotten: &mut SegmentId) -> (BlockNo, Result<(), Wait>) {
+    fn cover(&mut self, blocks: Range<BlockNo>) -> (BlockNo, Result<(), Wait>) {
         for block in (blocks.start.0..blocks.end.0).map(BlockNo) {
             let Some(old) = self.index.get(block) else { continue };
             if !self.is_dirty(old.place, old.dirty) {
                 self.index.remove(block);
-                *forgotten = self.id_of(old.place.slot).max(*forgotten);
+                self.forgotten = self.id_of(old.place.slot).max(self.forgotten);
                 continue;
             }
             if self.planted.has(Bug::DiscardLeavesDirty) {

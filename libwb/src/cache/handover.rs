@@ -42,11 +42,13 @@ impl Inner {
         self.empty_segments(misleading).await
     }
 
-    /// Empties all segments up to one that is written back. A block may have older versions in any of them.
-    pub(super) async fn empty_up_to(self: &Arc<Self>, last: SegmentId) -> Result<(), DeviceError> {
-        let first = {
+    /// Empties all written-back segments up to the last that holds something discarded. A block may have older
+    /// versions in any of them.
+    pub(super) async fn empty_what_was_forgotten(self: &Arc<Self>) -> Result<(), DeviceError> {
+        let _alone = self.emptying.lock().await;
+        let (first, last) = {
             let state = self.lock();
-            state.emptied.max(state.newest.minus(state.geometry.lap())).next()
+            (state.emptied.max(state.newest.minus(state.geometry.lap())).next(), state.forgotten)
         };
         self.empty_segments((first.0..=last.0).map(SegmentId)).await?;
         let mut state = self.lock();
@@ -62,10 +64,16 @@ impl Inner {
     ) -> Result<(), DeviceError> {
         let emptying = segments.into_iter().map(|id| self.empty(id));
         let mut emptying = stream::iter(emptying).buffer_unordered(DEPTH);
+        let mut result = Ok(());
         let mut any = false;
+        // To the end, even after a failure: a slot stays pinned as long as a write to it is under way.
         while let Some(emptied) = emptying.next().await {
-            any |= emptied?;
+            match emptied {
+                Ok(emptied) => any |= emptied,
+                Err(error) => result = Err(error),
+            }
         }
+        result?;
         if any { self.flush_cache_device().await } else { Ok(()) }
     }
 
@@ -79,7 +87,14 @@ impl Inner {
             }
             (state.geometry.slot_offset(slot), Pinned::new(self, &mut state, slot))
         };
-        let mut block = self.cache.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await?;
+        let mut block = match self.cache.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await {
+            Ok(block) => block,
+            Err(error) => {
+                // What cannot be read cannot mislead.
+                tracing::warn!("a segment that is written back is left as it is: {error}");
+                return Ok(false);
+            }
+        };
         let header = SegmentHeader::decode(block.block_at(0));
         if !header.is_ok_and(|header| header.id == id && header.length() > 0) {
             return Ok(false);

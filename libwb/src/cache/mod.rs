@@ -125,6 +125,8 @@ struct Inner {
     /// Held while the cache device is flushed: of two flushes at once, one could take the other's error.
     flushing: AsyncMutex<()>,
     recovery_time: Duration,
+    /// Held while segments are emptied for a discard.
+    emptying: AsyncMutex<()>,
     /// The backing device has refused a discard.
     cannot_discard: AtomicBool,
     /// What the cache device carries beyond the base format, if it does.
@@ -297,7 +299,7 @@ impl Inner {
     /// Notes in the superblock extension that the cache was closed in order.
     async fn mark_clean(&self) -> Result<(), DeviceError> {
         let Some(extension) = &self.extension else { return Ok(()) };
-        let newest = self.lock().newest;
+        let newest = self.lock().durable;
         if extension.clean == Some(newest) {
             return Ok(());
         }

@@ -93,6 +93,7 @@ impl Cache {
             counters: AtomicCounters::default(),
             flushing: AsyncMutex::default(),
             recovery_time,
+            emptying: AsyncMutex::default(),
             cannot_discard: AtomicBool::new(false),
             digest: superblock.extension.as_ref().map(SuperblockExtension::digest),
             extension: grown.clone().or(superblock.extension),
@@ -259,9 +260,10 @@ impl Inner {
     }
 
     fn start_tasks(self: &Arc<Self>) {
-        self.lock().tasks = 3;
+        self.lock().tasks = 4;
         self.runtime.spawn(Box::pin(self.clone().appender()));
         self.runtime.spawn(Box::pin(self.clone().flusher()));
         self.runtime.spawn(Box::pin(self.clone().writeback()));
+        self.runtime.spawn(Box::pin(self.clone().syncer()));
     }
 }

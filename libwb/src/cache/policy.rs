@@ -42,8 +42,6 @@ struct Load {
     idle: bool,
     /// For how much of it others than write-back kept the backing device busy, in percent.
     percent: u32,
-    /// When the last segment was sealed because of its age.
-    synced: Duration,
     end: BoxFuture<'static, ()>,
 }
 
@@ -58,7 +56,6 @@ impl Load {
             writeback: inner.writeback_device.busy_here(),
             idle: false,
             percent: 0,
-            synced: now,
             end: inner.runtime.sleep(PERIOD),
         }
     }
@@ -72,7 +69,6 @@ impl Load {
             return;
         }
         let last = std::mem::replace(self, Load::new(inner));
-        self.synced = last.synced;
         self.idle = self.writes == last.writes;
         let requests = self.requests.saturating_sub(last.requests);
         let writeback = self.writeback.saturating_sub(last.writeback);
@@ -94,7 +90,6 @@ impl Inner {
         loop {
             let listener = self.events.writeback.listen();
             load.observe(&self);
-            self.sync_old_data(&mut load);
             match self.next_writeback(&load) {
                 Next::Batch { last } => match self.write_back(last).await {
                     Ok(()) => {
@@ -131,21 +126,41 @@ impl Inner {
         }
     }
 
-    /// Makes durable what has been volatile for as long as it may be.
-    fn sync_old_data(&self, load: &mut Load) {
-        let interval = self.tunables.lock().sync_data_interval;
-        if interval == 0 || self.runtime.now() < load.synced + Duration::from_secs(interval.into()) {
-            return;
+    /// The background task that makes durable what has been volatile for as long as it may be.
+    pub(super) async fn syncer(self: Arc<Self>) {
+        let mut synced = self.runtime.now();
+        loop {
+            self.pause(PERIOD).await;
+            {
+                let state = self.lock();
+                if state.stopping || state.failure.is_some() {
+                    break;
+                }
+            }
+            let interval = self.tunables.lock().sync_data_interval;
+            let due = synced + Duration::from_secs(interval.into());
+            if interval > 0 && self.runtime.now() >= due && self.sync() {
+                synced = self.runtime.now();
+            }
         }
-        load.synced = self.runtime.now();
+        self.task_ended();
+    }
+
+    /// Begins to make everything durable. Returns false when that has to wait for the appender.
+    fn sync(&self) -> bool {
         let mut state = self.lock();
-        if state.newest > state.durable && !state.stopping && state.seal(Reason::Idle).is_ok() {
-            let last = state.last_sealed();
-            state.flush_wanted.insert(last);
-            drop(state);
-            self.events.appender.notify(usize::MAX);
-            self.events.flusher.notify(usize::MAX);
+        if state.newest <= state.durable {
+            return true;
         }
+        if state.seal(Reason::Idle).is_err() {
+            return false;
+        }
+        let last = state.last_sealed();
+        state.flush_wanted.insert(last);
+        drop(state);
+        self.events.appender.notify(usize::MAX);
+        self.events.flusher.notify(usize::MAX);
+        true
     }
 
     fn next_writeback(&self, load: &Load) -> Next {

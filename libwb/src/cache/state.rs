@@ -75,9 +75,10 @@ pub(super) struct State {
     epoch_ends: Box<[bool]>,
     /// Blocks that are being discarded. Writes to them wait.
     pub(super) fenced: Vec<Range<BlockNo>>,
-    /// Up to where segments had been written back when the cache was opened.
-    pub(super) clean_at_open: SegmentId,
-    /// Up to where a discard has emptied the written-back segments.
+    /// Up to where written-back segments may hold what was discarded. What had been written back before the cache was
+    /// opened is not in the index, so the first discard begins with all of that.
+    pub(super) forgotten: SegmentId,
+    /// Up to where they were emptied because of that.
     pub(super) emptied: SegmentId,
     /// Reads under way on a slot, which must not be overwritten meanwhile.
     pins: HashMap<Slot, u32>,
@@ -116,7 +117,7 @@ impl State {
             throttle: Throttle::default(),
             epoch_ends: vec![true; geometry.slots() as usize].into(),
             fenced: Vec::new(),
-            clean_at_open: written_back,
+            forgotten: written_back,
             emptied: SegmentId::NONE,
             pins: HashMap::new(),
             spare: Vec::new(),

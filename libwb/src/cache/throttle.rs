@@ -63,7 +63,7 @@ impl State {
         let price = FIRST_PRICE + (LAST_PRICE - FIRST_PRICE) * taken / tight_below;
         let throttle = &mut self.throttle;
         // A flush closes a segment with places left, and what that wastes is paid for as well.
-        let wasted = position.saturating_sub(throttle.charged);
+        let wasted = position.saturating_sub(throttle.charged).min(u64::from(PLACES));
         throttle.charged = throttle.charged.max(position) + to_u64(blocks);
         let start = throttle.next.max(now).min(now + LONGEST);
         let places = u32::try_from(to_u64(blocks) + wasted).unwrap_or(u32::MAX);

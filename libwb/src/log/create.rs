@@ -1,6 +1,8 @@
 //! Making an empty cache: the base format, as the kernel module makes it, and the superblock extension.
 
 use super::LogError;
+use super::recovery::recover;
+use super::scan::{read_superblock, scan};
 use crate::device::{Device, DeviceError, IoBuf, SharedBuf};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET,
@@ -75,6 +77,26 @@ pub async fn write_record(device: &Device, written_back: SegmentId) -> Result<()
     let mut block = IoBuf::zeroed(BLOCK_BYTES);
     encode_record_block(block.block_at_mut(0), written_back);
     device.write(RECORD_BLOCK_OFFSET, block.into()).await
+}
+
+/// Records that the backing device has grown, which its identity cannot show.
+///
+/// # Errors
+/// When a device fails, or the cache device is not sound; nothing is written then.
+pub async fn accept_growth(device: &Device, sectors: u64) -> Result<(), LogError> {
+    let superblock = read_superblock(device).await?;
+    let recovery = recover(&superblock, &scan(device, superblock.geometry, |_, _| {}).await);
+    if !recovery.corruption.is_empty() {
+        let device = device.name().to_string();
+        return Err(LogError::Corrupt { device, corruption: recovery.corruption });
+    }
+    let Some(extension) = superblock.extension.filter(|it| (1..sectors).contains(&it.backing_sectors)) else {
+        return Ok(());
+    };
+    let generation = extension.generation.wrapping_add(1);
+    let page = SuperblockExtension { generation, backing_sectors: sectors, ..extension };
+    write_extension(device, &page).await?;
+    Ok(device.flush().await?)
 }
 
 #[cfg(test)]

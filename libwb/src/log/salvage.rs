@@ -25,13 +25,14 @@ use super::scan::{
     BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock, read_slot_header,
     scan,
 };
-use crate::device::{Device, DeviceError, IoBuf};
+use crate::device::{Device, DeviceError, IoBuf, Operation};
 use crate::format::{
     BLOCK_BYTES, BlockNo, Geometry, Reason, SegmentExtension, SegmentId, Slot, SuperblockExtension,
-    encode_header,
+    encode_header, to_u64,
 };
 use draft::{Change, Doomed, Draft, Found};
 use futures_util::{StreamExt, TryStreamExt, stream};
+use nix::errno::Errno;
 use remains::Remains;
 use serde::Serialize;
 use std::collections::HashMap;
@@ -286,8 +287,16 @@ impl Plan {
 
     async fn change(&self, device: &Device, change: Change) -> Result<(), DeviceError> {
         let Change { slot, id, live } = change;
-        if live && let Some(remains) = self.remains(device, id).await {
-            return remains.write(device, self.geometry).await;
+        if live {
+            let remains = self.remains(device, id).await;
+            let planned =
+                self.given_up.iter().find(|given_up| given_up.id == id).map_or(0, |given_up| given_up.kept);
+            if remains.as_ref().map_or(0, Remains::kept) < planned {
+                return Err(read_less(device, self.geometry.slot_offset(slot)));
+            }
+            if let Some(remains) = remains {
+                return remains.write(device, self.geometry).await;
+            }
         }
         let mut block = IoBuf::zeroed(BLOCK_BYTES);
         if id != SegmentId::NONE {
@@ -352,6 +361,12 @@ impl Plan {
         blocks.dedup();
         GivenUp { blocks, certainty: if proved { Certainty::Sure } else { Certainty::Perhaps }, ..none }
     }
+}
+
+/// A device that gives less now than when the plan was made. Nothing is given up that the plan does not name.
+fn read_less(device: &Device, offset: u64) -> DeviceError {
+    let device = device.name().clone();
+    DeviceError { device, operation: Operation::Read, offset, length: to_u64(BLOCK_BYTES), cause: Errno::EIO }
 }
 
 /// What the header of an empty segment says that stands in for a lost one: nothing.

@@ -135,7 +135,8 @@ impl<'a> BackingFacts<'a> {
     }
 }
 
-/// Whether a cache belongs to a backing device, as far as its extension tells. A backing device may have grown.
+/// Whether a cache belongs to a backing device, as far as its extension tells. A backing device may have grown, if its
+/// identity shows that it is the same.
 ///
 /// # Errors
 /// When it belongs to another, or to one that was larger.
@@ -153,6 +154,13 @@ pub fn check_pairing(
         return wrong(format!(
             "the cache was made for one of {paired} sectors, this one has only {found}; if it was shrunk, give it its \
              old size back"
+        ));
+    }
+    let known = !extension.backing_id.is_empty() && !backing.identity.is_empty();
+    if found > paired && paired > 0 && !known {
+        return wrong(format!(
+            "the cache was made for one of {paired} sectors, this one has {found}; if it is the same and has grown, attach \
+             the volume with --grown"
         ));
     }
     let (paired, found) = (extension.backing_id.as_str(), fitting(backing.identity));

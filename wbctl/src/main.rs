@@ -70,6 +70,11 @@ enum Command {
         /// The volume
         name: Name,
     },
+    /// Let all counters of an attached volume start anew
+    ClearStats {
+        /// The volume
+        name: Name,
+    },
     /// Show the tunables of a volume: those in force, or those that it is to be attached with
     Get(tune::GetArgs),
     /// Change tunables of an attached volume, from now on
@@ -114,6 +119,7 @@ fn run(command: Command, out: &mut Output) -> Result<Exit> {
         Command::Status { name, json } => show::status(name.as_ref(), json, out)?,
         Command::Flush { name } => client::flush(&name, out)?,
         Command::Drain { name } => client::drain(&name, out)?,
+        Command::ClearStats { name } => client::clear_stats(&name, out)?,
         Command::Get(args) => tune::get(&args, out)?,
         Command::Set(args) => tune::set(&args, out)?,
         Command::Remove(args) => remove::remove(&args, out)?,

@@ -82,3 +82,92 @@ fn counters_start_anew_when_told_to_and_nothing_else_changes() {
     let refused = volume.wbctl(&["clear-stats", &volume.name]);
     assert!(refused.code == 1 && refused.stderr.contains("is not attached"), "{refused:?}");
 }
+
+/// The line of the kernel module, read as its readme describes it.
+struct DmLine {
+    /// Position, blocks, segments, current id, flushed id, written-back id, dirty blocks.
+    log: Vec<u64>,
+    accesses: Vec<u64>,
+    partial: u64,
+    tunables: Vec<(String, u64)>,
+}
+
+impl DmLine {
+    fn parse(text: &str) -> DmLine {
+        let line = text.strip_suffix('\n').expect("a line");
+        let words: Vec<&str> = line.split(' ').collect();
+        let numbers: Vec<u64> = words[..25].iter().map(|word| word.parse().expect("a number")).collect();
+        let tunables: Vec<(String, u64)> =
+            words[25..].chunks(2).map(|pair| (pair[0].into(), pair[1].parse().expect("a number"))).collect();
+        assert_eq!(numbers[24], 2 * tunables.len() as u64, "{line}");
+        DmLine { log: numbers[..7].into(), accesses: numbers[7..23].into(), partial: numbers[23], tunables }
+    }
+}
+
+#[test]
+fn scripts_for_the_kernel_module_get_its_status_line() {
+    needs_serving!();
+    let volume = Volume::created(8, 8 * MIB);
+    // Nothing is written back by itself.
+    let attached = volume.attach_with(&["writeback_threshold=0"]);
+    let line = || DmLine::parse(&volume.must(&["status", "--dm", &volume.name]));
+    let start = line().log[0];
+    assert_eq!(line().log[1..], [8 * 127, 8, 1, 0, 0, 0]);
+    write(&attached.device, 0, 130 * 4096);
+    let now = line();
+    // 127 blocks in a full segment, and three in the next, which the flush has closed.
+    assert_eq!(now.log[0], (start + 2 * 127) % (8 * 127));
+    assert_eq!(now.log[1..], [8 * 127, 8, 3, 2, 0, 130]);
+    // Bits, from the highest: written, cached before, in RAM, whole.
+    assert_eq!((now.accesses[0b1001], now.partial), (130, 1));
+    write(&attached.device, 0, 4096);
+    let now = line();
+    assert_eq!((now.accesses[0b1001], now.accesses[0b1101], now.partial), (130, 1, 2));
+    assert!(now.tunables.contains(&("writeback_threshold".into(), 0)), "{:?}", now.tunables);
+    assert!(
+        now.tunables.iter().all(|(key, _)| key != "writeback_order"),
+        "the module does not know that one"
+    );
+    attached.detach(&[]);
+    let refused = volume.wbctl(&["status", "--dm", &volume.name]);
+    assert!(refused.code == 1 && refused.stderr.contains("is not attached"), "{refused:?}");
+    assert_eq!(volume.wbctl(&["status", "--dm"]).code, 2);
+}
+
+#[test]
+fn metrics_for_prometheus_are_in_its_text_format_and_tell_of_detached_volumes() {
+    needs_serving!();
+    let volume = Volume::created(8, 8 * MIB);
+    let name = volume.name.as_str();
+    let attached = volume.attach_with(&["writeback_threshold=0"]);
+    write(&attached.device, 0, MIB);
+    let text = volume.must(&["status", "--prometheus", name]);
+    let mut typed = String::new();
+    for line in text.lines() {
+        if let Some(line) = line.strip_prefix("# ") {
+            let words: Vec<&str> = line.splitn(3, ' ').collect();
+            assert!(matches!(words[0], "HELP" | "TYPE") && words.len() == 3, "{line}");
+            typed = words[1].into();
+            continue;
+        }
+        let (metric, value) = line.rsplit_once(' ').expect("a value");
+        let (metric, labels) = metric.split_once('{').expect("labels");
+        assert!(metric.starts_with(&typed) && metric.starts_with("wb_"), "{line} is not of {typed}");
+        assert!(labels.starts_with(&format!("volume=\"{name}\"")) && labels.ends_with("\"}"), "{line}");
+        assert!(value.parse::<f64>().is_ok_and(|value| value >= 0.0), "{line}");
+    }
+    let has = |line: String| assert!(text.lines().any(|found| found == line), "{line}: {text}");
+    has(format!("wb_attached{{volume=\"{name}\"}} 1"));
+    has(format!("wb_dirty_bytes{{volume=\"{name}\"}} {MIB}"));
+    has(format!("wb_write_bytes_total{{volume=\"{name}\"}} {MIB}"));
+    has("# TYPE wb_write_bytes_total counter".into());
+    let whole = "request=\"write\",hit=\"false\",in_ram=\"false\",whole=\"true\"";
+    has(format!("wb_blocks_total{{volume=\"{name}\",{whole}}} 256"));
+    let writes = volume.status()["live"]["counters"]["writes"].clone();
+    has(format!("wb_request_seconds_bucket{{volume=\"{name}\",request=\"write\",le=\"+Inf\"}} {writes}"));
+    has(format!("wb_request_seconds_count{{volume=\"{name}\",request=\"write\"}} {writes}"));
+    attached.detach(&[]);
+    let detached = volume.must(&["status", "--prometheus"]);
+    assert!(detached.contains(&format!("wb_attached{{volume=\"{name}\"}} 0\n")), "{detached}");
+    assert!(!detached.contains("wb_dirty_bytes{"), "{detached}");
+}

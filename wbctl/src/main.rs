@@ -4,11 +4,13 @@ mod attach;
 mod client;
 mod config;
 mod create;
+mod dm;
 mod import;
 mod leftovers;
 mod logging;
 mod notify;
 mod place;
+mod prometheus;
 mod remove;
 mod replay;
 mod salvage;
@@ -50,14 +52,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show the state of one volume, or of all that are attached
-    Status {
-        /// The volume
-        name: Option<Name>,
-        /// Print one JSON object per volume and line instead of text
-        #[arg(long)]
-        json: bool,
-    },
+    /// Show the state of volumes, or of all that are attached
+    Status(show::StatusArgs),
     /// Make everything that was written to an attached volume survive a power cut
     Flush {
         /// The volume
@@ -116,7 +112,7 @@ fn run(command: Command, out: &mut Output) -> Result<Exit> {
         Command::Attach(args) => attach::attach(&args, out)?,
         Command::Detach(args) => client::detach(&args, out)?,
         Command::List { json } => show::list(json, out)?,
-        Command::Status { name, json } => show::status(name.as_ref(), json, out)?,
+        Command::Status(args) => show::status(&args, out)?,
         Command::Flush { name } => client::flush(&name, out)?,
         Command::Drain { name } => client::drain(&name, out)?,
         Command::ClearStats { name } => client::clear_stats(&name, out)?,

@@ -1,9 +1,9 @@
 //! `wbctl list` and `wbctl status`.
 
-use crate::client;
 use crate::config::Volume;
 use crate::place::{Name, all_names};
-use anyhow::{Result, bail};
+use crate::{client, dm, prometheus};
+use anyhow::{Result, anyhow, bail};
 use comfy_table::{ContentArrangement, Table, presets};
 use libwb::cli::{Output, human_size};
 use libwb::control::{LiveStatus, VolumeStatistics, VolumeStatus};
@@ -16,6 +16,22 @@ const DETACHED: &str = "detached";
 const BUSY: &str = "starting or stopping";
 /// Bytes of a MiB.
 const MIB: f64 = 1048576.0;
+
+#[derive(clap::Args)]
+pub(crate) struct StatusArgs {
+    /// The volumes
+    #[arg(value_name = "NAME")]
+    names: Vec<Name>,
+    /// Print one JSON object per volume and line instead of text
+    #[arg(long, group = "form")]
+    json: bool,
+    /// Print the numbers that `dmsetup status` shows of the kernel module, in its order, a line for each volume
+    #[arg(long, group = "form", requires = "names")]
+    dm: bool,
+    /// Print metrics for Prometheus, of detached volumes too, such as for node_exporter's textfile collector
+    #[arg(long, group = "form")]
+    prometheus: bool,
+}
 
 /// The state of a volume, attached or not; `None` when nothing is known of it.
 fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
@@ -87,15 +103,21 @@ fn print_json(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn status(name: Option<&Name>, json: bool, out: &mut Output) -> Result<()> {
-    let volumes = match name {
-        None => volumes()?.into_iter().filter(|volume| volume.live.is_some()).collect(),
-        Some(name) => match volume(name)? {
-            Some(volume) => vec![volume],
-            None => bail!("no volume '{name}' is attached or recorded; see wbctl list"),
-        },
+pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<()> {
+    let mut volumes = match args.names.as_slice() {
+        [] => volumes()?,
+        names => names.iter().map(known).collect::<Result<_>>()?,
     };
-    if json {
+    if args.prometheus {
+        return Ok(prometheus::write(&volumes, out)?);
+    }
+    if args.names.is_empty() {
+        volumes.retain(|volume| volume.live.is_some());
+    }
+    if args.dm {
+        return print_dm(&volumes, out);
+    }
+    if args.json {
         return print_json(&volumes, out);
     }
     if volumes.is_empty() {
@@ -106,6 +128,20 @@ pub(crate) fn status(name: Option<&Name>, json: bool, out: &mut Output) -> Resul
             writeln!(out)?;
         }
         print_status(volume, out)?;
+    }
+    Ok(())
+}
+
+fn known(name: &Name) -> Result<VolumeStatus> {
+    volume(name)?.ok_or_else(|| anyhow!("no volume '{name}' is attached or recorded; see wbctl list"))
+}
+
+fn print_dm(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
+    for volume in volumes {
+        match &volume.live {
+            Some(live) => writeln!(out, "{}", dm::line(live))?,
+            None => bail!("volume '{}' is not attached; see wbctl list", volume.name),
+        }
     }
     Ok(())
 }

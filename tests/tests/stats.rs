@@ -134,6 +134,44 @@ fn scripts_for_the_kernel_module_get_its_status_line() {
     assert_eq!(volume.wbctl(&["status", "--dm"]).code, 2);
 }
 
+/// Lines of `wbctl stat`, each as pairs of a column's name and what it says.
+fn stat(volume: &Volume, more: &[&str]) -> Vec<Vec<(String, String)>> {
+    let text = volume.must(&[&["stat", &volume.name], more].concat());
+    let mut lines = text.lines().map(|line| line.split_whitespace().map(String::from));
+    let columns: Vec<String> = lines.next().expect("a header").collect();
+    let lines: Vec<Vec<(String, String)>> =
+        lines.map(|line| columns.iter().cloned().zip(line).collect()).collect();
+    assert!(lines.iter().all(|line| line.len() == columns.len()), "{text}");
+    lines
+}
+
+fn cell(line: &[(String, String)], column: &str) -> Option<f64> {
+    line.iter().find(|(name, _)| name == column).expect(column).1.parse().ok()
+}
+
+#[test]
+fn stat_prints_a_line_for_all_time_or_for_each_interval() {
+    needs_serving!();
+    let volume = Volume::created(8, 8 * MIB);
+    let attached = volume.attach_with(&["writeback_threshold=0"]);
+    write(&attached.device, 0, MIB);
+    let [all] = &stat(&volume, &[])[..] else { panic!("more than a line") };
+    assert!(cell(all, "wMiB/s") > Some(0.0) && cell(all, "w99us") >= cell(all, "w50us"), "{all:?}");
+    // A full segment, one of 127 blocks, and the rest.
+    assert_eq!(cell(all, "dirty%"), Some(37.5));
+    let idle = stat(&volume, &["0.05", "3"]);
+    assert_eq!(idle.len(), 3);
+    for line in &idle {
+        assert_eq!((cell(line, "w/s"), cell(line, "w50us"), cell(line, "f/s")), (Some(0.0), None, Some(0.0)));
+    }
+    for (interval, code) in [("0", 2), ("-1", 2), ("nan", 2), ("1e99", 2)] {
+        assert_eq!(volume.wbctl(&["stat", &volume.name, "--", interval]).code, code, "{interval}");
+    }
+    attached.detach(&[]);
+    let refused = volume.wbctl(&["stat", &volume.name]);
+    assert!(refused.code == 1 && refused.stderr.contains("is not attached"), "{refused:?}");
+}
+
 #[test]
 fn metrics_for_prometheus_are_in_its_text_format_and_tell_of_detached_volumes() {
     needs_serving!();

@@ -15,6 +15,7 @@ mod remove;
 mod replay;
 mod salvage;
 mod show;
+mod stat;
 mod tune;
 mod upgrade;
 
@@ -54,6 +55,11 @@ enum Command {
     },
     /// Show the state of volumes, or of all that are attached
     Status(show::StatusArgs),
+    /// Show what an attached volume does: requests, throughput, hits and latencies, a line for each interval
+    ///
+    /// r, w, f: reads, writes, flushes; wb: write-back; rhit%: of the blocks read, those that the cache held; dirty%: the
+    /// part of the log that is not written back. 50us and 99us: in how many microseconds so many percent were answered.
+    Stat(stat::Args),
     /// Make everything that was written to an attached volume survive a power cut
     Flush {
         /// The volume
@@ -113,6 +119,7 @@ fn run(command: Command, out: &mut Output) -> Result<Exit> {
         Command::Detach(args) => client::detach(&args, out)?,
         Command::List { json } => show::list(json, out)?,
         Command::Status(args) => show::status(&args, out)?,
+        Command::Stat(args) => stat::stat(&args, out)?,
         Command::Flush { name } => client::flush(&name, out)?,
         Command::Drain { name } => client::drain(&name, out)?,
         Command::ClearStats { name } => client::clear_stats(&name, out)?,

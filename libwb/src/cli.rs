@@ -73,6 +73,11 @@ pub struct Output {
 }
 
 impl Output {
+    /// Whether the reader has gone away.
+    pub fn is_closed(&self) -> bool {
+        self.closed
+    }
+
     fn unless_closed<T>(&mut self, done: io::Result<T>, when_closed: T) -> io::Result<T> {
         match done {
             Err(e) if e.kind() == ErrorKind::BrokenPipe => {

@@ -371,6 +371,10 @@ impl Daemon {
             Request::Flush => self.run(None, |cache| async move { cache.flush().await }),
             Request::Drain => self.drain(replies),
             Request::Tunables => Ok(Reply::Tunables { tunables: control::by_name(&self.cache.tunables()) }),
+            Request::ClearStats => {
+                self.cache.clear_statistics();
+                Ok(Reply::Done)
+            }
             Request::Set { tunables } => self.set(tunables),
             Request::Detach { drain, force } => match self.detach(*drain, *force, replies) {
                 Ok(()) => return,

@@ -74,6 +74,12 @@ pub(crate) fn flush(name: &Name, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
+pub(crate) fn clear_stats(name: &Name, out: &mut Output) -> Result<()> {
+    ask(name, &Request::ClearStats)?;
+    writeln!(out, "the counters of '{name}' start anew")?;
+    Ok(())
+}
+
 pub(crate) fn drain(name: &Name, out: &mut Output) -> Result<()> {
     ask(name, &Request::Drain)?;
     writeln!(out, "drained '{name}': everything written before is on the backing device")?;

@@ -4,15 +4,18 @@ mod attach;
 mod client;
 mod config;
 mod create;
+mod dm;
 mod import;
 mod leftovers;
 mod logging;
 mod notify;
 mod place;
+mod prometheus;
 mod remove;
 mod replay;
 mod salvage;
 mod show;
+mod stat;
 mod tune;
 mod upgrade;
 
@@ -50,14 +53,13 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show the state of one volume, or of all that are attached
-    Status {
-        /// The volume
-        name: Option<Name>,
-        /// Print one JSON object per volume and line instead of text
-        #[arg(long)]
-        json: bool,
-    },
+    /// Show the state of volumes, or of all that are attached
+    Status(show::StatusArgs),
+    /// Show what an attached volume does: requests, throughput, hits and latencies, a line for each interval
+    ///
+    /// r, w, f: reads, writes, flushes; wb: write-back; rhit%: of the blocks read, those that the cache held; dirty%: the
+    /// part of the log that is not written back. 50us and 99us: in how many microseconds so many percent were answered.
+    Stat(stat::Args),
     /// Make everything that was written to an attached volume survive a power cut
     Flush {
         /// The volume
@@ -67,6 +69,11 @@ enum Command {
     ///
     /// Can be interrupted and repeated: what was written back stays so.
     Drain {
+        /// The volume
+        name: Name,
+    },
+    /// Let all counters of an attached volume start anew
+    ClearStats {
         /// The volume
         name: Name,
     },
@@ -111,9 +118,11 @@ fn run(command: Command, out: &mut Output) -> Result<Exit> {
         Command::Attach(args) => attach::attach(&args, out)?,
         Command::Detach(args) => client::detach(&args, out)?,
         Command::List { json } => show::list(json, out)?,
-        Command::Status { name, json } => show::status(name.as_ref(), json, out)?,
+        Command::Status(args) => show::status(&args, out)?,
+        Command::Stat(args) => stat::stat(&args, out)?,
         Command::Flush { name } => client::flush(&name, out)?,
         Command::Drain { name } => client::drain(&name, out)?,
+        Command::ClearStats { name } => client::clear_stats(&name, out)?,
         Command::Get(args) => tune::get(&args, out)?,
         Command::Set(args) => tune::set(&args, out)?,
         Command::Remove(args) => remove::remove(&args, out)?,

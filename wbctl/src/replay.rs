@@ -93,7 +93,7 @@ fn write_back(io: &Io, cache: Device, backing: Device, args: &Args) -> Result<Re
         backing: args.pair.backing.clone(),
         dry_run: false,
         dirty_blocks: before.dirty_blocks,
-        written_back_bytes: cache.status().counters.written_back_bytes,
+        written_back_bytes: cache.status().statistics.counters.written_back_bytes,
         segments: before.dirty_segments,
         recovery_point: before.newest.0,
         salvage: salvaged.as_ref().map(Plan::summary),

@@ -1,12 +1,12 @@
 //! `wbctl list` and `wbctl status`.
 
-use crate::client;
 use crate::config::Volume;
 use crate::place::{Name, all_names};
-use anyhow::{Result, bail};
+use crate::{client, dm, prometheus};
+use anyhow::{Result, anyhow, bail};
 use comfy_table::{ContentArrangement, Table, presets};
 use libwb::cli::{Output, human_size};
-use libwb::control::{LiveStatus, VolumeStatus};
+use libwb::control::{LiveStatus, VolumeStatistics, VolumeStatus};
 use std::io::Write;
 
 /// States of a volume.
@@ -14,6 +14,24 @@ pub(crate) const ATTACHED: &str = "attached";
 pub(crate) const FAILED: &str = "failed";
 const DETACHED: &str = "detached";
 const BUSY: &str = "starting or stopping";
+/// Bytes of a MiB.
+const MIB: f64 = 1048576.0;
+
+#[derive(clap::Args)]
+pub(crate) struct StatusArgs {
+    /// The volumes
+    #[arg(value_name = "NAME")]
+    names: Vec<Name>,
+    /// Print one JSON object per volume and line instead of text
+    #[arg(long, group = "form")]
+    json: bool,
+    /// Print the numbers that `dmsetup status` shows of the kernel module, in its order, a line for each volume
+    #[arg(long, group = "form", requires = "names")]
+    dm: bool,
+    /// Print metrics for Prometheus, of detached volumes too, such as for node_exporter's textfile collector
+    #[arg(long, group = "form")]
+    prometheus: bool,
+}
 
 /// The state of a volume, attached or not; `None` when nothing is known of it.
 fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
@@ -85,15 +103,21 @@ fn print_json(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn status(name: Option<&Name>, json: bool, out: &mut Output) -> Result<()> {
-    let volumes = match name {
-        None => volumes()?.into_iter().filter(|volume| volume.live.is_some()).collect(),
-        Some(name) => match volume(name)? {
-            Some(volume) => vec![volume],
-            None => bail!("no volume '{name}' is attached or recorded; see wbctl list"),
-        },
+pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<()> {
+    let mut volumes = match args.names.as_slice() {
+        [] => volumes()?,
+        names => names.iter().map(known).collect::<Result<_>>()?,
     };
-    if json {
+    if args.prometheus {
+        return Ok(prometheus::write(&volumes, out)?);
+    }
+    if args.names.is_empty() {
+        volumes.retain(|volume| volume.live.is_some());
+    }
+    if args.dm {
+        return print_dm(&volumes, out);
+    }
+    if args.json {
         return print_json(&volumes, out);
     }
     if volumes.is_empty() {
@@ -104,6 +128,20 @@ pub(crate) fn status(name: Option<&Name>, json: bool, out: &mut Output) -> Resul
             writeln!(out)?;
         }
         print_status(volume, out)?;
+    }
+    Ok(())
+}
+
+fn known(name: &Name) -> Result<VolumeStatus> {
+    volume(name)?.ok_or_else(|| anyhow!("no volume '{name}' is attached or recorded; see wbctl list"))
+}
+
+fn print_dm(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
+    for volume in volumes {
+        match &volume.live {
+            Some(live) => writeln!(out, "{}", dm::line(live))?,
+            None => bail!("volume '{}' is not attached; see wbctl list", volume.name),
+        }
     }
     Ok(())
 }
@@ -153,6 +191,7 @@ fn live_rows(live: &LiveStatus, mut row: impl FnMut(&str, String)) {
     row("written back", human_size(count("written_back_bytes")));
     row("discarded", human_size(count("discarded_bytes")));
     row("flushes", count("flushes").to_string());
+    statistics_rows(&live.statistics, &mut row);
     let errors =
         format!("{} of write-back, {} of cache reads", count("writeback_errors"), count("cache_read_errors"));
     row("errors", errors);
@@ -167,4 +206,52 @@ fn live_rows(live: &LiveStatus, mut row: impl FnMut(&str, String)) {
         row(key, value.to_string());
     }
     row("daemon", format!("process {}", live.pid));
+}
+
+fn statistics_rows(statistics: &VolumeStatistics, row: &mut impl FnMut(&str, String)) {
+    let percent = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{:.1} %", ratio * 100.0));
+    row("counted for", human_time(statistics.seconds));
+    row(
+        "hits",
+        format!(
+            "{} of the blocks read, {} of those written",
+            percent(statistics.read_hit_ratio),
+            percent(statistics.write_hit_ratio)
+        ),
+    );
+    let amplification = statistics
+        .write_amplification
+        .map_or("-".into(), |ratio| format!("{ratio:.2} bytes to the cache device for each byte written"));
+    row("write amplification", amplification);
+    let rate = statistics.writeback_bytes_per_second.zip(statistics.writeback_seconds_left);
+    let rate =
+        rate.map(|(rate, left)| format!("{:.1} MiB/s while it works, {} left", rate / MIB, human_time(left)));
+    row("write-back rate", rate.unwrap_or("-".into()));
+    for (request, latency) in &statistics.latencies {
+        let time = |seconds: Option<f64>| seconds.map_or("-".into(), human_time);
+        let [p50, p99, p999] = [latency.p50_seconds, latency.p99_seconds, latency.p999_seconds].map(time);
+        row(&format!("{request} latency"), format!("p50 {p50}, p99 {p99}, p99.9 {p999}"));
+    }
+}
+
+/// A time for people, such as "64 µs" or "2 h 5 min".
+fn human_time(seconds: f64) -> String {
+    match seconds {
+        s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
+        s if s < 1.0 => format!("{:.1} ms", s * 1e3),
+        s if s < 60.0 => format!("{s:.1} s"),
+        s if s < 3600.0 => format!("{:.0} min {:.0} s", (s / 60.0).floor(), (s % 60.0).floor()),
+        s => format!("{:.0} h {:.0} min", (s / 3600.0).floor(), (s % 3600.0 / 60.0).floor()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::human_time;
+
+    #[test]
+    fn times_are_short() {
+        let shown = [0.000_064, 0.0021, 12.25, 61.0, 7500.0].map(human_time);
+        assert_eq!(shown, ["64 µs", "2.1 ms", "12.2 s", "1 min 1 s", "2 h 5 min"]);
+    }
 }

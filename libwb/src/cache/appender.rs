@@ -46,7 +46,6 @@ impl Inner {
                 }
                 Either::Left((Some((id, Ok(crcs))), _)) => {
                     self.lock().segment_written(id, &crcs);
-                    self.counters.segments.add(1);
                     self.events.flusher.notify(usize::MAX);
                     self.events.changed.notify(usize::MAX);
                     self.events.writeback.notify(usize::MAX);
@@ -113,6 +112,7 @@ impl Inner {
         let offset = geometry.slot_offset(geometry.slot_of(id));
         let parts = vec![header.into(), SharedBuf::part_of(buf, data)];
         let written = self.retrying(|| self.cache.write_parts(offset, parts.clone())).await;
+        let written = written.inspect(|()| self.counters.appended(metablocks.len()));
         (id, written.map(|()| metablocks.iter().filter_map(|metablock| metablock.crc).collect()))
     }
 

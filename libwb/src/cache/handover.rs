@@ -10,7 +10,7 @@
 use super::Inner;
 use super::read::Pinned;
 use crate::device::{DeviceError, IoBuf};
-use crate::format::{BLOCK_BYTES, SegmentHeader, SegmentId, empty_header};
+use crate::format::{BLOCK_BYTES, SegmentHeader, SegmentId, empty_header, to_u64};
 use crate::log::scan::read_header;
 use futures_util::{StreamExt, stream};
 use std::sync::Arc;
@@ -100,6 +100,8 @@ impl Inner {
             return Ok(false);
         }
         empty_header(block.block_at_mut(0));
-        self.cache.write(offset, block.into()).await.map(|()| true)
+        self.cache.write(offset, block.into()).await?;
+        self.counters.cache_write_bytes.add(to_u64(BLOCK_BYTES));
+        Ok(true)
     }
 }

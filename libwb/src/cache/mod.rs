@@ -5,15 +5,18 @@
 //! waiting happens while it is held. Requests are futures that their callers poll; appending, flushing and
 //! write-back are background tasks.
 
+mod access;
 mod appender;
 mod discard;
 mod handover;
 mod index;
+mod latency;
 mod meter;
 mod open;
 mod policy;
 mod read;
 mod state;
+mod statistics;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -22,7 +25,10 @@ mod tunables;
 mod write;
 mod writeback;
 
-pub use status::{Counters, Status};
+pub use access::{Access, Accesses};
+pub use latency::{Histogram, Latencies, Timed};
+pub use statistics::{Counters, Statistics};
+pub use status::Status;
 pub use tunables::{TunableError, TunableValue, Tunables, WritebackOrder};
 
 use crate::device::{BlockDevice, Device, DeviceError, Operation};
@@ -35,11 +41,12 @@ use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
 use event_listener::Event;
 use futures_util::lock::Mutex as AsyncMutex;
+use latency::AtomicLatencies;
 use meter::{Flushes, Metered};
 use nix::errno::Errno;
 use parking_lot::{Mutex, MutexGuard};
 use state::State;
-use status::AtomicCounters;
+use statistics::{AtomicCounters, Baseline};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -122,6 +129,8 @@ struct Inner {
     state: Mutex<State>,
     events: Events,
     counters: AtomicCounters,
+    latencies: AtomicLatencies,
+    baseline: Baseline,
     /// Held while the cache device is flushed: of two flushes at once, one could take the other's error.
     flushing: AsyncMutex<()>,
     recovery_time: Duration,

@@ -1,9 +1,10 @@
 //! Opening a cache: recovery, and what must be put right before the first request.
 
 use super::index::Index;
+use super::latency::AtomicLatencies;
 use super::meter::{Flushes, Metered};
 use super::state::State;
-use super::status::AtomicCounters;
+use super::statistics::{AtomicCounters, Baseline};
 use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{BlockDevice, Device, DeviceError, IoBuf, SharedBuf};
@@ -80,7 +81,8 @@ impl Cache {
         let mut state = State::new(geometry, index, written_back, recovery.point);
         state.planted = planted;
         state.dirty_blocks = to_u64(state.index.len());
-        let recovery_time = runtime.now().saturating_sub(started);
+        let opened = runtime.now();
+        let recovery_time = opened.saturating_sub(started);
         let inner = Arc::new(Inner {
             cache,
             writeback_device: Metered::new(backing.clone(), runtime.clone()),
@@ -91,6 +93,8 @@ impl Cache {
             state: Mutex::new(state),
             events: Events::default(),
             counters: AtomicCounters::default(),
+            latencies: AtomicLatencies::default(),
+            baseline: Baseline::at(opened),
             flushing: AsyncMutex::default(),
             recovery_time,
             emptying: AsyncMutex::default(),

@@ -1,5 +1,7 @@
 //! The way of a read: one visit to the state splits the request by where each sector's newest version lies.
 
+use super::access::Access;
+use super::index::Cached;
 use super::state::State;
 use super::write::{Fragment, fragments};
 use super::{Cache, CacheError, Inner};
@@ -192,6 +194,18 @@ impl Cache {
     }
 }
 
+impl State {
+    /// How a request meets a block of which the cache holds this version.
+    pub(super) fn access(&self, fragment: &Fragment, cached: Option<Cached>, write: bool) -> Access {
+        Access {
+            write,
+            hit: cached.is_some(),
+            in_ram: cached.is_some_and(|cached| self.in_ram(cached.place).is_some()),
+            whole: fragment.length == BLOCK_BYTES,
+        }
+    }
+}
+
 impl Inner {
     /// Copies what is in RAM and says what must be fetched.
     fn plan(self: &Arc<Self>, sector: Sector, buf: &mut [u8]) -> Plan {
@@ -200,6 +214,8 @@ impl Inner {
         for fragment in fragments(sector, buf.len()) {
             let wanted = fragment.bits();
             let cached = state.index.get(fragment.block);
+            let access = state.access(&fragment, cached, false);
+            state.accesses.count(access);
             let held = cached.map_or(DirtyBits::CLEAN, |cached| {
                 let dirty = state.is_dirty(cached.place, cached.dirty);
                 match cached.dirty {

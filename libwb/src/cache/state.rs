@@ -9,6 +9,7 @@
 //! Up to `written_back` (which the superblock record holds durably) slots may be reused. `durable` segments
 //! survive a power cut; `written` ones are on the device, perhaps in its volatile cache.
 
+use super::access::Accesses;
 use super::index::Index;
 use super::throttle::Throttle;
 use crate::device::{DeviceError, IoBuf};
@@ -88,6 +89,8 @@ pub(super) struct State {
     pub(super) waiting_for_slot: usize,
     /// Blocks whose newest version is newer than the backing device.
     pub(super) dirty_blocks: u64,
+    /// What requests found in the cache.
+    pub(super) accesses: Accesses,
     /// The cache device failed: nothing is acknowledged any more.
     pub(super) failure: Option<DeviceError>,
     /// No more requests are taken.
@@ -123,6 +126,7 @@ impl State {
             spare: Vec::new(),
             waiting_for_slot: 0,
             dirty_blocks: 0,
+            accesses: Accesses::default(),
             failure: None,
             closing: false,
             stopping: false,

@@ -1,6 +1,6 @@
 //! The engine on devices in memory. Crashes are the simulator's business; here it is the plain behaviour.
 
-use super::{Cache, Tunables};
+use super::{Access, Cache, Tunables};
 use crate::device::{BlockDevice, Device, IoBuf, MemDevice};
 use crate::format::{
     EXTENSION_OFFSETS, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension,
@@ -174,5 +174,63 @@ fn no_segment_holds_what_was_discarded_even_from_before_the_cache_was_opened() {
     assert_eq!(lengths(), [0; 4]);
     let zeros = rig.reactor.block_on(cache.read(Sector(0), IoBuf::zeroed(4096))).unwrap();
     assert!(zeros.iter().all(|&byte| byte == 0));
+    rig.reactor.block_on(cache.close()).unwrap();
+}
+
+/// What requests found, without the ways that none of them met a block in.
+fn met(cache: &Cache) -> Vec<(&'static str, u64)> {
+    let accesses = cache.status().statistics.accesses;
+    let name = |access: Access| match (access.write, access.hit, access.in_ram, access.whole) {
+        (false, false, _, true) => "read miss, whole",
+        (false, true, false, true) => "read hit, whole",
+        (false, true, true, false) => "read hit in RAM, part",
+        (true, false, _, true) => "write miss, whole",
+        (true, false, _, false) => "write miss, part",
+        (true, true, false, false) => "write hit, part",
+        (true, true, true, false) => "write hit in RAM, part",
+        (true, true, true, true) => "write hit in RAM, whole",
+        _ => "unexpected",
+    };
+    accesses.iter().filter(|(_, blocks)| *blocks > 0).map(|(access, blocks)| (name(access), blocks)).collect()
+}
+
+#[test]
+fn each_block_of_a_request_counts_once_by_what_it_found() {
+    let rig = Rig::new(8, 64);
+    let cache = rig.open();
+    cache.pause();
+    rig.write(&cache, 0, 16, 1);
+    rig.write(&cache, 8, 10, 2);
+    rig.check(&cache, 2, &[1, 1]);
+    rig.reactor.block_on(cache.flush()).unwrap();
+    let written = [
+        ("read hit in RAM, part", 1),
+        // Of the ten sectors, two lie in a third block.
+        ("write miss, part", 1),
+        ("write miss, whole", 2),
+        ("write hit in RAM, whole", 1),
+    ];
+    assert_eq!(met(&cache), written);
+    let counters = cache.status().statistics.counters;
+    assert_eq!((counters.segments_written, counters.partial_segments_written), (1, 1));
+    assert_eq!((counters.write_bytes, counters.cache_write_bytes), (26 * 512, 4 * 4096));
+    cache.clear_statistics();
+    assert_eq!(met(&cache), []);
+    // This has to be merged with what lies on the cache device, and then lies in RAM again.
+    rig.write(&cache, 3, 1, 3);
+    rig.write(&cache, 4, 1, 3);
+    rig.check(&cache, 8, &[2; 8]);
+    rig.check(&cache, 40, &[0; 8]);
+    assert_eq!(
+        met(&cache),
+        [
+            ("read miss, whole", 1),
+            ("read hit, whole", 1),
+            ("write hit, part", 1),
+            ("write hit in RAM, part", 1)
+        ]
+    );
+    let counters = cache.status().statistics.counters;
+    assert_eq!((counters.writes, counters.write_bytes, counters.flushes), (2, 1024, 0));
     rig.reactor.block_on(cache.close()).unwrap();
 }

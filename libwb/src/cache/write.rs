@@ -238,7 +238,10 @@ impl Inner {
         if state.is_fenced(new.block) {
             return Ok(Placed::Wait(Wait::Discard(new.block)));
         }
-        let placed = self.noticing(state, |state| state.place_merged(new, data, old.dirty, base));
+        let placed = self.noticing(state, |state| {
+            let access = state.access(new, Some(old), true);
+            state.place_merged(new, data, old.dirty, base).map(|()| state.accesses.count(access))
+        });
         Ok(placed.map_or_else(Placed::Wait, |()| Placed::Done))
     }
 }
@@ -283,8 +286,16 @@ impl State {
         if self.is_fenced(new.block) {
             return Err(Stop::Wait(Wait::Discard(new.block)));
         }
+        let old = self.index.get(new.block);
+        let access = self.access(new, old, true);
+        self.place_fragment(new, bytes, old)?;
+        self.accesses.count(access);
+        Ok(())
+    }
+
+    fn place_fragment(&mut self, new: &Fragment, bytes: &[u8], old: Option<Cached>) -> Result<(), Stop> {
         let dirty = new.bits();
-        if let Some(old) = self.index.get(new.block) {
+        if let Some(old) = old {
             if let Some(data) = self.overwrite(old.place, old.dirty, dirty) {
                 copy_in(data, new, bytes);
                 return Ok(());

@@ -61,6 +61,7 @@ impl Inner {
         let mut block = IoBuf::zeroed(BLOCK_BYTES);
         encode_record_block(block.block_at_mut(0), id);
         self.cache.write(RECORD_BLOCK_OFFSET, block.into()).await?;
+        self.counters.cache_write_bytes.add(to_u64(BLOCK_BYTES));
         if self.planted.has(Bug::RecordNotDurable) {
             return Ok(());
         }

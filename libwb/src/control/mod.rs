@@ -3,6 +3,10 @@
 //! A client sends one request and reads replies until one that ends the exchange: anything but
 //! [`Reply::Progress`].
 
+mod statistics;
+
+pub use statistics::{AccessCount, Latency, VolumeStatistics, hit_ratio, ratio};
+
 use crate::cache::{Status, TunableValue, Tunables};
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use serde::{Deserialize, Serialize};
@@ -34,6 +38,8 @@ pub enum Request {
     Drain,
     /// For [`Reply::Tunables`].
     Tunables,
+    /// To let all counters start anew.
+    ClearStats,
     /// To change tunables, all of them or none.
     Set {
         /// Tunables by name.
@@ -107,8 +113,16 @@ pub struct LiveStatus {
     pub dirty_bytes: u64,
     /// Data that the cache holds a version of, dirty or clean.
     pub used_bytes: u64,
+    /// How many places for blocks the log has.
+    pub places: u64,
+    /// The place that the next block takes, counted from the log's first slot.
+    pub next_place: u64,
+    /// The segment of that place.
+    pub current_segment: u64,
     /// The newest segment of the log.
     pub newest_segment: u64,
+    /// Every segment up to this one is on the cache device, perhaps in its volatile cache.
+    pub written_segment: u64,
     /// Every segment up to this one survives a power cut.
     pub durable_segment: u64,
     /// Every segment up to this one is written back.
@@ -121,27 +135,15 @@ pub struct LiveStatus {
     pub recovery_seconds: f64,
     /// Tunables by name.
     pub tunables: BTreeMap<String, TunableValue>,
-    /// What has happened since the volume was attached, by name.
+    /// What has happened since the volume was attached or `wbctl clear-stats`, by name.
     pub counters: BTreeMap<String, u64>,
+    /// What else was counted in that time, and what follows from it.
+    pub statistics: VolumeStatistics,
 }
 
 impl LiveStatus {
     /// What a cache says, in bytes and by name.
     pub fn new(status: &Status, sector_size: u32) -> LiveStatus {
-        let c = &status.counters;
-        let counters = [
-            ("reads", c.reads),
-            ("read_bytes", c.read_bytes),
-            ("backing_read_bytes", c.backing_read_bytes),
-            ("writes", c.writes),
-            ("write_bytes", c.write_bytes),
-            ("flushes", c.flushes),
-            ("segments_written", c.segments),
-            ("written_back_bytes", c.written_back_bytes),
-            ("discarded_bytes", c.discarded_bytes),
-            ("cache_read_errors", c.cache_read_errors),
-            ("writeback_errors", c.writeback_errors),
-        ];
         LiveStatus {
             pid: std::process::id(),
             sector_size,
@@ -150,14 +152,19 @@ impl LiveStatus {
             free_bytes: status.free_segments * to_u64(SEGMENT_BYTES),
             dirty_bytes: status.dirty_blocks * to_u64(BLOCK_BYTES),
             used_bytes: status.used_blocks * to_u64(BLOCK_BYTES),
+            places: status.places,
+            next_place: status.next_place,
+            current_segment: status.current.0,
             newest_segment: status.newest.0,
+            written_segment: status.written.0,
             durable_segment: status.durable.0,
             written_back_segment: status.written_back.0,
             failure: status.failure.clone(),
             writeback_error: status.writeback_error.clone(),
             recovery_seconds: status.recovery_time.as_secs_f64(),
             tunables: by_name(&status.tunables),
-            counters: counters.into_iter().map(|(key, value)| (key.into(), value)).collect(),
+            counters: status.statistics.counters.iter().map(|(key, _, value)| (key.into(), value)).collect(),
+            statistics: VolumeStatistics::new(status),
         }
     }
 }

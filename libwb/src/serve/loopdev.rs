@@ -5,6 +5,7 @@
 //! system that it was copied from in use where mounts are not shared, as in containers.
 
 use super::Volume;
+use crate::cache::Timed;
 use crate::device::IoBuf;
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::Handle;
@@ -26,7 +27,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 /// The largest request that the kernel sends, in bytes.
 const MAX_REQUEST: u32 = 1 << 20;
@@ -265,6 +266,7 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
+        let started = Instant::now();
         // A read may reach beyond the end; what it gets is shorter then.
         let length = u64::from(size).min(self.volume.size().saturating_sub(offset));
         let sector = match sector(offset, to_usize(length)) {
@@ -273,7 +275,9 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         };
         let volume = self.volume.clone();
         self.runtime.run_now(async move {
-            match volume.read(sector, IoBuf::zeroed(to_usize(length))).await {
+            let read = volume.read(sector, IoBuf::zeroed(to_usize(length))).await;
+            volume.took(Timed::Read, started.elapsed());
+            match read {
                 Ok(data) => reply.data(&data),
                 Err(errno) => reply.error(to_fuse(errno)),
             }
@@ -292,21 +296,25 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let started = sector(offset, data.len())
+        let started = Instant::now();
+        let taken = sector(offset, data.len())
             .and_then(|sector| Ok((sector, self.volume.write_ready(sector, data).map_err(to_fuse)?)));
-        let (sector, done) = match started {
-            Ok(started) => started,
+        let (sector, done) = match taken {
+            Ok(taken) => taken,
             Err(errno) => return reply.error(errno),
         };
         // At most MAX_REQUEST.
         let written = u32::try_from(data.len()).unwrap_or(MAX_REQUEST);
         if done == data.len() {
+            self.volume.took(Timed::Write, started.elapsed());
             return reply.written(written);
         }
         let rest = data[done..].to_vec();
         let volume = self.volume.clone();
         self.runtime.run_now(async move {
-            match volume.write_rest(Sector(sector.0 + to_u64(done / SECTOR_BYTES)), rest).await {
+            let rest = volume.write_rest(Sector(sector.0 + to_u64(done / SECTOR_BYTES)), rest).await;
+            volume.took(Timed::Write, started.elapsed());
+            match rest {
                 Ok(()) => reply.written(written),
                 Err(errno) => reply.error(to_fuse(errno)),
             }
@@ -314,9 +322,12 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
     }
 
     fn fsync(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        let started = Instant::now();
         let volume = self.volume.clone();
         self.runtime.run_now(async move {
-            match volume.flush().await {
+            let flushed = volume.flush().await;
+            volume.took(Timed::Flush, started.elapsed());
+            match flushed {
                 Ok(()) => reply.ok(),
                 Err(errno) => reply.error(to_fuse(errno)),
             }

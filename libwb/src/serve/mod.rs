@@ -2,12 +2,13 @@
 
 pub mod loopdev;
 
-use crate::cache::Cache;
+use crate::cache::{Cache, Timed};
 use crate::device::IoBuf;
 use crate::format::Sector;
 use crate::sys;
 use nix::errno::Errno;
 use nix::sys::mman::{MlockAllFlags, mlockall};
+use std::time::Duration;
 
 /// Prepares this process to serve a device that memory reclaim may wait for: its memory stays resident, and the
 /// kernel serves its allocations without waiting for I/O. To be called before other threads are started.
@@ -54,6 +55,9 @@ pub trait Volume: Clone + Send + Sync + 'static {
 
     /// Makes everything acknowledged before durable.
     fn flush(&self) -> impl Future<Output = Result<(), Errno>> + Send;
+
+    /// Notes how long a request took.
+    fn took(&self, _request: Timed, _time: Duration) {}
 }
 
 impl Volume for Cache {
@@ -79,5 +83,9 @@ impl Volume for Cache {
 
     async fn flush(&self) -> Result<(), Errno> {
         self.flush().await.map_err(|error| error.errno())
+    }
+
+    fn took(&self, request: Timed, time: Duration) {
+        self.took(request, time);
     }
 }

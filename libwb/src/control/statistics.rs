@@ -1,0 +1,127 @@
+//! What a cache counts, as its daemon tells it.
+
+use crate::cache::{Accesses, Histogram, Statistics, Status, Timed};
+use crate::format::{BLOCK_BYTES, PLACES};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// What was counted since the volume was attached or `wbctl clear-stats`, and what follows from it. `None` where nothing
+/// is known yet.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct VolumeStatistics {
+    /// How long was counted.
+    pub seconds: f64,
+    /// Of the blocks that were read, the part that the cache held.
+    pub read_hit_ratio: Option<f64>,
+    /// Of the blocks that were written, the part of which the cache held a version.
+    pub write_hit_ratio: Option<f64>,
+    /// Bytes written to the cache device for each byte that was written to the volume.
+    pub write_amplification: Option<f64>,
+    /// How fast write-back frees the log while it works, in bytes a second, as measured of late.
+    pub writeback_bytes_per_second: Option<f64>,
+    /// How long write-back takes at that rate until nothing is dirty.
+    pub writeback_seconds_left: Option<f64>,
+    /// Blocks by how requests met them, in the order of the kernel module.
+    pub accesses: Vec<AccessCount>,
+    /// How long requests took: `read`, `write`, `flush`.
+    pub latencies: BTreeMap<String, Latency>,
+}
+
+/// How many blocks were met in one way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccessCount {
+    /// `read` or `write`.
+    pub request: String,
+    /// The cache held a version of the block.
+    pub hit: bool,
+    /// That version was in RAM, on its way to the cache device.
+    pub in_ram: bool,
+    /// The request covered all 4096 bytes of the block.
+    pub whole: bool,
+    /// How many blocks.
+    pub blocks: u64,
+}
+
+/// How long requests of a kind took. A percentile is the limit of the bucket that it lies in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Latency {
+    /// How many requests.
+    pub requests: u64,
+    /// What they took together.
+    pub total_seconds: f64,
+    /// Half of them took no longer.
+    pub p50_seconds: Option<f64>,
+    /// 99 of 100 took no longer.
+    pub p99_seconds: Option<f64>,
+    /// 999 of 1000 took no longer.
+    pub p999_seconds: Option<f64>,
+    /// How many took up to 1 µs, then up to 2, up to 4, and so on; the last has no limit.
+    pub buckets: Vec<u64>,
+}
+
+impl Latency {
+    fn new(histogram: &Histogram) -> Latency {
+        let percentile = |share| histogram.per_mille(share).map(|time| time.as_secs_f64());
+        Latency {
+            requests: histogram.count(),
+            total_seconds: histogram.total.as_secs_f64(),
+            p50_seconds: percentile(500),
+            p99_seconds: percentile(990),
+            p999_seconds: percentile(999),
+            buckets: histogram.buckets.clone(),
+        }
+    }
+
+    /// The same as a histogram.
+    pub fn histogram(&self) -> Histogram {
+        let total = Duration::try_from_secs_f64(self.total_seconds).unwrap_or_default();
+        Histogram { buckets: self.buckets.clone(), total }
+    }
+}
+
+impl VolumeStatistics {
+    /// What a cache has counted.
+    pub fn new(status: &Status) -> VolumeStatistics {
+        let Statistics { time, counters, accesses, latencies } = &status.statistics;
+        let per_place = status.writeback_per_place.map(|time| time.as_secs_f64());
+        let accesses = access_counts(accesses);
+        let latency = |kind: Timed| (kind.name().to_string(), Latency::new(latencies.of(kind)));
+        VolumeStatistics {
+            seconds: time.as_secs_f64(),
+            read_hit_ratio: hit_ratio(&accesses, "read"),
+            write_hit_ratio: hit_ratio(&accesses, "write"),
+            write_amplification: ratio(counters.cache_write_bytes, counters.write_bytes),
+            writeback_bytes_per_second: per_place.map(|time| BLOCK_BYTES as f64 / time),
+            writeback_seconds_left: per_place
+                .map(|time| time * f64::from(PLACES) * status.dirty_segments as f64),
+            accesses,
+            latencies: Timed::ALL.map(latency).into(),
+        }
+    }
+}
+
+fn access_counts(accesses: &Accesses) -> Vec<AccessCount> {
+    let count = |(access, blocks): (crate::cache::Access, u64)| AccessCount {
+        request: if access.write { "write" } else { "read" }.into(),
+        hit: access.hit,
+        in_ram: access.in_ram,
+        whole: access.whole,
+        blocks,
+    };
+    accesses.iter().map(count).collect()
+}
+
+/// Of the blocks that requests of a kind met, the part that the cache held.
+pub fn hit_ratio(accesses: &[AccessCount], request: &str) -> Option<f64> {
+    let of = |hits_only: bool| {
+        let met = accesses.iter().filter(|met| met.request == request && (met.hit || !hits_only));
+        met.fold(0u64, |sum, met| sum.saturating_add(met.blocks))
+    };
+    ratio(of(true), of(false))
+}
+
+/// A part of a whole, or a multiple; `None` of nothing.
+pub fn ratio(part: u64, whole: u64) -> Option<f64> {
+    (whole > 0).then(|| part as f64 / whole as f64)
+}

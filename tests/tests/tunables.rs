@@ -71,11 +71,11 @@ fn saving_keeps_the_rest_of_the_record_and_works_on_a_detached_volume() {
         format!("tunables = {{ {KEY} = 9 }} # in a line\n"),
     ] {
         std::fs::write(record(&volume), format!("# by hand\n{good}{tunables}")).unwrap();
-        assert_eq!(volume.must(&["get", name]), format!("{KEY}=9\n"));
+        assert_eq!(volume.must(&["get", name, KEY]), format!("{KEY}=9\n"));
         volume.must(&["set", name, &format!("{KEY}=11"), "--save"]);
         let expected = format!("# by hand\n{good}{}", tunables.replace('9', "11"));
         assert_eq!(std::fs::read_to_string(record(&volume)).unwrap(), expected);
-        assert_eq!(volume.must(&["get", name]), format!("{KEY}=11\n"));
+        assert_eq!(volume.must(&["get", name, KEY]), format!("{KEY}=11\n"));
     }
     assert_eq!(std::fs::read_dir(volume.path("config")).unwrap().count(), 1, "no other file is left");
 }

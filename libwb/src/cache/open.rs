@@ -9,13 +9,13 @@ use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{BlockDevice, Device, DeviceError, IoBuf, SharedBuf};
 use crate::format::{
-    BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId,
+    BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId, Slot,
     SuperblockExtension, to_u64,
 };
 use crate::log::LogError;
 use crate::log::create::write_extension;
 use crate::log::live::{Totals, live_totals, visit_headers};
-use crate::log::recovery::{Recovery, recover};
+use crate::log::recovery::{Explanation, Recovery, recover};
 use crate::log::scan::{BackingFacts, Superblock, check_pairing, read_superblock, scan};
 use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
@@ -246,19 +246,24 @@ impl Inner {
         if written_back > recovery.record {
             self.write_record(written_back).await?;
         }
-        // The log will grow up to dropped segments again.
-        if !recovery.dropped.is_empty() && !self.planted.has(Bug::DroppedNotErased) {
-            self.erase(&recovery.dropped).await?;
+        // The log will grow up to dropped segments again, and what is half there could be made whole by a write of the
+        // same data.
+        let geometry = self.lock().geometry;
+        let torn = recovery.damage.iter().filter(|damage| damage.explanation == Explanation::PowerCut);
+        let dropped = recovery.dropped.iter().map(|&id| geometry.slot_of(id));
+        let slots: Vec<Slot> = dropped.chain(torn.map(|damage| damage.slot)).collect();
+        if !slots.is_empty() && !self.planted.has(Bug::DroppedNotErased) {
+            self.erase(slots).await?;
         }
         Ok(())
     }
 
-    /// Erases the headers of segments that were dropped. It is durable afterwards.
-    async fn erase(&self, segments: &[SegmentId]) -> Result<(), DeviceError> {
+    /// Erases the headers of slots. It is durable afterwards.
+    async fn erase(&self, slots: Vec<Slot>) -> Result<(), DeviceError> {
         let geometry = self.lock().geometry;
         let zeros = SharedBuf::from(IoBuf::zeroed(BLOCK_BYTES));
-        let erase = |id| self.cache.write(geometry.slot_offset(geometry.slot_of(id)), zeros.clone());
-        let mut writes = stream::iter(segments.iter().copied().map(erase)).buffer_unordered(ERASE_DEPTH);
+        let erase = |slot| self.cache.write(geometry.slot_offset(slot), zeros.clone());
+        let mut writes = stream::iter(slots.into_iter().map(erase)).buffer_unordered(ERASE_DEPTH);
         while writes.try_next().await?.is_some() {}
         self.cache.flush().await
     }

@@ -243,7 +243,6 @@ fn planted_bugs_show() {
         (Bug::FlushAcknowledgedEarly, "laps", 3, LAPS),
         (Bug::BackingNotFlushed, "drains", 3, DRAINS),
         (Bug::MergeDropsOldSectors, "merges", 5, MERGES),
-        (Bug::VolatileWrittenBack, "gaps", 5, GAPS),
         (Bug::RecordNotDurable, "full", 3, FULL),
         (Bug::WrittenOverGap, "gaps", 8, GAPS),
         (Bug::LossWindowIgnored, "gaps", 8, GAPS),

@@ -197,7 +197,7 @@ fn an_unknown_volume_is_named() {
 fn a_tunable_that_is_unknown_or_out_of_range_is_refused() {
     let volume = Volume::golden("fresh");
     for (pair, why) in [
-        ("colour=red", "unknown tunable 'colour'; known: nr_max_batched_writeback"),
+        ("colour=red", "unknown tunable 'colour'; known: writeback_threshold, nr_max_batched_writeback"),
         ("nr_max_batched_writeback=0", "must be a number from 1 to"),
         ("nr_max_batched_writeback=-1", "must be a number from 1 to"),
         ("nr_max_batched_writeback=99999999999999999999", "must be a number from 1 to"),

@@ -198,7 +198,8 @@ fn refused_as([check_says, says]: [&str; 2], volume: &Volume, what: &str) {
         let mut lines = outcome.stderr.lines().filter(|line| !line.starts_with(" WARN "));
         let (line, more) = (lines.next().unwrap_or_default(), lines.next());
         assert!(line.starts_with("wbctl: ") && line.contains(says), "{verb}, {what}: {outcome:?}");
-        assert_eq!(more, None, "{verb}, {what}: {outcome:?}");
+        let ways_on = |more: &str| more.contains("Neither device was changed");
+        assert!(more.is_none_or(ways_on), "{verb}, {what}: {outcome:?}");
     }
     assert!(images() == before, "{what}: a device was changed");
 }
@@ -357,7 +358,7 @@ fn garbage_ids_are_refused() {
         }
         let mut cache = pair.cache.clone();
         cache[place(id)][..8].copy_from_slice(&far.to_le_bytes());
-        let says = ["though valid segments reach up to", "beyond what any log reaches"];
+        let says = ["though valid segments reach up to", "which none reaches"];
         refused_as(says, &on_files(&pair, &cache), &format!("{name}, id {far}"));
         // No power cut writes a sound segment to a wrong slot, not even where it may damage what is there.
         for id in [id, pair.newest] {
@@ -423,7 +424,7 @@ fn a_cache_device_cut_short_is_refused() {
             for bytes in [at_a_boundary, at_a_boundary + 100 * SECTOR, at_a_boundary + SEGMENT - SECTOR] {
                 let volume = on_files(&pair, &pair.cache[..bytes]);
                 // wbcheck tells a device that was resized from one with a few bad ids.
-                let says = ["belong", "which belongs elsewhere"];
+                let says = ["belong", "belong"];
                 refused_as(says, &volume, &format!("{name}, cut to {bytes} bytes"));
             }
         }

@@ -1,6 +1,6 @@
 //! A volume of a test's own: its devices, configuration and run folders, and the daemon that serves it.
 
-use crate::{Outcome, bin, golden, wait_for, zeros};
+use crate::{Outcome, bin, flip_bit, golden, noise, overwrite, segment_offset, wait_for, zeros};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::File;
@@ -55,6 +55,23 @@ impl Volume {
     pub fn created(segments: u32, backing_bytes: u64) -> Volume {
         let volume = Volume::blank(segments, backing_bytes);
         volume.create(&[]);
+        volume
+    }
+
+    /// A new volume of at least 3 MiB whose daemon was killed with dirty data in the cache, of which a segment is rotten.
+    ///
+    /// # Panics
+    /// When it cannot be made.
+    pub fn corrupt(segments: u32, backing_bytes: u64) -> Volume {
+        let volume = Volume::created(segments, backing_bytes);
+        let mut attached = volume.attach_with(&[]);
+        overwrite(&attached.device, 0, &noise(1, 3 << 20));
+        File::open(&attached.device)
+            .and_then(|device| device.sync_all())
+            .expect("a device that takes writes");
+        attached.kill();
+        drop(attached);
+        flip_bit(&volume.cache, segment_offset(&volume.cache, 1) + 100_000);
         volume
     }
 

@@ -77,13 +77,7 @@ fn a_backing_device_that_has_grown_is_served_whole_and_may_not_shrink_again() {
 #[test]
 fn what_is_refused_is_not_changed_although_the_backing_device_has_grown() {
     needs_serving!();
-    let volume = Volume::created(16, 16 * MIB);
-    let mut attached = volume.attach_with(&[]);
-    overwrite(&attached.device, 0, &noise(1, 3 * MIB));
-    File::open(&attached.device).unwrap().sync_all().unwrap();
-    attached.kill();
-    drop(attached);
-    wb_tests::flip_bit(&volume.cache, wb_tests::segment_offset(&volume.cache, 1) + 100_000);
+    let volume = Volume::corrupt(16, 16 * MIB);
     resize(&volume.backing, 24 * MIB);
     refuses_to(&volume, &[vec!["attach", volume.name.as_str(), "--grown"]], "the log is corrupt");
     assert_eq!(recorded_sectors(&volume), 32768);

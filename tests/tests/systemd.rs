@@ -8,10 +8,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
-use wb_tests::{
-    Filesystem, Outcome, Volume, flip_bit, has_program, needs_serving, noise, overwrite, segment_offset,
-    skip, wait_for,
-};
+use wb_tests::{Filesystem, Outcome, Volume, has_program, needs_serving, noise, skip, wait_for};
 
 const MIB: u64 = 1 << 20;
 
@@ -87,13 +84,7 @@ fn systemd_is_told_that_a_volume_is_ready_when_it_can_be_used() {
 #[test]
 fn systemd_is_not_told_that_a_volume_is_ready_that_is_refused() {
     needs_serving!();
-    let volume = Volume::created(16, 16 * MIB);
-    let mut attached = volume.attach_with(&[]);
-    overwrite(&attached.device, 0, &noise(1, 3 * MIB));
-    File::open(&attached.device).unwrap().sync_all().unwrap();
-    attached.kill();
-    drop(attached);
-    flip_bit(&volume.cache, segment_offset(&volume.cache, 1) + 100_000);
+    let volume = Volume::corrupt(16, 16 * MIB);
     let systemd = Systemd::of(&volume);
     let refused = Outcome::of(systemd.command(&volume, &["attach", &volume.name]));
     assert_eq!(refused.code, 1, "{refused:?}");

@@ -11,8 +11,9 @@ use libwb::cli::{Output, human_size};
 use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
 use libwb::device::probe::{OpenError, Opened};
 use libwb::device::{Device, UringDevice};
-use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, to_u64};
+use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::log::create::accept_growth;
+use libwb::log::scan::BackingFacts;
 use libwb::reactor::{Handle, Reactor};
 use libwb::serve::loopdev::{LoopDevice, Options, holders};
 use nix::sys::signal::{SigSet, Signal};
@@ -154,7 +155,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let runtime = Arc::new(reactor.handle().clone());
     let (cache, backing) = (serve(cache), serve(backing));
     if args.grown {
-        reactor.block_on(accept_growth(&cache, backing.size() / to_u64(SECTOR_BYTES)))?;
+        reactor.block_on(accept_growth(&cache, &BackingFacts::of(&backing)))?;
     }
     let open = async || Cache::open(cache.clone(), backing.clone(), runtime.clone(), tunables.clone()).await;
     let (cache, salvaged) = reactor.block_on(args.salvage.open(&cache, &backing, open))?;

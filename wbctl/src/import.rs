@@ -46,11 +46,11 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
             bail!("volume '{}' exists already: it is recorded in {}", entry.name, record.display());
         }
     }
+    if !args.dry_run {
+        record_all(&entries)?;
+    }
     let done = if args.dry_run { "would import" } else { "imported" };
     for Entry { name, volume, left_out } in &entries {
-        if !args.dry_run {
-            volume.save_new(name)?;
-        }
         let (cache, backing) = (volume.cache.display(), volume.backing.display());
         writeln!(out, "{done} '{name}': {backing} with the cache {cache}")?;
         for what in left_out {
@@ -63,6 +63,19 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
          and start it here: wbctl attach NAME. It is /dev/wb/NAME then.",
         args.table.display()
     )?;
+    Ok(())
+}
+
+/// All or none.
+fn record_all(entries: &[Entry]) -> Result<()> {
+    for (nth, entry) in entries.iter().enumerate() {
+        if let Err(e) = entry.volume.save_new(&entry.name) {
+            for recorded in &entries[..nth] {
+                let _ = std::fs::remove_file(recorded.name.config_file());
+            }
+            return Err(e);
+        }
+    }
     Ok(())
 }
 

@@ -50,8 +50,9 @@ impl Cache {
     /// Makes `length` bytes from `sector` on read as zeros, and gives up their space. Durable when it returns.
     ///
     /// # Errors
-    /// When the backing device cannot discard, or write-back is in strict order (the [`CacheError::errno`] is `EOPNOTSUPP` then), the range is not
-    /// within the volume, the cache is being closed, or a device fails. Parts may have been discarded.
+    /// When the backing device cannot discard, or write-back is in strict order (the [`CacheError::errno`] is
+    /// `EOPNOTSUPP` then), the range is not within the volume, the cache is being closed, or a device fails. Parts may
+    /// have been discarded.
     pub async fn discard(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
         let inner = &self.inner;
         inner.check_range(sector, length)?;

@@ -7,19 +7,19 @@ use super::state::State;
 use super::statistics::{AtomicCounters, Baseline};
 use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
-use crate::device::{BlockDevice, Device, DeviceError, IoBuf, SharedBuf};
+use crate::device::{BlockDevice, Device, DeviceError, all};
 use crate::format::{
-    BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId, Slot,
+    DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId, Slot,
     SuperblockExtension, to_u64,
 };
 use crate::log::LogError;
-use crate::log::create::write_extension;
+use crate::log::create::{write_extension, write_filler};
 use crate::log::live::{Totals, live_totals, visit_headers};
 use crate::log::recovery::{Explanation, Recovery, recover};
 use crate::log::scan::{BackingFacts, Superblock, check_pairing, read_superblock, scan};
 use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -253,18 +253,18 @@ impl Inner {
         let dropped = recovery.dropped.iter().map(|&id| geometry.slot_of(id));
         let slots: Vec<Slot> = dropped.chain(torn.map(|damage| damage.slot)).collect();
         if !slots.is_empty() && !self.planted.has(Bug::DroppedNotErased) {
-            self.erase(slots).await?;
+            // With a single slot, only what it holds bears out the record.
+            let filler = if geometry.slots() == 1 { recovery.point } else { SegmentId::NONE };
+            self.erase(slots, filler).await?;
         }
         Ok(())
     }
 
-    /// Erases the headers of slots. It is durable afterwards.
-    async fn erase(&self, slots: Vec<Slot>) -> Result<(), DeviceError> {
+    /// Erases the headers of slots, or puts an empty segment there. It is durable afterwards.
+    async fn erase(&self, slots: Vec<Slot>, filler: SegmentId) -> Result<(), DeviceError> {
         let geometry = self.lock().geometry;
-        let zeros = SharedBuf::from(IoBuf::zeroed(BLOCK_BYTES));
-        let erase = |slot| self.cache.write(geometry.slot_offset(slot), zeros.clone());
-        let mut writes = stream::iter(slots.into_iter().map(erase)).buffer_unordered(ERASE_DEPTH);
-        while writes.try_next().await?.is_some() {}
+        let erase = |slot| write_filler(&self.cache, geometry, slot, filler, self.extension.as_ref());
+        all(stream::iter(slots.into_iter().map(erase)).buffer_unordered(ERASE_DEPTH)).await?;
         self.cache.flush().await
     }
 

@@ -110,7 +110,10 @@ impl Inner {
                     listener.await;
                 }
                 Next::Wait => {
-                    let _ = select(listener, &mut load.end).await;
+                    if let Either::Right(_) = select(listener, &mut load.end).await {
+                        // However early the clock says that was: a sleep that has ended is not to be polled again.
+                        load.end = self.runtime.sleep(PERIOD);
+                    }
                 }
                 Next::End => break,
             }

@@ -15,6 +15,7 @@ pub use uring::UringDevice;
 
 use crate::format::to_u64;
 use futures_util::future::BoxFuture;
+use futures_util::{Stream, StreamExt};
 use nix::errno::Errno;
 use std::fmt;
 use std::sync::Arc;
@@ -123,6 +124,12 @@ pub trait BlockDevice: Send + Sync + 'static {
 
     /// Makes a range read as zeros, and gives up its space where that can be done.
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()>;
+}
+
+/// Runs operations to their end, even after a failure, and gives the first error. An operation that is dropped goes on: who
+/// tries again, or reuses what it works on, must not be overtaken by it.
+pub(crate) async fn all(operations: impl Stream<Item = Result<(), DeviceError>>) -> Result<(), DeviceError> {
+    operations.fold(Ok(()), async |result: Result<(), DeviceError>, done| result.and(done)).await
 }
 
 /// A device, shared.

@@ -2,12 +2,12 @@
 
 use super::LogError;
 use super::recovery::recover;
-use super::scan::{read_superblock, scan};
+use super::scan::{BackingFacts, check_identity, read_superblock, scan};
 use crate::device::{Device, DeviceError, IoBuf, SharedBuf};
 use crate::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET,
-    SUPERBLOCK_REGION_BYTES, SegmentId, SuperblockExtension, encode_record_block, encode_superblock_block,
-    to_usize,
+    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, Reason, SUPERBLOCK_OFFSET,
+    SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId, Slot, SuperblockExtension, encode_header,
+    encode_record_block, encode_superblock_block, to_usize,
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 
@@ -79,22 +79,53 @@ pub async fn write_record(device: &Device, written_back: SegmentId) -> Result<()
     device.write(RECORD_BLOCK_OFFSET, block.into()).await
 }
 
+/// What the header of an empty segment says that stands in for a lost one: nothing.
+pub(super) fn filler_extension(page: &SuperblockExtension) -> SegmentExtension {
+    SegmentExtension {
+        digest: page.digest(),
+        reason: Reason::Salvage,
+        durable: SegmentId::NONE,
+        written_back: SegmentId::NONE,
+        time: 0,
+    }
+}
+
+/// Makes a slot hold an empty segment that stands in for a lost one and says nothing; or no segment at all, if `id` is
+/// [`SegmentId::NONE`]. It is durable after a flush.
+///
+/// # Errors
+/// When the device fails.
+pub(crate) async fn write_filler(
+    device: &Device,
+    geometry: Geometry,
+    slot: Slot,
+    id: SegmentId,
+    page: Option<&SuperblockExtension>,
+) -> Result<(), DeviceError> {
+    let mut block = IoBuf::zeroed(BLOCK_BYTES);
+    if id != SegmentId::NONE {
+        let extension = page.map(filler_extension);
+        encode_header(block.block_at_mut(0), id, &[], &[], extension.as_ref());
+    }
+    device.write(geometry.slot_offset(slot), block.into()).await
+}
+
 /// Records that the backing device has grown, which its identity cannot show.
 ///
 /// # Errors
-/// When a device fails, or the cache device is not sound; nothing is written then.
-pub async fn accept_growth(device: &Device, sectors: u64) -> Result<(), LogError> {
+/// When a device fails, the cache device is not sound, or the identity shows another device; nothing is written then.
+pub async fn accept_growth(device: &Device, backing: &BackingFacts<'_>) -> Result<(), LogError> {
     let superblock = read_superblock(device).await?;
     let recovery = recover(&superblock, &scan(device, superblock.geometry, |_, _| {}).await);
     if !recovery.corruption.is_empty() {
         let device = device.name().to_string();
         return Err(LogError::Corrupt { device, corruption: recovery.corruption });
     }
-    let Some(extension) = superblock.extension.filter(|it| (1..sectors).contains(&it.backing_sectors)) else {
-        return Ok(());
-    };
+    let grown = |it: &SuperblockExtension| (1..backing.sectors).contains(&it.backing_sectors);
+    let Some(extension) = superblock.extension.filter(grown) else { return Ok(()) };
+    check_identity(device, &extension, backing)?;
     let generation = extension.generation.wrapping_add(1);
-    let page = SuperblockExtension { generation, backing_sectors: sectors, ..extension };
+    let page = SuperblockExtension { generation, backing_sectors: backing.sectors, ..extension };
     write_extension(device, &page).await?;
     Ok(device.flush().await?)
 }

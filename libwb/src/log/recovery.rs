@@ -255,8 +255,10 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     } else if highest.since(point) > window {
         recovery.corruption.push(Corruption::Gap { missing: point.next(), highest, window });
     }
-    // With a single slot, the newest segment itself may have been under overwrite, and its remains erased since.
-    if record > highest && !(geometry.slots() == 1 && highest == SegmentId::NONE) {
+    // With a single slot, the newest segment itself may be under overwrite.
+    if record > highest
+        && !(geometry.slots() == 1 && highest == SegmentId::NONE && !matches!(slots[0], SlotState::Empty))
+    {
         recovery.corruption.push(Corruption::RecordBeyondLog { record, highest });
     }
     if point > LAST_SANE_ID {

@@ -18,20 +18,17 @@ mod words;
 pub use words::{Summary, segments, ways_on};
 
 use super::LogError;
-use super::create::{write_extension, write_record};
+use super::create::{write_extension, write_filler, write_record};
 use super::live::{totals, visit_headers};
 use super::recovery::{Recovery, recover};
 use super::scan::{
     BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock, read_slot_header,
     scan,
 };
-use crate::device::{Device, DeviceError, IoBuf, Operation};
-use crate::format::{
-    BLOCK_BYTES, BlockNo, Geometry, Reason, SegmentExtension, SegmentId, Slot, SuperblockExtension,
-    encode_header, to_u64,
-};
+use crate::device::{Device, DeviceError, Operation, all};
+use crate::format::{BLOCK_BYTES, BlockNo, Geometry, SegmentId, Slot, SuperblockExtension, to_u64};
 use draft::{Change, Doomed, Draft, Found};
-use futures_util::{StreamExt, TryStreamExt, stream};
+use futures_util::{StreamExt, stream};
 use nix::errno::Errno;
 use remains::Remains;
 use serde::Serialize;
@@ -272,7 +269,7 @@ impl Plan {
             device.flush().await?;
         }
         let writes = self.draft.changes.iter().map(|change| self.change(device, *change));
-        stream::iter(writes).buffer_unordered(WRITE_DEPTH).try_for_each(async |()| Ok(())).await?;
+        all(stream::iter(writes).buffer_unordered(WRITE_DEPTH)).await?;
         device.flush().await?;
         if let Some(change) = self.draft.decisive {
             self.change(device, change).await?;
@@ -298,12 +295,7 @@ impl Plan {
                 return remains.write(device, self.geometry).await;
             }
         }
-        let mut block = IoBuf::zeroed(BLOCK_BYTES);
-        if id != SegmentId::NONE {
-            let extension = self.extension.as_ref().map(filler_extension);
-            encode_header(block.block_at_mut(0), id, &[], &[], extension.as_ref());
-        }
-        device.write(self.geometry.slot_offset(slot), block.into()).await
+        write_filler(device, self.geometry, slot, id, self.extension.as_ref()).await
     }
 
     async fn remains(&self, device: &Device, id: SegmentId) -> Option<Remains> {
@@ -367,15 +359,4 @@ impl Plan {
 fn read_less(device: &Device, offset: u64) -> DeviceError {
     let device = device.name().clone();
     DeviceError { device, operation: Operation::Read, offset, length: to_u64(BLOCK_BYTES), cause: Errno::EIO }
-}
-
-/// What the header of an empty segment says that stands in for a lost one: nothing.
-fn filler_extension(page: &SuperblockExtension) -> SegmentExtension {
-    SegmentExtension {
-        digest: page.digest(),
-        reason: Reason::Salvage,
-        durable: SegmentId::NONE,
-        written_back: SegmentId::NONE,
-        time: 0,
-    }
 }

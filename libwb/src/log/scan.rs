@@ -163,11 +163,25 @@ pub fn check_pairing(
              the volume with --grown"
         ));
     }
+    check_identity(device, extension, backing)
+}
+
+/// Whether the identity of a backing device, where both are known, is that which a cache belongs to.
+///
+/// # Errors
+/// When it is another.
+pub(super) fn check_identity(
+    device: &Device,
+    extension: &SuperblockExtension,
+    backing: &BackingFacts<'_>,
+) -> Result<(), LogError> {
     let (paired, found) = (extension.backing_id.as_str(), fitting(backing.identity));
-    if !paired.is_empty() && !found.is_empty() && paired != found {
-        return wrong(format!("the cache was made for '{paired}', this one is '{found}'"));
+    if paired.is_empty() || found.is_empty() || paired == found {
+        return Ok(());
     }
-    Ok(())
+    let difference = format!("the cache was made for '{paired}', this one is '{found}'");
+    let (device, backing) = (device.name().to_string(), backing.name.to_string());
+    Err(LogError::WrongBacking { device, backing, difference })
 }
 
 /// Why a slot holds no valid segment.

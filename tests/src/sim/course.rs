@@ -280,6 +280,9 @@ impl<'a> Course<'a> {
         }
         // A close erases segments that the record covers, so from now on the log needs its record.
         self.forgetful = false;
+        if self.rng.bool() && !self.strict {
+            self.discard_meanwhile(&volume);
+        }
         if let Life::Halted = self.settle("close", || volume.close())? {
             return Ok(Life::Halted);
         }
@@ -287,6 +290,25 @@ impl<'a> Course<'a> {
         self.oracle.lock().note("closed");
         self.end_process(Crash::Kill);
         Ok(Life::Goes(()))
+    }
+
+    /// Discards that come at any moment of the close that follows, and may fail.
+    fn discard_meanwhile(&mut self, volume: &Arc<dyn Volume>) {
+        let (volume, oracle, runtime) = (volume.clone(), self.oracle.clone(), self.runtime().clone());
+        let mut rng = self.rng.fork();
+        let unit = self.unit;
+        self.runtime().spawn(Box::pin(async move {
+            let units = volume.size() / (to_u64(SECTOR_BYTES) * unit);
+            for _ in 0..rng.u32(1..20) {
+                let micros = rng.u64(..2000);
+                runtime.sleep(Duration::from_micros(micros)).await;
+                let first = rng.u64(..units);
+                let (first, count) = (Sector(first * unit), rng.u64(1..=units - first) * unit);
+                let discard = oracle.lock().discard_begins(first, count);
+                let done = volume.discard(first, count).await;
+                oracle.lock().durable_write_ends(discard, first, count, done.is_ok());
+            }
+        }));
     }
 
     /// Something that implies a flush. Where devices have failed, it is tried again.

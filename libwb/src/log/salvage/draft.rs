@@ -5,6 +5,7 @@
 
 use super::Way;
 use crate::format::{Geometry, SegmentId, Slot, SuperblockFault};
+use crate::log::create::filler_extension;
 use crate::log::recovery::{Corruption, LAST_SANE_ID, Recovery, recover, slot_index, valid};
 use crate::log::scan::{RawSuperblock, SlotFault, SlotState, Superblock};
 
@@ -105,7 +106,7 @@ impl Draft {
     fn outcome(&self, superblock: &Superblock, slots: &[SlotState]) -> (Superblock, Vec<SlotState>) {
         let mut superblock = superblock.clone();
         superblock.record = self.written_back;
-        let filler = superblock.extension.as_ref().map(super::filler_extension);
+        let filler = superblock.extension.as_ref().map(filler_extension);
         if let Some(page) = superblock.extension.as_mut().filter(|_| self.unmark) {
             page.clean = None;
         }

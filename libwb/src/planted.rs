@@ -28,6 +28,18 @@ pub enum Bug {
     DroppedNotErased,
     /// The appender runs ahead of the last flush without bound.
     LossWindowIgnored,
+    /// The header of a segment is written anew before its last commit is durable.
+    CommitOverUndurable,
+    /// A block that belongs to a commit is overwritten in place.
+    CommittedOverwritten,
+    /// What was written by the end of a flush of the device counts as durable, not what was by its beginning.
+    CommitCountedLate,
+    /// A segment of which only a commit was found stays as it is when the log goes on.
+    OpenEndLeft,
+    /// Recovery applies what lies above a segment that is cut short.
+    CutShortIgnored,
+    /// Recovery trusts segments that nothing says were durable.
+    UnclaimedTrusted,
     /// A segment counts as written although one before it is not.
     WrittenOverGap,
     /// A failed flush of the cache device is tried again, as if nothing had been lost by it.

@@ -179,6 +179,12 @@ fn reseal(segment: &mut [u8], blocks: bool) {
     let sum = crc32c(&segment[HEADER_CHECKSUM_START..BLOCK_BYTES * (1 + length)]);
     segment[8..12].copy_from_slice(&sum.to_le_bytes());
     if &segment[16..20] == b"wbsg" {
+        if segment[56] == 1 {
+            segment[24..28].fill(0);
+            segment[64..68].fill(0);
+            let sum = crc32c(&segment[..512]);
+            segment[64..68].copy_from_slice(&sum.to_le_bytes());
+        }
         segment[24..28].fill(0);
         let sum = crc32c(&segment[..BLOCK_BYTES]);
         segment[24..28].copy_from_slice(&sum.to_le_bytes());

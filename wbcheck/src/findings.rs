@@ -92,11 +92,11 @@ impl Findings {
             io.block_on(scan(device, geometry, |slot, _| progress.set(u64::from(slot.0))))
         };
         drop(progress);
-        let scanned = Scanned { superblock: superblock.clone(), slots };
+        let scanned = Scanned::of(superblock.clone(), &slots);
         let (recovery, slots) = (scanned.recovery(), &scanned.slots);
         let sectors = backing.as_ref().map(|backing| backing.sectors);
         let live = io.block_on(live_totals(device, geometry, &recovery, sectors))?;
-        let dropped = io.block_on(totals(device, geometry, recovery.dropped.iter().copied(), None))?;
+        let dropped = io.block_on(totals(device, geometry, recovery.dropped.iter().copied(), None, None))?;
         let number =
             |wanted: fn(&SlotState) -> bool| to_u64(slots.iter().filter(|&slot| wanted(slot)).count());
         Ok(Findings {
@@ -130,6 +130,7 @@ impl Findings {
         {
             Verdict::Damaged
         } else if !self.broken.is_empty()
+            || self.recovery.is_cut_short
             || !self.recovery.dropped.is_empty()
             || !self.recovery.skipped.is_empty()
         {

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use libwb::cli::{Exit, Output, Progress, count};
 use libwb::format::{SegmentId, to_usize};
 use libwb::log::live::{Totals, totals};
-use libwb::log::recovery::{Explanation, Recovery, Standing, recover};
+use libwb::log::recovery::{Explanation, Recovery, Standing, explained, recover};
 use libwb::log::scan::{SlotState, read_slot, scan_headers};
 use serde::Serialize;
 use std::io::Write;
@@ -34,13 +34,14 @@ pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Out
     drop(progress);
     let place = to_usize(u64::from(slot.0));
     slots[place] = io.block_on(read_slot(device, geometry, slot)).state;
+    let slots = explained(&superblock.or_no_record(), &slots);
     let recovery = recover(&superblock.or_no_record(), &slots);
 
     let mut held = Totals::default();
     let (verdict, summary) = match &slots[place] {
         SlotState::Valid { id: found, .. } if *found == id => {
             let sectors = backing.as_ref().map(|backing| backing.sectors);
-            held = io.block_on(totals(device, geometry, [id], sectors))?;
+            held = io.block_on(totals(device, geometry, [id], recovery.open_end(), sectors))?;
             valid(&recovery, id, &held)
         }
         SlotState::Invalid(fault) => {
@@ -103,6 +104,10 @@ fn valid(recovery: &Recovery, id: SegmentId, held: &Totals) -> (Verdict, String)
     let what =
         format!("{}, {}", count(held.dirty_blocks, "dirty block"), count(held.clean_entries, "clean block"));
     match recovery.standing(id) {
+        Standing::Live if recovery.is_cut_short && id == recovery.point => (
+            Verdict::SoundAfterPowerCut,
+            format!("{what} up to the last flush; what was written of it after that is torn"),
+        ),
         Standing::Live => (Verdict::Sound, format!("{what}, not written back yet")),
         Standing::WrittenBack | Standing::Skipped => {
             (Verdict::Sound, format!("{what}, written back already"))

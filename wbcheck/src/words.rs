@@ -242,6 +242,13 @@ fn notes(f: &Findings) -> Vec<String> {
         .take(SHOWN)
         .collect();
     let r = &f.recovery;
+    if r.is_cut_short {
+        notes.push(format!(
+            "Segment {} is cut short: it ends with the last flush, and what was written of it after that is torn. wb \
+             applies it up to there; the kernel module would drop it, so repair it with --repair before it gets the device.",
+            r.point
+        ));
+    }
     let breaks =
         r.corruption.iter().any(|c| matches!(c, Corruption::Gap { .. } | Corruption::DurableMissing { .. }));
     if !r.dropped.is_empty() && !breaks {

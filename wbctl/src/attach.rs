@@ -165,8 +165,9 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     drop(recovering);
     let status = cache.status();
     tracing::info!(
-        "recovered in {:.2} s: {} in the cache are not written back yet",
+        "recovered in {:.2} s, {} of the log read: {} in the cache are not written back yet",
         status.recovery_time.as_secs_f64(),
+        human_size(status.recovery_bytes),
         human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
     );
     let file = name.served_file();

@@ -81,7 +81,9 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
 }
 
 fn write_back(io: &Io, cache: Device, backing: Device, args: &Args) -> Result<Report> {
-    let open = async || Cache::open(cache.clone(), backing.clone(), io.runtime(), Tunables::default()).await;
+    let open = async || {
+        Cache::open_verified(cache.clone(), backing.clone(), io.runtime(), Tunables::default()).await
+    };
     let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, open))?;
     let before = cache.status();
     let drained = drain(io, &cache, before.dirty_blocks);

@@ -26,17 +26,23 @@ impl Salvage {
         backing: &Device,
         open: impl AsyncFn() -> Result<T, CacheError>,
     ) -> Result<(T, Option<Plan>)> {
-        let refused = match open().await {
-            Ok(opened) => return Ok((opened, None)),
-            Err(CacheError::Log(error)) if error.is_corruption() => error,
-            Err(error) => return Err(error.into()),
-        };
-        let scanned = Scanned::read(cache, |_| ()).await?;
-        let Some(way) = self.salvage else { return Err(what_can_be_done(&refused, cache, &scanned).await?) };
-        let plan = scanned.salvage(cache, way).await?.ok_or(refused)?;
-        plan.check_backing(cache, &BackingFacts::of(backing)).await?;
-        plan.apply(cache).await?;
-        Ok((open().await?, Some(plan)))
+        if let Some(way) = self.salvage {
+            // Open may read headers alone, and what is to be salvaged may be wrong with the data.
+            let scanned = Scanned::read(cache, |_| ()).await?;
+            let plan = scanned.salvage(cache, way).await?;
+            if let Some(plan) = &plan {
+                plan.check_backing(cache, &BackingFacts::of(backing)).await?;
+                plan.apply(cache).await?;
+            }
+            return Ok((open().await?, plan));
+        }
+        match open().await {
+            Err(CacheError::Log(error)) if error.is_corruption() => {
+                let scanned = Scanned::read(cache, |_| ()).await?;
+                Err(what_can_be_done(&error, cache, &scanned).await?)
+            }
+            opened => Ok((opened?, None)),
+        }
     }
 }
 

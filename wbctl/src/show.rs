@@ -201,7 +201,8 @@ fn live_rows(live: &LiveStatus, mut row: impl FnMut(&str, String)) {
     if let Some(error) = &live.writeback_error {
         row("write-back", format!("does not get on, trying again: {error}"));
     }
-    row("recovery", format!("{:.2} s", live.recovery_seconds));
+    let recovery = format!("{:.2} s, {} read", live.recovery_seconds, human_size(live.recovery_bytes));
+    row("recovery", recovery);
     for (key, value) in &live.tunables {
         row(key, value.to_string());
     }

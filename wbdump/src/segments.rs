@@ -112,6 +112,7 @@ impl Summary {
             Reason::Idle => "idle".into(),
             Reason::Close => "close".into(),
             Reason::Salvage => "salvage".into(),
+            Reason::Open => "open".into(),
             Reason::Other(code) => format!("code {code}"),
         })
     }

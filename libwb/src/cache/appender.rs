@@ -1,11 +1,15 @@
-//! Sealed segments to the cache device, several at a time; and its flushes, shared by all who wait for one.
+//! Sealed segments and commits to the cache device, several at a time; and its flushes, shared by all who wait for one.
 
 use super::Inner;
+use super::commits::{Job, Position};
+use super::state::State;
 use crate::device::{DeviceError, IoBuf, SharedBuf};
-use crate::format::{BLOCK_BYTES, Metablock, Reason, SegmentExtension, SegmentId, crc32c, encode_header};
+use crate::format::{
+    BLOCK_BYTES, Commit, Geometry, Place, Reason, SegmentExtension, SegmentId, crc32c, encode_header,
+};
 use crate::planted::Bug;
 use futures_util::StreamExt;
-use futures_util::future::{Either, select};
+use futures_util::future::{Either, join_all, select};
 use futures_util::stream::FuturesUnordered;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,12 +19,17 @@ const RETRIES: u32 = 3;
 /// The pause before the first of them. It doubles each time.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
-/// A sealed segment to be written.
-struct Job {
+/// Segments that may be on the device without being durable before it is flushed, whether anybody waits or not: what a
+/// recovery has to read whole.
+const MAX_UNDURABLE: u64 = 64;
+
+/// What became of a job.
+struct Appended {
     id: SegmentId,
-    reason: Reason,
-    metablocks: Vec<Metablock>,
-    buf: Arc<IoBuf>,
+    first: u8,
+    crcs: Vec<u32>,
+    /// Where it was one.
+    commit: Option<Commit>,
 }
 
 impl Inner {
@@ -40,12 +49,9 @@ impl Inner {
                 continue;
             }
             match select(in_flight.next(), listener).await {
-                Either::Left((Some((id, Err(error))), _)) => {
-                    tracing::error!("segment {id} cannot be written");
-                    self.fail(error);
-                }
-                Either::Left((Some((id, Ok(crcs))), _)) => {
-                    self.lock().segment_written(id, &crcs);
+                Either::Left((Some(Err(error)), _)) => self.fail(error),
+                Either::Left((Some(Ok(appended)), _)) => {
+                    self.lock().appended(&appended);
                     self.events.flusher.notify(usize::MAX);
                     self.events.changed.notify(usize::MAX);
                     self.events.writeback.notify(usize::MAX);
@@ -56,41 +62,36 @@ impl Inner {
         self.task_ended();
     }
 
-    /// The oldest sealed segment that may be written now.
+    /// What may be written now: the rest of the oldest sealed segment, or a commit.
     fn next_to_append(&self) -> Option<Job> {
         let mut guard = self.lock();
         let state = &mut *guard;
         if state.failure.is_some() {
             return None;
         }
-        let nth = state.sealed.iter().position(|segment| !segment.started)?;
-        let id = state.sealed[nth].id;
+        let wanted = state.flush_wanted.len();
+        let id = state.next_to_append();
         // A power cut may lose what is not durable, in any order. Recovery tells that from corruption by its extent.
         let window = state.geometry.loss_window();
-        if id.since(state.durable) > window && !self.planted.has(Bug::LossWindowIgnored) {
-            state.flush_wanted.insert(id.minus(window));
-            drop(guard);
-            self.events.flusher.notify(usize::MAX);
-            return None;
+        let beyond = |id: &SegmentId| id.since(state.durable) > window;
+        let too_far = id.filter(beyond).filter(|_| !self.planted.has(Bug::LossWindowIgnored));
+        if let Some(id) = too_far {
+            state.want(Position::end_of(id.minus(window)));
         }
+        if state.flush_wanted.len() > wanted {
+            self.events.flusher.notify(usize::MAX);
+        }
+        let id = id.filter(|_| too_far.is_none())?;
         if state.is_pinned(state.geometry.slot_of(id)) && !self.planted.has(Bug::PinsIgnored) {
             // Somebody still reads what the slot held before. Who unpins it wakes the appender.
             return None;
         }
-        let segment = &mut state.sealed[nth];
-        segment.started = true;
-        Some(Job {
-            id,
-            reason: segment.reason,
-            metablocks: std::mem::take(&mut segment.metablocks),
-            buf: segment.buf.clone(),
-        })
+        state.start_job(id)
     }
 
-    /// Writes a segment. Returns the CRCs of its blocks, where the cache keeps them.
-    async fn append(&self, job: Job) -> (SegmentId, Result<Vec<u32>, DeviceError>) {
-        let Job { id, reason, mut metablocks, buf } = job;
-        let data = BLOCK_BYTES..BLOCK_BYTES * (1 + metablocks.len());
+    /// Writes a commit, or the rest of a segment.
+    async fn append(&self, job: Job) -> Result<Appended, DeviceError> {
+        let Job { id, reason, mut metablocks, first, data, before } = job;
         let (geometry, durable, written_back) = {
             let state = self.lock();
             (state.geometry, state.durable, state.written_back)
@@ -101,19 +102,46 @@ impl Inner {
             durable: if self.planted.has(Bug::DurableClaimedEarly) { id.minus(1) } else { durable },
             written_back,
             time: milliseconds(self.runtime.wall_clock()),
+            before,
         });
+        let (length, added) = (metablocks.len(), &mut metablocks[usize::from(first)..]);
         if extension.is_some() {
-            for (metablock, block) in metablocks.iter_mut().zip(buf[data.clone()].chunks(BLOCK_BYTES)) {
+            for (metablock, block) in added.iter_mut().zip(data.chunks(BLOCK_BYTES)) {
                 metablock.crc = Some(crc32c(block));
             }
         }
+        let crcs: Vec<u32> = added.iter().filter_map(|metablock| metablock.crc).collect();
         let mut header = IoBuf::zeroed(BLOCK_BYTES);
-        encode_header(header.block_at_mut(0), id, &metablocks, &buf[data.clone()], extension.as_ref());
-        let offset = geometry.slot_offset(geometry.slot_of(id));
-        let parts = vec![header.into(), SharedBuf::part_of(buf, data)];
-        let written = self.retrying(|| self.cache.write_parts(offset, parts.clone())).await;
-        let written = written.inspect(|()| self.counters.appended(metablocks.len()));
-        (id, written.map(|()| metablocks.iter().filter_map(|metablock| metablock.crc).collect()))
+        let checksum = encode_header(header.block_at_mut(0), id, &metablocks, &data, extension.as_ref());
+        let place = Place { slot: geometry.slot_of(id), index: first };
+        let header = SharedBuf::from(header);
+        let written =
+            self.retrying(|| self.write_segment(geometry, place, header.clone(), data.clone())).await;
+        written.inspect_err(|_| tracing::error!("segment {id} cannot be written"))?;
+        self.counters.appended(reason, length, data.len());
+        #[allow(clippy::cast_possible_truncation)] // at most PLACES
+        let commit = (reason == Reason::Open).then_some(Commit { length: length as u8, checksum });
+        Ok(Appended { id, first, crcs, commit })
+    }
+
+    /// Writes the header of a segment, and data from some place on.
+    async fn write_segment(
+        &self,
+        geometry: Geometry,
+        first: Place,
+        header: SharedBuf,
+        data: SharedBuf,
+    ) -> Result<(), DeviceError> {
+        let offset = geometry.slot_offset(first.slot);
+        if data.is_empty() {
+            return self.cache.write(offset, header).await;
+        }
+        if first.index == 0 {
+            return self.cache.write_parts(offset, vec![header, data]).await;
+        }
+        let writes = [self.cache.write(offset, header), self.cache.write(geometry.place_offset(first), data)];
+        // Both, even after a failure: who tries again must not be overtaken by a write that is still out.
+        join_all(writes).await.into_iter().collect()
     }
 
     /// The background task that flushes the cache device. All who wait share its flushes.
@@ -122,7 +150,8 @@ impl Inner {
             let listener = self.events.flusher.listen();
             let (due, failed, stopping) = {
                 let state = self.lock();
-                let due = state.flush_wanted.first().is_some_and(|&wanted| wanted <= state.written);
+                let due =
+                    state.flush_wanted.first().is_some_and(|&wanted| wanted <= state.written_position());
                 (due, state.failure.is_some(), state.stopping)
             };
             if failed || (stopping && !due) {
@@ -138,16 +167,16 @@ impl Inner {
         self.task_ended();
     }
 
-    /// Flushes the cache device, and so makes every written segment durable. A failure fails the cache, whoever
+    /// Flushes the cache device, and so makes durable what had been written when it began. A failure fails the cache, whoever
     /// asked: segments that it cost would count as durable after the next flush.
     pub(super) async fn flush_cache_device(&self) -> Result<(), DeviceError> {
         let _alone = self.flushing.lock().await;
-        let written = {
+        let mut written = {
             let state = self.lock();
             if let Some(failure) = &state.failure {
                 return Err(failure.clone());
             }
-            state.written
+            state.written_position()
         };
         let mut flushed = self.cache.flush().await;
         if flushed.is_err() && self.planted.has(Bug::FailedFlushForgiven) {
@@ -155,6 +184,9 @@ impl Inner {
         }
         // No second try: what the device has lost by the failure, a later flush would not report.
         flushed.inspect_err(|error| self.fail(error.clone()))?;
+        if self.planted.has(Bug::CommitCountedLate) {
+            written = self.lock().written_position();
+        }
         self.lock().made_durable(written);
         self.events.wake_all();
         Ok(())
@@ -181,6 +213,20 @@ impl Inner {
     pub(super) fn task_ended(&self) {
         self.lock().tasks -= 1;
         self.events.changed.notify(usize::MAX);
+    }
+}
+
+impl State {
+    fn appended(&mut self, appended: &Appended) {
+        let Appended { id, first, crcs, commit } = appended;
+        self.note_crcs(*id, *first, crcs);
+        match commit {
+            Some(commit) => self.commit_written(*id, *commit),
+            None => self.segment_written(*id),
+        }
+        if self.written.since(self.durable) >= MAX_UNDURABLE {
+            self.want(Position::end_of(self.written));
+        }
     }
 }
 

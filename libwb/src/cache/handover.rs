@@ -10,16 +10,28 @@
 use super::Inner;
 use super::read::Pinned;
 use crate::device::{DeviceError, IoBuf};
-use crate::format::{BLOCK_BYTES, SegmentHeader, SegmentId, empty_header, to_u64};
+use crate::format::{BLOCK_BYTES, Metablock, SegmentHeader, SegmentId, empty_header, to_u64};
 use crate::log::scan::read_header;
 use futures_util::{StreamExt, stream};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 /// Headers that are read or written at the same time.
 const DEPTH: usize = 32;
 
+fn is_partial(entry: &Metablock) -> bool {
+    !entry.dirty.is_clean() && !entry.dirty.is_all()
+}
+
+/// Whether a partial version and one before it are in the same segment.
+fn has_older_version(entries: &[Metablock]) -> bool {
+    let mut seen = HashSet::new();
+    entries.iter().any(|entry| !seen.insert(entry.block) && is_partial(entry))
+}
+
 impl Inner {
-    /// Empties the written-back segments before the last of them that holds a partial version.
+    /// Empties the written-back segments before the last of them that holds a partial version, and that one if it holds the
+    /// version before, too.
     pub(super) async fn hand_over(self: &Arc<Self>) -> Result<(), DeviceError> {
         let (geometry, newest, written_back) = {
             let state = self.lock();
@@ -32,10 +44,12 @@ impl Inner {
         while let Some(header) = headers.next().await {
             // What is not there cannot mislead.
             let Ok(header) = header else { continue };
-            if header.metablocks.iter().any(|entry| !entry.dirty.is_clean() && !entry.dirty.is_all()) {
+            if header.metablocks.iter().any(is_partial) {
                 misleading.append(&mut older);
             }
-            if !header.metablocks.is_empty() {
+            if has_older_version(&header.metablocks) {
+                misleading.push(header.id);
+            } else if !header.metablocks.is_empty() {
                 older.push(header.id);
             }
         }

@@ -73,8 +73,18 @@ impl Index {
 
     /// Makes a place the newest version of a block.
     pub(super) fn insert(&mut self, block: BlockNo, dirty: DirtyBits, place: Place) {
+        self.hold(block, dirty, place);
+        self.link(block, place);
+    }
+
+    /// Notes what a place holds, which no lookup finds before [`Index::link`].
+    pub(super) fn hold(&mut self, block: BlockNo, dirty: DirtyBits, place: Place) {
+        self.places[number(place) as usize] = block.0 << 8 | u64::from(dirty.0);
+    }
+
+    /// Makes a place the newest version of the block that it holds.
+    pub(super) fn link(&mut self, block: BlockNo, place: Place) {
         let number = number(place);
-        self.places[number as usize] = block.0 << 8 | u64::from(dirty.0);
         let places = &self.places;
         let found = self.newest.entry(
             hash(block),

@@ -7,6 +7,7 @@
 
 mod access;
 mod appender;
+mod commits;
 mod discard;
 mod handover;
 mod index;
@@ -39,6 +40,7 @@ use crate::log::LogError;
 use crate::log::create::write_extension;
 use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
+use commits::Position;
 use event_listener::Event;
 use futures_util::lock::Mutex as AsyncMutex;
 use latency::AtomicLatencies;
@@ -134,6 +136,8 @@ struct Inner {
     /// Held while the cache device is flushed: of two flushes at once, one could take the other's error.
     flushing: AsyncMutex<()>,
     recovery_time: Duration,
+    /// Bytes of the log that recovery read.
+    recovery_bytes: u64,
     /// Held while segments are emptied for a discard.
     emptying: AsyncMutex<()>,
     /// The backing device has refused a discard.
@@ -214,7 +218,11 @@ impl Cache {
     /// # Errors
     /// When the cache device fails; nothing is known then of what was not flushed before.
     pub async fn flush(&self) -> Result<(), CacheError> {
-        let target = self.inner.seal().await?;
+        let target = if self.inner.commits() {
+            self.inner.want_commit()?
+        } else {
+            Position::end_of(self.inner.seal().await?)
+        };
         self.inner.counters.flushes.add(1);
         self.inner.wait_durable(target).await
     }
@@ -226,7 +234,7 @@ impl Cache {
     pub async fn drain(&self) -> Result<(), CacheError> {
         let target = self.inner.seal().await?;
         // Once the newest versions are durable, older ones need not be written.
-        self.inner.wait_durable(target).await?;
+        self.inner.wait_durable(Position::end_of(target)).await?;
         let _drain = Drain::to(target, &self.inner);
         let failures = self.inner.counters.writeback_errors.get();
         let inner = &self.inner;
@@ -249,7 +257,7 @@ impl Cache {
     pub async fn close(&self) -> Result<(), CacheError> {
         self.inner.lock().closing = true;
         self.inner.events.wake_all();
-        let flushed = self.flush().await;
+        let flushed = self.inner.close_log().await;
         self.inner.lock().stopping = true;
         self.inner.events.wake_all();
         self.inner.wait(&self.inner.events.changed, |state| (state.tasks == 0).then_some(())).await;
@@ -283,6 +291,34 @@ impl Drop for Drain<'_> {
 }
 
 impl Inner {
+    /// Whether a flush makes a commit, or closes the segment. In strict order each batch of write-back ends with a flush,
+    /// and the record of it names whole segments.
+    fn commits(&self) -> bool {
+        self.digest.is_some() && self.tunables.lock().writeback_order != WritebackOrder::Strict
+    }
+
+    /// Asks for a commit of what is in RAM, if it is not durable. Returns what a flush waits for.
+    fn want_commit(&self) -> Result<Position, CacheError> {
+        let mut state = self.lock();
+        if let Some(failure) = &state.failure {
+            return Err(CacheError::Failed(failure.clone()));
+        }
+        if state.stopping {
+            return Err(CacheError::Closed);
+        }
+        let target = state.newest_position();
+        state.want(target);
+        drop(state);
+        self.events.appender.notify(usize::MAX);
+        Ok(target)
+    }
+
+    /// Closes the last segment, and makes everything durable.
+    async fn close_log(&self) -> Result<(), CacheError> {
+        let last = self.seal().await?;
+        self.wait_durable(Position::end_of(last)).await
+    }
+
     /// Seals the open segment if it holds anything. Returns the segment that holds the newest data.
     async fn seal(&self) -> Result<SegmentId, CacheError> {
         let target = self.lock().newest;
@@ -321,19 +357,14 @@ impl Inner {
         self.cache.flush().await
     }
 
-    async fn wait_durable(&self, target: SegmentId) -> Result<(), CacheError> {
-        {
-            let mut state = self.lock();
-            if target > state.durable {
-                state.flush_wanted.insert(target);
-            }
-        }
+    async fn wait_durable(&self, target: Position) -> Result<(), CacheError> {
+        self.lock().want(target);
         self.events.flusher.notify(usize::MAX);
         let early = self.planted.has(Bug::FlushAcknowledgedEarly);
         self.wait(&self.events.changed, |state| match &state.failure {
             Some(failure) => Some(Err(CacheError::Failed(failure.clone()))),
-            None if state.durable >= target => Some(Ok(())),
-            None if early && state.written >= target => Some(Ok(())),
+            None if state.durable_to >= target => Some(Ok(())),
+            None if early && state.written_position() >= target => Some(Ok(())),
             None => state.stopping.then_some(Err(CacheError::Closed)),
         })
         .await

@@ -9,35 +9,50 @@ use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{BlockDevice, Device, DeviceError, all};
 use crate::format::{
-    DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId, Slot,
-    SuperblockExtension, to_u64,
+    DirtyBits, Geometry, Metablock, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot,
+    SuperblockExtension, to_u64, to_usize,
 };
 use crate::log::LogError;
-use crate::log::create::{write_extension, write_filler};
-use crate::log::live::{Totals, live_totals, visit_headers};
+use crate::log::create::{close_segment, write_extension, write_filler};
+use crate::log::live::{Totals, live_totals};
 use crate::log::recovery::{Explanation, Recovery, recover};
-use crate::log::scan::{BackingFacts, Superblock, check_pairing, read_superblock, scan};
+use crate::log::scan::{
+    BackingFacts, SlotContent, Superblock, check_pairing, read_superblock, scan, scan_headers, scan_trusting,
+};
 use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
 use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// Headers that are erased at the same time.
 const ERASE_DEPTH: usize = 32;
 
-/// What the live segments of a log hold.
+/// How much of a log recovery reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reading {
+    /// Of segments that were durable, the headers alone. Damaged data shows when it is read.
+    Headers,
+    /// Everything.
+    Whole,
+}
+
+/// A log as it was read, and what its segments hold.
 struct Replay {
+    superblock: Superblock,
+    recovery: Recovery,
     index: Index,
     /// Dirty sectors of older versions that the newest version of their block does not carry. They had been written
     /// back when the newer version was made, but the log does not say so.
     leftovers: Vec<Item>,
+    bytes_read: u64,
 }
 
 impl Cache {
-    /// Recovers the log of a cache device and starts to serve the volume. Until the log has been found sound and
-    /// to fit the backing device, nothing is written to either.
+    /// Recovers the log of a cache device, of which it reads no more than [`Reading::Headers`], and starts to serve the
+    /// volume. Until the log has been found sound and to fit the backing device, nothing is written to either.
     ///
     /// # Errors
     /// When a device fails, the cache device holds no cache, its log is corrupt, or it does not fit the backing device.
@@ -47,7 +62,20 @@ impl Cache {
         runtime: Arc<dyn Runtime>,
         tunables: Tunables,
     ) -> Result<Cache, CacheError> {
-        Cache::open_with(cache, backing, runtime, tunables, Planted::default()).await
+        Cache::open_with(cache, backing, runtime, tunables, Reading::Headers, Planted::default()).await
+    }
+
+    /// As [`Cache::open`], but looks at all data of the log first.
+    ///
+    /// # Errors
+    /// As [`Cache::open`].
+    pub async fn open_verified(
+        cache: Device,
+        backing: Device,
+        runtime: Arc<dyn Runtime>,
+        tunables: Tunables,
+    ) -> Result<Cache, CacheError> {
+        Cache::open_with(cache, backing, runtime, tunables, Reading::Whole, Planted::default()).await
     }
 
     /// As [`Cache::open`], with a bug.
@@ -62,7 +90,7 @@ impl Cache {
         tunables: Tunables,
         planted: Planted,
     ) -> Result<Cache, CacheError> {
-        Cache::open_with(cache, backing, runtime, tunables, planted).await
+        Cache::open_with(cache, backing, runtime, tunables, Reading::Headers, planted).await
     }
 
     async fn open_with(
@@ -70,12 +98,13 @@ impl Cache {
         backing: Device,
         runtime: Arc<dyn Runtime>,
         tunables: Tunables,
+        reading: Reading,
         planted: Planted,
     ) -> Result<Cache, CacheError> {
         let started = runtime.now();
-        let (superblock, recovery) = recover_log(&cache).await?;
+        let replay = Replay::read(&cache, &backing, reading, planted).await?;
+        let Replay { superblock, recovery, index, leftovers, bytes_read } = replay;
         let geometry = superblock.geometry;
-        let Replay { index, leftovers } = replay(&cache, &backing, &superblock, &recovery, planted).await?;
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let grown = grown(superblock.extension.as_ref(), &backing);
         let mut state = State::new(geometry, index, written_back, recovery.point);
@@ -97,6 +126,7 @@ impl Cache {
             baseline: Baseline::at(opened),
             flushing: AsyncMutex::default(),
             recovery_time,
+            recovery_bytes: bytes_read,
             emptying: AsyncMutex::default(),
             cannot_discard: AtomicBool::new(false),
             digest: superblock.extension.as_ref().map(SuperblockExtension::digest),
@@ -114,15 +144,14 @@ impl Cache {
 }
 
 impl Cache {
-    /// What [`Cache::open`] would recover. Refuses what that would refuse, and changes nothing.
+    /// What [`Cache::open_verified`] would recover. Refuses what that would refuse, and changes nothing.
     ///
     /// # Errors
-    /// As [`Cache::open`].
+    /// As [`Cache::open_verified`].
     pub async fn examine(cache: &Device, backing: &Device) -> Result<(Recovery, Totals), CacheError> {
-        let (superblock, recovery) = recover_log(cache).await?;
-        replay(cache, backing, &superblock, &recovery, Planted::default()).await?;
-        let live = live_totals(cache, superblock.geometry, &recovery, None).await?;
-        Ok((recovery, live))
+        let replay = Replay::read(cache, backing, Reading::Whole, Planted::default()).await?;
+        let live = live_totals(cache, replay.superblock.geometry, &replay.recovery, None).await?;
+        Ok((replay.recovery, live))
     }
 }
 
@@ -144,85 +173,140 @@ fn grown(extension: Option<&SuperblockExtension>, backing: &Device) -> Option<Su
     Some(SuperblockExtension { generation, backing_sectors: sectors, ..extension.clone() })
 }
 
-async fn recover_log(cache: &Device) -> Result<(Superblock, Recovery), LogError> {
-    let superblock = read_superblock(cache).await?;
-    let recovery = recover(&superblock, &scan(cache, superblock.geometry, |_, _| {}).await);
-    if recovery.corruption.is_empty() {
-        return Ok((superblock, recovery));
-    }
-    Err(LogError::Corrupt { device: cache.name().to_string(), corruption: recovery.corruption })
+/// What the slots hold, live or not, while they are read.
+struct Slots<'a> {
+    geometry: Geometry,
+    backing: &'a Device,
+    index: Index,
+    /// Where the first entry in a slot lies that does not fit on the backing device.
+    outside: HashMap<Slot, Sector>,
+    bytes_read: u64,
 }
 
-async fn replay(
-    cache: &Device,
-    backing: &Device,
-    superblock: &Superblock,
-    recovery: &Recovery,
-    planted: Planted,
-) -> Result<Replay, LogError> {
-    if let Some(extension) = &superblock.extension {
-        check_pairing(cache, extension, &BackingFacts::of(backing))?;
-    }
-    let geometry = superblock.geometry;
-    let mut replay =
-        Replay { index: Index::new(geometry, superblock.extension.is_some()), leftovers: Vec::new() };
-    let mut outside = Ok(());
-    let above_gap = recovery.dropped.iter().copied().filter(|_| planted.has(Bug::GapSkipped));
-    visit_headers(cache, geometry, recovery.live().chain(above_gap), |header| {
-        if outside.is_ok() {
-            outside = replay.apply(header, geometry, cache, backing);
-        }
-    })
-    .await?;
-    outside.map(|()| replay)
-}
-
-impl Replay {
-    fn apply(
-        &mut self,
-        header: &SegmentHeader,
-        geometry: Geometry,
-        cache: &Device,
-        backing: &Device,
-    ) -> Result<(), LogError> {
-        let slot = geometry.slot_of(header.id);
+impl Slots<'_> {
+    /// Takes in a slot. What was taken in of it before counts no more.
+    fn visit(&mut self, slot: Slot, content: &SlotContent) {
+        self.bytes_read += content.bytes_read();
+        self.index.forget(slot);
+        self.outside.remove(&slot);
+        let Some(header) = content.header.as_ref().filter(|_| content.state.valid_id().is_some()) else {
+            return;
+        };
         for (entry, place) in header.metablocks.iter().zip((0..).map(|index| Place { slot, index })) {
+            // Staged by read caching. What it holds may be older than the backing device by now: the kernel module
+            // writes around a cache without a trace in the log.
             if entry.dirty.is_clean() {
-                // Staged by read caching. What it holds may be older than the backing device by now: the kernel
-                // module writes around a cache without a trace in the log.
                 continue;
             }
-            check_inside(cache, backing, header.id, entry)?;
-            if let Some(old) = self.index.get(entry.block) {
-                let sectors = old.dirty.without(entry.dirty);
-                let id = geometry.id_in_slot(old.place.slot, header.id);
-                if !sectors.is_clean() {
-                    self.leftovers.push(Item { block: entry.block, id, place: old.place, sectors });
-                }
+            if let Some(sector) = outside(self.backing, entry) {
+                self.outside.entry(slot).or_insert(sector);
+                continue;
             }
-            self.index.insert(entry.block, entry.dirty, place);
+            self.index.hold(entry.block, entry.dirty, place);
             if let Some(crc) = entry.crc {
                 self.index.set_crc(place, crc);
             }
         }
-        Ok(())
+    }
+
+    /// Applies what a live segment holds.
+    fn apply(&mut self, id: SegmentId, leftovers: &mut Vec<Item>) {
+        let slot = self.geometry.slot_of(id);
+        for place in (0..PLACES).map(|index| Place { slot, index }) {
+            let Some((block, dirty)) = self.index.at(place) else { continue };
+            if let Some(old) = self.index.get(block) {
+                let sectors = old.dirty.without(dirty);
+                let id = self.geometry.id_in_slot(old.place.slot, id);
+                if !sectors.is_clean() {
+                    leftovers.push(Item { block, id, place: old.place, sectors });
+                }
+            }
+            self.index.link(block, place);
+        }
     }
 }
 
-/// Every dirty sector of an entry must lie on the backing device.
-fn check_inside(cache: &Device, backing: &Device, id: SegmentId, entry: &Metablock) -> Result<(), LogError> {
+impl Replay {
+    async fn read(
+        cache: &Device,
+        backing: &Device,
+        reading: Reading,
+        planted: Planted,
+    ) -> Result<Replay, LogError> {
+        let superblock = read_superblock(cache).await?;
+        let geometry = superblock.geometry;
+        let mut slots = Slots {
+            geometry,
+            backing,
+            index: Index::new(geometry, superblock.extension.is_some()),
+            outside: HashMap::new(),
+            bytes_read: 0,
+        };
+        let visit = |slot, content: &_| slots.visit(slot, content);
+        let states = match (reading, planted.has(Bug::UnclaimedTrusted)) {
+            (Reading::Whole, _) => scan(cache, geometry, visit).await,
+            (Reading::Headers, false) => scan_trusting(cache, &superblock, visit).await,
+            (Reading::Headers, true) => scan_headers(cache, geometry, visit).await,
+        };
+        let recovery = recover(&superblock, &states);
+        if !recovery.corruption.is_empty() {
+            let device = cache.name().to_string();
+            return Err(LogError::Corrupt { device, corruption: recovery.corruption });
+        }
+        if let Some(extension) = &superblock.extension {
+            check_pairing(cache, extension, &BackingFacts::of(backing))?;
+        }
+        slots.replay(cache, &superblock, recovery, planted)
+    }
+}
+
+impl Slots<'_> {
+    fn replay(
+        mut self,
+        cache: &Device,
+        superblock: &Superblock,
+        recovery: Recovery,
+        planted: Planted,
+    ) -> Result<Replay, LogError> {
+        let above = planted.has(Bug::GapSkipped) || planted.has(Bug::CutShortIgnored) && recovery.is_open;
+        let above = recovery.dropped.iter().copied().filter(|_| above);
+        let live: Vec<SegmentId> = recovery.live().chain(above).collect();
+        let mut holds_live = vec![false; self.geometry.all_slots().len()];
+        for &id in &live {
+            let slot = self.geometry.slot_of(id);
+            holds_live[to_usize(slot.0.into())] = true;
+            if let Some(&sector) = self.outside.get(&slot) {
+                return Err(beyond_backing(cache, self.backing, id, sector));
+            }
+        }
+        for (slot, _) in self.geometry.all_slots().zip(holds_live).filter(|(_, live)| !live) {
+            self.index.forget(slot);
+        }
+        let mut leftovers = Vec::new();
+        for id in live {
+            self.apply(id, &mut leftovers);
+        }
+        let Slots { index, bytes_read, .. } = self;
+        Ok(Replay { superblock: superblock.clone(), recovery, index, leftovers, bytes_read })
+    }
+}
+
+/// The first dirty sector of an entry that does not lie on the backing device.
+fn outside(backing: &Device, entry: &Metablock) -> Option<Sector> {
     let sectors = backing.size() / to_u64(SECTOR_BYTES);
     let first = entry.block.sector();
     let outside = |&(from, count): &(usize, usize)| first.0.saturating_add(to_u64(from + count)) > sectors;
-    match DirtyBits::runs(entry.dirty).find(outside) {
-        None => Ok(()),
-        Some((from, _)) => Err(LogError::BeyondBacking {
-            device: cache.name().to_string(),
-            id,
-            sector: Sector((first.0 + to_u64(from)).max(sectors)),
-            backing: backing.name().to_string(),
-            sectors,
-        }),
+    let (from, _) = DirtyBits::runs(entry.dirty).find(outside)?;
+    Some(Sector((first.0 + to_u64(from)).max(sectors)))
+}
+
+fn beyond_backing(cache: &Device, backing: &Device, id: SegmentId, sector: Sector) -> LogError {
+    LogError::BeyondBacking {
+        device: cache.name().to_string(),
+        id,
+        sector,
+        backing: backing.name().to_string(),
+        sectors: backing.size() / to_u64(SECTOR_BYTES),
     }
 }
 
@@ -256,6 +340,12 @@ impl Inner {
             // With a single slot, only what it holds bears out the record.
             let filler = if geometry.slots() == 1 { recovery.point } else { SegmentId::NONE };
             self.erase(slots, filler).await?;
+        }
+        // The log goes on after the newest segment. Only when nothing is left that could be taken for what followed it, may
+        // its header say that it was closed.
+        if let Some(id) = recovery.open_end().filter(|_| !self.planted.has(Bug::OpenEndLeft)) {
+            close_segment(&self.cache, geometry, id).await?;
+            self.cache.flush().await?;
         }
         Ok(())
     }

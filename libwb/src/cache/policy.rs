@@ -1,5 +1,6 @@
 //! When to write back, and how much.
 
+use super::commits::Position;
 use super::state::State;
 use super::writeback::Stop;
 use super::{Inner, WritebackOrder};
@@ -151,15 +152,13 @@ impl Inner {
 
     /// Begins to make everything durable. Returns false when that has to wait for the appender.
     fn sync(&self) -> bool {
+        let commits = self.commits();
         let mut state = self.lock();
-        if state.newest <= state.durable {
-            return true;
-        }
-        if state.seal(Reason::Idle).is_err() {
+        if !commits && state.newest > state.durable && state.seal(Reason::Idle).is_err() {
             return false;
         }
-        let last = state.last_sealed();
-        state.flush_wanted.insert(last);
+        let newest = state.newest_position();
+        state.want(newest);
         drop(state);
         self.events.appender.notify(usize::MAX);
         self.events.flusher.notify(usize::MAX);
@@ -190,8 +189,8 @@ impl Inner {
         }
         // Only what is durable may go to the backing device: a write there must not outrun the log.
         if state.written > state.durable {
-            let written = state.written;
-            state.flush_wanted.insert(written);
+            let written = Position::end_of(state.written);
+            state.want(written);
             return Next::Flush;
         }
         Next::Wait

@@ -7,15 +7,16 @@
 //! ```
 //!
 //! Up to `written_back` (which the superblock record holds durably) slots may be reused. `durable` segments
-//! survive a power cut; `written` ones are on the device, perhaps in its volatile cache.
+//! survive a power cut; `written` ones are on the device, perhaps in its volatile cache. Of the segment after them, whether
+//! open or sealed, the first blocks may be durable or written, too: see [`commits`](super::commits).
 
 use super::access::Accesses;
+use super::commits::{Commits, Position};
 use super::index::Index;
 use super::throttle::Throttle;
 use crate::device::{DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, PLACES, Place, Reason, SEGMENT_BYTES, SegmentId,
-    Slot,
+    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, PLACES, Place, Reason, SEGMENT_BYTES, SegmentId, Slot,
 };
 use crate::planted::{Bug, Planted};
 use std::collections::{BTreeSet, HashMap, VecDeque};
@@ -31,14 +32,16 @@ pub(super) struct OpenSegment {
     pub(super) length: u8,
     /// A whole segment; the header block is unused.
     pub(super) buf: IoBuf,
+    pub(super) commits: Commits,
 }
 
 /// A segment on its way to the device. Nothing changes in it any more.
 pub(super) struct SealedSegment {
     pub(super) id: SegmentId,
     pub(super) reason: Reason,
-    pub(super) metablocks: Vec<Metablock>,
+    pub(super) length: u8,
     pub(super) buf: Arc<IoBuf>,
+    pub(super) commits: Commits,
     pub(super) started: bool,
     pub(super) written: bool,
 }
@@ -63,10 +66,13 @@ pub(super) struct State {
     /// The newest segment, open or sealed or long written.
     pub(super) newest: SegmentId,
     pub(super) written: SegmentId,
+    /// The whole segments up to `durable_to`.
     pub(super) durable: SegmentId,
+    /// What survives a power cut, the commits of the segment after `durable` included.
+    pub(super) durable_to: Position,
     pub(super) written_back: SegmentId,
-    /// Segments that somebody wants to be durable.
-    pub(super) flush_wanted: BTreeSet<SegmentId>,
+    /// Up to where somebody wants everything to be durable.
+    pub(super) flush_wanted: BTreeSet<Position>,
     /// Write-back is to reach these segments, whatever the policy says.
     pub(super) drains: Vec<SegmentId>,
     /// Nothing is written back but for a drain, and when there is no choice.
@@ -113,6 +119,7 @@ impl State {
             newest: point,
             written: point,
             durable: point,
+            durable_to: Position::end_of(point),
             written_back,
             flush_wanted: BTreeSet::new(),
             drains: Vec::new(),
@@ -197,7 +204,8 @@ impl State {
         Ok(open.buf.block_at_mut(BLOCK_BYTES * usize::from(open.length)))
     }
 
-    /// The data of a block in the open segment, to be overwritten in place. Its dirty bits grow by `dirty`.
+    /// The data of a block in the open segment, to be overwritten in place, unless a commit holds it. Its dirty bits grow by
+    /// `dirty`.
     pub(super) fn overwrite(
         &mut self,
         place: Place,
@@ -205,7 +213,9 @@ impl State {
         dirty: DirtyBits,
     ) -> Option<&mut [u8; BLOCK_BYTES]> {
         let id = self.id_of(place.slot);
-        let open = self.open.as_mut().filter(|open| open.id == id)?;
+        let in_place = self.planted.has(Bug::CommittedOverwritten);
+        let open =
+            self.open.as_mut().filter(|open| open.id == id && (in_place || !open.commits.has(place)))?;
         self.index.set_dirty(place, old.union(dirty));
         Some(open.buf.block_at_mut(BLOCK_BYTES * (1 + usize::from(place.index))))
     }
@@ -218,7 +228,7 @@ impl State {
         self.index.forget(self.geometry.slot_of(id));
         self.newest = id;
         let buf = self.spare.pop().unwrap_or_else(|| IoBuf::zeroed(SEGMENT_BYTES));
-        self.open = Some(OpenSegment { id, length: 0, buf });
+        self.open = Some(OpenSegment { id, length: 0, buf, commits: Commits::default() });
         Ok(())
     }
 
@@ -243,29 +253,28 @@ impl State {
         let Some(open) = self.open.take_if(|open| open.length > 0) else { return Ok(()) };
         let slot = self.geometry.slot_of(open.id);
         self.epoch_ends[slot.0 as usize] = false;
-        let metablock = |index| {
-            let (block, dirty) =
-                self.index.at(Place { slot, index }).expect("every place up to the length was taken");
-            Metablock { block, dirty, crc: None }
-        };
         self.sealed.push_back(SealedSegment {
             id: open.id,
             reason,
-            metablocks: (0..open.length).map(metablock).collect(),
+            length: open.length,
             buf: Arc::new(open.buf),
+            commits: open.commits,
             started: false,
             written: false,
         });
         Ok(())
     }
 
-    /// A sealed segment has reached the device, with data of these CRCs. Frees the RAM of all that lie there without
-    /// a gap.
-    pub(super) fn segment_written(&mut self, id: SegmentId, crcs: &[u32]) {
+    /// Blocks of a segment from `first` on have reached the device, with these CRCs.
+    pub(super) fn note_crcs(&mut self, id: SegmentId, first: u8, crcs: &[u32]) {
         let slot = self.geometry.slot_of(id);
-        for (index, &crc) in (0..).zip(crcs) {
+        for (index, &crc) in (first..).zip(crcs) {
             self.index.set_crc(Place { slot, index }, crc);
         }
+    }
+
+    /// All of a sealed segment has reached the device. Frees the RAM of all segments that lie there without a gap.
+    pub(super) fn segment_written(&mut self, id: SegmentId) {
         if let Some(segment) = self.sealed.iter_mut().find(|segment| segment.id == id) {
             segment.written = true;
         }
@@ -278,12 +287,6 @@ impl State {
                 self.spare.extend(Arc::into_inner(segment.buf));
             }
         }
-    }
-
-    /// Everything up to `id` survives a power cut.
-    pub(super) fn made_durable(&mut self, id: SegmentId) {
-        self.durable = self.durable.max(id);
-        self.flush_wanted = self.flush_wanted.split_off(&self.durable.next());
     }
 
     /// Segment `id`, the one after `written_back`, is written back, and that is recorded durably.
@@ -322,7 +325,7 @@ impl State {
         *self.pins.entry(slot).or_insert(0) += 1;
     }
 
-    /// Ends a [`State::pin`]. Returns whether a sealed segment may have waited for that.
+    /// Ends a [`State::pin`]. Returns whether a segment may have waited for that.
     pub(super) fn unpin(&mut self, slot: Slot) -> bool {
         let Some(count) = self.pins.get_mut(&slot) else { return false };
         *count -= 1;
@@ -330,7 +333,8 @@ impl State {
             return false;
         }
         self.pins.remove(&slot);
-        self.sealed.iter().any(|segment| !segment.started && self.geometry.slot_of(segment.id) == slot)
+        let waiting = self.sealed.iter().filter(|segment| !segment.started).map(|segment| segment.id);
+        waiting.chain(self.open.as_ref().map(|open| open.id)).any(|id| self.geometry.slot_of(id) == slot)
     }
 
     pub(super) fn is_pinned(&self, slot: Slot) -> bool {

@@ -4,7 +4,7 @@ use super::access::Accesses;
 use super::latency::{Latencies, Timed};
 use super::{Cache, Inner};
 use crate::device::DeviceError;
-use crate::format::{BLOCK_BYTES, PLACES, to_u64};
+use crate::format::{BLOCK_BYTES, PLACES, Reason, to_u64};
 use parking_lot::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -70,7 +70,9 @@ counters! {
     write_bytes,
     /// Flush requests.
     flushes,
-    /// Segments written to the cache device.
+    /// Commits of segments that were not closed yet, each made by a flush, or several that share it.
+    commits,
+    /// Segments written to the cache device, and closed.
     segments_written,
     /// Of these, segments that were closed before they were full.
     partial_segments_written,
@@ -87,11 +89,15 @@ counters! {
 }
 
 impl AtomicCounters {
-    /// A segment of so many blocks was written to the cache device.
-    pub(super) fn appended(&self, blocks: usize) {
+    /// A commit, or the rest of a segment that is closed for this reason, was written to the cache device: so many bytes
+    /// and a header. The segment has so many blocks.
+    pub(super) fn appended(&self, reason: Reason, blocks: usize, bytes: usize) {
+        self.cache_write_bytes.add(to_u64(BLOCK_BYTES + bytes));
+        if reason == Reason::Open {
+            return self.commits.add(1);
+        }
         self.segments_written.add(1);
         self.partial_segments_written.add(u64::from(blocks < usize::from(PLACES)));
-        self.cache_write_bytes.add(to_u64((1 + blocks) * BLOCK_BYTES));
     }
 
     pub(super) fn writeback_failed(&self, error: &DeviceError) {

@@ -43,6 +43,8 @@ pub struct Status {
     pub writeback_error: Option<String>,
     /// How long recovery took.
     pub recovery_time: Duration,
+    /// How many bytes of the log it read.
+    pub recovery_bytes: u64,
     /// The tunables in force.
     pub tunables: Tunables,
     /// How long write-back takes to free a place of the log while it works, as measured of late.
@@ -76,6 +78,7 @@ impl Cache {
             failure: state.failure.as_ref().map(ToString::to_string),
             writeback_error: inner.counters.last_writeback_error().map(|error| error.to_string()),
             recovery_time: inner.recovery_time,
+            recovery_bytes: inner.recovery_bytes,
             tunables: self.tunables(),
             writeback_per_place: state.throttle.per_place(),
             statistics,

@@ -23,9 +23,15 @@ struct Rig {
 
 impl Rig {
     fn new(segments: u64, backing_blocks: usize) -> Rig {
+        Rig::with(segments, backing_blocks, true)
+    }
+
+    fn with(segments: u64, backing_blocks: usize, extended: bool) -> Rig {
         let mut content = vec![0; to_usize(SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES))];
         encode_superblock_block(content.first_chunk_mut().unwrap());
-        extend(&mut content);
+        if extended {
+            extend(&mut content);
+        }
         let old: Vec<u8> = (0..backing_blocks * 8).flat_map(|sector| stamp(sector, 0)).collect();
         Rig {
             reactor: Reactor::start().unwrap(),
@@ -73,8 +79,10 @@ fn rot_on_the_cache_device_is_never_served_and_never_written_back() {
     let rig = Rig::new(8, 64);
     let cache = rig.open();
     rig.write(&cache, 0, 8, 1);
-    rig.reactor.block_on(cache.flush()).unwrap();
+    rig.reactor.block_on(cache.close()).unwrap();
     rot(&rig, 0, 1);
+    // It was durable, so that recovery does not look at it.
+    let cache = rig.open();
     let read = rig.reactor.block_on(cache.read(Sector(0), IoBuf::zeroed(512)));
     assert!(
         read.unwrap_err().to_string().contains("does not match its checksum"),
@@ -195,8 +203,38 @@ fn met(cache: &Cache) -> Vec<(&'static str, u64)> {
 }
 
 #[test]
+fn a_flush_costs_a_header_and_what_was_written_until_the_segment_is_full() {
+    let rig = Rig::new(8, 1024);
+    let cache = rig.open();
+    cache.pause();
+    for nth in 0..130 {
+        rig.write(&cache, 8 * nth, 8, 1);
+        rig.reactor.block_on(cache.flush()).unwrap();
+        // Nothing new: nothing to write.
+        rig.reactor.block_on(cache.flush()).unwrap();
+    }
+    let counters = cache.status().statistics.counters;
+    assert_eq!((counters.commits, counters.segments_written, counters.partial_segments_written), (129, 1, 0));
+    assert_eq!((counters.write_bytes, counters.cache_write_bytes), (130 * 4096, 130 * 8192));
+    // What a commit holds is not changed in place, and merged all the same.
+    for (sector, version) in [(0, 2), (1, 3), (8 * 128, 4)] {
+        rig.write(&cache, sector, 1, version);
+        rig.reactor.block_on(cache.flush()).unwrap();
+        rig.write(&cache, sector, 1, version);
+    }
+    rig.check(&cache, 0, &[2, 3, 1]);
+    rig.check(&cache, 8 * 128, &[4, 1, 1]);
+    rig.reactor.block_on(cache.close()).unwrap();
+    let cache = rig.open();
+    rig.check(&cache, 0, &[2, 3, 1]);
+    rig.check(&cache, 8 * 128, &[4, 1, 1]);
+    rig.reactor.block_on(cache.close()).unwrap();
+}
+
+#[test]
 fn each_block_of_a_request_counts_once_by_what_it_found() {
-    let rig = Rig::new(8, 64);
+    // Without the extension, a flush closes the segment.
+    let rig = Rig::with(8, 64, false);
     let cache = rig.open();
     cache.pause();
     rig.write(&cache, 0, 16, 1);

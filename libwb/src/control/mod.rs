@@ -133,6 +133,8 @@ pub struct LiveStatus {
     pub writeback_error: Option<String>,
     /// How long recovery took, in seconds.
     pub recovery_seconds: f64,
+    /// How many bytes of the log recovery read.
+    pub recovery_bytes: u64,
     /// Tunables by name.
     pub tunables: BTreeMap<String, TunableValue>,
     /// What has happened since the volume was attached or `wbctl clear-stats`, by name.
@@ -161,6 +163,7 @@ impl LiveStatus {
             written_back_segment: status.written_back.0,
             failure: status.failure.clone(),
             writeback_error: status.writeback_error.clone(),
+            recovery_bytes: status.recovery_bytes,
             recovery_seconds: status.recovery_time.as_secs_f64(),
             tunables: by_name(&status.tunables),
             counters: status.statistics.counters.iter().map(|(key, _, value)| (key.into(), value)).collect(),

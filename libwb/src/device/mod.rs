@@ -68,7 +68,10 @@ impl DeviceError {
 
 fn describe(cause: Errno) -> &'static str {
     match cause {
-        DeviceError::ALTERED => "the data does not match its checksum; the device has altered it",
+        DeviceError::ALTERED => {
+            "the data does not match its checksum; the device has altered it. Detach the volume, run wbcheck on its cache \
+             device, then attach it with --salvage"
+        }
         other => other.desc(),
     }
 }

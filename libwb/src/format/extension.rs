@@ -4,7 +4,7 @@
 //! worked hex dump. They never change their meaning.
 
 use super::checksum::{Checksum, crc32c};
-use super::geometry::{BLOCK_BYTES, SegmentId};
+use super::geometry::{BLOCK_BYTES, PLACES, SECTOR_BYTES, SegmentId};
 use byteorder::{ByteOrder, LittleEndian};
 use uuid::Uuid;
 
@@ -45,8 +45,13 @@ mod header {
     pub(super) const DURABLE: usize = 32;
     pub(super) const WRITTEN_BACK: usize = 40;
     pub(super) const TIME: usize = 48;
+    pub(super) const HAS_COMMITS: usize = 56;
+    pub(super) const BEFORE_LENGTH: usize = 57;
+    pub(super) const BEFORE_CHECKSUM: usize = 60;
+    pub(super) const SECTOR_CRC: usize = 64;
 
-    const _: () = assert!(MARKER >= 13 && TIME + 8 <= super::super::geometry::SECTOR_BYTES);
+    const _: () = assert!(MARKER >= 13 && HAS_COMMITS == TIME + 8 && SECTOR_CRC == BEFORE_CHECKSUM + 4);
+    const _: () = assert!(SECTOR_CRC + 4 <= super::super::geometry::SECTOR_BYTES);
 }
 
 const PAGE_MARKER: &[u8; 8] = b"wb-super";
@@ -189,6 +194,8 @@ pub enum Reason {
     Close,
     /// It stands in for a segment that was lost.
     Salvage,
+    /// It was not: this is a commit, and more may have been written since.
+    Open,
     /// Something that this version does not know.
     Other(u8),
 }
@@ -201,6 +208,7 @@ impl Reason {
             Reason::Idle => 3,
             Reason::Close => 4,
             Reason::Salvage => 5,
+            Reason::Open => 6,
             Reason::Other(code) => code,
         }
     }
@@ -212,12 +220,23 @@ impl Reason {
             3 => Reason::Idle,
             4 => Reason::Close,
             5 => Reason::Salvage,
+            6 => Reason::Open,
             other => Reason::Other(other),
         }
     }
 }
 
-/// What a segment's header says beyond the base format.
+/// The first blocks of a segment, and by what they can be told to be whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Commit {
+    /// How many blocks.
+    pub length: u8,
+    /// The checksum of the base kind over them and the header, in which all entries after theirs are zeros.
+    pub checksum: u32,
+}
+
+/// What a segment's header says beyond the base format. All of it stands in the first sector, which a power cut leaves
+/// whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentExtension {
     /// [`SuperblockExtension::digest`] of the cache that the segment belongs to.
@@ -230,15 +249,29 @@ pub struct SegmentExtension {
     pub written_back: SegmentId,
     /// When the header was written, in milliseconds since 1970 (UTC).
     pub time: u64,
+    /// The commit that the header before this one made, which was durable when this one was written.
+    pub before: Option<Commit>,
 }
 
 impl SegmentExtension {
-    /// Decodes the extension of a header block, if there is one and its CRC holds for the whole block.
+    /// Decodes the extension of a header block, if there is one and its CRC holds: that of the first sector, or where
+    /// there is none, that of the whole block.
     pub(super) fn decode(block: &[u8; BLOCK_BYTES]) -> Option<SegmentExtension> {
-        let marked = block[header::MARKER..][..4] == *HEADER_MARKER;
-        if !marked || LittleEndian::read_u32(&block[header::CRC..]) != header_crc(block) {
+        if block[header::MARKER..][..4] != *HEADER_MARKER {
             return None;
         }
+        let has_commits = block[header::HAS_COMMITS] == 1;
+        let believed = match has_commits {
+            true => LittleEndian::read_u32(&block[header::SECTOR_CRC..]) == sector_crc(block),
+            false => is_whole(block),
+        };
+        if !believed {
+            return None;
+        }
+        let before = Commit {
+            length: block[header::BEFORE_LENGTH],
+            checksum: LittleEndian::read_u32(&block[header::BEFORE_CHECKSUM..]),
+        };
         let id_at = |at: usize| SegmentId(LittleEndian::read_u64(&block[at..]).min(SegmentId::MAX.0));
         Some(SegmentExtension {
             digest: LittleEndian::read_u32(&block[header::DIGEST..]),
@@ -246,6 +279,7 @@ impl SegmentExtension {
             durable: id_at(header::DURABLE),
             written_back: id_at(header::WRITTEN_BACK),
             time: LittleEndian::read_u64(&block[header::TIME..]),
+            before: Some(before).filter(|it| has_commits && (1..=PLACES).contains(&it.length)),
         })
     }
 
@@ -257,9 +291,29 @@ impl SegmentExtension {
         LittleEndian::write_u64(&mut block[header::DURABLE..], self.durable.0);
         LittleEndian::write_u64(&mut block[header::WRITTEN_BACK..], self.written_back.0);
         LittleEndian::write_u64(&mut block[header::TIME..], self.time);
+        let before = self.before.unwrap_or(Commit { length: 0, checksum: 0 });
+        block[header::HAS_COMMITS] = 1;
+        block[header::BEFORE_LENGTH] = before.length;
+        LittleEndian::write_u32(&mut block[header::BEFORE_CHECKSUM..], before.checksum);
+        let crc = sector_crc(block);
+        LittleEndian::write_u32(&mut block[header::SECTOR_CRC..], crc);
         let crc = header_crc(block);
         LittleEndian::write_u32(&mut block[header::CRC..], crc);
     }
+}
+
+/// Whether the header block of a segment with the extension is as it was written, to its last sector.
+pub(super) fn is_whole(block: &[u8; BLOCK_BYTES]) -> bool {
+    LittleEndian::read_u32(&block[header::CRC..]) == header_crc(block)
+}
+
+/// The CRC of a header's first sector, in which both CRCs count as zeros.
+fn sector_crc(block: &[u8; BLOCK_BYTES]) -> u32 {
+    let mut sector = [0; SECTOR_BYTES];
+    sector.copy_from_slice(&block[..SECTOR_BYTES]);
+    sector[header::CRC..][..4].fill(0);
+    sector[header::SECTOR_CRC..][..4].fill(0);
+    crc32c(&sector)
 }
 
 /// The CRC of a header block, in which the CRC itself counts as zeros.

@@ -1,7 +1,7 @@
 //! A segment's header block: id, checksum, length, and one metablock for each data block.
 
 use super::checksum::Checksum;
-use super::extension::SegmentExtension;
+use super::extension::{Commit, Reason, SegmentExtension, is_whole};
 use super::geometry::{
     BLOCK_BYTES, BlockNo, DirtyBits, PLACES, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, SegmentId,
 };
@@ -69,6 +69,8 @@ pub struct SegmentHeader {
     pub metablocks: Vec<Metablock>,
     /// What wb adds to the base format, where it is there and sound.
     pub extension: Option<SegmentExtension>,
+    /// Whether the extension shows that all of the header block is as it was written, not its first sector alone.
+    pub is_whole: bool,
 }
 
 impl SegmentHeader {
@@ -86,11 +88,13 @@ impl SegmentHeader {
             return Err(HeaderFault::Length(length));
         }
         let metablocks = (0..length).map(|index| decode_metablock(block, index)).collect::<Result<_, _>>()?;
+        let extension = SegmentExtension::decode(block);
         Ok(SegmentHeader {
             id: SegmentId(id),
             checksum: LittleEndian::read_u32(&block[CHECKSUM..]),
             metablocks,
-            extension: SegmentExtension::decode(block),
+            extension,
+            is_whole: extension.is_some() && is_whole(block),
         })
     }
 
@@ -109,6 +113,39 @@ impl SegmentHeader {
     pub fn verify(&self, header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> bool {
         data.len() == self.data_bytes() && checksum(header_block, data) == self.checksum
     }
+
+    /// Where [`SegmentHeader::verify`] fails: the last commit that stands all the same. That is the newest one if the
+    /// header block after its first sector is torn; or the one before, if what the newest one added is.
+    pub fn last_commit(&self, header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<Commit> {
+        let newest = Commit { length: self.length(), checksum: self.checksum };
+        let stands = |commit: &Commit| {
+            let data = data.get(..usize::from(commit.length) * BLOCK_BYTES);
+            let mut block = *header_block;
+            clear_entries(&mut block, commit.length);
+            commit.length > 0 && data.is_some_and(|data| checksum(&block, data) == commit.checksum)
+        };
+        [Some(newest), self.extension?.before].into_iter().flatten().find(stands)
+    }
+
+    /// Whether the segment, as this header has it, may lack blocks: more may have been written after it.
+    pub fn is_open(&self) -> bool {
+        self.extension.is_some_and(|extension| extension.reason == Reason::Open)
+    }
+}
+
+/// Makes zeros of all entries but the first ones.
+fn clear_entries(block: &mut [u8; BLOCK_BYTES], length: u8) {
+    block[METABLOCKS + METABLOCK_BYTES * usize::from(length)..].fill(0);
+}
+
+/// Makes the header block of a segment that stands by a commit one that says so: its newest, and last. Torn in this very
+/// write, the header still leads to the same commit. Does nothing to a header without the extension.
+pub fn close_header(block: &mut [u8; BLOCK_BYTES], last: Commit) {
+    let Some(extension) = SegmentExtension::decode(block) else { return };
+    clear_entries(block, last.length);
+    block[LENGTH] = last.length;
+    LittleEndian::write_u32(&mut block[CHECKSUM..], last.checksum);
+    SegmentExtension { reason: Reason::Flush, before: None, ..extension }.encode(block);
 }
 
 fn decode_metablock(block: &[u8; BLOCK_BYTES], index: u8) -> Result<Metablock, HeaderFault> {
@@ -125,16 +162,16 @@ fn checksum(header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> u32 {
     Checksum::default().append(&header_block[HEADER_CHECKSUM_START..]).append(data).value()
 }
 
-/// Writes a header block for `data`, which holds one block for each metablock, and computes its checksum. The
-/// CRCs of the metablocks, where there are any, must be right.
+/// Writes a header block for `data`, which holds one block for each metablock, and computes its checksum, which it
+/// returns. The CRCs of the metablocks, where there are any, must be right; if all have one, no data is needed.
 pub fn encode_header(
     block: &mut [u8; BLOCK_BYTES],
     id: SegmentId,
     metablocks: &[Metablock],
     data: &[u8],
     extension: Option<&SegmentExtension>,
-) {
-    assert!(metablocks.len() <= usize::from(PLACES) && data.len() == metablocks.len() * BLOCK_BYTES);
+) -> u32 {
+    assert!(metablocks.len() <= usize::from(PLACES));
     block.fill(0);
     for (index, metablock) in metablocks.iter().enumerate() {
         let at = METABLOCKS + METABLOCK_BYTES * index;
@@ -146,10 +183,10 @@ pub fn encode_header(
         }
     }
     let mut sum = Checksum::default().append(&block[HEADER_CHECKSUM_START..]);
-    for (metablock, data) in metablocks.iter().zip(data.chunks(BLOCK_BYTES)) {
+    for (index, metablock) in metablocks.iter().enumerate() {
         sum = match metablock.crc {
             Some(crc) => sum.append_block_crc(crc),
-            None => sum.append(data),
+            None => sum.append(&data[index * BLOCK_BYTES..][..BLOCK_BYTES]),
         };
     }
     LittleEndian::write_u64(&mut block[ID..], id.0);
@@ -161,6 +198,7 @@ pub fn encode_header(
     if let Some(extension) = extension {
         extension.encode(block);
     }
+    sum.value()
 }
 
 /// Makes a sound header block that of an empty segment, which changes nothing but its first sector: a power cut
@@ -171,13 +209,14 @@ pub fn empty_header(block: &mut [u8; BLOCK_BYTES]) {
     let sum = checksum(block, &[]);
     LittleEndian::write_u32(&mut block[CHECKSUM..], sum);
     if let Some(extension) = extension {
-        extension.encode(block);
+        SegmentExtension { before: None, ..extension }.encode(block);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::crc32c;
     use proptest::prelude::*;
 
     fn metablocks() -> impl Strategy<Value = Vec<Metablock>> {
@@ -187,6 +226,112 @@ mod tests {
             crc: None,
         });
         prop::collection::vec(one, 0..=usize::from(PLACES))
+    }
+
+    fn extension(reason: Reason, before: Option<Commit>) -> SegmentExtension {
+        let (durable, written_back) = (SegmentId(2), SegmentId(1));
+        SegmentExtension { digest: 7, reason, durable, written_back, time: 5, before }
+    }
+
+    /// The header blocks of two commits of one segment, and its data.
+    fn commits(first: u8, second: u8) -> ([[u8; BLOCK_BYTES]; 2], Vec<u8>) {
+        let fill = |index: u8| [index ^ 0x5a; BLOCK_BYTES];
+        let entry = |index: u8| Metablock {
+            block: BlockNo(u64::from(index % 5)),
+            dirty: DirtyBits(1 | index),
+            crc: Some(crc32c(&fill(index))),
+        };
+        let entries: Vec<_> = (0..second).map(entry).collect();
+        let data: Vec<u8> = (0..second).flat_map(fill).collect();
+        let mut blocks = [[0; BLOCK_BYTES]; 2];
+        let checksum = encode_header(
+            &mut blocks[0],
+            SegmentId(3),
+            &entries[..usize::from(first)],
+            &[],
+            Some(&extension(Reason::Open, None)),
+        );
+        let before = Some(Commit { length: first, checksum });
+        encode_header(&mut blocks[1], SegmentId(3), &entries, &[], Some(&extension(Reason::Full, before)));
+        (blocks, data)
+    }
+
+    /// What a header block of which some sectors are the old ones and some the new leads to.
+    fn stands(block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<u8> {
+        let header = SegmentHeader::decode(block).expect("sound sectors");
+        let data = &data[..header.data_bytes()];
+        if header.verify(block, data) {
+            Some(header.length())
+        } else {
+            header.last_commit(block, data).map(|last| last.length)
+        }
+    }
+
+    fn mix(old: &[u8; BLOCK_BYTES], new: &[u8; BLOCK_BYTES], mask: u32) -> [u8; BLOCK_BYTES] {
+        let mut block = *old;
+        for sector in (0..8).filter(|sector| mask >> sector & 1 == 1) {
+            let range = sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES;
+            block[range.clone()].copy_from_slice(&new[range]);
+        }
+        block
+    }
+
+    #[test]
+    fn a_torn_header_leads_to_the_commit_before_or_the_new_one_and_so_does_closing_it_torn() {
+        for (first, second) in [(1, 2), (1, PLACES), (31, 33), (33, 40), (126, PLACES), (5, 5)] {
+            let ([old, new], data) = commits(first, second);
+            let mut lost = data.clone();
+            lost[usize::from(first) * BLOCK_BYTES..].fill(0xee);
+            for (data, mask) in
+                [&data, &lost].into_iter().flat_map(|data| (0..256).map(move |mask| (data, mask)))
+            {
+                let block = mix(&old, &new, mask);
+                let header = SegmentHeader::decode(&block).unwrap();
+                let last =
+                    header.last_commit(&block, &data[..header.data_bytes()]).expect("at least the first");
+                let may_be = if *data == lost || mask & 1 == 0 { &[first][..] } else { &[first, second] };
+                assert!(may_be.contains(&last.length), "{first} {second} {mask:#x}: {last:?}");
+                assert_eq!(stands(&block, data), Some(last.length));
+                let mut closed = block;
+                close_header(&mut closed, last);
+                let header = SegmentHeader::decode(&closed).unwrap();
+                assert!(
+                    header.is_whole
+                        && !header.is_open()
+                        && header.verify(&closed, &data[..header.data_bytes()])
+                );
+                for mask in 0..256 {
+                    assert_eq!(stands(&mix(&block, &closed, mask), data), Some(last.length));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_header_from_before_commits_is_read_as_ever() {
+        let ([mut block, _], data) = commits(3, 4);
+        // As it was then: nothing after the time.
+        block[56..SECTOR_BYTES].fill(0);
+        let mut zeroed = block;
+        zeroed[24..28].fill(0);
+        let crc = crc32c(&zeroed);
+        LittleEndian::write_u32(&mut block[24..], crc);
+        let header = SegmentHeader::decode(&block).unwrap();
+        let found = header.extension.expect("a sound extension");
+        assert_eq!((found.before, found.time, header.is_whole), (None, 5, true));
+        assert!(header.verify(&block, &data[..header.data_bytes()]));
+        block[SECTOR_BYTES + 3] ^= 1;
+        assert_eq!(SegmentHeader::decode(&block).unwrap().extension, None);
+    }
+
+    #[test]
+    fn any_damage_to_the_first_sector_is_noticed() {
+        let ([block, _], _) = commits(3, 4);
+        for at in (16..SECTOR_BYTES).filter(|at| !(24..28).contains(at)) {
+            let mut damaged = block;
+            damaged[at] ^= 4;
+            assert_eq!(SegmentHeader::decode(&damaged).unwrap().extension, None, "byte {at}");
+        }
     }
 
     proptest! {

@@ -2,12 +2,12 @@
 
 use super::LogError;
 use super::recovery::recover;
-use super::scan::{BackingFacts, check_identity, read_superblock, scan};
-use crate::device::{Device, DeviceError, IoBuf, SharedBuf};
+use super::scan::{BackingFacts, check_identity, read_slot, read_superblock, scan};
+use crate::device::{Device, DeviceError, IoBuf, Operation, SharedBuf};
 use crate::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, Reason, SUPERBLOCK_OFFSET,
-    SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId, Slot, SuperblockExtension, encode_header,
-    encode_record_block, encode_superblock_block, to_usize,
+    BLOCK_BYTES, Commit, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, Reason, SEGMENT_BYTES,
+    SUPERBLOCK_OFFSET, SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId, Slot, SuperblockExtension,
+    close_header, encode_header, encode_record_block, encode_superblock_block, to_u64, to_usize,
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 
@@ -87,6 +87,7 @@ pub(super) fn filler_extension(page: &SuperblockExtension) -> SegmentExtension {
         durable: SegmentId::NONE,
         written_back: SegmentId::NONE,
         time: 0,
+        before: None,
     }
 }
 
@@ -108,6 +109,30 @@ pub(crate) async fn write_filler(
         encode_header(block.block_at_mut(0), id, &[], &[], extension.as_ref());
     }
     device.write(geometry.slot_offset(slot), block.into()).await
+}
+
+/// Makes the header of a segment of which only a commit is there say that it ends with that. It is durable after a flush,
+/// and whatever a power cut leaves of it leads to the same commit. What a scan finds valid after that segment must be gone
+/// before.
+///
+/// # Errors
+/// When the device fails, or the segment is not there any more.
+pub(crate) async fn close_segment(
+    device: &Device,
+    geometry: Geometry,
+    id: SegmentId,
+) -> Result<(), DeviceError> {
+    let offset = geometry.slot_offset(geometry.slot_of(id));
+    let content = read_slot(device, geometry, geometry.slot_of(id)).await;
+    let header = content.header.filter(|_| content.state.valid_id() == Some(id));
+    let Some(header) = header else {
+        let (device, length) = (device.name().clone(), to_u64(SEGMENT_BYTES));
+        let cause = DeviceError::ALTERED;
+        return Err(DeviceError { device, operation: Operation::Read, offset, length, cause });
+    };
+    let mut block = device.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await?;
+    close_header(block.block_at_mut(0), Commit { length: header.length(), checksum: header.checksum });
+    device.write(offset, block.into()).await
 }
 
 /// Records that the backing device has grown, which its identity cannot show.
@@ -134,7 +159,7 @@ pub async fn accept_growth(device: &Device, backing: &BackingFacts<'_>) -> Resul
 mod tests {
     use super::*;
     use crate::device::MemDevice;
-    use crate::format::{SEGMENT_BYTES, SegmentId, to_u64};
+    use crate::format::{SEGMENT_BYTES, SegmentId};
     use crate::log::recovery::recover;
     use crate::log::scan::{SlotState, read_superblock, scan};
     use futures_lite::future::block_on;

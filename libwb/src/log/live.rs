@@ -2,7 +2,7 @@
 
 use super::LogError;
 use super::recovery::Recovery;
-use super::scan::read_header;
+use super::scan::{read_header, read_slot};
 use crate::device::Device;
 use crate::format::{Geometry, Metablock, Sector, SegmentHeader, SegmentId};
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -36,7 +36,8 @@ pub struct Totals {
     pub beyond_count: u64,
 }
 
-/// Reads the headers of segments that a scan found valid, several at a time, and shows them in the order of `ids`.
+/// Reads the headers of segments that a scan found valid, several at a time, and shows them in the order of `ids`. That of
+/// `open_end` ([`Recovery::open_end`]) is shown as far as it stands.
 ///
 /// # Errors
 /// When a segment is not there any more, or the device fails.
@@ -44,9 +45,17 @@ pub async fn visit_headers(
     device: &Device,
     geometry: Geometry,
     ids: impl IntoIterator<Item = SegmentId>,
+    open_end: Option<SegmentId>,
     mut visit: impl FnMut(&SegmentHeader),
 ) -> Result<(), LogError> {
-    let reads = ids.into_iter().map(|id| read_header(device, geometry, id));
+    let reads = ids.into_iter().map(async |id| {
+        if open_end != Some(id) {
+            return read_header(device, geometry, id).await;
+        }
+        let content = read_slot(device, geometry, geometry.slot_of(id)).await;
+        let header = content.header.filter(|_| content.state.valid_id() == Some(id));
+        header.ok_or_else(|| LogError::Changed { device: device.name().to_string(), id })
+    });
     let mut headers = stream::iter(reads).buffered(HEADER_DEPTH);
     while let Some(header) = headers.try_next().await? {
         visit(&header);
@@ -63,11 +72,12 @@ pub async fn totals(
     device: &Device,
     geometry: Geometry,
     ids: impl IntoIterator<Item = SegmentId>,
+    open_end: Option<SegmentId>,
     backing_sectors: Option<u64>,
 ) -> Result<Totals, LogError> {
     let mut totals = Totals::default();
     let mut blocks = Vec::new();
-    visit_headers(device, geometry, ids, |header| {
+    visit_headers(device, geometry, ids, open_end, |header| {
         for entry in &header.metablocks {
             let Some(last) = last_dirty_sector(entry) else {
                 totals.clean_entries += 1;
@@ -100,7 +110,7 @@ pub async fn live_totals(
     recovery: &Recovery,
     backing_sectors: Option<u64>,
 ) -> Result<Totals, LogError> {
-    totals(device, geometry, recovery.live(), backing_sectors).await
+    totals(device, geometry, recovery.live(), recovery.open_end(), backing_sectors).await
 }
 
 fn last_dirty_sector(entry: &Metablock) -> Option<Sector> {
@@ -137,7 +147,7 @@ mod tests {
     #[test]
     fn a_block_that_was_written_again_is_one_dirty_block() {
         let (device, geometry) = device();
-        let t = block_on(totals(&device, geometry, [SegmentId(1), SegmentId(2)], None)).unwrap();
+        let t = block_on(totals(&device, geometry, [SegmentId(1), SegmentId(2)], None, None)).unwrap();
         assert_eq!((t.dirty_entries, t.dirty_blocks, t.clean_entries, t.beyond_count), (3, 2, 1, 0));
     }
 
@@ -145,9 +155,9 @@ mod tests {
     fn only_dirty_sectors_beyond_the_end_are_reported() {
         let (device, geometry) = device();
         let ids = [SegmentId(1), SegmentId(2)];
-        let t = block_on(totals(&device, geometry, ids, Some(16))).unwrap();
+        let t = block_on(totals(&device, geometry, ids, None, Some(16))).unwrap();
         assert_eq!(t.beyond, [Beyond { id: SegmentId(2), sector: Sector(u64::MAX) }]);
-        let t = block_on(totals(&device, geometry, ids, Some(9))).unwrap();
+        let t = block_on(totals(&device, geometry, ids, None, Some(9))).unwrap();
         assert_eq!(t.beyond_count, 2);
     }
 
@@ -155,7 +165,7 @@ mod tests {
     fn a_segment_that_is_not_there_is_an_error() {
         let (device, geometry) = device();
         assert!(matches!(
-            block_on(totals(&device, geometry, [SegmentId(3)], None)),
+            block_on(totals(&device, geometry, [SegmentId(3)], None, None)),
             Err(LogError::Changed { id: SegmentId(3), .. })
         ));
     }

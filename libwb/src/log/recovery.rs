@@ -5,7 +5,8 @@
 //! ([`Geometry::loss_window`]). ARCHITECTURE.md gives the rule and why it holds.
 
 use super::scan::{SlotFault, SlotState, Superblock};
-use crate::format::{Geometry, SegmentExtension, SegmentId, Slot, SuperblockExtension};
+use crate::format::{Geometry, Reason, SegmentExtension, SegmentId, Slot, SuperblockExtension};
+use std::borrow::Cow;
 use std::ops::RangeInclusive;
 
 #[cfg(test)]
@@ -145,6 +146,10 @@ pub struct Recovery {
     pub damage: Vec<Damage>,
     /// Damage that no power cut explains. When there is any, nothing may be written to either device.
     pub corruption: Vec<Corruption>,
+    /// The segment at P was not closed, as far as its header tells. It must be before the log goes on.
+    pub is_open: bool,
+    /// So it is, and what was written of it after its last commit is torn.
+    pub is_cut_short: bool,
 }
 
 impl Recovery {
@@ -152,6 +157,11 @@ impl Recovery {
     pub fn live(&self) -> impl DoubleEndedIterator<Item = SegmentId> + use<> {
         let range: RangeInclusive<u64> = self.first_live().0..=self.point.0;
         range.map(SegmentId)
+    }
+
+    /// The segment at P, if its header must be rewritten because of [`Recovery::is_open`].
+    pub fn open_end(&self) -> Option<SegmentId> {
+        self.is_open.then_some(self.point)
     }
 
     /// How many segments there are to apply.
@@ -197,6 +207,13 @@ impl Claims {
         }
         claims
     }
+
+    /// Closing in order makes everything durable as well, and that stays true whoever has written since.
+    fn with_mark(superblock: &Superblock, segments: &[Valid]) -> Claims {
+        let claims = Claims::of(segments);
+        let clean = superblock.extension.as_ref().and_then(|extension| extension.clean).unwrap_or_default();
+        Claims { durable: claims.durable.max(clean), ..claims }
+    }
 }
 
 pub(super) type Valid = (SegmentId, Option<SegmentExtension>);
@@ -209,10 +226,52 @@ pub(super) fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid>
     (!foreign).then_some((*id, *extension))
 }
 
+/// Up to where every segment was durable, as far as the headers tell, damaged data or not. Nothing on a device that the
+/// kernel module has written since: it overwrites what it has not recorded as written back.
+pub(super) fn durable_by_headers(superblock: &Superblock, slots: &[SlotState]) -> SegmentId {
+    let segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
+    match segments.iter().max_by_key(|&&(id, _)| id) {
+        Some((_, Some(_))) => Claims::with_mark(superblock, &segments).durable,
+        _ => SegmentId::NONE,
+    }
+}
+
+/// The verdicts of a scan, in which a segment that lacks blocks counts as damaged unless a power cut explains that: it must
+/// be one of those that had not become durable, and the log cannot have gone on after it.
+pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a, [SlotState]> {
+    let segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
+    let highest = segments.iter().map(|&(id, _)| id).max().unwrap_or_default();
+    let modules = segments.iter().filter(|(_, extension)| extension.is_none()).map(|&(id, _)| id).max();
+    let durable = Claims::with_mark(superblock, &segments).durable;
+    let window = superblock.geometry.loss_window();
+    let is_unexplained = |id: SegmentId| id <= durable || highest.since(id) >= window || Some(id) < modules;
+    let lacking = |state: &SlotState| match *state {
+        SlotState::Valid { id, length, .. } if lacks_blocks(superblock, slots, id) && is_unexplained(id) => {
+            Some(SlotFault::CutShort { id, length })
+        }
+        _ => None,
+    };
+    if !slots.iter().any(|state| lacking(state).is_some()) {
+        return Cow::Borrowed(slots);
+    }
+    slots.iter().map(|state| lacking(state).map_or_else(|| state.clone(), SlotState::Invalid)).collect()
+}
+
+/// Whether a valid segment lacks blocks, or may: the log ends with it. After one that is open but whole the kernel module may
+/// have gone on.
+fn lacks_blocks(superblock: &Superblock, slots: &[SlotState], id: SegmentId) -> bool {
+    let state = |id| &slots[slot_index(superblock.geometry.slot_of(id))];
+    let SlotState::Valid { id: found, cut_short, extension, .. } = state(id) else { return false };
+    let is_open = extension.is_some_and(|extension| extension.reason == Reason::Open);
+    let goes_on = || valid(state(id.next()), superblock) == Some((id.next(), None));
+    *found == id && (*cut_short || is_open && !goes_on())
+}
+
 /// Applies the rule to the verdicts of a scan, one for each slot.
 pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     let &Superblock { geometry, record, .. } = superblock;
     assert_eq!(slots.len(), geometry.all_slots().len());
+    let slots = &*explained(superblock, slots);
     let window = geometry.loss_window();
     let is_valid = |id: SegmentId| {
         let state = &slots[slot_index(geometry.slot_of(id))];
@@ -222,18 +281,16 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     let mut segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
     segments.sort_unstable_by_key(|&(id, _)| id);
     let (highest, newest) = segments.last().copied().unwrap_or_default();
-    let mut claims = Claims::of(&segments);
-    if let Some(clean) = superblock.extension.as_ref().and_then(|extension| extension.clean) {
-        // Closing in order made everything durable, and that stays true whoever has written since.
-        claims.durable = claims.durable.max(clean);
-    }
+    let claims = Claims::with_mark(superblock, &segments);
     let written_back = record.max(highest.minus(geometry.lap())).max(claims.written_back);
     let by_module = superblock.extension.is_none() || newest.is_none();
     let skipped = if by_module { skipped(geometry, highest, written_back, is_valid) } else { Vec::new() };
     let start = skipped.last().copied().unwrap_or(written_back).next();
     let mut point = start.minus(1);
-    while point < highest && is_valid(point.next()) {
+    let mut is_open = false;
+    while point < highest && !is_open && is_valid(point.next()) {
         point = point.next();
+        is_open = lacks_blocks(superblock, slots, point);
     }
 
     let dropped = segments.iter().map(|&(id, _)| id).filter(|&id| id > point).collect();
@@ -246,6 +303,9 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
         dropped,
         damage: Vec::new(),
         corruption: Vec::new(),
+        is_open,
+        is_cut_short: is_open
+            && matches!(slots[slot_index(geometry.slot_of(point))], SlotState::Valid { cut_short: true, .. }),
     };
     if claims.durable > point {
         let durable = claims.durable;

@@ -119,7 +119,8 @@ impl Log {
         let metablocks: Vec<_> = blocks.enumerate().map(entry).collect();
         let digest = self.page.as_ref().map(SuperblockExtension::digest).unwrap_or_default();
         let (durable, written_back) = (SegmentId(durable), SegmentId::NONE);
-        let extension = SegmentExtension { digest, reason: Reason::Full, durable, written_back, time: 1 };
+        let (reason, before) = (Reason::Full, None);
+        let extension = SegmentExtension { digest, reason, durable, written_back, time: 1, before };
         let at = self.at(id);
         let segment = &mut self.image[at..at + SEGMENT_BYTES];
         encode_header(
@@ -202,9 +203,9 @@ pub(super) fn volume(image: &[u8]) -> Option<BTreeMap<u64, u8>> {
     if scanned.is_corrupt() {
         return None;
     }
-    let geometry = scanned.superblock.geometry;
+    let (geometry, recovery) = (scanned.superblock.geometry, scanned.recovery());
     let mut volume = BTreeMap::new();
-    block_on(visit_headers(&device, geometry, scanned.recovery().live(), |header| {
+    block_on(visit_headers(&device, geometry, recovery.live(), recovery.open_end(), |header| {
         let data = to_usize(geometry.slot_offset(geometry.slot_of(header.id))) + BLOCK_BYTES;
         for (nth, entry) in header.metablocks.iter().enumerate() {
             volume.insert(entry.block.0, image[data + nth * BLOCK_BYTES]);

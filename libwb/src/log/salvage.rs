@@ -18,9 +18,9 @@ mod words;
 pub use words::{Summary, segments, ways_on};
 
 use super::LogError;
-use super::create::{write_extension, write_filler, write_record};
+use super::create::{close_segment, write_extension, write_filler, write_record};
 use super::live::{totals, visit_headers};
-use super::recovery::{Recovery, recover};
+use super::recovery::{Recovery, explained, recover};
 use super::scan::{
     BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock, read_slot_header,
     scan,
@@ -120,7 +120,13 @@ impl Scanned {
         superblock.magic.map_err(fault)?;
         superblock.check_extension(device)?;
         let slots = scan(device, superblock.geometry, |slot, _| progress(slot)).await;
-        Ok(Scanned { superblock, slots })
+        Ok(Scanned::of(superblock, &slots))
+    }
+
+    /// The verdicts of a scan, seen together.
+    pub fn of(superblock: RawSuperblock, slots: &[SlotState]) -> Scanned {
+        let slots = explained(&superblock.or_no_record(), slots).into_owned();
+        Scanned { superblock, slots }
     }
 
     /// What recovery makes of it.
@@ -235,7 +241,8 @@ impl Plan {
         if let Some(extension) = &self.extension {
             check_pairing(device, extension, backing)?;
         }
-        let held = totals(device, self.geometry, self.kept(), Some(backing.sectors)).await?;
+        let sectors = Some(backing.sectors);
+        let held = totals(device, self.geometry, self.kept(), self.draft.open_end, sectors).await?;
         match held.beyond.first() {
             None => Ok(()),
             Some(beyond) => Err(LogError::BeyondBacking {
@@ -273,6 +280,10 @@ impl Plan {
         device.flush().await?;
         if let Some(change) = self.draft.decisive {
             self.change(device, change).await?;
+            device.flush().await?;
+        }
+        if let Some(id) = self.draft.open_end {
+            close_segment(device, self.geometry, id).await?;
             device.flush().await?;
         }
         if let Some(page) = &self.page {
@@ -315,7 +326,7 @@ impl Plan {
             newest.extend(lost.blocks.iter().map(|&block| (block, SegmentId::NONE)));
         }
         if !newest.is_empty() {
-            visit_headers(device, self.geometry, self.kept(), |header| {
+            visit_headers(device, self.geometry, self.kept(), self.draft.open_end, |header| {
                 for entry in header.metablocks.iter().filter(|entry| !entry.dirty.is_clean()) {
                     if let Some(id) = newest.get_mut(&entry.block) {
                         *id = header.id;

@@ -1,6 +1,7 @@
 //! Walking the slots of a cache device: read, decode, verify.
 
 use super::LogError;
+use super::recovery::{durable_by_headers, slot_index, valid};
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, HeaderFault, PageFault, RECORD_BLOCK_OFFSET, SECTOR_BYTES,
@@ -204,6 +205,14 @@ pub enum SlotFault {
         /// The id found.
         id: SegmentId,
     },
+    /// Only its first blocks are whole, and no power cut explains that.
+    #[error("segment {id} has a wrong checksum; only its first {length} blocks can be proved")]
+    CutShort {
+        /// The id found.
+        id: SegmentId,
+        /// How many blocks its last commit covers.
+        length: u8,
+    },
     /// The device failed to read it.
     #[error(transparent)]
     Unreadable(#[from] DeviceError),
@@ -222,6 +231,8 @@ pub enum SlotState {
         length: u8,
         /// What its header says beyond the base format.
         extension: Option<SegmentExtension>,
+        /// It stands by a commit. What was written of it after that is torn.
+        cut_short: bool,
     },
     /// Something else.
     Invalid(SlotFault),
@@ -242,10 +253,18 @@ impl SlotState {
 pub struct SlotContent {
     /// The verdict.
     pub state: SlotState,
-    /// The header, where one could be decoded and is not empty.
+    /// The header, where one could be decoded and is not empty. That of a segment that is cut short has only the entries of
+    /// the commit that stands.
     pub header: Option<SegmentHeader>,
-    /// The data blocks that the header counts, where they could be read.
+    /// The data blocks that the header on the device counts, where they could be read.
     pub data: Option<IoBuf>,
+}
+
+impl SlotContent {
+    /// How many bytes of the device were read for it.
+    pub fn bytes_read(&self) -> u64 {
+        to_u64(BLOCK_BYTES + self.data.as_ref().map_or(0, |data| data.len()))
+    }
 }
 
 /// Reads a slot whole and verifies it. A device error is part of the verdict, not a failure.
@@ -274,13 +293,18 @@ async fn fill_slot(
         0 => IoBuf::zeroed(0),
         bytes => device.read(offset + to_u64(BLOCK_BYTES), IoBuf::zeroed(bytes)).await?,
     };
-    let sound = header.verify(block.block_at(0), &data);
+    let whole = header.verify(block.block_at(0), &data);
+    let last = if whole { None } else { header.last_commit(block.block_at(0), &data) };
+    if let Some(last) = last {
+        header.metablocks.truncate(usize::from(last.length));
+        header.checksum = last.checksum;
+    }
     content.data = Some(data);
-    let id = header.id;
+    let (id, sound) = (header.id, whole || last.is_some());
     match (geometry.slot_of(id) == slot, sound) {
         (true, true) => {
             let (length, extension) = (header.length(), header.extension);
-            content.state = SlotState::Valid { id, length, extension };
+            content.state = SlotState::Valid { id, length, extension, cut_short: !whole };
         }
         (true, false) => return Err(SlotFault::Checksum { id }),
         (false, sound) => return Err(SlotFault::WrongSlot { id, sound }),
@@ -288,8 +312,8 @@ async fn fill_slot(
     Ok(())
 }
 
-/// Reads a slot's header block alone. The state is [`SlotState::Valid`] when nothing in the header speaks against it;
-/// the data is not read and the checksum not verified.
+/// Reads a slot's header block alone, unless that is torn. The state is [`SlotState::Valid`] when nothing in the header
+/// speaks against it; the data is not read and the checksum not verified.
 pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -> SlotContent {
     let mut content = SlotContent { state: SlotState::Empty, header: None, data: None };
     let read = device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await;
@@ -299,11 +323,15 @@ pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -
     content.state = match decoded {
         Err(fault) => SlotState::Invalid(fault),
         Ok(header) if header.id == SegmentId::NONE => SlotState::Empty,
+        // Which of its commits stands, the data tells.
+        Ok(header) if header.extension.is_some() && !header.is_whole => {
+            return read_slot(device, geometry, slot).await;
+        }
         Ok(header) => {
             let (id, length, extension) = (header.id, header.length(), header.extension);
             content.header = Some(header);
             if geometry.slot_of(id) == slot {
-                SlotState::Valid { id, length, extension }
+                SlotState::Valid { id, length, extension, cut_short: false }
             } else {
                 SlotState::Invalid(SlotFault::WrongSlot { id, sound: false })
             }
@@ -333,6 +361,37 @@ pub async fn scan_headers(
         .all_slots()
         .map(|slot| async move { (slot, read_slot_header(device, geometry, slot).await) });
     gather(stream::iter(reads).buffered(HEADER_SCAN_DEPTH), geometry, visit).await
+}
+
+/// As [`scan`], but does not read the data of segments that are known to have been durable, if their headers are sound:
+/// see [`durable_by_headers`]. A slot may be shown twice; what is shown last counts.
+pub async fn scan_trusting(
+    device: &Device,
+    superblock: &Superblock,
+    mut visit: impl FnMut(Slot, &SlotContent),
+) -> Vec<SlotState> {
+    let geometry = superblock.geometry;
+    let mut closed = Vec::with_capacity(geometry.all_slots().len());
+    let mut states = scan_headers(device, geometry, |slot, content| {
+        closed.push(content.header.as_ref().is_some_and(|header| header.is_whole && !header.is_open()));
+        visit(slot, content);
+    })
+    .await;
+    let durable = durable_by_headers(superblock, &states);
+    let is_trusted = |(state, closed): (&SlotState, bool)| {
+        let ours = valid(state, superblock).filter(|(_, extension)| closed && extension.is_some());
+        ours.is_some_and(|(id, _)| id <= durable)
+    };
+    let proved = states.iter().zip(closed).map(|each| matches!(each.0, SlotState::Empty) || is_trusted(each));
+    let rest: Vec<Slot> =
+        geometry.all_slots().zip(proved).filter_map(|(slot, proved)| (!proved).then_some(slot)).collect();
+    let reads = rest.into_iter().map(|slot| async move { (slot, read_slot(device, geometry, slot).await) });
+    let mut reads = stream::iter(reads).buffered(SCAN_DEPTH);
+    while let Some((slot, content)) = reads.next().await {
+        visit(slot, &content);
+        states[slot_index(slot)] = content.state;
+    }
+    states
 }
 
 async fn gather(

@@ -13,7 +13,7 @@ fn log(slots: u64, newest: u64, torn: &[u64]) -> Vec<SlotState> {
         .map(|slot| match g.id_in_slot(slot, SegmentId(newest)) {
             SegmentId::NONE => SlotState::Empty,
             id if torn.contains(&id.0) => SlotState::Invalid(SlotFault::Checksum { id }),
-            id => SlotState::Valid { id, length: 127, extension: None },
+            id => SlotState::Valid { id, length: 127, extension: None, cut_short: false },
         })
         .collect()
 }
@@ -56,7 +56,7 @@ fn a_torn_newest_segment_is_a_power_cut() {
 fn a_hole_drops_what_follows_and_the_stale_segment_in_it_is_not_applied() {
     // Segment 20 was lost; its slot still holds segment 6, which is valid and older than 7.
     let mut states = log(14, 22, &[]);
-    states[5] = SlotState::Valid { id: SegmentId(6), length: 127, extension: None };
+    states[5] = SlotState::Valid { id: SegmentId(6), length: 127, extension: None, cut_short: false };
     let r = run(14, 0, &states);
     assert_eq!(r.live().collect::<Vec<_>>(), ids(9..=19));
     assert_eq!(r.dropped, ids([21, 22]));
@@ -100,7 +100,7 @@ fn a_truncated_device_is_noticed() {
         .map(|slot| {
             let id = geometry(14).id_in_slot(Slot(slot), SegmentId(30));
             if geometry(10).slot_of(id) == Slot(slot) {
-                SlotState::Valid { id, length: 1, extension: None }
+                SlotState::Valid { id, length: 1, extension: None, cut_short: false }
             } else {
                 SlotState::Invalid(SlotFault::WrongSlot { id, sound: true })
             }
@@ -120,10 +120,11 @@ fn a_record_beyond_the_log_is_corruption() {
 fn extended(durable: u64, written_back: u64) -> Option<SegmentExtension> {
     Some(SegmentExtension {
         digest: page().digest(),
-        reason: crate::format::Reason::Full,
+        reason: Reason::Full,
         durable: SegmentId(durable),
         written_back: SegmentId(written_back),
         time: 0,
+        before: None,
     })
 }
 
@@ -227,12 +228,60 @@ fn a_segment_of_an_earlier_cache_is_not_taken_for_one_of_this() {
     assert!(r.dropped.is_empty() && r.corruption.is_empty());
 }
 
+/// As [`run_extended`], with segments that end with a commit, or are cut short.
+fn run_with_commits(states: Vec<SlotState>, open: &[u64], short: &[u64], durable: u64) -> Recovery {
+    let mut states = states;
+    for state in &mut states {
+        let SlotState::Valid { id, extension, cut_short, .. } = state else { continue };
+        let claims = extended(durable.min(id.0 - 1), 0).unwrap();
+        let is_open = open.contains(&id.0);
+        let reason = if is_open { Reason::Open } else { Reason::Full };
+        *extension = Some(SegmentExtension { reason, ..claims });
+        *cut_short = short.contains(&id.0);
+    }
+    let superblock = Superblock { geometry: geometry(14), record: SegmentId(0), extension: Some(page()) };
+    recover(&superblock, &states)
+}
+
+#[test]
+fn the_log_ends_with_a_segment_that_was_not_closed() {
+    for (open, short) in [(&[7][..], &[][..]), (&[], &[7]), (&[7], &[7])] {
+        let r = run_with_commits(log(14, 9, &[]), open, short, 6);
+        assert_eq!((r.point, r.dropped.clone(), r.corruption.clone()), (SegmentId(7), ids([8, 9]), vec![]));
+        assert_eq!((r.open_end(), r.is_cut_short), (Some(SegmentId(7)), !short.is_empty()));
+        let r = run_with_commits(log(14, 7, &[]), open, short, 6);
+        assert_eq!((r.point, r.open_end()), (SegmentId(7), Some(SegmentId(7))));
+    }
+}
+
+#[test]
+fn a_segment_that_lacks_blocks_though_it_was_durable_is_corruption() {
+    for (open, short) in [(&[7][..], &[][..]), (&[], &[7])] {
+        // A later header knew it to be durable; or a power cut does not reach so far back.
+        let r = run_with_commits(log(14, 9, &[]), open, short, 7);
+        let durable = SegmentId(7);
+        assert_eq!(r.corruption, [Corruption::DurableMissing { missing: durable, durable }]);
+        let r = run_with_commits(log(14, 10, &[]), open, short, 6);
+        assert!(matches!(r.corruption[..], [Corruption::Gap { missing: SegmentId(7), .. }]), "{r:?}");
+        assert_eq!((r.point, r.open_end()), (SegmentId(6), None));
+    }
+}
+
+#[test]
+fn the_kernel_module_goes_on_after_a_segment_that_was_not_closed() {
+    let r = run_extended(14, 0, log(14, 9, &[]), |id| {
+        let reason = if id == 7 { Reason::Open } else { Reason::Full };
+        (id < 8).then(|| SegmentExtension { reason, ..extended(id - 1, 0).unwrap() })
+    });
+    assert_eq!((r.point, r.open_end(), r.corruption), (SegmentId(9), None, vec![]));
+}
+
 fn any_state() -> impl Strategy<Value = SlotState> {
     let id =
         prop_oneof![0..40u64, any::<u64>().prop_map(|id| id % (SegmentId::MAX.0 + 1))].prop_map(SegmentId);
     prop_oneof![
         Just(SlotState::Empty),
-        id.clone().prop_map(|id| SlotState::Valid { id, length: 1, extension: None }),
+        id.clone().prop_map(|id| SlotState::Valid { id, length: 1, extension: None, cut_short: false }),
         id.prop_map(|id| SlotState::Invalid(SlotFault::Checksum { id })),
     ]
 }

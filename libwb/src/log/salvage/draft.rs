@@ -4,9 +4,9 @@
 //! what follows P is kept.
 
 use super::Way;
-use crate::format::{Geometry, SegmentId, Slot, SuperblockFault};
+use crate::format::{Geometry, Reason, SegmentExtension, SegmentId, Slot, SuperblockFault};
 use crate::log::create::filler_extension;
-use crate::log::recovery::{Corruption, LAST_SANE_ID, Recovery, recover, slot_index, valid};
+use crate::log::recovery::{Corruption, LAST_SANE_ID, Recovery, explained, recover, slot_index, valid};
 use crate::log::scan::{RawSuperblock, SlotFault, SlotState, Superblock};
 
 /// A slot that is to be rewritten.
@@ -50,6 +50,8 @@ pub(super) struct Draft {
     pub(super) changes: Vec<Change>,
     /// Comes after all others. Until then recovery refuses the log, or makes of it what it makes of it in the end.
     pub(super) decisive: Option<Change>,
+    /// The segment at F, if it is cut short, and its header must say so.
+    pub(super) open_end: Option<SegmentId>,
     /// The clean mark names a segment that will not be there.
     pub(super) unmark: bool,
     /// What the superblock record says, and the log does not bear out.
@@ -64,6 +66,7 @@ impl Draft {
         let mut superblock = raw.or_no_record();
         superblock.record = SegmentId::NONE;
         let slots = if way.is_some() { without_misnumbered(&superblock, slots) } else { slots.to_vec() };
+        let slots = explained(&superblock, &slots);
         let unrecorded = recover(&superblock, &slots);
         let disbelieved = match raw.record {
             Ok(record) if is_believed(&superblock, &slots, record, unrecorded.highest, way) => {
@@ -88,7 +91,8 @@ impl Draft {
 
     /// Whether there is nothing to be done.
     pub(super) fn is_empty(&self) -> bool {
-        self.changes.is_empty() && self.decisive.is_none() && !self.unmark && self.disbelieved.is_none()
+        let unchanged = self.changes.is_empty() && self.decisive.is_none() && self.open_end.is_none();
+        unchanged && !self.unmark && self.disbelieved.is_none()
     }
 
     /// Every change.
@@ -114,8 +118,15 @@ impl Draft {
         for change in self.all_changes() {
             slots[slot_index(change.slot)] = match change.id {
                 SegmentId::NONE => SlotState::Empty,
-                id => SlotState::Valid { id, length: 0, extension: filler },
+                id => SlotState::Valid { id, length: 0, extension: filler, cut_short: false },
             };
+        }
+        if let Some(id) = self.open_end {
+            let slot = &mut slots[slot_index(superblock.geometry.slot_of(id))];
+            if let SlotState::Valid { extension, cut_short, .. } = slot {
+                *cut_short = false;
+                *extension = extension.map(|it| SegmentExtension { reason: Reason::Flush, ..it });
+            }
         }
         (superblock, slots)
     }
@@ -147,6 +158,7 @@ impl Planner<'_> {
             point,
             changes: Vec::new(),
             decisive: None,
+            open_end: recovery.is_cut_short.then_some(recovery.point),
             unmark: self.clean_mark() > Some(point),
             disbelieved: None,
             doomed: Vec::new(),

@@ -2,8 +2,8 @@
 
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, Geometry, Metablock, Place, SegmentExtension, SegmentHeader, SegmentId, Slot,
-    crc32c, encode_header, to_u64,
+    BLOCK_BYTES, BlockNo, Geometry, Metablock, Place, Reason, SegmentExtension, SegmentHeader, SegmentId,
+    Slot, crc32c, encode_header, to_u64,
 };
 use futures_util::{StreamExt, stream};
 
@@ -32,7 +32,10 @@ impl Remains {
         let slot = geometry.slot_of(id);
         let block = device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await.ok()?;
         let header = SegmentHeader::decode(block.block_at(0)).ok()?;
-        let extension = header.extension.filter(|its| header.id == id && Some(its.digest) == digest)?;
+        let is_ours =
+            |its: &SegmentExtension| header.is_whole && header.id == id && Some(its.digest) == digest;
+        let extension = header.extension.filter(is_ours)?;
+        let extension = SegmentExtension { reason: Reason::Salvage, before: None, ..extension };
         let is_good = async |(index, entry): (u8, &Metablock)| {
             let place = geometry.place_offset(Place { slot, index });
             let data = device.read(place, IoBuf::zeroed(BLOCK_BYTES)).await;
@@ -78,9 +81,8 @@ impl Remains {
         }
         device.flush().await?;
         let mut block = IoBuf::zeroed(BLOCK_BYTES);
-        // Every entry has its CRC, so that the data itself is not looked at.
-        let data = vec![0; length * BLOCK_BYTES];
-        encode_header(block.block_at_mut(0), self.id, &metablocks, &data, Some(&self.extension));
+        // Every entry that is left has its CRC.
+        encode_header(block.block_at_mut(0), self.id, &metablocks, &[], Some(&self.extension));
         device.write(geometry.slot_offset(self.slot), block.into()).await
     }
 }

@@ -112,6 +112,9 @@ impl Plan {
         if !erased.is_empty() {
             changes.push(format!("zeros over slot{} {}", plural(erased.len()), shortened(&erased)));
         }
+        if let Some(id) = self.draft.open_end {
+            changes.push(format!("the header of segment {id}, which ends with the last flush"));
+        }
         if self.draft.unmark {
             changes.push("no more mark that the cache was closed in order".into());
         }

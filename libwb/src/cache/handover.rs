@@ -19,7 +19,8 @@ use std::sync::Arc;
 const DEPTH: usize = 32;
 
 impl Inner {
-    /// Empties the written-back segments before the last of them that holds a partial version.
+    /// Empties the written-back segments before the last of them that holds a partial version, or a clean one, in which
+    /// the module sees no whole version either.
     pub(super) async fn hand_over(self: &Arc<Self>) -> Result<(), DeviceError> {
         let (geometry, newest, written_back) = {
             let state = self.lock();
@@ -32,7 +33,7 @@ impl Inner {
         while let Some(header) = headers.next().await {
             // What is not there cannot mislead.
             let Ok(header) = header else { continue };
-            if header.metablocks.iter().any(|entry| !entry.dirty.is_clean() && !entry.dirty.is_all()) {
+            if header.metablocks.iter().any(|entry| !entry.dirty.is_all()) {
                 misleading.append(&mut older);
             }
             if !header.metablocks.is_empty() {

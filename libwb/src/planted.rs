@@ -58,6 +58,10 @@ pub enum Bug {
     EpochsMixed,
     /// Writes do not wait for a discard of the same range.
     FenceIgnored,
+    /// A write leaves the cell of its block as it is, so that older data is staged.
+    CellOutlivesWrite,
+    /// A discard leaves the cells of its blocks as they are.
+    CellOutlivesDiscard,
 }
 
 /// The bug that an open cache has, if any.

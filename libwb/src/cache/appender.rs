@@ -55,6 +55,7 @@ impl Inner {
                     self.events.flusher.notify(usize::MAX);
                     self.events.changed.notify(usize::MAX);
                     self.events.writeback.notify(usize::MAX);
+                    self.events.staging.notify(usize::MAX);
                 }
                 Either::Left((None, _)) | Either::Right(_) => {}
             }

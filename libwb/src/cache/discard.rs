@@ -1,8 +1,8 @@
 //! The way of a discard. The range reads as zeros afterwards, and that survives a power cut.
 //!
-//! The log has no entry for "nothing here". So where it holds dirty data of the range, zeros are written on top of it,
-//! through the log; what it holds clean is forgotten, and written-back segments up to there are emptied, since the kernel
-//! module would take them for a read cache; and the backing device gives up the whole range. It does so
+//! The log has no entry for "nothing here". So where a segment that is not written back holds data of the range, zeros are
+//! written on top of it, through the log; what is written back is forgotten, and segments up to there are emptied, since
+//! the kernel module would take them for a read cache; and the backing device gives up the whole range. It does so
 //! only when everything written before is durable, for its state must not be ahead of the log's; and it is flushed
 //! before the discard is acknowledged, for the log's must not be ahead of its. Writes to the range wait meanwhile:
 //! one that was written back in the midst of it would be lost.
@@ -133,11 +133,15 @@ impl State {
         self.fenced.iter().any(|blocks| blocks.contains(&block)) && !self.planted.has(Bug::FenceIgnored)
     }
 
-    /// Zeros over what is dirty of some blocks, and forgets what is clean. Returns the block it has come to.
+    /// Zeros over what the log holds of some blocks that is not written back, be it dirty or clean, and forgets the
+    /// rest. Returns the block it has come to.
     fn cover(&mut self, blocks: Range<BlockNo>) -> (BlockNo, Result<(), Wait>) {
         for block in (blocks.start.0..blocks.end.0).map(BlockNo) {
+            if !self.planted.has(Bug::CellOutlivesDiscard) {
+                self.staging.cancel(block);
+            }
             let Some(old) = self.index.get(block) else { continue };
-            if !self.is_dirty(old.place, old.dirty) {
+            if !self.is_live(old.place) {
                 self.index.remove(block);
                 self.forgotten = self.id_of(old.place.slot).max(self.forgotten);
                 continue;

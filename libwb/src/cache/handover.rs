@@ -30,8 +30,8 @@ fn has_older_version(entries: &[Metablock]) -> bool {
 }
 
 impl Inner {
-    /// Empties the written-back segments before the last of them that holds a partial version, and that one if it holds the
-    /// version before, too.
+    /// Empties the written-back segments before the last of them that holds a partial version, or a clean one, in which
+    /// the module sees no whole version either; and that one if it holds the version before, too.
     pub(super) async fn hand_over(self: &Arc<Self>) -> Result<(), DeviceError> {
         let (geometry, newest, written_back) = {
             let state = self.lock();
@@ -44,7 +44,7 @@ impl Inner {
         while let Some(header) = headers.next().await {
             // What is not there cannot mislead.
             let Ok(header) = header else { continue };
-            if header.metablocks.iter().any(is_partial) {
+            if header.metablocks.iter().any(|entry| !entry.dirty.is_all()) {
                 misleading.append(&mut older);
             }
             if has_older_version(&header.metablocks) {

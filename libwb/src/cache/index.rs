@@ -155,7 +155,7 @@ fn dirty_of(held: u64) -> DirtyBits {
 }
 
 /// The finalizer of MurmurHash3: every bit of the block number reaches every bit of the hash.
-fn hash(block: BlockNo) -> u64 {
+pub(super) fn hash(block: BlockNo) -> u64 {
     let mut h = block.0;
     h = (h ^ h >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
     h = (h ^ h >> 33).wrapping_mul(0xc4ce_b9fe_1a85_ec53);

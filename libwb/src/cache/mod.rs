@@ -16,6 +16,7 @@ mod meter;
 mod open;
 mod policy;
 mod read;
+mod staging;
 mod state;
 mod statistics;
 mod status;
@@ -109,11 +110,13 @@ struct Events {
     flusher: Event,
     /// Write-back: there may be something to do.
     writeback: Event,
+    /// Staging: enough blocks are there, or there may be room for them.
+    staging: Event,
 }
 
 impl Events {
     fn wake_all(&self) {
-        for event in [&self.changed, &self.appender, &self.flusher, &self.writeback] {
+        for event in [&self.changed, &self.appender, &self.flusher, &self.writeback, &self.staging] {
             event.notify(usize::MAX);
         }
     }
@@ -198,8 +201,10 @@ impl Cache {
 
     /// Changes the tunables, from now on.
     pub fn set_tunables(&self, tunables: Tunables) {
+        self.inner.lock().staging.configure(&tunables);
         *self.inner.tunables.lock() = tunables;
         self.inner.events.writeback.notify(usize::MAX);
+        self.inner.events.staging.notify(usize::MAX);
     }
 
     /// Writes nothing back any more, but for a drain that is asked for, and when the log is full and writes wait.

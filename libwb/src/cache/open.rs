@@ -110,6 +110,7 @@ impl Cache {
         let mut state = State::new(geometry, index, written_back, recovery.point);
         state.planted = planted;
         state.dirty_blocks = to_u64(state.index.len());
+        state.staging.configure(&tunables);
         let opened = runtime.now();
         let recovery_time = opened.saturating_sub(started);
         let inner = Arc::new(Inner {
@@ -359,10 +360,11 @@ impl Inner {
     }
 
     fn start_tasks(self: &Arc<Self>) {
-        self.lock().tasks = 4;
+        self.lock().tasks = 5;
         self.runtime.spawn(Box::pin(self.clone().appender()));
         self.runtime.spawn(Box::pin(self.clone().flusher()));
         self.runtime.spawn(Box::pin(self.clone().writeback()));
         self.runtime.spawn(Box::pin(self.clone().syncer()));
+        self.runtime.spawn(Box::pin(self.clone().stager()));
     }
 }

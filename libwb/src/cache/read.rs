@@ -2,6 +2,7 @@
 
 use super::access::Access;
 use super::index::Cached;
+use super::staging::Reserved;
 use super::state::State;
 use super::write::{Fragment, fragments};
 use super::{Cache, CacheError, Inner};
@@ -92,6 +93,8 @@ impl Fetch {
 #[derive(Default)]
 struct Plan {
     fetches: Vec<Fetch>,
+    /// Cells for what is to be staged of it.
+    reserved: Option<Reserved>,
     last_cache: Option<usize>,
     last_backing: Option<usize>,
 }
@@ -168,29 +171,12 @@ impl Cache {
         inner.check_range(sector, to_u64(buf.len()))?;
         inner.counters.reads.add(1);
         inner.counters.read_bytes.add(to_u64(buf.len()));
-        let mut plan = inner.plan(sector, &mut buf);
-        if plan.fetches.len() == 1 && plan.fetches[0].is_whole(buf.len()) {
-            let fetch = plan.fetches.remove(0);
-            let (data, skip) = inner.fetch(&fetch, Some(buf)).await?;
-            // A device with larger blocks may have given more than was asked for.
-            let exact = skip == 0 && data.len() == fetch.length;
-            return Ok(if exact { data } else { IoBuf::copy_of(&data[skip..skip + fetch.length]) });
+        let Plan { fetches, reserved, .. } = inner.plan(sector, &mut buf);
+        let data = inner.fetch_all(fetches, buf).await?;
+        if let Some(reserved) = reserved {
+            reserved.fill(&data);
         }
-        let mut reads: FuturesUnordered<_> =
-            plan.fetches
-                .into_iter()
-                .map(|fetch| async move {
-                    inner.fetch(&fetch, None).await.map(|(data, skip)| (fetch, data, skip))
-                })
-                .collect();
-        while let Some(done) = reads.next().await {
-            let (fetch, data, skip) = done?;
-            for part in fetch.parts {
-                let from = part.from + skip;
-                buf[part.to..part.to + part.length].copy_from_slice(&data[from..from + part.length]);
-            }
-        }
-        Ok(buf)
+        Ok(data)
     }
 }
 
@@ -204,27 +190,61 @@ impl State {
             whole: fragment.length == BLOCK_BYTES,
         }
     }
+
+    /// Which sectors of a block are to be read from where the cache holds this version.
+    fn held(&self, cached: Cached) -> DirtyBits {
+        match cached.dirty {
+            bits if bits.is_clean() || bits.is_all() => DirtyBits::ALL,
+            bits if self.is_live(cached.place) => bits,
+            // Written back: the backing device has all of it.
+            _ => DirtyBits::CLEAN,
+        }
+    }
 }
 
 impl Inner {
+    /// Fetches what a read needs, and fills the rest of its buffer.
+    async fn fetch_all(&self, mut fetches: Vec<Fetch>, mut buf: IoBuf) -> Result<IoBuf, CacheError> {
+        if fetches.len() == 1 && fetches[0].is_whole(buf.len()) {
+            let fetch = fetches.remove(0);
+            let (data, skip) = self.fetch(&fetch, Some(buf)).await?;
+            // A device with larger blocks may have given more than was asked for.
+            let exact = skip == 0 && data.len() == fetch.length;
+            return Ok(if exact { data } else { IoBuf::copy_of(&data[skip..skip + fetch.length]) });
+        }
+        let mut reads: FuturesUnordered<_> = fetches
+            .into_iter()
+            .map(
+                |fetch| async move { self.fetch(&fetch, None).await.map(|(data, skip)| (fetch, data, skip)) },
+            )
+            .collect();
+        while let Some(done) = reads.next().await {
+            let (fetch, data, skip) = done?;
+            for part in fetch.parts {
+                let from = part.from + skip;
+                buf[part.to..part.to + part.length].copy_from_slice(&data[from..from + part.length]);
+            }
+        }
+        Ok(buf)
+    }
+
     /// Copies what is in RAM and says what must be fetched.
     fn plan(self: &Arc<Self>, sector: Sector, buf: &mut [u8]) -> Plan {
         let mut plan = Plan::default();
         let mut state = self.lock();
+        let ticket = state.staging.ticket();
+        let mut reserved = Vec::new();
         for fragment in fragments(sector, buf.len()) {
             let wanted = fragment.bits();
             let cached = state.index.get(fragment.block);
             let access = state.access(&fragment, cached, false);
             state.accesses.count(access);
-            let held = cached.map_or(DirtyBits::CLEAN, |cached| {
-                let dirty = state.is_dirty(cached.place, cached.dirty);
-                match cached.dirty {
-                    bits if bits.is_clean() || bits.is_all() => DirtyBits::ALL,
-                    bits if dirty => bits,
-                    // Written back: the backing device has all of it.
-                    _ => DirtyBits::CLEAN,
-                }
-            });
+            let held = cached.map_or(DirtyBits::CLEAN, |cached| state.held(cached));
+            // Behind a fence, the block may change on the backing device while it is read.
+            let missed = wanted.is_all() && held.is_clean() && !state.is_fenced(fragment.block);
+            if missed && state.staging.missed(fragment.block, ticket) {
+                reserved.push((fragment.block, fragment.at));
+            }
             for (run, from_cache) in runs(&fragment, wanted, held) {
                 match cached.filter(|_| from_cache) {
                     None => {
@@ -244,6 +264,7 @@ impl Inner {
                 }
             }
         }
+        plan.reserved = Reserved::new(self, ticket, reserved);
         plan
     }
 

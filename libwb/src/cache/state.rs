@@ -13,6 +13,7 @@
 use super::access::Accesses;
 use super::commits::{Commits, Position};
 use super::index::Index;
+use super::staging::Staging;
 use super::throttle::Throttle;
 use crate::device::{DeviceError, IoBuf};
 use crate::format::{
@@ -95,6 +96,8 @@ pub(super) struct State {
     pub(super) waiting_for_slot: usize,
     /// Blocks whose newest version is newer than the backing device.
     pub(super) dirty_blocks: u64,
+    /// Blocks on their way into the log for reads alone.
+    pub(super) staging: Staging,
     /// What requests found in the cache.
     pub(super) accesses: Accesses,
     /// The cache device failed: nothing is acknowledged any more.
@@ -133,6 +136,7 @@ impl State {
             spare: Vec::new(),
             waiting_for_slot: 0,
             dirty_blocks: 0,
+            staging: Staging::new(geometry.lap() * u64::from(PLACES)),
             accesses: Accesses::default(),
             failure: None,
             closing: false,
@@ -147,9 +151,14 @@ impl State {
         self.geometry.id_in_slot(slot, self.newest)
     }
 
+    /// Whether a place lies in a segment that recovery would apply: one that is not written back.
+    pub(super) fn is_live(&self, place: Place) -> bool {
+        self.id_of(place.slot) > self.written_back
+    }
+
     /// Whether a place holds data that the backing device lacks.
     pub(super) fn is_dirty(&self, place: Place, dirty: DirtyBits) -> bool {
-        !dirty.is_clean() && self.id_of(place.slot) > self.written_back
+        !dirty.is_clean() && self.is_live(place)
     }
 
     /// A place's data, while its segment is in RAM.
@@ -183,7 +192,8 @@ impl State {
     }
 
     /// Takes the next place of the open segment for a block, and makes it the block's newest version. The place
-    /// holds old data of other blocks until the caller fills it.
+    /// holds old data of other blocks until the caller fills it. Nothing older can be staged any more: while this version
+    /// is live, a read of the whole block does not go to the backing device.
     pub(super) fn take_place(
         &mut self,
         block: BlockNo,
@@ -195,8 +205,11 @@ impl State {
         if self.open.is_none() {
             self.open_next()?;
         }
-        let newly_dirty = !self.index.get(block).is_some_and(|old| self.is_dirty(old.place, old.dirty));
-        self.dirty_blocks += u64::from(newly_dirty);
+        let was_dirty = self.index.get(block).is_some_and(|old| self.is_dirty(old.place, old.dirty));
+        self.dirty_blocks += u64::from(!dirty.is_clean() && !was_dirty);
+        if !self.planted.has(Bug::CellOutlivesWrite) {
+            self.staging.cancel(block);
+        }
         let open = self.open.as_mut().expect("opened above");
         let place = Place { slot: self.geometry.slot_of(open.id), index: open.length };
         open.length += 1;
@@ -216,6 +229,7 @@ impl State {
         let in_place = self.planted.has(Bug::CommittedOverwritten);
         let open =
             self.open.as_mut().filter(|open| open.id == id && (in_place || !open.commits.has(place)))?;
+        self.dirty_blocks += u64::from(old.is_clean() && !dirty.is_clean());
         self.index.set_dirty(place, old.union(dirty));
         Some(open.buf.block_at_mut(BLOCK_BYTES * (1 + usize::from(place.index))))
     }

@@ -9,7 +9,7 @@ use crate::format::{PLACES, to_u64};
 use std::time::Duration;
 
 /// Writes are paced when less than this part of the slots is free: one in so many.
-const TIGHT: u64 = 4;
+pub(super) const TIGHT: u64 = 4;
 /// What a place costs, in 256ths of the time that write-back takes to free one, when the pacing begins.
 const FIRST_PRICE: u64 = 64;
 /// And when no slot is left.

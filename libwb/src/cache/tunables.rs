@@ -17,6 +17,11 @@ pub struct Tunables {
     pub writeback_order: WritebackOrder,
     /// How many seconds a write may stay volatile without a flush; 0: for ever.
     pub sync_data_interval: u32,
+    /// Blocks that are read again and again from the backing device are put into the cache, but for sequences of more
+    /// neighbouring blocks than this. 0: none are.
+    pub read_cache_threshold: u32,
+    /// How many such blocks wait in memory at a time for their way into the cache, 4 KiB each.
+    pub nr_read_cache_cells: u32,
 }
 
 /// What the backing device alone holds while write-back is under way.
@@ -129,6 +134,22 @@ const DEFINITIONS: &[Definition] = &[
         get: |t| t.sync_data_interval,
         set: |t, value| t.sync_data_interval = value,
     },
+    Definition {
+        key: "read_cache_threshold",
+        default: 0,
+        range: 0..=127,
+        words: &[],
+        get: |t| t.read_cache_threshold,
+        set: |t, value| t.read_cache_threshold = value,
+    },
+    Definition {
+        key: "nr_read_cache_cells",
+        default: 2048,
+        range: 1..=2048,
+        words: &[],
+        get: |t| t.nr_read_cache_cells,
+        set: |t, value| t.nr_read_cache_cells = value,
+    },
 ];
 
 impl Default for Tunables {
@@ -138,6 +159,8 @@ impl Default for Tunables {
             nr_max_batched_writeback: 0,
             writeback_order: WritebackOrder::Sorted,
             sync_data_interval: 0,
+            read_cache_threshold: 0,
+            nr_read_cache_cells: 0,
         };
         for definition in DEFINITIONS {
             (definition.set)(&mut tunables, definition.default);

@@ -46,6 +46,8 @@ fn tunables(taste: Taste) -> Tunables {
         writeback_threshold: rng.choice([0, 70, 70, 100]).unwrap_or(70),
         sync_data_interval: rng.choice([0, 0, 1, 5]).unwrap_or(0),
         writeback_order: if taste.strict { WritebackOrder::Strict } else { WritebackOrder::Sorted },
+        read_cache_threshold: rng.choice([0, 0, 1, 8, 127]).unwrap_or(0),
+        nr_read_cache_cells: rng.choice([1, 8, 40, 2048]).unwrap_or(2048),
     }
 }
 

@@ -13,7 +13,7 @@ use wb_tests::sim::run;
 const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
     (Bug::FlushAcknowledgedEarly, 0, 100),
     (Bug::BackingNotFlushed, 0, 20),
-    (Bug::RecordNotDurable, 0, 400),
+    (Bug::RecordNotDurable, 900, 1500),
     (Bug::MergeDropsOldSectors, 0, 20),
     (Bug::PinsIgnored, 50, 300),
     (Bug::VolatileWrittenBack, 250, 500),

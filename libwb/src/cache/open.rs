@@ -1,5 +1,6 @@
 //! Opening a cache: recovery, and what must be put right before the first request.
 
+use super::age::Ages;
 use super::index::Index;
 use super::latency::AtomicLatencies;
 use super::meter::{Flushes, Metered};
@@ -23,6 +24,7 @@ use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 /// Headers that are erased at the same time.
 const ERASE_DEPTH: usize = 32;
@@ -33,6 +35,7 @@ struct Replay {
     /// Dirty sectors of older versions that the newest version of their block does not carry. They had been written
     /// back when the newer version was made, but the log does not say so.
     leftovers: Vec<Item>,
+    ages: Ages,
 }
 
 impl Cache {
@@ -75,11 +78,13 @@ impl Cache {
         let started = runtime.now();
         let (superblock, recovery) = recover_log(&cache).await?;
         let geometry = superblock.geometry;
-        let Replay { index, leftovers } = replay(&cache, &backing, &superblock, &recovery, planted).await?;
+        let Replay { index, leftovers, ages } =
+            replay(&cache, &backing, &superblock, &recovery, planted).await?;
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let grown = grown(superblock.extension.as_ref(), &backing);
         let mut state = State::new(geometry, index, written_back, recovery.point);
         state.planted = planted;
+        state.ages = ages;
         state.dirty_blocks = to_u64(state.index.len());
         let opened = runtime.now();
         let recovery_time = opened.saturating_sub(started);
@@ -164,8 +169,11 @@ async fn replay(
         check_pairing(cache, extension, &BackingFacts::of(backing))?;
     }
     let geometry = superblock.geometry;
-    let mut replay =
-        Replay { index: Index::new(geometry, superblock.extension.is_some()), leftovers: Vec::new() };
+    let mut replay = Replay {
+        index: Index::new(geometry, superblock.extension.is_some()),
+        leftovers: Vec::new(),
+        ages: Ages::new(geometry.slots()),
+    };
     let mut outside = Ok(());
     let above_gap = recovery.dropped.iter().copied().filter(|_| planted.has(Bug::GapSkipped));
     visit_headers(cache, geometry, recovery.live().chain(above_gap), |header| {
@@ -186,6 +194,9 @@ impl Replay {
         backing: &Device,
     ) -> Result<(), LogError> {
         let slot = geometry.slot_of(header.id);
+        if let Some(extension) = &header.extension {
+            self.ages.set(slot, Duration::from_millis(extension.time));
+        }
         for (entry, place) in header.metablocks.iter().zip((0..).map(|index| Place { slot, index })) {
             if entry.dirty.is_clean() {
                 // Staged by read caching. What it holds may be older than the backing device by now: the kernel

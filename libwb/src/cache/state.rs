@@ -10,6 +10,7 @@
 //! survive a power cut; `written` ones are on the device, perhaps in its volatile cache.
 
 use super::access::Accesses;
+use super::age::Ages;
 use super::index::Index;
 use super::throttle::Throttle;
 use crate::device::{DeviceError, IoBuf};
@@ -72,6 +73,7 @@ pub(super) struct State {
     /// Nothing is written back but for a drain, and when there is no choice.
     pub(super) paused: bool,
     pub(super) throttle: Throttle,
+    pub(super) ages: Ages,
     /// For each slot whether an epoch of the write history ends with its segment: whether a flush came after it.
     epoch_ends: Box<[bool]>,
     /// Blocks that are being discarded. Writes to them wait.
@@ -118,6 +120,7 @@ impl State {
             drains: Vec::new(),
             paused: false,
             throttle: Throttle::default(),
+            ages: Ages::new(geometry.slots()),
             epoch_ends: vec![true; geometry.slots() as usize].into(),
             fenced: Vec::new(),
             forgotten: written_back,

@@ -52,7 +52,7 @@ fn status_says_what_requests_found_how_long_they_took_and_what_they_cost_the_cac
     for line in [
         "25.0 % of those written",
         "bytes to the cache device for each byte written",
-        "MiB/s while it works, 0 µs left",
+        "MiB/s while it works, 0 s left",
         "p99.9",
     ] {
         assert!(shown.contains(line), "{line}: {shown}");
@@ -158,7 +158,7 @@ fn stat_prints_a_line_for_all_time_or_for_each_interval() {
     let [all] = &stat(&volume, &[])[..] else { panic!("more than a line") };
     assert!(cell(all, "wMiB/s") > Some(0.0) && cell(all, "w99us") >= cell(all, "w50us"), "{all:?}");
     // A full segment, one of 127 blocks, and the rest.
-    assert_eq!(cell(all, "dirty%"), Some(37.5));
+    assert_eq!(cell(all, "log%"), Some(37.5));
     let idle = stat(&volume, &["0.05", "3"]);
     assert_eq!(idle.len(), 3);
     for line in &idle {

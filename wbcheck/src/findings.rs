@@ -3,7 +3,7 @@
 use crate::{Args, Subject};
 use anyhow::Result;
 use libwb::cli::{Exit, Progress};
-use libwb::format::{BlockNo, Geometry, SegmentId, Slot, SuperblockFault, to_u64, to_usize};
+use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, SuperblockFault, to_u64, to_usize};
 use libwb::log::LogError;
 use libwb::log::live::{Totals, live_totals, totals};
 use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery};
@@ -84,8 +84,11 @@ impl Findings {
     pub(crate) fn gather(subject: &Subject, args: &Args) -> Result<Findings> {
         let Subject { io, device, superblock, backing } = subject;
         let geometry = superblock.geometry;
-        let mut progress =
-            if args.quiet { Progress::none() } else { Progress::new("checking", geometry.lap()) };
+        let mut progress = if args.quiet {
+            Progress::none()
+        } else {
+            Progress::new("checking", geometry.lap(), SEGMENT_BYTES)
+        };
         let slots = if args.headers_only {
             io.block_on(scan_headers(device, geometry, |slot, _| progress.set(u64::from(slot.0))))
         } else {

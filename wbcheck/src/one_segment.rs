@@ -4,7 +4,7 @@ use crate::findings::{Unexplained, Verdict};
 use crate::{Args, Subject};
 use anyhow::{Result, bail};
 use libwb::cli::{Exit, Output, Progress, count};
-use libwb::format::{SegmentId, to_usize};
+use libwb::format::{SEGMENT_BYTES, SegmentId, to_usize};
 use libwb::log::live::{Totals, totals};
 use libwb::log::recovery::{Explanation, Recovery, Standing, explained, recover};
 use libwb::log::scan::{SlotState, read_slot, scan_headers};
@@ -29,7 +29,8 @@ pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Out
     let Subject { io, device, superblock, backing } = subject;
     let geometry = superblock.geometry;
     let slot = geometry.slot_of(id);
-    let mut progress = if args.quiet { Progress::none() } else { Progress::new("checking", geometry.lap()) };
+    let mut progress =
+        if args.quiet { Progress::none() } else { Progress::new("checking", geometry.lap(), SEGMENT_BYTES) };
     let mut slots = io.block_on(scan_headers(device, geometry, |slot, _| progress.set(u64::from(slot.0))));
     drop(progress);
     let place = to_usize(u64::from(slot.0));
@@ -77,7 +78,7 @@ pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Out
 
 fn print(r: &Report<'_>, args: &Args, out: &mut Output) -> Result<()> {
     if args.json {
-        writeln!(out, "{}", serde_json::to_string(r)?)?;
+        out.json(r)?;
     } else if !(args.quiet && r.verdict.exit() == Exit::Done) {
         let word = match r.verdict {
             Verdict::Sound | Verdict::SoundAfterPowerCut => "sound",
@@ -95,7 +96,7 @@ fn print(r: &Report<'_>, args: &Args, out: &mut Output) -> Result<()> {
 
 fn valid(recovery: &Recovery, id: SegmentId, held: &Totals) -> (Verdict, String) {
     if held.beyond_count > 0 {
-        let many = count(held.beyond_count, "entry").replace("entrys", "entries");
+        let many = count(held.beyond_count, "entry");
         return (
             Verdict::Corrupt,
             format!("{many} beyond the end of the backing device; is it the right one?"),

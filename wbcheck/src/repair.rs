@@ -30,7 +30,7 @@ pub(crate) fn repair(
     let repaired = Repaired { headline: words::headline(&findings), verdict: findings.verdict(), plan };
     let after = Findings::gather(subject, args)?;
     if args.json {
-        writeln!(out, "{}", serde_json::to_string(&report::Report::of(&after, Some(&repaired)))?)?;
+        out.json(&report::Report::of(&after, Some(&repaired)))?;
     } else if !args.quiet || after.verdict().exit() != Exit::Done {
         print(&repaired, &after, out)?;
     }

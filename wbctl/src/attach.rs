@@ -6,6 +6,7 @@ use crate::notify::{self, Busy};
 use crate::place::Name;
 use crate::{Pair, leftovers, logging, salvage, show};
 use anyhow::{Context, Result, anyhow, bail};
+use futures_util::future::{Aborted, abortable};
 use libwb::cache::{Cache, TunableValue};
 use libwb::cli::{Output, human_size};
 use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
@@ -377,6 +378,16 @@ impl Daemon {
                 Ok(Reply::Done)
             }
             Request::Set { tunables } => self.set(tunables),
+            Request::Pause => {
+                tracing::info!("write-back is paused");
+                self.cache.pause();
+                Ok(Reply::Done)
+            }
+            Request::Resume => {
+                tracing::info!("write-back goes on");
+                self.cache.resume();
+                Ok(Reply::Done)
+            }
             Request::Detach { drain, force } => match self.detach(*drain, *force, replies) {
                 Ok(()) => return,
                 Err(e) => Err(e),
@@ -419,23 +430,26 @@ impl Daemon {
         Ok(Reply::Done)
     }
 
-    /// Runs a request of the cache on the reactor, and reports progress meanwhile.
+    /// Runs a request of the cache on the reactor, and reports progress meanwhile. A client that wants progress and goes
+    /// away ends the request.
     fn run<F>(&self, mut progress: Option<&mut Replies>, work: impl FnOnce(Cache) -> F) -> Result<Reply>
     where
         F: Future<Output = Result<(), libwb::cache::CacheError>> + Send + 'static,
     {
         let (done, result) = channel();
-        let work = work(self.cache.clone());
+        let (work, stop) = abortable(work(self.cache.clone()));
         self.runtime.run_now(async move {
             let _ = done.send(work.await);
         });
         loop {
             match result.recv_timeout(PROGRESS) {
-                Ok(result) => return result.map(|()| Reply::Done).map_err(Into::into),
+                Ok(Ok(result)) => return result.map(|()| Reply::Done).map_err(Into::into),
+                Ok(Err(Aborted)) => bail!("the client went away"),
                 Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
                     if let Some(replies) = progress.as_mut() {
                         let dirty_bytes = self.cache.status().dirty_blocks * to_u64(BLOCK_BYTES);
-                        replies.send(&Reply::Progress { dirty_bytes }).context("the client went away")?;
+                        // What it says of a client that has gone, the end of the work will tell.
+                        let _ = replies.send(&Reply::Progress { dirty_bytes }).inspect_err(|_| stop.abort());
                     }
                 }
                 Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => bail!("the daemon is ending"),

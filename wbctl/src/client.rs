@@ -5,10 +5,12 @@ use crate::leftovers;
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
 use libwb::cache::TunableValue;
-use libwb::cli::{Output, Progress};
-use libwb::control::{Client, Reply, Request, VolumeStatus};
+use libwb::cli::{self, Output, Progress, human_size};
+use libwb::control::{Client, LiveStatus, Reply, Request, VolumeStatus};
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 #[derive(clap::Args)]
@@ -34,13 +36,12 @@ fn connect(name: &Name) -> Result<Client> {
 }
 
 fn ask(name: &Name, request: &Request) -> Result<Reply> {
-    let mut bar: Option<(Progress, u64)> = None;
-    let reply = connect(name)?
-        .ask(request, |dirty| {
-            let (progress, most) = bar.get_or_insert_with(|| (Progress::new("writing back", dirty), dirty));
-            progress.set(most.saturating_sub(dirty));
-        })
-        .with_context(|| format!("the daemon of '{name}' went away"))?;
+    ask_with(name, request, |_| ())
+}
+
+fn ask_with(name: &Name, request: &Request, progress: impl FnMut(u64)) -> Result<Reply> {
+    let reply =
+        connect(name)?.ask(request, progress).with_context(|| format!("the daemon of '{name}' went away"))?;
     match reply {
         Reply::Error { message } => bail!("{message}"),
         reply => Ok(reply),
@@ -53,6 +54,11 @@ pub(crate) fn status(name: &Name) -> Result<VolumeStatus> {
         Reply::Status(status) => Ok(*status),
         other => bail!("the daemon of '{name}' answers strangely: {other:?}"),
     }
+}
+
+/// What the daemon of an attached volume tells of it.
+pub(crate) fn live(name: &Name) -> Result<LiveStatus> {
+    status(name)?.live.with_context(|| format!("the daemon of '{name}' says nothing of its work"))
 }
 
 /// The tunables in force of an attached volume.
@@ -80,8 +86,40 @@ pub(crate) fn clear_stats(name: &Name, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
+/// Asks for something that writes everything back, and shows how far that has got. When it is interrupted, the daemon goes
+/// on as before.
+fn ask_to_drain(name: &Name, request: &Request, go_on: &str) -> Result<Reply> {
+    let still = Arc::new(AtomicU64::new(u64::MAX));
+    let (told, go_on) = (still.clone(), format!("go on with: wbctl {go_on}"));
+    cli::on_interrupt("wbctl", move || match told.load(Ordering::Relaxed) {
+        u64::MAX => format!("interrupted; {go_on}"),
+        dirty => format!("interrupted: {} are still only in the cache; {go_on}", human_size(dirty)),
+    })?;
+    let mut bar: Option<(Progress, u64)> = None;
+    ask_with(name, request, |dirty| {
+        still.store(dirty, Ordering::Relaxed);
+        let (progress, most) = bar.get_or_insert_with(|| (Progress::new("writing back", dirty, 1), dirty));
+        progress.set(most.saturating_sub(dirty));
+    })
+}
+
+pub(crate) fn pause(name: &Name, out: &mut Output) -> Result<()> {
+    ask(name, &Request::Pause)?;
+    writeln!(
+        out,
+        "write-back of '{name}' is paused, until the log is full; it goes on with: wbctl resume {name}"
+    )?;
+    Ok(())
+}
+
+pub(crate) fn resume(name: &Name, out: &mut Output) -> Result<()> {
+    ask(name, &Request::Resume)?;
+    writeln!(out, "write-back of '{name}' goes on")?;
+    Ok(())
+}
+
 pub(crate) fn drain(name: &Name, out: &mut Output) -> Result<()> {
-    ask(name, &Request::Drain)?;
+    ask_to_drain(name, &Request::Drain, &format!("drain {name}"))?;
     writeln!(out, "drained '{name}': everything written before is on the backing device")?;
     Ok(())
 }
@@ -95,7 +133,11 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
     if let Some(device) = status(name)?.device {
         refuse_held(&device, args.force)?;
     }
-    ask(name, &Request::Detach { drain: args.drain, force: args.force })?;
+    let request = Request::Detach { drain: args.drain, force: args.force };
+    match args.drain {
+        true => ask_to_drain(name, &request, &format!("detach {name} --drain"))?,
+        false => ask(name, &request)?,
+    };
     // The daemon holds its lock as long as it lives.
     while name.is_running()? {
         std::thread::sleep(Duration::from_millis(20));

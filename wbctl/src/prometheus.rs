@@ -9,11 +9,14 @@ use std::io::{Result, Write};
 /// A number that goes up and down: its name, what it is, and where to find it.
 type Gauge = (&'static str, &'static str, fn(&LiveStatus) -> Option<f64>);
 
-const GAUGES: [Gauge; 11] = [
+const GAUGES: [Gauge; 14] = [
     ("wb_volume_bytes", "Size of the volume.", |live| Some(live.volume_bytes as f64)),
     ("wb_log_bytes", "Size of the log.", |live| Some(live.log_bytes as f64)),
     ("wb_log_free_bytes", "Room in the log for new segments.", |live| Some(live.free_bytes as f64)),
     ("wb_dirty_bytes", "Data that is only in the cache.", |live| Some(live.dirty_bytes as f64)),
+    ("wb_oldest_dirty_seconds", "For how long the oldest of it has been waiting.", |live| {
+        live.oldest_dirty_seconds
+    }),
     ("wb_used_bytes", "Data in the cache, dirty or clean.", |live| Some(live.used_bytes as f64)),
     ("wb_newest_segment", "Id of the newest segment.", |live| Some(live.newest_segment as f64)),
     ("wb_durable_segment", "Segments up to this id survive a power cut.", |live| {
@@ -21,6 +24,10 @@ const GAUGES: [Gauge; 11] = [
     }),
     ("wb_written_back_segment", "Segments up to this id are written back.", |live| {
         Some(live.written_back_segment as f64)
+    }),
+    ("wb_writeback_paused", "1 while write-back is paused.", |live| Some(f64::from(u8::from(live.paused)))),
+    ("wb_writeback_seconds_left", "How long write-back takes at its rate until nothing is dirty.", |live| {
+        live.statistics.writeback_seconds_left
     }),
     ("wb_writeback_failing", "1 while write-back does not get on.", |live| {
         Some(f64::from(u8::from(live.writeback_error.is_some())))

@@ -5,7 +5,7 @@ use crate::place::Name;
 use anyhow::{Context, Result, bail};
 use libwb::cli::{Io, Output, Progress, count, human_size};
 use libwb::device::probe::Access;
-use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use libwb::log::live::live_totals;
 use libwb::log::recovery::recover;
 use libwb::log::scan::{read_superblock, scan};
@@ -66,7 +66,7 @@ fn dirty_blocks(cache: &Path) -> Result<u64> {
     let device = io.open(cache, Access::Read)?;
     let superblock = io.block_on(read_superblock(&device))?;
     let geometry = superblock.geometry;
-    let mut progress = Progress::new("looking for dirty blocks", u64::from(geometry.slots()));
+    let mut progress = Progress::new("looking for dirty blocks", geometry.lap(), SEGMENT_BYTES);
     let slots = io.block_on(scan(&device, geometry, |slot, _| progress.set(u64::from(slot.0))));
     let recovery = recover(&superblock, &slots);
     if let Some(corruption) = recovery.corruption.first() {

@@ -4,7 +4,7 @@ use crate::create::open_pair;
 use crate::{Pair, salvage};
 use anyhow::Result;
 use libwb::cache::{Cache, Tunables};
-use libwb::cli::{Io, Output, Progress, count, human_size};
+use libwb::cli::{self, Io, Output, Progress, count, human_size};
 use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::log::salvage::{Plan, Summary};
@@ -48,6 +48,13 @@ struct Report {
 }
 
 pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
+    let Pair { cache, backing } = &args.pair;
+    let again = format!("wbctl replay --cache {} --backing {}", cache.display(), backing.display());
+    cli::on_interrupt("wbctl", move || {
+        format!(
+            "interrupted; what was written back stays so, all else is still in the cache. Go on with: {again}"
+        )
+    })?;
     let io = Io::start()?;
     let (cache, backing) = open_pair(&args.pair)?;
     let (cache, backing) = (io.serve(cache), io.serve(backing));
@@ -57,7 +64,7 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
         write_back(&io, cache, backing, args)?
     };
     if args.json {
-        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+        out.json(&report)?;
         return Ok(());
     }
     for line in &report.salvage_in_words {
@@ -122,7 +129,7 @@ fn look(io: &Io, cache: &Device, backing: &Device, args: &Args) -> Result<Report
 
 /// Drains, and shows progress on a terminal.
 fn drain(io: &Io, cache: &Cache, dirty_blocks: u64) -> Result<(), libwb::cache::CacheError> {
-    let mut progress = Progress::new("writing back", dirty_blocks);
+    let mut progress = Progress::new("writing back", dirty_blocks, BLOCK_BYTES);
     let (done, result) = std::sync::mpsc::channel();
     let drained = cache.clone();
     io.runtime().run_now(async move {

@@ -4,9 +4,9 @@ use crate::config::Volume;
 use crate::place::{Name, all_names};
 use crate::{client, dm, prometheus};
 use anyhow::{Result, anyhow, bail};
-use comfy_table::{ContentArrangement, Table, presets};
-use libwb::cli::{Output, human_size};
-use libwb::control::{LiveStatus, VolumeStatistics, VolumeStatus};
+use libwb::cache::TunableValue;
+use libwb::cli::{Output, human_size, human_time, percent, properties, table};
+use libwb::control::{LiveStatus, VolumeStatus, ratio};
 use std::io::Write;
 
 /// States of a volume.
@@ -62,12 +62,6 @@ fn volumes() -> Result<Vec<VolumeStatus>> {
     all_names()?.iter().filter_map(|name| volume(name).transpose()).collect()
 }
 
-fn table() -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
-    table
-}
-
 pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
     let volumes = volumes()?;
     if json {
@@ -77,12 +71,12 @@ pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
         writeln!(out, "no volumes; see wbctl create")?;
         return Ok(());
     }
-    let mut table = table();
-    table.set_header(["NAME", "STATE", "DEVICE", "SIZE", "DIRTY", "CACHE", "BACKING"]);
+    let header = ["NAME", "STATE", "DEVICE", "SIZE", "DIRTY", "CACHE", "BACKING"];
+    let mut table = table(header, &["NAME", "STATE", "DEVICE", "CACHE", "BACKING"]);
     for v in volumes {
         let size =
             |of: fn(&LiveStatus) -> u64| v.live.as_ref().map_or("-".into(), |live| human_size(of(live)));
-        table.add_row([
+        table.row([
             v.name.clone(),
             v.state.clone(),
             v.device.as_ref().map_or("-".into(), |device| device.display().to_string()),
@@ -98,7 +92,7 @@ pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
 
 fn print_json(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
     for volume in volumes {
-        writeln!(out, "{}", serde_json::to_string(volume)?)?;
+        out.json(volume)?;
     }
     Ok(())
 }
@@ -147,35 +141,39 @@ fn print_dm(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
 }
 
 fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
-    let mut table = table();
-    let mut row = |key: &str, value: String| {
-        table.add_row([key.to_string(), value]);
-    };
+    let mut table = properties();
+    let mut row = |key: &str, value: String| table.row([key.to_string(), value]);
     row("volume", volume.name.clone());
     row("state", volume.state.clone());
     row("device", volume.device.as_ref().map_or("-".into(), |device| device.display().to_string()));
     row("cache device", volume.cache.display().to_string());
     row("backing device", volume.backing.display().to_string());
     if let Some(live) = &volume.live {
-        live_rows(live, row);
+        row("size", format!("{}, sectors of {} bytes", human_size(live.volume_bytes), live.sector_size));
+        data_rows(live, &mut row);
+        writeback_rows(&volume.name, live, &mut row);
+        work_rows(live, &mut row);
+        for (key, value) in &live.tunables {
+            row(key, value.to_string());
+        }
     }
     writeln!(out, "{table}")?;
     Ok(())
 }
 
-fn live_rows(live: &LiveStatus, mut row: impl FnMut(&str, String)) {
-    let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
-    let percent = |part: u64| (part * 100).checked_div(live.log_bytes).unwrap_or(0);
-    row("size", format!("{}, sectors of {} bytes", human_size(live.volume_bytes), live.sector_size));
-    row("dirty", format!("{} are only in the cache", human_size(live.dirty_bytes)));
+/// What is where.
+fn data_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
+    let age = live.oldest_dirty_seconds.map(|age| format!(", the oldest for {}", human_time(age)));
+    let dirty = human_size(live.dirty_bytes);
+    row("dirty", format!("{dirty} are only in the cache{}", age.unwrap_or_default()));
     row("used", format!("{} are in the cache, dirty or clean", human_size(live.used_bytes)));
     row(
         "log",
         format!(
-            "{} of {} free ({} %)",
+            "{} of {} free ({})",
             human_size(live.free_bytes),
             human_size(live.log_bytes),
-            percent(live.free_bytes)
+            percent(ratio(live.free_bytes, live.log_bytes))
         ),
     );
     row(
@@ -185,33 +183,45 @@ fn live_rows(live: &LiveStatus, mut row: impl FnMut(&str, String)) {
             live.newest_segment, live.durable_segment, live.written_back_segment
         ),
     );
-    row("reads", format!("{}, {}", count("reads"), human_size(count("read_bytes"))));
-    row("read from backing", human_size(count("backing_read_bytes")));
-    row("writes", format!("{}, {}", count("writes"), human_size(count("write_bytes"))));
+}
+
+/// How write-back gets on.
+fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
+    let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
+    let state = match &live.writeback_error {
+        Some(error) => format!("does not get on, trying again: {error}"),
+        None if live.paused => format!("paused; it goes on with: wbctl resume {name}"),
+        None if live.dirty_bytes == 0 => "nothing to do".into(),
+        None if live.tunables.get("writeback_threshold") == Some(&TunableValue::Number(0)) => {
+            "off (writeback_threshold=0), until the log is nearly full".into()
+        }
+        None => "under way, or waiting for a quiet time".into(),
+    };
+    row("write-back", state);
+    let statistics = &live.statistics;
+    let rate = statistics.writeback_bytes_per_second.zip(statistics.writeback_seconds_left);
+    let rate =
+        rate.map(|(rate, left)| format!("{:.1} MiB/s while it works, {} left", rate / MIB, human_time(left)));
+    row("write-back rate", rate.unwrap_or("-".into()));
     row("written back", human_size(count("written_back_bytes")));
-    row("discarded", human_size(count("discarded_bytes")));
-    row("flushes", count("flushes").to_string());
-    statistics_rows(&live.statistics, &mut row);
     let errors =
         format!("{} of write-back, {} of cache reads", count("writeback_errors"), count("cache_read_errors"));
     row("errors", errors);
     if let Some(failure) = &live.failure {
         row("FAILED", format!("writes are refused: {failure}"));
     }
-    if let Some(error) = &live.writeback_error {
-        row("write-back", format!("does not get on, trying again: {error}"));
-    }
-    let recovery = format!("{:.2} s, {} read", live.recovery_seconds, human_size(live.recovery_bytes));
-    row("recovery", recovery);
-    for (key, value) in &live.tunables {
-        row(key, value.to_string());
-    }
-    row("daemon", format!("process {}", live.pid));
 }
 
-fn statistics_rows(statistics: &VolumeStatistics, row: &mut impl FnMut(&str, String)) {
-    let percent = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{:.1} %", ratio * 100.0));
+/// What was done since the counters started.
+fn work_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
+    let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
+    let statistics = &live.statistics;
     row("counted for", human_time(statistics.seconds));
+    row("reads", format!("{}, {}", count("reads"), human_size(count("read_bytes"))));
+    row("read from backing", human_size(count("backing_read_bytes")));
+    row("writes", format!("{}, {}", count("writes"), human_size(count("write_bytes"))));
+    row("flushes", count("flushes").to_string());
+    row("discarded", human_size(count("discarded_bytes")));
     row(
         "hits",
         format!(
@@ -224,35 +234,12 @@ fn statistics_rows(statistics: &VolumeStatistics, row: &mut impl FnMut(&str, Str
         .write_amplification
         .map_or("-".into(), |ratio| format!("{ratio:.2} bytes to the cache device for each byte written"));
     row("write amplification", amplification);
-    let rate = statistics.writeback_bytes_per_second.zip(statistics.writeback_seconds_left);
-    let rate =
-        rate.map(|(rate, left)| format!("{:.1} MiB/s while it works, {} left", rate / MIB, human_time(left)));
-    row("write-back rate", rate.unwrap_or("-".into()));
     for (request, latency) in &statistics.latencies {
         let time = |seconds: Option<f64>| seconds.map_or("-".into(), human_time);
         let [p50, p99, p999] = [latency.p50_seconds, latency.p99_seconds, latency.p999_seconds].map(time);
         row(&format!("{request} latency"), format!("p50 {p50}, p99 {p99}, p99.9 {p999}"));
     }
-}
-
-/// A time for people, such as "64 µs" or "2 h 5 min".
-fn human_time(seconds: f64) -> String {
-    match seconds {
-        s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
-        s if s < 1.0 => format!("{:.1} ms", s * 1e3),
-        s if s < 60.0 => format!("{s:.1} s"),
-        s if s < 3600.0 => format!("{:.0} min {:.0} s", (s / 60.0).floor(), (s % 60.0).floor()),
-        s => format!("{:.0} h {:.0} min", (s / 3600.0).floor(), (s % 3600.0 / 60.0).floor()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::human_time;
-
-    #[test]
-    fn times_are_short() {
-        let shown = [0.000_064, 0.0021, 12.25, 61.0, 7500.0].map(human_time);
-        assert_eq!(shown, ["64 µs", "2.1 ms", "12.2 s", "1 min 1 s", "2 h 5 min"]);
-    }
+    let read = human_size(live.recovery_bytes);
+    row("recovery", format!("{}, {read} read", human_time(live.recovery_seconds)));
+    row("daemon", format!("process {}", live.pid));
 }

@@ -1,10 +1,11 @@
 //! `wbctl stat`: what a volume does, a line for each interval, as iostat does it.
 
 use crate::client;
+use crate::interval::{Interval, log_in_use};
 use crate::place::Name;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use libwb::cli::Output;
-use libwb::control::{AccessCount, LiveStatus, hit_ratio};
+use libwb::control::LiveStatus;
 use std::io::Write;
 use std::time::Duration;
 
@@ -12,10 +13,27 @@ use std::time::Duration;
 const MIB: f64 = 1048576.0;
 /// The longest interval in seconds: a day.
 const LONGEST: f64 = 86400.0;
+/// How wide a column is, with the blank before it.
+const WIDTH: u16 = 9;
 
-const COLUMNS: [&str; 14] = [
-    "r/s", "w/s", "f/s", "rMiB/s", "wMiB/s", "wbMiB/s", "rhit%", "dirty%", "r50us", "r99us", "w50us",
-    "w99us", "f50us", "f99us",
+/// A column: its name, whether a narrow terminal shows it, and what it says.
+type Column = (&'static str, bool, fn(&Interval<'_>, &LiveStatus) -> Option<String>);
+
+const COLUMNS: [Column; 14] = [
+    ("r/s", true, |i, _| rate(i, "reads", 1.0)),
+    ("w/s", true, |i, _| rate(i, "writes", 1.0)),
+    ("f/s", true, |i, _| rate(i, "flushes", 1.0)),
+    ("rMiB/s", true, |i, _| rate(i, "read_bytes", MIB)),
+    ("wMiB/s", true, |i, _| rate(i, "write_bytes", MIB)),
+    ("wbMiB/s", true, |i, _| rate(i, "written_back_bytes", MIB)),
+    ("rhit%", false, |i, _| i.hits("read").map(percent)),
+    ("log%", true, |_, now| log_in_use(now).map(percent)),
+    ("r50us", false, |i, _| time(i, "read", 500)),
+    ("r99us", false, |i, _| time(i, "read", 990)),
+    ("w50us", false, |i, _| time(i, "write", 500)),
+    ("w99us", true, |i, _| time(i, "write", 990)),
+    ("f50us", false, |i, _| time(i, "flush", 500)),
+    ("f99us", false, |i, _| time(i, "flush", 990)),
 ];
 
 #[derive(clap::Args)]
@@ -29,93 +47,55 @@ pub(crate) struct Args {
     count: Option<u64>,
 }
 
-fn parse_interval(text: &str) -> Result<Duration, String> {
+pub(crate) fn parse_interval(text: &str) -> Result<Duration, String> {
     let seconds = text.parse::<f64>().ok().filter(|seconds| (0.01..=LONGEST).contains(seconds));
     let seconds = seconds.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
     seconds.ok_or_else(|| format!("must be a number of seconds from 0.01 to {LONGEST}"))
 }
 
 pub(crate) fn stat(args: &Args, out: &mut Output) -> Result<()> {
-    let mut before = look(&args.name)?;
-    print(&COLUMNS.map(String::from), out)?;
-    let Some(interval) = args.interval else { return print(&row(&before, None), out) };
+    let mut before = client::live(&args.name)?;
+    let all = to_u16(COLUMNS.len()) * WIDTH;
+    let is_narrow = out.columns().is_some_and(|columns| columns < all);
+    let columns: Vec<&Column> = COLUMNS.iter().filter(|(_, always, _)| *always || !is_narrow).collect();
+    let row = |now: &LiveStatus, before: Option<&LiveStatus>| -> Vec<String> {
+        let interval = Interval::between(before, now);
+        columns.iter().map(|(_, _, cell)| cell(&interval, now).unwrap_or("-".into())).collect()
+    };
+    print(columns.iter().map(|(name, ..)| (*name).to_string()).collect(), out)?;
+    let Some(interval) = args.interval else { return print(row(&before, None), out) };
     let mut lines = 0;
     while args.count.is_none_or(|count| lines < count) && !out.is_closed() {
         std::thread::sleep(interval);
-        let now = look(&args.name)?;
-        print(&row(&now, Some(&before)), out)?;
+        let now = client::live(&args.name)?;
+        print(row(&now, Some(&before)), out)?;
         before = now;
         lines += 1;
     }
     Ok(())
 }
 
-fn look(name: &Name) -> Result<LiveStatus> {
-    match client::status(name)?.live {
-        Some(live) => Ok(live),
-        None => bail!("the daemon of '{name}' says nothing of its work"),
-    }
-}
-
 /// At once, so that a reader at the other end of a pipe sees each line in time.
-fn print(cells: &[String], out: &mut Output) -> Result<()> {
-    for (nth, cell) in cells.iter().enumerate() {
-        write!(out, "{}{cell:>8}", if nth == 0 { "" } else { " " })?;
-    }
-    writeln!(out)?;
+fn print(cells: Vec<String>, out: &mut Output) -> Result<()> {
+    let width = usize::from(WIDTH) - 1;
+    let cells: Vec<String> = cells.into_iter().map(|cell| format!("{cell:>width$}")).collect();
+    writeln!(out, "{}", cells.join(" "))?;
     out.flush()?;
     Ok(())
 }
 
-/// Whether counters have started anew between two looks.
-fn is_anew(now: &LiveStatus, before: &LiveStatus) -> bool {
-    let less =
-        now.counters.iter().any(|(key, value)| before.counters.get(key).is_some_and(|was| value < was));
-    less || now.pid != before.pid || now.statistics.seconds < before.statistics.seconds
+fn rate(interval: &Interval<'_>, counter: &str, unit: f64) -> Option<String> {
+    interval.rate(counter).map(|rate| format!("{:.1}", rate / unit))
 }
 
-/// What happened between two looks, or since the counters started.
-fn row(now: &LiveStatus, before: Option<&LiveStatus>) -> [String; COLUMNS.len()] {
-    let before = before.filter(|before| !is_anew(now, before));
-    let seconds = now.statistics.seconds - before.map_or(0.0, |before| before.statistics.seconds);
-    let rate = |key: &str, unit: f64| {
-        let count = |live: &LiveStatus| live.counters.get(key).copied().unwrap_or(0);
-        let counted = count(now).saturating_sub(before.map_or(0, count)) as f64;
-        if seconds > 0.0 { format!("{:.1}", counted / unit / seconds) } else { "-".into() }
-    };
-    let percent = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{:.1}", ratio * 100.0));
-    let dirty = (now.log_bytes > 0).then(|| 1.0 - now.free_bytes as f64 / now.log_bytes as f64);
-    let time = |request: &str, share| {
-        let histogram = |live: &LiveStatus| live.statistics.latencies.get(request).map(|l| l.histogram());
-        let taken = histogram(now).unwrap_or_default();
-        let taken = taken.since(&before.and_then(histogram).unwrap_or_default());
-        taken.per_mille(share).map_or("-".into(), |time| time.as_micros().to_string())
-    };
-    [
-        rate("reads", 1.0),
-        rate("writes", 1.0),
-        rate("flushes", 1.0),
-        rate("read_bytes", MIB),
-        rate("write_bytes", MIB),
-        rate("written_back_bytes", MIB),
-        percent(hit_ratio(&met(now, before), "read")),
-        percent(dirty),
-        time("read", 500),
-        time("read", 990),
-        time("write", 500),
-        time("write", 990),
-        time("flush", 500),
-        time("flush", 990),
-    ]
+fn percent(ratio: f64) -> String {
+    format!("{:.1}", ratio * 100.0)
 }
 
-/// The blocks that requests met between two looks.
-fn met(now: &LiveStatus, before: Option<&LiveStatus>) -> Vec<AccessCount> {
-    let mut met = now.statistics.accesses.clone();
-    if let Some(before) = before {
-        for (now, before) in met.iter_mut().zip(&before.statistics.accesses) {
-            now.blocks = now.blocks.saturating_sub(before.blocks);
-        }
-    }
-    met
+fn time(interval: &Interval<'_>, request: &str, per_mille: u64) -> Option<String> {
+    interval.latency(request, per_mille).map(|time| time.as_micros().to_string())
+}
+
+fn to_u16(n: usize) -> u16 {
+    u16::try_from(n).unwrap_or(u16::MAX)
 }

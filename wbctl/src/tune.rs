@@ -43,7 +43,7 @@ pub(crate) fn get(args: &GetArgs, out: &mut Output) -> Result<()> {
         }
     }
     if args.json {
-        writeln!(out, "{}", serde_json::to_string(&tunables)?)?;
+        out.json(&tunables)?;
         return Ok(());
     }
     for (key, value) in tunables {

@@ -3,8 +3,7 @@
 use crate::Pair;
 use crate::create::open_pair;
 use anyhow::{Result, bail};
-use libwb::cli::{Io, Output, count};
-use libwb::format::fitting;
+use libwb::cli::{Io, Output, count, parse_label};
 use libwb::log::salvage::Scanned;
 use libwb::log::scan::BackingFacts;
 use libwb::log::upgrade::Upgrade;
@@ -21,10 +20,6 @@ pub(crate) struct Args {
     /// Say what would be changed, and change nothing
     #[arg(long)]
     dry_run: bool,
-}
-
-fn parse_label(text: &str) -> Result<String, String> {
-    if fitting(text) == text { Ok(text.into()) } else { Err("longer than 64 bytes".into()) }
 }
 
 pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {

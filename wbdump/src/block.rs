@@ -1,10 +1,10 @@
 //! `wbdump block`: every version of one block.
 
+use crate::Log;
 use crate::segment::dirty_sectors;
 use crate::segments::State;
-use crate::{Log, table};
 use anyhow::{Context, Result};
-use libwb::cli::Output;
+use libwb::cli::{Output, Table, table};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_usize};
 use libwb::log::history::{History, Version, read_version};
 use libwb::log::recovery::Recovery;
@@ -63,24 +63,24 @@ impl Versions<'_> {
             return Ok(());
         }
         if !data {
-            writeln!(out, "{}", self.rows(&self.found).trim_fmt())?;
+            writeln!(out, "{}", self.rows(&self.found))?;
             return Ok(());
         }
         for version in &self.found {
-            writeln!(out, "{}", self.rows(std::slice::from_ref(version)).trim_fmt())?;
+            writeln!(out, "{}", self.rows(std::slice::from_ref(version)))?;
             hex_dump(&self.read(&version.0)?, out)?;
             writeln!(out)?;
         }
         Ok(())
     }
 
-    fn rows(&self, versions: &[(Version, State)]) -> comfy_table::Table {
+    fn rows(&self, versions: &[(Version, State)]) -> Table {
         let mut table = table(
             ["SEGMENT", "SLOT", "INDEX", "DATA AT BYTE", "DIRTY SECTORS", "STATE"],
             &["DIRTY SECTORS", "STATE"],
         );
         for (version, state) in versions {
-            table.add_row([
+            table.row([
                 version.id.to_string(),
                 version.place.slot.to_string(),
                 version.place.index.to_string(),
@@ -103,7 +103,7 @@ impl Versions<'_> {
                 state: *state,
                 data_hex: if data { Some(hex(&self.read(version)?)) } else { None },
             };
-            writeln!(out, "{}", serde_json::to_string(&row)?)?;
+            out.json(&row)?;
         }
         Ok(())
     }

@@ -1,8 +1,8 @@
 //! `wbdump segment`: one segment's header and metablocks.
 
-use crate::{Log, table};
+use crate::Log;
 use anyhow::{Result, bail};
-use libwb::cli::{Output, count};
+use libwb::cli::{Output, count, table};
 use libwb::format::{DirtyBits, Place, SegmentHeader, SegmentId, Slot};
 use libwb::log::scan::{SlotContent, SlotState, read_slot};
 use serde::Serialize;
@@ -39,7 +39,7 @@ pub(crate) fn show(log: &Log, id: SegmentId, json: bool, out: &mut Output) -> Re
     };
     let report = report(log, slot, &content, header);
     if json {
-        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+        out.json(&report)?;
         return Ok(());
     }
     print(&report, out)
@@ -81,7 +81,7 @@ fn print(r: &Report, out: &mut Output) -> Result<()> {
     }
     let mut table = table(["INDEX", "BLOCK", "SECTOR", "DIRTY SECTORS", "DATA AT BYTE"], &["DIRTY SECTORS"]);
     for (index, entry) in r.metablocks.iter().enumerate() {
-        table.add_row([
+        table.row([
             index.to_string(),
             entry.block.to_string(),
             entry.sector.to_string(),
@@ -89,7 +89,7 @@ fn print(r: &Report, out: &mut Output) -> Result<()> {
             entry.data_offset_bytes.to_string(),
         ]);
     }
-    writeln!(out, "\n{}", table.trim_fmt())?;
+    writeln!(out, "\n{}", table)?;
     Ok(())
 }
 

@@ -1,9 +1,9 @@
 //! `wbdump segments`: one row for each slot, in log order.
 
+use crate::Log;
 use crate::superblock::MAX_TIME;
-use crate::{Log, table};
 use anyhow::Result;
-use libwb::cli::Output;
+use libwb::cli::{Output, table};
 use libwb::format::{Reason, SegmentExtension, SegmentHeader, SegmentId, Slot, to_u64};
 use libwb::log::recovery::{Recovery, Standing};
 use libwb::log::scan::SlotState;
@@ -155,7 +155,7 @@ fn row(
 fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) -> Result<()> {
     if json {
         for row in rows {
-            writeln!(out, "{}", serde_json::to_string(row)?)?;
+            out.json(row)?;
         }
         return Ok(());
     }
@@ -172,9 +172,9 @@ fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) 
             [row.id, row.length_blocks.map(u64::from), row.dirty_blocks.map(to_u64)].map(or_dash);
         let [closed, time] = [&row.closed, &row.time].map(|text| text.clone().unwrap_or_else(|| "-".into()));
         let (slot, offset) = (row.slot.to_string(), row.offset_bytes.to_string());
-        table.add_row([id, slot, offset, length, dirty, closed, time, state]);
+        table.row([id, slot, offset, length, dirty, closed, time, state]);
     }
-    writeln!(out, "{}", table.trim_fmt())?;
+    writeln!(out, "{}", table)?;
     Ok(())
 }
 

@@ -72,7 +72,7 @@ pub(crate) fn show(log: &Log, json: bool, out: &mut Output) -> Result<()> {
     let totals = log.io.block_on(live_totals(&log.device, log.geometry(), &recovery, None))?;
     let report = report(log, &slots, &recovery, &totals);
     if json {
-        writeln!(out, "{}", serde_json::to_string(&report)?)?;
+        out.json(&report)?;
         return Ok(());
     }
     print(&report, out)

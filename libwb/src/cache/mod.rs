@@ -6,6 +6,7 @@
 //! write-back are background tasks.
 
 mod access;
+mod age;
 mod appender;
 mod commits;
 mod discard;

@@ -1,5 +1,6 @@
 //! Opening a cache: recovery, and what must be put right before the first request.
 
+use super::age::Ages;
 use super::index::Index;
 use super::latency::AtomicLatencies;
 use super::meter::{Flushes, Metered};
@@ -26,6 +27,7 @@ use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 /// Headers that are erased at the same time.
 const ERASE_DEPTH: usize = 32;
@@ -48,6 +50,7 @@ struct Replay {
     /// back when the newer version was made, but the log does not say so.
     leftovers: Vec<Item>,
     bytes_read: u64,
+    ages: Ages,
 }
 
 impl Cache {
@@ -103,12 +106,13 @@ impl Cache {
     ) -> Result<Cache, CacheError> {
         let started = runtime.now();
         let replay = Replay::read(&cache, &backing, reading, planted).await?;
-        let Replay { superblock, recovery, index, leftovers, bytes_read } = replay;
+        let Replay { superblock, recovery, index, leftovers, bytes_read, ages } = replay;
         let geometry = superblock.geometry;
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let grown = grown(superblock.extension.as_ref(), &backing);
         let mut state = State::new(geometry, index, written_back, recovery.point);
         state.planted = planted;
+        state.ages = ages;
         state.dirty_blocks = to_u64(state.index.len());
         state.staging.configure(&tunables);
         let opened = runtime.now();
@@ -182,6 +186,7 @@ struct Slots<'a> {
     /// Where the first entry in a slot lies that does not fit on the backing device.
     outside: HashMap<Slot, Sector>,
     bytes_read: u64,
+    ages: Ages,
 }
 
 impl Slots<'_> {
@@ -193,6 +198,9 @@ impl Slots<'_> {
         let Some(header) = content.header.as_ref().filter(|_| content.state.valid_id().is_some()) else {
             return;
         };
+        if let Some(extension) = &header.extension {
+            self.ages.set(slot, Duration::from_millis(extension.time));
+        }
         for (entry, place) in header.metablocks.iter().zip((0..).map(|index| Place { slot, index })) {
             // Staged by read caching. What it holds may be older than the backing device by now: the kernel module
             // writes around a cache without a trace in the log.
@@ -242,6 +250,7 @@ impl Replay {
             index: Index::new(geometry, superblock.extension.is_some()),
             outside: HashMap::new(),
             bytes_read: 0,
+            ages: Ages::new(geometry.slots()),
         };
         let visit = |slot, content: &_| slots.visit(slot, content);
         let states = match (reading, planted.has(Bug::UnclaimedTrusted)) {
@@ -287,8 +296,8 @@ impl Slots<'_> {
         for id in live {
             self.apply(id, &mut leftovers);
         }
-        let Slots { index, bytes_read, .. } = self;
-        Ok(Replay { superblock: superblock.clone(), recovery, index, leftovers, bytes_read })
+        let Slots { index, bytes_read, ages, .. } = self;
+        Ok(Replay { superblock: superblock.clone(), recovery, index, leftovers, bytes_read, ages })
     }
 }
 

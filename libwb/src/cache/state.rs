@@ -11,6 +11,7 @@
 //! open or sealed, the first blocks may be durable or written, too: see [`commits`](super::commits).
 
 use super::access::Accesses;
+use super::age::Ages;
 use super::commits::{Commits, Position};
 use super::index::Index;
 use super::staging::Staging;
@@ -79,6 +80,7 @@ pub(super) struct State {
     /// Nothing is written back but for a drain, and when there is no choice.
     pub(super) paused: bool,
     pub(super) throttle: Throttle,
+    pub(super) ages: Ages,
     /// For each slot whether an epoch of the write history ends with its segment: whether a flush came after it.
     epoch_ends: Box<[bool]>,
     /// Blocks that are being discarded. Writes to them wait.
@@ -128,6 +130,7 @@ impl State {
             drains: Vec::new(),
             paused: false,
             throttle: Throttle::default(),
+            ages: Ages::new(geometry.slots()),
             epoch_ends: vec![true; geometry.slots() as usize].into(),
             fenced: Vec::new(),
             forgotten: written_back,

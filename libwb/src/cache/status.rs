@@ -37,6 +37,11 @@ pub struct Status {
     pub durable: SegmentId,
     /// Every segment up to this one is written back.
     pub written_back: SegmentId,
+    /// For how long the oldest data that is not written back has been waiting; `None` where nothing waits, or nobody
+    /// knows, as of what was in a cache of the base format.
+    pub oldest_dirty: Option<Duration>,
+    /// Write-back is paused.
+    pub paused: bool,
     /// Why writes are refused, if they are.
     pub failure: Option<String>,
     /// Why write-back does not get on, if it does not.
@@ -75,6 +80,8 @@ impl Cache {
             written: state.written,
             durable: state.durable,
             written_back: state.written_back,
+            oldest_dirty: state.oldest_dirty(inner.runtime.wall_clock()),
+            paused: state.paused,
             failure: state.failure.as_ref().map(ToString::to_string),
             writeback_error: inner.counters.last_writeback_error().map(|error| error.to_string()),
             recovery_time: inner.recovery_time,

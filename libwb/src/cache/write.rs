@@ -147,6 +147,9 @@ impl Inner {
         let (sealed, newest) = (state.last_sealed(), state.newest);
         let result = change(&mut state);
         let (sealed, opened) = (state.last_sealed() != sealed, state.newest != newest);
+        if opened {
+            state.begun(newest, self.runtime.wall_clock());
+        }
         drop(state);
         if sealed {
             self.events.appender.notify(usize::MAX);

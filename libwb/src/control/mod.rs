@@ -45,6 +45,10 @@ pub enum Request {
         /// Tunables by name.
         tunables: BTreeMap<String, TunableValue>,
     },
+    /// To write nothing back any more, but for a drain, and when the log is full.
+    Pause,
+    /// To end a pause.
+    Resume,
     /// To stop serving and exit.
     Detach {
         /// Write everything back first, with [`Reply::Progress`] meanwhile.
@@ -111,6 +115,8 @@ pub struct LiveStatus {
     pub free_bytes: u64,
     /// Data whose newest version is only in the cache: what the backing device lacks.
     pub dirty_bytes: u64,
+    /// For how long the oldest of it has been waiting, in seconds; `None` where nobody knows.
+    pub oldest_dirty_seconds: Option<f64>,
     /// Data that the cache holds a version of, dirty or clean.
     pub used_bytes: u64,
     /// How many places for blocks the log has.
@@ -129,6 +135,8 @@ pub struct LiveStatus {
     pub written_back_segment: u64,
     /// Why writes are refused, if they are.
     pub failure: Option<String>,
+    /// Write-back is paused.
+    pub paused: bool,
     /// Why write-back does not get on, if it does not.
     pub writeback_error: Option<String>,
     /// How long recovery took, in seconds.
@@ -153,6 +161,7 @@ impl LiveStatus {
             log_bytes: status.log_bytes,
             free_bytes: status.free_segments * to_u64(SEGMENT_BYTES),
             dirty_bytes: status.dirty_blocks * to_u64(BLOCK_BYTES),
+            oldest_dirty_seconds: status.oldest_dirty.map(|age| age.as_secs_f64()),
             used_bytes: status.used_blocks * to_u64(BLOCK_BYTES),
             places: status.places,
             next_place: status.next_place,
@@ -162,6 +171,7 @@ impl LiveStatus {
             durable_segment: status.durable.0,
             written_back_segment: status.written_back.0,
             failure: status.failure.clone(),
+            paused: status.paused,
             writeback_error: status.writeback_error.clone(),
             recovery_bytes: status.recovery_bytes,
             recovery_seconds: status.recovery_time.as_secs_f64(),

@@ -1,15 +1,24 @@
-//! What the programs share: exit codes, error messages, standard output, progress bars, and opening devices.
+//! What the programs share: exit codes, error messages, standard output, JSON, tables, numbers for people, progress bars,
+//! interruption, and opening devices.
+
+mod numbers;
+mod progress;
+mod table;
+
+pub use numbers::{count, human_rate, human_size, human_time, parse_label, parse_size, percent};
+pub use progress::Progress;
+pub use table::{Table, properties, table};
 
 use crate::device::probe::{Access, OpenError, Opened, open};
 use crate::device::{Device, UringDevice};
 use crate::reactor::{Handle, Reactor};
-use indicatif::{BinaryBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use nix::sys::signal::{SigSet, Signal};
+use serde::Serialize;
 use std::fmt::Display;
 use std::io::{self, BufWriter, ErrorKind, IsTerminal, StdoutLock, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 /// How a program ends. The values are those of fsck.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +74,30 @@ pub fn complain(program: &str, message: impl Display) {
     let _ = writeln!(io::stderr(), "{program}: {message}");
 }
 
+/// From now on, a signal to end (as from Ctrl-C) prints one line on standard error, which says how things stand and how to
+/// go on, and ends the program. To be called before other threads are started.
+///
+/// # Errors
+/// When the system has no room for a thread.
+pub fn on_interrupt(
+    program: &'static str,
+    message: impl FnOnce() -> String + Send + 'static,
+) -> io::Result<()> {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    signals.thread_block()?;
+    std::thread::Builder::new().name("wb-signals".into()).spawn(move || {
+        if signals.wait().is_ok() {
+            if io::stderr().is_terminal() {
+                // Past the progress bar.
+                eprintln!();
+            }
+            complain(program, message());
+            std::process::exit(Exit::Failed as i32);
+        }
+    })?;
+    Ok(())
+}
+
 /// Standard output. A reader that goes away early is no error: what would follow is thrown away, and the program's
 /// exit code still says what it found.
 pub struct Output {
@@ -73,6 +106,25 @@ pub struct Output {
 }
 
 impl Output {
+    /// Prints a value as one line of JSON.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn json(&mut self, value: &impl Serialize) -> io::Result<()> {
+        let line = serde_json::to_string(value)?;
+        writeln!(self, "{line}")
+    }
+
+    /// Whether colours may be used: on a terminal whose user has not set `NO_COLOR` (no-color.org).
+    pub fn is_coloured(&self) -> bool {
+        io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
+    }
+
+    /// How many columns the terminal has; `None` where it is none.
+    pub fn columns(&self) -> Option<u16> {
+        table::columns()
+    }
+
     /// Whether the reader has gone away.
     pub fn is_closed(&self) -> bool {
         self.closed
@@ -105,57 +157,6 @@ impl Write for Output {
         let done = self.stdout.flush();
         self.unless_closed(done, ())
     }
-}
-
-/// A progress bar on standard error. It shows up only on a terminal, and only when the work has taken a second.
-pub struct Progress {
-    bar: ProgressBar,
-    hidden_until: Option<Instant>,
-}
-
-impl Progress {
-    const PATIENCE: Duration = Duration::from_secs(1);
-
-    /// A bar for `total` units of work.
-    pub fn new(what: &'static str, total: u64) -> Progress {
-        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
-        if let Ok(style) = ProgressStyle::with_template("{msg} [{bar:40}] {percent}%, {eta} left") {
-            bar.set_style(style.progress_chars("=> "));
-        }
-        bar.set_message(what);
-        let hidden_until = io::stderr().is_terminal().then(|| Instant::now() + Self::PATIENCE);
-        Progress { bar, hidden_until }
-    }
-
-    /// A bar that never shows.
-    pub fn none() -> Progress {
-        Progress { bar: ProgressBar::hidden(), hidden_until: None }
-    }
-
-    /// Notes that `done` units are done in all.
-    pub fn set(&mut self, done: u64) {
-        if self.hidden_until.is_some_and(|when| Instant::now() >= when) {
-            self.hidden_until = None;
-            self.bar.set_draw_target(ProgressDrawTarget::stderr());
-        }
-        self.bar.set_position(done);
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        self.bar.finish_and_clear();
-    }
-}
-
-/// A size for people, such as "8 MiB" or "1.46 TiB".
-pub fn human_size(bytes: u64) -> String {
-    BinaryBytes(bytes).to_string().replace(".00 ", " ")
-}
-
-/// A number with its noun, such as "1 segment" or "14 segments".
-pub fn count(n: u64, noun: &str) -> String {
-    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
 }
 
 /// Reads and writes devices.
@@ -195,23 +196,5 @@ impl Io {
     /// Runs a future to its end.
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.reactor.block_on(future)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_short() {
-        assert_eq!(human_size(0), "0 B");
-        assert_eq!(human_size(8 << 20), "8 MiB");
-        assert_eq!(human_size(3 << 39), "1.50 TiB");
-    }
-
-    #[test]
-    fn one_is_singular() {
-        assert_eq!(count(1, "segment"), "1 segment");
-        assert_eq!(count(0, "segment"), "0 segments");
     }
 }

@@ -1,0 +1,121 @@
+//! Numbers and the like as people read and write them. Each number has its unit.
+
+use crate::format::{TEXT_BYTES, fitting};
+use indicatif::BinaryBytes;
+
+/// A size for people, such as "8 MiB" or "1.46 TiB".
+pub fn human_size(bytes: u64) -> String {
+    BinaryBytes(bytes).to_string().replace(".00 ", " ")
+}
+
+/// A rate for people, such as "12.5 MiB/s".
+pub fn human_rate(bytes_per_second: f64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut rate = bytes_per_second.max(0.0);
+    let mut unit = 0;
+    while rate >= 1000.0 && unit + 1 < UNITS.len() {
+        rate /= 1024.0;
+        unit += 1;
+    }
+    let digits = usize::from(unit > 0 && rate < 100.0);
+    format!("{rate:.digits$} {}/s", UNITS[unit])
+}
+
+/// A time for people, such as "64 µs" or "2 h 5 min".
+pub fn human_time(seconds: f64) -> String {
+    match seconds {
+        s if s <= 0.0 => "0 s".into(),
+        s if s < 1e-3 => format!("{:.0} µs", s * 1e6),
+        s if s < 1.0 => format!("{:.1} ms", s * 1e3),
+        s if s < 60.0 => format!("{s:.1} s"),
+        s if s < 3600.0 => format!("{:.0} min {:.0} s", (s / 60.0).floor(), (s % 60.0).floor()),
+        s if s < 86400.0 => format!("{:.0} h {:.0} min", (s / 3600.0).floor(), (s % 3600.0 / 60.0).floor()),
+        s => format!("{:.0} d {:.0} h", (s / 86400.0).floor(), (s % 86400.0 / 3600.0).floor()),
+    }
+}
+
+/// A part in percent, such as "12.5 %"; "-" where nothing is known.
+pub fn percent(ratio: Option<f64>) -> String {
+    ratio.map_or("-".into(), |ratio| format!("{:.1} %", ratio * 100.0))
+}
+
+/// A number with its noun, such as "1 segment" or "14 segments".
+pub fn count(n: u64, noun: &str) -> String {
+    match (n, noun.strip_suffix('y')) {
+        (1, _) => format!("1 {noun}"),
+        (_, Some(stem)) => format!("{n} {stem}ies"),
+        (_, None) => format!("{n} {noun}s"),
+    }
+}
+
+/// Reads a size such as "4096", "512M" or "10GiB", in bytes. Units are powers of 1024: K, M, G, T, with or without "iB";
+/// "B" stands for bytes.
+///
+/// # Errors
+/// When it is no such size, or larger than 64 bits can tell.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let powers = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kib" => 1,
+        "m" | "mib" => 2,
+        "g" | "gib" => 3,
+        "t" | "tib" => 4,
+        _ => return Err(format!("'{text}' is no size; must be such as 4096, 512M or 10GiB")),
+    };
+    let number: u64 =
+        number.parse().map_err(|_| format!("'{text}' is no size; must be such as 4096, 512M or 10GiB"))?;
+    number.checked_mul(1 << (10 * powers)).ok_or_else(|| format!("'{text}' is too large"))
+}
+
+/// Reads a label of a cache device.
+///
+/// # Errors
+/// When there is no room for it in the superblock.
+pub fn parse_label(text: &str) -> Result<String, String> {
+    if fitting(text) == text { Ok(text.into()) } else { Err(format!("longer than {TEXT_BYTES} bytes")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_short() {
+        assert_eq!(human_size(0), "0 B");
+        assert_eq!(human_size(8 << 20), "8 MiB");
+        assert_eq!(human_size(3 << 39), "1.50 TiB");
+    }
+
+    #[test]
+    fn rates_keep_to_four_digits() {
+        let shown = [0.0, 999.0, 1536.0, 250.0 * 1048576.0].map(human_rate);
+        assert_eq!(shown, ["0 B/s", "999 B/s", "1.5 KiB/s", "250 MiB/s"]);
+    }
+
+    #[test]
+    fn times_are_short() {
+        let shown = [0.0, 0.000_064, 0.0021, 12.25, 61.0, 7500.0, 90_000.0].map(human_time);
+        assert_eq!(shown, ["0 s", "64 µs", "2.1 ms", "12.2 s", "1 min 1 s", "2 h 5 min", "1 d 1 h"]);
+    }
+
+    #[test]
+    fn one_is_singular() {
+        assert_eq!(count(1, "segment"), "1 segment");
+        assert_eq!(count(0, "segment"), "0 segments");
+        assert_eq!(count(2, "entry"), "2 entries");
+    }
+
+    #[test]
+    fn sizes_are_read_with_their_units() {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("512M", 512 << 20), ("10GiB", 10 << 30), ("3 k", 3072)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "M", "-1", "1.5G", "10 GB", "16777217T", "18446744073709551616"] {
+            assert!(parse_size(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! `wbcheck`: reads a cache device and says whether it is sound. It changes nothing, unless it is told to repair.
+
+mod findings;
+mod one_segment;
+mod repair;
+mod report;
+mod words;
+
+use anyhow::{Result, bail};
+use clap::{CommandFactory, Parser};
+use findings::{Backing, Findings};
+use libwb::cli::{self, Exit, Io, Output};
+use libwb::device::Device;
+use libwb::device::probe::{Access, open};
+use libwb::format::{SECTOR_BYTES, SegmentId, to_u64};
+use libwb::log::LogError;
+use libwb::log::salvage::Way;
+use libwb::log::scan::{BackingFacts, RawSuperblock, check_pairing, examine_superblock};
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  sound, also after a power cut
+  1  errors were found, and all repaired (--repair)
+  2  the command line makes no sense
+  4  errors found, and still there
+  8  could not check: for example the device is in use, or is no cache device";
+
+/// Check a cache device. Reads the whole device, and changes nothing but with --repair.
+///
+/// The first line of the output is the verdict. What a power cut explains is no error; it is noted, and nothing that was
+/// acknowledged as durable is lost.
+#[derive(Parser)]
+#[command(name = "wbcheck", version, after_help = EXIT_CODES)]
+struct Args {
+    /// The cache device: a block device or a file
+    #[arg(value_name = "CACHE")]
+    cache: PathBuf,
+
+    /// Check as well that all dirty data fits on this backing device
+    #[arg(long, value_name = "DEV")]
+    backing: Option<PathBuf>,
+
+    /// Check this segment alone. Of the others, only the headers are read
+    #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u64).range(1..=SegmentId::MAX.0))]
+    segment: Option<u64>,
+
+    /// Read the headers alone, which is much faster but does not notice damaged data
+    #[arg(long, conflicts_with = "segment")]
+    headers_only: bool,
+
+    /// Repair what can be without giving up any data that recovery would use: what a power cut has torn, what is
+    /// damaged but written back, a damaged copy of the superblock extension
+    ///
+    /// The kernel module, which stops reading at the first damaged segment, then reads the whole log. The device must not
+    /// be attached.
+    #[arg(long, conflicts_with_all = ["segment", "headers_only"])]
+    repair: bool,
+
+    /// With --repair, go on with a corrupt log, and give up what has to be: with skip the damaged blocks alone, with stop
+    /// all that came after them
+    ///
+    /// Without it, what each way would give up is shown. Copy the device first: what is given up is gone for ever.
+    #[arg(
+        long,
+        value_name = "skip|stop",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "skip",
+        requires = "repair"
+    )]
+    salvage: Option<Way>,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+
+    /// Print nothing when the device is sound, and the verdict alone when it is not
+    #[arg(long, conflicts_with = "json")]
+    quiet: bool,
+}
+
+/// What a check works on.
+struct Subject {
+    io: Io,
+    device: Device,
+    superblock: RawSuperblock,
+    backing: Option<Backing>,
+}
+
+impl Subject {
+    fn read_superblock(&mut self) -> Result<()> {
+        self.superblock = self.io.block_on(examine_superblock(&self.device))?;
+        Ok(())
+    }
+}
+
+/// The command line, as it is parsed and documented.
+pub fn command() -> clap::Command {
+    Args::command()
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    cli::run("wbcheck", Exit::CouldNotCheck, |out| check(&args, out))
+}
+
+fn check(args: &Args, out: &mut Output) -> Result<Exit> {
+    let mut subject = prepare(args)?;
+    if let Some(id) = args.segment {
+        return one_segment::check(&subject, SegmentId(id), args, out);
+    }
+    let findings = Findings::gather(&subject, args)?;
+    if args.repair {
+        return repair::repair(&mut subject, findings, args, out);
+    }
+    print(&findings, args, out)
+}
+
+fn print(findings: &Findings, args: &Args, out: &mut Output) -> Result<Exit> {
+    let verdict = findings.verdict();
+    if args.json {
+        out.json(&report::Report::of(findings, None))?;
+    } else if !args.quiet {
+        words::print(findings, out)?;
+    } else if verdict.exit() != Exit::Done {
+        writeln!(out, "{}", words::headline(findings))?;
+    }
+    Ok(verdict.exit())
+}
+
+fn prepare(args: &Args) -> Result<Subject> {
+    let io = Io::start()?;
+    let opened = open(&args.cache, if args.repair { Access::Write } else { Access::Read })?;
+    let backing = match &args.backing {
+        None => None,
+        // Only its size matters, so it may be in use.
+        Some(path) => {
+            let backing = open(path, Access::ReadUnlocked)?;
+            if backing.identity == opened.identity {
+                bail!("{} is the cache device itself, not its backing device", path.display());
+            }
+            Some((
+                backing.identity_text,
+                Backing { path: path.clone(), sectors: backing.size / to_u64(SECTOR_BYTES) },
+            ))
+        }
+    };
+    let device = io.serve(opened);
+    let superblock = io.block_on(examine_superblock(&device))?;
+    if let Err(fault) = superblock.magic {
+        return Err(LogError::Superblock { device: device.name().to_string(), fault }.into());
+    }
+    superblock.check_extension(&device)?;
+    if let (Some(extension), Some((identity, backing))) = (superblock.extension(), &backing) {
+        let name = backing.path.display().to_string();
+        let facts = BackingFacts { name: &name, sectors: backing.sectors, identity };
+        check_pairing(&device, extension, &facts)?;
+    }
+    let recorded = superblock.extension().filter(|extension| extension.backing_sectors != 0);
+    let recorded = recorded.map(|extension| Backing {
+        path: "the backing device it was made for".into(),
+        sectors: extension.backing_sectors,
+    });
+    let backing = backing.map(|(_, backing)| backing).or(recorded);
+    Ok(Subject { io, device, superblock, backing })
+}

@@ -1,0 +1,168 @@
+//! `wbctl`: creates, attaches, detaches, replays and upgrades caches.
+
+mod attach;
+mod client;
+mod config;
+mod create;
+mod dm;
+mod import;
+mod interval;
+mod leftovers;
+mod logging;
+mod notify;
+mod place;
+mod prometheus;
+mod remove;
+mod replay;
+mod salvage;
+mod show;
+mod stat;
+mod top;
+mod tune;
+mod upgrade;
+
+use anyhow::Result;
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use libwb::cli::{self, Exit, Output};
+use place::Name;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed or refused
+  2  the command line makes no sense";
+
+/// Put a fast device in front of a slow one as a write cache.
+///
+/// Writes go to the fast device as one log, and are written back in the background, sorted and merged.
+#[derive(Parser)]
+#[command(name = "wbctl", version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Make a cache device and record the volume under a name
+    Create(create::Args),
+    /// Recover a volume and serve it as a loop device, in the foreground
+    ///
+    /// Prints `ready /dev/loopN` when the volume can be used. SIGTERM and SIGINT stop taking requests, close the log
+    /// and end the program; dirty data stays in the cache.
+    Attach(attach::Args),
+    /// Stop serving a volume, and wait until that is done
+    Detach(client::DetachArgs),
+    /// Show all volumes that are recorded or attached
+    List {
+        /// Print one JSON object per volume and line instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the state of volumes, or of all that are attached
+    Status(show::StatusArgs),
+    /// Show what an attached volume does: requests, throughput, hits and latencies, a line for each interval
+    ///
+    /// r, w, f: reads, writes, flushes; wb: write-back; rhit%: of the blocks read, those that the cache held; log%: how
+    /// much of the log is in use, for what is not written back. 50us and 99us: in how many microseconds so many percent were
+    /// answered. A terminal of less than 126 columns shows the most important of them.
+    Stat(stat::Args),
+    /// Watch an attached volume: latencies, rates, how full the log is. The key q quits
+    Top(top::Args),
+    /// Make everything that was written to an attached volume survive a power cut
+    Flush {
+        /// The volume
+        name: Name,
+    },
+    /// Write all dirty data of an attached volume back to its backing device
+    ///
+    /// Shows progress on a terminal. Can be interrupted (Ctrl-C) and repeated: what was written back stays so, and the volume
+    /// goes on as before.
+    Drain {
+        /// The volume
+        name: Name,
+    },
+    /// Write nothing back from an attached volume, until `wbctl resume`, or until the volume is attached anew
+    ///
+    /// All writes stay in the cache meanwhile: for a quiet disk while something else needs it. A drain that is asked for, and
+    /// a log that is full, write back all the same.
+    Pause {
+        /// The volume
+        name: Name,
+    },
+    /// End a pause
+    Resume {
+        /// The volume
+        name: Name,
+    },
+    /// Let all counters of an attached volume start anew
+    ClearStats {
+        /// The volume
+        name: Name,
+    },
+    /// Show the tunables of a volume: those in force, or those that it is to be attached with
+    Get(tune::GetArgs),
+    /// Change tunables of an attached volume, from now on
+    Set(tune::SetArgs),
+    /// Forget a volume that is detached and has no dirty data. Its devices are left as they are
+    Remove(remove::Args),
+    /// Take over the volumes of the script `writeboost`: record what its table lists. Touches no device
+    Import(import::Args),
+    /// Write all dirty data back to the backing device offline, and mark the cache clean
+    ///
+    /// Serves nothing, and needs no root for plain files. Safe to interrupt and to repeat.
+    Replay(replay::Args),
+    /// Give a cache device of the kernel module what wb keeps beyond its format, in place
+    ///
+    /// That is an identity, a pairing with the backing device, so that a wrong one is refused, and from then on a CRC of
+    /// every block that is written. What is in the cache stays as it is, and the kernel module can still read it.
+    Upgrade(upgrade::Args),
+}
+
+/// A cache and a backing device.
+#[derive(Args)]
+struct Pair {
+    /// The cache device: a block device or a file
+    #[arg(long, value_name = "DEV")]
+    cache: PathBuf,
+    /// The backing device: a block device or a file
+    #[arg(long, value_name = "DEV")]
+    backing: PathBuf,
+}
+
+/// The command line, as it is parsed and documented.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli::run("wbctl", Exit::Failed, |out| run(cli.command, out))
+}
+
+fn run(command: Command, out: &mut Output) -> Result<Exit> {
+    match command {
+        Command::Create(args) => return create::create(&args, out),
+        Command::Attach(args) => attach::attach(&args, out)?,
+        Command::Detach(args) => client::detach(&args, out)?,
+        Command::List { json } => show::list(json, out)?,
+        Command::Status(args) => show::status(&args, out)?,
+        Command::Stat(args) => stat::stat(&args, out)?,
+        Command::Flush { name } => client::flush(&name, out)?,
+        Command::Drain { name } => client::drain(&name, out)?,
+        Command::Pause { name } => client::pause(&name, out)?,
+        Command::Resume { name } => client::resume(&name, out)?,
+        Command::Top(args) => top::top(&args)?,
+        Command::ClearStats { name } => client::clear_stats(&name, out)?,
+        Command::Get(args) => tune::get(&args, out)?,
+        Command::Set(args) => tune::set(&args, out)?,
+        Command::Remove(args) => remove::remove(&args, out)?,
+        Command::Import(args) => import::import(&args, out)?,
+        Command::Replay(args) => replay::replay(&args, out)?,
+        Command::Upgrade(args) => upgrade::upgrade(&args, out)?,
+    }
+    Ok(Exit::Done)
+}

@@ -1,0 +1,59 @@
+//! `wbctl top`: a volume at work, on the whole terminal.
+
+mod view;
+
+use crate::client;
+use crate::place::Name;
+use crate::stat::parse_interval;
+use anyhow::{Context, Result, bail};
+use ratatui::crossterm::event::{Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers, poll, read};
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+use view::View;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The volume
+    name: Name,
+    /// Look again each so many seconds
+    #[arg(value_parser = parse_interval, default_value = "1")]
+    interval: Duration,
+}
+
+pub(crate) fn top(args: &Args) -> Result<()> {
+    if !std::io::stdout().is_terminal() {
+        bail!("needs a terminal; for a line each interval, see wbctl stat");
+    }
+    // A volume that is not there is told of in a line, not on a blank screen.
+    let first = client::status(&args.name)?;
+    let is_coloured = std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    let mut view = View::new(is_coloured, args.interval);
+    view.look(Ok(first));
+    let mut terminal = ratatui::try_init().context("cannot use the terminal")?;
+    let ended = run(args, &mut view, &mut terminal);
+    ratatui::restore();
+    ended
+}
+
+fn run(args: &Args, view: &mut View, terminal: &mut ratatui::DefaultTerminal) -> Result<()> {
+    loop {
+        let looked = Instant::now();
+        // Until it is time to look again; drawn anew when the window has changed.
+        while let Some(left) = args.interval.checked_sub(looked.elapsed()) {
+            terminal.draw(|frame| frame.render_widget(&*view, frame.area()))?;
+            if poll(left)? && quits(&read()?) {
+                return Ok(());
+            }
+        }
+        view.look(client::status(&args.name));
+    }
+}
+
+fn quits(event: &Event) -> bool {
+    let Event::Key(KeyEvent { code, modifiers, kind: KeyEventKind::Press, .. }) = event else { return false };
+    match code {
+        KeyCode::Char('q') | KeyCode::Esc => true,
+        KeyCode::Char('c') => modifiers.contains(KeyModifiers::CONTROL),
+        _ => false,
+    }
+}

@@ -1,0 +1,163 @@
+//! `wbdump`: shows the log on a cache device, however damaged it is.
+
+mod block;
+mod identity;
+mod segment;
+mod segments;
+mod superblock;
+
+use anyhow::{Context, Result};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use libwb::cli::{self, Exit, Io, Output, Progress};
+use libwb::device::Device;
+use libwb::device::probe::{Access, OpenError};
+use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot};
+use libwb::log::recovery::{Recovery, recover};
+use libwb::log::scan::{RawSuperblock, SlotContent, SlotState, examine_superblock, scan};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed
+  2  the command line makes no sense";
+
+/// Show the log on a cache device. Changes nothing, and works on damaged devices.
+///
+/// A device that is in use is read all the same, with a warning: what is shown may then be a mixture of states.
+#[derive(Parser)]
+#[command(name = "wbdump", version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Show the superblock and totals of what the log holds. Reads the whole device
+    Super(Target),
+    /// Show which cache it is, as variables for udev and scripts. Reads the superblock alone
+    Identity {
+        /// The cache device: a block device or a file
+        #[arg(value_name = "CACHE")]
+        cache: PathBuf,
+    },
+    /// List the segments in log order, oldest first. Reads the whole device
+    Segments {
+        #[command(flatten)]
+        target: Target,
+        /// Only segments that attaching would apply
+        #[arg(long)]
+        live: bool,
+        /// Only slots that are damaged
+        #[arg(long, conflicts_with = "live")]
+        bad: bool,
+    },
+    /// Show one segment: its header and its metablocks
+    Segment {
+        #[command(flatten)]
+        target: Target,
+        /// The segment's id, a number from 1
+        #[arg(value_name = "ID", value_parser = clap::value_parser!(u64).range(1..=SegmentId::MAX.0))]
+        id: u64,
+    },
+    /// Show every version of one block that the log holds, oldest first. Reads the whole device
+    Block {
+        #[command(flatten)]
+        target: Target,
+        /// The block's number on the backing device, in units of 4096 bytes (a sector number divided by 8)
+        #[arg(value_name = "N", value_parser = clap::value_parser!(u64).range(0..=u64::MAX / 8))]
+        block: u64,
+        /// Dump the data of each version in hexadecimal
+        #[arg(long)]
+        data: bool,
+        /// Write the 4096 bytes of the newest version that attaching would not drop, and nothing else, to standard
+        /// output. Only its dirty sectors are newer than the backing device
+        #[arg(long, conflicts_with_all = ["data", "json"])]
+        raw: bool,
+    },
+}
+
+#[derive(Args)]
+struct Target {
+    /// The cache device: a block device or a file
+    #[arg(value_name = "CACHE")]
+    cache: PathBuf,
+    /// Print JSON, one object a line, instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// The command line, as it is parsed and documented.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    cli::run("wbdump", Exit::Failed, |out| dump(cli.verb, out).map(|()| Exit::Done))
+}
+
+fn dump(verb: Verb, out: &mut Output) -> Result<()> {
+    match verb {
+        Verb::Super(target) => superblock::show(&Log::open(&target.cache)?, target.json, out),
+        Verb::Identity { cache } => identity::show(&cache, out),
+        Verb::Segments { target, live, bad } => {
+            let only = segments::Only { live, bad };
+            segments::list(&Log::open(&target.cache)?, only, target.json, out)
+        }
+        Verb::Segment { target, id } => {
+            segment::show(&Log::open(&target.cache)?, SegmentId(id), target.json, out)
+        }
+        Verb::Block { target, block, data, raw } => {
+            let log = Log::open(&target.cache)?;
+            let versions = block::Versions::find(&log, BlockNo(block));
+            if raw { versions.write_newest(out) } else { versions.list(data, target.json, out) }
+        }
+    }
+}
+
+/// A cache device, opened.
+struct Log {
+    io: Io,
+    device: Device,
+    superblock: RawSuperblock,
+}
+
+impl Log {
+    fn open(path: &Path) -> Result<Log> {
+        let io = Io::start()?;
+        let device = match io.open(path, Access::Read) {
+            Err(OpenError::InUse { .. }) => {
+                cli::complain(
+                    "wbdump",
+                    format_args!("warning: {} is in use and may change meanwhile", path.display()),
+                );
+                io.open(path, Access::ReadUnlocked)?
+            }
+            other => other?,
+        };
+        let superblock = io.block_on(examine_superblock(&device)).context("cannot be a cache device")?;
+        for fault in [superblock.magic.err(), superblock.record.err()].into_iter().flatten() {
+            cli::complain("wbdump", format_args!("warning: {}: {fault}", path.display()));
+        }
+        Ok(Log { io, device, superblock })
+    }
+
+    fn geometry(&self) -> Geometry {
+        self.superblock.geometry
+    }
+
+    /// Reads every slot.
+    fn scan(&self, mut visit: impl FnMut(Slot, &SlotContent)) -> (Vec<SlotState>, Recovery) {
+        let mut progress = Progress::new("reading", self.geometry().lap(), SEGMENT_BYTES);
+        let slots = self.io.block_on(scan(&self.device, self.geometry(), |slot, content| {
+            progress.set(u64::from(slot.0));
+            visit(slot, content);
+        }));
+        let recovery = recover(&self.superblock.or_no_record(), &slots);
+        (slots, recovery)
+    }
+}

@@ -1,0 +1,206 @@
+//! `wbformat`: makes a cache device, and refuses to do so over anything that is still worth something.
+
+use anyhow::{Context, Result, bail};
+use clap::{CommandFactory, Parser};
+use libwb::cli::{self, Exit, Io, Output, Progress, count, human_size, parse_label};
+use libwb::device::probe::{Access, open};
+use libwb::device::{Device, signatures};
+use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, fitting, to_u64};
+use libwb::log::create::create;
+use libwb::log::live::live_totals;
+use libwb::log::recovery::recover;
+use libwb::log::scan::{SlotFault, SlotState, examine_superblock, scan};
+use serde::Serialize;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+use uuid::Uuid;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed or refused
+  2  the command line makes no sense";
+
+/// Make a cache device: an empty log in the format of dm-writeboost.
+///
+/// Refuses when the device is in use, too small, holds a filesystem, partition table, LVM, RAID or other signature,
+/// or holds a cache with dirty blocks, which may be the only copy of that data.
+#[derive(Parser)]
+#[command(name = "wbformat", version, after_help = EXIT_CODES)]
+struct Args {
+    /// The device to make a cache of: a block device or a file. Everything on it is lost
+    #[arg(value_name = "CACHE")]
+    cache: PathBuf,
+
+    /// Go on although the device holds a filesystem, a partition table or the like. Does not give up dirty blocks
+    #[arg(long)]
+    force: bool,
+
+    /// Give up the dirty blocks of the cache that is on the device. They are lost for ever
+    #[arg(long)]
+    discard_dirty: bool,
+
+    /// Pair the cache with this backing device: it will be refused in front of any other
+    #[arg(long, value_name = "DEV")]
+    backing: Option<PathBuf>,
+
+    /// A name for people, of up to 64 bytes
+    #[arg(long, value_parser = parse_label)]
+    label: Option<String>,
+
+    /// The cache's UUID, instead of a random one
+    #[arg(long)]
+    uuid: Option<Uuid>,
+
+    /// Write the base format alone, without UUID, label, pairing and the CRC of each block
+    #[arg(long, conflicts_with_all = ["backing", "label", "uuid"])]
+    compat: bool,
+
+    /// Check everything and say what would be done, but write nothing
+    #[arg(long)]
+    dry_run: bool,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    device: &'a Path,
+    formatted: bool,
+    size_bytes: u64,
+    segments: u32,
+    segment_bytes: usize,
+    /// Null with --compat.
+    uuid: Option<String>,
+}
+
+/// The command line, as it is parsed and documented.
+pub fn command() -> clap::Command {
+    Args::command()
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    let args = Args::parse();
+    cli::run("wbformat", Exit::Failed, |out| format(&args, out))
+}
+
+fn format(args: &Args, out: &mut Output) -> Result<Exit> {
+    let path = &args.cache;
+    let io = Io::start()?;
+    let opened = open(path, Access::Write)?;
+    let device = io.serve(opened);
+    let geometry = Geometry::of_device(device.size()).with_context(|| path.display().to_string())?;
+    refuse_dirty(args, &io, &device)?;
+    refuse_foreign(args)?;
+    let extension = if args.compat { None } else { Some(extension(args, &device)?) };
+    if !args.dry_run {
+        let mut progress = Progress::new("formatting", geometry.lap(), SEGMENT_BYTES);
+        io.block_on(create(&device, extension.as_ref(), |done| progress.set(u64::from(done))))?;
+    }
+    report(args, &device, geometry, extension.as_ref(), out)?;
+    Ok(Exit::Done)
+}
+
+/// What is written beyond the base format.
+fn extension(args: &Args, device: &Device) -> Result<SuperblockExtension> {
+    let uuid = args.uuid.unwrap_or_else(Uuid::new_v4);
+    let mut extension = SuperblockExtension {
+        created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        label: args.label.clone().unwrap_or_default(),
+        ..SuperblockExtension::new(uuid, device.size())
+    };
+    if let Some(path) = &args.backing {
+        let backing = open(path, Access::ReadUnlocked)?;
+        extension.backing_sectors = backing.size / to_u64(SECTOR_BYTES);
+        extension.backing_id = fitting(&backing.identity_text).into();
+    }
+    Ok(extension)
+}
+
+fn refuse_foreign(args: &Args) -> Result<()> {
+    if args.force {
+        return Ok(());
+    }
+    let path = args.cache.display();
+    if let Some(signature) = signatures::find(&args.cache)? {
+        bail!("{path}: refused: it holds: {signature}. Use --force to format it all the same");
+    }
+    Ok(())
+}
+
+fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
+    let path = args.cache.display();
+    let superblock = io.block_on(examine_superblock(device))?;
+    if args.discard_dirty || superblock.magic.is_err() {
+        return Ok(());
+    }
+    let cannot_tell = |why: &dyn std::fmt::Display| {
+        format!(
+            "{path}: refused: it holds a cache that is too damaged to tell whether it has dirty blocks ({why}). \
+             See what wbcheck says; use --discard-dirty to give up whatever it holds"
+        )
+    };
+    if let Err(fault) = superblock.record {
+        bail!(cannot_tell(&fault));
+    }
+    let geometry = superblock.geometry;
+    let mut progress = Progress::new("looking for dirty blocks", geometry.lap(), SEGMENT_BYTES);
+    let slots = io.block_on(scan(device, geometry, |slot, _| progress.set(u64::from(slot.0))));
+    drop(progress);
+    let unreadable = |slot: &SlotState| match slot {
+        SlotState::Invalid(SlotFault::Unreadable(fault)) => Some(fault.clone()),
+        _ => None,
+    };
+    if let Some(fault) = slots.iter().find_map(unreadable) {
+        bail!(cannot_tell(&fault));
+    }
+    let recovery = recover(&superblock.or_no_record(), &slots);
+    if let Some(corruption) = recovery.corruption.first() {
+        bail!(cannot_tell(corruption));
+    }
+    let dirty = io.block_on(live_totals(device, geometry, &recovery, None))?.dirty_blocks;
+    if dirty > 0 {
+        bail!(
+            "{path}: refused: it holds a cache with {} that may be nowhere else. Write them back to the backing \
+             device first; use --discard-dirty to lose them",
+            count(dirty, "dirty block")
+        );
+    }
+    Ok(())
+}
+
+fn report(
+    args: &Args,
+    device: &Device,
+    geometry: Geometry,
+    extension: Option<&SuperblockExtension>,
+    out: &mut Output,
+) -> Result<()> {
+    if args.json {
+        let report = Report {
+            device: &args.cache,
+            formatted: !args.dry_run,
+            size_bytes: device.size(),
+            segments: geometry.slots(),
+            segment_bytes: SEGMENT_BYTES,
+            uuid: extension.map(|extension| extension.uuid.to_string()),
+        };
+        out.json(&report)?;
+        return Ok(());
+    }
+    let done = if args.dry_run { "would be formatted" } else { "formatted" };
+    writeln!(
+        out,
+        "{}: {done} as a cache of {} ({} of {})",
+        args.cache.display(),
+        human_size(geometry.lap() * to_u64(SEGMENT_BYTES)),
+        count(geometry.lap(), "segment"),
+        human_size(to_u64(SEGMENT_BYTES)),
+    )?;
+    Ok(())
+}

@@ -6,14 +6,14 @@ use libwb::cache::{Cache, CacheError, Tunables};
 use libwb::control::{Reply, Request, answer};
 use libwb::device::sim::Simulation;
 use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
-use libwb::format::{BLOCK_BYTES, BlockNo, SECTOR_BYTES, Sector, to_u64};
+use libwb::format::{BLOCK_BYTES, BlockNo, Place, SECTOR_BYTES, Sector, to_u64};
 use libwb::log::LogError;
 use libwb::log::history::{History, read_version};
 use libwb::log::live::live_totals;
 use libwb::log::recovery::recover;
-use libwb::log::scan::{examine_superblock, read_slot, read_superblock, scan, scan_headers};
+use libwb::log::scan::{examine_superblock, read_superblock, scan, scan_headers, scan_trusting};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -140,15 +140,19 @@ impl Rig {
         let mut volume = BTreeMap::from([(WRITTEN.block(), vec![0; BLOCK_BYTES])]);
         let Ok(superblock) = block_on(read_superblock(&device)) else { return volume };
         let geometry = superblock.geometry;
-        let states = block_on(scan(&device, geometry, |_, content| {
+        // As the engine does: rot in old data is left to whoever reads it.
+        let mut headers = HashMap::new();
+        let states = block_on(scan_trusting(&device, &superblock, |slot, content| {
             let named = content.header.iter().flat_map(|header| &header.metablocks).map(|entry| entry.block);
             let inside = named.filter(|block| block.0 < VOLUME_BYTES / to_u64(BLOCK_BYTES));
             volume.extend(inside.map(|block| (block, vec![0; BLOCK_BYTES])));
+            headers.insert(slot, content.header.clone());
         }));
-        for id in recover(&superblock, &states).live() {
-            let content = block_on(read_slot(&device, geometry, geometry.slot_of(id)));
-            let (header, data) = content.header.zip(content.data).expect("a live segment");
-            for (entry, data) in header.metablocks.iter().zip(data.chunks(BLOCK_BYTES)) {
+        for slot in recover(&superblock, &states).live().map(|id| geometry.slot_of(id)) {
+            let header = headers[&slot].as_ref().expect("a live segment");
+            for (index, entry) in (0..).zip(&header.metablocks) {
+                let place = geometry.place_offset(Place { slot, index });
+                let data = block_on(device.read(place, IoBuf::zeroed(BLOCK_BYTES))).expect("a block inside");
                 let Some(block) = volume.get_mut(&entry.block) else { continue };
                 for (first, count) in entry.dirty.runs() {
                     let sectors = first * SECTOR_BYTES..(first + count) * SECTOR_BYTES;

@@ -67,6 +67,55 @@ const DRAINS: &[Step] = &[
     Drain,
 ];
 
+/// Several commits of one segment, with parts of blocks written again between them, flushes that share one, a commit torn in
+/// its header or its data, and a second crash after that; then the segment is closed, and the log goes around.
+const COMMITS: &[Step] = &[
+    Write(0, 8),
+    Flush,
+    Write(2, 2),
+    Write(16, 12),
+    Flush,
+    Write(3, 6),
+    FlushBehind,
+    Write(3, 1),
+    FlushBehind,
+    Write(40, 8),
+    Flush,
+    Write(5, 2),
+    FlushBehind,
+    Sleep(1),
+    Cut(Left::NewestTorn),
+    Write(1, 2),
+    Flush,
+    Write(0, 30),
+    FlushBehind,
+    Cut(Left::AllButOldest),
+    Write(9, 3),
+    Flush,
+    Write(9, 3),
+    Drain,
+    Write(10, 1),
+    Flush,
+    Drain,
+    WriteFua(11, 1),
+];
+
+/// A segment with commits that fills up, with the next one on its way while its rest is not written.
+const OVERFLOWS: &[Step] = &[
+    Write(0, SEGMENT - 16),
+    Flush,
+    Write(3, 8),
+    Flush,
+    Write(100, SEGMENT),
+    Sleep(1),
+    FlushBehind,
+    Write(0, 8),
+    Flush,
+    Cut(Left::AllButOldest),
+    Write(0, 8),
+    Flush,
+];
+
 /// Closed and opened again, clean and dirty.
 const REOPENS: &[Step] = &[
     Write(0, 8),
@@ -207,6 +256,16 @@ fn drains() {
 }
 
 #[test]
+fn commits() {
+    everywhere("commits", &[3, 5], COMMITS);
+}
+
+#[test]
+fn overflows() {
+    everywhere("overflows", &[3, 8], OVERFLOWS);
+}
+
+#[test]
 fn reopens() {
     everywhere("reopens", &[3, 5], REOPENS);
 }
@@ -244,6 +303,10 @@ fn planted_bugs_show() {
         (Bug::BackingNotFlushed, "drains", 3, DRAINS),
         (Bug::MergeDropsOldSectors, "merges", 5, MERGES),
         (Bug::RecordNotDurable, "full", 3, FULL),
+        (Bug::CommitOverUndurable, "commits", 5, COMMITS),
+        (Bug::CommittedOverwritten, "commits", 5, COMMITS),
+        (Bug::OpenEndLeft, "commits", 5, COMMITS),
+        (Bug::UnclaimedTrusted, "commits", 5, COMMITS),
         (Bug::WrittenOverGap, "gaps", 8, GAPS),
         (Bug::LossWindowIgnored, "gaps", 8, GAPS),
         (Bug::DurableClaimedEarly, "gaps", 8, GAPS),

@@ -1,10 +1,11 @@
 //! `wbcheck --repair`: what a power cut or wear has left is put right, and no data is given up.
 
 use libwb::format::{BlockNo, DirtyBits, EXTENSION_OFFSETS, Metablock};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use wb_tests::{
-    GOLDEN, Outcome, Volume, flip_bit, golden_volume_sha256, needs_serving, overwrite, segment_offset,
-    sha256, wb, write_record, write_segment,
+    GOLDEN, Outcome, Volume, flip_bit, golden_volume_sha256, needs_serving, noise, overwrite, read_at,
+    segment_offset, sha256, wb, write_record, write_segment,
 };
 
 fn check(cache: &Path) -> Outcome {
@@ -73,6 +74,31 @@ fn a_damaged_copy_of_the_superblock_extension_is_found_and_restored() {
         assert_eq!((found.code, found.stdout.contains("one of the two copies")), (4, true), "{found:?}");
         repairs(&volume, "the damaged copy of the superblock extension");
     }
+}
+
+#[test]
+fn a_segment_that_is_cut_short_is_closed_with_the_last_commit_that_stands() {
+    needs_serving!();
+    let volume = Volume::created(8, 4 << 20);
+    let mut attached = volume.attach();
+    let device = std::fs::File::options().write(true).open(&attached.device).unwrap();
+    for nth in 0..3 {
+        device.write_all_at(&noise(nth, 4096), 8192 * nth).unwrap();
+        device.sync_all().unwrap();
+    }
+    attached.kill();
+    drop((device, attached));
+    assert_eq!(check(&volume.cache).first_line(), format!("{}: sound", volume.cache.display()));
+    // What the last commit added, and had not been flushed when the power went.
+    flip_bit(&volume.cache, segment_offset(&volume.cache, 1) + 3 * 4096);
+    let found = check(&volume.cache);
+    assert!(found.code == 0 && found.stdout.contains("Segment 1 is cut short"), "{found:?}");
+    let one = wb!("wbcheck", &volume.cache, "--segment", "1");
+    assert!(one.code == 0 && one.stdout.contains("up to the last flush"), "{one:?}");
+    repairs(&volume, "the header of segment 1, which ends with the last flush");
+    let kept = read_at(&volume.backing, 0, 5 * 4096);
+    assert!(kept[..4096] == noise(0, 4096) && kept[8192..][..4096] == noise(1, 4096));
+    assert!(kept[4 * 4096..] == [0; 4096]);
 }
 
 #[test]

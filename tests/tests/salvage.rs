@@ -2,17 +2,18 @@
 
 use futures_lite::future::block_on;
 use libwb::cache::Cache;
-use libwb::device::{Device, MemDevice};
+use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64, to_usize};
 use libwb::log::LogError;
 use libwb::log::salvage::{Scanned, Way};
+use nix::libc::O_DIRECT;
 use proptest::prelude::*;
 use std::collections::HashSet;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Arc;
 use wb_tests::{
     GOLDEN, Volume, flip_bit, golden_bytes, golden_volume_sha256, needs_serving, noise, overwrite, read_at,
-    segment_offset, sha256, sha256_direct, wb,
+    segment_offset, sha256, sha256_direct, wait_for, wb,
 };
 
 const MIB: u64 = 1 << 20;
@@ -175,8 +176,20 @@ fn of_a_volume_of_wb_a_rotten_block_is_all_that_skip_loses() {
     let lost = u64::from_le_bytes(block.try_into().unwrap()) / 8;
     flip_bit(&volume.cache, segment_offset(&volume.cache, id) + 3 * 4096 + 100);
 
-    let refused = volume.wbctl(&[&["attach", volume.name.as_str()], &volume.pair()[..]].concat());
+    let refused = volume.wbctl(&[&["replay", "--dry-run"], &volume.pair()[..]].concat());
     assert_eq!((refused.code, refused.stderr.contains("1 dirty block (126 more")), (1, true), "{refused:?}");
+    // Attach looks at the headers alone. The block cannot be read, all others can, and status says what to do.
+    let attached = volume.attach_with(&volume.pair());
+    let direct = std::fs::File::options().read(true).custom_flags(O_DIRECT).open(&attached.device).unwrap();
+    let mut block = IoBuf::zeroed(BLOCK_BYTES);
+    assert!(direct.read_exact_at(&mut block, lost * to_u64(BLOCK_BYTES)).is_err());
+    direct.read_exact_at(&mut block, (lost ^ 1) * to_u64(BLOCK_BYTES)).unwrap();
+    assert!(wait_for(|| volume.status()["live"]["writeback_error"].is_string()));
+    let advice = "run wbcheck on its cache device, then attach it with --salvage";
+    let told = volume.must(&["status", &volume.name]) + &attached.stderr();
+    assert_eq!(told.matches(advice).count().min(2), 2, "{told}");
+    drop(direct);
+    attached.end(nix::sys::signal::Signal::SIGTERM);
     let attached = volume.attach_with(&[&volume.pair()[..], &["--salvage"]].concat());
     assert!(attached.stderr().contains("the log was corrupt"), "{}", attached.stderr());
     let mut want = new;

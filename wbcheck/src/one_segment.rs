@@ -42,7 +42,7 @@ pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Out
     let (verdict, summary) = match &slots[place] {
         SlotState::Valid { id: found, .. } if *found == id => {
             let sectors = backing.as_ref().map(|backing| backing.sectors);
-            held = io.block_on(totals(device, geometry, [id], recovery.open_end(), sectors))?;
+            held = io.block_on(totals(device, geometry, [id], recovery.cut_short(), sectors))?;
             valid(&recovery, id, &held)
         }
         SlotState::Invalid(fault) => {

@@ -37,7 +37,7 @@ pub struct Totals {
 }
 
 /// Reads the headers of segments that a scan found valid, several at a time, and shows them in the order of `ids`. That of
-/// `open_end` ([`Recovery::open_end`]) is shown as far as it stands.
+/// `cut_short` ([`Recovery::cut_short`]) is shown as far as it stands.
 ///
 /// # Errors
 /// When a segment is not there any more, or the device fails.
@@ -45,11 +45,11 @@ pub async fn visit_headers(
     device: &Device,
     geometry: Geometry,
     ids: impl IntoIterator<Item = SegmentId>,
-    open_end: Option<SegmentId>,
+    cut_short: Option<SegmentId>,
     mut visit: impl FnMut(&SegmentHeader),
 ) -> Result<(), LogError> {
     let reads = ids.into_iter().map(async |id| {
-        if open_end != Some(id) {
+        if cut_short != Some(id) {
             return read_header(device, geometry, id).await;
         }
         let content = read_slot(device, geometry, geometry.slot_of(id)).await;
@@ -72,12 +72,12 @@ pub async fn totals(
     device: &Device,
     geometry: Geometry,
     ids: impl IntoIterator<Item = SegmentId>,
-    open_end: Option<SegmentId>,
+    cut_short: Option<SegmentId>,
     backing_sectors: Option<u64>,
 ) -> Result<Totals, LogError> {
     let mut totals = Totals::default();
     let mut blocks = Vec::new();
-    visit_headers(device, geometry, ids, open_end, |header| {
+    visit_headers(device, geometry, ids, cut_short, |header| {
         for entry in &header.metablocks {
             let Some(last) = last_dirty_sector(entry) else {
                 totals.clean_entries += 1;
@@ -110,7 +110,7 @@ pub async fn live_totals(
     recovery: &Recovery,
     backing_sectors: Option<u64>,
 ) -> Result<Totals, LogError> {
-    totals(device, geometry, recovery.live(), recovery.open_end(), backing_sectors).await
+    totals(device, geometry, recovery.live(), recovery.cut_short(), backing_sectors).await
 }
 
 fn last_dirty_sector(entry: &Metablock) -> Option<Sector> {

@@ -164,6 +164,11 @@ impl Recovery {
         self.is_open.then_some(self.point)
     }
 
+    /// The segment at P, if its header does not tell what stands of it.
+    pub fn cut_short(&self) -> Option<SegmentId> {
+        self.is_cut_short.then_some(self.point)
+    }
+
     /// How many segments there are to apply.
     pub fn live_count(&self) -> u64 {
         self.point.next().since(self.first_live())

@@ -205,7 +205,7 @@ pub(super) fn volume(image: &[u8]) -> Option<BTreeMap<u64, u8>> {
     }
     let (geometry, recovery) = (scanned.superblock.geometry, scanned.recovery());
     let mut volume = BTreeMap::new();
-    block_on(visit_headers(&device, geometry, recovery.live(), recovery.open_end(), |header| {
+    block_on(visit_headers(&device, geometry, recovery.live(), recovery.cut_short(), |header| {
         let data = to_usize(geometry.slot_offset(geometry.slot_of(header.id))) + BLOCK_BYTES;
         for (nth, entry) in header.metablocks.iter().enumerate() {
             volume.insert(entry.block.0, image[data + nth * BLOCK_BYTES]);

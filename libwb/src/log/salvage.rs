@@ -242,7 +242,7 @@ impl Plan {
             check_pairing(device, extension, backing)?;
         }
         let sectors = Some(backing.sectors);
-        let held = totals(device, self.geometry, self.kept(), self.draft.open_end, sectors).await?;
+        let held = totals(device, self.geometry, self.kept(), self.draft.cut_short, sectors).await?;
         match held.beyond.first() {
             None => Ok(()),
             Some(beyond) => Err(LogError::BeyondBacking {
@@ -282,7 +282,7 @@ impl Plan {
             self.change(device, change).await?;
             device.flush().await?;
         }
-        if let Some(id) = self.draft.open_end {
+        if let Some(id) = self.draft.cut_short {
             close_segment(device, self.geometry, id).await?;
             device.flush().await?;
         }
@@ -326,7 +326,7 @@ impl Plan {
             newest.extend(lost.blocks.iter().map(|&block| (block, SegmentId::NONE)));
         }
         if !newest.is_empty() {
-            visit_headers(device, self.geometry, self.kept(), self.draft.open_end, |header| {
+            visit_headers(device, self.geometry, self.kept(), self.draft.cut_short, |header| {
                 for entry in header.metablocks.iter().filter(|entry| !entry.dirty.is_clean()) {
                     if let Some(id) = newest.get_mut(&entry.block) {
                         *id = header.id;

@@ -51,7 +51,7 @@ pub(super) struct Draft {
     /// Comes after all others. Until then recovery refuses the log, or makes of it what it makes of it in the end.
     pub(super) decisive: Option<Change>,
     /// The segment at F, if it is cut short, and its header must say so.
-    pub(super) open_end: Option<SegmentId>,
+    pub(super) cut_short: Option<SegmentId>,
     /// The clean mark names a segment that will not be there.
     pub(super) unmark: bool,
     /// What the superblock record says, and the log does not bear out.
@@ -91,7 +91,7 @@ impl Draft {
 
     /// Whether there is nothing to be done.
     pub(super) fn is_empty(&self) -> bool {
-        let unchanged = self.changes.is_empty() && self.decisive.is_none() && self.open_end.is_none();
+        let unchanged = self.changes.is_empty() && self.decisive.is_none() && self.cut_short.is_none();
         unchanged && !self.unmark && self.disbelieved.is_none()
     }
 
@@ -121,7 +121,7 @@ impl Draft {
                 id => SlotState::Valid { id, length: 0, extension: filler, cut_short: false },
             };
         }
-        if let Some(id) = self.open_end {
+        if let Some(id) = self.cut_short {
             let slot = &mut slots[slot_index(superblock.geometry.slot_of(id))];
             if let SlotState::Valid { extension, cut_short, .. } = slot {
                 *cut_short = false;
@@ -158,7 +158,7 @@ impl Planner<'_> {
             point,
             changes: Vec::new(),
             decisive: None,
-            open_end: recovery.is_cut_short.then_some(recovery.point),
+            cut_short: recovery.cut_short(),
             unmark: self.clean_mark() > Some(point),
             disbelieved: None,
             doomed: Vec::new(),

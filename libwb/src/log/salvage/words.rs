@@ -112,7 +112,7 @@ impl Plan {
         if !erased.is_empty() {
             changes.push(format!("zeros over slot{} {}", plural(erased.len()), shortened(&erased)));
         }
-        if let Some(id) = self.draft.open_end {
+        if let Some(id) = self.draft.cut_short {
             changes.push(format!("the header of segment {id}, which ends with the last flush"));
         }
         if self.draft.unmark {

@@ -1,6 +1,6 @@
 //! Opening a cache: recovery, and what must be put right before the first request.
 
-use super::index::Index;
+use super::index::{Index, MAX_BLOCKS};
 use super::latency::AtomicLatencies;
 use super::meter::{Flushes, Metered};
 use super::state::State;
@@ -9,7 +9,7 @@ use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{BlockDevice, Device, DeviceError, all};
 use crate::format::{
-    DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId, Slot,
+    BLOCK_BYTES, DirtyBits, Geometry, Metablock, Place, SECTOR_BYTES, Sector, SegmentHeader, SegmentId, Slot,
     SuperblockExtension, to_u64,
 };
 use crate::log::LogError;
@@ -73,6 +73,7 @@ impl Cache {
         planted: Planted,
     ) -> Result<Cache, CacheError> {
         let started = runtime.now();
+        check_size(&backing)?;
         let (superblock, recovery) = recover_log(&cache).await?;
         let geometry = superblock.geometry;
         let Replay { index, leftovers } = replay(&cache, &backing, &superblock, &recovery, planted).await?;
@@ -119,6 +120,7 @@ impl Cache {
     /// # Errors
     /// As [`Cache::open`].
     pub async fn examine(cache: &Device, backing: &Device) -> Result<(Recovery, Totals), CacheError> {
+        check_size(backing)?;
         let (superblock, recovery) = recover_log(cache).await?;
         replay(cache, backing, &superblock, &recovery, Planted::default()).await?;
         let live = live_totals(cache, superblock.geometry, &recovery, None).await?;
@@ -142,6 +144,15 @@ fn grown(extension: Option<&SuperblockExtension>, backing: &Device) -> Option<Su
     );
     let generation = extension.generation.wrapping_add(1);
     Some(SuperblockExtension { generation, backing_sectors: sectors, ..extension.clone() })
+}
+
+/// The index must be able to name every block of the volume.
+fn check_size(backing: &Device) -> Result<(), CacheError> {
+    let (bytes, maximum) = (backing.size(), MAX_BLOCKS * to_u64(BLOCK_BYTES));
+    if bytes <= maximum {
+        return Ok(());
+    }
+    Err(CacheError::TooLarge { backing: backing.name().to_string(), bytes, maximum })
 }
 
 async fn recover_log(cache: &Device) -> Result<(Superblock, Recovery), LogError> {

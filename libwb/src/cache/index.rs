@@ -1,17 +1,15 @@
 //! Block → place: where the newest version of each cached block lies.
 //!
-//! All of it allocated once: what each place of the device holds, eight bytes each; the CRCs of their data, where
-//! the cache keeps any; and a hash table from a block to the place of its newest version, which looks the block up in
-//! the first part.
+//! All of it is allocated once, less than 15 bytes for each place: what the place holds, six bytes; the CRC of its data,
+//! where the cache keeps any, four; and a [`Table`] that finds the place of a block's newest version by looking the block
+//! up in the first part, between four and five.
 
+use super::table::Table;
 use crate::format::{BlockNo, DirtyBits, Geometry, PLACES, Place, Slot};
-use hashbrown::HashTable;
-use hashbrown::hash_table::Entry;
+use std::hash::{BuildHasher, RandomState};
 
-/// Nothing is known of the place.
-const EMPTY: u64 = u64::MAX;
-/// Set where the CRC of the place's data is known.
-const HAS_CRC: u64 = 1 << 63;
+/// Volumes have at most so many blocks, 4 PiB: a block number plus one fits five bytes. Opening a cache checks it.
+pub(super) const MAX_BLOCKS: u64 = (1 << 40) - 1;
 
 /// An entry of the log as the index keeps it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,57 +19,72 @@ pub(super) struct Cached {
 }
 
 pub(super) struct Index {
-    /// From the lowest bit: 8 dirty bits, a block number of 55 bits, [`HAS_CRC`]; or [`EMPTY`].
-    places: Box<[u64]>,
-    /// One for each place, or none at all.
+    /// By the number of the place.
+    places: Box<[Held]>,
+    /// The CRC-32C of what each place holds, or 0 where it is not known; or none at all. Of the one block in 2^32 whose
+    /// CRC is 0, it is not known.
     crcs: Box<[u32]>,
     /// Numbers of places.
-    newest: HashTable<u32>,
+    newest: Table,
+    /// Nobody can choose blocks that meet in the table.
+    secret: u64,
+}
+
+/// What a place holds, packed: a block number plus one in five bytes, little-endian, and its dirty bits. Zeros stand for
+/// nothing, so that fresh memory need not be touched.
+type Held = [u8; 6];
+
+fn held(block: BlockNo, dirty: DirtyBits) -> Held {
+    debug_assert!(block.0 < MAX_BLOCKS);
+    let [a, b, c, d, e, ..] = (block.0 + 1).to_le_bytes();
+    [a, b, c, d, e, dirty.0]
+}
+
+fn unpacked([a, b, c, d, e, dirty]: Held) -> Option<(BlockNo, DirtyBits)> {
+    let block = u64::from_le_bytes([a, b, c, d, e, 0, 0, 0]).checked_sub(1)?;
+    Some((BlockNo(block), DirtyBits(dirty)))
 }
 
 impl Index {
     /// An empty index, with room for CRCs or without.
     pub(super) fn new(geometry: Geometry, with_crcs: bool) -> Index {
-        let places = geometry.slots() as usize * usize::from(PLACES);
+        let places = geometry.slots() * u32::from(PLACES);
         Index {
-            places: vec![EMPTY; places].into_boxed_slice(),
-            crcs: vec![0; if with_crcs { places } else { 0 }].into_boxed_slice(),
-            newest: HashTable::with_capacity(places),
+            places: vec![[0; 6]; places as usize].into_boxed_slice(),
+            crcs: vec![0; if with_crcs { places as usize } else { 0 }].into_boxed_slice(),
+            newest: Table::new(places),
+            secret: RandomState::new().hash_one(0),
         }
     }
 
     /// The newest version of a block.
     pub(super) fn get(&self, block: BlockNo) -> Option<Cached> {
-        let number = *self.newest.find(hash(block), |&n| holds(&self.places, n, block))?;
-        Some(Cached { place: place(number), dirty: dirty_of(self.places[number as usize]) })
+        let (_, number) = self.newest.find(self.hash(block), |number| self.holds(number, block))?;
+        let [.., dirty] = self.places[number as usize];
+        Some(Cached { place: place(number), dirty: DirtyBits(dirty) })
     }
 
     /// What a place holds, whether or not it is the newest version of its block.
     pub(super) fn at(&self, place: Place) -> Option<(BlockNo, DirtyBits)> {
-        let held = self.places[number(place) as usize];
-        (held != EMPTY).then(|| (block_of(held), dirty_of(held)))
+        unpacked(self.places[number(place) as usize])
     }
 
     /// The CRC-32C of what a place holds, if it is known.
     pub(super) fn crc(&self, place: Place) -> Option<u32> {
-        let number = number(place) as usize;
-        let held = self.places[number];
-        (held != EMPTY && held & HAS_CRC != 0).then(|| self.crcs[number])
+        self.at(place)?;
+        self.crcs.get(number(place) as usize).copied().filter(|&crc| crc != 0)
     }
 
     /// Notes the CRC-32C of what a place holds. Forgotten where the cache keeps none, or the place holds nothing.
     pub(super) fn set_crc(&mut self, place: Place, crc: u32) {
-        let number = number(place) as usize;
-        let held = &mut self.places[number];
-        if *held != EMPTY
-            && let Some(kept) = self.crcs.get_mut(number)
+        if self.at(place).is_some()
+            && let Some(kept) = self.crcs.get_mut(number(place) as usize)
         {
             *kept = crc;
-            *held |= HAS_CRC;
         }
     }
 
-    /// Makes a place the newest version of a block.
+    /// Makes a place the newest version of a block, which lies within the volume.
     pub(super) fn insert(&mut self, block: BlockNo, dirty: DirtyBits, place: Place) {
         self.hold(block, dirty, place);
         self.link(block, place);
@@ -79,56 +92,66 @@ impl Index {
 
     /// Notes what a place holds, which no lookup finds before [`Index::link`].
     pub(super) fn hold(&mut self, block: BlockNo, dirty: DirtyBits, place: Place) {
-        self.places[number(place) as usize] = block.0 << 8 | u64::from(dirty.0);
+        let number = number(place);
+        // An entry must not outlive what its place holds: the table asks the place for its hash.
+        self.vacate(number);
+        self.places[number as usize] = held(block, dirty);
+        if let Some(crc) = self.crcs.get_mut(number as usize) {
+            *crc = 0;
+        }
     }
 
     /// Makes a place the newest version of the block that it holds.
     pub(super) fn link(&mut self, block: BlockNo, place: Place) {
-        let number = number(place);
-        let places = &self.places;
-        let found = self.newest.entry(
-            hash(block),
-            |&n| holds(places, n, block),
-            |&n| hash(block_of(places[n as usize])),
-        );
-        match found {
-            Entry::Occupied(mut entry) => *entry.get_mut() = number,
-            Entry::Vacant(entry) => {
-                entry.insert(number);
-            }
+        let (number, hash_of_block) = (number(place), self.hash(block));
+        if let Some((at, _)) = self.newest.find(hash_of_block, |number| self.holds(number, block)) {
+            return self.newest.replace(at, number);
         }
+        let (places, secret) = (&self.places, self.secret);
+        let block_of = |n: u32| unpacked(places[n as usize]).map_or(0, |(block, _)| block.0);
+        self.newest.insert(hash_of_block, number, |n| hash(BlockNo(block_of(n) ^ secret)));
     }
 
     /// Changes the dirty bits of a place that holds something.
     pub(super) fn set_dirty(&mut self, place: Place, dirty: DirtyBits) {
-        let held = &mut self.places[number(place) as usize];
-        debug_assert_ne!(*held, EMPTY);
-        *held = *held & !0xff | u64::from(dirty.0);
+        debug_assert!(self.at(place).is_some());
+        let [.., bits] = &mut self.places[number(place) as usize];
+        *bits = dirty.0;
     }
 
     /// Forgets a block. The place that holds it stays taken.
     pub(super) fn remove(&mut self, block: BlockNo) {
-        if let Ok(entry) = self.newest.find_entry(hash(block), |&n| holds(&self.places, n, block)) {
-            entry.remove();
+        if let Some((at, _)) = self.newest.find(self.hash(block), |number| self.holds(number, block)) {
+            self.newest.remove(at);
         }
     }
 
     /// Forgets all that a slot holds, before it is written anew.
     pub(super) fn forget(&mut self, slot: Slot) {
         for index in 0..PLACES {
-            let place = Place { slot, index };
-            if let Some((block, _)) = self.at(place) {
-                if let Ok(entry) = self.newest.find_entry(hash(block), |&n| n == number(place)) {
-                    entry.remove();
-                }
-                self.places[number(place) as usize] = EMPTY;
-            }
+            self.vacate(number(Place { slot, index }));
         }
+    }
+
+    fn vacate(&mut self, number: u32) {
+        let Some((block, _)) = unpacked(self.places[number as usize]) else { return };
+        if let Some((at, _)) = self.newest.find(self.hash(block), |n| n == number) {
+            self.newest.remove(at);
+        }
+        self.places[number as usize] = [0; 6];
     }
 
     /// How many blocks are cached.
     pub(super) fn len(&self) -> usize {
         self.newest.len()
+    }
+
+    fn holds(&self, number: u32, block: BlockNo) -> bool {
+        unpacked(self.places[number as usize]).is_some_and(|(held, _)| held == block)
+    }
+
+    fn hash(&self, block: BlockNo) -> u64 {
+        hash(BlockNo(block.0 ^ self.secret))
     }
 }
 
@@ -139,19 +162,6 @@ fn number(place: Place) -> u32 {
 #[allow(clippy::cast_possible_truncation)] // a remainder of 127 fits a byte
 fn place(number: u32) -> Place {
     Place { slot: Slot(number / u32::from(PLACES)), index: (number % u32::from(PLACES)) as u8 }
-}
-
-fn block_of(held: u64) -> BlockNo {
-    BlockNo((held & !HAS_CRC) >> 8)
-}
-
-fn holds(places: &[u64], number: u32, block: BlockNo) -> bool {
-    block_of(places[number as usize]) == block
-}
-
-#[allow(clippy::cast_possible_truncation)] // the lower 8 bits
-fn dirty_of(held: u64) -> DirtyBits {
-    DirtyBits(held as u8)
 }
 
 /// The finalizer of MurmurHash3: every bit of the block number reaches every bit of the hash.
@@ -190,5 +200,42 @@ mod tests {
                 prop_assert_eq!(index.get(BlockNo(block)), model.get(&block).copied());
             }
         }
+    }
+
+    /// The engine forgets a slot before it writes there. Whoever does not must find no more than what was there is lost.
+    #[test]
+    fn a_place_that_is_taken_again_leaves_no_entry_behind() {
+        let geometry =
+            Geometry::of_device(SUPERBLOCK_REGION_BYTES + 3 * to_u64(SEGMENT_BYTES)).expect("three slots");
+        let mut index = Index::new(geometry, true);
+        for lap in 0..100 {
+            for number in 0..3 * u32::from(PLACES) {
+                index.insert(BlockNo(1000 * lap + u64::from(number)), DirtyBits::ALL, place(number));
+            }
+        }
+        assert_eq!((index.len(), index.newest.aside()), (3 * usize::from(PLACES), 0));
+    }
+
+    /// A log that is full of distinct blocks, and was for several laps.
+    #[test]
+    fn a_full_log_takes_less_than_fifteen_bytes_for_each_block_and_keeps_none_aside() {
+        let geometry =
+            Geometry::of_device(SUPERBLOCK_REGION_BYTES + 1000 * to_u64(SEGMENT_BYTES)).expect("slots");
+        let mut index = Index::new(geometry, true);
+        let places = to_u64(geometry.slots() as usize * usize::from(PLACES));
+        let mut blocks = (0..).map(BlockNo);
+        for slot in (0..4).flat_map(|_| geometry.all_slots()) {
+            index.forget(slot);
+            for (index_in_slot, block) in (0..PLACES).zip(&mut blocks) {
+                index.insert(block, DirtyBits::ALL, Place { slot, index: index_in_slot });
+            }
+            assert_eq!(index.newest.aside(), 0);
+        }
+        assert_eq!(to_u64(index.len()), places);
+        for block in (3 * places..4 * places).map(BlockNo) {
+            assert!(index.get(block).is_some());
+        }
+        let bytes = size_of_val(&*index.places) + size_of_val(&*index.crcs) + index.newest.bytes();
+        assert!(to_u64(bytes) < 15 * places, "{bytes} bytes for {places} places");
     }
 }

@@ -21,6 +21,7 @@ mod staging;
 mod state;
 mod statistics;
 mod status;
+mod table;
 #[cfg(test)]
 mod tests;
 mod throttle;
@@ -77,6 +78,16 @@ pub enum CacheError {
         /// Its length in bytes.
         length: u64,
     },
+    /// The backing device has more blocks than the index can name.
+    #[error("{backing}: too large for a backing device: {bytes} bytes, and at most {maximum} are supported")]
+    TooLarge {
+        /// The backing device.
+        backing: String,
+        /// Its size in bytes.
+        bytes: u64,
+        /// The largest size that would do.
+        maximum: u64,
+    },
     /// The cache is being closed.
     #[error("the volume is being detached")]
     Closed,
@@ -90,6 +101,7 @@ impl CacheError {
             CacheError::Closed => Errno::ESHUTDOWN,
             CacheError::Device(error) if error.operation == Operation::Discard => error.cause,
             CacheError::Log(_) | CacheError::Device(_) | CacheError::Failed(_) => Errno::EIO,
+            CacheError::TooLarge { .. } => Errno::EFBIG,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Opening a cache: recovery, and what must be put right before the first request.
 
 use super::age::Ages;
-use super::index::Index;
+use super::index::{Index, MAX_BLOCKS};
 use super::latency::AtomicLatencies;
 use super::meter::{Flushes, Metered};
 use super::state::State;
@@ -10,7 +10,7 @@ use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{BlockDevice, Device, DeviceError, all};
 use crate::format::{
-    DirtyBits, Geometry, Metablock, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot,
+    BLOCK_BYTES, DirtyBits, Geometry, Metablock, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot,
     SuperblockExtension, to_u64, to_usize,
 };
 use crate::log::LogError;
@@ -105,6 +105,7 @@ impl Cache {
         planted: Planted,
     ) -> Result<Cache, CacheError> {
         let started = runtime.now();
+        check_size(&backing)?;
         let replay = Replay::read(&cache, &backing, reading, planted).await?;
         let Replay { superblock, recovery, index, leftovers, bytes_read, ages } = replay;
         let geometry = superblock.geometry;
@@ -154,6 +155,7 @@ impl Cache {
     /// # Errors
     /// As [`Cache::open_verified`].
     pub async fn examine(cache: &Device, backing: &Device) -> Result<(Recovery, Totals), CacheError> {
+        check_size(backing)?;
         let replay = Replay::read(cache, backing, Reading::Whole, Planted::default()).await?;
         let live = live_totals(cache, replay.superblock.geometry, &replay.recovery, None).await?;
         Ok((replay.recovery, live))
@@ -176,6 +178,15 @@ fn grown(extension: Option<&SuperblockExtension>, backing: &Device) -> Option<Su
     );
     let generation = extension.generation.wrapping_add(1);
     Some(SuperblockExtension { generation, backing_sectors: sectors, ..extension.clone() })
+}
+
+/// The index must be able to name every block of the volume.
+fn check_size(backing: &Device) -> Result<(), CacheError> {
+    let (bytes, maximum) = (backing.size(), MAX_BLOCKS * to_u64(BLOCK_BYTES));
+    if bytes <= maximum {
+        return Ok(());
+    }
+    Err(CacheError::TooLarge { backing: backing.name().to_string(), bytes, maximum })
 }
 
 /// What the slots hold, live or not, while they are read.

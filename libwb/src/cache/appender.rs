@@ -73,7 +73,7 @@ impl Inner {
         let wanted = state.flush_wanted.len();
         let id = state.next_to_append();
         // A power cut may lose what is not durable, in any order. Recovery tells that from corruption by its extent.
-        let window = state.geometry.loss_window();
+        let window = state.geometry.write_window();
         let beyond = |id: &SegmentId| id.since(state.durable) > window;
         let too_far = id.filter(beyond).filter(|_| !self.planted.has(Bug::LossWindowIgnored));
         if let Some(id) = too_far {

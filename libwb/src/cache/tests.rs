@@ -3,9 +3,10 @@
 use super::{Access, Cache, Tunables};
 use crate::device::{BlockDevice, Device, IoBuf, MemDevice};
 use crate::format::{
-    EXTENSION_OFFSETS, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension,
+    EXTENSION_OFFSETS, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension,
     encode_superblock_block, to_u64, to_usize,
 };
+use crate::log::scan::{SlotState, scan};
 use crate::reactor::Reactor;
 use std::sync::Arc;
 
@@ -99,6 +100,25 @@ fn rot_on_the_cache_device_is_never_served_and_never_written_back() {
     rot(&rig, 0, 2);
     rig.check(&cache, 0, &[2, 2, 2]);
     rig.reactor.block_on(cache.close()).unwrap();
+}
+
+#[test]
+fn what_an_overwrite_has_torn_is_noticed_under_a_sound_header_and_erased() {
+    let rig = Rig::new(4, 64);
+    let cache = rig.open();
+    for nth in 0..4 {
+        rig.write(&cache, 8 * nth, 8, 1);
+        rig.reactor.block_on(cache.drain()).unwrap();
+    }
+    rig.reactor.block_on(cache.close()).unwrap();
+    // As if segment 5 had been on its way, and of it only some data had arrived.
+    rot(&rig, 0, 1);
+    rig.reactor.block_on(rig.open().close()).unwrap();
+    let device: Device = rig.cache.clone();
+    let geometry = Geometry::of_device(device.size()).unwrap();
+    let states = rig.reactor.block_on(scan(&device, geometry, |_, _| {}));
+    assert!(matches!(states[0], SlotState::Empty), "{states:?}");
+    assert!(states[1..].iter().all(|state| state.valid_id().is_some()), "{states:?}");
 }
 
 fn stamp(sector: usize, version: u8) -> [u8; 512] {

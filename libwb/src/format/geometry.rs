@@ -17,6 +17,8 @@ pub const SECTORS_PER_BLOCK: u64 = 8;
 pub const PLACES: u8 = 127;
 /// The first MiB of a cache device: superblock, extension, superblock record. Segments start after it.
 pub const SUPERBLOCK_REGION_BYTES: u64 = 1024 * 1024;
+/// The most that [`Geometry::write_window`] is, in segments.
+const MAX_WRITE_WINDOW: u64 = 128;
 
 const _: () = assert!(BLOCK_BYTES as u64 == SECTOR_BYTES as u64 * SECTORS_PER_BLOCK);
 const _: () = assert!(SEGMENT_BYTES == BLOCK_BYTES * (1 + PLACES as usize));
@@ -297,11 +299,17 @@ impl Geometry {
     }
 
     /// How many of the newest segments a power cut may lose or damage: a quarter of the log, and at least one.
-    /// The appender keeps no more than this many segments that are not known to be durable, and recovery takes
-    /// a longer gap for corruption.
+    /// Recovery takes a longer gap for corruption.
     pub const fn loss_window(self) -> u64 {
         let quarter = self.lap() / 4;
         if quarter == 0 { 1 } else { quarter }
+    }
+
+    /// How many segments wb itself has on their way that are not known to be durable: no more than the loss window, and
+    /// few enough that recovery can read them whole in no time.
+    pub const fn write_window(self) -> u64 {
+        let window = self.loss_window();
+        if window < MAX_WRITE_WINDOW { window } else { MAX_WRITE_WINDOW }
     }
 }
 

@@ -231,13 +231,32 @@ pub(super) fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid>
     (!foreign).then_some((*id, *extension))
 }
 
-/// Up to where every segment was durable, as far as the headers tell, damaged data or not. Nothing on a device that the
-/// kernel module has written since: it overwrites what it has not recorded as written back.
-pub(super) fn durable_by_headers(superblock: &Superblock, slots: &[SlotState]) -> SegmentId {
-    let segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
-    match segments.iter().max_by_key(|&&(id, _)| id) {
-        Some((_, Some(_))) => Claims::with_mark(superblock, &segments).durable,
-        _ => SegmentId::NONE,
+/// What headers alone tell of the segments that need not be read whole.
+pub(super) struct Proof {
+    durable: SegmentId,
+    written_back: SegmentId,
+    highest: SegmentId,
+    geometry: Geometry,
+}
+
+impl Proof {
+    /// Nothing on a device that the kernel module has written since: it overwrites what it has not recorded as written
+    /// back.
+    pub(super) fn by_headers(superblock: &Superblock, slots: &[SlotState]) -> Option<Proof> {
+        let geometry = superblock.geometry;
+        let segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
+        let (highest, newest) = segments.iter().copied().max_by_key(|&(id, _)| id)?;
+        newest?;
+        let Claims { durable, written_back } = Claims::with_mark(superblock, &segments);
+        let written_back = written_back.max(superblock.record).max(highest.minus(geometry.lap()));
+        Some(Proof { durable, written_back, highest, geometry })
+    }
+
+    /// Whether a segment with a sound header is whole, but for rot: it was durable, and was not being overwritten.
+    pub(super) fn covers(&self, id: SegmentId) -> bool {
+        let Proof { durable, written_back, highest, geometry } = *self;
+        let next = id.plus(geometry.lap());
+        id <= durable && (id > written_back || next > highest.plus(geometry.write_window()))
     }
 }
 

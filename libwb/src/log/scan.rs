@@ -1,7 +1,7 @@
 //! Walking the slots of a cache device: read, decode, verify.
 
 use super::LogError;
-use super::recovery::{durable_by_headers, slot_index, valid};
+use super::recovery::{Proof, slot_index, valid};
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, HeaderFault, PageFault, RECORD_BLOCK_OFFSET, SECTOR_BYTES,
@@ -363,8 +363,8 @@ pub async fn scan_headers(
     gather(stream::iter(reads).buffered(HEADER_SCAN_DEPTH), geometry, visit).await
 }
 
-/// As [`scan`], but does not read the data of segments that are known to have been durable, if their headers are sound:
-/// see [`durable_by_headers`]. A slot may be shown twice; what is shown last counts.
+/// As [`scan`], but does not read the data of segments that headers show to be whole, if their own are sound:
+/// see [`Proof`]. A slot may be shown twice; what is shown last counts.
 pub async fn scan_trusting(
     device: &Device,
     superblock: &Superblock,
@@ -377,10 +377,10 @@ pub async fn scan_trusting(
         visit(slot, content);
     })
     .await;
-    let durable = durable_by_headers(superblock, &states);
+    let proof = Proof::by_headers(superblock, &states);
     let is_trusted = |(state, closed): (&SlotState, bool)| {
         let ours = valid(state, superblock).filter(|(_, extension)| closed && extension.is_some());
-        ours.is_some_and(|(id, _)| id <= durable)
+        ours.zip(proof.as_ref()).is_some_and(|((id, _), proof)| proof.covers(id))
     };
     let proved = states.iter().zip(closed).map(|each| matches!(each.0, SlotState::Empty) || is_trusted(each));
     let rest: Vec<Slot> =

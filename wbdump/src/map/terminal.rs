@@ -82,7 +82,7 @@ impl Picture<'_> {
         let map = self.map;
         let blocks = to_u64(map.blocks.len());
         if blocks == 0 {
-            return "\nno dirty blocks: the backing device lacks nothing\n".into();
+            return "\nno dirty blocks in the log\n".into();
         }
         let size = |blocks: u64| human_size(blocks.saturating_mul(to_u64(BLOCK_BYTES)));
         let extent = map.extent();

@@ -83,10 +83,9 @@ fn draw(map: &Map) -> Document {
 
 fn add_legend(mut document: Document, map: &Map, y: usize) -> Document {
     let mut x = MARGIN;
-    for kind in Kind::ALL {
-        let n = map.count(kind);
+    for (kind, n) in Kind::ALL.map(|kind| (kind, map.count(kind))).into_iter().filter(|(_, n)| *n > 0) {
         let words = format!("{}: {n}, {}", kind.name(), human_size(to_u64(n * SEGMENT_BYTES)));
-        let next = x + 46 + 7 * words.len();
+        let next = x + 34 + 6 * words.len();
         document = document.add(square(x, y, kind)).add(text(words, x + CELL + 4, y + 11, 12));
         x = next;
     }
@@ -132,8 +131,8 @@ mod tests {
         let map = super::super::tests::map();
         let text = draw(&map).to_string();
         assert!(text.starts_with("<svg ") && text.trim_end().ends_with("</svg>"), "{text}");
-        // The ground, 8 cells, 6 squares of the legend, the bars.
-        assert_eq!(text.matches("<rect").count(), 1 + 8 + 6 + PARTS);
+        // The ground, 8 cells, 5 squares of the legend, the bars.
+        assert_eq!(text.matches("<rect").count(), 1 + 8 + 5 + PARTS);
         assert!(text.contains("a&lt;b") && !text.contains("a<b"), "{text}");
         assert!(text.contains("dirty: 2, 1 MiB") && text.contains("newest: segment 6"), "{text}");
     }

@@ -1,6 +1,6 @@
 # Everything a developer or a newcomer runs. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak fuzz test-vm bench deps build install fmt
+.PHONY: demo test sim soak fuzz test-vm bench deps build install uninstall fmt
 
 # How many courses of work and crashes `make sim` simulates, and `make soak`; the first seed of the latter.
 SIM_SEEDS = 2000
@@ -10,7 +10,7 @@ FIRST = 0
 SECONDS = 180
 
 # What the build needs (libblkid and what binds to it), and what the tests drive the volumes with.
-PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev e2fsprogs xfsprogs fio zstd util-linux
+PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fsprogs xfsprogs fio zstd util-linux
 
 # A virtual machine with the real kernel module, and what builds the module for its kernel.
 VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod dmsetup dkms linux-image-amd64 linux-headers-amd64 \
@@ -47,13 +47,33 @@ bench: deps
 
 build: deps
 	cargo build --release --workspace --bins
+	$(RELEASE)/manual $(RELEASE)/share
 
-# The programs, the manual, and what systemd and udev need; after `make build`.
+# Where `make install` puts things; systemd and udev look in /usr/lib and /etc alone.
+PREFIX = /usr
+SYSTEM = /usr/lib
+RELEASE = $${CARGO_TARGET_DIR:-target}/release
+PROGRAMS = wbctl wbformat wbcheck wbdump
+
+# The programs, the manual, completions, and what systemd and udev need; after `make build`.
 install:
-	install -D -t $(DESTDIR)/usr/bin $(addprefix $${CARGO_TARGET_DIR:-target}/release/,wbctl wbformat wbcheck wbdump)
-	install -D -m 644 -t $(DESTDIR)/usr/share/man/man5 man/wb.5
-	install -D -m 644 -t $(DESTDIR)/usr/lib/systemd/system dist/systemd/wb@.service
-	install -D -m 644 -t $(DESTDIR)/usr/lib/udev/rules.d dist/udev/60-wb.rules
+	install -D -t $(DESTDIR)$(PREFIX)/bin $(addprefix $(RELEASE)/,$(PROGRAMS))
+	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man5 man/wb.5
+	cd $(RELEASE)/share && find . -type f -exec install -D -m 644 {} $(abspath $(DESTDIR)$(PREFIX))/share/{} \;
+	install -D -m 644 -t $(DESTDIR)$(SYSTEM)/udev/rules.d dist/udev/60-wb.rules
+	install -d $(DESTDIR)$(SYSTEM)/systemd/system
+	sed 's|/usr/bin/|$(PREFIX)/bin/|' dist/systemd/wb@.service > $(DESTDIR)$(SYSTEM)/systemd/system/wb@.service
+	chmod 644 $(DESTDIR)$(SYSTEM)/systemd/system/wb@.service
+
+# Volumes and what records them stay.
+uninstall:
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(PROGRAMS)) $(DESTDIR)$(PREFIX)/share/man/man5/wb.5 \
+		$(addprefix $(DESTDIR)$(PREFIX)/share/man/man8/,$(addsuffix .8,$(PROGRAMS))) \
+		$(DESTDIR)$(PREFIX)/share/man/man7/wb.7 \
+		$(addprefix $(DESTDIR)$(PREFIX)/share/bash-completion/completions/,$(PROGRAMS)) \
+		$(addprefix $(DESTDIR)$(PREFIX)/share/zsh/vendor-completions/_,$(PROGRAMS)) \
+		$(addprefix $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/,$(addsuffix .fish,$(PROGRAMS))) \
+		$(DESTDIR)$(SYSTEM)/udev/rules.d/60-wb.rules $(DESTDIR)$(SYSTEM)/systemd/system/wb@.service
 
 deps:
 	@tests/install-packages.sh $(PACKAGES)

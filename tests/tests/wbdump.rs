@@ -143,3 +143,35 @@ fn a_device_without_a_sane_superblock_is_shown_with_a_warning() {
     }
     assert_eq!(wb!("wbdump", "super", &cache, "--json").json()["live_segments"], 2);
 }
+
+#[test]
+fn dirty_blocks_are_listed_with_their_newest_live_version() {
+    let dir = TempDir::new().unwrap();
+    let cache = small_log(&dir);
+    let rows = json_lines(&wb!("wbdump", "blocks", &cache, "--json").stdout);
+    let shown: Vec<_> = rows
+        .iter()
+        .map(|r| [&r["block"], &r["id"], &r["dirty_sectors"], &r["versions"]].map(|n| n.as_u64().unwrap()))
+        .collect();
+    assert_eq!(shown, [[7, 2, 3, 2], [9, 1, 255, 1]]);
+    let text = wb!("wbdump", "blocks", &cache);
+    assert_eq!((text.code, text.stdout.lines().count()), (0, 3), "{text:?}");
+}
+
+#[test]
+fn a_map_shows_the_state_of_each_segment_in_characters_and_as_a_picture() {
+    let dir = TempDir::new().unwrap();
+    let cache = small_log(&dir);
+    let before = sha256(&cache);
+    let text = wb!("wbdump", "map", &cache);
+    assert_eq!((text.code, text.stdout.lines().nth(1)), (0, Some("█▶X·····")), "{text:?}");
+    assert!(text.stdout.contains("2 blocks dirty, 8 KiB"), "{text:?}");
+    let picture = dir.path().join("map.svg");
+    let drawn = wb!("wbdump", "map", &cache, "--svg", &picture);
+    assert_eq!((drawn.code, drawn.stdout.as_str()), (0, ""), "{drawn:?}");
+    let svg = std::fs::read_to_string(&picture).unwrap();
+    assert!(svg.contains("damaged: 1") && svg.contains("newest: segment 2"), "{svg}");
+    assert_eq!(sha256(&cache), before);
+    let nowhere = wb!("wbdump", "map", &cache, "--svg", dir.path().join("no/map.svg"));
+    assert!(nowhere.code == 1 && nowhere.stderr.contains("cannot write"), "{nowhere:?}");
+}

@@ -1,7 +1,9 @@
 //! `wbdump`: shows the log on a cache device, however damaged it is.
 
 mod block;
+mod blocks;
 mod identity;
+mod map;
 mod segment;
 mod segments;
 mod superblock;
@@ -77,6 +79,21 @@ enum Verb {
         #[arg(long, conflicts_with_all = ["data", "json"])]
         raw: bool,
     },
+    /// List the dirty blocks, each with its newest version that attaching would apply. Reads the whole device
+    ///
+    /// In a log of the kernel module, an older version can hold dirty sectors that the newest lacks; see `wbdump block`.
+    Blocks(Target),
+    /// Draw the log, and where its dirty blocks lie on the backing device. Reads the whole device
+    ///
+    /// The log is drawn oldest segment first. A character or square that stands for several segments shows the worst of them.
+    Map {
+        /// The cache device: a block device or a file
+        #[arg(value_name = "CACHE")]
+        cache: PathBuf,
+        /// Write a picture to this file instead
+        #[arg(long, value_name = "FILE")]
+        svg: Option<PathBuf>,
+    },
 }
 
 #[derive(Args)]
@@ -116,6 +133,8 @@ fn dump(verb: Verb, out: &mut Output) -> Result<()> {
             let versions = block::Versions::find(&log, BlockNo(block));
             if raw { versions.write_newest(out) } else { versions.list(data, target.json, out) }
         }
+        Verb::Blocks(target) => blocks::list(&Log::open(&target.cache)?, target.json, out),
+        Verb::Map { cache, svg } => map::show(&Log::open(&cache)?, svg.as_deref(), out),
     }
 }
 
@@ -159,5 +178,16 @@ impl Log {
         }));
         let recovery = recover(&self.superblock.or_no_record(), &slots);
         (slots, recovery)
+    }
+
+    /// Says where a log that is corrupt stops.
+    fn warn_of(&self, recovery: &Recovery) {
+        for corruption in &recovery.corruption {
+            let point = recovery.point;
+            cli::complain(
+                "wbdump",
+                format_args!("warning: {corruption}; the log is shown up to segment {point}, see wbcheck"),
+            );
+        }
     }
 }

@@ -89,7 +89,7 @@ fn print(r: &Report, out: &mut Output) -> Result<()> {
             entry.data_offset_bytes.to_string(),
         ]);
     }
-    writeln!(out, "\n{}", table)?;
+    writeln!(out, "\n{table}")?;
     Ok(())
 }
 

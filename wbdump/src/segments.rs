@@ -85,20 +85,20 @@ pub(crate) fn list(log: &Log, only: Only, json: bool, out: &mut Output) -> Resul
 }
 
 /// What is kept of a header while the device is read.
-struct Summary {
+pub(crate) struct Summary {
     id: SegmentId,
     length: u8,
-    dirty: usize,
+    pub(crate) dirty: usize,
     extension: Option<SegmentExtension>,
 }
 
 impl Summary {
-    fn of(header: &SegmentHeader) -> Summary {
+    pub(crate) fn of(header: &SegmentHeader) -> Summary {
         let dirty = header.metablocks.iter().filter(|entry| !entry.dirty.is_clean()).count();
         Summary { id: header.id, length: header.length(), dirty, extension: header.extension }
     }
 
-    fn time(&self) -> Option<String> {
+    pub(crate) fn time(&self) -> Option<String> {
         let time = self.extension?.time;
         // What stands in for a lost segment has none.
         let since = Duration::from_millis((time > 0).then_some(time)?.min(MAX_TIME * 1000));
@@ -118,8 +118,20 @@ impl Summary {
     }
 }
 
-/// A row and where it belongs in the log: a damaged slot goes where the segment that is missing there would go, and
-/// an empty one last.
+/// Where a slot belongs in the log: a damaged one goes where the segment that is missing there would go, and an empty one
+/// last.
+pub(crate) fn order(recovery: &Recovery, slot: Slot, state: &SlotState) -> SegmentId {
+    match state {
+        SlotState::Valid { id, .. } => *id,
+        SlotState::Empty => SegmentId::MAX,
+        SlotState::Invalid(_) => recovery
+            .damage
+            .binary_search_by_key(&slot, |damage| damage.slot)
+            .map_or(SegmentId::MAX, |at| recovery.damage[at].expected),
+    }
+}
+
+/// A row and where it belongs in the log.
 fn row(
     log: &Log,
     recovery: &Recovery,
@@ -127,14 +139,6 @@ fn row(
     state: &SlotState,
     header: Option<Summary>,
 ) -> (SegmentId, Row) {
-    let order = match state {
-        SlotState::Valid { id, .. } => *id,
-        SlotState::Empty => SegmentId::MAX,
-        SlotState::Invalid(_) => recovery
-            .damage
-            .binary_search_by_key(&slot, |damage| damage.slot)
-            .map_or(SegmentId::MAX, |at| recovery.damage[at].expected),
-    };
     let row = Row {
         id: header.as_ref().map(|header| header.id.0),
         slot: slot.0,
@@ -149,7 +153,7 @@ fn row(
             _ => None,
         },
     };
-    (order, row)
+    (order(recovery, slot, state), row)
 }
 
 fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) -> Result<()> {
@@ -174,7 +178,7 @@ fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) 
         let (slot, offset) = (row.slot.to_string(), row.offset_bytes.to_string());
         table.row([id, slot, offset, length, dirty, closed, time, state]);
     }
-    writeln!(out, "{}", table)?;
+    writeln!(out, "{table}")?;
     Ok(())
 }
 

@@ -1,0 +1,96 @@
+//! What the live segments hold that is not written back.
+
+use crate::Log;
+use crate::segment::dirty_sectors;
+use anyhow::{Context, Result};
+use libwb::cli::{Output, table};
+use libwb::format::{BlockNo, DirtyBits, Place};
+use libwb::log::LogError;
+use libwb::log::live::visit_headers;
+use libwb::log::recovery::Recovery;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::io::Write;
+
+/// The newest live version of a dirty block.
+pub(crate) struct Newest {
+    id: u64,
+    place: Place,
+    dirty: DirtyBits,
+    /// Live versions of the block, this one included.
+    versions: u64,
+}
+
+/// The dirty blocks of a log.
+pub(crate) struct DirtyBlocks {
+    pub(crate) newest: BTreeMap<BlockNo, Newest>,
+    /// Why there may be more.
+    pub(crate) stopped: Option<LogError>,
+}
+
+impl DirtyBlocks {
+    pub(crate) fn find(log: &Log, recovery: &Recovery) -> DirtyBlocks {
+        let geometry = log.geometry();
+        let mut newest: BTreeMap<BlockNo, Newest> = BTreeMap::new();
+        let visited = log.io.block_on(visit_headers(&log.device, geometry, recovery.live(), |header| {
+            let slot = geometry.slot_of(header.id);
+            for (entry, index) in header.metablocks.iter().zip(0..) {
+                if !entry.dirty.is_clean() {
+                    let versions = newest.get(&entry.block).map_or(1, |older| older.versions + 1);
+                    let place = Place { slot, index };
+                    newest
+                        .insert(entry.block, Newest { id: header.id.0, place, dirty: entry.dirty, versions });
+                }
+            }
+        }));
+        DirtyBlocks { newest, stopped: visited.err() }
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    block: u64,
+    sector: u64,
+    id: u64,
+    slot: u32,
+    index: u8,
+    dirty_sectors: u8,
+    versions: u64,
+}
+
+pub(crate) fn list(log: &Log, json: bool, out: &mut Output) -> Result<()> {
+    let (_, recovery) = log.scan(|_, _| ());
+    log.warn_of(&recovery);
+    let DirtyBlocks { newest, stopped } = DirtyBlocks::find(log, &recovery);
+    if json {
+        for (block, newest) in &newest {
+            out.json(&Row {
+                block: block.0,
+                sector: block.sector().0,
+                id: newest.id,
+                slot: newest.place.slot.0,
+                index: newest.place.index,
+                dirty_sectors: newest.dirty.0,
+                versions: newest.versions,
+            })?;
+        }
+    } else if newest.is_empty() {
+        writeln!(out, "no dirty blocks")?;
+    } else {
+        let header = ["BLOCK", "SECTOR", "SEGMENT", "SLOT", "INDEX", "DIRTY SECTORS", "VERSIONS"];
+        let mut table = table(header, &["DIRTY SECTORS"]);
+        for (block, newest) in &newest {
+            table.row([
+                block.to_string(),
+                block.sector().to_string(),
+                newest.id.to_string(),
+                newest.place.slot.to_string(),
+                newest.place.index.to_string(),
+                dirty_sectors(newest.dirty),
+                newest.versions.to_string(),
+            ]);
+        }
+        writeln!(out, "{table}")?;
+    }
+    stopped.map_or(Ok(()), |error| Err(error).context("the list stops here"))
+}

@@ -1,0 +1,67 @@
+//! wbcheck on a full cache, against reading the same file.
+
+use crate::full_log::{self, Data};
+use crate::report::{Goal, Round, Row, Table};
+use crate::{Options, rig};
+use anyhow::{Context, Result, ensure};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use libwb::device::{Device, IoBuf};
+use libwb::format::to_u64;
+use libwb::reactor::Reactor;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+const CACHE_BYTES: u64 = 8 << 30;
+const READ_BYTES: usize = 1 << 20;
+
+/// Measures both in turn.
+pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
+    let reactor = Reactor::start()?;
+    let (path, device) = rig::named_file(&reactor, &options.dir, "cache", CACHE_BYTES)?;
+    reactor.block_on(async {
+        rig::format(&device).await?;
+        full_log::fill(&device, &rig::extension(&device), Data::Written).await
+    })?;
+    let mut rounds = Vec::new();
+    // wbcheck wants the device to itself.
+    drop(device);
+    for _ in 0..options.rounds {
+        rig::check_signals()?;
+        let device = rig::opened(&reactor, &path)?;
+        let baseline = megabytes_per_second(|| reactor.block_on(read(&device)))?;
+        drop(device);
+        rounds.push(Round { baseline, cache: megabytes_per_second(|| wbcheck(&path))? });
+    }
+    Ok(vec![Table {
+        title: format!("Check of a full cache of 8 GiB: a file with direct I/O in {}", options.dir.display()),
+        unit: "MB per second",
+        baseline: "reading the file, 1 MiB at a time, 8 in flight",
+        rows: vec![Row::new("wbcheck", Goal::AtLeast(0.9), rounds)],
+    }])
+}
+
+#[allow(clippy::cast_precision_loss)] // a figure
+fn megabytes_per_second(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let started = Instant::now();
+    work()?;
+    Ok(CACHE_BYTES as f64 / 1e6 / started.elapsed().as_secs_f64())
+}
+
+async fn read(device: &Device) -> Result<()> {
+    let reads = (0..CACHE_BYTES / to_u64(READ_BYTES))
+        .map(|nth| device.read(nth * to_u64(READ_BYTES), IoBuf::zeroed(READ_BYTES)));
+    stream::iter(reads).buffer_unordered(rig::SEGMENTS_IN_FLIGHT).try_for_each(async |_| Ok(())).await?;
+    Ok(())
+}
+
+/// The program beside this one.
+fn wbcheck(path: &Path) -> Result<()> {
+    let program = std::env::current_exe()?.with_file_name("wbcheck");
+    let mut command = Command::new(&program);
+    command.arg("--quiet").arg(path).stdin(Stdio::null()).stdout(Stdio::null());
+    let status =
+        command.status().with_context(|| format!("cannot run {}; build it first", program.display()))?;
+    ensure!(status.success(), "wbcheck found fault with the cache");
+    Ok(())
+}

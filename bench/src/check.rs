@@ -11,26 +11,18 @@ use libwb::reactor::Reactor;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
+use tempfile::TempPath;
 
 const CACHE_BYTES: u64 = 8 << 30;
 const READ_BYTES: usize = 1 << 20;
 
 /// Measures both in turn.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
-    let reactor = Reactor::start()?;
-    let (path, device) = rig::named_file(&reactor, &options.dir, "cache", CACHE_BYTES)?;
-    reactor.block_on(async {
-        rig::format(&device).await?;
-        full_log::fill(&device, &rig::extension(&device), Data::Written).await
-    })?;
+    let path = full_cache(&options.dir)?;
     let mut rounds = Vec::new();
-    // wbcheck wants the device to itself.
-    drop(device);
     for _ in 0..options.rounds {
         rig::check_signals()?;
-        let device = rig::opened(&reactor, &path)?;
-        let baseline = megabytes_per_second(|| reactor.block_on(read(&device)))?;
-        drop(device);
+        let baseline = megabytes_per_second(|| read_whole(&path))?;
         rounds.push(Round { baseline, cache: megabytes_per_second(|| wbcheck(&path))? });
     }
     Ok(vec![Table {
@@ -39,6 +31,25 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
         baseline: "reading the file, 1 MiB at a time, 8 in flight",
         rows: vec![Row::new("wbcheck", Goal::AtLeast(0.9), rounds)],
     }])
+}
+
+// The reactor lets go of a file some time after its last use; wbcheck wants it to itself. So each use has a reactor, which
+// has let go of all when it ends.
+
+fn full_cache(dir: &Path) -> Result<TempPath> {
+    let reactor = Reactor::start()?;
+    let (path, device) = rig::named_file(&reactor, dir, "cache", CACHE_BYTES)?;
+    reactor.block_on(async {
+        rig::format(&device).await?;
+        full_log::fill(&device, &rig::extension(&device), Data::Written).await
+    })?;
+    Ok(path)
+}
+
+fn read_whole(path: &Path) -> Result<()> {
+    let reactor = Reactor::start()?;
+    let device = rig::opened(&reactor, path)?;
+    reactor.block_on(read(&device))
 }
 
 #[allow(clippy::cast_precision_loss)] // a figure

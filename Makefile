@@ -43,6 +43,7 @@ fuzz: deps
 	fuzz/run.sh $(SECONDS)
 
 bench: deps
+	cargo build --release -p wbcheck
 	cargo run --release -p wb-bench -- all
 
 build: deps

@@ -2,12 +2,21 @@
 //! in turn with it, and the ratio is the median over rounds: the machine may be slower tomorrow, the ratio is not.
 
 mod append;
+mod attach;
+mod check;
 mod cpu;
+mod disk;
 mod fio;
+mod flush;
+mod full;
+mod full_log;
 mod loops;
 mod memory;
 mod report;
 mod rig;
+mod virtual_time;
+mod watched;
+mod writeback;
 
 use anyhow::{Result, ensure};
 use clap::{Args, Parser, Subcommand};
@@ -49,9 +58,35 @@ enum What {
     Cpu,
     /// Random writes into the engine on a file, against sequential writes to that file
     Append,
+    /// Writes that are flushed one by one, against a plain write and fdatasync; what that takes of the cache device
+    Flush,
+    /// Attaching a full cache of 64 GiB: what is read, and how long it takes
+    Recovery,
+    /// Resident memory for each cached block at 64 GiB
+    Memory,
+    /// A modelled hard disk's time for write-back, against the kernel module's policy
+    Writeback,
+    /// Writes from an empty cache to a full one over a slow backing device: throughput and latency
+    Full,
+    /// wbcheck of a full cache of 8 GiB, against reading it
+    Check,
     /// Everything
     All,
 }
+
+type Measure = fn(&Options) -> Result<Vec<Table>>;
+
+const MEASUREMENTS: [(What, Measure); 9] = [
+    (What::Cpu, cpu::measure),
+    (What::Append, append::measure),
+    (What::Flush, flush::measure),
+    (What::Loop, loops::measure),
+    (What::Recovery, attach::recovery),
+    (What::Memory, attach::memory),
+    (What::Writeback, writeback::measure),
+    (What::Full, full::measure),
+    (What::Check, check::measure),
+];
 
 fn main() -> std::process::ExitCode {
     let cli = Cli::parse();
@@ -69,25 +104,20 @@ fn run(cli: &Cli) -> Result<()> {
     if all || cli.what == What::Loop {
         ensure!(
             nix::unistd::geteuid().is_root(),
-            "only root can make loop devices and mounts; 'cpu' and 'append' need no root"
+            "only root can make loop devices and mounts; all but 'loop' and 'all' need no root"
         );
     }
     rig::watch_signals()?;
     let mut tables: Vec<Table> = Vec::new();
-    let mut finished = |table: Table| {
-        if !cli.options.json {
-            println!("{table}");
+    for (what, measure) in MEASUREMENTS {
+        if !all && cli.what != what {
+            continue;
         }
-        tables.push(table);
-    };
-    if all || cli.what == What::Cpu {
-        finished(cpu::measure(&cli.options)?);
-    }
-    if all || cli.what == What::Append {
-        finished(append::measure(&cli.options)?);
-    }
-    if all || cli.what == What::Loop {
-        finished(loops::measure(&cli.options)?);
+        let measured = measure(&cli.options)?;
+        if !cli.options.json {
+            measured.iter().for_each(|table| println!("{table}"));
+        }
+        tables.extend(measured);
     }
     if cli.options.json {
         println!("{}", serde_json::to_string_pretty(&tables)?);

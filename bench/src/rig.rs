@@ -1,5 +1,6 @@
 //! What the measurements stand on. Nothing that takes space outlives the program, however it ends: files lose their
-//! names as soon as they are open, and mounts and loop devices go away with their last user.
+//! names as soon as they are open (but for one that wbcheck opens, which a SIGKILL leaves), and mounts and loop devices go
+//! away with their last user.
 
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -14,6 +15,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use tempfile::{NamedTempFile, TempPath};
 use uuid::Uuid;
 
 /// A write of a whole segment.
@@ -51,15 +53,44 @@ pub(crate) fn file(reactor: &Reactor, dir: &Path, name: &str, bytes: u64) -> Res
     Ok(device)
 }
 
+/// Makes a file that reads as zeros and takes no space but for what is written.
+pub(crate) fn sparse_file(reactor: &Reactor, dir: &Path, name: &str, bytes: u64) -> Result<Device> {
+    let temporary = temporary_file(dir, name, bytes)?;
+    opened(reactor, temporary.path())
+}
+
+/// Makes a file that other programs can open. It goes away with its path.
+pub(crate) fn named_file(
+    reactor: &Reactor,
+    dir: &Path,
+    name: &str,
+    bytes: u64,
+) -> Result<(TempPath, Device)> {
+    let temporary = temporary_file(dir, name, bytes)?;
+    check_space(temporary.as_file(), bytes)?;
+    let device = opened(reactor, temporary.path())?;
+    Ok((temporary.into_temp_path(), device))
+}
+
+/// Opens a file for direct I/O.
+pub(crate) fn opened(reactor: &Reactor, path: &Path) -> Result<Device> {
+    Ok(Arc::new(UringDevice::new(reactor.handle(), open(path, Access::Write)?)))
+}
+
 fn unnamed_file(dir: &Path, name: &str, bytes: u64) -> Result<Opened> {
+    let temporary = temporary_file(dir, name, bytes)?;
+    check_space(temporary.as_file(), bytes)?;
+    // The name goes at the end of this function, and the space when the device is closed.
+    Ok(open(temporary.path(), Access::Write)?)
+}
+
+fn temporary_file(dir: &Path, name: &str, bytes: u64) -> Result<NamedTempFile> {
     let temporary = tempfile::Builder::new()
         .prefix(&format!("wb-bench-{name}-"))
         .tempfile_in(dir)
         .with_context(|| format!("cannot make a file in {}", dir.display()))?;
     temporary.as_file().set_len(bytes)?;
-    check_space(temporary.as_file(), bytes)?;
-    // The name goes at the end of this function, and the space when the device is closed.
-    Ok(open(temporary.path(), Access::Write)?)
+    Ok(temporary)
 }
 
 fn check_space(file: &File, bytes: u64) -> Result<()> {
@@ -100,6 +131,10 @@ impl Random {
 
 /// Makes a cache of a device, as wbformat does.
 pub(crate) async fn format(device: &Device) -> Result<(), LogError> {
-    let extension = SuperblockExtension::new(Uuid::from_u128(1), device.size());
-    create(device, Some(&extension), |_| ()).await.map(|_| ())
+    create(device, Some(&extension(device)), |_| ()).await.map(|_| ())
+}
+
+/// The superblock extension that [`format`](fn@format) writes.
+pub(crate) fn extension(device: &Device) -> SuperblockExtension {
+    SuperblockExtension::new(Uuid::from_u128(1), device.size())
 }

@@ -13,8 +13,12 @@ use std::time::Duration;
 
 /// How often the load is looked at. After this time without a write, the log is written back though there is room.
 const PERIOD: Duration = Duration::from_secs(1);
-/// A batch is at most this part of the log, one in so many segments: its slots come free all at once.
-const BATCH_OF_LOG: u64 = 8;
+/// A batch is at most this part of the log, one in so many segments, since its slots come free all at once. Where writes
+/// are paced they would use up what is left in the meantime, if it was larger.
+const TIGHT_BATCH: u64 = 8;
+/// The same while writes are not paced yet: the larger a batch, the less a disk's arm moves for each block of it. The slots
+/// that are free when the pacing begins outlast it (see [`super::throttle`]).
+const ROOMY_BATCH: u64 = 4;
 /// But it need not be smaller than this.
 const SMALL_BATCH: u64 = 8;
 /// The log is written back, whatever the load, when less than this part of the slots is free: one in so many.
@@ -177,8 +181,7 @@ impl Inner {
         if load.idle && state.open.is_some() && state.seal(Reason::Idle).is_ok() {
             self.events.appender.notify(usize::MAX);
         }
-        let most = u64::from(tunables.nr_max_batched_writeback)
-            .min((state.geometry.lap() / BATCH_OF_LOG).max(SMALL_BATCH));
+        let most = u64::from(tunables.nr_max_batched_writeback).min(state.largest_batch());
         let reached = if self.planted.has(Bug::VolatileWrittenBack) { state.written } else { state.durable };
         let mut last = reached.min(state.written_back.plus(most));
         if tunables.writeback_order == WritebackOrder::Strict && !self.planted.has(Bug::EpochsMixed) {
@@ -209,6 +212,14 @@ impl State {
         let urgent = self.free_slots() * URGENT < lap;
         let half_full = self.dirty_segments() * 2 >= lap;
         urgent || ((load.idle || half_full) && load.percent < threshold)
+    }
+
+    /// How many segments may be written back at a time.
+    fn largest_batch(&self) -> u64 {
+        // Until the pace is known, nothing keeps writes from using up the slots.
+        let roomy = self.throttle.per_place().is_some() && !self.is_tight();
+        let part = if roomy { ROOMY_BATCH } else { TIGHT_BATCH };
+        (self.geometry.lap() / part).max(SMALL_BATCH)
     }
 
     /// The first segment after `written_back`, up to `last`, that a flush closed; or `last`.

@@ -110,7 +110,7 @@ const DEFINITIONS: &[Definition] = &[
     },
     Definition {
         key: "nr_max_batched_writeback",
-        default: 32,
+        default: 1024,
         range: 1..=1024,
         words: &[],
         get: |t| t.nr_max_batched_writeback,

@@ -1,0 +1,109 @@
+//! Attaching a cache of 64 GiB that is full of dirty blocks: what is read, how long it takes, and what stays in memory.
+
+use crate::disk::ModelDisk;
+use crate::full_log::{self, Data, VOLUME_BLOCKS};
+use crate::report::{Goal, Round, Row, Table};
+use crate::watched::Watched;
+use crate::{Options, rig};
+use anyhow::{Context, Result};
+use libwb::cache::{Cache, Tunables};
+use libwb::device::Device;
+use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::reactor::Reactor;
+use std::sync::Arc;
+use std::time::Instant;
+
+const CACHE_BYTES: u64 = 64 << 30;
+/// What attaching may take.
+const SECONDS: f64 = 3.0;
+/// What the kernel module takes for a cached block, about.
+const MODULE_BYTES: f64 = 48.0;
+const MOST_BYTES: f64 = 16.0;
+
+struct Attached {
+    read: f64,
+    seconds: f64,
+    bytes_per_block: f64,
+}
+
+/// What is read, and the time.
+pub(crate) fn recovery(options: &Options) -> Result<Vec<Table>> {
+    let Attached { read, seconds, .. } = attach(options)?;
+    let title = |what| format!("Recovery of a full cache of 64 GiB after a crash, {what}; a sparse file");
+    Ok(vec![
+        Table {
+            title: title("what is read"),
+            unit: "MiB",
+            baseline: "reading the device whole",
+            rows: vec![Row::new(
+                "read",
+                Goal::AtMost(0.011),
+                vec![Round { baseline: mib(CACHE_BYTES), cache: read }],
+            )],
+        },
+        Table {
+            title: title("how long it takes"),
+            unit: "seconds",
+            baseline: "what it may take",
+            rows: vec![Row::new(
+                "attach",
+                Goal::AtMost(1.0),
+                vec![Round { baseline: SECONDS, cache: seconds }],
+            )],
+        },
+    ])
+}
+
+/// What stays in memory.
+pub(crate) fn memory(options: &Options) -> Result<Vec<Table>> {
+    let cache = attach(options)?.bytes_per_block;
+    let round = Round { baseline: MODULE_BYTES, cache };
+    let goal = Goal::AtMost(MOST_BYTES / MODULE_BYTES);
+    Ok(vec![Table {
+        title: "Memory of a cache of 64 GiB, full, everything included".into(),
+        unit: "resident bytes per cached block of 4 KiB",
+        baseline: "the kernel module, about",
+        rows: vec![Row::new("index", goal, vec![round])],
+    }])
+}
+
+fn attach(options: &Options) -> Result<Attached> {
+    rig::check_signals()?;
+    let reactor = Reactor::start()?;
+    let device = rig::sparse_file(&reactor, &options.dir, "cache", CACHE_BYTES)?;
+    // Nothing is read from it or written back to it.
+    let runtime = Arc::new(reactor.handle().clone());
+    let backing: Device = Arc::new(ModelDisk::new(runtime.clone(), VOLUME_BLOCKS * to_u64(BLOCK_BYTES)));
+    // Nothing is written back.
+    let tunables = Tunables { writeback_threshold: 0, ..Tunables::default() };
+    reactor.block_on(async {
+        rig::format(&device).await?;
+        full_log::fill(&device, &rig::extension(&device), Data::Holes).await?;
+        let watched = Arc::new(Watched::new(device));
+        let before = resident_bytes()?;
+        let started = Instant::now();
+        let cache = Cache::open(watched.clone(), backing, runtime, tunables).await?;
+        let seconds = started.elapsed().as_secs_f64();
+        cache.pause();
+        let read = mib(watched.read_bytes());
+        let blocks = cache.status().used_blocks;
+        let bytes_per_block = per(resident_bytes()?.saturating_sub(before), blocks);
+        Ok(Attached { read, seconds, bytes_per_block })
+    })
+}
+
+fn resident_bytes() -> Result<u64> {
+    let status = std::fs::read_to_string("/proc/self/status")?;
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")).context("/proc has no RssAnon")?;
+    Ok(kib.trim().parse::<u64>()? * 1024)
+}
+
+#[allow(clippy::cast_precision_loss)] // a figure
+fn per(bytes: u64, count: u64) -> f64 {
+    bytes as f64 / count as f64
+}
+
+fn mib(bytes: u64) -> f64 {
+    per(bytes, 1 << 20)
+}

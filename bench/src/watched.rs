@@ -1,0 +1,85 @@
+//! A device that counts what is read, and that may be slow.
+
+use libwb::device::{BlockDevice, Device, IoBuf, IoFuture, SharedBuf};
+use libwb::format::to_u64;
+use libwb::runtime::Runtime;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// A device that is watched.
+pub(crate) struct Watched {
+    device: Device,
+    read_bytes: AtomicU64,
+    pace: Option<Pace>,
+}
+
+struct Pace {
+    runtime: Arc<dyn Runtime>,
+    bytes_per_second: f64,
+    /// When what was asked for so far is done.
+    until: Mutex<Duration>,
+}
+
+impl Watched {
+    pub(crate) fn new(device: Device) -> Watched {
+        Watched { device, read_bytes: AtomicU64::new(0), pace: None }
+    }
+
+    /// A device that writes only so many bytes in a second, one request after the other.
+    pub(crate) fn throttled(device: Device, runtime: Arc<dyn Runtime>, bytes_per_second: f64) -> Watched {
+        let until = Mutex::new(runtime.now());
+        Watched { pace: Some(Pace { runtime, bytes_per_second, until }), ..Watched::new(device) }
+    }
+
+    /// Bytes read since the beginning.
+    pub(crate) fn read_bytes(&self) -> u64 {
+        self.read_bytes.load(Ordering::Relaxed)
+    }
+}
+
+impl BlockDevice for Watched {
+    fn name(&self) -> &Arc<str> {
+        self.device.name()
+    }
+
+    fn size(&self) -> u64 {
+        self.device.size()
+    }
+
+    fn block_size(&self) -> u32 {
+        self.device.block_size()
+    }
+
+    fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
+        self.read_bytes.fetch_add(to_u64(buf.len()), Ordering::Relaxed);
+        self.device.read(offset, buf)
+    }
+
+    #[allow(clippy::cast_precision_loss)] // a time
+    fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()> {
+        let Some(pace) = &self.pace else { return self.device.write(offset, data) };
+        let now = pace.runtime.now();
+        let takes = Duration::from_secs_f64(data.len() as f64 / pace.bytes_per_second);
+        let end = {
+            let mut until = pace.until.lock();
+            *until = (*until).max(now) + takes;
+            *until
+        };
+        let sleep = pace.runtime.sleep(end - now);
+        let write = self.device.write(offset, data);
+        Box::pin(async move {
+            sleep.await;
+            write.await
+        })
+    }
+
+    fn flush(&self) -> IoFuture<()> {
+        self.device.flush()
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
+        self.device.discard(offset, length)
+    }
+}

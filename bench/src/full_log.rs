@@ -56,6 +56,7 @@ fn header(block: &mut [u8; BLOCK_BYTES], slot: Slot, digest: u32, crc: u32, payl
         durable: SegmentId(id.0.saturating_sub(UNDURABLE)),
         written_back: SegmentId::NONE,
         time: 0,
+        before: None,
     };
     encode_header(block, id, &metablocks, payload, Some(&extension));
 }

@@ -32,7 +32,8 @@ impl DirtyBlocks {
     pub(crate) fn find(log: &Log, recovery: &Recovery) -> DirtyBlocks {
         let geometry = log.geometry();
         let mut newest: BTreeMap<BlockNo, Newest> = BTreeMap::new();
-        let visited = log.io.block_on(visit_headers(&log.device, geometry, recovery.live(), |header| {
+        let (live, cut_short) = (recovery.live(), recovery.cut_short());
+        let visited = log.io.block_on(visit_headers(&log.device, geometry, live, cut_short, |header| {
             let slot = geometry.slot_of(header.id);
             for (entry, index) in header.metablocks.iter().zip(0..) {
                 if !entry.dirty.is_clean() {

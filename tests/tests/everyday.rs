@@ -111,7 +111,7 @@ fn a_volume_under_load_stands_drains_discards_and_new_tunables() {
     let device = attached.device_str();
     let wide = ["--name=wide", "--rw=randwrite", "--bsrange=512-256k", "--blockalign=512", "--iodepth=16"];
     let wide = [&wide[..], &["--offset=0", "--size=96m", "--fsync=100"]].concat();
-    let narrow = ["--name=narrow", "--rw=randrw", "--bs=4k", "--iodepth=8", "--offset=96m", "--size=96m"];
+    let narrow = ["--name=narrow", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--offset=96m", "--size=96m"];
     let mut jobs = [Fio::start(device, seconds, &wide), Fio::start(device, seconds, &narrow)];
     let mut nth = 0;
     while jobs.iter_mut().any(Fio::runs) {

@@ -58,7 +58,8 @@ impl Volume {
         volume
     }
 
-    /// A new volume of at least 3 MiB whose daemon was killed with dirty data in the cache, of which a segment is rotten.
+    /// A new volume of at least 3 MiB whose daemon was killed with dirty data in the cache, of which the header of a
+    /// segment is rotten.
     ///
     /// # Panics
     /// When it cannot be made.
@@ -71,7 +72,7 @@ impl Volume {
             .expect("a device that takes writes");
         attached.kill();
         drop(attached);
-        flip_bit(&volume.cache, segment_offset(&volume.cache, 1) + 100_000);
+        flip_bit(&volume.cache, segment_offset(&volume.cache, 1) + 520);
         volume
     }
 

@@ -20,7 +20,7 @@ fn an_attached_volume_takes_a_tunable_at_once_and_keeps_it_when_asked_to() {
     assert_eq!(volume.status()["live"]["tunables"][KEY], 5);
     attached.detach(&[]);
     let attached = volume.attach_with(&[]);
-    assert_eq!(volume.must(&["get", name, KEY]), format!("{KEY}=32\n"), "it was not to be kept");
+    assert_eq!(volume.must(&["get", name, KEY]), format!("{KEY}=1024\n"), "it was not to be kept");
     volume.must(&["set", "--save", name, &format!("{KEY}=6")]);
     attached.detach(&[]);
     let _attached = volume.attach_with(&[]);
@@ -45,7 +45,7 @@ fn of_several_tunables_all_are_set_or_none() {
         assert_eq!((refused.code, refused.stdout.as_str()), (1, ""), "{refused:?}");
         assert!(refused.stderr.contains(why), "{refused:?}");
     }
-    assert_eq!(volume.must(&["get", name, KEY]), format!("{KEY}=32\n"));
+    assert_eq!(volume.must(&["get", name, KEY]), format!("{KEY}=1024\n"));
     assert_eq!(std::fs::read(record(&volume)).unwrap(), before);
 }
 

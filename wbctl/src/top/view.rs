@@ -309,7 +309,7 @@ mod tests {
             "used_bytes": 3 * MIB, "places": 2032, "next_place": 0, "current_segment": newest + 1,
             "newest_segment": newest, "written_segment": newest, "durable_segment": newest,
             "written_back_segment": 0, "failure": null, "paused": false, "writeback_error": null,
-            "recovery_seconds": 0.0, "tunables": {}, "statistics": statistics,
+            "recovery_seconds": 0.0, "recovery_bytes": 0, "tunables": {}, "statistics": statistics,
             "counters": { "writes": 10 * seconds, "write_bytes": seconds * MIB },
         });
         let json = serde_json::json!({

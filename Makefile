@@ -1,6 +1,6 @@
 # Everything a developer or a newcomer runs. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak fuzz test-vm bench deps build install uninstall fmt
+.PHONY: demo test sim soak stress fuzz test-vm bench deps build install uninstall deb package deny fmt
 
 # How many courses of work and crashes `make sim` simulates, and `make soak`; the first seed of the latter.
 SIM_SEEDS = 2000
@@ -8,6 +8,8 @@ SEEDS = 20000
 FIRST = 0
 # How long `make fuzz` runs each target.
 SECONDS = 180
+# How long `make stress` goes on.
+STRESS_SECONDS = 300
 
 # What the build needs (libblkid and what binds to it), and what the tests drive the volumes with.
 PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fsprogs xfsprogs fio zstd util-linux
@@ -37,6 +39,11 @@ sim: deps
 
 soak: deps
 	cargo run --release -p wb-tests --bin soak -- $(SEEDS) $(FIRST)
+
+# A volume under load while everything that can be set is, for minutes; `make test` does so for seconds.
+stress: deps
+	cargo build --workspace --all-features --bins
+	WB_STRESS_SECONDS=$(STRESS_SECONDS) cargo test -p wb-tests --all-features --test everyday -- under_load
 
 # Needs cargo fuzz: cargo install cargo-fuzz --locked
 fuzz: deps
@@ -75,6 +82,24 @@ uninstall:
 		$(addprefix $(DESTDIR)$(PREFIX)/share/zsh/vendor-completions/_,$(PROGRAMS)) \
 		$(addprefix $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/,$(addsuffix .fish,$(PROGRAMS))) \
 		$(DESTDIR)$(SYSTEM)/udev/rules.d/60-wb.rules $(DESTDIR)$(SYSTEM)/systemd/system/wb@.service
+
+# A Debian package of the release build, in target/debian.
+deb: build
+	cargo deb --version >/dev/null 2>&1 || cargo install cargo-deb --locked
+	@tests/install-packages.sh dpkg-dev binutils
+	$(MAKE) package
+
+# The package holds what `make install` installs, so that there is one list of it.
+package:
+	rm -rf $(RELEASE)/package
+	$(MAKE) install PREFIX=/usr DESTDIR=$(RELEASE)/package
+	strip $(addprefix $(RELEASE)/package/usr/bin/,$(PROGRAMS))
+	cargo deb --no-build --offline -p wbctl
+
+# Licences, sources and advisories of all dependencies, by deny.toml. Fetches the database of advisories.
+deny:
+	cargo deny --version >/dev/null 2>&1 || cargo install cargo-deny --locked
+	cargo deny check
 
 deps:
 	@tests/install-packages.sh $(PACKAGES)

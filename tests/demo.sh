@@ -52,7 +52,7 @@ say "2. A filesystem on the cached volume, and real files on it, more than the S
 show mkfs.ext4 -q "$device"
 mkdir "$mnt"
 show mount "$device" "$mnt"
-mkdir "$mnt/files"
+mkdir "$mnt/files" "$mnt/more"
 for source in /usr/bin /usr/share /usr/include /usr/lib/python3; do
     [ "$(du -sm "$mnt/files" | cut -f1)" -lt 400 ] || break
     [ ! -d $source ] || cp -r --parents $source "$mnt/files" 2>/dev/null || true
@@ -62,10 +62,15 @@ show wbctl list
 files "$mnt/files" > "$dir/checksums"
 echo "    copied $(wc -l < "$dir/checksums") files, $(du -sh "$mnt/files" | cut -f1); all synced"
 
-say "3. The daemon dies by SIGKILL while more is being written"
-(while true; do cp -r "$mnt/files/usr/bin" "$mnt/more" && sync -f "$mnt" && rm -rf "$mnt/more" || exit; done) >/dev/null 2>&1 &
+say "3. The daemon dies by SIGKILL while more is being written, and while the disk lacks some of it"
+show wbctl pause "$name"
+(while true; do cp -r "$mnt"/files/usr/bin/[a-d]* "$mnt/more" && sync -f "$mnt" || exit; done) >/dev/null 2>&1 &
 writer=$!
-sleep 3
+for _ in $(seq 300); do
+    dirty=$(wbctl status "$name" --json | sed -n 's/.*"dirty_bytes":\([0-9]*\).*/\1/p')
+    [ "$dirty" -lt 10000000 ] || break
+    sleep 0.1
+done
 echo "  \$ kill -9 $daemon"
 kill -9 $daemon
 wait $daemon 2>/dev/null || true

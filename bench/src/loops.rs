@@ -93,5 +93,10 @@ fn rows(
 }
 
 fn serve(volume: impl Volume, reactor: &Reactor) -> Result<LoopDevice> {
-    Ok(LoopDevice::attach(volume, reactor.handle(), "wb-bench", LoopOptions { sector_size: 512 })?)
+    Ok(LoopDevice::attach(
+        volume,
+        reactor.handle(),
+        "wb-bench",
+        LoopOptions { sector_size: 512, read_only: false },
+    )?)
 }

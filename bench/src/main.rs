@@ -1,5 +1,6 @@
 //! `wb-bench`: what wb costs. Each figure is measured beside the thing that it is compared with, in the same run and
-//! in turn with it, and the ratio is the median over rounds: the machine may be slower tomorrow, the ratio is not.
+//! in turn with it, and the ratio is the median over rounds: the machine may be slower tomorrow, the ratio is not. Some, such as
+//! bytes of memory, are held against a fixed figure that they name.
 
 mod append;
 mod attach;

@@ -4,13 +4,14 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::{StreamExt, TryStreamExt, stream};
+use libwb::cli;
 use libwb::device::probe::{Access, Opened, open};
 use libwb::device::{Device, IoBuf, SharedBuf, UringDevice};
 use libwb::format::{SuperblockExtension, to_u64, to_usize};
 use libwb::log::LogError;
 use libwb::log::create::create;
 use libwb::reactor::Reactor;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::Signal;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
@@ -27,14 +28,8 @@ static SIGNALLED: AtomicBool = AtomicBool::new(false);
 
 /// Lets signals end the measurement in order, from now on and in all threads started later.
 pub(crate) fn watch_signals() -> Result<()> {
-    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
-    signals.thread_block()?;
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        while signals.wait().is_ok() {
-            SIGNALLED.store(true, Ordering::Relaxed);
-        }
-    })?;
-    Ok(())
+    let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
+    Ok(cli::on_signals(signals, |_| SIGNALLED.store(true, Ordering::Relaxed))?)
 }
 
 /// Fails once a signal has come.

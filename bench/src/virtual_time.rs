@@ -65,15 +65,18 @@ impl Runtime for VirtualTime {
 
     fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
         let shared = self.0.clone();
-        let end = self.now() + duration;
+        let timer = {
+            let mut state = shared.lock();
+            state.timers_made += 1;
+            (state.now + duration, state.timers_made)
+        };
         Box::pin(poll_fn(move |context| {
             let mut state = shared.lock();
-            if state.now >= end {
+            if state.now >= timer.0 {
                 return Poll::Ready(());
             }
-            state.timers_made += 1;
-            let key = (end, state.timers_made);
-            state.timers.insert(key, context.waker().clone());
+            // One timer, however often it is polled: where futures are polled together, each that fired would add to all.
+            state.timers.insert(timer, context.waker().clone());
             Poll::Pending
         }))
     }

@@ -22,8 +22,10 @@ pub enum Bug {
     PinsIgnored,
     /// Segments are written back that are not durable yet.
     VolatileWrittenBack,
-    /// Write-back leaves out versions of which a newer one exists, durable or not.
+    /// Write-back leaves out versions of which a newer one exists, in the same batch or not.
     SupersededLeftOut,
+    /// Write-back leaves out versions of which a newer one is durable, though that is not in the same batch.
+    DurableSupersedes,
     /// Segments that recovery dropped stay on the device.
     DroppedNotErased,
     /// The appender runs ahead of the last flush without bound.
@@ -58,6 +60,16 @@ pub enum Bug {
     EpochsMixed,
     /// Writes do not wait for a discard of the same range.
     FenceIgnored,
+    /// A write goes around the log though that holds an older version of its block.
+    DirectOverLogged,
+    /// A write that went around the log is acknowledged before the backing device is flushed.
+    DirectNotFlushed,
+    /// A write goes around the log before earlier writes are durable there.
+    DirectAheadOfLog,
+    /// A write around the log leaves the older version that is cached.
+    DirectLeavesCached,
+    /// A write around the log leaves the cell of its block as it is.
+    CellOutlivesDirect,
     /// A write leaves the cell of its block as it is, so that older data is staged.
     CellOutlivesWrite,
     /// A discard leaves the cells of its blocks as they are.

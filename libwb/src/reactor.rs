@@ -10,7 +10,7 @@ use crate::runtime::Runtime;
 use async_task::Runnable;
 use futures_channel::oneshot;
 use futures_util::future::BoxFuture;
-use io_uring::{IoUring, opcode, squeue, types};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use parking_lot::Mutex;
@@ -20,9 +20,9 @@ use std::fs::File;
 use std::future::Future;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, mpsc};
+use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Entries of the submission queue; the completion queue has twice as many.
@@ -38,12 +38,35 @@ pub(crate) enum OpKind {
     Read { offset: u64, buf: IoBuf },
     /// Write the data.
     Write { offset: u64, data: SharedBuf },
+    /// Write several pieces of data, one after the other, as one operation.
+    WriteParts { offset: u64, parts: Vec<SharedBuf>, addresses: Addresses },
     /// fdatasync.
     Sync,
     /// fallocate.
     PunchHole { offset: u64, length: u64 },
     /// Nothing but time.
     Sleep(Box<types::Timespec>),
+}
+
+/// Where the rest of the parts of a write lies, as the kernel wants to be told.
+#[derive(Default)]
+pub(crate) struct Addresses(Vec<libc::iovec>);
+
+// SAFETY: they point into buffers that the operation owns beside them, and are read by the kernel alone.
+unsafe impl Send for Addresses {}
+
+impl Addresses {
+    /// Takes down all but the first bytes of some parts.
+    fn note(&mut self, parts: &[SharedBuf], mut skip: usize) {
+        self.0.clear();
+        for part in parts {
+            let rest = &part[skip.min(part.len())..];
+            skip -= part.len() - rest.len();
+            if !rest.is_empty() {
+                self.0.push(libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() });
+            }
+        }
+    }
 }
 
 /// How an operation ended, with the buffer of a read.
@@ -72,20 +95,32 @@ struct Shared {
     /// True while the reactor sleeps, or is about to, and wants to be woken.
     parked: AtomicBool,
     wake: EventFd,
+    /// The reactor's thread, once it runs.
+    thread: OnceLock<ThreadId>,
+    /// Reads that are under way, on whatever thread.
+    reads: AtomicUsize,
     started: Instant,
 }
 
 impl Shared {
     fn post(&self, put: impl FnOnce(&mut Inbox)) {
-        let late = {
+        let (tasks, ops) = {
             let mut inbox = self.inbox.lock();
             put(&mut inbox);
-            // Nobody takes them any more. Dropped, operations fail; and not under the lock, which they may want.
-            inbox.ended.then(|| (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops)))
+            match inbox.ended {
+                // Nobody takes them any more.
+                true => (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops)),
+                false => Default::default(),
+            }
         };
-        drop(late);
+        // Dropped, operations fail; and not under the lock, which they may want.
+        drop(ops);
+        if !tasks.is_empty() {
+            // Whoever wakes a task may hold a lock that the task takes as it is dropped. So another thread drops it.
+            let _ = std::thread::Builder::new().name("wb-late-tasks".into()).spawn(move || drop(tasks));
+        }
         if self.parked.swap(false, Ordering::SeqCst) {
-            // The counter cannot overflow: each write follows a park, and the reactor reads it before the next.
+            // Nobody reads the counter. At a million a second it overflows in half a million years.
             let _ = self.wake.write(1);
         }
     }
@@ -109,6 +144,33 @@ impl Handle {
         let (done, result) = oneshot::channel();
         self.0.post(|inbox| inbox.ops.push(Op { file, kind, progress: 0, done }));
         result.await.unwrap_or((Err(Errno::ECANCELED), None))
+    }
+}
+
+/// A read that is under way.
+pub(crate) struct Reading(Arc<Shared>);
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.0.reads.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Handle {
+    /// To be kept while a read is under way.
+    pub(crate) fn reading(&self) -> Reading {
+        self.0.reads.fetch_add(1, Ordering::Relaxed);
+        Reading(self.0.clone())
+    }
+
+    /// As [`Handle::reading`], for a read that this thread would wait for itself: `None` when others are under way, or this is
+    /// the reactor's thread, which never waits.
+    pub(crate) fn reading_alone(&self) -> Option<Reading> {
+        if self.0.thread.get() == Some(&std::thread::current().id()) {
+            return None;
+        }
+        self.0.reads.compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed).ok()?;
+        Some(Reading(self.0.clone()))
     }
 }
 
@@ -154,12 +216,23 @@ impl Reactor {
             inbox: Mutex::default(),
             parked: AtomicBool::new(false),
             wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
+            thread: OnceLock::new(),
+            reads: AtomicUsize::new(0),
             started: Instant::now(),
         });
-        let ring = IoUring::builder().setup_coop_taskrun().build(RING_ENTRIES)?;
-        let reactor =
-            Ring { shared: shared.clone(), ring, ops: Slab::new(), backlog: VecDeque::new(), armed: false };
-        let thread = std::thread::Builder::new().name("wb-reactor".into()).spawn(move || reactor.run())?;
+        let (made, result) = mpsc::sync_channel(1);
+        let of_thread = shared.clone();
+        // The ring belongs to the thread that makes it.
+        let run = move || match build_ring() {
+            Err(error) => drop(made.send(Err(error))),
+            Ok(ring) => {
+                let _ = made.send(Ok(()));
+                let (ops, backlog) = (Slab::new(), VecDeque::new());
+                Ring { shared: of_thread, ring, ops, backlog, armed: false }.run();
+            }
+        };
+        let thread = std::thread::Builder::new().name("wb-reactor".into()).spawn(run)?;
+        result.recv().unwrap_or_else(|_| Err(io::Error::other("the reactor's thread has ended")))?;
         Ok(Reactor { handle: Handle(shared), thread: Some(thread) })
     }
 
@@ -180,6 +253,20 @@ impl Drop for Reactor {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// Makes an io_uring that runs what completes only when it is asked to, where the kernel can do that (6.1); it costs the
+/// least.
+fn build_ring() -> io::Result<IoUring> {
+    let deferred = IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .build(RING_ENTRIES);
+    match deferred {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::new(RING_ENTRIES),
+        made => made,
     }
 }
 
@@ -209,6 +296,7 @@ impl Ring {
     fn run(mut self) {
         // Unwinding would free memory that the kernel still writes to.
         let _guard = AbortOnUnwind;
+        let _ = self.shared.thread.set(std::thread::current().id());
         loop {
             let (tasks, ops, stop) = {
                 let mut inbox = self.shared.inbox.lock();
@@ -217,7 +305,6 @@ impl Ring {
             if stop {
                 return self.finish(tasks);
             }
-            let idle = tasks.is_empty();
             for op in ops {
                 let key = self.ops.insert(op);
                 self.backlog.push_back(key);
@@ -226,16 +313,12 @@ impl Ring {
                 task.run();
             }
             self.push_backlog();
-            if idle {
-                self.park()
-            } else {
-                self.enter(0)
-            }
+            self.park();
             self.reap();
         }
     }
 
-    /// Waits for a completion or a wake-up, unless something is there already.
+    /// Hands operations to the kernel, and waits for a completion or a wake-up, unless something is there already.
     fn park(&mut self) {
         self.shared.parked.store(true, Ordering::SeqCst);
         let nothing_to_do = {
@@ -247,9 +330,11 @@ impl Ring {
     }
 
     fn enter(&mut self, want: usize) {
-        if want == 0 && self.ring.submission().is_empty() {
+        let submission = self.ring.submission();
+        if want == 0 && submission.is_empty() && !submission.taskrun() {
             return;
         }
+        drop(submission);
         match self.ring.submit_and_wait(want) {
             Ok(_) => {}
             // Interrupted, or the kernel is short of memory or of room for completions: reap and come again.
@@ -260,8 +345,8 @@ impl Ring {
 
     fn push_backlog(&mut self) {
         if !self.armed {
-            let poll =
-                opcode::PollAdd::new(types::Fd(self.shared.wake.as_raw_fd()), libc::POLLIN as u32).build();
+            let wake = types::Fd(self.shared.wake.as_raw_fd());
+            let poll = opcode::PollAdd::new(wake, libc::POLLIN as u32).multi(true).build();
             // SAFETY: the entry refers to no memory, and the descriptor lives as long as the ring.
             self.armed = unsafe { self.ring.submission().push(&poll.user_data(WAKE)) }.is_ok();
         }
@@ -272,18 +357,21 @@ impl Ring {
             // has been reaped, and `finish` waits for that before `ops` is dropped.
             if unsafe { self.ring.submission().push(&entry) }.is_err() {
                 self.backlog.push_front(key);
-                return self.enter(0);
+                self.enter(0);
+                if self.ring.submission().is_full() {
+                    return;
+                }
             }
         }
     }
 
     fn reap(&mut self) {
-        let completions: Vec<(u64, i32)> =
-            self.ring.completion().map(|c| (c.user_data(), c.result())).collect();
-        for (user_data, result) in completions {
+        let completions: Vec<cqueue::Entry> = self.ring.completion().collect();
+        for completion in completions {
+            let (user_data, result) = (completion.user_data(), completion.result());
             if user_data == WAKE {
-                let _ = self.shared.wake.read();
-                self.armed = false;
+                // It reports each write once, without the counter being read.
+                self.armed = cqueue::more(completion.flags());
                 continue;
             }
             let key = crate::format::to_usize(user_data);
@@ -314,12 +402,18 @@ impl Ring {
             }
         }
         drop(tasks);
-        let rest = {
-            let mut inbox = self.shared.inbox.lock();
-            inbox.ended = true;
-            (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops))
-        };
-        drop(rest);
+        // What is dropped may wake other tasks, which then come here.
+        loop {
+            let (tasks, ops) = {
+                let mut inbox = self.shared.inbox.lock();
+                inbox.ended = inbox.tasks.is_empty() && inbox.ops.is_empty();
+                if inbox.ended {
+                    return;
+                }
+                (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops))
+            };
+            drop((tasks, ops));
+        }
     }
 }
 
@@ -346,6 +440,12 @@ fn entry(op: &mut Op) -> squeue::Entry {
             let rest = &data[done..];
             opcode::Write::new(fd, rest.as_ptr(), length(rest.len())).offset(*offset + to_u64(done)).build()
         }
+        OpKind::WriteParts { offset, parts, addresses } => {
+            addresses.note(parts, done);
+            // There are a few.
+            let count = u32::try_from(addresses.0.len()).unwrap_or(u32::MAX);
+            opcode::Writev::new(fd, addresses.0.as_ptr(), count).offset(*offset + to_u64(done)).build()
+        }
         OpKind::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
         OpKind::PunchHole { offset, length } => opcode::Fallocate::new(fd, *length)
             .offset(*offset)
@@ -367,6 +467,7 @@ fn outcome(op: &mut Op, result: i32) -> Option<Result<(), Errno>> {
     let wanted = match &op.kind {
         OpKind::Read { buf, .. } => buf.len(),
         OpKind::Write { data, .. } => data.len(),
+        OpKind::WriteParts { parts, .. } => parts.iter().map(|part| part.len()).sum(),
         _ => return Some(Ok(())),
     };
     op.progress += moved;
@@ -375,5 +476,35 @@ fn outcome(op: &mut Op, result: i32) -> Option<Result<(), Errno>> {
         // The device ends here: it is shorter than it was when it was opened.
         (false, 0) => Some(Err(Errno::EIO)),
         (false, _) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use event_listener::Event;
+
+    #[test]
+    fn tasks_that_are_woken_when_the_reactor_has_ended_are_dropped() {
+        let (reactor, event) = (Reactor::start().expect("io_uring"), Arc::new(Event::new()));
+        let (listening, listens) = mpsc::channel();
+        let (kept, dropped) = mpsc::channel::<()>();
+        for _ in 0..3 {
+            let (event, listening, kept) = (event.clone(), listening.clone(), kept.clone());
+            reactor.handle().spawn(Box::pin(async move {
+                let listener = event.listen();
+                let _ = listening.send(());
+                listener.await;
+                drop(kept);
+            }));
+            listens.recv().expect("the task runs");
+        }
+        drop(kept);
+        drop(reactor);
+        let notifying = std::thread::spawn(move || event.notify(1));
+        // Each passes the notification on as it is dropped, under a lock that the next one takes.
+        let outcome = dropped.recv_timeout(Duration::from_secs(60));
+        assert_eq!(outcome, Err(mpsc::RecvTimeoutError::Disconnected), "a task is stuck");
+        assert_eq!(notifying.join().expect("no panic"), 1);
     }
 }

@@ -119,3 +119,11 @@ fn bash_takes_the_completions() {
         assert!(status.success(), "{}", path.display());
     }
 }
+
+#[test]
+fn every_tunable_is_in_the_manual() {
+    let page = include_str!("../src/wbctl.roff");
+    for key in libwb::cache::Tunables::keys() {
+        assert!(page.contains(&format!(".BR {key} =")), "{key} is not in wbctl.roff");
+    }
+}

@@ -4,7 +4,8 @@
 
 use libwb::device::IoBuf;
 use libwb::format::{
-    BLOCK_BYTES, Geometry, Metablock, SUPERBLOCK_REGION_BYTES, SegmentId, encode_header, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, SUPERBLOCK_REGION_BYTES, SegmentId, encode_header,
+    to_u64, to_usize,
 };
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
@@ -38,6 +39,9 @@ pub const GOLDEN: [&str; 9] = [
     "cleaned-1",
     "around-1",
 ];
+
+/// The number of a user and a group that own nothing.
+pub const NOBODY: u32 = 65534;
 
 /// Ends the test as skipped: prints `SKIPPED test-name: reason` on standard error, and appends that line to the
 /// file that `WB_SKIP_LOG` names.
@@ -286,6 +290,11 @@ pub fn segment_offset(cache: &Path, id: u64) -> u64 {
     let size = std::fs::metadata(cache).expect("a cache").len();
     let geometry = Geometry::of_device(size).expect("the size of a cache");
     geometry.slot_offset(geometry.slot_of(SegmentId(id)))
+}
+
+/// An entry of a block with these dirty bits, without a CRC.
+pub fn entry(block: u64, dirty: u8) -> Metablock {
+    Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None }
 }
 
 /// Writes a valid segment to where it belongs; its data blocks are filled with `fill`.

@@ -1,6 +1,6 @@
 //! A volume of a test's own: its devices, configuration and run folders, and the daemon that serves it.
 
-use crate::{Outcome, bin, flip_bit, golden, noise, overwrite, segment_offset, wait_for, zeros};
+use crate::{Outcome, bin, flip_bit, golden, noise, overwrite, segment_offset, sha256, wait_for, zeros};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::File;
@@ -92,6 +92,19 @@ impl Volume {
     /// A path in the volume's folder.
     pub fn path(&self, file: &str) -> PathBuf {
         self.dir.path().join(file)
+    }
+
+    /// The file that records the volume.
+    pub fn record(&self) -> PathBuf {
+        self.path("config").join(format!("{}.toml", self.name))
+    }
+
+    /// The SHA-256 of both devices.
+    ///
+    /// # Panics
+    /// When they cannot be read.
+    pub fn images(&self) -> [String; 2] {
+        [sha256(&self.cache), sha256(&self.backing)]
     }
 
     /// The stable name of the loop device.

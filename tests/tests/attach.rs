@@ -184,7 +184,7 @@ fn tunables_are_taken_shown_and_kept() {
     assert_eq!(key(&volume), 7);
     let shown = volume.must(&["status", &volume.name]);
     let line = shown.lines().find(|line| line.contains("nr_max_batched_writeback"));
-    assert!(line.is_some_and(|line| line.trim_end().ends_with(" 7")), "{shown}");
+    assert!(line.is_some_and(|line| line.trim_end().ends_with(" 7 segments")), "{shown}");
     attached.detach(&[]);
     let attached = volume.attach_with(&["nr_max_batched_writeback=9"]);
     assert_eq!(key(&volume), 9);

@@ -1,9 +1,11 @@
 //! Scripts on small caches that crash at every moment, in every way.
 
+use libwb::cache::WriteMode;
 use libwb::planted::Bug;
 use std::sync::Arc;
 use wb_tests::sim::exhaustive::Step::{
-    self, Cut, Discard, DiscardBehind, Drain, Flush, FlushBehind, Read, Reopen, Sleep, Slow, Write, WriteFua,
+    self, Batch, Caching, Cut, Discard, DiscardBehind, Drain, Flush, FlushBehind, Mode, Read, Reopen, Sleep,
+    Slow, Write, WriteFua,
 };
 use wb_tests::sim::exhaustive::{Left, Script, Tally, explore};
 use wb_tests::sim::real::WriteCache;
@@ -190,6 +192,85 @@ const FENCES: &[Step] = &[
     Read(0, 64),
 ];
 
+/// Writes around the log, of blocks that it holds, held, or never held, with a change of mode in between and writes that
+/// come meanwhile.
+const AROUND: &[Step] = &[
+    Write(0, 24),
+    Write(41, 3),
+    Flush,
+    Mode(WriteMode::Around),
+    Write(3, 9),
+    Write(60, 4),
+    Drain,
+    Write(2, 12),
+    Read(0, 64),
+    Mode(WriteMode::Back),
+    Write(4, 2),
+    FlushBehind,
+    Write(30, 9),
+    Mode(WriteMode::Around),
+    Write(40, 8),
+    Write(5, 3),
+    Mode(WriteMode::Back),
+    Write(40, 1),
+    Flush,
+    Drain,
+    Mode(WriteMode::Through),
+    Write(0, 64),
+    Cut(Left::Nothing),
+    Mode(WriteMode::Through),
+    Write(7, 20),
+    Read(0, 64),
+    Discard(8, 8),
+    Reopen,
+    Mode(WriteMode::Around),
+    Write(9, 1),
+    Flush,
+];
+
+/// Blocks that are cached for reads, with writes and discards before their cells are put into the log, and after that.
+const CACHED: &[Step] = &[
+    Write(0, 12),
+    Drain,
+    Caching(4),
+    Read(64, 8),
+    Read(64, 8),
+    Write(66, 3),
+    Flush,
+    Read(72, 32),
+    Read(72, 32),
+    Sleep(1),
+    Read(64, 64),
+    Write(73, 2),
+    FlushBehind,
+    Write(96, 8),
+    Drain,
+    Read(104, 8),
+    Read(104, 8),
+    Discard(104, 8),
+    Read(112, 16),
+    Read(112, 16),
+    Read(24, 16),
+    Read(24, 16),
+    Sleep(1),
+    Read(0, 128),
+    Write(117, 3),
+    Write(105, 1),
+    FlushBehind,
+    Discard(72, 16),
+    Cut(Left::AllButOldest),
+    Caching(1),
+    Read(80, 8),
+    Read(80, 8),
+    Sleep(1),
+    Write(80, 4),
+    Flush,
+    Read(64, 64),
+    Reopen,
+    Write(81, 1),
+    Drain,
+];
+
 /// Whole segments, several on their way, of which the oldest is lost: what is above the gap is dropped, and the log
 /// grows up to it again.
 const GAPS: &[Step] = &[
@@ -202,6 +283,21 @@ const GAPS: &[Step] = &[
     Flush,
     Write(0, 2),
     Flush,
+];
+
+/// The same blocks in several segments, which are written back a few at a time: what is written back stands on the backing
+/// device alone, whatever lies in later segments.
+const BATCHES: &[Step] = &[
+    Batch(1),
+    Write(0, SEGMENT),
+    Write(0, SEGMENT),
+    Write(8, SEGMENT),
+    Write(3, 16),
+    Drain,
+    Write(0, SEGMENT),
+    Write(5, SEGMENT),
+    FlushBehind,
+    Drain,
 ];
 
 /// More than the log holds, so that writers wait for slots, and slots are reused as soon as they are free.
@@ -281,8 +377,23 @@ fn discards() {
 }
 
 #[test]
+fn around() {
+    everywhere("around", &[3, 5], AROUND);
+}
+
+#[test]
+fn cached() {
+    everywhere("cached", &[5, 8], CACHED);
+}
+
+#[test]
 fn fences() {
     everywhere("fences", &[3, 5], FENCES);
+}
+
+#[test]
+fn batches() {
+    everywhere("batches", &[5, 8], BATCHES);
 }
 
 #[test]
@@ -315,6 +426,11 @@ fn planted_bugs_show() {
         (Bug::DiscardNotFlushed, "discards", 5, DISCARDS),
         (Bug::DiscardLeavesDirty, "discards", 5, DISCARDS),
         (Bug::FenceIgnored, "fences", 5, FENCES),
+        (Bug::DirectOverLogged, "around", 5, AROUND),
+        (Bug::DirectNotFlushed, "around", 5, AROUND),
+        (Bug::DirectAheadOfLog, "around", 5, AROUND),
+        (Bug::DirectLeavesCached, "around", 5, AROUND),
+        (Bug::DurableSupersedes, "batches", 8, BATCHES),
     ];
     for (bug, name, segments, steps) in cases {
         let engine: Arc<dyn Engine> = Arc::new(WriteCache::with(bug));

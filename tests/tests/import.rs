@@ -1,7 +1,7 @@
 //! Volumes of the kernel module's script `writeboost` are taken over.
 
 use libwb::cache::Tunables;
-use wb_tests::{Outcome, Volume, needs_serving, sha256, sha256_direct};
+use wb_tests::{Outcome, Volume, needs_serving, sha256_direct};
 
 fn table(volume: &Volume, text: &str) -> String {
     let path = volume.path("writeboosttab");
@@ -27,7 +27,7 @@ fn a_volume_of_the_kernel_module_is_imported_and_attached() {
     needs_serving!();
     let volume = Volume::golden("few-1");
     let (cache, backing) = (volume.cache.display(), volume.backing.display());
-    let before = [sha256(&volume.cache), sha256(&volume.backing)];
+    let before = volume.images();
     let text = format!(
         "# comment\n\n  {}\t{backing}  {cache}\tnr_max_batched_writeback=8,colour=red,nr_max_batched_writeback=9999\n\
          other /dev/disk/by-id/x /dev/disk/by-id/y write_around_mode\n",
@@ -49,7 +49,7 @@ fn a_volume_of_the_kernel_module_is_imported_and_attached() {
     ] {
         assert!(done.contains(&part), "{part:?} is not in {done}");
     }
-    assert_eq!([sha256(&volume.cache), sha256(&volume.backing)], before);
+    assert_eq!(volume.images(), before);
     assert_eq!(
         volume.must(&["get", &volume.name, "nr_max_batched_writeback"]),
         "nr_max_batched_writeback=8\n"

@@ -61,10 +61,28 @@ impl Drop for Cgroup {
     }
 }
 
+/// How often a file is begun again that the kernel has killed the copying of.
+const KILLED: u32 = 10;
+
 /// Writes far more than the memory of `group` to a folder, and makes it durable.
+///
+/// In a group of version 1 the kernel does not slow down who dirties pages, and an allocation for XFS may not wait for pages to
+/// be cleaned (GFP_NOFS). Where it comes first, the kernel kills the program, whatever is below the filesystem. So such a file
+/// is written again, when what was dirty is on the volume. What the test is about is that no program hangs.
 fn write_all(group: &Cgroup, source: &Path, on: &Path) {
     let mut copy = Command::new("sh");
-    let script = format!("for i in $(seq {FILES}); do cp \"$0\" \"$1/$i\" || exit 1; done; sync -f \"$1\"");
+    // Of the shell and cp, the kernel is to choose cp. 137: killed.
+    let script = format!(
+        "copy() {{ sh -c 'echo 1000 > /proc/$$/oom_score_adj; exec cp \"$0\" \"$1\"' \"$1\" \"$2\"; }}
+         for i in $(seq {FILES}); do
+             left={KILLED}
+             until copy \"$0\" \"$1/$i\"; do
+                 [ $? = 137 ] && [ $((left -= 1)) -gt 0 ] || exit 1
+                 sync -f \"$1\" || exit 1
+             done
+         done
+         sync -f \"$1\""
+    );
     copy.args(["-c", &script]).arg(source).arg(on);
     let mut child = group.command(&copy).spawn().expect("what the test needs");
     let mut status = None;

@@ -1,5 +1,6 @@
-//! The simulator finds bugs: each of those that can be planted shows within a few seeds. The one that needs a write in the
-//! midst of a discard, `FenceIgnored`, is left to the scripts that crash at every moment.
+//! The simulator finds bugs: each of those that can be planted shows within a few seeds. Two that few seeds come to are left to
+//! the scripts that crash at every moment: `FenceIgnored` needs a write in the midst of a discard, and `CommitOverUndurable`
+//! a header that is torn in the short time between two commits.
 
 use libwb::planted::Bug;
 use std::panic::catch_unwind;
@@ -13,26 +14,33 @@ use wb_tests::sim::run;
 const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
     (Bug::FlushAcknowledgedEarly, 0, 100),
     (Bug::BackingNotFlushed, 0, 20),
-    (Bug::RecordNotDurable, 0, 3000),
+    (Bug::RecordNotDurable, 2100, 2000),
     (Bug::MergeDropsOldSectors, 0, 20),
     (Bug::PinsIgnored, 50, 300),
     (Bug::VolatileWrittenBack, 250, 500),
     (Bug::SupersededLeftOut, 0, 100),
+    (Bug::DurableSupersedes, 0, 200),
     (Bug::GapSkipped, 50, 500),
     (Bug::LossWindowIgnored, 0, 200),
     (Bug::WrittenOverGap, 0, 300),
-    (Bug::DroppedNotErased, 400, 1500),
+    (Bug::DroppedNotErased, 1700, 1500),
     (Bug::RotServed, 0, 200),
-    (Bug::CommitOverUndurable, 0, 500),
     (Bug::CommittedOverwritten, 0, 100),
     (Bug::CommitCountedLate, 0, 1000),
     (Bug::OpenEndLeft, 0, 500),
-    (Bug::CutShortIgnored, 0, 1000),
+    (Bug::CutShortIgnored, 800, 1000),
     (Bug::UnclaimedTrusted, 0, 500),
-    (Bug::DurableClaimedEarly, 0, 300),
+    (Bug::DurableClaimedEarly, 200, 800),
     (Bug::DiscardNotFlushed, 0, 200),
     (Bug::DiscardLeavesDirty, 0, 100),
     (Bug::DiscardAheadOfLog, 0, 200),
+    (Bug::DirectOverLogged, 0, 500),
+    (Bug::DirectNotFlushed, 0, 500),
+    (Bug::DirectAheadOfLog, 300, 1000),
+    (Bug::DirectLeavesCached, 0, 500),
+    (Bug::CellOutlivesDirect, 700, 2000),
+    (Bug::CellOutlivesWrite, 0, 500),
+    (Bug::CellOutlivesDiscard, 300, 1500),
     (Bug::EpochsMixed, 600, 800),
     (Bug::FailedFlushForgiven, 100, 800),
 ];

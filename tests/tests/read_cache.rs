@@ -13,7 +13,7 @@ use libwb::runtime::Runtime;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Duration;
-use wb_tests::sim::stamp::{self, WriteId};
+use wb_tests::sim::stamp::{self, Content, WriteId};
 use wb_tests::{Volume, needs_serving, read_at, wait_for};
 
 /// Sectors of a block.
@@ -97,8 +97,11 @@ impl Rig {
     fn check(&self, first: u64, count: u64) {
         let data = self.read(first, count).expect("sound devices");
         for (sector, bytes) in (first..).zip(data.chunks(SECTOR_BYTES)) {
-            let expected = Rig::data(sector, 1, self.shows[to_usize(sector)]);
-            assert!(bytes == expected, "sector {sector} does not show {}", self.shows[to_usize(sector)]);
+            let expected = match self.shows[to_usize(sector)] {
+                ZEROS => Content::Zeros,
+                write => Content::Of(WriteId(write)),
+            };
+            assert_eq!(stamp::decode(bytes, Sector(sector)), Ok(expected), "sector {sector}");
         }
     }
 
@@ -179,6 +182,41 @@ fn a_read_takes_each_sector_from_where_its_newest_version_lies() {
     // What is written back is not carried on by what is written now.
     all().for_each(|(block, pattern)| rig.write_pattern(block, pattern.reverse_bits(), 4));
     rig.check_parts(0..256);
+    rig.end();
+}
+
+/// Each block has its own of the ways in which each of eight sectors lies in RAM, on the cache device or on the backing
+/// device.
+#[test]
+fn a_read_composes_ram_cache_and_backing_per_sector_in_every_combination() {
+    const WAYS: u64 = 3u64.pow(8);
+    /// Blocks that fit into a segment.
+    const AT_A_TIME: u64 = 127;
+    let mut rig = Rig::new(16, WAYS, Tunables::default());
+    rig.cache.pause();
+    for first in (0..WAYS).step_by(to_usize(AT_A_TIME)) {
+        let blocks = first..WAYS.min(first + AT_A_TIME);
+        for (write, place) in [(1, 1), (2, 2)] {
+            for block in blocks.clone() {
+                let lies = |sector: u32| block / 3u64.pow(sector) % 3 == place;
+                let pattern =
+                    (0..8).filter(|&sector| lies(sector)).fold(0, |bits, sector| bits | 1 << sector);
+                rig.write_pattern(block, pattern, write);
+            }
+            if place == 1 {
+                // On a device without the extension, this closes the segment, so that nothing of it is left in RAM.
+                rig.flush();
+            }
+        }
+        for block in blocks.clone() {
+            rig.check(block * BLOCK, BLOCK);
+            let from = block % 7;
+            rig.check(block * BLOCK + from, 1 + block / 7 % (BLOCK - from));
+        }
+        rig.check(first * BLOCK + 3, (blocks.end - first) * BLOCK - 5);
+        rig.run(rig.cache.drain()).expect("sound devices");
+    }
+    rig.cache.resume();
     rig.end();
 }
 

@@ -1,6 +1,6 @@
 //! A volume is forgotten, unless something would be lost by that.
 
-use wb_tests::{Volume, flip_bit, needs_serving, noise, overwrite, segment_offset, sha256};
+use wb_tests::{Volume, flip_bit, needs_serving, noise, overwrite, segment_offset};
 
 const MIB: u64 = 1 << 20;
 
@@ -8,7 +8,7 @@ fn refuses(volume: &Volume, why: &str) {
     let refused = volume.wbctl(&["remove", &volume.name]);
     assert_eq!((refused.code, refused.stderr.lines().count()), (1, 1), "{refused:?}");
     assert!(refused.stderr.contains(why), "{refused:?}");
-    assert!(volume.path("config").join(format!("{}.toml", volume.name)).exists(), "{refused:?}");
+    assert!(volume.record().exists(), "{refused:?}");
 }
 
 /// A volume whose record names the devices of a golden pair.
@@ -16,8 +16,7 @@ fn recorded(golden: &str) -> Volume {
     let mut volume = Volume::golden(golden);
     let pair = Volume::created(8, 8 * MIB);
     std::fs::create_dir(volume.path("config")).expect("what the test needs");
-    let record = std::fs::read_to_string(pair.path("config").join(format!("{}.toml", pair.name)))
-        .expect("what the test needs");
+    let record = std::fs::read_to_string(pair.record()).expect("what the test needs");
     let record = record.replace(
         pair.dir.path().to_str().expect("what the test needs"),
         volume.dir.path().to_str().expect("it works"),
@@ -30,10 +29,10 @@ fn recorded(golden: &str) -> Volume {
 #[test]
 fn a_clean_volume_is_forgotten_and_its_devices_are_left_as_they_are() {
     let volume = Volume::created(8, 8 * MIB);
-    let before = [sha256(&volume.cache), sha256(&volume.backing)];
+    let before = volume.images();
     volume.must(&["remove", &volume.name]);
     assert_eq!(volume.must(&["list"]), "no volumes; see wbctl create\n");
-    assert_eq!([sha256(&volume.cache), sha256(&volume.backing)], before);
+    assert_eq!(volume.images(), before);
     let again = volume.wbctl(&["remove", &volume.name]);
     assert!(again.code == 1 && again.stderr.contains("is recorded in"), "{again:?}");
 }

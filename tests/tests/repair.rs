@@ -95,6 +95,9 @@ fn a_segment_that_is_cut_short_is_closed_with_the_last_commit_that_stands() {
     assert!(found.code == 0 && found.stdout.contains("Segment 1 is cut short"), "{found:?}");
     let one = wb!("wbcheck", &volume.cache, "--segment", "1");
     assert!(one.code == 0 && one.stdout.contains("up to the last flush"), "{one:?}");
+    for shown in [wb!("wbdump", "segments", &volume.cache), wb!("wbdump", "segment", &volume.cache, "1")] {
+        assert!(shown.stdout.contains("up to its last flush; what came after is torn"), "{shown:?}");
+    }
     repairs(&volume, "the header of segment 1, which ends with the last flush");
     let kept = read_at(&volume.backing, 0, 5 * 4096);
     assert!(kept[..4096] == noise(0, 4096) && kept[8192..][..4096] == noise(1, 4096));
@@ -115,6 +118,18 @@ fn a_corrupt_log_needs_salvage_and_is_left_as_it_is_without() {
     assert_eq!(json["repair"]["salvage"]["segments_given_up"], serde_json::json!([3, 4, 5, 6, 7]), "{json}");
     assert_eq!(json["repair"]["verdict_before"], "corrupt", "{json}");
     volume.must(&[&["replay"], &volume.pair()[..]].concat());
+}
+
+#[test]
+fn with_quiet_the_verdict_alone_is_printed_when_errors_are_left() {
+    let volume = Volume::created(8, 4 << 20);
+    let beyond = Metablock { block: BlockNo(1 << 20), dirty: DirtyBits(0xff), crc: None };
+    write_segment(&volume.cache, 1, &[beyond], 1);
+    flip_bit(&volume.cache, EXTENSION_OFFSETS[0] + 70);
+    let outcome = wb!("wbcheck", "--repair", "--quiet", &volume.cache);
+    assert_eq!((outcome.code, outcome.stdout.lines().count()), (4, 1), "{outcome:?}");
+    assert!(outcome.stdout.contains("CORRUPT: segment 1 holds data for sector"), "{outcome:?}");
+    assert!(!check(&volume.cache).stdout.contains("one of the two copies"), "the copy was repaired");
 }
 
 #[test]

@@ -1,15 +1,15 @@
 //! `wbctl replay` and `wbctl attach` on devices that the kernel module wrote: the volume is the one that the module
 //! itself recovers.
 
+use libwb::format::{BlockNo, DirtyBits, Metablock};
 use nix::sys::signal::Signal;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use wb_tests::{
-    GOLDEN, Outcome, Volume, golden_volume_sha256, needs_serving, overwrite, sha256, sha256_direct, wb,
+    GOLDEN, NOBODY, Outcome, Volume, golden_volume_sha256, needs_serving, overwrite, read_at, sha256,
+    sha256_direct, wb, write_segment,
 };
-
-const NOBODY: u32 = 65534;
 
 /// Runs wbctl as an ordinary user, who owns the volume's files.
 fn as_ordinary_user(volume: &Volume, args: &[&str]) -> Outcome {
@@ -25,10 +25,6 @@ fn as_ordinary_user(volume: &Volume, args: &[&str]) -> Outcome {
 
 fn replay(volume: &Volume) -> Outcome {
     as_ordinary_user(volume, &[&["replay"], &volume.pair()[..]].concat())
-}
-
-fn images(volume: &Volume) -> [String; 2] {
-    [sha256(&volume.cache), sha256(&volume.backing)]
 }
 
 fn is_sound(volume: &Volume) {
@@ -54,10 +50,10 @@ fn a_second_replay_changes_no_byte() {
     for name in GOLDEN {
         let volume = Volume::golden(name);
         assert_eq!(replay(&volume).code, 0, "{name}");
-        let before = images(&volume);
+        let before = volume.images();
         let again = replay(&volume);
         assert_eq!(again.stdout, "nothing to write back: the cache is clean\n", "{name}: {again:?}");
-        assert_eq!(images(&volume), before, "{name}");
+        assert_eq!(volume.images(), before, "{name}");
     }
 }
 
@@ -104,7 +100,7 @@ fn a_replayed_cache_gives_the_same_volume_over_a_backing_device_that_was_written
 #[test]
 fn a_file_that_may_only_be_read_is_refused_and_left_as_it_is() {
     let volume = Volume::golden("few-1");
-    let before = images(&volume);
+    let before = volume.images();
     let readable = std::fs::Permissions::from_mode(0o444);
     std::fs::set_permissions(&volume.backing, readable).unwrap();
     if nix::unistd::geteuid().is_root() {
@@ -114,6 +110,89 @@ fn a_file_that_may_only_be_read_is_refused_and_left_as_it_is() {
     assert_eq!(outcome.code, 1, "{outcome:?}");
     assert_eq!(outcome.stderr.lines().count(), 1, "{outcome:?}");
     assert!(outcome.stderr.contains("Permission denied"), "{outcome:?}");
-    assert_eq!(images(&volume), before);
+    assert_eq!(volume.images(), before);
     assert!(Path::new(&volume.cache).exists());
+}
+
+/// A log of three segments. Block 0 is in all of them, and in the last in part; block 1 in the second alone.
+fn three_segments() -> Volume {
+    let volume = Volume::blank(8, 64 << 10);
+    assert_eq!(wb!("wbformat", &volume.cache, "--compat").code, 0);
+    let entry = |block, dirty| Metablock { block: BlockNo(block), dirty, crc: None };
+    let first_sector = DirtyBits::range(0, 1);
+    write_segment(&volume.cache, 1, &[entry(0, DirtyBits::ALL)], 1);
+    write_segment(&volume.cache, 2, &[entry(1, DirtyBits::ALL), entry(0, DirtyBits::ALL)], 2);
+    write_segment(&volume.cache, 3, &[entry(0, first_sector)], 3);
+    volume
+}
+
+fn replay_until(volume: &Volume, until: &str, more: &[&str]) -> Outcome {
+    as_ordinary_user(volume, &[&["replay", "--until", until], &volume.pair()[..], more].concat())
+}
+
+/// What the first sector, the rest of block 0, and block 1 hold.
+fn holds(volume: &Volume) -> [u8; 3] {
+    let block = read_at(&volume.backing, 512, 3584);
+    assert!(block.iter().all(|&byte| byte == block[0]), "all of it is from one segment");
+    [read_at(&volume.backing, 0, 512)[511], block[0], read_at(&volume.backing, 4096, 4096)[4095]]
+}
+
+#[test]
+fn a_log_is_replayed_until_an_earlier_point_and_stays_as_it_is_for_the_rest() {
+    let volume = three_segments();
+    let cache = sha256(&volume.cache);
+    let dry = replay_until(&volume, "2", &["--dry-run"]);
+    assert!(dry.code == 0 && dry.stdout.contains("would write back 2 dirty blocks"), "{dry:?}");
+    assert_eq!(holds(&volume), [0, 0, 0]);
+    for (until, after) in
+        [("0", [0, 0, 0]), ("1", [1, 1, 0]), ("2", [2, 2, 2]), ("2", [2, 2, 2]), ("3", [3, 2, 2])]
+    {
+        let done = replay_until(&volume, until, &[]);
+        assert_eq!((done.code, done.stderr.as_str()), (0, ""), "{done:?}");
+        assert_eq!(holds(&volume), after, "until {until}: {done:?}");
+        assert_eq!(sha256(&volume.cache), cache, "until {until}");
+    }
+    is_sound(&volume);
+    let all = replay(&volume);
+    assert!(all.code == 0 && all.stdout.contains("2 dirty blocks"), "the cache was still dirty: {all:?}");
+    assert_eq!(holds(&volume), [3, 2, 2]);
+    // All is written back now, so there is nothing earlier left.
+    let before = volume.images();
+    let refused = replay_until(&volume, "2", &[]);
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(refused.stderr.contains("give one from 3, up to which all is written back, to 3"), "{refused:?}");
+    assert_eq!(volume.images(), before);
+}
+
+#[test]
+fn a_point_that_the_log_does_not_reach_is_refused_and_a_salvage_until_it_is_senseless() {
+    let volume = three_segments();
+    let before = volume.images();
+    for until in ["4", "18446744073709551615"] {
+        let refused = replay_until(&volume, until, &[]);
+        assert_eq!(refused.code, 1, "{refused:?}");
+        assert!(
+            refused.stderr.contains("give one from 0, up to which all is written back, to 3"),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(replay_until(&volume, "2", &["--salvage"]).code, 2);
+    assert_eq!(volume.images(), before);
+}
+
+#[test]
+fn every_device_of_the_kernel_module_can_be_replayed_in_two_steps() {
+    for name in GOLDEN {
+        let volume = Volume::golden(name);
+        let json =
+            as_ordinary_user(&volume, &[&["replay", "--dry-run", "--json"], &volume.pair()[..]].concat());
+        let last = json.json()["recovery_point"].as_u64().expect("a number");
+        let segments = json.json()["segments"].as_u64().expect("a number");
+        let cache = sha256(&volume.cache);
+        let half = replay_until(&volume, &(last - segments / 2).to_string(), &[]);
+        assert_eq!((half.code, half.stderr.as_str()), (0, ""), "{name}: {half:?}");
+        assert_eq!(sha256(&volume.cache), cache, "{name}");
+        assert_eq!(replay(&volume).code, 0, "{name}");
+        assert_eq!(sha256(&volume.backing), golden_volume_sha256(name), "{name}");
+    }
 }

@@ -3,9 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::process::Command;
-use wb_tests::{
-    Filesystem, Volume, cache_bytes, needs_serving, noise, overwrite, read_at, sha256, wb, zeros,
-};
+use wb_tests::{Filesystem, Volume, cache_bytes, needs_serving, noise, overwrite, read_at, wb, zeros};
 
 const MIB: u64 = 1 << 20;
 
@@ -33,13 +31,13 @@ fn refuses(volume: &Volume, why: &str) {
 }
 
 fn refuses_to(volume: &Volume, commands: &[Vec<&str>], why: &str) {
-    let before = [sha256(&volume.cache), sha256(&volume.backing)];
+    let before = volume.images();
     for args in commands {
         let refused = volume.wbctl(args);
         assert_eq!((refused.code, refused.stdout.as_str()), (1, ""), "{refused:?}");
         assert!(refused.stderr.contains(why), "{refused:?}");
     }
-    assert_eq!([sha256(&volume.cache), sha256(&volume.backing)], before);
+    assert_eq!(volume.images(), before);
 }
 
 #[test]

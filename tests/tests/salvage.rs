@@ -18,10 +18,6 @@ use wb_tests::{
 
 const MIB: u64 = 1 << 20;
 
-fn images(volume: &Volume) -> [String; 2] {
-    [sha256(&volume.cache), sha256(&volume.backing)]
-}
-
 /// A golden volume with rot in its second segment.
 fn rotten() -> Volume {
     let volume = Volume::golden("few-1");
@@ -46,7 +42,7 @@ fn numbers(list: &serde_json::Value) -> HashSet<u64> {
 #[test]
 fn a_corrupt_log_is_refused_with_both_ways_on_and_nothing_is_changed() {
     let volume = rotten();
-    let before = images(&volume);
+    let before = volume.images();
     let mut commands = vec![vec!["replay"], vec!["replay", "--dry-run"]];
     if wb_tests::what_is_missing(&[]).is_none() {
         commands.push(vec!["attach", volume.name.as_str()]);
@@ -62,7 +58,7 @@ fn a_corrupt_log_is_refused_with_both_ways_on_and_nothing_is_changed() {
         ] {
             assert!(outcome.stderr.contains(part), "{part:?} is not in {outcome:?}");
         }
-        assert_eq!(images(&volume), before, "{command:?}");
+        assert_eq!(volume.images(), before, "{command:?}");
     }
     let check = wb!("wbcheck", &volume.cache);
     assert_eq!(
@@ -73,7 +69,7 @@ fn a_corrupt_log_is_refused_with_both_ways_on_and_nothing_is_changed() {
     let json = wb!("wbcheck", &volume.cache, "--json").json();
     assert_eq!(json["salvage"][0]["dirty_blocks_given_up"], 123, "{json}");
     assert_eq!(json["salvage"][1]["segments_given_up"], serde_json::json!([2, 3, 4, 5, 6, 7]), "{json}");
-    assert_eq!(images(&volume), before);
+    assert_eq!(volume.images(), before);
 }
 
 #[test]
@@ -115,7 +111,7 @@ fn a_sound_log_is_treated_as_without_salvage() {
         let (volume, other) = (Volume::golden(name), Volume::golden(name));
         let outcome = replay(&volume, &["--salvage"]);
         assert_eq!(outcome.stdout, replay(&other, &[]).stdout, "{name}");
-        assert_eq!(images(&volume), images(&other), "{name}");
+        assert_eq!(volume.images(), other.images(), "{name}");
         assert_eq!(sha256(&volume.backing), golden_volume_sha256(name), "{name}");
     }
 }
@@ -133,10 +129,10 @@ fn salvage_does_not_help_against_what_is_no_corruption() {
         (&resized, "--salvage=stop", "Give it its old size back"),
         (&small, "--salvage=skip", "is it the right backing device?"),
     ] {
-        let before = images(volume);
+        let before = volume.images();
         let outcome = replay(volume, &[way]);
         assert_eq!((outcome.code, outcome.stderr.contains(why)), (1, true), "{outcome:?}");
-        assert_eq!(images(volume), before);
+        assert_eq!(volume.images(), before);
     }
 }
 

@@ -51,8 +51,8 @@ fn status_says_what_requests_found_how_long_they_took_and_what_they_cost_the_cac
     let shown = volume.must(&["status", &volume.name]);
     for line in [
         "25.0 % of those written",
-        "bytes to the cache device for each byte written",
-        "MiB/s while it works, 0 s left",
+        "bytes to the cache device per byte written",
+        "/s while it works\n",
         "p99.9",
     ] {
         assert!(shown.contains(line), "{line}: {shown}");
@@ -181,11 +181,16 @@ fn metrics_for_prometheus_are_in_its_text_format_and_tell_of_detached_volumes() 
     write(&attached.device, 0, MIB);
     let text = volume.must(&["status", "--prometheus", name]);
     let mut typed = String::new();
+    let page = include_str!("../../manual/src/wbctl.roff");
     for line in text.lines() {
         if let Some(line) = line.strip_prefix("# ") {
             let words: Vec<&str> = line.splitn(3, ' ').collect();
             assert!(matches!(words[0], "HELP" | "TYPE") && words.len() == 3, "{line}");
             typed = words[1].into();
+            let counter = typed.strip_prefix("wb_").and_then(|name| name.strip_suffix("_total"));
+            let is_written =
+                [Some(typed.as_str()), counter].into_iter().flatten().any(|name| page.contains(name));
+            assert!(is_written, "{typed} is not in wbctl.roff");
             continue;
         }
         let (metric, value) = line.rsplit_once(' ').expect("a value");

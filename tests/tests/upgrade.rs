@@ -12,10 +12,10 @@ fn upgrade(volume: &Volume, more: &[&str]) -> Outcome {
 }
 
 fn refuses(volume: &Volume, why: &str) {
-    let before = [sha256(&volume.cache), sha256(&volume.backing)];
+    let before = volume.images();
     let outcome = upgrade(volume, &[]);
     assert_eq!((outcome.code, outcome.stderr.contains(why)), (1, true), "{why:?} is not in {outcome:?}");
-    assert_eq!([sha256(&volume.cache), sha256(&volume.backing)], before);
+    assert_eq!(volume.images(), before);
 }
 
 #[test]

@@ -1,12 +1,11 @@
 //! Checking cache devices: sound ones, ones that lost power, damaged ones, and what is none.
 
-use libwb::format::{BlockNo, DirtyBits, Metablock};
 use std::fs::OpenOptions;
 use std::path::Path;
 use tempfile::TempDir;
 use wb_tests::{
-    GOLDEN, Golden, Outcome, cache_bytes, flip_bit, golden, overwrite, run, segment_offset, sha256, wb,
-    write_record, write_segment, zeros,
+    GOLDEN, Golden, Outcome, cache_bytes, entry, flip_bit, golden, overwrite, run, segment_offset, sha256,
+    skip, system, wb, write_record, write_segment, zeros,
 };
 
 /// Checks a device as text and as JSON, and makes sure that neither changed it and both agree.
@@ -31,10 +30,6 @@ fn formatted(dir: &TempDir, segments: u32) -> std::path::PathBuf {
     let cache = zeros(dir, "cache", cache_bytes(segments));
     assert_eq!(wb!("wbformat", &cache).code, 0);
     cache
-}
-
-fn entry(block: u64, dirty: u8) -> Metablock {
-    Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None }
 }
 
 #[test]
@@ -239,10 +234,30 @@ fn what_is_no_cache_device_cannot_be_checked() {
     let file = zeros(&dir, "disk", 8 << 20);
     let outcome = run("wbcheck", [&file]);
     assert_eq!((outcome.code, outcome.stderr.contains("not a cache device")), (8, true), "{outcome:?}");
+    let cache = formatted(&dir, 3);
+    overwrite(&cache, 0, &[0; 512]);
+    let was_one = wb!("wbcheck", &cache);
+    assert_eq!(
+        (was_one.code, was_one.stderr.contains("yet it was formatted as one")),
+        (8, true),
+        "{was_one:?}"
+    );
 
     let pair = golden("few-1");
     let same = wb!("wbcheck", &pair.cache, "--backing", &pair.cache);
-    assert_eq!((same.code, same.stderr.contains("the cache device itself")), (8, true), "{same:?}");
+    assert_eq!((same.code, same.stderr.contains("are the same device")), (8, true), "{same:?}");
     let missing = wb!("wbcheck", &pair.cache, "--backing", "/no/such/file");
     assert_eq!((missing.code, missing.stderr.contains("/no/such/file")), (8, true), "{missing:?}");
+}
+
+#[test]
+fn a_filesystem_that_is_there_instead_of_a_cache_is_named() {
+    let dir = TempDir::new().unwrap();
+    let file = zeros(&dir, "filesystem", 8 << 20);
+    if system("mkfs.ext4", &["-q", "-F", file.to_str().unwrap()]).is_none() {
+        skip!("no mkfs.ext4");
+    }
+    let outcome = wb!("wbcheck", &file);
+    assert_eq!((outcome.code, outcome.stderr.lines().count()), (8, 1), "{outcome:?}");
+    assert!(outcome.stderr.ends_with("it holds: ext4 filesystem\n"), "{outcome:?}");
 }

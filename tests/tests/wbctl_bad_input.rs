@@ -1,9 +1,13 @@
 //! What wbctl refuses: with one clear line, the right exit code, and nothing changed on any device.
 
 use libwb::format::{BlockNo, DirtyBits, Metablock};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 use wb_tests::{
-    Filesystem, Outcome, Volume, cache_bytes, flip_bit, has_program, needs_serving, overwrite,
+    Filesystem, NOBODY, Outcome, Volume, bin, cache_bytes, flip_bit, has_program, needs_serving, overwrite,
     segment_offset, sha256, skip, write_segment,
 };
 
@@ -37,7 +41,7 @@ fn all_refuse(volume: &Volume, why: &str) {
 fn create_refuses(volume: &Volume, more: &[&str], why: &str) {
     let args = [&["create", volume.name.as_str()], &volume.pair()[..], more].concat();
     refuses(volume, &args, 1, why);
-    assert!(!volume.path("config").join(format!("{}.toml", volume.name)).exists(), "nothing is recorded");
+    assert!(!volume.record().exists(), "nothing is recorded");
 }
 
 fn attach_and_replay_refuse(volume: &Volume, why: &str) {
@@ -189,8 +193,56 @@ fn an_unknown_volume_is_named() {
     refuses(&volume, &["attach", "nobody"], 1, "no volume 'nobody' is recorded in");
     refuses(&volume, &["status", "nobody"], 1, "no volume 'nobody' is attached or recorded");
     for verb in ["detach", "flush", "drain"] {
-        refuses(&volume, &[verb, "nobody"], 1, "volume 'nobody' is not attached");
+        refuses(&volume, &[verb, "nobody"], 1, "volume 'nobody' is not attached; see wbctl list");
     }
+    for args in [&["set", "nobody", "writeback_threshold=0"][..], &["get", "nobody"]] {
+        refuses(&volume, args, 1, "no volume 'nobody' is attached or recorded");
+    }
+}
+
+#[test]
+fn how_to_attach_a_recorded_volume_is_said() {
+    let volume = Volume::created(4, 8 * MIB);
+    let advice = format!("is not attached; attach it with: wbctl attach {}", volume.name);
+    for args in [&["flush", &volume.name][..], &["status", "--dm", &volume.name]] {
+        refuses(&volume, args, 1, &advice);
+    }
+    refuses(&volume, &["set", &volume.name, "writeback_threshold=0"], 1, "is not attached; with --save");
+}
+
+#[test]
+fn a_filter_of_the_log_that_makes_no_sense_is_told_of() {
+    let volume = Volume::created(4, 8 * MIB);
+    std::fs::remove_file(&volume.cache).unwrap();
+    let mut attach = volume.command(&["attach", &volume.name]);
+    attach.env("WB_LOG", "libwb=loud");
+    let refused = Outcome::of(attach);
+    assert_eq!(refused.code, 1, "{refused:?}");
+    assert!(refused.stderr.contains("WB_LOG=libwb=loud: "), "{refused:?}");
+    assert!(refused.stderr.contains("the default is used"), "{refused:?}");
+}
+
+#[test]
+fn an_ordinary_user_is_not_told_that_an_attached_volume_is_detached() {
+    needs_serving!();
+    let as_nobody = |mut command: Command| {
+        command.uid(NOBODY).gid(NOBODY);
+        command
+    };
+    let mut version = as_nobody(Command::new(bin("wbctl")));
+    if !version.arg("--version").output().is_ok_and(|output| output.status.success()) {
+        skip!("wbctl is built where only root can run it");
+    }
+    let volume = Volume::created(4, 8 * MIB);
+    std::fs::set_permissions(volume.dir.path(), Permissions::from_mode(0o755)).unwrap();
+    let attached = volume.attach_with(&[]);
+    let name = volume.name.as_str();
+    for args in [&["status", name][..], &["get", name], &["list"], &["status"]] {
+        let refused = Outcome::of(as_nobody(volume.command(args)));
+        assert_eq!((refused.code, refused.stdout.as_str()), (1, ""), "{refused:?}");
+        assert!(refused.stderr.ends_with("(root is needed): Permission denied\n"), "{refused:?}");
+    }
+    attached.detach(&[]);
 }
 
 #[test]
@@ -218,7 +270,7 @@ fn a_volume_is_not_created_twice() {
 #[test]
 fn a_record_that_makes_no_sense_is_refused_by_line() {
     let volume = Volume::created(4, 8 * MIB);
-    let record = volume.path("config").join(format!("{}.toml", volume.name));
+    let record = volume.record();
     let good = std::fs::read_to_string(&record).unwrap();
     for (more, why) in [
         ("colour = \"red\"\n", "line 3: unknown field `colour`"),

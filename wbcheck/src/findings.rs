@@ -4,11 +4,10 @@ use crate::{Args, Subject};
 use anyhow::Result;
 use libwb::cli::{Exit, Progress};
 use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, SuperblockFault, to_u64, to_usize};
-use libwb::log::LogError;
-use libwb::log::live::{Totals, live_totals, totals};
+use libwb::log::live::{Share, Totals};
 use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery};
-use libwb::log::salvage::{Plan, Scanned, Way};
-use libwb::log::scan::{SlotFault, SlotState, read_slot_header, scan, scan_headers};
+use libwb::log::salvage::{Plan, Scanned};
+use libwb::log::scan::{SlotContent, SlotFault, SlotState, read_slot_header, scan_headers};
 use serde::Serialize;
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -89,17 +88,25 @@ impl Findings {
         } else {
             Progress::new("checking", geometry.lap(), SEGMENT_BYTES)
         };
+        let mut shares = vec![Share::default(); to_usize(geometry.lap())];
+        let visit = |slot: Slot, content: &SlotContent| {
+            progress.set(u64::from(slot.0));
+            if let Some(header) = content.header.as_ref().filter(|_| content.state.valid_id().is_some()) {
+                shares[to_usize(slot.0.into())] = Share::of(header);
+            }
+        };
         let slots = if args.headers_only {
-            io.block_on(scan_headers(device, geometry, |slot, _| progress.set(u64::from(slot.0))))
+            io.block_on(scan_headers(device, geometry, visit))
         } else {
-            io.block_on(scan(device, geometry, |slot, _| progress.set(u64::from(slot.0))))
+            io.scan(device, geometry, visit)?
         };
         drop(progress);
         let scanned = Scanned::of(superblock.clone(), &slots);
         let (recovery, slots) = (scanned.recovery(), &scanned.slots);
         let sectors = backing.as_ref().map(|backing| backing.sectors);
-        let live = io.block_on(live_totals(device, geometry, &recovery, sectors))?;
-        let dropped = io.block_on(totals(device, geometry, recovery.dropped.iter().copied(), None, None))?;
+        let share = |id| (id, &shares[to_usize(geometry.slot_of(id).0.into())]);
+        let live = Totals::of(recovery.live().map(share), sectors);
+        let dropped = Totals::of(recovery.dropped.iter().copied().map(share), None);
         let number =
             |wanted: fn(&SlotState) -> bool| to_u64(slots.iter().filter(|&slot| wanted(slot)).count());
         Ok(Findings {
@@ -115,7 +122,11 @@ impl Findings {
             recovery,
             live,
             dropped,
-            ways: if args.headers_only { Vec::new() } else { ways(subject, &scanned)? },
+            ways: if args.headers_only {
+                Vec::new()
+            } else {
+                subject.io.block_on(scanned.ways(&subject.device))?
+            },
             scanned,
         })
     }
@@ -142,18 +153,6 @@ impl Findings {
             Verdict::Sound
         }
     }
-}
-
-fn ways(subject: &Subject, scanned: &Scanned) -> Result<Vec<Plan>> {
-    let mut ways = Vec::new();
-    for way in Way::ALL {
-        match subject.io.block_on(scanned.salvage(&subject.device, way)) {
-            Ok(plan) => ways.extend(plan),
-            Err(LogError::Misplaced { .. } | LogError::Unsalvageable { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(ways)
 }
 
 fn broken(subject: &Subject, recovery: &Recovery, slots: &[SlotState]) -> Vec<Broken> {

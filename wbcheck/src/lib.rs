@@ -6,12 +6,13 @@ mod repair;
 mod report;
 mod words;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use clap::{CommandFactory, Parser};
 use findings::{Backing, Findings};
 use libwb::cli::{self, Exit, Io, Output};
 use libwb::device::Device;
-use libwb::device::probe::{Access, open};
+use libwb::device::probe::{Access, open, open_pair};
+use libwb::device::signatures;
 use libwb::format::{SECTOR_BYTES, SegmentId, to_u64};
 use libwb::log::LogError;
 use libwb::log::salvage::Way;
@@ -134,25 +135,29 @@ fn print(findings: &Findings, args: &Args, out: &mut Output) -> Result<Exit> {
 
 fn prepare(args: &Args) -> Result<Subject> {
     let io = Io::start()?;
-    let opened = open(&args.cache, if args.repair { Access::Write } else { Access::Read })?;
-    let backing = match &args.backing {
-        None => None,
+    let access = if args.repair { Access::Write } else { Access::Read };
+    let (opened, backing) = match &args.backing {
+        None => (open(&args.cache, access)?, None),
         // Only its size matters, so it may be in use.
         Some(path) => {
-            let backing = open(path, Access::ReadUnlocked)?;
-            if backing.identity == opened.identity {
-                bail!("{} is the cache device itself, not its backing device", path.display());
-            }
-            Some((
-                backing.identity_text,
-                Backing { path: path.clone(), sectors: backing.size / to_u64(SECTOR_BYTES) },
-            ))
+            let (opened, backing) = open_pair(&args.cache, path, [access, Access::ReadUnlocked])?;
+            let sectors = backing.size / to_u64(SECTOR_BYTES);
+            (opened, Some((backing.identity_text, Backing { path: path.clone(), sectors })))
         }
     };
     let device = io.serve(opened);
     let superblock = io.block_on(examine_superblock(&device))?;
     if let Err(fault) = superblock.magic {
-        return Err(LogError::Superblock { device: device.name().to_string(), fault }.into());
+        let error = LogError::Superblock { device: device.name().to_string(), fault };
+        if superblock.extension().is_some() {
+            bail!(
+                "{error}; yet it was formatted as one, so its first bytes are damaged: copy it, and see with wbdump what it holds"
+            );
+        }
+        return match signatures::find(&args.cache) {
+            Ok(Some(signature)) => Err(anyhow!("{error}; it holds: {signature}")),
+            _ => Err(error.into()),
+        };
     }
     superblock.check_extension(&device)?;
     if let (Some(extension), Some((identity, backing))) = (superblock.extension(), &backing) {

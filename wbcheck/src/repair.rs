@@ -31,8 +31,10 @@ pub(crate) fn repair(
     let after = Findings::gather(subject, args)?;
     if args.json {
         out.json(&report::Report::of(&after, Some(&repaired)))?;
-    } else if !args.quiet || after.verdict().exit() != Exit::Done {
+    } else if !args.quiet {
         print(&repaired, &after, out)?;
+    } else if after.verdict().exit() != Exit::Done {
+        writeln!(out, "{}", words::headline(&after))?;
     }
     Ok(if after.verdict().exit() == Exit::Done { Exit::Repaired } else { Exit::ErrorsLeft })
 }

@@ -5,7 +5,7 @@ use crate::findings::{Broken, Findings, Verdict};
 use libwb::cli::{Output, count, human_size};
 use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, SegmentId, to_u64};
 use libwb::log::recovery::{Corruption, Explanation};
-use libwb::log::salvage::{segments, ways_on};
+use libwb::log::salvage::{number_of_ways, segments, ways_on};
 use std::io::{self, Write};
 
 /// Items of a list that are shown one by one.
@@ -31,34 +31,36 @@ pub(crate) fn headline(f: &Findings) -> String {
 }
 
 pub(crate) fn print(f: &Findings, out: &mut Output) -> io::Result<()> {
-    writeln!(out, "{}", headline(f))?;
+    out.text(&headline(f), "  ")?;
     summary(f, out)?;
     let errors = errors(f);
     if !errors.is_empty() {
         writeln!(out, "\nErrors:")?;
     }
     for error in &errors {
-        writeln!(out, "  - {}.\n    {}", error.what, error.meaning)?;
+        out.text(&format!("  - {}.", error.what), "    ")?;
+        out.text(&format!("    {}", error.meaning), "    ")?;
     }
     let notes = notes(f);
     if !notes.is_empty() {
         writeln!(out, "\nNotes:")?;
     }
     for note in &notes {
-        writeln!(out, "  - {note}")?;
+        out.text(&format!("  - {note}"), "    ")?;
     }
     if let Some(advice) = advice(f) {
-        writeln!(out, "\nWhat to do: {advice}")?;
+        writeln!(out)?;
+        out.text(&format!("What to do: {advice}"), "  ")?;
     }
     for way in ways_on(&f.ways, "--repair --salvage") {
-        writeln!(out, "  - {way}.")?;
+        out.text(&format!("  - {way}."), "    ")?;
     }
     Ok(())
 }
 
 fn summary(f: &Findings, out: &mut Output) -> io::Result<()> {
     let r = &f.recovery;
-    let mut line = |name: &str, value: String| writeln!(out, "  {name:<16}{value}");
+    let mut line = |name: &str, value: String| out.text(&format!("  {name:<16}{value}"), &" ".repeat(18));
     line(
         "segments",
         format!(
@@ -269,29 +271,33 @@ fn notes(f: &Findings) -> Vec<String> {
     notes
 }
 
-fn advice(f: &Findings) -> Option<&'static str> {
-    match f.verdict() {
-        Verdict::Sound => None,
-        Verdict::SoundAfterPowerCut => Some("nothing. Use the cache as usual."),
-        Verdict::Damaged => Some(
+fn advice(f: &Findings) -> Option<String> {
+    let advice = match f.verdict() {
+        Verdict::Sound => return None,
+        Verdict::SoundAfterPowerCut => "nothing. Use the cache as usual.",
+        Verdict::Damaged => {
             "repair it with --repair, or write everything back: the damaged slots will be written over in time. Watch \
-             the device, or replace it.",
-        ),
-        Verdict::Corrupt if f.scanned.is_resized() => Some(
-            "give the device its former size again, then check again. Do not attach or format it before that.",
-        ),
-        Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {
-            Some("look for the right backing device. Do not attach this pair.")
+             the device, or replace it."
         }
-        Verdict::Corrupt if !f.ways.is_empty() => Some(
-            "copy both devices first, and see with wbdump what can be read. Then there are two ways on, here or with \
-             wbctl attach or replay:",
-        ),
-        Verdict::Corrupt => Some(
+        Verdict::Corrupt if f.scanned.is_resized() => {
+            "give the device its former size again, then check again. Do not attach or format it before that."
+        }
+        Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {
+            "look for the right backing device. Do not attach this pair."
+        }
+        Verdict::Corrupt if !f.ways.is_empty() => {
+            return Some(format!(
+                "copy both devices first, and see with wbdump what can be read. Then {}, here or with wbctl attach or \
+                 replay:",
+                number_of_ways(&f.ways)
+            ));
+        }
+        Verdict::Corrupt => {
             "attach, write back and format nothing yet: that would make the loss final. Copy both devices first; \
-             then see with wbdump what can still be read.",
-        ),
-    }
+             then see with wbdump what can still be read."
+        }
+    };
+    Some(advice.into())
 }
 
 fn where_it_is(f: &Findings, b: &Broken) -> String {

@@ -1,29 +1,27 @@
 //! `wbctl attach`: the daemon. Recovers a volume and serves it in the foreground.
 
-use crate::config::{Volume, parse_tunables};
-use crate::create::{open_pair, parse_sector_size, sector_size};
+use crate::config::{Volume, not_recorded, parse_tunables};
+use crate::create::{parse_sector_size, sector_size};
+use crate::daemon::{Daemon, End, SERVING};
 use crate::notify::{self, Busy};
 use crate::place::Name;
-use crate::{Pair, leftovers, logging, salvage, show};
+use crate::{leftovers, logging, salvage};
 use anyhow::{Context, Result, anyhow, bail};
-use futures_util::future::{Aborted, abortable};
-use libwb::cache::{Cache, TunableValue};
-use libwb::cli::{Output, human_size};
-use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
-use libwb::device::probe::{OpenError, Opened};
-use libwb::device::{Device, UringDevice};
+use libwb::cache::Cache;
+use libwb::cli::{self, Io, Output, human_size};
+use libwb::control::{self, Reply};
+use libwb::device::probe::{self, Access, OpenError, Opened};
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::log::create::accept_growth;
 use libwb::log::scan::BackingFacts;
-use libwb::reactor::{Handle, Reactor};
+use libwb::serve::ReadOnly;
 use libwb::serve::loopdev::{LoopDevice, Options, holders};
-use nix::sys::signal::{SigSet, Signal};
-use std::collections::BTreeMap;
+use nix::sys::signal::Signal;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 /// How long a device that is in use is tried again: a daemon that was just killed may have I/O under way.
@@ -32,10 +30,6 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const BRIEFLY: Duration = Duration::from_millis(500);
 /// How long the daemon, told to end by a signal, waits for the device to be released.
 const RELEASE: Duration = Duration::from_secs(60);
-/// What systemd is told the volume is doing.
-const SERVING: &str = "serving";
-/// How often a drain reports progress.
-const PROGRESS: Duration = Duration::from_millis(250);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -53,6 +47,12 @@ pub(crate) struct Args {
     sector_size: Option<u32>,
     #[command(flatten)]
     salvage: salvage::Salvage,
+    /// Serve reads alone, and change nothing on either device
+    ///
+    /// What recovery would write is kept in memory. The loop device is read-only, too: mount a filesystem whose journal was
+    /// not replayed with -o ro,noload (ext4) or -o ro,norecovery (xfs).
+    #[arg(long, conflicts_with_all = ["salvage", "grown"])]
+    read_only: bool,
     /// The backing device is the same, and has grown. Needed where it has no identity that shows that, as a plain file
     #[arg(long)]
     grown: bool,
@@ -97,13 +97,7 @@ impl Args {
                 (name.cloned().map_or_else(|| Name::of_device(cache), Ok)?, volume)
             }
             (Some(name), ..) => {
-                let volume = Volume::load(name)?;
-                let volume = volume.ok_or_else(|| {
-                    anyhow!(
-                        "no volume '{name}' is recorded in {}; see wbctl create",
-                        name.config_file().display()
-                    )
-                })?;
+                let volume = Volume::load(name)?.ok_or_else(|| not_recorded(name))?;
                 (name.clone(), volume)
             }
             _ => bail!("give a volume's name, or --cache and --backing"),
@@ -115,26 +109,6 @@ impl Args {
     }
 }
 
-/// Why the daemon is to end.
-enum End {
-    Signal(Signal),
-    /// A client asked for it, and is told when all is done.
-    Detach(Replies),
-}
-
-/// What the control socket works on.
-struct Daemon {
-    name: Name,
-    volume: Volume,
-    cache: Cache,
-    device: PathBuf,
-    sector_size: u32,
-    runtime: Handle,
-    /// Held while tunables are changed, so that of two clients at a time neither undoes what the other sets.
-    setting: Mutex<()>,
-    end: Sender<End>,
-}
-
 pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let (name, volume) = args.volume()?;
     let tunables = volume.tunables()?;
@@ -142,24 +116,32 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     libwb::serve::abort_on_panic();
     lock_for_life(&name)?;
     leftovers::warn(&name);
-    let (cache, backing) = open_patiently(&volume, Duration::from_secs(args.wait.into()))?;
+    let (cache, backing) = open_patiently(&volume, Duration::from_secs(args.wait.into()), args.read_only)?;
     let sector_size = sector_size(volume.sector_size, &backing)?;
     if let Err(why) = libwb::serve::guard_against_reclaim() {
         tracing::warn!("{why}: the volume may hang when memory is short");
     }
     let (end, ended) = channel();
-    watch_signals(end.clone())?;
+    let told = end.clone();
+    cli::on_signals([Signal::SIGTERM, Signal::SIGINT], move |signal| {
+        let _ = told.send(End::Signal(signal));
+    })?;
     let recovering = Busy::with("recovering");
 
-    let reactor = Reactor::start().context("cannot use io_uring, which wb needs")?;
-    let serve = |opened| -> Device { Arc::new(UringDevice::new(reactor.handle(), opened)) };
-    let runtime = Arc::new(reactor.handle().clone());
-    let (cache, backing) = (serve(cache), serve(backing));
+    let io = Io::start()?;
+    let runtime = io.runtime();
+    let (cache, backing) = (io.serve(cache), io.serve(backing));
     if args.grown {
-        reactor.block_on(accept_growth(&cache, &BackingFacts::of(&backing)))?;
+        io.block_on(accept_growth(&cache, &BackingFacts::of(&backing)))?;
     }
-    let open = async || Cache::open(cache.clone(), backing.clone(), runtime.clone(), tunables.clone()).await;
-    let (cache, salvaged) = reactor.block_on(args.salvage.open(&cache, &backing, open))?;
+    let open = async || {
+        let (cache, backing, runtime) = (cache.clone(), backing.clone(), runtime.clone());
+        match args.read_only {
+            true => Cache::open_read_only(cache, backing, runtime).await,
+            false => Cache::open(cache, backing, runtime, tunables.clone()).await,
+        }
+    };
+    let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, open))?;
     for line in salvaged.iter().flat_map(salvage::outcome) {
         tracing::warn!("the log was corrupt: {line}");
     }
@@ -172,11 +154,15 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
         human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
     );
     let file = name.served_file();
-    let served = LoopDevice::attach(cache.clone(), reactor.handle(), &file, Options { sector_size });
+    let options = Options { sector_size, read_only: args.read_only };
+    let served = match args.read_only {
+        true => LoopDevice::attach(ReadOnly(cache.clone()), &runtime, &file, options),
+        false => LoopDevice::attach(cache.clone(), &runtime, &file, options),
+    };
     let device = match served {
         Ok(device) => device,
         Err(e) => {
-            let _ = reactor.block_on(cache.close());
+            let _ = close(&io, &cache, args.read_only);
             return Err(e.into());
         }
     };
@@ -186,16 +172,22 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
         cache: cache.clone(),
         device: device.path().into(),
         sector_size,
-        runtime: reactor.handle().clone(),
+        runtime: (*runtime).clone(),
+        read_only: args.read_only,
         setting: Mutex::default(),
         end,
     };
     if let Err(e) = announce(&name, daemon, out) {
         let _ = device.detach();
-        let _ = reactor.block_on(cache.close());
+        let _ = close(&io, &cache, args.read_only);
         return Err(e);
     }
-    serve_until_ended(&ended, &name, device, &reactor, &cache)
+    serve_until_ended(&ended, &name, device, || close(&io, &cache, args.read_only))
+}
+
+/// A cache that was opened for reads alone has nothing to close.
+fn close(io: &Io, cache: &Cache, read_only: bool) -> Result<()> {
+    if read_only { Ok(()) } else { io.block_on(cache.close()).map_err(Into::into) }
 }
 
 /// Takes the volume's lock, for as long as the process lives: its devices are not free before that.
@@ -226,38 +218,26 @@ fn announce(name: &Name, daemon: Daemon, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn open_patiently(volume: &Volume, wait: Duration) -> Result<(Opened, Opened)> {
-    let pair = Pair { cache: volume.cache.clone(), backing: volume.backing.clone() };
+fn open_patiently(volume: &Volume, wait: Duration, read_only: bool) -> Result<(Opened, Opened)> {
+    let access = if read_only { Access::Read } else { Access::Write };
     let started = Instant::now();
     loop {
-        match open_pair(&pair) {
+        match probe::open_pair(&volume.cache, &volume.backing, [access; 2]) {
             Err(e) if started.elapsed() < patience(&e, wait) => {
                 std::thread::sleep(Duration::from_millis(100))
             }
-            other => return other,
+            other => return Ok(other?),
         }
     }
 }
 
 /// How long it is tried again after an error. A device that is not there is waited for as long as the user says.
-fn patience(error: &anyhow::Error, wait: Duration) -> Duration {
-    match error.downcast_ref() {
-        Some(OpenError::InUse { .. }) => PATIENCE,
-        Some(OpenError::System { cause, .. }) if cause.kind() == ErrorKind::NotFound => wait,
+fn patience(error: &OpenError, wait: Duration) -> Duration {
+    match error {
+        OpenError::InUse { .. } => PATIENCE,
+        OpenError::System { cause, .. } if cause.kind() == ErrorKind::NotFound => wait,
         _ => Duration::ZERO,
     }
-}
-
-/// Blocks the signals that end the daemon in this thread and all that it starts later, and waits for them in one.
-fn watch_signals(end: Sender<End>) -> Result<()> {
-    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
-    signals.thread_block()?;
-    std::thread::Builder::new().name("wb-signals".into()).spawn(move || {
-        while let Ok(signal) = signals.wait() {
-            let _ = end.send(End::Signal(signal));
-        }
-    })?;
-    Ok(())
 }
 
 /// A stable name for the loop device. udev makes the same (dist/udev), but need not run. The volume can be used without.
@@ -278,8 +258,7 @@ fn serve_until_ended(
     ended: &Receiver<End>,
     name: &Name,
     device: LoopDevice,
-    reactor: &Reactor,
-    cache: &Cache,
+    close: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     let end = ended.recv();
     notify::stopping();
@@ -299,11 +278,11 @@ fn serve_until_ended(
     if let Err(e) = device.detach() {
         tracing::warn!("{e}");
     }
-    let closed = reactor.block_on(cache.close());
+    let closed = close();
     for file in [name.link(), name.socket()] {
         let _ = std::fs::remove_file(file);
     }
-    let outcome = synced.and(closed.map_err(Into::into));
+    let outcome = synced.and(closed);
     if let Ok(End::Detach(mut replies)) = end {
         let message = |e| format!("detached, but not all data could be kept: {e:#}");
         let reply = outcome.as_ref().map_or_else(|e| Reply::Error { message: message(e) }, |()| Reply::Done);
@@ -363,109 +342,5 @@ pub(crate) fn refuse_held(device: &Path, force: bool) -> Result<()> {
             device.display(),
             held.join(", ")
         )),
-    }
-}
-
-impl Daemon {
-    fn answer(&self, request: &Request, replies: &mut Replies) {
-        let reply = match request {
-            Request::Status => Ok(Reply::Status(Box::new(self.status()))),
-            Request::Flush => self.run(None, |cache| async move { cache.flush().await }),
-            Request::Drain => self.drain(replies),
-            Request::Tunables => Ok(Reply::Tunables { tunables: control::by_name(&self.cache.tunables()) }),
-            Request::ClearStats => {
-                self.cache.clear_statistics();
-                Ok(Reply::Done)
-            }
-            Request::Set { tunables } => self.set(tunables),
-            Request::Pause => {
-                tracing::info!("write-back is paused");
-                self.cache.pause();
-                Ok(Reply::Done)
-            }
-            Request::Resume => {
-                tracing::info!("write-back goes on");
-                self.cache.resume();
-                Ok(Reply::Done)
-            }
-            Request::Detach { drain, force } => match self.detach(*drain, *force, replies) {
-                Ok(()) => return,
-                Err(e) => Err(e),
-            },
-        };
-        // A client that went away is told nothing.
-        let _ = replies.send(&reply.unwrap_or_else(|e| Reply::Error { message: format!("{e:#}") }));
-    }
-
-    fn status(&self) -> VolumeStatus {
-        let status = self.cache.status();
-        VolumeStatus {
-            name: self.name.to_string(),
-            state: if status.failure.is_some() { show::FAILED } else { show::ATTACHED }.into(),
-            device: Some(self.device.clone()),
-            cache: self.volume.cache.clone(),
-            backing: self.volume.backing.clone(),
-            live: Some(LiveStatus::new(&status, self.sector_size)),
-        }
-    }
-
-    fn drain(&self, replies: &mut Replies) -> Result<Reply> {
-        notify::status("draining");
-        let drained = self.run(Some(replies), |cache| async move { cache.drain().await });
-        notify::status(SERVING);
-        drained
-    }
-
-    fn set(&self, wanted: &BTreeMap<String, TunableValue>) -> Result<Reply> {
-        let _setting = self.setting.lock();
-        let mut tunables = self.cache.tunables();
-        for (key, value) in wanted {
-            tunables.set(key, &value.to_string())?;
-        }
-        tracing::info!(
-            "set {}",
-            wanted.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
-        );
-        self.cache.set_tunables(tunables);
-        Ok(Reply::Done)
-    }
-
-    /// Runs a request of the cache on the reactor, and reports progress meanwhile. A client that wants progress and goes
-    /// away ends the request.
-    fn run<F>(&self, mut progress: Option<&mut Replies>, work: impl FnOnce(Cache) -> F) -> Result<Reply>
-    where
-        F: Future<Output = Result<(), libwb::cache::CacheError>> + Send + 'static,
-    {
-        let (done, result) = channel();
-        let (work, stop) = abortable(work(self.cache.clone()));
-        self.runtime.run_now(async move {
-            let _ = done.send(work.await);
-        });
-        loop {
-            match result.recv_timeout(PROGRESS) {
-                Ok(Ok(result)) => return result.map(|()| Reply::Done).map_err(Into::into),
-                Ok(Err(Aborted)) => bail!("the client went away"),
-                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
-                    if let Some(replies) = progress.as_mut() {
-                        let dirty_bytes = self.cache.status().dirty_blocks * to_u64(BLOCK_BYTES);
-                        // What it says of a client that has gone, the end of the work will tell.
-                        let _ = replies.send(&Reply::Progress { dirty_bytes }).inspect_err(|_| stop.abort());
-                    }
-                }
-                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => bail!("the daemon is ending"),
-            }
-        }
-    }
-
-    /// Makes the daemon end, which then replies itself.
-    fn detach(&self, drain: bool, force: bool, replies: &mut Replies) -> Result<()> {
-        refuse_held(&self.device, force)?;
-        if drain {
-            // What programs wrote through the page cache of the device is to be drained as well.
-            std::fs::File::open(&self.device).and_then(|device| device.sync_all())?;
-            self.drain(replies)?;
-            refuse_held(&self.device, force)?;
-        }
-        self.end.send(End::Detach(replies.try_clone()?)).ok().context("the daemon is ending")
     }
 }

@@ -1,6 +1,7 @@
 //! What is asked of a running daemon.
 
 use crate::attach::refuse_held;
+use crate::config::Volume;
 use crate::leftovers;
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
@@ -29,7 +30,11 @@ pub(crate) struct DetachArgs {
 fn connect(name: &Name) -> Result<Client> {
     Client::connect(&name.socket()).map_err(|e| match e.kind() {
         ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
-            anyhow::anyhow!("volume '{name}' is not attached; see wbctl list")
+            let advice = match Volume::load(name) {
+                Ok(None) => "see wbctl list".into(),
+                _ => format!("attach it with: wbctl attach {name}"),
+            };
+            anyhow::anyhow!("volume '{name}' is not attached; {advice}")
         }
         _ => anyhow::Error::new(e).context(format!("cannot reach the daemon of '{name}'")),
     })

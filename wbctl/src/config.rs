@@ -2,7 +2,7 @@
 
 use crate::create::parse_sector_size;
 use crate::place::Name;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -36,8 +36,8 @@ impl Volume {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
         };
-        let volume: Volume = toml::from_str(&text)
-            .map_err(|e| anyhow::anyhow!("{}: {}", path.display(), one_line(&e, &text)))?;
+        let volume: Volume =
+            toml::from_str(&text).map_err(|e| anyhow!("{}: {}", path.display(), one_line(&e, &text)))?;
         volume.tunables().with_context(|| path.display().to_string())?;
         if let Some(size) = volume.sector_size {
             let checked = parse_sector_size(&size.to_string()).map_err(anyhow::Error::msg);
@@ -55,14 +55,19 @@ impl Volume {
         }
         let mut file = match std::fs::OpenOptions::new().write(true).create_new(true).open(&path) {
             Ok(file) => file,
-            Err(e) if e.kind() == ErrorKind::AlreadyExists => {
-                bail!("volume '{name}' exists already: it is recorded in {}", path.display())
+            Err(e) => {
+                if e.kind() == ErrorKind::AlreadyExists {
+                    refuse_recorded(name)?;
+                }
+                return Err(e).with_context(|| format!("cannot write {}", path.display()));
             }
-            Err(e) => return Err(e).with_context(|| format!("cannot write {}", path.display())),
         };
-        file.write_all(toml::to_string(self)?.as_bytes())
-            .and_then(|()| file.sync_all())
-            .with_context(|| format!("cannot write {}", path.display()))
+        let written = file.write_all(toml::to_string(self)?.as_bytes()).and_then(|()| file.sync_all());
+        if written.is_err() {
+            // A record in part would stand in the way of the next try.
+            let _ = std::fs::remove_file(&path);
+        }
+        written.with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// The tunables to attach with: the defaults, and what is recorded.
@@ -71,8 +76,28 @@ impl Volume {
         for (key, value) in &self.tunables {
             tunables.set(key, &value.to_string())?;
         }
+        tunables.check()?;
         Ok(tunables)
     }
+}
+
+/// Refuses a name that is taken.
+pub(crate) fn refuse_recorded(name: &Name) -> Result<()> {
+    let record = name.config_file();
+    if record.exists() {
+        bail!("volume '{name}' exists already: it is recorded in {}", record.display());
+    }
+    Ok(())
+}
+
+/// That a volume must be recorded, and is not.
+pub(crate) fn not_recorded(name: &Name) -> anyhow::Error {
+    anyhow!("no volume '{name}' is recorded in {}; see wbctl list and create", name.config_file().display())
+}
+
+/// That a volume must be attached or recorded, and is neither.
+pub(crate) fn unknown(name: &Name) -> anyhow::Error {
+    anyhow!("no volume '{name}' is attached or recorded; see wbctl list")
 }
 
 /// Reads KEY=VALUE pairs; returns what is to be recorded.
@@ -81,15 +106,16 @@ pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, Tunabl
     for pair in pairs {
         tunables.set_pair(pair)?;
     }
-    let given = |key: &str| pairs.iter().any(|pair| pair.split_once('=').is_some_and(|(k, _)| k == key));
+    tunables.check()?;
+    let names: Vec<&str> =
+        pairs.iter().filter_map(|pair| pair.split_once('=')).map(|(key, _)| Tunables::name_of(key)).collect();
+    let given = |key: &str| names.contains(&key);
     Ok(tunables.pairs().filter(|(key, _)| given(key)).map(|(key, value)| (key.into(), value)).collect())
 }
 
 /// The record of a volume with other tunables, and all else in it as it was.
 pub(crate) fn edited(name: &Name, tunables: &BTreeMap<String, TunableValue>) -> Result<String> {
-    if Volume::load(name)?.is_none() {
-        bail!("no volume '{name}' is recorded in {}; see wbctl create", name.config_file().display());
-    }
+    Volume::load(name)?.ok_or_else(|| not_recorded(name))?;
     let path = name.config_file();
     let cannot = || format!("cannot change {}", path.display());
     let mut record: DocumentMut =

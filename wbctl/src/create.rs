@@ -1,11 +1,11 @@
 //! `wbctl create`: format a cache device, and record the volume.
 
 use crate::Pair;
-use crate::config::{Volume, parse_tunables};
+use crate::config::{Volume, parse_tunables, refuse_recorded};
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
 use libwb::cli::{Exit, Output};
-use libwb::device::probe::{Access, Opened, identity, open};
+use libwb::device::probe::{self, Access, OpenError, Opened};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -42,35 +42,9 @@ pub(crate) fn parse_sector_size(text: &str) -> Result<u32, String> {
     }
 }
 
-/// Opens both devices of a pair, and refuses a device that is paired with itself.
-pub(crate) fn open_pair(pair: &Pair) -> Result<(Opened, Opened)> {
-    let backing = open(&pair.backing, Access::Write)?;
-    let cache = match open(&pair.cache, Access::Write) {
-        Ok(cache) => cache,
-        // The lock on the backing device is in the way: the two are one.
-        Err(_) if is_same(&pair.cache, &pair.backing) => bail!("{}", same_device(pair)),
-        Err(e) => return Err(e.into()),
-    };
-    if cache.identity == backing.identity {
-        bail!("{}", same_device(pair));
-    }
-    if backing.size == 0 {
-        bail!("{}: the backing device is empty (0 bytes)", pair.backing.display());
-    }
-    Ok((cache, backing))
-}
-
-/// Whether two paths lead to one device, by whatever name.
-fn is_same(a: &Path, b: &Path) -> bool {
-    matches!((identity(a), identity(b)), (Ok(a), Ok(b)) if a == b)
-}
-
-fn same_device(pair: &Pair) -> String {
-    format!(
-        "{} and {} are the same device; cache and backing must be two",
-        pair.cache.display(),
-        pair.backing.display()
-    )
+/// Opens both devices of a pair, to read and write them alone.
+pub(crate) fn open_pair(pair: &Pair) -> Result<(Opened, Opened), OpenError> {
+    probe::open_pair(&pair.cache, &pair.backing, [Access::Write; 2])
 }
 
 pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
@@ -81,9 +55,7 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
         sector_size: args.sector_size,
         tunables: parse_tunables(&args.tunables)?,
     };
-    if name.config_file().exists() {
-        bail!("volume '{name}' exists already: it is recorded in {}", name.config_file().display());
-    }
+    refuse_recorded(name)?;
     let (_, backing) = open_pair(&args.pair)?;
     sector_size(args.sector_size, &backing)?;
     let mut format = Command::new(wbformat()?);

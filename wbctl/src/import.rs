@@ -3,13 +3,14 @@
 //! Its table has a line for each volume: the name of the device-mapper device, the backing device, the cache device, and
 //! options of the module as KEY=VALUE with commas between them. Empty lines, and those that begin with `#`, say nothing.
 
-use crate::config::Volume;
+use crate::config::{Volume, refuse_recorded};
 use crate::place::Name;
 use anyhow::{Context, Result, anyhow, bail};
-use libwb::cache::Tunables;
+use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::Output;
 use libwb::control::by_name;
-use std::collections::BTreeSet;
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -23,6 +24,19 @@ pub(crate) struct Args {
     table: PathBuf,
     /// Say what would be recorded, and record nothing
     #[arg(long)]
+    dry_run: bool,
+    /// Print one JSON object per volume and line instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    name: String,
+    cache: &'a Path,
+    backing: &'a Path,
+    tunables: &'a BTreeMap<String, TunableValue>,
+    left_out: &'a [String],
     dry_run: bool,
 }
 
@@ -41,13 +55,18 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
         bail!("{}: lists no volume", args.table.display());
     }
     for entry in &entries {
-        let record = entry.name.config_file();
-        if record.exists() {
-            bail!("volume '{}' exists already: it is recorded in {}", entry.name, record.display());
-        }
+        refuse_recorded(&entry.name)?;
     }
     if !args.dry_run {
         record_all(&entries)?;
+    }
+    if args.json {
+        for Entry { name, volume, left_out } in &entries {
+            let Volume { cache, backing, tunables, .. } = volume;
+            let name = name.to_string();
+            out.json(&Report { name, cache, backing, tunables, left_out, dry_run: args.dry_run })?;
+        }
+        return Ok(());
     }
     let done = if args.dry_run { "would import" } else { "imported" };
     for Entry { name, volume, left_out } in &entries {
@@ -125,10 +144,7 @@ fn parse_line(line: &str) -> Result<Entry> {
     for option in options.split(',').filter(|option| !option.is_empty()) {
         let (key, value) = option.split_once('=').unwrap_or((option, ""));
         match tunables.set(key, value) {
-            Ok(()) => drop(set.insert(key)),
-            Err(_) if key == "write_around_mode" => {
-                left_out.push(format!("{option}: the volume is to cache writes from now on"));
-            }
+            Ok(()) => drop(set.insert(Tunables::name_of(key))),
             Err(e) => left_out.push(format!("{option}: {e}")),
         }
     }

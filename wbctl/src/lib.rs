@@ -4,6 +4,7 @@ mod attach;
 mod client;
 mod config;
 mod create;
+mod daemon;
 mod dm;
 mod import;
 mod interval;
@@ -28,17 +29,11 @@ use place::Name;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-const EXIT_CODES: &str = "\
-Exit codes:
-  0  done
-  1  failed or refused
-  2  the command line makes no sense";
-
 /// Put a fast device in front of a slow one as a write cache.
 ///
 /// Writes go to the fast device as one log, and are written back in the background, sorted and merged.
 #[derive(Parser)]
-#[command(name = "wbctl", version, after_help = EXIT_CODES)]
+#[command(name = "wbctl", version, after_help = cli::EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -50,8 +45,8 @@ enum Command {
     Create(create::Args),
     /// Recover a volume and serve it as a loop device, in the foreground
     ///
-    /// Prints `ready /dev/loopN` when the volume can be used. SIGTERM and SIGINT stop taking requests, close the log
-    /// and end the program; dirty data stays in the cache.
+    /// Prints `ready /dev/loopN` when the volume can be used. On SIGTERM and SIGINT it serves on while the device is held, for
+    /// up to a minute or until a second signal; then it closes the log and ends. Dirty data stays in the cache.
     Attach(attach::Args),
     /// Stop serving a volume, and wait until that is done
     Detach(client::DetachArgs),

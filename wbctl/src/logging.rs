@@ -1,23 +1,39 @@
 //! The daemon's log: one line per event on standard error. To the journal, each goes with its level.
 
+use libwb::cli::wants_colours;
 use std::io::{self, IsTerminal, Write};
 use tracing::{Level, Metadata};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
+/// Where the user says what is to be logged.
+const VARIABLE: &str = "WB_LOG";
+
 /// Starts the log.
 pub(crate) fn to_stderr() {
-    let filter =
-        EnvFilter::try_from_env("WB_LOG").unwrap_or_else(|_| EnvFilter::new("warn,libwb=info,wbctl=info"));
+    let (filter, wrong) = filter();
     let to_journal = is_journal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
         .with_level(!to_journal)
         .without_time()
-        .with_ansi(io::stderr().is_terminal())
+        .with_ansi(io::stderr().is_terminal() && wants_colours())
         .with_writer(Stderr { to_journal })
         .init();
+    if let Some(wrong) = wrong {
+        tracing::warn!("{wrong}; the default is used");
+    }
+}
+
+/// What is to be logged, and what is wrong with what the user wants.
+fn filter() -> (EnvFilter, Option<String>) {
+    let default = EnvFilter::new("warn,libwb=info,wbctl=info");
+    let Some(wanted) = std::env::var_os(VARIABLE) else { return (default, None) };
+    match EnvFilter::try_from_env(VARIABLE) {
+        Ok(filter) => (filter, None),
+        Err(why) => (default, Some(format!("{VARIABLE}={}: {why}", wanted.display()))),
+    }
 }
 
 /// Whether standard error is the stream that systemd has made to the journal, and not, say, redirected since.

@@ -115,7 +115,15 @@ impl Name {
 
     /// Whether a daemon runs for this volume.
     pub(crate) fn is_running(&self) -> Result<bool> {
-        Ok(self.lock_file().exists() && self.lock()?.is_none())
+        let path = self.lock_file();
+        // An ordinary user may not look, and is not to be told that there is none.
+        let is_there = path.try_exists().with_context(|| {
+            format!(
+                "cannot tell whether '{self}' is attached: cannot look for {} (root is needed)",
+                path.display()
+            )
+        })?;
+        Ok(is_there && self.lock()?.is_none())
     }
 }
 
@@ -152,7 +160,11 @@ pub(crate) fn all_names() -> Result<Vec<Name>> {
         let entries = match std::fs::read_dir(&dir) {
             Ok(entries) => entries,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-            Err(e) => return Err(e).with_context(|| format!("cannot read the folder {}", dir.display())),
+            Err(e) => {
+                let who =
+                    if e.kind() == std::io::ErrorKind::PermissionDenied { " (root is needed)" } else { "" };
+                return Err(e).with_context(|| format!("cannot read the folder {}{who}", dir.display()));
+            }
         };
         for entry in entries {
             let file = entry?.file_name();

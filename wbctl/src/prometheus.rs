@@ -14,7 +14,7 @@ const GAUGES: [Gauge; 14] = [
     ("wb_log_bytes", "Size of the log.", |live| Some(live.log_bytes as f64)),
     ("wb_log_free_bytes", "Room in the log for new segments.", |live| Some(live.free_bytes as f64)),
     ("wb_dirty_bytes", "Data that is only in the cache.", |live| Some(live.dirty_bytes as f64)),
-    ("wb_oldest_dirty_seconds", "For how long the oldest of it has been waiting.", |live| {
+    ("wb_oldest_dirty_seconds", "For how long the oldest dirty data has been waiting.", |live| {
         live.oldest_dirty_seconds
     }),
     ("wb_used_bytes", "Data in the cache, dirty or clean.", |live| Some(live.used_bytes as f64)),

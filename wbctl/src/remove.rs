@@ -1,14 +1,13 @@
 //! `wbctl remove`: forget a volume.
 
-use crate::config::Volume;
+use crate::config::{Volume, not_recorded};
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
 use libwb::cli::{Io, Output, Progress, count, human_size};
 use libwb::device::probe::Access;
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
-use libwb::log::live::live_totals;
-use libwb::log::recovery::recover;
-use libwb::log::scan::{read_superblock, scan};
+use libwb::log::live;
+use libwb::log::scan::read_superblock;
 use std::io::Write;
 use std::path::Path;
 
@@ -25,7 +24,7 @@ pub(crate) fn remove(args: &Args, out: &mut Output) -> Result<()> {
     let name = &args.name;
     let record = name.config_file();
     if !record.exists() {
-        bail!("no volume '{name}' is recorded in {}", record.display());
+        return Err(not_recorded(name));
     }
     let Some(lock) = name.lock()? else {
         bail!("volume '{name}' is attached; first: wbctl detach {name} --drain");
@@ -65,12 +64,7 @@ fn dirty_blocks(cache: &Path) -> Result<u64> {
     let io = Io::start()?;
     let device = io.open(cache, Access::Read)?;
     let superblock = io.block_on(read_superblock(&device))?;
-    let geometry = superblock.geometry;
-    let mut progress = Progress::new("looking for dirty blocks", geometry.lap(), SEGMENT_BYTES);
-    let slots = io.block_on(scan(&device, geometry, |slot, _| progress.set(u64::from(slot.0))));
-    let recovery = recover(&superblock, &slots);
-    if let Some(corruption) = recovery.corruption.first() {
-        bail!("{}: the log is corrupt: {corruption}", cache.display());
-    }
-    Ok(io.block_on(live_totals(&device, geometry, &recovery, None))?.dirty_blocks)
+    let lap = superblock.geometry.lap();
+    let mut progress = Progress::new("looking for dirty blocks", lap, SEGMENT_BYTES);
+    Ok(io.block_on(live::dirty_blocks(&device, &superblock, |slot| progress.set(u64::from(slot.0))))?)
 }

@@ -1,16 +1,17 @@
 //! `wbctl replay`: write a log back offline.
 
-use crate::create::open_pair;
 use crate::{Pair, salvage};
 use anyhow::Result;
 use libwb::cache::{Cache, Tunables};
 use libwb::cli::{self, Io, Output, Progress, count, human_size};
-use libwb::device::Device;
-use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::device::probe::{Access, open_pair};
+use libwb::device::{Device, Overlay};
+use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
 use libwb::log::salvage::{Plan, Summary};
 use serde::Serialize;
 use std::io::Write;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 #[derive(clap::Args)]
@@ -22,6 +23,13 @@ pub(crate) struct Args {
     /// Say what would be written back, and change nothing
     #[arg(long, conflicts_with = "salvage")]
     dry_run: bool,
+    /// Stop at an earlier point of the log: write back what it held when this segment was the newest
+    ///
+    /// The cache device is not changed: it stays dirty, and still holds the log to its end. So this can be repeated,
+    /// also with another segment that is not earlier, and a replay without it leads to the newest state. wbdump segments
+    /// lists the segments. What was written back to the backing device before, or discarded there, is not undone.
+    #[arg(long, value_name = "ID", conflicts_with = "salvage")]
+    until: Option<u64>,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -56,9 +64,12 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
         )
     })?;
     let io = Io::start()?;
-    let (cache, backing) = open_pair(&args.pair)?;
+    let for_cache = if args.until.is_some() { Access::Read } else { Access::Write };
+    let (cache, backing) = open_pair(&args.pair.cache, &args.pair.backing, [for_cache, Access::Write])?;
     let (cache, backing) = (io.serve(cache), io.serve(backing));
-    let report = if args.dry_run {
+    let report = if let Some(until) = args.until {
+        write_back_until(&io, cache, backing, args, SegmentId(until))?
+    } else if args.dry_run {
         look(&io, &cache, &backing, args)?
     } else {
         write_back(&io, cache, backing, args)?
@@ -71,7 +82,10 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
         writeln!(out, "{line}")?;
     }
     if report.dirty_blocks == 0 {
-        writeln!(out, "nothing to write back: the cache is clean")?;
+        match args.until {
+            Some(id) => writeln!(out, "nothing to write back up to segment {id}")?,
+            None => writeln!(out, "nothing to write back: the cache is clean")?,
+        }
         return Ok(());
     }
     let what = format!(
@@ -80,9 +94,13 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
         human_size(report.dirty_blocks * to_u64(BLOCK_BYTES)),
         count(report.segments, "segment"),
     );
-    match args.dry_run {
-        true => writeln!(out, "would write back {what}")?,
-        false => writeln!(out, "wrote back {what}; the cache is clean")?,
+    match (args.dry_run, args.until) {
+        (true, _) => writeln!(out, "would write back {what}")?,
+        (false, Some(id)) => writeln!(
+            out,
+            "wrote back {what}: the log up to segment {id}; the cache is as it was, with the log to its end"
+        )?,
+        (false, None) => writeln!(out, "wrote back {what}; the cache is clean")?,
     }
     Ok(())
 }
@@ -107,6 +125,35 @@ fn write_back(io: &Io, cache: Device, backing: Device, args: &Args) -> Result<Re
         recovery_point: before.newest.0,
         salvage: salvaged.as_ref().map(Plan::summary),
         salvage_in_words: salvaged.as_ref().map(salvage::outcome).unwrap_or_default(),
+    })
+}
+
+/// Writes back the log as it was when a segment was the newest.
+fn write_back_until(
+    io: &Io,
+    cache: Device,
+    backing: Device,
+    args: &Args,
+    until: SegmentId,
+) -> Result<Report> {
+    // Of a dry run, what recovery puts right is not to reach the device either.
+    let backing = if args.dry_run { Arc::new(Overlay::over(backing)) } else { backing };
+    let cache = io.block_on(Cache::open_until(cache, backing, io.runtime(), until))?;
+    let before = cache.status();
+    if !args.dry_run {
+        // It is not closed: there is nothing to hand over of a log that is left as it is.
+        drain(io, &cache, before.dirty_blocks)?;
+    }
+    Ok(Report {
+        cache: args.pair.cache.clone(),
+        backing: args.pair.backing.clone(),
+        dry_run: args.dry_run,
+        dirty_blocks: before.dirty_blocks,
+        written_back_bytes: cache.status().statistics.counters.written_back_bytes,
+        segments: before.dirty_segments,
+        recovery_point: until.0,
+        salvage: None,
+        salvage_in_words: Vec::new(),
     })
 }
 
@@ -139,7 +186,7 @@ fn drain(io: &Io, cache: &Cache, dirty_blocks: u64) -> Result<(), libwb::cache::
         match result.recv_timeout(Duration::from_millis(100)) {
             Ok(result) => return result,
             Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
-                progress.set(dirty_blocks.saturating_sub(cache.status().dirty_blocks));
+                progress.set(dirty_blocks.saturating_sub(cache.status().blocks_to_write_back));
             }
             Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
                 return Err(libwb::cache::CacheError::Closed);

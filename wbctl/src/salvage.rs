@@ -4,7 +4,7 @@ use anyhow::{Result, anyhow};
 use libwb::cache::CacheError;
 use libwb::device::Device;
 use libwb::log::LogError;
-use libwb::log::salvage::{Plan, Scanned, Way, ways_on};
+use libwb::log::salvage::{Plan, Scanned, Way, number_of_ways, ways_on};
 use libwb::log::scan::BackingFacts;
 
 #[derive(clap::Args)]
@@ -63,13 +63,14 @@ async fn what_can_be_done(
     cache: &Device,
     scanned: &Scanned,
 ) -> Result<anyhow::Error, LogError> {
-    let mut plans = Vec::new();
-    for way in Way::ALL {
-        plans.extend(scanned.salvage(cache, way).await?);
+    let plans = scanned.ways(cache).await?;
+    if plans.is_empty() {
+        // It says why there is none.
+        scanned.salvage(cache, Way::Skip).await?;
     }
     let ways: String = ways_on(&plans, "--salvage").iter().map(|way| format!("\n  {way}")).collect();
     Ok(anyhow!(
-        "{refused}\n  Neither device was changed. Copy the cache device before anything else; then there are two ways \
-         on:{ways}"
+        "{refused}\n  Neither device was changed. Copy the cache device before anything else; then {}:{ways}",
+        number_of_ways(&plans)
     ))
 }

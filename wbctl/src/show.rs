@@ -1,21 +1,20 @@
 //! `wbctl list` and `wbctl status`.
 
-use crate::config::Volume;
+use crate::config::{Volume, unknown};
 use crate::place::{Name, all_names};
 use crate::{client, dm, prometheus};
-use anyhow::{Result, anyhow, bail};
-use libwb::cache::TunableValue;
-use libwb::cli::{Output, human_size, human_time, percent, properties, table};
+use anyhow::{Result, bail};
+use libwb::cache::{TunableValue, Tunables};
+use libwb::cli::{self, Output, human_rate, human_size, human_time, percent, properties, table};
 use libwb::control::{LiveStatus, VolumeStatus, ratio};
 use std::io::Write;
 
 /// States of a volume.
 pub(crate) const ATTACHED: &str = "attached";
+pub(crate) const READ_ONLY: &str = "attached read-only";
 pub(crate) const FAILED: &str = "failed";
 const DETACHED: &str = "detached";
 const BUSY: &str = "starting or stopping";
-/// Bytes of a MiB.
-const MIB: f64 = 1048576.0;
 
 #[derive(clap::Args)]
 pub(crate) struct StatusArgs {
@@ -127,14 +126,14 @@ pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<()> {
 }
 
 fn known(name: &Name) -> Result<VolumeStatus> {
-    volume(name)?.ok_or_else(|| anyhow!("no volume '{name}' is attached or recorded; see wbctl list"))
+    volume(name)?.ok_or_else(|| unknown(name))
 }
 
 fn print_dm(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
     for volume in volumes {
         match &volume.live {
             Some(live) => writeln!(out, "{}", dm::line(live))?,
-            None => bail!("volume '{}' is not attached; see wbctl list", volume.name),
+            None => bail!("volume '{0}' is not attached; attach it with: wbctl attach {0}", volume.name),
         }
     }
     Ok(())
@@ -154,7 +153,7 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
         writeback_rows(&volume.name, live, &mut row);
         work_rows(live, &mut row);
         for (key, value) in &live.tunables {
-            row(key, value.to_string());
+            row(key, format!("{value} {}", Tunables::unit(key)).trim_end().into());
         }
     }
     writeln!(out, "{table}")?;
@@ -165,8 +164,8 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
 fn data_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     let age = live.oldest_dirty_seconds.map(|age| format!(", the oldest for {}", human_time(age)));
     let dirty = human_size(live.dirty_bytes);
-    row("dirty", format!("{dirty} are only in the cache{}", age.unwrap_or_default()));
-    row("used", format!("{} are in the cache, dirty or clean", human_size(live.used_bytes)));
+    row("dirty", format!("{dirty} only in the cache{}", age.unwrap_or_default()));
+    row("used", format!("{} in the cache, dirty or clean", human_size(live.used_bytes)));
     row(
         "log",
         format!(
@@ -179,7 +178,7 @@ fn data_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     row(
         "segments",
         format!(
-            "newest {}, durable up to {}, written back up to {}",
+            "newest {}, durable to {}, written back to {}",
             live.newest_segment, live.durable_segment, live.written_back_segment
         ),
     );
@@ -199,14 +198,18 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
     };
     row("write-back", state);
     let statistics = &live.statistics;
-    let rate = statistics.writeback_bytes_per_second.zip(statistics.writeback_seconds_left);
-    let rate =
-        rate.map(|(rate, left)| format!("{:.1} MiB/s while it works, {} left", rate / MIB, human_time(left)));
+    let left = statistics.writeback_seconds_left.filter(|_| live.dirty_bytes > 0);
+    let left = left.map(|left| format!(", {} left", human_time(left))).unwrap_or_default();
+    let rate = statistics.writeback_bytes_per_second;
+    let rate = rate.map(|rate| format!("{} while it works{left}", human_rate(rate)));
     row("write-back rate", rate.unwrap_or("-".into()));
     row("written back", human_size(count("written_back_bytes")));
-    let errors =
-        format!("{} of write-back, {} of cache reads", count("writeback_errors"), count("cache_read_errors"));
-    row("errors", errors);
+    let batches = match count("writeback_errors") {
+        1 => "1 batch".into(),
+        n => format!("{n} batches"),
+    };
+    let reads = cli::count(count("cache_read_errors"), "read");
+    row("errors", format!("{batches} of write-back, {reads} of the cache device"));
     if let Some(failure) = &live.failure {
         row("FAILED", format!("writes are refused: {failure}"));
     }
@@ -215,12 +218,14 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
 /// What was done since the counters started.
 fn work_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
+    let requests = |key: &str| cli::count(count(key), "request");
     let statistics = &live.statistics;
     row("counted for", human_time(statistics.seconds));
-    row("reads", format!("{}, {}", count("reads"), human_size(count("read_bytes"))));
+    row("reads", format!("{}, {}", requests("reads"), human_size(count("read_bytes"))));
     row("read from backing", human_size(count("backing_read_bytes")));
-    row("writes", format!("{}, {}", count("writes"), human_size(count("write_bytes"))));
-    row("flushes", count("flushes").to_string());
+    row("writes", format!("{}, {}", requests("writes"), human_size(count("write_bytes"))));
+    row("around the cache", human_size(count("direct_write_bytes")));
+    row("flushes", requests("flushes"));
     row("discarded", human_size(count("discarded_bytes")));
     row(
         "hits",
@@ -232,7 +237,7 @@ fn work_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     );
     let amplification = statistics
         .write_amplification
-        .map_or("-".into(), |ratio| format!("{ratio:.2} bytes to the cache device for each byte written"));
+        .map_or("-".into(), |ratio| format!("{ratio:.2} bytes to the cache device per byte written"));
     row("write amplification", amplification);
     for (request, latency) in &statistics.latencies {
         let time = |seconds: Option<f64>| seconds.map_or("-".into(), human_time);
@@ -242,4 +247,18 @@ fn work_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     let read = human_size(live.recovery_bytes);
     row("recovery", format!("{}, {read} read", human_time(live.recovery_seconds)));
     row("daemon", format!("process {}", live.pid));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use libwb::control::by_name;
+
+    #[test]
+    fn every_number_that_can_be_tuned_has_a_unit() {
+        for (key, value) in by_name(&Tunables::default()) {
+            let is_number = matches!(value, TunableValue::Number(_));
+            assert_eq!(!Tunables::unit(&key).is_empty(), is_number, "{key}");
+        }
+    }
 }

@@ -6,6 +6,7 @@ use crate::client;
 use crate::place::Name;
 use crate::stat::parse_interval;
 use anyhow::{Context, Result, bail};
+use libwb::cli;
 use ratatui::crossterm::event::{Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers, poll, read};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -26,8 +27,7 @@ pub(crate) fn top(args: &Args) -> Result<()> {
     }
     // A volume that is not there is told of in a line, not on a blank screen.
     let first = client::status(&args.name)?;
-    let is_coloured = std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
-    let mut view = View::new(is_coloured, args.interval);
+    let mut view = View::new(cli::wants_colours(), args.interval);
     view.look(Ok(first));
     let mut terminal = ratatui::try_init().context("cannot use the terminal")?;
     let ended = run(args, &mut view, &mut terminal);

@@ -1,10 +1,10 @@
 //! `wbctl get` and `wbctl set`: the tunables of a volume.
 
 use crate::client;
-use crate::config::{Volume, edited, parse_tunables, replace};
+use crate::config::{Volume, edited, parse_tunables, replace, unknown};
 use crate::place::Name;
-use anyhow::{Context, Result, anyhow, bail};
-use libwb::cache::TunableValue;
+use anyhow::{Context, Result, bail};
+use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::Output;
 use libwb::control::by_name;
 use std::collections::BTreeMap;
@@ -37,7 +37,7 @@ pub(crate) fn get(args: &GetArgs, out: &mut Output) -> Result<()> {
     let mut tunables = in_force(&args.name)?;
     if let Some(key) = &args.key {
         let known = tunables.keys().cloned().collect::<Vec<_>>().join(", ");
-        tunables.retain(|name, _| name == key);
+        tunables.retain(|name, _| name == Tunables::name_of(key));
         if tunables.is_empty() {
             bail!("unknown tunable '{key}'; known: {known}");
         }
@@ -56,8 +56,7 @@ fn in_force(name: &Name) -> Result<BTreeMap<String, TunableValue>> {
     if name.is_running()? {
         return client::tunables(name);
     }
-    let volume = Volume::load(name)?
-        .ok_or_else(|| anyhow!("no volume '{name}' is attached or recorded; see wbctl list"))?;
+    let volume = Volume::load(name)?.ok_or_else(|| unknown(name))?;
     Ok(by_name(&volume.tunables()?))
 }
 
@@ -66,6 +65,7 @@ pub(crate) fn set(args: &SetArgs, out: &mut Output) -> Result<()> {
     let tunables = parse_tunables(&args.tunables)?;
     let is_running = name.is_running()?;
     if !is_running && !args.save {
+        Volume::load(name)?.ok_or_else(|| unknown(name))?;
         bail!("volume '{name}' is not attached; with --save, it is recorded for the next attach");
     }
     // What is wrong with the record is to show before anything is changed.

@@ -7,7 +7,9 @@ use libwb::cli::{Io, Output, count, parse_label};
 use libwb::log::salvage::Scanned;
 use libwb::log::scan::BackingFacts;
 use libwb::log::upgrade::Upgrade;
+use serde::Serialize;
 use std::io::Write;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 #[derive(clap::Args)]
@@ -20,6 +22,19 @@ pub(crate) struct Args {
     /// Say what would be changed, and change nothing
     #[arg(long)]
     dry_run: bool,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    cache: &'a Path,
+    backing: &'a Path,
+    dry_run: bool,
+    written: Vec<String>,
+    /// They stay as they are.
+    dirty_blocks: u64,
 }
 
 pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
@@ -36,6 +51,16 @@ pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     };
     if !args.dry_run {
         io.block_on(upgrade.apply(&cache))?;
+    }
+    if args.json {
+        out.json(&Report {
+            cache: &args.pair.cache,
+            backing: &args.pair.backing,
+            dry_run: args.dry_run,
+            written: upgrade.changes(),
+            dirty_blocks: upgrade.dirty_blocks,
+        })?;
+        return Ok(());
     }
     let path = args.pair.cache.display();
     let done = if args.dry_run { "would be upgraded; nothing was changed" } else { "upgraded" };

@@ -22,6 +22,8 @@ pub(crate) struct Versions<'a> {
 
 #[derive(Serialize)]
 struct Row {
+    block: u64,
+    sector: u64,
     id: u64,
     slot: u32,
     index: u8,
@@ -44,10 +46,13 @@ impl Versions<'_> {
     pub(crate) fn write_newest(&self, out: &mut Output) -> Result<()> {
         let kept = |state: State| matches!(state, State::Live | State::WrittenBack);
         let newest = self.found.iter().rev().find(|(_, state)| kept(*state));
-        let (version, _) =
-            newest.with_context(|| format!("the log holds no version of block {}", self.block))?;
+        let (version, _) = newest.with_context(|| format!("{}: {}", self.log.device.name(), self.none()))?;
         out.write_all(&self.read(version)?)?;
         Ok(())
+    }
+
+    fn none(&self) -> String {
+        format!("the log holds no version of block {}", self.block)
     }
 
     fn read(&self, version: &Version) -> Result<impl std::ops::Deref<Target = [u8]> + use<>> {
@@ -59,7 +64,7 @@ impl Versions<'_> {
             return self.list_json(data, out);
         }
         if self.found.is_empty() {
-            writeln!(out, "the log holds no version of block {}", self.block)?;
+            writeln!(out, "{}", self.none())?;
             return Ok(());
         }
         if !data {
@@ -95,6 +100,8 @@ impl Versions<'_> {
     fn list_json(&self, data: bool, out: &mut Output) -> Result<()> {
         for (version, state) in &self.found {
             let row = Row {
+                block: self.block.0,
+                sector: self.block.sector().0,
                 id: version.id.0,
                 slot: version.place.slot.0,
                 index: version.place.index,

@@ -55,7 +55,8 @@ struct Row {
     id: u64,
     slot: u32,
     index: u8,
-    dirty_sectors: u8,
+    data_offset_bytes: u64,
+    dirty_bits: u8,
     versions: u64,
 }
 
@@ -71,7 +72,8 @@ pub(crate) fn list(log: &Log, json: bool, out: &mut Output) -> Result<()> {
                 id: newest.id,
                 slot: newest.place.slot.0,
                 index: newest.place.index,
-                dirty_sectors: newest.dirty.0,
+                data_offset_bytes: log.geometry().place_offset(newest.place),
+                dirty_bits: newest.dirty.0,
                 versions: newest.versions,
             })?;
         }

@@ -2,7 +2,9 @@
 
 use anyhow::{Context, Result, bail};
 use libwb::cli::Output;
-use libwb::format::{BLOCK_BYTES, EXTENSION_OFFSETS, SUPERBLOCK_OFFSET, SuperblockExtension, decode_magic};
+use libwb::format::{
+    BLOCK_BYTES, EXTENSION_OFFSETS, PageFault, SUPERBLOCK_OFFSET, SuperblockExtension, decode_magic,
+};
 use std::fs::File;
 use std::io::Write;
 use std::os::unix::fs::{FileExt, FileTypeExt};
@@ -25,10 +27,12 @@ pub(crate) fn show(path: &Path, out: &mut Output) -> Result<()> {
         Ok(block)
     };
     decode_magic(&block(SUPERBLOCK_OFFSET)?).with_context(|| path.display().to_string())?;
-    let pages = [block(EXTENSION_OFFSETS[0])?, block(EXTENSION_OFFSETS[1])?];
-    let pages = pages.iter().filter_map(|page| SuperblockExtension::decode(page).ok());
+    let copies = EXTENSION_OFFSETS.map(|offset| match block(offset) {
+        Ok(block) => SuperblockExtension::decode(&block),
+        Err(_) => Err(PageFault::Unreadable),
+    });
     writeln!(out, "ID_FS_TYPE={TYPE}\nID_FS_USAGE=other")?;
-    if let Some(page) = pages.max_by_key(|page| page.generation) {
+    if let Some(page) = SuperblockExtension::newest(&copies) {
         writeln!(out, "ID_FS_UUID={0}\nID_FS_UUID_ENC={0}", page.uuid)?;
         if !page.label.is_empty() {
             let label = encoded(&page.label);

@@ -8,28 +8,24 @@ mod segment;
 mod segments;
 mod superblock;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use libwb::cli::{self, Exit, Io, Output, Progress};
 use libwb::device::Device;
 use libwb::device::probe::{Access, OpenError};
-use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot};
-use libwb::log::recovery::{Recovery, recover};
-use libwb::log::scan::{RawSuperblock, SlotContent, SlotState, examine_superblock, scan};
+use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, to_usize};
+use libwb::log::recovery::{Recovery, explained, recover};
+use libwb::log::scan::{
+    RawSuperblock, SlotContent, SlotState, examine_damaged_superblock, read_slot, scan, scan_headers,
+};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-
-const EXIT_CODES: &str = "\
-Exit codes:
-  0  done
-  1  failed
-  2  the command line makes no sense";
 
 /// Show the log on a cache device. Changes nothing, and works on damaged devices.
 ///
 /// A device that is in use is read all the same, with a warning: what is shown may then be a mixture of states.
 #[derive(Parser)]
-#[command(name = "wbdump", version, after_help = EXIT_CODES)]
+#[command(name = "wbdump", version, after_help = cli::EXIT_CODES)]
 struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -56,7 +52,7 @@ enum Verb {
         #[arg(long, conflicts_with = "live")]
         bad: bool,
     },
-    /// Show one segment: its header and its metablocks
+    /// Show one segment: its header and its metablocks. Of the others, only the headers are read
     Segment {
         #[command(flatten)]
         target: Target,
@@ -158,9 +154,26 @@ impl Log {
             }
             other => other?,
         };
-        let superblock = io.block_on(examine_superblock(&device)).context("cannot be a cache device")?;
-        for fault in [superblock.magic.err(), superblock.record.err()].into_iter().flatten() {
-            cli::complain("wbdump", format_args!("warning: {}: {fault}", path.display()));
+        let (superblock, [no_magic, no_record]) = io.block_on(examine_damaged_superblock(&device))?;
+        for (unread, wrong) in [(no_magic, superblock.magic.err()), (no_record, superblock.record.err())] {
+            match (unread, wrong) {
+                (Some(error), _) => cli::complain("wbdump", format_args!("warning: {error}")),
+                (None, Some(fault)) => {
+                    cli::complain("wbdump", format_args!("warning: {}: {fault}", path.display()));
+                }
+                (None, None) => {}
+            }
+        }
+        if let Err(error) = superblock.check_extension(&device) {
+            cli::complain("wbdump", format_args!("warning: {error}"));
+        }
+        for fault in superblock.pages.iter().filter_map(|page| page.as_ref().err()) {
+            if superblock.has_damaged_copy() {
+                cli::complain(
+                    "wbdump",
+                    format_args!("warning: {}: one copy of two: {fault}", path.display()),
+                );
+            }
         }
         Ok(Log { io, device, superblock })
     }
@@ -176,8 +189,24 @@ impl Log {
             progress.set(u64::from(slot.0));
             visit(slot, content);
         }));
-        let recovery = recover(&self.superblock.or_no_record(), &slots);
+        let superblock = self.superblock.or_no_record();
+        // A slot is to show as recovery takes it.
+        let slots = explained(&superblock, &slots).into_owned();
+        let recovery = recover(&superblock, &slots);
         (slots, recovery)
+    }
+
+    /// Reads one slot, and the headers of the others: what it holds, and the verdict on it among them.
+    fn examine(&self, slot: Slot) -> (SlotContent, SlotState, Recovery) {
+        let mut progress = Progress::new("reading", self.geometry().lap(), SEGMENT_BYTES);
+        let visit = |slot: Slot, _: &SlotContent| progress.set(u64::from(slot.0));
+        let mut slots = self.io.block_on(scan_headers(&self.device, self.geometry(), visit));
+        let content = self.io.block_on(read_slot(&self.device, self.geometry(), slot));
+        let place = to_usize(u64::from(slot.0));
+        slots[place] = content.state.clone();
+        let superblock = self.superblock.or_no_record();
+        let recovery = recover(&superblock, &slots);
+        (content, explained(&superblock, &slots)[place].clone(), recovery)
     }
 
     /// Says where a log that is corrupt stops.

@@ -1,10 +1,11 @@
 //! `wbdump segment`: one segment's header and metablocks.
 
 use crate::Log;
+use crate::segments::{CUT_SHORT, State, Summary};
 use anyhow::{Result, bail};
-use libwb::cli::{Output, count, table};
-use libwb::format::{DirtyBits, Place, SegmentHeader, SegmentId, Slot};
-use libwb::log::scan::{SlotContent, SlotState, read_slot};
+use libwb::cli::{Output, Table, count, properties, table};
+use libwb::format::{DirtyBits, Place, SegmentExtension, SegmentHeader, SegmentId, Slot};
+use libwb::log::scan::SlotState;
 use serde::Serialize;
 use std::io::Write;
 
@@ -14,10 +15,37 @@ struct Report {
     slot: u32,
     offset_bytes: u64,
     length_blocks: u8,
+    dirty_blocks: usize,
+    state: State,
+    /// Why it was closed, and when, in RFC 3339; where the header says.
+    closed: Option<String>,
+    time: Option<String>,
     checksum: u32,
     valid: bool,
     fault: Option<String>,
+    /// It ends with its last flush; what was written of it after that is torn.
+    cut_short: bool,
+    /// Null on a segment of the base format alone.
+    extension: Option<Extension>,
     metablocks: Vec<Entry>,
+}
+
+/// What the header says beyond the base format.
+#[derive(Serialize)]
+struct Extension {
+    /// Of the UUID of the cache that it was written for.
+    uuid_digest: u32,
+    /// Up to which segment everything was durable, and written back, when it was written.
+    durable_segment: u64,
+    written_back_segment: u64,
+    /// The commit before the newest one; null where there is none.
+    commit_before: Option<CommitBefore>,
+}
+
+#[derive(Serialize)]
+struct CommitBefore {
+    length_blocks: u8,
+    checksum: u32,
 }
 
 #[derive(Serialize)]
@@ -25,19 +53,26 @@ struct Entry {
     block: u64,
     sector: u64,
     dirty_bits: u8,
+    /// Of the data block, where it is kept.
+    crc: Option<u32>,
     data_offset_bytes: u64,
 }
 
 pub(crate) fn show(log: &Log, id: SegmentId, json: bool, out: &mut Output) -> Result<()> {
     let slot = log.geometry().slot_of(id);
-    let content = log.io.block_on(read_slot(&log.device, log.geometry(), slot));
-    let header = match (&content.header, &content.state) {
+    let (content, verdict, recovery) = log.examine(slot);
+    let device = log.device.name();
+    let header = match (&content.header, &verdict) {
         (Some(header), _) if header.id == id => header,
-        (Some(header), _) => bail!("segment {id} is not there: its slot {slot} holds segment {}", header.id),
-        (None, SlotState::Invalid(fault)) => bail!("slot {slot}, where segment {id} belongs: {fault}"),
-        (None, _) => bail!("segment {id} is not there: its slot {slot} was never written"),
+        (Some(header), _) => {
+            bail!("{device}: segment {id} is not there: its slot {slot} holds segment {}", header.id)
+        }
+        (None, SlotState::Invalid(fault)) => {
+            bail!("{device}: slot {slot}, where segment {id} belongs: {fault}")
+        }
+        (None, _) => bail!("{device}: segment {id} is not there: its slot {slot} was never written"),
     };
-    let report = report(log, slot, &content, header);
+    let report = report(log, slot, &verdict, State::of(&verdict, &recovery), header);
     if json {
         out.json(&report)?;
         return Ok(());
@@ -45,11 +80,13 @@ pub(crate) fn show(log: &Log, id: SegmentId, json: bool, out: &mut Output) -> Re
     print(&report, out)
 }
 
-fn report(log: &Log, slot: Slot, content: &SlotContent, header: &SegmentHeader) -> Report {
+fn report(log: &Log, slot: Slot, verdict: &SlotState, state: State, header: &SegmentHeader) -> Report {
+    let summary = Summary::of(header);
     let entries = (0u8..).zip(&header.metablocks).map(|(index, entry)| Entry {
         block: entry.block.0,
         sector: entry.block.sector().0,
         dirty_bits: entry.dirty.0,
+        crc: entry.crc,
         data_offset_bytes: log.geometry().place_offset(Place { slot, index }),
     });
     Report {
@@ -57,29 +94,44 @@ fn report(log: &Log, slot: Slot, content: &SlotContent, header: &SegmentHeader) 
         slot: slot.0,
         offset_bytes: log.geometry().slot_offset(slot),
         length_blocks: header.length(),
+        dirty_blocks: summary.dirty,
+        state,
+        closed: summary.closed(),
+        time: summary.time(),
         checksum: header.checksum,
-        valid: content.state.valid_id().is_some(),
-        fault: match &content.state {
+        valid: verdict.valid_id().is_some(),
+        fault: match verdict {
             SlotState::Invalid(fault) => Some(fault.to_string()),
             _ => None,
         },
+        cut_short: matches!(verdict, SlotState::Valid { cut_short: true, .. }),
+        extension: header.extension.as_ref().map(Extension::of),
         metablocks: entries.collect(),
     }
 }
 
+impl Extension {
+    fn of(extension: &SegmentExtension) -> Extension {
+        let before = |commit: libwb::format::Commit| CommitBefore {
+            length_blocks: commit.length,
+            checksum: commit.checksum,
+        };
+        Extension {
+            uuid_digest: extension.digest,
+            durable_segment: extension.durable.0,
+            written_back_segment: extension.written_back.0,
+            commit_before: extension.before.map(before),
+        }
+    }
+}
+
 fn print(r: &Report, out: &mut Output) -> Result<()> {
-    let verdict = match &r.fault {
-        Some(fault) => format!("damaged: {fault}"),
-        None => "valid".into(),
-    };
-    writeln!(out, "segment   {} ({verdict})", r.id)?;
-    writeln!(out, "slot      {} (at byte {})", r.slot, r.offset_bytes)?;
-    writeln!(out, "length    {}", count(u64::from(r.length_blocks), "block"))?;
-    writeln!(out, "checksum  {:#010x}", r.checksum)?;
+    writeln!(out, "{}", header_table(r))?;
     if r.metablocks.is_empty() {
         return Ok(());
     }
-    let mut table = table(["INDEX", "BLOCK", "SECTOR", "DIRTY SECTORS", "DATA AT BYTE"], &["DIRTY SECTORS"]);
+    let columns = ["INDEX", "BLOCK", "SECTOR", "DIRTY SECTORS", "DATA AT BYTE", "CRC"];
+    let mut table = table(columns, &["DIRTY SECTORS"]);
     for (index, entry) in r.metablocks.iter().enumerate() {
         table.row([
             index.to_string(),
@@ -87,10 +139,49 @@ fn print(r: &Report, out: &mut Output) -> Result<()> {
             entry.sector.to_string(),
             dirty_sectors(DirtyBits(entry.dirty_bits)),
             entry.data_offset_bytes.to_string(),
+            entry.crc.map_or("-".into(), hex),
         ]);
     }
     writeln!(out, "\n{table}")?;
     Ok(())
+}
+
+fn header_table(r: &Report) -> Table {
+    let verdict = match &r.fault {
+        Some(fault) => format!("damaged: {fault}"),
+        None if r.cut_short => format!("valid, {CUT_SHORT}"),
+        None => "valid".into(),
+    };
+    let mut table = properties();
+    let mut row = |name: &str, value: String| table.row([name.to_string(), value]);
+    row("segment", format!("{} ({verdict})", r.id));
+    row("state", r.state.name().into());
+    row("slot", format!("{} (at byte {})", r.slot, r.offset_bytes));
+    let length = count(u64::from(r.length_blocks), "block");
+    row("length", format!("{length}, {} of them dirty", r.dirty_blocks));
+    row("checksum", hex(r.checksum));
+    let Some(extension) = &r.extension else {
+        row("extension", "none: the base format alone".into());
+        return table;
+    };
+    row("closed", r.closed.clone().unwrap_or_else(|| "-".into()));
+    row("time", r.time.clone().unwrap_or_else(|| "-".into()));
+    row("durable then", up_to(extension.durable_segment));
+    row("written back then", up_to(extension.written_back_segment));
+    let before = extension.commit_before.as_ref().map_or("none".into(), |commit| {
+        format!("{}, checksum {}", count(u64::from(commit.length_blocks), "block"), hex(commit.checksum))
+    });
+    row("commit before", before);
+    row("digest of the UUID", hex(extension.uuid_digest));
+    table
+}
+
+fn up_to(id: u64) -> String {
+    if id == 0 { "nothing".into() } else { format!("up to segment {id}") }
+}
+
+fn hex(n: u32) -> String {
+    format!("{n:#010x}")
 }
 
 /// Which sectors of a block are dirty, for people: "all", "none (clean)" or such as "0-2,5".

@@ -11,6 +11,12 @@ use serde::Serialize;
 use std::io::Write;
 use std::time::{Duration, UNIX_EPOCH};
 
+/// What is said of a segment that is cut short.
+pub(crate) const CUT_SHORT: &str = "up to its last flush; what came after is torn";
+
+/// How much of a time in RFC 3339 tells the second: `2026-11-25T12:41:45`.
+const SECONDS: usize = 19;
+
 /// Which rows to show.
 #[derive(Clone, Copy)]
 pub(crate) struct Only {
@@ -66,6 +72,8 @@ struct Row {
     closed: Option<String>,
     time: Option<String>,
     fault: Option<String>,
+    /// It ends with its last flush; what was written of it after that is torn.
+    cut_short: bool,
 }
 
 pub(crate) fn list(log: &Log, only: Only, json: bool, out: &mut Output) -> Result<()> {
@@ -105,7 +113,7 @@ impl Summary {
         Some(humantime::format_rfc3339_millis(UNIX_EPOCH + since).to_string())
     }
 
-    fn closed(&self) -> Option<String> {
+    pub(crate) fn closed(&self) -> Option<String> {
         Some(match self.extension?.reason {
             Reason::Full => "full".into(),
             Reason::Flush => "flush".into(),
@@ -152,6 +160,7 @@ fn row(
             SlotState::Invalid(fault) => Some(fault.to_string()),
             _ => None,
         },
+        cut_short: matches!(state, SlotState::Valid { cut_short: true, .. }),
     };
     (order(recovery, slot, state), row)
 }
@@ -163,18 +172,19 @@ fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) 
         }
         return Ok(());
     }
-    let mut table = table(
-        ["ID", "SLOT", "OFFSET", "BLOCKS", "DIRTY", "CLOSED", "TIME", "STATE"],
-        &["CLOSED", "TIME", "STATE"],
-    );
+    let mut table =
+        table(["ID", "SLOT", "AT BYTE", "BLOCKS", "DIRTY", "CLOSED", "TIME", "STATE"], &["CLOSED", "STATE"]);
     for row in rows {
         let state = match &row.fault {
             Some(fault) => format!("{}: {fault}", row.state.name()),
+            None if row.cut_short => format!("{}, {CUT_SHORT}", row.state.name()),
             None => row.state.name().to_string(),
         };
         let [id, length, dirty] =
             [row.id, row.length_blocks.map(u64::from), row.dirty_blocks.map(to_u64)].map(or_dash);
-        let [closed, time] = [&row.closed, &row.time].map(|text| text.clone().unwrap_or_else(|| "-".into()));
+        let closed = row.closed.clone().unwrap_or_else(|| "-".into());
+        // Whole seconds, or a row is too wide for 80 columns.
+        let time = row.time.as_deref().map_or("-".into(), |time| format!("{}Z", &time[..SECONDS]));
         let (slot, offset) = (row.slot.to_string(), row.offset_bytes.to_string());
         table.row([id, slot, offset, length, dirty, closed, time, state]);
     }

@@ -2,7 +2,7 @@
 
 use crate::Log;
 use anyhow::Result;
-use libwb::cli::{Output, human_size};
+use libwb::cli::{Output, human_size, properties};
 use libwb::format::{SEGMENT_BYTES, to_u64};
 use libwb::log::live::{Totals, live_totals};
 use libwb::log::recovery::Recovery;
@@ -19,7 +19,7 @@ struct Report<'a> {
     device: &'a str,
     size_bytes: u64,
     magic_ok: bool,
-    /// The record, where it is not garbage.
+    /// The record, where it can be read and is not garbage.
     record_segment: Option<u64>,
     segments: u32,
     segment_bytes: usize,
@@ -104,7 +104,7 @@ fn report<'a>(log: &'a Log, slots: &[SlotState], recovery: &Recovery, totals: &T
 }
 
 fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
-    let record = r.record_segment.map_or_else(|| "garbage".into(), |id| id.to_string());
+    let record = r.record_segment.map_or_else(|| "garbage, or unreadable".into(), |id| id.to_string());
     let magic = if r.magic_ok { "right" } else { "wrong" };
     let rows = [
         ("device", r.device.to_string()),
@@ -121,26 +121,27 @@ fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
         ("dirty blocks", format!("{} ({} entries in the log)", r.dirty_blocks, r.dirty_entries)),
         ("clean entries", r.clean_entries.to_string()),
     ];
-    for (name, value) in rows {
-        writeln!(out, "{name:<20}{value}")?;
-    }
+    let mut table = properties();
+    let mut row = |name: &str, value: String| table.row([name.to_string(), value]);
+    rows.into_iter().for_each(|(name, value)| row(name, value));
     match &r.extension {
-        None => writeln!(out, "{:<20}none: the base format alone", "extension")?,
-        Some(extension) => print_extension(extension, out)?,
+        None => row("extension", "none: the base format alone".into()),
+        Some(extension) => extension_rows(extension).into_iter().for_each(|(name, value)| row(name, value)),
     }
     for corruption in &r.corruption {
-        writeln!(out, "{:<20}{corruption}", "corrupt")?;
+        row("corrupt", corruption.clone());
     }
+    writeln!(out, "{table}")?;
     Ok(())
 }
 
-fn print_extension(e: &Extension<'_>, out: &mut Output) -> Result<()> {
+fn extension_rows(e: &Extension<'_>) -> [(&'static str, String); 6] {
     let backing = match (e.backing_sectors, e.backing_id) {
         (0, _) => "any".into(),
         (sectors, "") => format!("one of {sectors} sectors"),
         (sectors, id) => format!("{id}, of {sectors} sectors"),
     };
-    let rows = [
+    [
         ("extension", format!("{} of 2 copies are sound, generation {}", e.sound_copies, e.generation)),
         ("uuid", e.uuid.clone()),
         ("label", if e.label.is_empty() { "none".into() } else { e.label.to_string() }),
@@ -151,11 +152,7 @@ fn print_extension(e: &Extension<'_>, out: &mut Output) -> Result<()> {
         ),
         ("backing device", backing),
         ("closed in order at", e.clean_segment.map_or_else(|| "never".into(), |id| format!("segment {id}"))),
-    ];
-    for (name, value) in rows {
-        writeln!(out, "{name:<20}{value}")?;
-    }
-    Ok(())
+    ]
 }
 
 fn id_or_none(id: u64) -> String {

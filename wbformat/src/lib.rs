@@ -7,9 +7,8 @@ use libwb::device::probe::{Access, open};
 use libwb::device::{Device, signatures};
 use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, fitting, to_u64};
 use libwb::log::create::create;
-use libwb::log::live::live_totals;
-use libwb::log::recovery::recover;
-use libwb::log::scan::{SlotFault, SlotState, examine_superblock, scan};
+use libwb::log::live;
+use libwb::log::scan::examine_superblock;
 use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,18 +16,12 @@ use std::process::ExitCode;
 use std::time::{SystemTime, UNIX_EPOCH};
 use uuid::Uuid;
 
-const EXIT_CODES: &str = "\
-Exit codes:
-  0  done
-  1  failed or refused
-  2  the command line makes no sense";
-
 /// Make a cache device: an empty log in the format of dm-writeboost.
 ///
 /// Refuses when the device is in use, too small, holds a filesystem, partition table, LVM, RAID or other signature,
 /// or holds a cache with dirty blocks, which may be the only copy of that data.
 #[derive(Parser)]
-#[command(name = "wbformat", version, after_help = EXIT_CODES)]
+#[command(name = "wbformat", version, after_help = cli::EXIT_CODES)]
 struct Args {
     /// The device to make a cache of: a block device or a file. Everything on it is lost
     #[arg(value_name = "CACHE")]
@@ -148,22 +141,15 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     if let Err(fault) = superblock.record {
         bail!(cannot_tell(&fault));
     }
-    let geometry = superblock.geometry;
-    let mut progress = Progress::new("looking for dirty blocks", geometry.lap(), SEGMENT_BYTES);
-    let slots = io.block_on(scan(device, geometry, |slot, _| progress.set(u64::from(slot.0))));
+    let mut progress = Progress::new("looking for dirty blocks", superblock.geometry.lap(), SEGMENT_BYTES);
+    // As attach, which would write back what this finds.
+    let known = superblock.or_no_record();
+    let found = io.block_on(live::dirty_blocks(device, &known, |slot| progress.set(u64::from(slot.0))));
     drop(progress);
-    let unreadable = |slot: &SlotState| match slot {
-        SlotState::Invalid(SlotFault::Unreadable(fault)) => Some(fault.clone()),
-        _ => None,
+    let dirty = match found {
+        Ok(dirty) => dirty,
+        Err(error) => bail!(cannot_tell(&error)),
     };
-    if let Some(fault) = slots.iter().find_map(unreadable) {
-        bail!(cannot_tell(&fault));
-    }
-    let recovery = recover(&superblock.or_no_record(), &slots);
-    if let Some(corruption) = recovery.corruption.first() {
-        bail!(cannot_tell(corruption));
-    }
-    let dirty = io.block_on(live_totals(device, geometry, &recovery, None))?.dirty_blocks;
     if dirty > 0 {
         bail!(
             "{path}: refused: it holds a cache with {} that may be nowhere else. Write them back to the backing \

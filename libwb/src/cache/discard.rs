@@ -7,6 +7,7 @@
 //! before the discard is acknowledged, for the log's must not be ahead of its. Writes to the range wait meanwhile:
 //! one that was written back in the midst of it would be lost.
 
+use super::fence::Fence;
 use super::state::{State, Wait};
 use super::{Cache, CacheError, Inner, WritebackOrder};
 use crate::device::{BlockDevice, DeviceError, Operation};
@@ -14,6 +15,7 @@ use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, to_u64, to_usize,
 };
 use crate::planted::Bug;
+use futures_lite::future::yield_now;
 use nix::errno::Errno;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
@@ -21,30 +23,6 @@ use std::sync::atomic::Ordering;
 /// Blocks that are looked up in one visit to the state.
 const VISIT: u64 = 4096;
 const ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
-
-/// Keeps writes off a range of blocks.
-struct Fence<'a> {
-    inner: &'a Inner,
-    blocks: Range<BlockNo>,
-}
-
-impl<'a> Fence<'a> {
-    fn new(inner: &'a Inner, blocks: Range<BlockNo>) -> Fence<'a> {
-        inner.lock().fenced.push(blocks.clone());
-        Fence { inner, blocks }
-    }
-}
-
-impl Drop for Fence<'_> {
-    fn drop(&mut self) {
-        let mut state = self.inner.lock();
-        if let Some(nth) = state.fenced.iter().position(|blocks| *blocks == self.blocks) {
-            state.fenced.swap_remove(nth);
-        }
-        drop(state);
-        self.inner.events.changed.notify(usize::MAX);
-    }
-}
 
 impl Cache {
     /// Makes `length` bytes from `sector` on read as zeros, and gives up their space. Durable when it returns.
@@ -75,11 +53,11 @@ impl Cache {
         if blocks.is_empty() {
             return self.flush().await;
         }
-        let _fence = Fence::new(inner, blocks.clone());
+        let _fence = Fence::when_free(inner, blocks.clone()).await;
         inner.cover(&blocks).await?;
         inner.empty_what_was_forgotten().await?;
         if !inner.planted.has(Bug::DiscardAheadOfLog) {
-            self.flush().await?;
+            inner.flush_log().await?;
         }
         let bytes = (blocks.end.0 - blocks.start.0) * to_u64(BLOCK_BYTES);
         let before = inner.backing_flushes.failures();
@@ -112,6 +90,10 @@ impl Inner {
                 Ok(()) => {}
                 Err(wait) => self.wait_for(wait).await,
             }
+            if next < blocks.end {
+                // A large range is many visits, and other tasks share the thread.
+                yield_now().await;
+            }
         }
         Ok(())
     }
@@ -128,11 +110,6 @@ impl Inner {
 }
 
 impl State {
-    /// Whether a discard of this block is under way.
-    pub(super) fn is_fenced(&self, block: BlockNo) -> bool {
-        self.fenced.iter().any(|blocks| blocks.contains(&block)) && !self.planted.has(Bug::FenceIgnored)
-    }
-
     /// Zeros over what the log holds of some blocks that is not written back, be it dirty or clean, and forgets the
     /// rest. Returns the block it has come to.
     fn cover(&mut self, blocks: Range<BlockNo>) -> (BlockNo, Result<(), Wait>) {
@@ -142,8 +119,7 @@ impl State {
             }
             let Some(old) = self.index.get(block) else { continue };
             if !self.is_live(old.place) {
-                self.index.remove(block);
-                self.forgotten = self.id_of(old.place.slot).max(self.forgotten);
+                self.forget(block, old);
                 continue;
             }
             if self.planted.has(Bug::DiscardLeavesDirty) {

@@ -5,10 +5,12 @@
 //! takes all that the record covers for clean. So the older version stands over the newer one. It does so to its own
 //! devices as well, where `update_sb_record_interval` is set. We leave no older version with which that could happen.
 //!
-//! And it takes written-back segments for a read cache. So none may hold a version that was discarded since.
+//! And it takes written-back segments for a read cache. So none may hold a version of a block that was discarded since, or
+//! written around the log.
 
-use super::Inner;
 use super::read::Pinned;
+use super::state::State;
+use super::{CacheError, Inner};
 use crate::device::{DeviceError, IoBuf};
 use crate::format::{BLOCK_BYTES, Metablock, SegmentHeader, SegmentId, empty_header, to_u64};
 use crate::log::scan::read_header;
@@ -56,14 +58,22 @@ impl Inner {
         self.empty_segments(misleading).await
     }
 
-    /// Empties all written-back segments up to the last that holds something discarded. A block may have older
-    /// versions in any of them.
-    pub(super) async fn empty_what_was_forgotten(self: &Arc<Self>) -> Result<(), DeviceError> {
+    /// Empties all segments up to the last that holds what was forgotten. A block may have older versions in any of them.
+    pub(super) async fn empty_what_was_forgotten(self: &Arc<Self>) -> Result<(), CacheError> {
+        let done = |state: &State| state.emptied >= state.forgotten;
+        if done(&self.lock()) {
+            return Ok(());
+        }
         let _alone = self.emptying.lock().await;
-        let (first, last) = {
+        let (first, last, written_back) = {
             let state = self.lock();
-            (state.emptied.max(state.newest.minus(state.geometry.lap())).next(), state.forgotten)
+            let oldest = state.newest.minus(state.geometry.lap());
+            (state.emptied.max(oldest).next(), state.forgotten, state.written_back)
         };
+        if last > written_back {
+            // Staged before the cache was opened.
+            self.drain_to(last).await?;
+        }
         self.empty_segments((first.0..=last.0).map(SegmentId)).await?;
         let mut state = self.lock();
         state.emptied = state.emptied.max(last);
@@ -84,11 +94,14 @@ impl Inner {
         while let Some(emptied) = emptying.next().await {
             match emptied {
                 Ok(emptied) => any |= emptied,
-                Err(error) => result = Err(error),
+                // It may have been written all the same, and the next attempt would find nothing to do.
+                Err(error) => (any, result) = (true, Err(error)),
             }
         }
-        result?;
-        if any { self.flush_cache_device().await } else { Ok(()) }
+        if any {
+            self.flush_cache_device().await?;
+        }
+        result
     }
 
     /// Empties a segment that is written back, if its slot still holds it. Returns whether there was anything in it.

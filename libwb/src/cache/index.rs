@@ -1,11 +1,12 @@
 //! Block → place: where the newest version of each cached block lies.
 //!
-//! All of it is allocated once, less than 15 bytes for each place: what the place holds, six bytes; the CRC of its data,
-//! where the cache keeps any, four; and a [`Table`] that finds the place of a block's newest version by looking the block
-//! up in the first part, between four and five.
+//! All of it is allocated once, about 15 bytes for each place: what the place holds, six bytes; the CRC of its data,
+//! where the cache keeps any, four and a bit; and a [`Table`] that finds the place of a block's newest version by looking the
+//! block up in the first part, between four and five.
 
 use super::table::Table;
 use crate::format::{BlockNo, DirtyBits, Geometry, PLACES, Place, Slot};
+use crate::sys::prefer_huge_pages;
 use std::hash::{BuildHasher, RandomState};
 
 /// Volumes have at most so many blocks, 4 PiB: a block number plus one fits five bytes. Opening a cache checks it.
@@ -21,9 +22,11 @@ pub(super) struct Cached {
 pub(super) struct Index {
     /// By the number of the place.
     places: Box<[Held]>,
-    /// The CRC-32C of what each place holds, or 0 where it is not known; or none at all. Of the one block in 2^32 whose
-    /// CRC is 0, it is not known.
+    /// The CRC-32C of what each place holds; or none at all.
     crcs: Box<[u32]>,
+    /// Of which places that is known, a bit for each. Any number may be a CRC, and whoever chooses what is written can
+    /// choose it, so that none of them can stand for "not known".
+    known: Box<[u64]>,
     /// Numbers of places.
     newest: Table,
     /// Nobody can choose blocks that meet in the table.
@@ -49,9 +52,16 @@ impl Index {
     /// An empty index, with room for CRCs or without.
     pub(super) fn new(geometry: Geometry, with_crcs: bool) -> Index {
         let places = geometry.slots() * u32::from(PLACES);
+        let held = vec![[0; 6]; places as usize].into_boxed_slice();
+        let with_crc = if with_crcs { places as usize } else { 0 };
+        let crcs = vec![0; with_crc].into_boxed_slice();
+        let known = vec![0; with_crc.div_ceil(64)].into_boxed_slice();
+        prefer_huge_pages(&held);
+        prefer_huge_pages(&crcs);
         Index {
-            places: vec![[0; 6]; places as usize].into_boxed_slice(),
-            crcs: vec![0; if with_crcs { places as usize } else { 0 }].into_boxed_slice(),
+            places: held,
+            crcs,
+            known,
             newest: Table::new(places),
             secret: RandomState::new().hash_one(0),
         }
@@ -60,8 +70,7 @@ impl Index {
     /// The newest version of a block.
     pub(super) fn get(&self, block: BlockNo) -> Option<Cached> {
         let (_, number) = self.newest.find(self.hash(block), |number| self.holds(number, block))?;
-        let [.., dirty] = self.places[number as usize];
-        Some(Cached { place: place(number), dirty: DirtyBits(dirty) })
+        Some(self.cached(number))
     }
 
     /// What a place holds, whether or not it is the newest version of its block.
@@ -72,7 +81,9 @@ impl Index {
     /// The CRC-32C of what a place holds, if it is known.
     pub(super) fn crc(&self, place: Place) -> Option<u32> {
         self.at(place)?;
-        self.crcs.get(number(place) as usize).copied().filter(|&crc| crc != 0)
+        let (word, bit) = known_at(number(place));
+        let known = self.known.get(word).is_some_and(|word| word & bit != 0);
+        known.then(|| self.crcs[number(place) as usize])
     }
 
     /// Notes the CRC-32C of what a place holds. Forgotten where the cache keeps none, or the place holds nothing.
@@ -81,6 +92,8 @@ impl Index {
             && let Some(kept) = self.crcs.get_mut(number(place) as usize)
         {
             *kept = crc;
+            let (word, bit) = known_at(number(place));
+            self.known[word] |= bit;
         }
     }
 
@@ -96,20 +109,33 @@ impl Index {
         // An entry must not outlive what its place holds: the table asks the place for its hash.
         self.vacate(number);
         self.places[number as usize] = held(block, dirty);
-        if let Some(crc) = self.crcs.get_mut(number as usize) {
-            *crc = 0;
+        let (word, bit) = known_at(number);
+        if let Some(word) = self.known.get_mut(word) {
+            *word &= !bit;
         }
     }
 
-    /// Makes a place the newest version of the block that it holds.
-    pub(super) fn link(&mut self, block: BlockNo, place: Place) {
+    /// To be called for some blocks that are looked up next: see [`Table::fetch`].
+    pub(super) fn fetch(&self, block: BlockNo) {
+        self.newest.fetch(self.hash(block));
+    }
+
+    /// Makes a place the newest version of the block that it holds. Returns the one before.
+    pub(super) fn link(&mut self, block: BlockNo, place: Place) -> Option<Cached> {
         let (number, hash_of_block) = (number(place), self.hash(block));
-        if let Some((at, _)) = self.newest.find(hash_of_block, |number| self.holds(number, block)) {
-            return self.newest.replace(at, number);
+        if let Some((at, old)) = self.newest.find(hash_of_block, |number| self.holds(number, block)) {
+            self.newest.replace(at, number);
+            return Some(self.cached(old));
         }
         let (places, secret) = (&self.places, self.secret);
         let block_of = |n: u32| unpacked(places[n as usize]).map_or(0, |(block, _)| block.0);
         self.newest.insert(hash_of_block, number, |n| hash(BlockNo(block_of(n) ^ secret)));
+        None
+    }
+
+    fn cached(&self, number: u32) -> Cached {
+        let [.., dirty] = self.places[number as usize];
+        Cached { place: place(number), dirty: DirtyBits(dirty) }
     }
 
     /// Changes the dirty bits of a place that holds something.
@@ -153,6 +179,11 @@ impl Index {
     fn hash(&self, block: BlockNo) -> u64 {
         hash(BlockNo(block.0 ^ self.secret))
     }
+}
+
+/// Where [`Index::known`] has a place: the word, and the bit in it.
+fn known_at(number: u32) -> (usize, u64) {
+    (number as usize / 64, 1 << (number % 64))
 }
 
 fn number(place: Place) -> u32 {

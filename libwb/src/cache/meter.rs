@@ -23,6 +23,10 @@ pub(super) struct Flushes {
     /// Held during a flush.
     alone: AsyncMutex<()>,
     failed: AtomicU64,
+    /// Flushes are numbered in the order in which they begin, from 1 on.
+    begun: AtomicU64,
+    /// The newest one that did not fail.
+    succeeded: AtomicU64,
 }
 
 /// How many flushes had failed at some moment.
@@ -35,17 +39,23 @@ impl Flushes {
         Failures(self.failed.load(Ordering::Acquire))
     }
 
-    /// Makes durable what was written since `before`.
+    /// Makes durable what was written since `before`. Those who wait at the same time share a flush.
     ///
     /// # Errors
     /// When this flush fails, or another one has since. The writes must be repeated, then.
     pub(super) async fn flush(&self, device: &Metered, before: Failures) -> Result<(), DeviceError> {
+        // One that begins from now on covers what was written.
+        let enough = self.begun.load(Ordering::Acquire) + 1;
         let _alone = self.alone.lock().await;
-        let flushed = device.flush().await;
-        if flushed.is_err() {
-            self.failed.fetch_add(1, Ordering::AcqRel);
+        if self.succeeded.load(Ordering::Acquire) < enough {
+            let number = self.begun.fetch_add(1, Ordering::AcqRel) + 1;
+            let flushed = device.flush().await;
+            if flushed.is_err() {
+                self.failed.fetch_add(1, Ordering::AcqRel);
+            }
+            flushed?;
+            self.succeeded.store(number, Ordering::Release);
         }
-        flushed?;
         if self.failures() == before {
             return Ok(());
         }

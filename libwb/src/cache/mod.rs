@@ -8,8 +8,11 @@
 mod access;
 mod age;
 mod appender;
+mod bypass;
 mod commits;
+mod direct;
 mod discard;
+mod fence;
 mod handover;
 mod index;
 mod latency;
@@ -33,7 +36,7 @@ pub use access::{Access, Accesses};
 pub use latency::{Histogram, Latencies, Timed};
 pub use statistics::{Counters, Statistics};
 pub use status::Status;
-pub use tunables::{TunableError, TunableValue, Tunables, WritebackOrder};
+pub use tunables::{TunableError, TunableValue, Tunables, WriteMode, WritebackOrder};
 
 use crate::device::{BlockDevice, Device, DeviceError, Operation};
 use crate::format::{
@@ -55,6 +58,9 @@ use statistics::{AtomicCounters, Baseline};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
+
+/// Writes are paced when less than this part of the log is free: one in so many.
+pub const PACED_BELOW: u64 = throttle::TIGHT;
 
 const _: () = assert!(SUPERBLOCK_REGION_BYTES.is_multiple_of(SECTOR_BYTES as u64));
 
@@ -85,7 +91,7 @@ pub enum CacheError {
         backing: String,
         /// Its size in bytes.
         bytes: u64,
-        /// The largest size that would do.
+        /// The largest size that would do, in bytes.
         maximum: u64,
     },
     /// The cache is being closed.
@@ -214,7 +220,7 @@ impl Cache {
 
     /// Changes the tunables, from now on.
     pub fn set_tunables(&self, tunables: Tunables) {
-        self.inner.lock().staging.configure(&tunables);
+        self.inner.lock().configure(&tunables);
         *self.inner.tunables.lock() = tunables;
         self.inner.events.writeback.notify(usize::MAX);
         self.inner.events.staging.notify(usize::MAX);
@@ -231,41 +237,32 @@ impl Cache {
         self.inner.events.writeback.notify(usize::MAX);
     }
 
-    /// Makes everything that was acknowledged before survive a power cut.
+    /// Makes everything that was acknowledged before survive a power cut; in the modes `through` and `around`, the loss of
+    /// the cache device, too.
     ///
     /// # Errors
-    /// When the cache device fails; nothing is known then of what was not flushed before.
+    /// When the cache device fails; nothing is known then of what was not flushed before. In those modes, also when the
+    /// backing device does. And when the cache is being closed.
     pub async fn flush(&self) -> Result<(), CacheError> {
-        let target = if self.inner.commits() {
-            self.inner.want_commit()?
-        } else {
-            Position::end_of(self.inner.seal().await?)
-        };
         self.inner.counters.flushes.add(1);
-        self.inner.wait_durable(target).await
+        self.inner.flush_log().await?;
+        // What still is in the log goes where the mode promises it to be.
+        let leftover = {
+            let state = self.inner.lock();
+            state.bypass.mode != WriteMode::Back && state.dirty_blocks > 0
+        };
+        if leftover { self.drain().await } else { Ok(()) }
     }
 
     /// Writes everything back that is dirty at the time of the call. Dropped, it leaves the rest to the usual policy.
     ///
     /// # Errors
-    /// When a device fails. Write-back goes on trying by itself.
+    /// When a device fails, and write-back goes on trying by itself; or when the cache is being closed.
     pub async fn drain(&self) -> Result<(), CacheError> {
         let target = self.inner.seal().await?;
         // Once the newest versions are durable, older ones need not be written.
         self.inner.wait_durable(Position::end_of(target)).await?;
-        let _drain = Drain::to(target, &self.inner);
-        let failures = self.inner.counters.writeback_errors.get();
-        let inner = &self.inner;
-        inner
-            .wait(&inner.events.changed, |state| match &state.failure {
-                Some(failure) => Some(Err(CacheError::Failed(failure.clone()))),
-                None if state.written_back >= target => Some(Ok(())),
-                None if inner.counters.writeback_errors.get() > failures => {
-                    inner.counters.last_writeback_error().map(|error| Err(CacheError::Device(error)))
-                }
-                None => state.stopping.then_some(Err(CacheError::Closed)),
-            })
-            .await
+        self.inner.drain_to(target).await
     }
 
     /// Takes no more requests, makes everything durable, and ends the background tasks.
@@ -276,6 +273,7 @@ impl Cache {
         self.inner.lock().closing = true;
         self.inner.events.wake_all();
         let flushed = self.inner.close_log().await;
+        self.inner.wait(&self.inner.events.changed, |state| state.fenced.is_empty().then_some(())).await;
         self.inner.lock().stopping = true;
         self.inner.events.wake_all();
         self.inner.wait(&self.inner.events.changed, |state| (state.tasks == 0).then_some(())).await;
@@ -313,6 +311,27 @@ impl Inner {
     /// and the record of it names whole segments.
     fn commits(&self) -> bool {
         self.digest.is_some() && self.tunables.lock().writeback_order != WritebackOrder::Strict
+    }
+
+    /// Makes everything durable that was acknowledged before.
+    async fn flush_log(&self) -> Result<(), CacheError> {
+        let target = if self.commits() { self.want_commit()? } else { Position::end_of(self.seal().await?) };
+        self.wait_durable(target).await
+    }
+
+    /// Writes back every segment up to one that is durable.
+    async fn drain_to(&self, target: SegmentId) -> Result<(), CacheError> {
+        let _drain = Drain::to(target, self);
+        let failures = self.counters.writeback_errors.get();
+        self.wait(&self.events.changed, |state| match &state.failure {
+            Some(failure) => Some(Err(CacheError::Failed(failure.clone()))),
+            None if state.written_back >= target => Some(Ok(())),
+            None if self.counters.writeback_errors.get() > failures => {
+                self.counters.last_writeback_error().map(|error| Err(CacheError::Device(error)))
+            }
+            None => state.stopping.then_some(Err(CacheError::Closed)),
+        })
+        .await
     }
 
     /// Asks for a commit of what is in RAM, if it is not durable. Returns what a flush waits for.
@@ -366,11 +385,7 @@ impl Inner {
         if extension.clean == Some(newest) {
             return Ok(());
         }
-        let page = SuperblockExtension {
-            generation: extension.generation.wrapping_add(1),
-            clean: Some(newest),
-            ..extension.clone()
-        };
+        let page = SuperblockExtension { clean: Some(newest), ..extension.next() };
         write_extension(&self.cache, &page).await?;
         self.cache.flush().await
     }

@@ -8,7 +8,7 @@ use super::state::State;
 use super::statistics::{AtomicCounters, Baseline};
 use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
-use crate::device::{BlockDevice, Device, DeviceError, all};
+use crate::device::{BlockDevice, Device, DeviceError, Overlay, all};
 use crate::format::{
     BLOCK_BYTES, DirtyBits, Geometry, Metablock, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot,
     SuperblockExtension, to_u64, to_usize,
@@ -24,7 +24,7 @@ use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
 use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -41,6 +41,23 @@ pub(super) enum Reading {
     Whole,
 }
 
+/// What a cache is opened for.
+#[derive(Clone, Copy, Debug)]
+struct Purpose {
+    reading: Reading,
+    /// The segment that counts as the newest, where that is not the newest that recovery finds. Only on an [`Overlay`].
+    until: Option<SegmentId>,
+    /// Reads alone: no background task is started.
+    read_only: bool,
+    planted: Planted,
+}
+
+impl Purpose {
+    fn serve(reading: Reading) -> Purpose {
+        Purpose { reading, until: None, read_only: false, planted: Planted::default() }
+    }
+}
+
 /// A log as it was read, and what its segments hold.
 struct Replay {
     superblock: Superblock,
@@ -49,6 +66,8 @@ struct Replay {
     /// Dirty sectors of older versions that the newest version of their block does not carry. They had been written
     /// back when the newer version was made, but the log does not say so.
     leftovers: Vec<Item>,
+    /// The newest live segment with a clean entry, of which the index knows nothing.
+    staged: SegmentId,
     bytes_read: u64,
     ages: Ages,
 }
@@ -65,7 +84,7 @@ impl Cache {
         runtime: Arc<dyn Runtime>,
         tunables: Tunables,
     ) -> Result<Cache, CacheError> {
-        Cache::open_with(cache, backing, runtime, tunables, Reading::Headers, Planted::default()).await
+        Cache::open_with(cache, backing, runtime, tunables, Purpose::serve(Reading::Headers)).await
     }
 
     /// As [`Cache::open`], but looks at all data of the log first.
@@ -78,7 +97,39 @@ impl Cache {
         runtime: Arc<dyn Runtime>,
         tunables: Tunables,
     ) -> Result<Cache, CacheError> {
-        Cache::open_with(cache, backing, runtime, tunables, Reading::Whole, Planted::default()).await
+        Cache::open_with(cache, backing, runtime, tunables, Purpose::serve(Reading::Whole)).await
+    }
+
+    /// As [`Cache::open`], for reads alone: neither device is written to. What recovery would write lies in memory.
+    /// Of the other operations, none may be called.
+    ///
+    /// # Errors
+    /// As [`Cache::open`].
+    pub async fn open_read_only(
+        cache: Device,
+        backing: Device,
+        runtime: Arc<dyn Runtime>,
+    ) -> Result<Cache, CacheError> {
+        let purpose = Purpose { read_only: true, ..Purpose::serve(Reading::Headers) };
+        let (cache, backing) = (Overlay::over(cache), Overlay::over(backing));
+        let tunables = Tunables { read_cache_threshold: 0, ..Tunables::default() };
+        Cache::open_with(Arc::new(cache), Arc::new(backing), runtime, tunables, purpose).await
+    }
+
+    /// As [`Cache::open_verified`], of the log as it was when a segment was the newest, to write that back. Nothing is
+    /// written to the cache device, so that the log is still there afterwards, to its end.
+    ///
+    /// # Errors
+    /// As [`Cache::open_verified`], and when the segment is not in the part of the log that is not written back.
+    pub async fn open_until(
+        cache: Device,
+        backing: Device,
+        runtime: Arc<dyn Runtime>,
+        until: SegmentId,
+    ) -> Result<Cache, CacheError> {
+        let purpose = Purpose { until: Some(until), ..Purpose::serve(Reading::Whole) };
+        let cache = Arc::new(Overlay::over(cache));
+        Cache::open_with(cache, backing, runtime, Tunables::default(), purpose).await
     }
 
     /// As [`Cache::open`], with a bug.
@@ -93,7 +144,8 @@ impl Cache {
         tunables: Tunables,
         planted: Planted,
     ) -> Result<Cache, CacheError> {
-        Cache::open_with(cache, backing, runtime, tunables, Reading::Headers, planted).await
+        let purpose = Purpose { planted, ..Purpose::serve(Reading::Headers) };
+        Cache::open_with(cache, backing, runtime, tunables, purpose).await
     }
 
     async fn open_with(
@@ -101,13 +153,13 @@ impl Cache {
         backing: Device,
         runtime: Arc<dyn Runtime>,
         tunables: Tunables,
-        reading: Reading,
-        planted: Planted,
+        purpose: Purpose,
     ) -> Result<Cache, CacheError> {
+        let planted = purpose.planted;
         let started = runtime.now();
         check_size(&backing)?;
-        let replay = Replay::read(&cache, &backing, reading, planted).await?;
-        let Replay { superblock, recovery, index, leftovers, bytes_read, ages } = replay;
+        let replay = Replay::read(&cache, &backing, purpose).await?;
+        let Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages } = replay;
         let geometry = superblock.geometry;
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let grown = grown(superblock.extension.as_ref(), &backing);
@@ -115,7 +167,10 @@ impl Cache {
         state.planted = planted;
         state.ages = ages;
         state.dirty_blocks = to_u64(state.index.len());
-        state.staging.configure(&tunables);
+        state.configure(&tunables);
+        // Of a log that does not go on, nothing is written back before somebody asks for it.
+        state.paused = purpose.until.is_some();
+        state.forgotten = staged.max(written_back);
         let opened = runtime.now();
         let recovery_time = opened.saturating_sub(started);
         let inner = Arc::new(Inner {
@@ -144,7 +199,9 @@ impl Cache {
             write_extension(&inner.cache, &page).await?;
             inner.cache.flush().await?;
         }
-        inner.start_tasks();
+        if !purpose.read_only {
+            inner.start_tasks();
+        }
         Ok(Cache { inner })
     }
 }
@@ -156,10 +213,19 @@ impl Cache {
     /// As [`Cache::open_verified`].
     pub async fn examine(cache: &Device, backing: &Device) -> Result<(Recovery, Totals), CacheError> {
         check_size(backing)?;
-        let replay = Replay::read(cache, backing, Reading::Whole, Planted::default()).await?;
+        let replay = Replay::read(cache, backing, Purpose::serve(Reading::Whole)).await?;
         let live = live_totals(cache, replay.superblock.geometry, &replay.recovery, None).await?;
         Ok((replay.recovery, live))
     }
+}
+
+fn replay_until(cache: &Device, recovery: Recovery, until: SegmentId) -> Result<Recovery, LogError> {
+    let points = recovery.points();
+    if points.contains(&until) {
+        return Ok(recovery.until(until));
+    }
+    let (first, last) = points.into_inner();
+    Err(LogError::NoSuchPoint { device: cache.name().to_string(), until, first, last })
 }
 
 /// What to record when the backing device is larger than it was, so that it is noticed should it shrink again.
@@ -196,6 +262,8 @@ struct Slots<'a> {
     index: Index,
     /// Where the first entry in a slot lies that does not fit on the backing device.
     outside: HashMap<Slot, Sector>,
+    /// Slots with clean entries.
+    staged: HashSet<Slot>,
     bytes_read: u64,
     ages: Ages,
 }
@@ -203,9 +271,10 @@ struct Slots<'a> {
 impl Slots<'_> {
     /// Takes in a slot. What was taken in of it before counts no more.
     fn visit(&mut self, slot: Slot, content: &SlotContent) {
-        self.bytes_read += content.bytes_read();
+        self.bytes_read += content.bytes_read;
         self.index.forget(slot);
         self.outside.remove(&slot);
+        self.staged.remove(&slot);
         let Some(header) = content.header.as_ref().filter(|_| content.state.valid_id().is_some()) else {
             return;
         };
@@ -216,6 +285,7 @@ impl Slots<'_> {
             // Staged by read caching. What it holds may be older than the backing device by now: the kernel module
             // writes around a cache without a trace in the log.
             if entry.dirty.is_clean() {
+                self.staged.insert(slot);
                 continue;
             }
             if let Some(sector) = outside(self.backing, entry) {
@@ -232,16 +302,16 @@ impl Slots<'_> {
     /// Applies what a live segment holds.
     fn apply(&mut self, id: SegmentId, leftovers: &mut Vec<Item>) {
         let slot = self.geometry.slot_of(id);
-        for place in (0..PLACES).map(|index| Place { slot, index }) {
+        let places = || (0..PLACES).map(|index| Place { slot, index });
+        places().filter_map(|place| self.index.at(place)).for_each(|(block, _)| self.index.fetch(block));
+        for place in places() {
             let Some((block, dirty)) = self.index.at(place) else { continue };
-            if let Some(old) = self.index.get(block) {
+            if let Some(old) = self.index.link(block, place) {
                 let sectors = old.dirty.without(dirty);
-                let id = self.geometry.id_in_slot(old.place.slot, id);
                 if !sectors.is_clean() {
-                    leftovers.push(Item { block, id, place: old.place, sectors });
+                    leftovers.push(Item { block, place: old.place, sectors });
                 }
             }
-            self.index.link(block, place);
         }
     }
 }
@@ -250,8 +320,7 @@ impl Replay {
     async fn read(
         cache: &Device,
         backing: &Device,
-        reading: Reading,
-        planted: Planted,
+        Purpose { reading, until, planted, .. }: Purpose,
     ) -> Result<Replay, LogError> {
         let superblock = read_superblock(cache).await?;
         let geometry = superblock.geometry;
@@ -260,6 +329,7 @@ impl Replay {
             backing,
             index: Index::new(geometry, superblock.extension.is_some()),
             outside: HashMap::new(),
+            staged: HashSet::new(),
             bytes_read: 0,
             ages: Ages::new(geometry.slots()),
         };
@@ -274,6 +344,10 @@ impl Replay {
             let device = cache.name().to_string();
             return Err(LogError::Corrupt { device, corruption: recovery.corruption });
         }
+        let recovery = match until {
+            Some(until) => replay_until(cache, recovery, until)?,
+            None => recovery,
+        };
         if let Some(extension) = &superblock.extension {
             check_pairing(cache, extension, &BackingFacts::of(backing))?;
         }
@@ -304,11 +378,16 @@ impl Slots<'_> {
             self.index.forget(slot);
         }
         let mut leftovers = Vec::new();
+        let mut staged = SegmentId::NONE;
         for id in live {
             self.apply(id, &mut leftovers);
+            if self.staged.contains(&self.geometry.slot_of(id)) {
+                staged = id;
+            }
         }
         let Slots { index, bytes_read, ages, .. } = self;
-        Ok(Replay { superblock: superblock.clone(), recovery, index, leftovers, bytes_read, ages })
+        let superblock = superblock.clone();
+        Ok(Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages })
     }
 }
 

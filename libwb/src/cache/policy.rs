@@ -3,7 +3,7 @@
 use super::commits::Position;
 use super::state::State;
 use super::writeback::Stop;
-use super::{Inner, WritebackOrder};
+use super::{Inner, Tunables, WriteMode, WritebackOrder};
 use crate::device::BlockDevice;
 use crate::format::{Reason, SegmentId};
 use crate::planted::Bug;
@@ -11,14 +11,13 @@ use futures_util::future::{BoxFuture, Either, select};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// The most segments in a batch, as `nr_max_batched_writeback` has it.
+const LARGEST_BATCH: u64 = 4096;
 /// How often the load is looked at. After this time without a write, the log is written back though there is room.
 const PERIOD: Duration = Duration::from_secs(1);
-/// A batch is at most this part of the log, one in so many segments, since its slots come free all at once. Where writes
-/// are paced they would use up what is left in the meantime, if it was larger.
-const TIGHT_BATCH: u64 = 8;
-/// The same while writes are not paced yet: the larger a batch, the less a disk's arm moves for each block of it. The slots
-/// that are free when the pacing begins outlast it (see [`super::throttle`]).
-const ROOMY_BATCH: u64 = 4;
+/// A batch is at most this part of the log, one in so many segments, since its slots come free all at once and writes have to
+/// make do with the others until then. The larger a batch, the less a disk's arm moves for each block of it.
+const BATCH: u64 = 4;
 /// But it need not be smaller than this.
 const SMALL_BATCH: u64 = 8;
 /// The log is written back, whatever the load, when less than this part of the slots is free: one in so many.
@@ -102,6 +101,7 @@ impl Inner {
                         pause = PAUSE;
                     }
                     Err(Stop::Closing) => {}
+                    Err(Stop::Device(_)) if self.reaches_further_than(last) => {}
                     Err(Stop::Device(error)) => {
                         tracing::warn!("write-back failed, the data stays in the cache: {error}");
                         self.counters.writeback_failed(&error);
@@ -172,6 +172,24 @@ impl Inner {
     fn next_writeback(&self, load: &Load) -> Next {
         let tunables = self.tunables.lock().clone();
         let mut state = self.lock();
+        let next = self.choose(&mut state, load, &tunables);
+        state.writing_back = matches!(next, Next::Batch { .. } | Next::Flush);
+        next
+    }
+
+    fn is_strict(&self, tunables: &Tunables) -> bool {
+        tunables.writeback_order == WritebackOrder::Strict && !self.planted.has(Bug::EpochsMixed)
+    }
+
+    /// Whether the next batch is to go on after this segment, up to where what cannot be read has a newer version. In
+    /// strict order it must not.
+    fn reaches_further_than(&self, last: SegmentId) -> bool {
+        let is_strict = self.is_strict(&self.tunables.lock());
+        let state = self.lock();
+        !is_strict && state.replacement(state.durable).is_some_and(|id| last < id)
+    }
+
+    fn choose(&self, state: &mut State, load: &Load, tunables: &Tunables) -> Next {
         if state.stopping || state.failure.is_some() {
             return Next::End;
         }
@@ -181,11 +199,13 @@ impl Inner {
         if load.idle && state.open.is_some() && state.seal(Reason::Idle).is_ok() {
             self.events.appender.notify(usize::MAX);
         }
-        let most = u64::from(tunables.nr_max_batched_writeback).min(state.largest_batch());
+        let most = u64::from(tunables.nr_max_batched_writeback).min(state.largest_batch(load));
         let reached = if self.planted.has(Bug::VolatileWrittenBack) { state.written } else { state.durable };
         let mut last = reached.min(state.written_back.plus(most));
-        if tunables.writeback_order == WritebackOrder::Strict && !self.planted.has(Bug::EpochsMixed) {
+        if self.is_strict(tunables) {
             last = state.first_flush_within(last);
+        } else {
+            last = last.max(state.replacement(reached).unwrap_or_default());
         }
         if last > state.written_back {
             return Next::Batch { last };
@@ -208,18 +228,28 @@ impl State {
         if self.paused {
             return false;
         }
+        if self.bypass.mode != WriteMode::Back && self.dirty_segments() > 0 {
+            return true;
+        }
         let lap = self.geometry.lap();
         let urgent = self.free_slots() * URGENT < lap;
         let half_full = self.dirty_segments() * 2 >= lap;
         urgent || ((load.idle || half_full) && load.percent < threshold)
     }
 
-    /// How many segments may be written back at a time.
-    fn largest_batch(&self) -> u64 {
-        // Until the pace is known, nothing keeps writes from using up the slots.
-        let roomy = self.throttle.per_place().is_some() && !self.is_tight();
-        let part = if roomy { ROOMY_BATCH } else { TIGHT_BATCH };
-        (self.geometry.lap() / part).max(SMALL_BATCH)
+    /// How many segments may be written back at a time. Where hardly anything is written meanwhile, or somebody waits for
+    /// all of it, as many as there are free slots.
+    fn largest_batch(&self, load: &Load) -> u64 {
+        let part = (self.geometry.lap() / BATCH).max(SMALL_BATCH);
+        let calm = load.idle || self.drain_to() > self.written_back;
+        if calm { part.max(self.free_slots()) } else { part }
+    }
+
+    /// Up to where a batch must reach to heal what cannot be read, if it may: no larger than the largest that can be set, for
+    /// each block of it takes memory.
+    fn replacement(&self, reached: SegmentId) -> Option<SegmentId> {
+        let furthest = reached.min(self.written_back.plus(LARGEST_BATCH));
+        Some(self.replaced_by).filter(|&id| id <= furthest)
     }
 
     /// The first segment after `written_back`, up to `last`, that a flush closed; or `last`.

@@ -6,7 +6,7 @@ use super::staging::Reserved;
 use super::state::State;
 use super::write::{Fragment, fragments};
 use super::{Cache, CacheError, Inner};
-use crate::device::{BlockDevice, DeviceError, IoBuf, Operation};
+use crate::device::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation};
 use crate::format::{
     BLOCK_BYTES, DirtyBits, Place, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, Slot, crc32c, to_u64, to_usize,
 };
@@ -52,7 +52,6 @@ struct Part {
 enum Source {
     Cache {
         _pinned: Pinned,
-        first: Place,
         last: Place,
         /// The CRC-32C of each block, where it is known. Noted before the slot may be written anew.
         crcs: Vec<Option<u32>>,
@@ -149,7 +148,6 @@ impl Plan {
         self.last_cache = Some(self.fetches.len());
         let source = Source::Cache {
             _pinned: Pinned::new(inner, state, place.slot),
-            first: place,
             last: place,
             crcs: vec![state.index.crc(place)],
             clean_at: (!dirty).then(|| wanted.block.bytes()),
@@ -205,18 +203,19 @@ impl State {
 impl Inner {
     /// Fetches what a read needs, and fills the rest of its buffer.
     async fn fetch_all(&self, mut fetches: Vec<Fetch>, mut buf: IoBuf) -> Result<IoBuf, CacheError> {
-        if fetches.len() == 1 && fetches[0].is_whole(buf.len()) {
+        let alone = fetches.len() == 1;
+        if alone && fetches[0].is_whole(buf.len()) {
             let fetch = fetches.remove(0);
-            let (data, skip) = self.fetch(&fetch, Some(buf)).await?;
+            let (data, skip) = self.fetch(&fetch, Some(buf), alone).await?;
             // A device with larger blocks may have given more than was asked for.
             let exact = skip == 0 && data.len() == fetch.length;
             return Ok(if exact { data } else { IoBuf::copy_of(&data[skip..skip + fetch.length]) });
         }
         let mut reads: FuturesUnordered<_> = fetches
             .into_iter()
-            .map(
-                |fetch| async move { self.fetch(&fetch, None).await.map(|(data, skip)| (fetch, data, skip)) },
-            )
+            .map(|fetch| async move {
+                self.fetch(&fetch, None, alone).await.map(|(data, skip)| (fetch, data, skip))
+            })
             .collect();
         while let Some(done) = reads.next().await {
             let (fetch, data, skip) = done?;
@@ -269,14 +268,22 @@ impl Inner {
     }
 
     /// Fetches from a device. Also returns how many bytes precede what was asked for. `into` is a buffer of just
-    /// the right length, if there is one.
-    async fn fetch(&self, fetch: &Fetch, into: Option<IoBuf>) -> Result<(IoBuf, usize), CacheError> {
-        let (first, crcs, clean_at) = match &fetch.source {
+    /// the right length, if there is one. `alone` is a fetch beside which the request needs no other.
+    async fn fetch(
+        &self,
+        fetch: &Fetch,
+        into: Option<IoBuf>,
+        alone: bool,
+    ) -> Result<(IoBuf, usize), CacheError> {
+        let (crcs, clean_at) = match &fetch.source {
             Source::Backing => return Ok(self.fetch_backing(fetch.offset, fetch.length, into).await?),
-            Source::Cache { first, crcs, clean_at, .. } => (*first, crcs, *clean_at),
+            Source::Cache { crcs, clean_at, .. } => (crcs, *clean_at),
         };
         let buf = into.unwrap_or_else(|| IoBuf::zeroed(fetch.length));
-        match (self.read_verified(first, crcs, buf).await, clean_at) {
+        // The cache device is quick: to wait for it here takes less than to hand the read over.
+        let read =
+            if alone { self.cache.read_alone(fetch.offset, buf) } else { self.cache.read(fetch.offset, buf) };
+        match (self.verified(crcs, fetch.offset, read).await, clean_at) {
             (Ok(data), _) => Ok((data, 0)),
             (Err(error), None) => Err(error.into()),
             (Err(_), Some(at)) => {
@@ -305,22 +312,23 @@ impl Inner {
     /// Reads neighbouring places of a slot from the cache device, and verifies their data where its CRC is known.
     /// The slot is pinned, or not written back.
     pub(super) async fn read_places(&self, first: Place, buf: IoBuf) -> Result<IoBuf, DeviceError> {
-        let crcs: Vec<Option<u32>> = {
+        let (offset, crcs): (u64, Vec<Option<u32>>) = {
             let state = self.lock();
             let indices = (first.index..).take(buf.len() / BLOCK_BYTES);
-            indices.map(|index| state.index.crc(Place { index, ..first })).collect()
+            let crcs = indices.map(|index| state.index.crc(Place { index, ..first })).collect();
+            (state.geometry.place_offset(first), crcs)
         };
-        self.read_verified(first, &crcs, buf).await
+        self.verified(&crcs, offset, self.cache.read(offset, buf)).await
     }
 
-    async fn read_verified(
+    /// Verifies what a read from the cache device at `offset` brings.
+    async fn verified(
         &self,
-        first: Place,
         crcs: &[Option<u32>],
-        buf: IoBuf,
+        offset: u64,
+        read: IoFuture<IoBuf>,
     ) -> Result<IoBuf, DeviceError> {
-        let offset = self.lock().geometry.place_offset(first);
-        let read = self.cache.read(offset, buf).await.and_then(|data| self.verify(crcs, offset, data));
+        let read = read.await.and_then(|data| self.verify(crcs, offset, data));
         read.inspect_err(|error| {
             tracing::error!("{error}");
             self.counters.cache_read_errors.add(1);

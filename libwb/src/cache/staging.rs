@@ -86,7 +86,9 @@ impl Staging {
 
     /// A whole block is to be read from the backing device. Returns whether a cell was reserved for it.
     pub(super) fn missed(&mut self, block: BlockNo, ticket: Ticket) -> bool {
-        let Some(misses) = self.misses.as_mut() else { return false };
+        if self.misses.is_none() {
+            return false;
+        }
         self.sequence = if block == self.next { self.sequence + 1 } else { 1 };
         self.next = BlockNo(block.0 + 1);
         if self.sequence > self.threshold {
@@ -96,9 +98,11 @@ impl Staging {
             }
             return false;
         }
-        // Of two reads of the same block, the first has the cell.
-        let wanted = misses.again(block) && self.has_room() && !self.holds(block);
-        if wanted {
+        // Of two reads of the same block, the first has the cell. Without a free one, the next miss counts again.
+        let again = self.misses.as_mut().is_some_and(|misses| misses.again(block));
+        let wanted = again && self.has_room() && !self.holds(block);
+        if wanted && let Some(misses) = &mut self.misses {
+            misses.forget(block);
             self.pending.insert(block, ticket);
         }
         wanted
@@ -111,6 +115,15 @@ impl Staging {
 
     fn has_room(&self) -> bool {
         self.pending.len() + self.filled.len() < self.limit
+    }
+
+    /// Fills a cell, if one is free, with the newest version of a block. Returns whether there was one.
+    pub(super) fn keep(&mut self, block: BlockNo, data: IoBuf) -> bool {
+        let kept = self.has_room();
+        if kept {
+            self.filled.insert(block, data);
+        }
+        kept
     }
 
     /// What was read of a block for which a cell was reserved. Returns whether it is kept.
@@ -138,7 +151,7 @@ impl Staging {
     }
 
     /// Whether it is time to put filled cells into the log: there is a segment's worth, or there are no more cells.
-    fn is_ripe(&self) -> bool {
+    pub(super) fn is_ripe(&self) -> bool {
         self.filled.len() >= usize::from(PLACES) || (!self.filled.is_empty() && !self.has_room())
     }
 }
@@ -151,15 +164,23 @@ impl Misses {
         Misses(vec![0; places.next_power_of_two().clamp(FEWEST_MISSES, MOST_MISSES)].into())
     }
 
-    /// Whether a block was missed before. If so, that is forgotten; if not, it is remembered.
+    /// Whether a block was missed before. From now on, it was.
     fn again(&mut self, block: BlockNo) -> bool {
+        let (entry, tag) = self.entry(block);
+        std::mem::replace(entry, tag) == tag
+    }
+
+    fn forget(&mut self, block: BlockNo) {
+        *self.entry(block).0 = 0;
+    }
+
+    /// Where a block is remembered, and as what.
+    fn entry(&mut self, block: BlockNo) -> (&mut u32, u32) {
         let hash = hash(block);
         let nth = to_usize(hash) % self.0.len();
         // 0 stands for none. The bits that choose the entry are not among these.
         let tag = u32::try_from(hash >> 32).unwrap_or_default() | 1;
-        let again = self.0[nth] == tag;
-        self.0[nth] = if again { 0 } else { tag };
-        again
+        (&mut self.0[nth], tag)
     }
 }
 
@@ -319,6 +340,8 @@ mod tests {
         assert!(staging.is_ripe());
         staging.cancel(BlockNo(1));
         assert!(!staging.is_ripe());
+        let next = staging.ticket();
+        assert!(staging.missed(BlockNo(7), next), "it found no cell, and was missed twice all the same");
         staging.configure(&Tunables::default());
         assert!(!staging.holds(BlockNo(3)) && staging.misses.is_none(), "switched off");
     }

@@ -12,10 +12,12 @@
 
 use super::access::Accesses;
 use super::age::Ages;
+use super::bypass::Bypass;
 use super::commits::{Commits, Position};
 use super::index::Index;
 use super::staging::Staging;
 use super::throttle::Throttle;
+use super::tunables::Tunables;
 use crate::device::{DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, PLACES, Place, Reason, SEGMENT_BYTES, SegmentId, Slot,
@@ -55,8 +57,8 @@ pub(super) enum Wait {
     Slot,
     /// For the appender: too many sealed segments.
     Appender,
-    /// For a discard of this block.
-    Discard(BlockNo),
+    /// For a fence around this block.
+    Fence(BlockNo),
 }
 
 pub(super) struct State {
@@ -83,10 +85,10 @@ pub(super) struct State {
     pub(super) ages: Ages,
     /// For each slot whether an epoch of the write history ends with its segment: whether a flush came after it.
     epoch_ends: Box<[bool]>,
-    /// Blocks that are being discarded. Writes to them wait.
+    /// Blocks that a discard or a write around the log is changing on the backing device. Writes to them wait.
     pub(super) fenced: Vec<Range<BlockNo>>,
-    /// Up to where written-back segments may hold what was discarded. What had been written back before the cache was
-    /// opened is not in the index, so the first discard begins with all of that.
+    /// Up to where segments may hold what the backing device has newer, once they are written back. What had been written
+    /// back or staged before the cache was opened is not in the index, so the first discard begins with all of that.
     pub(super) forgotten: SegmentId,
     /// Up to where they were emptied because of that.
     pub(super) emptied: SegmentId,
@@ -96,10 +98,17 @@ pub(super) struct State {
     spare: Vec<IoBuf>,
     /// Writers that wait for a slot.
     pub(super) waiting_for_slot: usize,
+    /// Write-back has something to do.
+    pub(super) writing_back: bool,
+    /// The newest segment with a version of a block of which an older one cannot be read: once both are in one batch,
+    /// nobody needs the older.
+    pub(super) replaced_by: SegmentId,
     /// Blocks whose newest version is newer than the backing device.
     pub(super) dirty_blocks: u64,
     /// Blocks on their way into the log for reads alone.
     pub(super) staging: Staging,
+    /// Which writes go around the log.
+    pub(super) bypass: Bypass,
     /// What requests found in the cache.
     pub(super) accesses: Accesses,
     /// The cache device failed: nothing is acknowledged any more.
@@ -138,8 +147,11 @@ impl State {
             pins: HashMap::new(),
             spare: Vec::new(),
             waiting_for_slot: 0,
+            writing_back: false,
+            replaced_by: SegmentId::NONE,
             dirty_blocks: 0,
             staging: Staging::new(geometry.lap() * u64::from(PLACES)),
+            bypass: Bypass::default(),
             accesses: Accesses::default(),
             failure: None,
             closing: false,
@@ -147,6 +159,12 @@ impl State {
             tasks: 0,
             planted: Planted::default(),
         }
+    }
+
+    /// Goes by these tunables from now on.
+    pub(super) fn configure(&mut self, tunables: &Tunables) {
+        self.staging.configure(tunables);
+        self.bypass.configure(tunables);
     }
 
     /// The segment that a slot holds now, in RAM or on the device.

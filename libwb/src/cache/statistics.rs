@@ -78,12 +78,14 @@ counters! {
     partial_segments_written,
     /// Bytes written to the cache device: segments, superblock records, emptied segments.
     cache_write_bytes,
-    /// Blocks read that were kept for the read cache, on their way to the cache device.
+    /// Blocks read, or written through the cache, that were kept for reads, on their way to the cache device.
     staged_blocks,
     /// Clean blocks put into the log by read caching.
     injected_blocks,
     /// Bytes written back to the backing device.
     written_back_bytes,
+    /// Bytes that went to the backing device at once, around the cache.
+    direct_write_bytes,
     /// Bytes that the backing device was told to discard.
     discarded_bytes,
     /// Reads that failed on the cache device.

@@ -52,8 +52,11 @@ pub struct Status {
     pub recovery_bytes: u64,
     /// The tunables in force.
     pub tunables: Tunables,
-    /// How long write-back takes to free a place of the log while it works, as measured of late.
-    pub writeback_per_place: Option<Duration>,
+    /// Dirty blocks without those of the batch under way that have been written to the backing device. They count as dirty
+    /// until all of the batch is durable there.
+    pub blocks_to_write_back: u64,
+    /// How long write-back takes for a block while it works, as measured of late.
+    pub writeback_per_block: Option<Duration>,
     /// What was counted since the cache was opened, or since [`Cache::clear_statistics`].
     pub statistics: Statistics,
 }
@@ -87,7 +90,8 @@ impl Cache {
             recovery_time: inner.recovery_time,
             recovery_bytes: inner.recovery_bytes,
             tunables: self.tunables(),
-            writeback_per_place: state.throttle.per_place(),
+            blocks_to_write_back: state.dirty_blocks.saturating_sub(state.throttle.done()),
+            writeback_per_block: state.throttle.per_block(),
             statistics,
         }
     }

@@ -5,7 +5,9 @@
 //! moves to its other bucket, and so on (cuckoo hashing), [`MAX_MOVES`] times at most. What even that finds no room for is
 //! kept aside, where a search goes through all of it; the hash being secret, that does not come up.
 
-use crate::format::to_usize;
+use crate::format::{to_u64, to_usize};
+use crate::sys::prefer_huge_pages;
+use std::hint::black_box;
 
 /// Numbers in a bucket: as many as fit a cache line.
 const CELLS: usize = 16;
@@ -14,14 +16,16 @@ const FREE: u32 = 0;
 /// Entries that one insertion may move.
 const MAX_MOVES: u32 = 1000;
 
-#[derive(Clone)]
-#[repr(align(64))]
-struct Bucket([u32; CELLS]);
+type Bucket = [u32; CELLS];
 
 /// Finds numbers by the hash of what they stand for, which the caller knows.
 pub(super) struct Table {
-    /// In each cell a number plus one, and above it as much of the hash as there is room for; or [`FREE`].
-    buckets: Box<[Bucket]>,
+    /// In each cell a number plus one, and above it as much of the hash as there is room for; or [`FREE`]. Fresh memory that is
+    /// not touched before it is used.
+    cells: Box<[u32]>,
+    /// Where the first bucket begins, so that each is one cache line.
+    start: usize,
+    buckets: usize,
     /// What found no room.
     aside: Vec<u32>,
     /// Bits of a cell that the number takes, and the same as a mask.
@@ -46,14 +50,27 @@ impl Table {
         // One in eight cells stays free, so that hardly an insertion in a hundred finds both its buckets full.
         let cells = to_usize(limit.into()) + to_usize(limit.into()) / 7;
         let number_bits = u32::BITS - limit.leading_zeros();
+        let buckets = cells.div_ceil(CELLS).max(2);
+        let cells = vec![FREE; (buckets + 1) * CELLS].into_boxed_slice();
+        prefer_huge_pages(&cells);
         Table {
-            buckets: vec![Bucket([FREE; CELLS]); cells.div_ceil(CELLS).max(2)].into_boxed_slice(),
+            start: cells.as_ptr().align_offset(size_of::<Bucket>()).min(CELLS),
+            cells,
+            buckets,
             aside: Vec::new(),
             number_bits,
             number_mask: low_half(!(u64::MAX << number_bits)),
             len: 0,
             turn: 0,
         }
+    }
+
+    fn bucket(&self, nth: usize) -> &Bucket {
+        &self.cells[self.start..].as_chunks().0[nth]
+    }
+
+    fn bucket_mut(&mut self, nth: usize) -> &mut Bucket {
+        &mut self.cells[self.start..].as_chunks_mut().0[nth]
     }
 
     /// How many entries there are.
@@ -66,13 +83,13 @@ impl Table {
         let tag = self.tag(hash);
         let buckets = self.buckets_of(hash);
         // Both at once: if they have to be fetched from memory, that is under way at the same time.
-        let [one, other] = buckets.map(|bucket| self.alike(&self.buckets[bucket].0, tag));
+        let [one, other] = buckets.map(|bucket| self.alike(self.bucket(bucket), tag));
         let mut alike = one | other << CELLS;
         while alike != 0 {
             let nth = to_usize(alike.trailing_zeros().into());
             alike &= alike - 1;
             let (bucket, cell) = (buckets[nth / CELLS], nth % CELLS);
-            if let Some(number) = self.number(self.buckets[bucket].0[cell]).filter(|&number| is_it(number)) {
+            if let Some(number) = self.number(self.bucket(bucket)[cell]).filter(|&number| is_it(number)) {
                 return Some((At::Bucket { bucket, cell }, number));
             }
         }
@@ -80,8 +97,15 @@ impl Table {
         Some((At::Aside(aside), self.aside[aside]))
     }
 
+    /// Has the processor fetch what a search for this hash looks at. Searches that each wait for that take longer than a round
+    /// of these for all of them.
+    pub(super) fn fetch(&self, hash: u64) {
+        let [one, other] = self.buckets_of(hash);
+        black_box(self.bucket(one)[0] ^ self.bucket(other)[0]);
+    }
+
     /// A bit for each cell that may hold an entry of this tag. Without branches, so that cells are compared at once.
-    fn alike(&self, cells: &[u32; CELLS], tag: u32) -> u32 {
+    fn alike(&self, cells: &Bucket, tag: u32) -> u32 {
         let mut alike = 0;
         for (nth, cell) in cells.iter().enumerate() {
             alike |= u32::from(cell & !self.number_mask == tag) << nth;
@@ -93,8 +117,9 @@ impl Table {
     pub(super) fn replace(&mut self, at: At, number: u32) {
         match at {
             At::Bucket { bucket, cell } => {
-                let cell = &mut self.buckets[bucket].0[cell];
-                *cell = *cell & !self.number_mask | (number + 1);
+                let number_mask = self.number_mask;
+                let cell = &mut self.bucket_mut(bucket)[cell];
+                *cell = *cell & !number_mask | (number + 1);
             }
             At::Aside(nth) => self.aside[nth] = number,
         }
@@ -103,7 +128,7 @@ impl Table {
     /// Removes an entry that was found.
     pub(super) fn remove(&mut self, at: At) {
         match at {
-            At::Bucket { bucket, cell } => self.buckets[bucket].0[cell] = FREE,
+            At::Bucket { bucket, cell } => self.bucket_mut(bucket)[cell] = FREE,
             At::Aside(nth) => drop(self.aside.swap_remove(nth)),
         }
         self.len -= 1;
@@ -117,13 +142,14 @@ impl Table {
         // The emptier of the two, so that both are seldom full.
         let mut bucket = if self.free(one) >= self.free(other) { one } else { other };
         for _ in 0..MAX_MOVES {
-            let cells = &mut self.buckets[bucket].0;
+            let turn = self.turn;
+            let cells = self.bucket_mut(bucket);
             if let Some(free) = cells.iter_mut().find(|cell| **cell == FREE) {
                 *free = cell;
                 return;
             }
-            self.turn = self.turn.wrapping_add(1);
-            std::mem::swap(&mut cell, &mut cells[self.turn % CELLS]);
+            std::mem::swap(&mut cell, &mut cells[turn % CELLS]);
+            self.turn = turn.wrapping_add(1);
             let Some(moved) = self.number(cell) else { return };
             let [one, other] = self.buckets_of(hash_of(moved));
             bucket = if bucket == one { other } else { one };
@@ -132,12 +158,12 @@ impl Table {
     }
 
     fn free(&self, bucket: usize) -> usize {
-        self.buckets[bucket].0.iter().filter(|&&cell| cell == FREE).count()
+        self.bucket(bucket).iter().filter(|&&cell| cell == FREE).count()
     }
 
     /// The two buckets of a hash. They may be the same.
     fn buckets_of(&self, hash: u64) -> [usize; 2] {
-        let buckets = crate::format::to_u64(self.buckets.len());
+        let buckets = to_u64(self.buckets);
         [hash >> 32, hash & u64::from(u32::MAX)].map(|half| to_usize((half * buckets) >> 32))
     }
 
@@ -157,7 +183,7 @@ impl Table {
 
     #[cfg(test)]
     pub(super) fn bytes(&self) -> usize {
-        std::mem::size_of_val(&*self.buckets)
+        std::mem::size_of_val(&*self.cells)
     }
 }
 

@@ -15,6 +15,10 @@ pub struct Tunables {
     pub nr_max_batched_writeback: u32,
     /// Whether the backing device alone is a true prefix of the write history at all times, flush by flush.
     pub writeback_order: WritebackOrder,
+    /// Where writes go first.
+    pub write_mode: WriteMode,
+    /// Large writes of sequences longer than so many KiB go around the cache. 0: none do.
+    pub sequential_cutoff: u32,
     /// How many seconds a write may stay volatile without a flush; 0: for ever.
     pub sync_data_interval: u32,
     /// Blocks that are read again and again from the backing device are put into the cache, but for sequences of more
@@ -22,6 +26,21 @@ pub struct Tunables {
     pub read_cache_threshold: u32,
     /// How many such blocks wait in memory at a time for their way into the cache, 4 KiB each.
     pub nr_read_cache_cells: u32,
+    /// In the kernel module, how many seconds go by between updates of the superblock record. Here the record is always
+    /// up to date, and this is kept for those who set or read it.
+    pub update_sb_record_interval: u32,
+}
+
+/// Where writes go first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WriteMode {
+    /// To the log.
+    #[default]
+    Back,
+    /// To the backing device; what is written is cached for reads.
+    Through,
+    /// To the backing device; what the cache holds of it is forgotten.
+    Around,
 }
 
 /// What the backing device alone holds while write-back is under way.
@@ -62,7 +81,7 @@ pub enum TunableError {
         key: String,
     },
     /// Not a number, or out of range.
-    #[error("{key}={value}: must be a number from {} to {}", range.start(), range.end())]
+    #[error("{key}={value}: must be a number from {} to {}{}", range.start(), range.end(), counting(unit))]
     Range {
         /// The name.
         key: &'static str,
@@ -70,6 +89,8 @@ pub enum TunableError {
         value: String,
         /// What may be given.
         range: RangeInclusive<u32>,
+        /// What the number counts; empty for a plain one.
+        unit: &'static str,
     },
     /// None of the words that it takes.
     #[error("{key}={value}: must be one of: {}", words.join(", "))]
@@ -81,6 +102,15 @@ pub enum TunableError {
         /// What may be given.
         words: &'static [&'static str],
     },
+    /// It would break what another promises.
+    #[error(
+        "with writeback_order=strict all writes go through the log; set {key}={} first, or writeback_order=sorted",
+        if *key == "write_mode" { "back" } else { "0" }
+    )]
+    Conflict {
+        /// The name.
+        key: &'static str,
+    },
     /// Not of the form KEY=VALUE.
     #[error("'{text}': must be KEY=VALUE")]
     Syntax {
@@ -89,11 +119,40 @@ pub enum TunableError {
     },
 }
 
+const KIB: &str = "KiB";
+
+/// The unit of a number, in brackets.
+fn counting(unit: &str) -> String {
+    match unit {
+        "" => String::new(),
+        KIB => format!(" ({KIB}; or a size such as 4M)"),
+        unit => format!(" ({unit})"),
+    }
+}
+
+/// Reads a size such as "4096", "512M" or "10GiB", in bytes. Units are powers of 1024: K, M, G, T, with or without "iB"; "B"
+/// stands for bytes. `None` when it is no such size, or larger than 64 bits can tell.
+fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let powers = match unit.trim_start().to_ascii_lowercase().as_str() {
+        "" | "b" => 0,
+        "k" | "kib" => 1,
+        "m" | "mib" => 2,
+        "g" | "gib" => 3,
+        "t" | "tib" => 4,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << (10 * powers))
+}
+
 /// The values that a tunable takes, and how it is read and set. Words stand for numbers from 0 on.
 struct Definition {
     key: &'static str,
     default: u32,
     range: RangeInclusive<u32>,
+    /// What a number counts, for people.
+    unit: &'static str,
     words: &'static [&'static str],
     get: fn(&Tunables) -> u32,
     set: fn(&mut Tunables, u32),
@@ -104,14 +163,16 @@ const DEFINITIONS: &[Definition] = &[
         key: "writeback_threshold",
         default: 70,
         range: 0..=100,
+        unit: "%",
         words: &[],
         get: |t| t.writeback_threshold,
         set: |t, value| t.writeback_threshold = value,
     },
     Definition {
         key: "nr_max_batched_writeback",
-        default: 1024,
-        range: 1..=1024,
+        default: 4096,
+        range: 1..=4096,
+        unit: "segments",
         words: &[],
         get: |t| t.nr_max_batched_writeback,
         set: |t, value| t.nr_max_batched_writeback = value,
@@ -120,6 +181,7 @@ const DEFINITIONS: &[Definition] = &[
         key: "writeback_order",
         default: 0,
         range: 0..=1,
+        unit: "",
         words: &["sorted", "strict"],
         get: |t| u32::from(t.writeback_order == WritebackOrder::Strict),
         set: |t, value| {
@@ -127,9 +189,38 @@ const DEFINITIONS: &[Definition] = &[
         },
     },
     Definition {
+        key: "write_mode",
+        default: 0,
+        range: 0..=2,
+        unit: "",
+        words: &["back", "through", "around"],
+        get: |t| match t.write_mode {
+            WriteMode::Back => 0,
+            WriteMode::Through => 1,
+            WriteMode::Around => 2,
+        },
+        set: |t, value| {
+            t.write_mode = match value {
+                0 => WriteMode::Back,
+                1 => WriteMode::Through,
+                _ => WriteMode::Around,
+            };
+        },
+    },
+    Definition {
+        key: "sequential_cutoff",
+        default: 0,
+        range: 0..=1 << 20,
+        unit: KIB,
+        words: &[],
+        get: |t| t.sequential_cutoff,
+        set: |t, value| t.sequential_cutoff = value,
+    },
+    Definition {
         key: "sync_data_interval",
         default: 0,
         range: 0..=3600,
+        unit: "s",
         words: &[],
         get: |t| t.sync_data_interval,
         set: |t, value| t.sync_data_interval = value,
@@ -138,6 +229,7 @@ const DEFINITIONS: &[Definition] = &[
         key: "read_cache_threshold",
         default: 0,
         range: 0..=127,
+        unit: "blocks",
         words: &[],
         get: |t| t.read_cache_threshold,
         set: |t, value| t.read_cache_threshold = value,
@@ -146,11 +238,36 @@ const DEFINITIONS: &[Definition] = &[
         key: "nr_read_cache_cells",
         default: 2048,
         range: 1..=2048,
+        unit: "blocks",
         words: &[],
         get: |t| t.nr_read_cache_cells,
         set: |t, value| t.nr_read_cache_cells = value,
     },
+    Definition {
+        key: "update_sb_record_interval",
+        default: 0,
+        range: 0..=3600,
+        unit: "s",
+        words: &[],
+        get: |t| t.update_sb_record_interval,
+        set: |t, value| t.update_sb_record_interval = value,
+    },
 ];
+
+/// The kernel module's name for a mode: 1 is `around`, 0 is `back`. It can be set, and shows as `write_mode`.
+const WRITE_AROUND: Definition = Definition {
+    key: "write_around_mode",
+    default: 0,
+    range: 0..=1,
+    unit: "",
+    words: &[],
+    get: |t| u32::from(t.write_mode == WriteMode::Around),
+    set: |t, value| t.write_mode = if value == 1 { WriteMode::Around } else { WriteMode::Back },
+};
+
+fn definition(key: &str) -> Option<&'static Definition> {
+    DEFINITIONS.iter().chain([&WRITE_AROUND]).find(|definition| definition.key == key)
+}
 
 impl Default for Tunables {
     fn default() -> Tunables {
@@ -161,6 +278,9 @@ impl Default for Tunables {
             sync_data_interval: 0,
             read_cache_threshold: 0,
             nr_read_cache_cells: 0,
+            write_mode: WriteMode::Back,
+            sequential_cutoff: 0,
+            update_sb_record_interval: 0,
         };
         for definition in DEFINITIONS {
             (definition.set)(&mut tunables, definition.default);
@@ -172,13 +292,20 @@ impl Default for Tunables {
 impl Definition {
     fn parse(&self, value: &str) -> Result<u32, TunableError> {
         if self.words.is_empty() {
-            let number = value.parse().ok().filter(|number| self.range.contains(number));
-            let (key, range) = (self.key, self.range.clone());
-            return number.ok_or_else(|| TunableError::Range { key, value: value.into(), range });
+            let number = value.parse().ok().or_else(|| self.parse_size(value));
+            let number = number.filter(|number| self.range.contains(number));
+            let (key, range, unit) = (self.key, self.range.clone(), self.unit);
+            return number.ok_or_else(|| TunableError::Range { key, value: value.into(), range, unit });
         }
         let (key, words) = (self.key, self.words);
         let word = self.range.clone().zip(words).find(|(_, word)| **word == value);
         word.map(|(number, _)| number).ok_or_else(|| TunableError::Word { key, value: value.into(), words })
+    }
+
+    /// Reads a size with its unit, in KiB, where that is what the number counts.
+    fn parse_size(&self, value: &str) -> Option<u32> {
+        let bytes = parse_size(value).filter(|bytes| self.unit == KIB && bytes.is_multiple_of(1024))?;
+        u32::try_from(bytes / 1024).ok()
     }
 
     fn value(&self, number: u32) -> TunableValue {
@@ -193,13 +320,38 @@ impl Tunables {
         DEFINITIONS.iter().map(|definition| definition.key)
     }
 
+    /// The name under which a tunable shows that can be set under this one.
+    pub fn name_of(key: &str) -> &str {
+        if key == WRITE_AROUND.key { "write_mode" } else { key }
+    }
+
+    /// What the numbers of a tunable count, for people; empty for a plain number, a word, and what is no tunable.
+    pub fn unit(key: &str) -> &'static str {
+        definition(key).map_or("", |definition| definition.unit)
+    }
+
+    /// Whether the tunables go together.
+    ///
+    /// # Errors
+    /// Where one promises what another breaks.
+    pub fn check(&self) -> Result<(), TunableError> {
+        let around = match (self.write_mode, self.sequential_cutoff) {
+            (WriteMode::Back, 0) => None,
+            (WriteMode::Back, _) => Some("sequential_cutoff"),
+            _ => Some("write_mode"),
+        };
+        match around.filter(|_| self.writeback_order == WritebackOrder::Strict) {
+            None => Ok(()),
+            Some(key) => Err(TunableError::Conflict { key }),
+        }
+    }
+
     /// Sets one tunable from its name and value.
     ///
     /// # Errors
     /// When there is no such tunable, or the value is none that it takes.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), TunableError> {
-        let definition = DEFINITIONS.iter().find(|definition| definition.key == key);
-        let definition = definition.ok_or_else(|| TunableError::Unknown { key: key.into() })?;
+        let definition = definition(key).ok_or_else(|| TunableError::Unknown { key: key.into() })?;
         (definition.set)(self, definition.parse(value)?);
         Ok(())
     }
@@ -233,6 +385,28 @@ mod tests {
     use super::*;
 
     #[test]
+    fn sizes_are_read_with_their_units() {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("512M", 512 << 20), ("10GiB", 10 << 30), ("3 k", 3072)]
+        {
+            assert_eq!(parse_size(text), Some(bytes), "{text}");
+        }
+        for bad in ["", "M", "-1", "1.5G", "10 GB", "16777217T", "18446744073709551616"] {
+            assert_eq!(parse_size(bad), None, "{bad}");
+        }
+        let mut tunables = Tunables::default();
+        for (value, kib) in [("4096", 4096), ("4M", 4096), ("1GiB", 1 << 20), ("2048B", 2)] {
+            tunables.set("sequential_cutoff", value).unwrap();
+            assert_eq!(tunables.sequential_cutoff, kib, "{value}");
+        }
+        for bad in ["2G", "1B", "4X"] {
+            let refused = tunables.set("sequential_cutoff", bad).unwrap_err().to_string();
+            assert!(refused.ends_with("from 0 to 1048576 (KiB; or a size such as 4M)"), "{refused}");
+        }
+        assert!(tunables.set("sync_data_interval", "1K").unwrap_err().to_string().ends_with("to 3600 (s)"));
+    }
+
+    #[test]
     fn every_tunable_keeps_what_it_is_set_to() {
         for definition in DEFINITIONS {
             let mut tunables = Tunables::default();
@@ -245,6 +419,21 @@ mod tests {
     }
 
     #[test]
+    fn the_modules_name_for_a_mode_is_taken_and_strict_order_goes_with_no_way_around_the_log() {
+        let mut tunables = Tunables::default();
+        tunables.set_pair("write_around_mode=1").unwrap();
+        assert_eq!(tunables.write_mode, WriteMode::Around);
+        assert!(tunables.to_string().contains("write_mode=around") && tunables.check().is_ok());
+        tunables.set_pair("writeback_order=strict").unwrap();
+        let why = tunables.check().unwrap_err().to_string();
+        assert!(why.contains("set write_mode=back first"), "{why}");
+        tunables.set_pair("write_around_mode=0").unwrap();
+        assert!(tunables.check().is_ok());
+        tunables.sequential_cutoff = 1;
+        assert!(tunables.check().is_err());
+    }
+
+    #[test]
     fn unknown_keys_and_values_out_of_range_are_refused_by_name() {
         let mut tunables = Tunables::default();
         tunables.set_pair("nr_max_batched_writeback=1024").unwrap();
@@ -252,7 +441,7 @@ mod tests {
         let message = |text| Tunables::default().set_pair(text).unwrap_err().to_string();
         assert_eq!(
             message("nr_max_batched_writeback=0"),
-            "nr_max_batched_writeback=0: must be a number from 1 to 1024"
+            "nr_max_batched_writeback=0: must be a number from 1 to 4096 (segments)"
         );
         assert_eq!(message("writeback_order=odd"), "writeback_order=odd: must be one of: sorted, strict");
         assert!(message("colour=red").starts_with("unknown tunable 'colour'; known: writeback_threshold, "));

@@ -73,8 +73,11 @@ impl Cache {
         self.inner.check_range(sector, to_u64(data.len()))?;
         self.inner.counters.writes.add(1);
         self.inner.counters.write_bytes.add(to_u64(data.len()));
-        if self.inner.lock().is_tight() {
-            return Ok(0);
+        {
+            let mut state = self.inner.lock();
+            if state.bypass.arrives(sector, data.len()) || state.is_tight() {
+                return Ok(0);
+            }
         }
         match self.inner.write_some(sector, data) {
             (_, Some(Stop::Error(error))) => Err(error),
@@ -87,33 +90,15 @@ impl Cache {
     /// # Errors
     /// When the cache is being closed or a device fails. Parts may have been written.
     pub async fn write_rest(&self, sector: Sector, data: &[u8]) -> Result<(), CacheError> {
-        let inner = &self.inner;
-        inner.pace(data.len()).await;
-        let mut done = 0;
-        while done < data.len() {
-            let at = Sector(sector.0 + to_u64(done / SECTOR_BYTES));
-            let (taken, stop) = inner.write_some(at, &data[done..]);
-            done += taken;
-            match stop {
-                None => {}
-                Some(Stop::Error(error)) => return Err(error),
-                Some(Stop::Wait(wait)) => inner.wait_for(wait).await,
-                Some(Stop::Merge { block, old, id }) => {
-                    let fragment =
-                        fragments(Sector(sector.0 + to_u64(done / SECTOR_BYTES)), data.len() - done).next();
-                    let Some(fragment) = fragment else { continue };
-                    debug_assert_eq!(fragment.block, block);
-                    if inner.merge(&fragment, &data[done..done + fragment.length], old, id).await? {
-                        done += fragment.length;
-                    }
-                }
-            }
+        let around = self.inner.lock().bypass.applies_to(sector, data.len());
+        if around {
+            return self.inner.write_around(sector, data).await;
         }
-        Ok(())
+        self.inner.write_to_log(sector, data).await
     }
 
     /// Writes. The data is acknowledged from RAM, as a disk with a volatile write cache does; [`Cache::flush`]
-    /// makes it durable.
+    /// makes it durable. Where it goes around the log, it is durable when this returns.
     ///
     /// # Errors
     /// As [`Cache::write_ready`] and [`Cache::write_rest`].
@@ -132,7 +117,46 @@ impl Cache {
     }
 }
 
+/// A writer that waits for a slot, until it is dropped.
+struct WaitingForSlot<'a>(&'a Inner);
+
+impl Drop for WaitingForSlot<'_> {
+    fn drop(&mut self) {
+        self.0.lock().waiting_for_slot -= 1;
+    }
+}
+
 impl Inner {
+    /// Writes to the log, and waits where it must.
+    pub(super) async fn write_to_log(
+        self: &Arc<Self>,
+        sector: Sector,
+        data: &[u8],
+    ) -> Result<(), CacheError> {
+        self.pace(data.len()).await;
+        let mut done = 0;
+        while done < data.len() {
+            let at = Sector(sector.0 + to_u64(done / SECTOR_BYTES));
+            let (taken, stop) = self.write_some(at, &data[done..]);
+            done += taken;
+            match stop {
+                None => {}
+                Some(Stop::Error(error)) => return Err(error),
+                Some(Stop::Wait(wait)) => self.wait_for(wait).await,
+                Some(Stop::Merge { block, old, id }) => {
+                    let fragment =
+                        fragments(Sector(sector.0 + to_u64(done / SECTOR_BYTES)), data.len() - done).next();
+                    let Some(fragment) = fragment else { continue };
+                    debug_assert_eq!(fragment.block, block);
+                    if self.merge(&fragment, &data[done..done + fragment.length], old, id).await? {
+                        done += fragment.length;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Writes from the front until something is in the way. Returns the bytes taken, and what is in the way.
     fn write_some(&self, sector: Sector, data: &[u8]) -> (usize, Option<Stop>) {
         self.noticing(self.lock(), |state| state.write_some(sector, data))
@@ -162,7 +186,7 @@ impl Inner {
 
     /// Waits for the turn of a write of so many bytes, when the log is nearly full.
     async fn pace(&self, length: usize) {
-        if length == 0 || !self.lock().is_tight() {
+        if length == 0 {
             return;
         }
         let delay = self.lock().admit(self.runtime.now(), length.div_ceil(BLOCK_BYTES));
@@ -181,15 +205,15 @@ impl Inner {
                 })
                 .await;
             }
-            Wait::Discard(block) => {
+            Wait::Fence(block) => {
                 self.wait(&self.events.changed, |state| (!state.is_fenced(block)).then_some(())).await;
             }
             Wait::Slot => {
                 self.lock().waiting_for_slot += 1;
+                let _waiting = WaitingForSlot(self);
                 self.events.writeback.notify(usize::MAX);
                 self.wait(&self.events.changed, |state| {
-                    let go = state.free_slots() > 0 || state.is_ending();
-                    go.then(|| state.waiting_for_slot -= 1)
+                    (state.free_slots() > 0 || state.is_ending()).then_some(())
                 })
                 .await;
             }
@@ -239,7 +263,7 @@ impl Inner {
             return Ok(Placed::Changed);
         }
         if state.is_fenced(new.block) {
-            return Ok(Placed::Wait(Wait::Discard(new.block)));
+            return Ok(Placed::Wait(Wait::Fence(new.block)));
         }
         let placed = self.noticing(state, |state| {
             let access = state.access(new, Some(old), true);
@@ -287,7 +311,7 @@ impl State {
 
     fn write_fragment(&mut self, new: &Fragment, bytes: &[u8]) -> Result<(), Stop> {
         if self.is_fenced(new.block) {
-            return Err(Stop::Wait(Wait::Discard(new.block)));
+            return Err(Stop::Wait(Wait::Fence(new.block)));
         }
         let old = self.index.get(new.block);
         let access = self.access(new, old, true);

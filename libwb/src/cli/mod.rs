@@ -4,13 +4,16 @@
 mod numbers;
 mod progress;
 mod table;
+mod workers;
 
-pub use numbers::{count, human_rate, human_size, human_time, parse_label, parse_size, percent};
+pub use numbers::{count, human_rate, human_size, human_time, parse_label, percent};
 pub use progress::Progress;
 pub use table::{Table, properties, table};
 
 use crate::device::probe::{Access, OpenError, Opened, open};
 use crate::device::{Device, UringDevice};
+use crate::format::{Geometry, Slot};
+use crate::log::scan::{SlotContent, SlotState, scan_by};
 use crate::reactor::{Handle, Reactor};
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
@@ -19,6 +22,7 @@ use std::io::{self, BufWriter, ErrorKind, IsTerminal, StdoutLock, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use workers::Workers;
 
 /// How a program ends. The values are those of fsck.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +52,14 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// Runs a program. An error becomes one line on standard error and the exit code `on_error`.
+/// What the help of a program other than wbcheck says of [`Exit`].
+pub const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  failed or refused
+  2  the command line makes no sense";
+
+/// Runs a program. An error becomes a message on standard error, as a rule of one line, and the exit code `on_error`.
 pub fn run<E: Display>(
     program: &str,
     on_error: Exit,
@@ -64,9 +75,24 @@ pub fn run<E: Display>(
         (Err(e), _) => (on_error, Some(format!("{e:#}"))),
     };
     if let Some(message) = message {
-        complain(program, &message);
+        complain(program, without_numbers(&message));
     }
     exit.into()
+}
+
+/// A message without the numbers that Rust adds to what the system says, such as in "No such file or directory (os error 2)".
+fn without_numbers(message: &str) -> String {
+    const BEFORE: &str = " (os error ";
+    let mut parts = message.split(BEFORE);
+    let mut text = parts.next().unwrap_or_default().to_string();
+    for part in parts {
+        let digits = part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len());
+        match part[digits..].strip_prefix(')') {
+            Some(rest) if digits > 0 => text += rest,
+            _ => text += &format!("{BEFORE}{part}"),
+        }
+    }
+    text
 }
 
 /// Prints one line on standard error, as far as that can be written.
@@ -83,10 +109,9 @@ pub fn on_interrupt(
     program: &'static str,
     message: impl FnOnce() -> String + Send + 'static,
 ) -> io::Result<()> {
-    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
-    signals.thread_block()?;
-    std::thread::Builder::new().name("wb-signals".into()).spawn(move || {
-        if signals.wait().is_ok() {
+    let mut message = Some(message);
+    on_signals([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP], move |_| {
+        if let Some(message) = message.take() {
             if io::stderr().is_terminal() {
                 // Past the progress bar.
                 eprintln!();
@@ -94,8 +119,40 @@ pub fn on_interrupt(
             complain(program, message());
             std::process::exit(Exit::Failed as i32);
         }
+    })
+}
+
+/// From now on, these signals do nothing to this thread and all that it starts later; instead `act` is told of each, in a
+/// thread of its own.
+///
+/// # Errors
+/// When the system has no room for a thread.
+pub fn on_signals(
+    signals: impl IntoIterator<Item = Signal>,
+    mut act: impl FnMut(Signal) + Send + 'static,
+) -> io::Result<()> {
+    let signals: SigSet = signals.into_iter().collect();
+    signals.thread_block()?;
+    std::thread::Builder::new().name("wb-signals".into()).spawn(move || {
+        while let Ok(signal) = signals.wait() {
+            act(signal);
+        }
     })?;
     Ok(())
+}
+
+/// Whether a terminal is to have colours: not when its user has set `NO_COLOR` (no-color.org).
+pub fn wants_colours() -> bool {
+    std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
+}
+
+fn wrapped(text: &str, indent: &str, columns: u16) -> String {
+    let options = textwrap::Options::new(columns.into())
+        .subsequent_indent(indent)
+        // A path or an option is to stay what it is.
+        .word_splitter(textwrap::WordSplitter::NoHyphenation)
+        .break_words(false);
+    textwrap::fill(text, options)
 }
 
 /// Standard output. A reader that goes away early is no error: what would follow is thrown away, and the program's
@@ -115,9 +172,21 @@ impl Output {
         writeln!(self, "{line}")
     }
 
-    /// Whether colours may be used: on a terminal whose user has not set `NO_COLOR` (no-color.org).
+    /// Prints a text of one line; on a terminal too narrow for it, as several, which break between words and begin with
+    /// `indent` but for the first.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn text(&mut self, text: &str, indent: &str) -> io::Result<()> {
+        match self.columns() {
+            Some(columns) => writeln!(self, "{}", wrapped(text, indent, columns)),
+            None => writeln!(self, "{text}"),
+        }
+    }
+
+    /// Whether colours may be used: on a terminal, if [`wants_colours`].
     pub fn is_coloured(&self) -> bool {
-        io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
+        wants_colours() && io::stdout().is_terminal()
     }
 
     /// How many columns the terminal has; `None` where it is none.
@@ -170,8 +239,13 @@ impl Io {
     /// # Errors
     /// When the kernel offers no io_uring or forbids it.
     pub fn start() -> io::Result<Io> {
-        let reactor = Reactor::start()
-            .map_err(|e| io::Error::new(e.kind(), format!("cannot use io_uring, which wb needs: {e}")))?;
+        let reactor = Reactor::start().map_err(|e| {
+            let hint = match e.kind() {
+                ErrorKind::PermissionDenied => "; see the sysctl kernel.io_uring_disabled",
+                _ => "",
+            };
+            io::Error::new(e.kind(), format!("cannot use io_uring, which wb needs: {e}{hint}"))
+        })?;
         Ok(Io { reactor })
     }
 
@@ -193,8 +267,47 @@ impl Io {
         Arc::new(self.reactor.handle().clone())
     }
 
+    /// Reads and verifies every slot, on all processors, and shows each to `visit` in the order of the device.
+    ///
+    /// # Errors
+    /// When the system has no room for threads.
+    pub fn scan(
+        &self,
+        device: &Device,
+        geometry: Geometry,
+        visit: impl FnMut(Slot, &SlotContent),
+    ) -> io::Result<Vec<SlotState>> {
+        let workers = Workers::start()?;
+        Ok(self.block_on(scan_by(device, geometry, |read| workers.run(read), visit)))
+    }
+
     /// Runs a future to its end.
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.reactor.block_on(future)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{without_numbers, wrapped};
+
+    #[test]
+    fn a_message_says_in_words_what_the_system_said() {
+        let error = std::io::Error::from_raw_os_error(2);
+        assert_eq!(without_numbers(&format!("a: {error}; b: {error}")), {
+            let words = "No such file or directory";
+            format!("a: {words}; b: {words}")
+        });
+        for kept in ["", "a (os error x)", "b (os error )", "c (os error 5"] {
+            assert_eq!(without_numbers(kept), kept);
+        }
+    }
+
+    #[test]
+    fn a_long_text_breaks_between_words_and_never_within_one() {
+        let text = "  - copy /dev/disk/by-id/nvme-very-long-name first";
+        let lines = ["  - copy", "    /dev/disk/by-id/nvme-very-long-name", "    first"];
+        assert_eq!(wrapped(text, "    ", 20), lines.join("\n"));
+        assert_eq!(wrapped(text, "    ", 80), text);
     }
 }

@@ -48,27 +48,6 @@ pub fn count(n: u64, noun: &str) -> String {
     }
 }
 
-/// Reads a size such as "4096", "512M" or "10GiB", in bytes. Units are powers of 1024: K, M, G, T, with or without "iB";
-/// "B" stands for bytes.
-///
-/// # Errors
-/// When it is no such size, or larger than 64 bits can tell.
-pub fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let powers = match unit.trim_start().to_ascii_lowercase().as_str() {
-        "" | "b" => 0,
-        "k" | "kib" => 1,
-        "m" | "mib" => 2,
-        "g" | "gib" => 3,
-        "t" | "tib" => 4,
-        _ => return Err(format!("'{text}' is no size; must be such as 4096, 512M or 10GiB")),
-    };
-    let number: u64 =
-        number.parse().map_err(|_| format!("'{text}' is no size; must be such as 4096, 512M or 10GiB"))?;
-    number.checked_mul(1 << (10 * powers)).ok_or_else(|| format!("'{text}' is too large"))
-}
-
 /// Reads a label of a cache device.
 ///
 /// # Errors
@@ -105,17 +84,5 @@ mod tests {
         assert_eq!(count(1, "segment"), "1 segment");
         assert_eq!(count(0, "segment"), "0 segments");
         assert_eq!(count(2, "entry"), "2 entries");
-    }
-
-    #[test]
-    fn sizes_are_read_with_their_units() {
-        for (text, bytes) in
-            [("0", 0), ("4096", 4096), ("512M", 512 << 20), ("10GiB", 10 << 30), ("3 k", 3072)]
-        {
-            assert_eq!(parse_size(text), Ok(bytes), "{text}");
-        }
-        for bad in ["", "M", "-1", "1.5G", "10 GB", "16777217T", "18446744073709551616"] {
-            assert!(parse_size(bad).is_err(), "{bad}");
-        }
     }
 }

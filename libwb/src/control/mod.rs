@@ -88,7 +88,7 @@ pub enum Reply {
 pub struct VolumeStatus {
     /// The volume's name.
     pub name: String,
-    /// `attached`, `detached`, `starting or stopping`, or `failed` when writes are refused.
+    /// `attached`, `attached read-only`, `detached`, `starting or stopping`, or `failed` when writes are refused.
     pub state: String,
     /// The loop device, while attached.
     pub device: Option<PathBuf>,
@@ -105,7 +105,7 @@ pub struct VolumeStatus {
 pub struct LiveStatus {
     /// The daemon's process id.
     pub pid: u32,
-    /// Logical sector size of the loop device.
+    /// Logical sector size of the loop device in bytes.
     pub sector_size: u32,
     /// Size of the volume.
     pub volume_bytes: u64,

@@ -1,7 +1,7 @@
 //! What a cache counts, as its daemon tells it.
 
 use crate::cache::{Accesses, Histogram, Statistics, Status, Timed};
-use crate::format::{BLOCK_BYTES, PLACES};
+use crate::format::BLOCK_BYTES;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -84,7 +84,7 @@ impl VolumeStatistics {
     /// What a cache has counted.
     pub fn new(status: &Status) -> VolumeStatistics {
         let Statistics { time, counters, accesses, latencies } = &status.statistics;
-        let per_place = status.writeback_per_place.map(|time| time.as_secs_f64());
+        let per_block = status.writeback_per_block.map(|time| time.as_secs_f64());
         let accesses = access_counts(accesses);
         let latency = |kind: Timed| (kind.name().to_string(), Latency::new(latencies.of(kind)));
         VolumeStatistics {
@@ -92,9 +92,8 @@ impl VolumeStatistics {
             read_hit_ratio: hit_ratio(&accesses, "read"),
             write_hit_ratio: hit_ratio(&accesses, "write"),
             write_amplification: ratio(counters.cache_write_bytes, counters.write_bytes),
-            writeback_bytes_per_second: per_place.map(|time| BLOCK_BYTES as f64 / time),
-            writeback_seconds_left: per_place
-                .map(|time| time * f64::from(PLACES) * status.dirty_segments as f64),
+            writeback_bytes_per_second: per_block.map(|time| BLOCK_BYTES as f64 / time),
+            writeback_seconds_left: per_block.map(|time| time * status.blocks_to_write_back as f64),
             accesses,
             latencies: Timed::ALL.map(latency).into(),
         }

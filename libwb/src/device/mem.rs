@@ -15,7 +15,7 @@ pub struct MemDevice {
 }
 
 impl MemDevice {
-    /// A device of zeros.
+    /// A device of zeros, of `size` bytes.
     pub fn new(name: &str, size: u64) -> MemDevice {
         MemDevice::with_content(name, vec![0; to_usize(size)])
     }

@@ -2,6 +2,7 @@
 
 mod buf;
 mod mem;
+mod overlay;
 pub mod probe;
 #[cfg(feature = "blkid")]
 pub mod signatures;
@@ -11,6 +12,7 @@ mod uring;
 
 pub use buf::{IoBuf, SharedBuf};
 pub use mem::MemDevice;
+pub use overlay::Overlay;
 pub use uring::UringDevice;
 
 use crate::format::to_u64;
@@ -105,6 +107,11 @@ pub trait BlockDevice: Send + Sync + 'static {
 
     /// Fills the whole buffer from `offset` on.
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf>;
+
+    /// As [`BlockDevice::read`], for a caller that does nothing else before it has the data. May block the thread until then.
+    fn read_alone(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
+        self.read(offset, buf)
+    }
 
     /// Writes all the data from `offset` on.
     fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()>;

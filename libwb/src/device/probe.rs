@@ -38,7 +38,9 @@ pub enum OpenError {
         path: PathBuf,
     },
     /// Somebody else holds it.
-    #[error("{path}: in use (mounted, attached, or held by another program)")]
+    #[error(
+        "{path}: in use (mounted, attached, or held by another program); see wbctl list, lsblk and fuser"
+    )]
     InUse {
         /// The device.
         path: PathBuf,
@@ -48,17 +50,59 @@ pub enum OpenError {
     Unaligned {
         /// The device.
         path: PathBuf,
-        /// Its size.
+        /// Its size in bytes.
         size: u64,
+    },
+    /// The two devices of a pair are one, by whatever names.
+    #[error("{cache} and {backing} are the same device; cache and backing must be two")]
+    SameDevice {
+        /// Where the cache device was to be.
+        cache: PathBuf,
+        /// Where the backing device was to be.
+        backing: PathBuf,
+    },
+    /// A backing device without room for anything.
+    #[error("{path}: the backing device is empty (0 bytes)")]
+    Empty {
+        /// The device.
+        path: PathBuf,
     },
     /// A block size that the format does not suit.
     #[error("{path}: logical blocks of {block_size} bytes are not supported, only 512 to 4096")]
     BlockSize {
         /// The device.
         path: PathBuf,
-        /// Its logical block size.
+        /// Its logical block size in bytes.
         block_size: u32,
     },
+}
+
+/// Opens the cache device and the backing device of a pair, each for what it is needed for.
+///
+/// # Errors
+/// As [`open`], and when the two are one, or the backing device is empty.
+pub fn open_pair(
+    cache: &Path,
+    backing: &Path,
+    [for_cache, for_backing]: [Access; 2],
+) -> Result<(Opened, Opened), OpenError> {
+    let same = || OpenError::SameDevice { cache: cache.into(), backing: backing.into() };
+    let opened_backing = open(backing, for_backing)?;
+    let opened_cache = match open(cache, for_cache) {
+        Ok(opened) => opened,
+        // The lock on the backing device is in the way: the two are one.
+        Err(_) if matches!((identity(cache), identity(backing)), (Ok(a), Ok(b)) if a == b) => {
+            return Err(same());
+        }
+        Err(error) => return Err(error),
+    };
+    if opened_cache.identity == opened_backing.identity {
+        return Err(same());
+    }
+    if opened_backing.size == 0 {
+        return Err(OpenError::Empty { path: backing.into() });
+    }
+    Ok((opened_cache, opened_backing))
 }
 
 /// What the system said, without the number that Rust adds to it.

@@ -3,9 +3,11 @@
 use super::probe::Opened;
 use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
 use crate::format::to_u64;
-use crate::reactor::{Handle, OpKind};
+use crate::reactor::{Addresses, Handle, OpKind};
 use nix::errno::Errno;
 use std::fs::File;
+use std::future::ready;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,13 +89,40 @@ impl BlockDevice for UringDevice {
 
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
         let length = to_u64(buf.len());
+        let handle = self.handle.clone();
         let done = self.submit(Operation::Read, offset, length, OpKind::Read { offset, buf });
-        Box::pin(async move { Ok(done.await?.expect("a read gives its buffer back")) })
+        Box::pin(async move {
+            let _reading = handle.reading();
+            Ok(done.await?.expect("a read gives its buffer back"))
+        })
+    }
+
+    fn read_alone(&self, offset: u64, mut buf: IoBuf) -> IoFuture<IoBuf> {
+        let length = to_u64(buf.len());
+        let fits = offset.checked_add(length).is_some_and(|end| end <= self.size);
+        let Some(_reading) = self.handle.reading_alone().filter(|_| fits) else {
+            return self.read(offset, buf);
+        };
+        let read = self.file.read_exact_at(&mut buf, offset).map(|()| buf).map_err(|error| DeviceError {
+            device: self.name.clone(),
+            operation: Operation::Read,
+            offset,
+            length,
+            // Without a number, the device has ended before its end.
+            cause: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+        });
+        Box::pin(ready(read))
     }
 
     fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()> {
         let length = to_u64(data.len());
         Box::pin(unit(self.submit(Operation::Write, offset, length, OpKind::Write { offset, data })))
+    }
+
+    fn write_parts(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
+        let length = to_u64(parts.iter().map(|part| part.len()).sum());
+        let kind = OpKind::WriteParts { offset, parts, addresses: Addresses::default() };
+        Box::pin(unit(self.submit(Operation::Write, offset, length, kind)))
     }
 
     fn flush(&self) -> IoFuture<()> {

@@ -1,6 +1,7 @@
 //! The extension: what wb keeps in bytes that the kernel module neither reads nor checks.
 //!
-//! Every part carries its own CRC and is ignored where that does not hold. `man/wb.5` has the offsets, with a
+//! Pages and headers carry a CRC of their own and are ignored where it does not hold; with both pages damaged, the device is
+//! refused. `man/wb.5` has the offsets, with a
 //! worked hex dump. They never change their meaning.
 
 use super::checksum::{Checksum, crc32c};
@@ -68,6 +69,9 @@ pub enum PageFault {
     /// Its CRC does not hold.
     #[error("a superblock extension with a wrong CRC")]
     Crc,
+    /// The device fails to read where it lies.
+    #[error("where a superblock extension lies, the device cannot be read")]
+    Unreadable,
 }
 
 /// A page of the superblock extension.
@@ -158,6 +162,17 @@ impl SuperblockExtension {
         LittleEndian::write_u64(&mut block[page::CACHE_BYTES..], self.cache_bytes);
         let crc = crc32c(&block[..page::CRC]);
         LittleEndian::write_u32(&mut block[page::CRC..], crc);
+    }
+
+    /// The same as the page that is written next: over the older of the two copies.
+    #[must_use]
+    pub fn next(&self) -> SuperblockExtension {
+        SuperblockExtension { generation: self.generation.wrapping_add(1), ..self.clone() }
+    }
+
+    /// Of the two copies, the newer one that is sound, if any is.
+    pub fn newest(copies: &[Result<SuperblockExtension, PageFault>; 2]) -> Option<&SuperblockExtension> {
+        copies.iter().flatten().max_by_key(|page| page.generation)
     }
 
     /// What segments carry of the cache's UUID, so that one of an earlier cache is not taken for one of this.

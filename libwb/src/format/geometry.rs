@@ -212,17 +212,17 @@ pub enum GeometryError {
         "too small for a cache device: {bytes} bytes, and it needs at least {minimum} (1 MiB and one segment of 512 KiB)"
     )]
     TooSmall {
-        /// The device's size.
+        /// The device's size in bytes.
         bytes: u64,
-        /// The smallest size that would do.
+        /// The smallest size that would do, in bytes.
         minimum: u64,
     },
     /// Larger than this implementation addresses.
     #[error("too large for a cache device: {bytes} bytes, and at most {maximum} are supported")]
     TooLarge {
-        /// The device's size.
+        /// The device's size in bytes.
         bytes: u64,
-        /// The largest size that would do.
+        /// The largest size that would do, in bytes.
         maximum: u64,
     },
 }

@@ -149,8 +149,7 @@ pub async fn accept_growth(device: &Device, backing: &BackingFacts<'_>) -> Resul
     let grown = |it: &SuperblockExtension| (1..backing.sectors).contains(&it.backing_sectors);
     let Some(extension) = superblock.extension.filter(grown) else { return Ok(()) };
     check_identity(device, &extension, backing)?;
-    let generation = extension.generation.wrapping_add(1);
-    let page = SuperblockExtension { generation, backing_sectors: backing.sectors, ..extension };
+    let page = SuperblockExtension { backing_sectors: backing.sectors, ..extension.next() };
     write_extension(device, &page).await?;
     Ok(device.flush().await?)
 }

@@ -1,14 +1,14 @@
 //! What the segments that recovery would apply hold.
 
 use super::LogError;
-use super::recovery::Recovery;
-use super::scan::{read_header, read_slot};
+use super::recovery::{Recovery, recover};
+use super::scan::{SlotFault, SlotState, Superblock, read_header, read_slot, scan_trusting};
 use crate::device::Device;
-use crate::format::{Geometry, Metablock, Sector, SegmentHeader, SegmentId};
+use crate::format::{BlockNo, Geometry, Metablock, Sector, SegmentHeader, SegmentId, Slot, to_u64};
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 /// Headers that are read at the same time; one block of memory each.
-const HEADER_DEPTH: usize = 32;
+const HEADER_DEPTH: usize = 128;
 /// Entries beyond the end of the backing device that are kept one by one; the rest are counted.
 const BEYOND_KEPT: usize = 100;
 
@@ -63,8 +63,63 @@ pub async fn visit_headers(
     Ok(())
 }
 
-/// Counts what the segments `ids` hold, and finds entries that lie beyond a backing device of `backing_sectors`
-/// sectors, where that is given. Takes 8 bytes of memory for each dirty entry.
+/// What a segment adds to [`Totals`]. Takes 8 bytes of memory for each dirty entry.
+#[derive(Clone, Debug, Default)]
+pub struct Share {
+    /// The last dirty sector of each entry that has any.
+    last_dirty: Box<[Sector]>,
+    clean: u8,
+}
+
+impl Share {
+    /// That of the segment with this header.
+    pub fn of(header: &SegmentHeader) -> Share {
+        let last_dirty: Box<[Sector]> = header.metablocks.iter().filter_map(last_dirty_sector).collect();
+        let clean = header.metablocks.len() - last_dirty.len();
+        #[allow(clippy::cast_possible_truncation)] // at most PLACES
+        Share { last_dirty, clean: clean as u8 }
+    }
+}
+
+impl Totals {
+    /// Adds up what segments hold, and finds entries that lie beyond a backing device of `backing_sectors` sectors, where
+    /// that is given.
+    pub fn of<'a>(
+        segments: impl IntoIterator<Item = (SegmentId, &'a Share)>,
+        backing_sectors: Option<u64>,
+    ) -> Totals {
+        let mut totals = Totals::default();
+        let mut blocks = Vec::new();
+        for (id, share) in segments {
+            totals.add(id, share, &mut blocks, backing_sectors);
+        }
+        totals.count(blocks)
+    }
+
+    fn add(&mut self, id: SegmentId, share: &Share, blocks: &mut Vec<BlockNo>, end: Option<u64>) {
+        self.clean_entries += u64::from(share.clean);
+        self.dirty_entries += to_u64(share.last_dirty.len());
+        for &sector in &share.last_dirty {
+            blocks.push(sector.block());
+            if end.is_some_and(|end| sector.0 >= end) {
+                self.beyond_count += 1;
+                if self.beyond.len() < BEYOND_KEPT {
+                    self.beyond.push(Beyond { id, sector });
+                }
+            }
+        }
+    }
+
+    /// Counts blocks that are there several times once.
+    fn count(mut self, mut blocks: Vec<BlockNo>) -> Totals {
+        blocks.sort_unstable();
+        blocks.dedup();
+        self.dirty_blocks = to_u64(blocks.len());
+        self
+    }
+}
+
+/// Counts what the segments `ids` hold, as [`Totals::of`] does. Takes 8 bytes of memory for each dirty entry.
 ///
 /// # Errors
 /// As [`visit_headers`].
@@ -78,26 +133,10 @@ pub async fn totals(
     let mut totals = Totals::default();
     let mut blocks = Vec::new();
     visit_headers(device, geometry, ids, cut_short, |header| {
-        for entry in &header.metablocks {
-            let Some(last) = last_dirty_sector(entry) else {
-                totals.clean_entries += 1;
-                continue;
-            };
-            totals.dirty_entries += 1;
-            blocks.push(entry.block);
-            if backing_sectors.is_some_and(|end| last.0 >= end) {
-                totals.beyond_count += 1;
-                if totals.beyond.len() < BEYOND_KEPT {
-                    totals.beyond.push(Beyond { id: header.id, sector: last });
-                }
-            }
-        }
+        totals.add(header.id, &Share::of(header), &mut blocks, backing_sectors);
     })
     .await?;
-    blocks.sort_unstable();
-    blocks.dedup();
-    totals.dirty_blocks = crate::format::to_u64(blocks.len());
-    Ok(totals)
+    Ok(totals.count(blocks))
 }
 
 /// Counts what recovery would apply; as [`totals`].
@@ -113,10 +152,33 @@ pub async fn live_totals(
     totals(device, geometry, recovery.live(), recovery.cut_short(), backing_sectors).await
 }
 
+/// How many dirty blocks the log of a device holds, read as attach reads it. Shows each slot's number to `progress`.
+///
+/// # Errors
+/// When that cannot be told: a slot cannot be read, or the log is corrupt.
+pub async fn dirty_blocks(
+    device: &Device,
+    superblock: &Superblock,
+    mut progress: impl FnMut(Slot),
+) -> Result<u64, LogError> {
+    let slots = scan_trusting(device, superblock, |slot, _| progress(slot)).await;
+    for state in &slots {
+        if let SlotState::Invalid(SlotFault::Unreadable(error)) = state {
+            return Err(error.clone().into());
+        }
+    }
+    let recovery = recover(superblock, &slots);
+    if !recovery.corruption.is_empty() {
+        let device = device.name().to_string();
+        return Err(LogError::Corrupt { device, corruption: recovery.corruption });
+    }
+    Ok(live_totals(device, superblock.geometry, &recovery, None).await?.dirty_blocks)
+}
+
 fn last_dirty_sector(entry: &Metablock) -> Option<Sector> {
     let (first, count) = entry.dirty.runs().last()?;
     // A block's first sector is at most 8 below the largest u64, and the last one in it at most 7 above that.
-    Some(Sector(entry.block.sector().0 + crate::format::to_u64(first + count - 1)))
+    Some(Sector(entry.block.sector().0 + to_u64(first + count - 1)))
 }
 
 #[cfg(test)]

@@ -27,6 +27,21 @@ pub enum LogError {
         /// What is wrong with the size.
         fault: GeometryError,
     },
+    /// The log cannot be replayed as far as that alone.
+    #[error(
+        "{device}: segment {until} is no point that the log can be replayed until; give one from {first}, up to which \
+         all is written back, to {last}, the newest"
+    )]
+    NoSuchPoint {
+        /// The cache device.
+        device: String,
+        /// What was asked for.
+        until: SegmentId,
+        /// The earliest.
+        first: SegmentId,
+        /// The latest.
+        last: SegmentId,
+    },
     /// The superblock or its record is wrong.
     #[error("{device}: {fault}")]
     Superblock {
@@ -124,7 +139,7 @@ pub enum LogError {
         device: String,
         /// The segment.
         id: SegmentId,
-        /// The first sector that lies outside.
+        /// A dirty sector of it that lies outside.
         sector: crate::format::Sector,
         /// The backing device.
         backing: String,

@@ -187,6 +187,25 @@ impl Recovery {
         }
     }
 
+    /// The points that the log can be replayed until.
+    pub fn points(&self) -> RangeInclusive<SegmentId> {
+        self.first_live().minus(1)..=self.point
+    }
+
+    /// The same log as it was when another one of its [`Recovery::points`] was the newest segment, for a device on which
+    /// the log does not go on.
+    pub(crate) fn until(self, point: SegmentId) -> Recovery {
+        let is_last = point == self.point;
+        Recovery {
+            point,
+            is_open: self.is_open && is_last,
+            is_cut_short: self.is_cut_short && is_last,
+            dropped: Vec::new(),
+            damage: Vec::new(),
+            ..self
+        }
+    }
+
     fn first_live(&self) -> SegmentId {
         self.skipped.last().copied().unwrap_or(self.written_back).next()
     }

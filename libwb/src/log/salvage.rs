@@ -15,7 +15,7 @@ mod remains;
 mod tests;
 mod words;
 
-pub use words::{Summary, segments, ways_on};
+pub use words::{Summary, number_of_ways, segments, ways_on};
 
 use super::LogError;
 use super::create::{close_segment, write_extension, write_filler, write_record};
@@ -167,10 +167,26 @@ impl Scanned {
         Ok(Some(plan))
     }
 
+    /// Plans all ways on that there are with a corrupt log; none when it is not corrupt.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub async fn ways(&self, device: &Device) -> Result<Vec<Plan>, LogError> {
+        let mut ways = Vec::new();
+        for way in Way::ALL {
+            match self.salvage(device, way).await {
+                Ok(plan) => ways.extend(plan),
+                Err(LogError::Misplaced { .. } | LogError::Unsalvageable { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(ways)
+    }
+
     /// Plans the repair of a log that is not corrupt. `None` when there is nothing to repair.
     ///
     /// # Errors
-    /// When the log is corrupt.
+    /// When the log is corrupt, or there is no repair that recovery would accept.
     pub fn repair(&self, device: &Device) -> Result<Option<Plan>, LogError> {
         let recovery = self.recovery();
         let device = || device.name().to_string();
@@ -213,12 +229,10 @@ impl Plan {
         let superblock = &scanned.superblock;
         let extension = superblock.extension().cloned();
         let damaged_copy = superblock.has_damaged_copy();
-        let page =
-            extension.as_ref().filter(|_| draft.unmark || damaged_copy).map(|page| SuperblockExtension {
-                generation: page.generation.wrapping_add(1),
-                clean: page.clean.filter(|_| !draft.unmark),
-                ..page.clone()
-            });
+        let page = extension
+            .as_ref()
+            .filter(|_| draft.unmark || damaged_copy)
+            .map(|page| SuperblockExtension { clean: page.clean.filter(|_| !draft.unmark), ..page.next() });
         Plan {
             way,
             point: draft.point,

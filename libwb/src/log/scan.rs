@@ -4,16 +4,22 @@ use super::LogError;
 use super::recovery::{Proof, slot_index, valid};
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, HeaderFault, PageFault, RECORD_BLOCK_OFFSET, SECTOR_BYTES,
-    SUPERBLOCK_OFFSET, SegmentExtension, SegmentHeader, SegmentId, Slot, SuperblockExtension,
-    SuperblockFault, decode_magic, decode_record, fitting, to_u64,
+    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, HeaderFault, PLACES, PageFault, RECORD_BLOCK_OFFSET,
+    SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_OFFSET, SegmentExtension, SegmentHeader, SegmentId, Slot,
+    SuperblockExtension, SuperblockFault, decode_magic, decode_record, fitting, to_u64,
 };
+use futures_util::future::BoxFuture;
 use futures_util::{Stream, StreamExt, stream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Segments that a scan reads at the same time; 512 KiB of memory each.
-const SCAN_DEPTH: usize = 8;
+const SCAN_DEPTH: usize = 16;
 /// Headers that a scan of the headers alone reads at the same time; 4 KiB of memory each.
-const HEADER_SCAN_DEPTH: usize = 64;
+const HEADER_SCAN_DEPTH: usize = 128;
+
+/// What stands in for each byte of a block that cannot be read: no magic, and a record that no log has reached.
+const UNREAD: u8 = 0xff;
 
 /// What the superblock region of a cache device says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,10 +48,10 @@ pub struct RawSuperblock {
 impl RawSuperblock {
     /// The newer copy of the superblock extension that is sound, if any is.
     pub fn extension(&self) -> Option<&SuperblockExtension> {
-        self.pages.iter().flatten().max_by_key(|page| page.generation)
+        SuperblockExtension::newest(&self.pages)
     }
 
-    /// Whether one of the two copies of the superblock extension is damaged or gone.
+    /// Whether one of the two copies of the superblock extension is damaged, cannot be read, or is gone.
     pub fn has_damaged_copy(&self) -> bool {
         self.extension().is_some() && self.pages.iter().any(Result::is_err)
     }
@@ -58,7 +64,7 @@ impl RawSuperblock {
     pub fn check_extension(&self, device: &Device) -> Result<(), LogError> {
         let name = || device.name().to_string();
         let Some(extension) = self.extension() else {
-            let damaged = self.pages.iter().any(|page| matches!(page, Err(PageFault::Crc)));
+            let damaged = self.pages.iter().any(|page| !matches!(page, Err(PageFault::Absent)));
             return if damaged { Err(LogError::ExtensionDamaged { device: name() }) } else { Ok(()) };
         };
         let flags = extension.incompatible | extension.read_compatible;
@@ -86,28 +92,49 @@ impl RawSuperblock {
 /// Reads the superblock and its record, and says of each whether it is right.
 ///
 /// # Errors
-/// When the device cannot be read or has an impossible size.
+/// When the magic or the record cannot be read, or the device has an impossible size.
 pub async fn examine_superblock(device: &Device) -> Result<RawSuperblock, LogError> {
+    let (superblock, unread) = examine_damaged_superblock(device).await?;
+    match unread.into_iter().flatten().next() {
+        Some(error) => Err(error.into()),
+        None => Ok(superblock),
+    }
+}
+
+/// As [`examine_superblock`], for a device that is to be looked at however damaged it is. Also gives the errors by which the
+/// magic and the record could not be read; what was not counts as wrong.
+///
+/// # Errors
+/// When the device has an impossible size.
+pub async fn examine_damaged_superblock(
+    device: &Device,
+) -> Result<(RawSuperblock, [Option<DeviceError>; 2]), LogError> {
     let geometry = Geometry::of_device(device.size())
         .map_err(|fault| LogError::Geometry { device: device.name().to_string(), fault })?;
-    let first = device.read(SUPERBLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
-    let last = device.read(RECORD_BLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
-    let page = async |offset| {
-        let block = device.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await?;
-        Ok::<_, DeviceError>(SuperblockExtension::decode(block.block_at(0)))
+    let read = async |offset| match device.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await {
+        Ok(block) => (*block.block_at(0), None),
+        Err(error) => ([UNREAD; BLOCK_BYTES], Some(error)),
     };
-    Ok(RawSuperblock {
+    let page = async |offset| match read(offset).await {
+        (_, Some(_)) => Err(PageFault::Unreadable),
+        (block, None) => SuperblockExtension::decode(&block),
+    };
+    let (first, no_magic) = read(SUPERBLOCK_OFFSET).await;
+    let (last, no_record) = read(RECORD_BLOCK_OFFSET).await;
+    let superblock = RawSuperblock {
         geometry,
-        pages: [page(EXTENSION_OFFSETS[0]).await?, page(EXTENSION_OFFSETS[1]).await?],
-        magic: decode_magic(first.block_at(0)),
-        record: decode_record(last.block_at(0)),
-    })
+        pages: [page(EXTENSION_OFFSETS[0]).await, page(EXTENSION_OFFSETS[1]).await],
+        magic: decode_magic(&first),
+        record: decode_record(&last),
+    };
+    Ok((superblock, [no_magic, no_record]))
 }
 
 /// Reads and checks the superblock and its record.
 ///
 /// # Errors
-/// When the device cannot be read, has an impossible size, or is no cache device.
+/// When the device cannot be read, has an impossible size, is no cache device, or its record is garbage; and as
+/// [`RawSuperblock::check_extension`].
 pub async fn read_superblock(device: &Device) -> Result<Superblock, LogError> {
     let superblock = |fault| LogError::Superblock { device: device.name().to_string(), fault };
     let raw = examine_superblock(device).await?;
@@ -140,7 +167,8 @@ impl<'a> BackingFacts<'a> {
 /// identity shows that it is the same.
 ///
 /// # Errors
-/// When it belongs to another, or to one that was larger.
+/// When it belongs to another, to one that was larger, or to one that was smaller and has no identity that shows that it
+/// is the same.
 pub fn check_pairing(
     device: &Device,
     extension: &SuperblockExtension,
@@ -256,21 +284,30 @@ pub struct SlotContent {
     /// The header, where one could be decoded and is not empty. That of a segment that is cut short has only the entries of
     /// the commit that stands.
     pub header: Option<SegmentHeader>,
-    /// The data blocks that the header on the device counts, where they could be read.
-    pub data: Option<IoBuf>,
+    /// How many bytes of the device were read for it.
+    pub bytes_read: u64,
 }
 
 impl SlotContent {
-    /// How many bytes of the device were read for it.
-    pub fn bytes_read(&self) -> u64 {
-        to_u64(BLOCK_BYTES + self.data.as_ref().map_or(0, |data| data.len()))
-    }
+    const NOTHING: SlotContent = SlotContent { state: SlotState::Empty, header: None, bytes_read: 0 };
+}
+
+/// How much of a slot to read before its header tells how much of it there is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum First {
+    Header,
+    /// All: as a rule, that is one read instead of two.
+    Whole,
 }
 
 /// Reads a slot whole and verifies it. A device error is part of the verdict, not a failure.
 pub async fn read_slot(device: &Device, geometry: Geometry, slot: Slot) -> SlotContent {
-    let mut content = SlotContent { state: SlotState::Empty, header: None, data: None };
-    if let Err(fault) = fill_slot(device, geometry, slot, &mut content).await {
+    read_slot_by(device, geometry, slot, First::Header).await
+}
+
+async fn read_slot_by(device: &Device, geometry: Geometry, slot: Slot, first: First) -> SlotContent {
+    let mut content = SlotContent::NOTHING;
+    if let Err(fault) = fill_slot(device, geometry, slot, first, &mut content).await {
         content.state = SlotState::Invalid(fault);
     }
     content
@@ -280,26 +317,40 @@ async fn fill_slot(
     device: &Device,
     geometry: Geometry,
     slot: Slot,
+    first: First,
     content: &mut SlotContent,
 ) -> Result<(), SlotFault> {
     let offset = geometry.slot_offset(slot);
-    let block = device.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await?;
-    let header = SegmentHeader::decode(block.block_at(0))?;
+    let whole = match first {
+        // Where that fails, it may be for what the segment does not use.
+        First::Whole => device.read(offset, IoBuf::zeroed(SEGMENT_BYTES)).await.ok(),
+        First::Header => None,
+    };
+    let front = match whole {
+        Some(whole) => whole,
+        None => device.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await?,
+    };
+    content.bytes_read = to_u64(front.len());
+    let (block, rest) = (front.block_at(0), &front[BLOCK_BYTES..]);
+    let header = SegmentHeader::decode(block)?;
     if header.id == SegmentId::NONE {
         return Ok(());
     }
     let header = content.header.insert(header);
-    let data = match header.data_bytes() {
-        0 => IoBuf::zeroed(0),
-        bytes => device.read(offset + to_u64(BLOCK_BYTES), IoBuf::zeroed(bytes)).await?,
+    let separate = match header.data_bytes() {
+        bytes if bytes <= rest.len() => None,
+        bytes => {
+            content.bytes_read += to_u64(bytes);
+            Some(device.read(offset + to_u64(BLOCK_BYTES), IoBuf::zeroed(bytes)).await?)
+        }
     };
-    let whole = header.verify(block.block_at(0), &data);
-    let last = if whole { None } else { header.last_commit(block.block_at(0), &data) };
+    let data = separate.as_deref().unwrap_or(&rest[..header.data_bytes().min(rest.len())]);
+    let whole = header.verify(block, data);
+    let last = if whole { None } else { header.last_commit(block, data) };
     if let Some(last) = last {
         header.metablocks.truncate(usize::from(last.length));
         header.checksum = last.checksum;
     }
-    content.data = Some(data);
     let (id, sound) = (header.id, whole || last.is_some());
     match (geometry.slot_of(id) == slot, sound) {
         (true, true) => {
@@ -315,7 +366,7 @@ async fn fill_slot(
 /// Reads a slot's header block alone, unless that is torn. The state is [`SlotState::Valid`] when nothing in the header
 /// speaks against it; the data is not read and the checksum not verified.
 pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -> SlotContent {
-    let mut content = SlotContent { state: SlotState::Empty, header: None, data: None };
+    let mut content = SlotContent { bytes_read: to_u64(BLOCK_BYTES), ..SlotContent::NOTHING };
     let read = device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await;
     let decoded = read
         .map_err(SlotFault::from)
@@ -346,8 +397,29 @@ pub async fn scan(
     geometry: Geometry,
     visit: impl FnMut(Slot, &SlotContent),
 ) -> Vec<SlotState> {
-    let reads =
-        geometry.all_slots().map(|slot| async move { (slot, read_slot(device, geometry, slot).await) });
+    scan_by(device, geometry, |read| read, visit).await
+}
+
+/// As [`scan`], but has `run` start the work on each slot, which verifies its data as well, and go on with it elsewhere.
+pub async fn scan_by<R: Future<Output = SlotContent>>(
+    device: &Device,
+    geometry: Geometry,
+    run: impl Fn(BoxFuture<'static, SlotContent>) -> R,
+    visit: impl FnMut(Slot, &SlotContent),
+) -> Vec<SlotState> {
+    // As a rule, a segment is as full as its neighbours are.
+    let full = Arc::new(AtomicBool::new(false));
+    let reads = geometry.all_slots().map(|slot| {
+        let (device, full) = (device.clone(), full.clone());
+        let read = run(Box::pin(async move {
+            let first = if full.load(Ordering::Relaxed) { First::Whole } else { First::Header };
+            let content = read_slot_by(&device, geometry, slot, first).await;
+            let length = content.header.as_ref().map_or(0, SegmentHeader::length);
+            full.store(length > PLACES / 2, Ordering::Relaxed);
+            content
+        }));
+        async move { (slot, read.await) }
+    });
     gather(stream::iter(reads).buffered(SCAN_DEPTH), geometry, visit).await
 }
 

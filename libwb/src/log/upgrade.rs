@@ -30,7 +30,7 @@ impl Upgrade {
     /// after the beginning of 1970.
     ///
     /// # Errors
-    /// When the device has the extension, its log is corrupt, or it does not fit the backing device.
+    /// When the device has the extension or has lost it, its log is corrupt, it does not fit the backing device, or it fails.
     pub async fn plan(
         device: &Device,
         scanned: &Scanned,

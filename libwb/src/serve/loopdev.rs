@@ -47,6 +47,8 @@ const ATTEMPTS: u32 = 16;
 pub struct Options {
     /// Logical sector size of the loop device in bytes: 512 or 4096.
     pub sector_size: u32,
+    /// Whether the loop device takes no writes.
+    pub read_only: bool,
 }
 
 /// Why a volume cannot be served.
@@ -97,7 +99,9 @@ impl LoopDevice {
         let session = Session::from_fd(files, OwnedFd::from(fuse), SessionACL::Owner, config)
             .and_then(Session::spawn)
             .map_err(failed("cannot start the FUSE session"))?;
-        let flags = OFlag::O_RDWR | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
+        // On a file that is open to read alone, a loop device is read-only.
+        let access = if options.read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
+        let flags = access | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
         let file = openat(&mount, name, flags, Mode::empty())
             .map_err(failed(format!("cannot open the FUSE file '{name}'")))?;
         let (path, device) = configure_loop_device(&File::from(file), options.sector_size)?;

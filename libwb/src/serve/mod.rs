@@ -33,6 +33,41 @@ pub fn abort_on_panic() {
     }));
 }
 
+/// A cache that was opened for reads alone.
+#[derive(Clone)]
+pub struct ReadOnly(pub Cache);
+
+impl Volume for ReadOnly {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn write_ready(&self, _sector: Sector, _data: &[u8]) -> Result<usize, Errno> {
+        Err(Errno::EROFS)
+    }
+
+    async fn write_rest(&self, _sector: Sector, _data: Vec<u8>) -> Result<(), Errno> {
+        Err(Errno::EROFS)
+    }
+
+    async fn read(&self, sector: Sector, buf: IoBuf) -> Result<IoBuf, Errno> {
+        self.0.read(sector, buf).await.map_err(|error| error.errno())
+    }
+
+    async fn discard(&self, _sector: Sector, _length: u64) -> Result<(), Errno> {
+        Err(Errno::EROFS)
+    }
+
+    /// Nothing was written.
+    async fn flush(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn took(&self, request: Timed, time: Duration) {
+        self.0.took(request, time);
+    }
+}
+
 /// What a front end serves.
 pub trait Volume: Clone + Send + Sync + 'static {
     /// Size in bytes.
@@ -45,15 +80,27 @@ pub trait Volume: Clone + Send + Sync + 'static {
     fn write_ready(&self, sector: Sector, data: &[u8]) -> Result<usize, Errno>;
 
     /// Writes the rest.
+    ///
+    /// # Errors
+    /// What the writer is to be told. Parts may have been written.
     fn write_rest(&self, sector: Sector, data: Vec<u8>) -> impl Future<Output = Result<(), Errno>> + Send;
 
     /// Fills a buffer.
+    ///
+    /// # Errors
+    /// What the reader is to be told.
     fn read(&self, sector: Sector, buf: IoBuf) -> impl Future<Output = Result<IoBuf, Errno>> + Send;
 
     /// Makes a range of `length` bytes read as zeros, durably.
+    ///
+    /// # Errors
+    /// `EOPNOTSUPP` where it cannot discard, or what else the caller is to be told. Parts may have been discarded.
     fn discard(&self, sector: Sector, length: u64) -> impl Future<Output = Result<(), Errno>> + Send;
 
     /// Makes everything acknowledged before durable.
+    ///
+    /// # Errors
+    /// What the caller is to be told. Nothing is known then of what was not flushed before.
     fn flush(&self) -> impl Future<Output = Result<(), Errno>> + Send;
 
     /// Notes how long a request took.

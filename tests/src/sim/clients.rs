@@ -89,8 +89,8 @@ pub struct Client {
     pub habits: Habits,
     /// Whether operations may fail.
     pub faulty: bool,
-    /// Whether write-back is in strict order.
-    pub strict: bool,
+    /// What the tunables may be.
+    pub taste: Taste,
 }
 
 impl Client {
@@ -104,7 +104,7 @@ impl Client {
             }
             let habits = self.habits.clone();
             if self.rng.u32(..1000) < habits.tunes {
-                self.volume.tune(Taste { number: self.rng.u64(..), strict: self.strict });
+                self.volume.tune(Taste { number: self.rng.u64(..), ..self.taste });
             }
             if self.rng.u32(..1000) < habits.drains {
                 self.flush(true).await;
@@ -166,6 +166,10 @@ impl Client {
             self.oracle.lock().write_ends(write, first, count, result.is_ok());
             result
         };
+        if result.is_ok() {
+            let newest = self.volume.newest();
+            self.oracle.lock().logged(write, first, count, newest);
+        }
         self.judge("a write", result.err());
     }
 

@@ -1,24 +1,21 @@
 //! A simulated course of events: a volume is opened, used, and crashed, again and again, as a seed decides.
 
 use super::clients::{Client, Habits};
+use super::devices::{fresh_backing, fresh_cache, record_of, trouble};
 use super::oracle::Oracle;
-use super::stamp::{self, WriteId};
 use super::volume::{Engine, Taste, Volume};
 use fastrand::Rng;
 use futures_channel::oneshot;
+use libwb::cache::WriteMode;
 use libwb::device::sim::{Crash, Faults, SimDevice, SimRuntime, Simulation, Stop};
 use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
-use libwb::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, SECTOR_BYTES, SEGMENT_BYTES,
-    SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension, encode_superblock_block, to_u64, to_usize,
-};
+use libwb::format::{BLOCK_BYTES, RECORD_BLOCK_OFFSET, SECTOR_BYTES, Sector, to_u64, to_usize};
 use libwb::log::{recovery, scan};
 use libwb::runtime::Runtime;
 use parking_lot::Mutex;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
-use uuid::Uuid;
 
 /// How often a drain is tried again once failing devices are sound again.
 const DRAIN_TRIES: u32 = 5;
@@ -93,8 +90,8 @@ struct Course<'a> {
     /// Whether the superblock record is lost now and then. The kernel module hardly ever writes it, and the log must
     /// be recovered without.
     forgetful: bool,
-    /// Whether write-back is in strict order.
-    strict: bool,
+    /// What the tunables may be.
+    taste: Taste,
     /// The worst crash since the volume was last looked at.
     crashed: Option<Crash>,
     crashes: u32,
@@ -131,14 +128,18 @@ impl<'a> Course<'a> {
         let forgetful = !extended && rng.u32(..4) == 0;
         // Without its record, the log is written back again from further back.
         let strict = rng.u32(..6) == 0 && !forgetful;
+        // Nothing goes around the log there: in strict order it may not, and without its record older versions come back.
+        let all_logged = forgetful || strict || !seed.is_multiple_of(4);
+        let mode = all_logged.then_some(WriteMode::Back);
+        let taste = Taste { strict, mode, ..Taste::default() };
         let mut oracle = Oracle::new(sectors);
-        if strict {
+        if strict || seed.is_multiple_of(2) {
             oracle.keep_ledger();
         }
         let settings = format!(
             "{segments} segments, extended: {extended}, {sectors} sectors, block sizes {cache_block_size} and {block_size}, \
              backing device {slowness} times slower, faulty: {faulty}, \
-             forgetful: {forgetful}, strict: {strict}"
+             forgetful: {forgetful}, strict: {strict}, all through the log: {all_logged}"
         );
         Course {
             engine,
@@ -151,7 +152,7 @@ impl<'a> Course<'a> {
             faulty,
             extended,
             forgetful,
-            strict,
+            taste,
             crashed: None,
             crashes: 0,
             settings,
@@ -195,7 +196,7 @@ impl<'a> Course<'a> {
 
     fn open(&mut self) -> Result<Life<Arc<dyn Volume>>, String> {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
-        let taste = Taste { number: self.rng.u64(..), strict: self.strict };
+        let taste = Taste { number: self.rng.u64(..), ..self.taste };
         let opening = self.engine.open(cache, backing, Arc::new(self.runtime().clone()), taste);
         Ok(match self.finish("opening", opening)? {
             Life::Goes(Ok(volume)) => Life::Goes(volume),
@@ -234,7 +235,7 @@ impl<'a> Course<'a> {
     /// Lets clients loose on the volume.
     fn work(&mut self, volume: &Arc<dyn Volume>) -> Result<Life<()>, String> {
         let mut habits = Habits::any(&mut self.rng, self.unit);
-        if self.strict {
+        if self.taste.strict {
             habits.discard_nothing();
         }
         // What a discard has made the log forget, only the record keeps from coming back.
@@ -250,7 +251,7 @@ impl<'a> Course<'a> {
                 rng: self.rng.fork(),
                 habits: habits.clone(),
                 faulty: self.faulty,
-                strict: self.strict,
+                taste: self.taste,
             };
             let (done, end) = oneshot::channel();
             let operations = self.rng.u32(1..=operations);
@@ -280,7 +281,7 @@ impl<'a> Course<'a> {
         }
         // A close erases segments that the record covers, so from now on the log needs its record.
         self.forgetful = false;
-        if self.rng.bool() && !self.strict {
+        if self.rng.bool() && !self.taste.strict {
             self.discard_meanwhile(&volume);
         }
         if let Life::Halted = self.settle("close", || volume.close())? {
@@ -359,10 +360,16 @@ impl<'a> Course<'a> {
         }
     }
 
-    /// In strict order, the backing device must do if the cache device is lost at this moment.
+    /// The backing device must do if the cache device is lost at this moment.
     fn judge_backing_alone(&self) {
-        if self.strict {
-            self.oracle.lock().backing_alone(&self.backing.content());
+        // Before it is known what the last crash has left, segments may bear the numbers of some that it has lost.
+        if self.crashed.is_some() {
+            return;
+        }
+        let written_back = record_of(&self.cache.content());
+        let mut oracle = self.oracle.lock();
+        if let Err(text) = oracle.allows_alone(&self.backing.content(), written_back, self.taste.strict) {
+            oracle.fail(&text);
         }
     }
 
@@ -448,55 +455,4 @@ fn volume_sectors(rng: &mut Rng, block_size: u32) -> u64 {
     let blocks = rng.u64(most / 2..=most) / 8;
     let odd = if block_size == 512 && rng.u32(..4) == 0 { rng.u64(1..8) } else { 0 };
     blocks * 8 + odd
-}
-
-/// A backing device as the first write leaves it.
-pub(super) fn fresh_backing(sectors: u64) -> Vec<u8> {
-    let mut content = vec![0; to_usize(sectors) * SECTOR_BYTES];
-    stamp::fill(&mut content, Sector(0), WriteId(0));
-    content
-}
-
-/// A cache device as a fresh format leaves it.
-pub(super) fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
-    let size = SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES);
-    let mut content = vec![0; to_usize(size)];
-    let first: &mut [u8; BLOCK_BYTES] = content.first_chunk_mut().expect("a cache device holds a block");
-    encode_superblock_block(first);
-    if extended {
-        let page: &mut [u8; BLOCK_BYTES] = content[to_usize(EXTENSION_OFFSETS[0])..]
-            .first_chunk_mut()
-            .expect("within the superblock region");
-        SuperblockExtension::new(Uuid::from_u128(0x5eed), size).encode(page);
-    }
-    content
-}
-
-/// Makes the devices fail for a while, a few times, and sound again.
-async fn trouble(runtime: SimRuntime, devices: [Arc<SimDevice>; 2], rot: bool, mut rng: Rng) {
-    let [cache, backing] = devices;
-    for _ in 0..rng.u32(1..5) {
-        let quiet = rng.u64(1..1_000_000);
-        runtime.sleep(Duration::from_micros(quiet)).await;
-        let device = if rng.u32(..3) == 0 { &cache } else { &backing };
-        let chance = |rng: &mut Rng| rng.choice([0.0, 0.0, 0.01, 0.2, 1.0]).unwrap_or(0.0);
-        let faults = Faults { read: chance(&mut rng), write: chance(&mut rng), flush: chance(&mut rng) };
-        device.set_faults(faults);
-        if rot && rng.u32(..3) == 0 {
-            rot_some(&cache, &mut rng);
-        }
-        let trouble = rng.u64(1..5_000_000);
-        runtime.sleep(Duration::from_micros(trouble)).await;
-        device.set_faults(Faults::default());
-        cache.heal_rot();
-    }
-}
-
-/// Rots some of a cache device's data, but no header.
-fn rot_some(cache: &SimDevice, rng: &mut Rng) {
-    let segments = (cache.size() - SUPERBLOCK_REGION_BYTES) / to_u64(SEGMENT_BYTES);
-    for _ in 0..1 << rng.u32(..10) {
-        let segment = SUPERBLOCK_REGION_BYTES + rng.u64(..segments) * to_u64(SEGMENT_BYTES);
-        cache.rot(segment + rng.u64(to_u64(BLOCK_BYTES)..to_u64(SEGMENT_BYTES)));
-    }
 }

@@ -4,18 +4,19 @@
 //! A crash that leaves what an earlier one has left is recovered only once. Nothing changes between two changes on
 //! the devices but what has been acknowledged, which only grows; so just before each change, the most is asked.
 
-use super::course::{fresh_backing, fresh_cache};
+use super::devices::{fresh_backing, fresh_cache, record_of};
 use super::oracle::Oracle;
 use super::stamp;
 use super::volume::{Engine, Outcome, Taste, Volume};
 use fastrand::Rng;
 use futures_util::FutureExt;
+use libwb::cache::WriteMode;
 use libwb::device::sim::{SimDevice, Simulation, Snapshot};
 use libwb::device::{Device, IoBuf, MemDevice};
-use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, Sector, to_u64, to_usize};
+use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
 use libwb::runtime::Runtime;
 use parking_lot::Mutex;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,6 +46,12 @@ pub enum Step {
     FlushBehind,
     /// Writes back all that is dirty.
     Drain,
+    /// From now on, writes go there first.
+    Mode(WriteMode),
+    /// From now on, whole blocks that are read twice are cached, with so many on their way at a time.
+    Caching(u32),
+    /// From now on, so many segments are written back at a time.
+    Batch(u32),
     /// Lets milliseconds pass.
     Sleep(u64),
     /// Makes the backing device so many times slower.
@@ -201,8 +208,10 @@ fn tears(device: usize, moment: &Snapshot) -> Vec<Torn> {
 struct Explorer {
     engine: Arc<dyn Engine>,
     oracle: Arc<Mutex<Oracle>>,
-    /// What was recovered from each crash so far.
-    seen: Mutex<HashMap<Survivors, Result<Vec<u8>, String>>>,
+    /// What each crash so far has left.
+    seen: Mutex<HashMap<Survivors, After>>,
+    /// What devices and volumes held after those crashes. Most held the same, so that each content is kept once.
+    contents: Mutex<HashSet<Content>>,
     tally: Mutex<Tally>,
     rng: Mutex<Rng>,
     failure: Mutex<Option<String>>,
@@ -218,19 +227,47 @@ impl Explorer {
         for survivors in outcomes(&moment, &mut self.rng.lock()) {
             self.tally.lock().crashes += 1;
             let mut seen = self.seen.lock();
-            let recovered = seen.entry(survivors.clone()).or_insert_with(|| {
+            let after = seen.entry(survivors.clone()).or_insert_with(|| {
                 self.tally.lock().recoveries += 1;
-                recover(&*self.engine, survivors.images(&moment))
+                After::of(&*self.engine, survivors.images(&moment), &mut self.contents.lock())
             });
-            let judged = match recovered {
-                Ok(data) => self.oracle.lock().allows(data),
-                Err(e) => Err(e.clone()),
-            };
+            let judged = after.judge(&self.oracle.lock());
             if let Err(text) = judged {
                 *self.failure.lock() = Some(format!("{survivors:?} survive: {text}"));
                 return;
             }
         }
+    }
+}
+
+type Content = Arc<[u8]>;
+
+/// What a crash has left.
+struct After {
+    recovered: Result<Content, String>,
+    /// The backing device alone.
+    backing: Content,
+    written_back: SegmentId,
+}
+
+impl After {
+    fn of(engine: &dyn Engine, images: [Vec<u8>; 2], contents: &mut HashSet<Content>) -> After {
+        let mut kept = |content: &[u8]| -> Content {
+            if let Some(same) = contents.get(content) {
+                return same.clone();
+            }
+            let content = Content::from(content);
+            contents.insert(content.clone());
+            content
+        };
+        let (backing, written_back) = (kept(&images[1]), record_of(&images[0]));
+        let recovered = recover(engine, images).map(|data| kept(&data));
+        After { recovered, backing, written_back }
+    }
+
+    fn judge(&self, oracle: &Oracle) -> Result<(), String> {
+        oracle.allows(self.recovered.as_ref().map_err(Clone::clone)?)?;
+        oracle.allows_alone(&self.backing, self.written_back, false)
     }
 }
 
@@ -240,7 +277,7 @@ fn recover(engine: &dyn Engine, [cache, backing]: [Vec<u8>; 2]) -> Result<Vec<u8
     let backing = Arc::new(MemDevice::with_content("backing", backing));
     let cache: Device = Arc::new(MemDevice::with_content("cache", cache));
     let opening =
-        engine.open(cache, backing.clone(), Arc::new(simulation.runtime().clone()), Taste::default());
+        engine.open(cache, backing.clone(), Arc::new(simulation.runtime().clone()), taste(WriteMode::Back));
     let recovering = async {
         let volume = opening.await?;
         let data = volume.read(Sector(0), IoBuf::zeroed(to_usize(volume.size()))).await?;
@@ -267,10 +304,13 @@ impl Run {
         let simulation = Simulation::new(seed);
         let sectors = script.blocks * to_u64(BLOCK_BYTES / SECTOR_BYTES);
         let devices = devices(&simulation, [fresh_cache(script.segments, extended), fresh_backing(sectors)]);
+        let mut oracle = Oracle::new(sectors);
+        oracle.keep_ledger();
         let explorer = Explorer {
             engine,
-            oracle: Arc::new(Mutex::new(Oracle::new(sectors))),
+            oracle: Arc::new(Mutex::new(oracle)),
             seen: Mutex::default(),
+            contents: Mutex::default(),
             tally: Mutex::default(),
             rng: Mutex::new(Rng::with_seed(seed)),
             failure: Mutex::default(),
@@ -298,7 +338,7 @@ impl Run {
         self.simulation.runtime().observe(move || explorer.crash_now(&devices));
         let [cache, backing] = self.devices.clone();
         let runtime = Arc::new(self.simulation.runtime().clone());
-        self.finish(self.explorer.engine.open(cache, backing, runtime, Taste::default()))
+        self.finish(self.explorer.engine.open(cache, backing, runtime, taste(WriteMode::Back)))
     }
 
     fn end(&self, volume: Arc<dyn Volume>) {
@@ -332,6 +372,7 @@ impl Run {
         self.explorer.oracle.lock().recovered(libwb::device::sim::Crash::PowerCut, &data);
         self.verdict()?;
         self.explorer.seen.lock().clear();
+        self.explorer.contents.lock().clear();
         self.devices = devices(&self.simulation, images);
         self.open()
     }
@@ -344,7 +385,10 @@ impl Run {
                 let mut data = vec![0; to_usize(count) * SECTOR_BYTES];
                 stamp::fill(&mut data, Sector(first), write);
                 self.finish(volume.write(Sector(first), data))?;
-                oracle.lock().write_ends(write, Sector(first), count, true);
+                let newest = volume.newest();
+                let mut oracle = oracle.lock();
+                oracle.write_ends(write, Sector(first), count, true);
+                oracle.logged(write, Sector(first), count, newest);
             }
             Step::WriteFua(first, count) => {
                 let write = oracle.lock().write_begins(Sector(first), count);
@@ -377,6 +421,11 @@ impl Run {
                     _ => self.finish(flushing)?,
                 }
             }
+            Step::Mode(mode) => volume.tune(taste(mode)),
+            Step::Batch(segments) => {
+                volume.tune(Taste { batch: Some(segments), ..taste(WriteMode::Back) });
+            }
+            Step::Caching(cells) => volume.tune(Taste { cells: Some(cells), ..taste(WriteMode::Back) }),
             Step::Slow(factor) => self.devices[1].set_slowness(factor),
             Step::Sleep(millis) => {
                 let sleep = self.simulation.runtime().sleep(Duration::from_millis(millis));
@@ -399,6 +448,11 @@ impl Run {
         }
         self.explorer.oracle.lock().failure().map_or(Ok(()), |text| Err(text.to_string()))
     }
+}
+
+/// Tunables that are the same each time, but for the mode.
+fn taste(mode: WriteMode) -> Taste {
+    Taste { number: 1, mode: Some(mode), ..Taste::default() }
 }
 
 fn discard(oracle: Arc<Mutex<Oracle>>, volume: Arc<dyn Volume>, first: Sector, count: u64) -> Outcome<()> {

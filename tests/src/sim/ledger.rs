@@ -1,12 +1,16 @@
-//! What the backing device alone may hold when write-back is in strict order: the day the cache device is lost.
+//! What the backing device alone may hold: the day the cache device is lost.
 //!
-//! It is what a disk with a volatile cache would hold: all up to some flush, and any part of what came after that, up to
-//! the next. So if it shows a write that was submitted after a flush had been acknowledged, it lacks nothing that
+//! In any order of write-back, it lacks nothing that lies in segments that are written back, as the superblock record has it,
+//! and nothing that was acknowledged before a drain that was acknowledged; and it shows nothing that was lost. Of what came
+//! later, any part. Nobody knows which segment a write went to; but when it was acknowledged, that was the newest or one before.
+//!
+//! In strict order, it is what a disk with a volatile cache would hold: all up to some flush, and any part of what came after
+//! that, up to the next. So if it shows a write that was submitted after a flush had been acknowledged, it lacks nothing that
 //! had been acknowledged before that flush was submitted.
 
 use super::oracle::Moment;
 use super::stamp::{self, Content, WriteId};
-use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
+use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
 use std::ops::Range;
 
 const NEVER: Moment = Moment::MAX;
@@ -16,26 +20,50 @@ struct Past {
     write: WriteId,
     submitted: Moment,
     acknowledged: Moment,
+    /// The log holds it in this segment or in one before.
+    segment: Option<SegmentId>,
+}
+
+impl Past {
+    fn new(write: WriteId, submitted: Moment) -> Past {
+        Past { write, submitted, acknowledged: NEVER, segment: None }
+    }
+
+    /// Whether it lies in a segment that is written back.
+    fn is_written_back(&self, written_back: SegmentId) -> bool {
+        self.segment.is_some_and(|segment| segment <= written_back)
+    }
 }
 
 /// Every write that was not lost, and every flush that was acknowledged.
 pub struct Ledger {
     sectors: Vec<Vec<Past>>,
+    /// Sectors that a discard has begun on. Nobody knows which of several discards they show, so that they are only judged
+    /// in strict order, where nothing is discarded.
+    discarded: Vec<bool>,
     /// When each was submitted, and when it was acknowledged.
     flushes: Vec<(Moment, Moment)>,
+    /// When the last drain was submitted that was acknowledged.
+    drained: Moment,
 }
 
 impl Ledger {
     /// The history of a volume of so many sectors that has not begun.
     pub fn new(sectors: u64) -> Ledger {
-        let first = Past { write: WriteId(0), submitted: 0, acknowledged: 0 };
-        Ledger { sectors: vec![vec![first]; to_usize(sectors)], flushes: Vec::new() }
+        let first = Past { acknowledged: 0, ..Past::new(WriteId(0), 0) };
+        Ledger {
+            sectors: vec![vec![first]; to_usize(sectors)],
+            discarded: vec![false; to_usize(sectors)],
+            flushes: Vec::new(),
+            drained: 0,
+        }
     }
 
-    /// A write begins.
-    pub fn begins(&mut self, write: WriteId, sectors: Range<u64>, submitted: Moment) {
+    /// A write or a discard begins.
+    pub fn begins(&mut self, write: WriteId, zeros: bool, sectors: Range<u64>, submitted: Moment) {
         for sector in sectors {
-            self.sectors[to_usize(sector)].push(Past { write, submitted, acknowledged: NEVER });
+            self.discarded[to_usize(sector)] |= zeros;
+            self.sectors[to_usize(sector)].push(Past::new(write, submitted));
         }
     }
 
@@ -49,9 +77,24 @@ impl Ledger {
         }
     }
 
+    /// A write that was acknowledged lies in this segment of the log or in one before.
+    pub fn logged(&mut self, write: WriteId, sectors: Range<u64>, segment: SegmentId) {
+        for sector in sectors {
+            let past = self.sectors[to_usize(sector)].iter_mut().rfind(|past| past.write == write);
+            if let Some(past) = past {
+                past.segment = Some(segment);
+            }
+        }
+    }
+
     /// A flush is acknowledged.
     pub fn flushed(&mut self, submitted: Moment, acknowledged: Moment) {
         self.flushes.push((submitted, acknowledged));
+    }
+
+    /// A drain is acknowledged.
+    pub fn drained(&mut self, submitted: Moment) {
+        self.drained = self.drained.max(submitted);
     }
 
     /// A sector was recovered with a write; what came after that is lost.
@@ -64,11 +107,39 @@ impl Ledger {
         }
     }
 
-    /// Whether the backing device alone may hold this.
+    /// Whether the backing device alone may hold this while the segments up to `written_back` are, in any order of
+    /// write-back.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn check(&self, data: &[u8]) -> Result<(), String> {
+    pub fn check(&self, data: &[u8], written_back: SegmentId) -> Result<(), String> {
+        let bytes = data.chunks_exact(SECTOR_BYTES);
+        let sectors = (0..).zip(self.sectors.iter().zip(&self.discarded)).zip(bytes);
+        for ((sector, (pasts, _)), bytes) in sectors.filter(|((_, (_, discarded)), _)| !**discarded) {
+            let content = stamp::decode(bytes, Sector(sector)).map_err(|e| format!("sector {sector} {e}"))?;
+            let shows = |past: &&Past| matches!(content, Content::Of(write) if past.write == write);
+            let shown = pasts.iter().find(shows).ok_or_else(|| {
+                format!("sector {sector} of the backing device shows {content:?}, which was lost")
+            })?;
+            let must_be_there =
+                |past: &Past| past.acknowledged < self.drained || past.is_written_back(written_back);
+            let lacks = |past: &&Past| must_be_there(past) && shown.acknowledged < past.submitted;
+            if let Some(Past { write, .. }) = pasts.iter().find(lacks) {
+                return Err(format!(
+                    "sector {sector} of the backing device shows {content:?} and lacks {write}, though a drain that \
+                     was submitted at {} was acknowledged, and all up to segment {written_back} is written back",
+                    self.drained
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the backing device alone may hold this where write-back was in strict order all the time.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check_strict(&self, data: &[u8]) -> Result<(), String> {
         let mut shown = Vec::with_capacity(self.sectors.len());
         for (sector, bytes) in (0..to_u64(self.sectors.len())).zip(data.chunks_exact(SECTOR_BYTES)) {
             let Content::Of(write) = stamp::decode(bytes, Sector(sector))? else {
@@ -110,16 +181,53 @@ mod tests {
     fn what_came_after_a_flush_needs_what_came_before() {
         let mut ledger = Ledger::new(2);
         for (write, sector, at) in [(1, 0, 10), (2, 1, 20)] {
-            ledger.begins(WriteId(write), sector..sector + 1, at);
+            ledger.begins(WriteId(write), false, sector..sector + 1, at);
             ledger.ends(WriteId(write), sector..sector + 1, at + 1);
         }
-        assert_eq!(ledger.check(&shows([0, 2])), Ok(()), "without a flush, in any order");
+        assert_eq!(ledger.check_strict(&shows([0, 2])), Ok(()), "without a flush, in any order");
         ledger.flushed(12, 15);
-        assert!(ledger.check(&shows([0, 2])).unwrap_err().contains("lacks write 1"));
+        assert!(ledger.check_strict(&shows([0, 2])).unwrap_err().contains("lacks write 1"));
         for right in [[0, 0], [1, 0], [1, 2]] {
-            assert_eq!(ledger.check(&shows(right)), Ok(()));
+            assert_eq!(ledger.check_strict(&shows(right)), Ok(()));
         }
         ledger.recovered(1, WriteId(0), 30);
-        assert!(ledger.check(&shows([1, 2])).unwrap_err().contains("lost"));
+        assert!(ledger.check_strict(&shows([1, 2])).unwrap_err().contains("lost"));
+        assert!(ledger.check(&shows([1, 2]), SegmentId::NONE).unwrap_err().contains("lost"));
+    }
+
+    #[test]
+    fn what_was_drained_is_there_and_of_what_came_later_any_part() {
+        let mut ledger = Ledger::new(2);
+        for (write, sector, at) in [(1, 0, 10), (2, 1, 20)] {
+            ledger.begins(WriteId(write), false, sector..sector + 1, at);
+            ledger.ends(WriteId(write), sector..sector + 1, at + 1);
+        }
+        ledger.drained(15);
+        for right in [[1, 0], [1, 2]] {
+            assert_eq!(ledger.check(&shows(right), SegmentId::NONE), Ok(()));
+        }
+        assert!(ledger.check(&shows([0, 2]), SegmentId::NONE).unwrap_err().contains("lacks write 1"));
+        ledger.logged(WriteId(2), 1..2, SegmentId(7));
+        assert_eq!(ledger.check(&shows([1, 0]), SegmentId(6)), Ok(()));
+        assert!(ledger.check(&shows([1, 0]), SegmentId(7)).unwrap_err().contains("lacks write 2"));
+        ledger.begins(WriteId(3), true, 0..1, 30);
+        let mut zeros = shows([1, 2]);
+        zeros[..SECTOR_BYTES].fill(0);
+        assert_eq!(ledger.check(&zeros, SegmentId::NONE), Ok(()), "what was discarded is not judged");
+        zeros[SECTOR_BYTES..].fill(0);
+        assert!(ledger.check(&zeros, SegmentId::NONE).unwrap_err().contains("lost"));
+    }
+
+    #[test]
+    fn of_two_discards_that_may_have_been_recovered_either_may_be_what_shows() {
+        let mut ledger = Ledger::new(1);
+        for (write, zeros, submitted, acknowledged) in [(1, true, 10, 26), (2, false, 20, 21)] {
+            ledger.begins(WriteId(write), zeros, 0..1, submitted);
+            ledger.ends(WriteId(write), 0..1, acknowledged);
+        }
+        ledger.begins(WriteId(3), true, 0..1, 30);
+        ledger.recovered(0, WriteId(1), 40);
+        ledger.drained(50);
+        assert_eq!(ledger.check(&[0; SECTOR_BYTES], SegmentId::NONE), Ok(()));
     }
 }

@@ -19,7 +19,7 @@
 use super::ledger::Ledger;
 use super::stamp::{self, Content, WriteId};
 use libwb::device::sim::Crash;
-use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
+use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -111,10 +111,20 @@ impl Oracle {
         self.ledger = Some(Ledger::new(to_u64(self.sectors.len())));
     }
 
-    /// Judges what the backing device alone holds at this moment.
-    pub fn backing_alone(&mut self, data: &[u8]) {
-        if let Some(Err(text)) = self.ledger.as_ref().map(|ledger| ledger.check(data)) {
-            self.fail(&text);
+    /// Whether the backing device alone may hold this while the segments up to `written_back` are.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn allows_alone(&self, data: &[u8], written_back: SegmentId, strict: bool) -> Result<(), String> {
+        let Some(ledger) = &self.ledger else { return Ok(()) };
+        ledger.check(data, written_back)?;
+        if strict { ledger.check_strict(data) } else { Ok(()) }
+    }
+
+    /// A write that was acknowledged lies in this segment of the log or in one before.
+    pub fn logged(&mut self, write: WriteId, first: Sector, count: u64, segment: SegmentId) {
+        if let Some(ledger) = &mut self.ledger {
+            ledger.logged(write, first.0..first.0 + count, segment);
         }
     }
 
@@ -177,7 +187,7 @@ impl Oracle {
             self.sectors[to_usize(sector)].push(version);
         }
         if let Some(ledger) = &mut self.ledger {
-            ledger.begins(write, range.clone(), submitted);
+            ledger.begins(write, zeros, range.clone(), submitted);
         }
         let what = if zeros { "discard" } else { "write" };
         self.events.push((submitted, Event::Submit(write, what, range)));
@@ -245,6 +255,9 @@ impl Oracle {
             self.flushed = self.flushed.max(began);
             if let Some(ledger) = &mut self.ledger {
                 ledger.flushed(began, now);
+                if what == "drain" {
+                    ledger.drained(began);
+                }
             }
         }
         self.events.push((now, Event::Flush(what, began, acknowledged)));

@@ -2,9 +2,9 @@
 
 use super::volume::{Engine, Outcome, Taste, Volume};
 use fastrand::Rng;
-use libwb::cache::{Cache, Tunables, WritebackOrder};
+use libwb::cache::{Cache, Tunables, WriteMode, WritebackOrder};
 use libwb::device::{Device, IoBuf};
-use libwb::format::{SECTOR_BYTES, Sector, to_u64};
+use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64};
 use libwb::planted::{Bug, Planted};
 use libwb::runtime::Runtime;
 use std::sync::Arc;
@@ -41,13 +41,34 @@ impl Engine for WriteCache {
 
 fn tunables(taste: Taste) -> Tunables {
     let mut rng = Rng::with_seed(taste.number);
-    Tunables {
+    let mut tunables = Tunables {
         nr_max_batched_writeback: rng.choice([1, 2, 4, 32]).unwrap_or(32),
         writeback_threshold: rng.choice([0, 70, 70, 100]).unwrap_or(70),
         sync_data_interval: rng.choice([0, 0, 1, 5]).unwrap_or(0),
         writeback_order: if taste.strict { WritebackOrder::Strict } else { WritebackOrder::Sorted },
         read_cache_threshold: rng.choice([0, 0, 1, 8, 127]).unwrap_or(0),
         nr_read_cache_cells: rng.choice([1, 8, 40, 2048]).unwrap_or(2048),
+        write_mode: taste.mode.unwrap_or_else(|| write_mode(&mut rng)),
+        sequential_cutoff: match taste.mode {
+            Some(_) => 0,
+            None => rng.choice([0, 0, 0, 0, 128, 1024]).unwrap_or(0),
+        },
+        ..Tunables::default()
+    };
+    if let Some(batch) = taste.batch {
+        tunables.nr_max_batched_writeback = batch;
+    }
+    if let Some(cells) = taste.cells {
+        (tunables.read_cache_threshold, tunables.nr_read_cache_cells) = (127, cells);
+    }
+    tunables
+}
+
+fn write_mode(rng: &mut Rng) -> WriteMode {
+    match rng.u32(..8) {
+        0 => WriteMode::Through,
+        1 => WriteMode::Around,
+        _ => WriteMode::Back,
     }
 }
 
@@ -56,6 +77,10 @@ struct Open(Cache);
 impl Volume for Open {
     fn size(&self) -> u64 {
         self.0.size()
+    }
+
+    fn newest(&self) -> SegmentId {
+        self.0.status().newest
     }
 
     fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf> {

@@ -7,7 +7,7 @@
 use super::volume::{Engine, Outcome, Taste, Volume};
 use futures_util::lock::Mutex as AsyncMutex;
 use libwb::device::{Device, IoBuf};
-use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
+use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
 use libwb::runtime::Runtime;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
@@ -185,6 +185,11 @@ struct Handle(Arc<ToyVolume>);
 impl Volume for Handle {
     fn size(&self) -> u64 {
         self.0.backing.size()
+    }
+
+    /// Its queue is on no device.
+    fn newest(&self) -> SegmentId {
+        SegmentId::MAX
     }
 
     fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf> {

@@ -1,8 +1,9 @@
 //! What the simulator puts to the test: something that makes a volume of a cache device and a backing device.
 
 use futures_util::future::BoxFuture;
+use libwb::cache::WriteMode;
 use libwb::device::{Device, IoBuf};
-use libwb::format::Sector;
+use libwb::format::{Sector, SegmentId};
 use libwb::runtime::Runtime;
 use std::sync::Arc;
 
@@ -16,12 +17,20 @@ pub struct Taste {
     pub number: u64,
     /// Whether write-back is to be in strict order.
     pub strict: bool,
+    /// Where all writes go first; `None`: as the number has it, and large ones around the log.
+    pub mode: Option<WriteMode>,
+    /// With how many cells all that is read twice is cached; `None`: as the number has it.
+    pub cells: Option<u32>,
+    /// How many segments are written back at a time; `None`: as the number has it.
+    pub batch: Option<u32>,
 }
 
 /// An open volume.
 pub trait Volume: Send + Sync {
     /// Its size in bytes.
     fn size(&self) -> u64;
+    /// The newest segment of its log.
+    fn newest(&self) -> SegmentId;
     /// Fills a buffer.
     fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf>;
     /// Writes.

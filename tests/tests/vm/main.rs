@@ -40,15 +40,17 @@ const CONTINUED: [(&str, &str, End); 3] = [
     ("module-reads", "after-reads", End::Close),
 ];
 /// Pairs that we make, each with and without the extension.
-const OURS: [(&str, Work, End); 8] = [
+const OURS: [(&str, Work, End); 10] = [
     ("fresh", Work::Nothing, End::Close),
     ("whole", Work::Whole, End::Close),
     ("partial", Work::Partial, End::Close),
     ("flushes", Work::Flushes, End::Close),
     ("wrapped", Work::Wrapped, End::Close),
     ("drained", Work::Drained, End::Close),
+    ("modes", Work::Modes, End::Close),
     ("cut-partial", Work::Partial, End::Cut),
     ("cut-wrapped", Work::Wrapped, End::Cut),
+    ("cut-modes", Work::Modes, End::Cut),
 ];
 
 /// What was found.

@@ -1,7 +1,7 @@
 //! A cache device and a backing device, what is written to their volume, and what the volume must hold.
 
 use fastrand::Rng;
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, Tunables, WriteMode};
 use libwb::cli::Io;
 use libwb::device::IoBuf;
 use libwb::device::probe::Access;
@@ -38,6 +38,8 @@ pub(crate) enum Work {
     Mixed,
     /// Whole blocks, and then all is written back; only we do that on demand.
     Drained,
+    /// Writes among reads that are cached, through the log, the cache, and around it; only we change that while it runs.
+    Modes,
 }
 
 /// One step of it.
@@ -46,6 +48,7 @@ pub(crate) enum Op {
     Read { sector: Sector, bytes: usize },
     Flush,
     Drain,
+    Mode(WriteMode),
 }
 
 /// How the writer leaves the devices.
@@ -150,11 +153,12 @@ impl Pair {
             Work::Flushes => 40,
             Work::Wrapped => 200,
             Work::Reads | Work::Mixed => 80,
+            Work::Modes => 250,
         };
         for _ in 0..writes {
             let partial = match work {
                 Work::Partial => true,
-                Work::Wrapped | Work::Mixed | Work::Flushes => self.rng.u8(..3) == 0,
+                Work::Wrapped | Work::Mixed | Work::Flushes | Work::Modes => self.rng.u8(..3) == 0,
                 _ => false,
             };
             let most = match work {
@@ -167,9 +171,15 @@ impl Pair {
             if self.rng.f64() < flush {
                 ops.push(Op::Flush);
             }
-            if work == Work::Reads {
+            if work == Work::Modes && self.rng.u8(..20) == 0 {
+                let modes = [WriteMode::Back, WriteMode::Through, WriteMode::Around];
+                ops.push(Op::Mode(modes[self.rng.usize(..modes.len())]));
+            }
+            if matches!(work, Work::Reads | Work::Modes) {
+                // What we cache for reads is what is read more than once.
+                let blocks = if work == Work::Modes { 200 } else { SECTORS / 8 };
                 ops.extend((0..4).map(|_| {
-                    let block = self.rng.u64(..SECTORS / 8);
+                    let block = self.rng.u64(..blocks);
                     Op::Read { sector: Sector(block * 8), bytes: BLOCK_BYTES }
                 }));
             }
@@ -204,7 +214,7 @@ impl Pair {
                 }
                 Op::Read { sector, bytes } => writeln!(lines, "read {} {bytes}", sector.bytes()).unwrap(),
                 Op::Flush => writeln!(lines, "flush").unwrap(),
-                Op::Drain => panic!("the kernel module drains by itself only"),
+                Op::Drain | Op::Mode(_) => panic!("the kernel module does not do that on demand"),
             }
         }
         fs::write(share.join(format!("{}.ops", self.name)), lines).unwrap();
@@ -223,6 +233,12 @@ impl Pair {
                     Op::Read { sector, bytes } => drop(cache.read(*sector, IoBuf::zeroed(*bytes)).await?),
                     Op::Flush => cache.flush().await?,
                     Op::Drain => cache.drain().await?,
+                    Op::Mode(write_mode) => cache.set_tunables(Tunables {
+                        write_mode: *write_mode,
+                        read_cache_threshold: 127,
+                        nr_read_cache_cells: 8,
+                        ..Tunables::default()
+                    }),
                 }
             }
             if end == End::Close { cache.close().await } else { Ok(()) }

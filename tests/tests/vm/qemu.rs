@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long a plan may take. Without hardware virtualization everything is slow.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// How long a plan may take. Without hardware virtualization everything is slow, the more so beside other work.
+const PATIENCE: Duration = Duration::from_secs(1800);
 /// The first PCI slot for disks; the lower ones are for what qemu adds by itself.
 const FIRST_SLOT: usize = 8;
 

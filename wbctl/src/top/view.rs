@@ -1,6 +1,7 @@
 //! What `wbctl top` shows: from what the daemon tells to a picture, without a terminal.
 
 use crate::interval::{Interval, log_in_use};
+use libwb::cache::PACED_BELOW;
 use libwb::cli::{human_rate, human_size, human_time, percent};
 use libwb::control::{LiveStatus, VolumeStatus};
 use libwb::format::{SEGMENT_BYTES, to_u64};
@@ -16,9 +17,10 @@ use std::time::Duration;
 const KEPT: usize = 1000;
 /// How wide the names at the left are.
 const NAMES: u16 = 13;
-/// From here on, write-back goes on whatever the load, and writes are slowed down: parts of the log in use.
-const TIGHT: f64 = 0.75;
-const FULL: f64 = 0.875;
+/// From here on, writes are slowed down: a part of the log in use.
+const TIGHT: f64 = 1.0 - 1.0 / PACED_BELOW as f64;
+/// From here on, write-back goes on whatever the load.
+const NEARLY_FULL: f64 = 0.875;
 
 /// What one look adds to the curves.
 #[derive(Clone, Copy, Default)]
@@ -140,8 +142,8 @@ impl View {
     fn log(&self, live: &LiveStatus, area: Rect, buf: &mut Buffer) {
         let in_use = log_in_use(live).unwrap_or_default();
         let (word, colour) = match in_use {
-            full if full >= FULL => ("full: writes are slowed down", Color::Red),
-            tight if tight >= TIGHT => ("nearly full: writes are slowed down", Color::Yellow),
+            full if full >= NEARLY_FULL => ("nearly full: slowed down", Color::Red),
+            tight if tight >= TIGHT => ("writes slowed down", Color::Yellow),
             _ => ("", Color::Green),
         };
         let text = format!(
@@ -197,7 +199,7 @@ impl View {
             line(
                 "hits",
                 format!(
-                    "{} of blocks read, {} of those written; amplification {amplification}",
+                    "{} of reads, {} of writes; amplification {amplification}",
                     percent(statistics.read_hit_ratio),
                     percent(statistics.write_hit_ratio)
                 ),
@@ -368,7 +370,12 @@ mod tests {
         for (columns, lines) in [(1, 1), (10, 3), (20, 50), (80, 10), (200, 60)] {
             drawn(&view, columns, lines);
         }
-        assert!(drawn(&view, 80, 24).contains("writes are slowed down"));
+        assert!(drawn(&view, 80, 24).contains("nearly full: slowed down"));
+        // Of 16 segments, writes are paced when less than a third is free.
+        for (used, is_paced) in [(10, false), (11, true)] {
+            view.look(Ok(volume(300, used)));
+            assert_eq!(drawn(&view, 80, 24).contains("writes slowed down"), is_paced, "{used}");
+        }
     }
 
     #[test]

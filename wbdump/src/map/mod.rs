@@ -17,18 +17,21 @@ enum Kind {
     Empty,
     Clean,
     Dirty,
+    /// The newest segment, which was not closed: the log goes on in it, or after it.
+    Open,
     Dropped,
     Damaged,
 }
 
 impl Kind {
-    const ALL: [Kind; 5] = [Kind::Clean, Kind::Dirty, Kind::Dropped, Kind::Damaged, Kind::Empty];
+    const ALL: [Kind; 6] = [Kind::Clean, Kind::Dirty, Kind::Open, Kind::Dropped, Kind::Damaged, Kind::Empty];
 
     fn name(self) -> &'static str {
         match self {
             Kind::Empty => "empty",
             Kind::Clean => "written back",
             Kind::Dirty => "dirty",
+            Kind::Open => "open",
             Kind::Dropped => "dropped",
             Kind::Damaged => "damaged",
         }
@@ -71,8 +74,10 @@ impl Map {
             .all_slots()
             .zip(states.iter().zip(&headers))
             .map(|(slot, (state, header))| {
+                let is_open = state.valid_id().is_some() && state.valid_id() == recovery.open_end();
                 let has_dirty = header.as_ref().is_some_and(|header| header.dirty > 0);
                 let kind = match State::of(state, &recovery) {
+                    State::Live if is_open => Kind::Open,
                     State::Live if has_dirty => Kind::Dirty,
                     State::Live | State::WrittenBack => Kind::Clean,
                     State::Dropped => Kind::Dropped,
@@ -84,10 +89,10 @@ impl Map {
             .collect();
         slots.sort_by_key(|(order, slot, ..)| (*order, *slot));
         let time = |at: usize| slots[at].3.clone();
-        let dirty = slots.iter().position(|(_, _, kind, _)| *kind == Kind::Dirty);
-        let newest = slots
-            .iter()
-            .rposition(|(id, _, kind, _)| *id == recovery.point && matches!(kind, Kind::Dirty | Kind::Clean));
+        let dirty = slots.iter().position(|(_, _, kind, _)| matches!(kind, Kind::Dirty | Kind::Open));
+        let newest = slots.iter().rposition(|(id, _, kind, _)| {
+            *id == recovery.point && matches!(kind, Kind::Dirty | Kind::Open | Kind::Clean)
+        });
         let blocks = DirtyBlocks::find(log, &recovery);
         let backing_sectors = log.superblock.extension().map_or(0, |extension| extension.backing_sectors);
         let map = Map {

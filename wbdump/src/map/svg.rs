@@ -23,6 +23,7 @@ fn colour(kind: Kind) -> &'static str {
         Kind::Empty => "#e5e7eb",
         Kind::Clean => "#93c5fd",
         Kind::Dirty => "#f59e0b",
+        Kind::Open => "#34d399",
         Kind::Dropped => "#a78bfa",
         Kind::Damaged => "#dc2626",
     }

@@ -32,6 +32,7 @@ fn glyph(kind: Kind) -> (char, Style) {
         Kind::Empty => ('·', AnsiColor::BrightBlack),
         Kind::Clean => ('▒', AnsiColor::Blue),
         Kind::Dirty => ('█', AnsiColor::Yellow),
+        Kind::Open => ('▓', AnsiColor::Green),
         Kind::Dropped => ('?', AnsiColor::Magenta),
         Kind::Damaged => ('X', AnsiColor::Red),
     };

@@ -86,7 +86,27 @@ impl Draft {
         {
             plan.doom_unrecorded(&unrecorded, &mut draft);
         }
-        draft.leads_to_a_sound_log(&superblock, &slots).then_some(draft)
+        match draft.exposed(&superblock, &slots) {
+            // There are fewer that stand each time.
+            Some(slots) => Draft::new(raw, &slots, way),
+            None => draft.leads_to_a_sound_log(&superblock, &slots).then_some(draft),
+        }
+    }
+
+    /// The verdicts, if some segments that are cut short stand only as long as the log ends with them, and it will not.
+    /// They count as damaged from the start.
+    fn exposed(&self, superblock: &Superblock, slots: &[SlotState]) -> Option<Vec<SlotState>> {
+        let (superblock, outcome) = self.outcome(superblock, slots);
+        let after = explained(&superblock, &outcome);
+        let changed = |nth: usize| {
+            matches!((&outcome[nth], &after[nth]), (SlotState::Valid { .. }, SlotState::Invalid(_)))
+        };
+        (0..slots.len()).any(changed).then(|| {
+            (0..slots.len())
+                .map(|nth| if changed(nth) { &after[nth] } else { &slots[nth] })
+                .cloned()
+                .collect()
+        })
     }
 
     /// Whether there is nothing to be done.
@@ -158,7 +178,7 @@ impl Planner<'_> {
             point,
             changes: Vec::new(),
             decisive: None,
-            cut_short: recovery.cut_short(),
+            cut_short: Some(point).filter(|&id| id > written_back && self.is_cut_short(id)),
             unmark: self.clean_mark() > Some(point),
             disbelieved: None,
             doomed: Vec::new(),
@@ -185,6 +205,12 @@ impl Planner<'_> {
             Some(clean) if goes_on(self.superblock, self.slots, highest, clean) => clean,
             _ => highest,
         }
+    }
+
+    /// Whether the header of a segment does not tell what stands of it.
+    fn is_cut_short(&self, id: SegmentId) -> bool {
+        let slot = slot_index(self.superblock.geometry.slot_of(id));
+        matches!(self.slots[slot], SlotState::Valid { id: found, cut_short: true, .. } if found == id)
     }
 
     fn clean_mark(&self) -> Option<SegmentId> {

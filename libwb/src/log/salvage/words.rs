@@ -56,7 +56,7 @@ impl Plan {
         }
         let slots: Vec<_> = self.nameless().map(|lost| lost.slot.to_string()).collect();
         if !slots.is_empty() {
-            what.push(format!("what stands in slot{} {}", plural(slots.len()), shortened(&slots)));
+            what.push(format!("what stands in {} {}", noun(slots.len(), "slot"), shortened(&slots)));
         }
         if what.is_empty() {
             return "gives up nothing".into();
@@ -64,10 +64,10 @@ impl Plan {
         let blocks = self.blocks();
         let unsure = self.given_up.iter().any(|lost| lost.certainty == Certainty::Perhaps);
         let mut text = format!(
-            "gives up {}: {} dirty block{}{}",
+            "gives up {}: {} dirty {}{}",
             what.join(" and "),
             blocks.len(),
-            plural(blocks.len()),
+            noun(blocks.len(), "block"),
             if unsure { ", as far as damaged headers can be trusted" } else { "" },
         );
         let kept: u64 = self.given_up.iter().map(|lost| lost.kept).sum();
@@ -110,7 +110,7 @@ impl Plan {
             }
         }
         if !erased.is_empty() {
-            changes.push(format!("zeros over slot{} {}", plural(erased.len()), shortened(&erased)));
+            changes.push(format!("zeros over {} {}", noun(erased.len(), "slot"), shortened(&erased)));
         }
         if let Some(id) = self.draft.cut_short {
             changes.push(format!("the header of segment {id}, which ends with the last flush"));
@@ -161,6 +161,15 @@ pub fn ways_on(plans: &[Plan], option: &str) -> Vec<String> {
     plans.iter().filter_map(way).collect()
 }
 
+/// How many ways on there are, as a sentence without its end.
+pub fn number_of_ways(plans: &[Plan]) -> &'static str {
+    match plans.len() {
+        0 => "there is no way on",
+        1 => "there is one way on",
+        _ => "there are two ways on",
+    }
+}
+
 /// "segment 7" or "segments 7 to 9, 12, ...", for ids in order, at least one.
 pub fn segments(ids: &[SegmentId]) -> String {
     let runs = ids.chunk_by(|a, b| a.next() == *b);
@@ -169,7 +178,7 @@ pub fn segments(ids: &[SegmentId]) -> String {
         [first, .., last] => format!("{first} to {last}"),
         [] => String::new(),
     });
-    format!("segment{} {}", plural(ids.len()), shortened(&parts.collect::<Vec<_>>()))
+    format!("{} {}", noun(ids.len(), "segment"), shortened(&parts.collect::<Vec<_>>()))
 }
 
 fn shortened(items: &[String]) -> String {
@@ -177,6 +186,6 @@ fn shortened(items: &[String]) -> String {
     format!("{}{more}", items[..items.len().min(SHOWN)].join(", "))
 }
 
-fn plural(n: usize) -> &'static str {
-    if n == 1 { "" } else { "s" }
+fn noun(n: usize, noun: &str) -> String {
+    if n == 1 { noun.into() } else { format!("{noun}s") }
 }

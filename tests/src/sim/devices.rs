@@ -1,0 +1,72 @@
+//! The devices of a simulated course: how they begin, and how they fail for a while.
+
+use super::stamp::{self, WriteId};
+use fastrand::Rng;
+use libwb::device::BlockDevice;
+use libwb::device::sim::{Faults, SimDevice, SimRuntime};
+use libwb::format::{
+    BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, SECTOR_BYTES, SEGMENT_BYTES,
+    SUPERBLOCK_REGION_BYTES, Sector, SegmentId, SuperblockExtension, decode_record, encode_superblock_block,
+    to_u64, to_usize,
+};
+use libwb::runtime::Runtime;
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// A backing device as the first write leaves it.
+pub(super) fn fresh_backing(sectors: u64) -> Vec<u8> {
+    let mut content = vec![0; to_usize(sectors) * SECTOR_BYTES];
+    stamp::fill(&mut content, Sector(0), WriteId(0));
+    content
+}
+
+/// A cache device as a fresh format leaves it.
+pub(super) fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
+    let size = SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES);
+    let mut content = vec![0; to_usize(size)];
+    let first: &mut [u8; BLOCK_BYTES] = content.first_chunk_mut().expect("a cache device holds a block");
+    encode_superblock_block(first);
+    if extended {
+        let page: &mut [u8; BLOCK_BYTES] = content[to_usize(EXTENSION_OFFSETS[0])..]
+            .first_chunk_mut()
+            .expect("within the superblock region");
+        SuperblockExtension::new(Uuid::from_u128(0x5eed), size).encode(page);
+    }
+    content
+}
+
+/// What the superblock record of a cache device says is written back.
+pub(super) fn record_of(cache: &[u8]) -> SegmentId {
+    let block = cache[to_usize(RECORD_BLOCK_OFFSET)..].first_chunk().expect("a cache device");
+    decode_record(block).unwrap_or(SegmentId::NONE)
+}
+
+/// Makes the devices fail for a while, a few times, and sound again.
+pub(super) async fn trouble(runtime: SimRuntime, devices: [Arc<SimDevice>; 2], rot: bool, mut rng: Rng) {
+    let [cache, backing] = devices;
+    for _ in 0..rng.u32(1..5) {
+        let quiet = rng.u64(1..1_000_000);
+        runtime.sleep(Duration::from_micros(quiet)).await;
+        let device = if rng.u32(..3) == 0 { &cache } else { &backing };
+        let chance = |rng: &mut Rng| rng.choice([0.0, 0.0, 0.01, 0.2, 1.0]).unwrap_or(0.0);
+        let faults = Faults { read: chance(&mut rng), write: chance(&mut rng), flush: chance(&mut rng) };
+        device.set_faults(faults);
+        if rot && rng.u32(..3) == 0 {
+            rot_some(&cache, &mut rng);
+        }
+        let trouble = rng.u64(1..5_000_000);
+        runtime.sleep(Duration::from_micros(trouble)).await;
+        device.set_faults(Faults::default());
+        cache.heal_rot();
+    }
+}
+
+/// Rots some of a cache device's data, but no header.
+fn rot_some(cache: &SimDevice, rng: &mut Rng) {
+    let segments = (cache.size() - SUPERBLOCK_REGION_BYTES) / to_u64(SEGMENT_BYTES);
+    for _ in 0..1 << rng.u32(..10) {
+        let segment = SUPERBLOCK_REGION_BYTES + rng.u64(..segments) * to_u64(SEGMENT_BYTES);
+        cache.rot(segment + rng.u64(to_u64(BLOCK_BYTES)..to_u64(SEGMENT_BYTES)));
+    }
+}

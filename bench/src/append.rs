@@ -2,8 +2,9 @@
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig::{self, Random};
+use crate::rig;
 use anyhow::Result;
+use fastrand::Rng;
 use libwb::cache::{Cache, Tunables};
 use libwb::device::{Device, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_u64};
@@ -43,7 +44,7 @@ fn sequential(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
     let started = Instant::now();
     reactor.block_on(rig::write_sequentially(device, bytes))?;
     rig::check_signals()?;
-    Ok(megabytes_per_second(bytes, started))
+    Ok(rig::megabytes_per_second(bytes, started))
 }
 
 fn random(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
@@ -53,23 +54,18 @@ fn random(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
         rig::format(device).await?;
         let cache = Cache::open(device.clone(), backing, runtime, Tunables::default()).await?;
         let started = Instant::now();
-        let mut random = Random(1);
+        let mut random = Rng::with_seed(1);
         let block = [0x5a; BLOCK_BYTES];
         for nth in 0..bytes / to_u64(BLOCK_BYTES) {
-            let to = BlockNo(random.below(VOLUME_BYTES / to_u64(BLOCK_BYTES)));
+            let to = BlockNo(random.u64(..VOLUME_BYTES / to_u64(BLOCK_BYTES)));
             cache.write(to.sector(), &block).await?;
             if nth % BURST == 0 {
                 rig::check_signals()?;
             }
         }
         cache.flush().await?;
-        let figure = megabytes_per_second(bytes, started);
+        let figure = rig::megabytes_per_second(bytes, started);
         cache.close().await?;
         Ok(figure)
     })
-}
-
-#[allow(clippy::cast_precision_loss)] // a figure
-fn megabytes_per_second(bytes: u64, started: Instant) -> f64 {
-    bytes as f64 / 1e6 / started.elapsed().as_secs_f64()
 }

@@ -52,11 +52,10 @@ fn read_whole(path: &Path) -> Result<()> {
     reactor.block_on(read(&device))
 }
 
-#[allow(clippy::cast_precision_loss)] // a figure
 fn megabytes_per_second(work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let started = Instant::now();
     work()?;
-    Ok(CACHE_BYTES as f64 / 1e6 / started.elapsed().as_secs_f64())
+    Ok(rig::megabytes_per_second(CACHE_BYTES, started))
 }
 
 async fn read(device: &Device) -> Result<()> {

@@ -2,9 +2,10 @@
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig::{self, Random, SEGMENT};
+use crate::rig::{self, SEGMENT};
 use anyhow::Result;
 use async_task::Runnable;
+use fastrand::Rng;
 use futures_lite::future::{poll_once, yield_now};
 use futures_util::future::BoxFuture;
 use libwb::cache::{Cache, Tunables};
@@ -59,15 +60,15 @@ fn round(source: &[u8], writes: u64, log: Log) -> Result<Round> {
     Ok(Round { baseline, cache: engine(source, writes, log)? })
 }
 
-fn random_block<'a>(random: &mut Random, source: &'a [u8]) -> (BlockNo, &'a [u8]) {
+fn random_block<'a>(random: &mut Rng, source: &'a [u8]) -> (BlockNo, &'a [u8]) {
     let (blocks, _) = source.as_chunks::<BLOCK_BYTES>();
-    let block = random.below(to_u64(blocks.len()));
+    let block = random.u64(..to_u64(blocks.len()));
     (BlockNo(block), &blocks[libwb::format::to_usize(block)])
 }
 
 fn copy_and_checksum(source: &[u8], count: u64) -> f64 {
     let mut segments = vec![0xa5; 8 * SEGMENT];
-    let mut random = Random(1);
+    let mut random = Rng::with_seed(1);
     let (places, _) = segments.as_chunks_mut::<BLOCK_BYTES>();
     let started = processor_time();
     for nth in 0..libwb::format::to_usize(count) {
@@ -92,7 +93,7 @@ fn engine(source: &[u8], writes: u64, log: Log) -> Result<f64> {
     here.block_on(async move {
         rig::format(&cache).await?;
         let cache = Cache::open(cache, backing, runtime, Tunables::default()).await?;
-        let mut random = Random(1);
+        let mut random = Rng::with_seed(1);
         let started = processor_time();
         for _ in 0..writes {
             let (block, data) = random_block(&mut random, source);

@@ -2,8 +2,9 @@
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig::{self, Random};
+use crate::rig;
 use anyhow::Result;
+use fastrand::Rng;
 use futures_util::future::try_join_all;
 use libwb::cache::{Cache, Status, Tunables};
 use libwb::device::{Device, IoBuf, MemDevice, SharedBuf};
@@ -109,7 +110,7 @@ async fn engine(reactor: &Reactor, device: &Device, depth: u64, length: Duration
     let before = cache.status();
     let data = [0x5a; BLOCK_BYTES];
     let once = async |nth| {
-        let block = Random(nth).below(VOLUME_BYTES / to_u64(BLOCK_BYTES));
+        let block = Rng::with_seed(nth).u64(..VOLUME_BYTES / to_u64(BLOCK_BYTES));
         cache.write(BlockNo(block).sector(), &data).await?;
         Ok(cache.flush().await?)
     };

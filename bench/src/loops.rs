@@ -1,11 +1,14 @@
-//! A loop device over a cache on files, against a loop device over plain memory behind the same front end.
+//! A loop device over a cache, against the same front end without one: over plain memory where the cache device is memory,
+//! and over a file where it is a file.
 
 use crate::fio::{self, Load};
-use crate::memory::Memory;
+use crate::memory::{Memory, Plain};
 use crate::report::{Goal, Round, Row, Table};
 use crate::{Options, rig};
 use anyhow::Result;
 use libwb::cache::{Cache, Tunables};
+use libwb::device::{Device, MemDevice};
+use libwb::format::to_usize;
 use libwb::reactor::Reactor;
 use libwb::serve::loopdev::{LoopDevice, Options as LoopOptions};
 use libwb::serve::{Volume, guard_against_reclaim};
@@ -23,55 +26,88 @@ const LOADS: [Load; 4] = [
     Load { name: "4 KiB random read, 1 in flight", pattern: "randread", depth: 1 },
 ];
 
-/// Serves both, and loads them in turn.
+/// Measures both pairs.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     if let Err(why) = guard_against_reclaim() {
         eprintln!("wb-bench: {why}; the figures may be less than the daemon's");
     }
+    Ok(vec![in_memory(options)?, on_files(options)?])
+}
+
+/// Write-back begins when half of the log is dirty; it is to be idle while a figure is taken.
+fn log_bytes(options: &Options) -> u64 {
+    2 * (VOLUME_BYTES + BYTES_PER_SECOND * u64::from(options.seconds + 1))
+}
+
+fn in_memory(options: &Options) -> Result<Table> {
     let reactor = Reactor::start()?;
-    // Write-back begins when half of the log is dirty; it is to be idle while a figure is taken.
-    let log = 2 * (VOLUME_BYTES + BYTES_PER_SECOND * u64::from(options.seconds + 1));
-    let backing = rig::file(&reactor, &options.dir, "backing", VOLUME_BYTES)?;
-    let device = rig::file(&reactor, &options.dir, "cache", log)?;
-    let cache = reactor.block_on(async {
-        rig::format(&device).await?;
-        let runtime = Arc::new(reactor.handle().clone());
-        anyhow::Ok(Cache::open(device, backing, runtime, Tunables::default()).await?)
-    })?;
-    let memory = serve(Memory::new(VOLUME_BYTES), &reactor)?;
-    let cached = match serve(cache.clone(), &reactor) {
-        Ok(cached) => cached,
-        Err(error) => {
-            memory.detach()?;
-            return Err(error);
-        }
-    };
-    let rows = rows(options, &memory, &cached, || Ok(reactor.block_on(cache.drain())?));
-    let ended = [
-        memory.detach().map_err(Into::into),
-        cached.detach().map_err(Into::into),
-        reactor.block_on(cache.close()).map_err(Into::into),
-    ];
-    let rows = rows?;
-    ended.into_iter().collect::<Result<()>>()?;
-    Ok(vec![Table {
+    // Not zeros, which are given memory as late as they are written.
+    let memory =
+        |name, bytes| -> Device { Arc::new(MemDevice::with_content(name, vec![0xa5; to_usize(bytes)])) };
+    let (device, backing) = (memory("cache", log_bytes(options)), memory("backing", VOLUME_BYTES));
+    Ok(Table {
+        title: "Loop device: cache and backing device are in memory".into(),
+        unit: "requests per second",
+        baseline: "the same front end over plain memory",
+        rows: compare(options, &reactor, Memory::new(VOLUME_BYTES), device, backing)?,
+    })
+}
+
+fn on_files(options: &Options) -> Result<Table> {
+    let reactor = Reactor::start()?;
+    let file = |name, bytes| rig::file(&reactor, &options.dir, name, bytes);
+    let (device, backing) = (file("cache", log_bytes(options))?, file("backing", VOLUME_BYTES)?);
+    let plain = Plain(file("plain", VOLUME_BYTES)?);
+    Ok(Table {
         title: format!(
             "Loop device: cache and backing device are files with direct I/O in {}",
             options.dir.display()
         ),
         unit: "requests per second",
-        baseline: "the same front end over plain memory",
-        rows,
-    }])
+        baseline: "the same front end over such a file",
+        rows: compare(options, &reactor, plain, device, backing)?,
+    })
+}
+
+/// Serves both, and loads them in turn.
+fn compare(
+    options: &Options,
+    reactor: &Reactor,
+    baseline: impl Volume,
+    device: Device,
+    backing: Device,
+) -> Result<Vec<Row>> {
+    let cache = reactor.block_on(async {
+        rig::format(&device).await?;
+        let runtime = Arc::new(reactor.handle().clone());
+        anyhow::Ok(Cache::open(device, backing, runtime, Tunables::default()).await?)
+    })?;
+    let baseline = serve(baseline, reactor)?;
+    let cached = match serve(cache.clone(), reactor) {
+        Ok(cached) => cached,
+        Err(error) => {
+            baseline.detach()?;
+            return Err(error);
+        }
+    };
+    let rows = rows(options, &baseline, &cached, || Ok(reactor.block_on(cache.drain())?));
+    let ended = [
+        baseline.detach().map_err(Into::into),
+        cached.detach().map_err(Into::into),
+        reactor.block_on(cache.close()).map_err(Into::into),
+    ];
+    let rows = rows?;
+    ended.into_iter().collect::<Result<()>>()?;
+    Ok(rows)
 }
 
 fn rows(
     options: &Options,
-    memory: &LoopDevice,
+    baseline: &LoopDevice,
     cached: &LoopDevice,
     drain: impl Fn() -> Result<()>,
 ) -> Result<Vec<Row>> {
-    fio::fill(memory.path())?;
+    fio::fill(baseline.path())?;
     fio::fill(cached.path())?;
     let mut rounds = LOADS.map(|load| (load, Vec::new()));
     for nth in 0..options.rounds {
@@ -81,11 +117,11 @@ fn rows(
             let run = |served: &LoopDevice| fio::run(served.path(), *load, options.seconds);
             // Neither is always the first, in case that is of advantage.
             rounds.push(if nth % 2 == 0 {
-                let baseline = run(memory)?;
+                let baseline = run(baseline)?;
                 Round { baseline, cache: run(cached)? }
             } else {
                 let cache = run(cached)?;
-                Round { baseline: run(memory)?, cache }
+                Round { baseline: run(baseline)?, cache }
             });
         }
     }

@@ -1,6 +1,6 @@
-//! A volume in plain memory: the least that the front end can have to do.
+//! Volumes without a cache: in plain memory, which is the least that the front end can have to do, and on a plain device.
 
-use libwb::device::IoBuf;
+use libwb::device::{Device, IoBuf, SharedBuf};
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use libwb::serve::Volume;
 use nix::errno::Errno;
@@ -67,6 +67,37 @@ impl Volume for Memory {
 
     async fn flush(&self) -> Result<(), Errno> {
         Ok(())
+    }
+}
+
+/// A volume on a device that is read and written in place.
+#[derive(Clone)]
+pub(crate) struct Plain(pub(crate) Device);
+
+impl Volume for Plain {
+    async fn discard(&self, _sector: Sector, _length: u64) -> Result<(), Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
+
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    fn write_ready(&self, _sector: Sector, _data: &[u8]) -> Result<usize, Errno> {
+        Ok(0)
+    }
+
+    async fn write_rest(&self, sector: Sector, data: Vec<u8>) -> Result<(), Errno> {
+        let data = SharedBuf::from(IoBuf::copy_of(&data));
+        self.0.write(sector.bytes(), data).await.map_err(|error| error.cause)
+    }
+
+    async fn read(&self, sector: Sector, buf: IoBuf) -> Result<IoBuf, Errno> {
+        self.0.read_alone(sector.bytes(), buf).await.map_err(|error| error.cause)
+    }
+
+    async fn flush(&self) -> Result<(), Errno> {
+        self.0.flush().await.map_err(|error| error.cause)
     }
 }
 

@@ -16,6 +16,7 @@ use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 use tempfile::{NamedTempFile, TempPath};
 use uuid::Uuid;
 
@@ -110,18 +111,10 @@ pub(crate) async fn write_sequentially(device: &Device, bytes: u64) -> Result<()
     Ok(device.flush().await?)
 }
 
-/// Numbers without a pattern, the same in each run (SplitMix64).
-pub(crate) struct Random(pub(crate) u64);
-
-impl Random {
-    /// A number below `limit`.
-    pub(crate) fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        (z ^ z >> 31) % limit
-    }
+/// MB in a second, on the average since `started`.
+#[allow(clippy::cast_precision_loss)] // a figure
+pub(crate) fn megabytes_per_second(bytes: u64, started: Instant) -> f64 {
+    bytes as f64 / 1e6 / started.elapsed().as_secs_f64()
 }
 
 /// Makes a cache of a device, as wbformat does.

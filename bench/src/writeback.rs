@@ -4,9 +4,10 @@
 use crate::Options;
 use crate::disk::{ModelDisk, QUEUE};
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig::{self, Random};
+use crate::rig;
 use crate::virtual_time::VirtualTime;
 use anyhow::{Context, Result};
+use fastrand::Rng;
 use futures_util::{StreamExt, stream};
 use libwb::cache::{Cache, Tunables};
 use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
@@ -126,17 +127,17 @@ fn merged(blocks: &[BlockNo]) -> Vec<(BlockNo, usize)> {
 }
 
 fn uniform(count: u64) -> Vec<BlockNo> {
-    let mut random = Random(1);
-    (0..count).map(|_| BlockNo(random.below(DISK_BLOCKS))).collect()
+    let mut random = Rng::with_seed(1);
+    (0..count).map(|_| BlockNo(random.u64(..DISK_BLOCKS))).collect()
 }
 
 /// The nth most frequent block is written as often as 1/n; neighbours in frequency are none on the disk.
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a model
 fn zipf(count: u64) -> Vec<BlockNo> {
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
-    let mut random = Random(2);
+    let mut random = Rng::with_seed(2);
     let mut one = || {
-        let uniform = random.below(1 << 52) as f64 / (1_u64 << 52) as f64;
+        let uniform = random.u64(..1 << 52) as f64 / (1_u64 << 52) as f64;
         let rank = (DISK_BLOCKS as f64).powf(uniform) as u64;
         BlockNo(rank.wrapping_mul(ODD) % DISK_BLOCKS)
     };
@@ -152,33 +153,33 @@ fn filesystem(count: u64) -> Vec<BlockNo> {
     const CHUNK: u64 = 16;
     const JOURNAL: u64 = (128 << 20) / BLOCK_BYTES as u64;
     const DATABASE: u64 = (4 << 30) / BLOCK_BYTES as u64;
-    let mut random = Random(3);
+    let mut random = Rng::with_seed(3);
     let mut writes: Vec<BlockNo> = Vec::new();
     let mut free: Vec<u64> = (0..GROUPS).map(|group| group * GROUP + METADATA).collect();
     // Of each file, where it goes on, and how many chunks are to come.
     let mut files = [(0, 0_u64); 16];
     let mut journal = 0;
     while to_u64(writes.len()) < count {
-        let nth = to_usize(random.below(to_u64(files.len())));
+        let nth = to_usize(random.u64(..to_u64(files.len())));
         let file = &mut files[nth];
         if file.1 == 0 {
             // From 64 KiB to 64 MiB, small ones as often as large ones.
-            let chunks = 1 << random.below(11);
-            let start = &mut free[to_usize(random.below(GROUPS / 2))];
+            let chunks = 1 << random.u64(..11);
+            let start = &mut free[to_usize(random.u64(..GROUPS / 2))];
             *file = (*start, chunks);
             *start += chunks * CHUNK;
         }
         writes.extend((file.0..file.0 + CHUNK).map(BlockNo));
         *file = (file.0 + CHUNK, file.1 - 1);
         let group = file.0 / GROUP * GROUP;
-        writes.extend([BlockNo(group), BlockNo(group + 1 + random.below(METADATA - 1))]);
+        writes.extend([BlockNo(group), BlockNo(group + 1 + random.u64(..METADATA - 1))]);
         for _ in 0..3 {
             writes.push(BlockNo(DISK_BLOCKS / 2 + journal % JOURNAL));
             journal += 1;
         }
-        if random.below(10) < 4 {
+        if random.u64(..10) < 4 {
             let database = DISK_BLOCKS / 4 * 3;
-            writes.extend((0..5).map(|_| BlockNo(database + random.below(DATABASE))));
+            writes.extend((0..5).map(|_| BlockNo(database + random.u64(..DATABASE))));
         }
     }
     writes.truncate(to_usize(count));

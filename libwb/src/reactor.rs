@@ -140,6 +140,26 @@ impl Handle {
         runnable.run();
     }
 
+    /// Runs a future on the reactor, waits for its end, and calls `meanwhile` every so often. `None` when the reactor ends first.
+    pub fn run_watched<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+        every: Duration,
+        mut meanwhile: impl FnMut(),
+    ) -> Option<T> {
+        let (done, result) = mpsc::channel();
+        self.run_now(async move {
+            let _ = done.send(work.await);
+        });
+        loop {
+            match result.recv_timeout(every) {
+                Ok(output) => return Some(output),
+                Err(mpsc::RecvTimeoutError::Timeout) => meanwhile(),
+                Err(mpsc::RecvTimeoutError::Disconnected) => return None,
+            }
+        }
+    }
+
     pub(crate) async fn submit(&self, file: Option<Arc<File>>, kind: OpKind) -> OpResult {
         let (done, result) = oneshot::channel();
         self.0.post(|inbox| inbox.ops.push(Op { file, kind, progress: 0, done }));
@@ -480,31 +500,4 @@ fn outcome(op: &mut Op, result: i32) -> Option<Result<(), Errno>> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use event_listener::Event;
-
-    #[test]
-    fn tasks_that_are_woken_when_the_reactor_has_ended_are_dropped() {
-        let (reactor, event) = (Reactor::start().expect("io_uring"), Arc::new(Event::new()));
-        let (listening, listens) = mpsc::channel();
-        let (kept, dropped) = mpsc::channel::<()>();
-        for _ in 0..3 {
-            let (event, listening, kept) = (event.clone(), listening.clone(), kept.clone());
-            reactor.handle().spawn(Box::pin(async move {
-                let listener = event.listen();
-                let _ = listening.send(());
-                listener.await;
-                drop(kept);
-            }));
-            listens.recv().expect("the task runs");
-        }
-        drop(kept);
-        drop(reactor);
-        let notifying = std::thread::spawn(move || event.notify(1));
-        // Each passes the notification on as it is dropped, under a lock that the next one takes.
-        let outcome = dropped.recv_timeout(Duration::from_secs(60));
-        assert_eq!(outcome, Err(mpsc::RecvTimeoutError::Disconnected), "a task is stuck");
-        assert_eq!(notifying.join().expect("no panic"), 1);
-    }
-}
+mod tests;

@@ -27,6 +27,9 @@ pub use failing::{FailingFile, Faults};
 pub use filesystem::{Filesystem, Writer, check_files, fio_verify, has_program, succeeds, unmount};
 pub use volume::{Attached, PATIENCE, Volume};
 
+/// Bytes of a mebibyte.
+pub const MIB: u64 = 1 << 20;
+
 /// The devices in `tests/golden`, each written by the real kernel module.
 pub const GOLDEN: [&str; 9] = [
     "fresh",

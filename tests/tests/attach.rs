@@ -4,10 +4,8 @@ use nix::sys::signal::Signal;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use wb_tests::{
-    Filesystem, Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct, wait_for,
+    Filesystem, MIB, Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct, wait_for,
 };
-
-const MIB: u64 = 1 << 20;
 
 #[test]
 fn a_volume_lives_from_create_to_detach() {

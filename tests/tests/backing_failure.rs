@@ -4,9 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::Command;
-use wb_tests::{Volume, needs_serving, noise, read_at, succeeds, unmount, wait_for};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{MIB, Volume, needs_serving, noise, read_at, succeeds, unmount, wait_for};
 
 /// A filesystem in memory, of a size that can be changed.
 struct Tmpfs(PathBuf);

@@ -3,9 +3,8 @@
 
 use std::fs::File;
 use std::path::Path;
-use wb_tests::{Volume, needs_serving, noise, overwrite, read_at, wait_for};
+use wb_tests::{MIB, Volume, needs_serving, noise, overwrite, read_at, wait_for};
 
-const MIB: u64 = 1 << 20;
 const SECTOR: usize = 512;
 
 /// Writes, and makes it durable on the cache device.

@@ -4,9 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
-use wb_tests::{PATIENCE, Volume, needs_serving, noise, wait_for};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{MIB, PATIENCE, Volume, needs_serving, noise, wait_for};
 
 /// Sends bytes and returns what the daemon answers, an empty text when it hangs up.
 fn send(volume: &Volume, bytes: &[u8]) -> String {

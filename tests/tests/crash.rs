@@ -2,10 +2,8 @@
 
 use std::path::Path;
 use wb_tests::{
-    Attached, Filesystem, Volume, Writer, check_files, needs_serving, noise, overwrite, wait_for,
+    Attached, Filesystem, MIB, Volume, Writer, check_files, needs_serving, noise, overwrite, wait_for,
 };
-
-const MIB: u64 = 1 << 20;
 
 /// Kills the daemon while a writer is at work on `filesystem`; returns how many files were durable.
 fn kill_in_mid_write(attached: &mut Attached, filesystem: Filesystem, on: &Path, files: u32) -> u32 {

@@ -4,9 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use wb_tests::{Filesystem, Volume, needs_serving, noise, read_at, succeeds, unmount};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{Filesystem, MIB, Volume, needs_serving, noise, read_at, succeeds, unmount};
 
 /// Bytes of disk space that a file takes.
 fn space(file: &Path) -> u64 {

@@ -2,9 +2,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use wb_tests::{Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{MIB, Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct};
 
 #[test]
 fn data_that_was_fsynced_survives_the_daemon() {

@@ -4,10 +4,10 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use wb_tests::{
-    Attached, Filesystem, Volume, how_to_repeat, needs_serving, sha256, sha256_direct, skip, succeeds, system,
+    Attached, Filesystem, MIB, Volume, how_to_repeat, needs_serving, sha256, sha256_direct, skip, succeeds,
+    system,
 };
 
-const MIB: u64 = 1 << 20;
 /// How long the stress goes on, in seconds, where `WB_STRESS_SECONDS` does not say.
 const STRESS_SECONDS: u64 = 15;
 

@@ -8,9 +8,10 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use wb_tests::{Attached, FailingFile, Faults, LoopDevice, Volume, needs_serving, noise, read_at, wait_for};
+use wb_tests::{
+    Attached, FailingFile, Faults, LoopDevice, MIB, Volume, needs_serving, noise, read_at, wait_for,
+};
 
-const MIB: u64 = 1 << 20;
 const ALL: std::ops::Range<u64> = 0..u64::MAX;
 const EIO: Option<i32> = Some(nix::libc::EIO);
 

@@ -1,8 +1,6 @@
 //! Filesystems on a volume whose cache is far smaller than what is written, so that write-back runs all the time.
 
-use wb_tests::{Filesystem, Volume, Writer, check_files, fio_verify, needs_serving, wait_for};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{Filesystem, MIB, Volume, Writer, check_files, fio_verify, needs_serving, wait_for};
 
 fn fio_finds_its_data_again(filesystem: Filesystem, sector_size: &str) {
     let volume = Volume::blank(24, 512 * MIB);

@@ -5,9 +5,8 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use wb_tests::{Filesystem, Volume, needs_serving, noise, skip, wait_for};
+use wb_tests::{Filesystem, MIB, Volume, needs_serving, noise, skip, wait_for};
 
-const MIB: u64 = 1 << 20;
 /// For the programs that write, with all their page cache.
 const WRITERS: u64 = 64 * MIB;
 /// For the daemon.

@@ -3,10 +3,9 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use wb_tests::{
-    GOLDEN, Volume, golden_volume_sha256, needs_serving, noise, overwrite, read_at, sha256_direct, wait_for,
+    GOLDEN, MIB, Volume, golden_volume_sha256, needs_serving, noise, overwrite, read_at, sha256_direct,
+    wait_for,
 };
-
-const MIB: u64 = 1 << 20;
 
 #[test]
 fn every_volume_of_the_kernel_module_is_shown_and_left_as_it_is() {

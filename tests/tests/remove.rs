@@ -1,8 +1,6 @@
 //! A volume is forgotten, unless something would be lost by that.
 
-use wb_tests::{Volume, flip_bit, needs_serving, noise, overwrite, segment_offset};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{MIB, Volume, flip_bit, needs_serving, noise, overwrite, segment_offset};
 
 fn refuses(volume: &Volume, why: &str) {
     let refused = volume.wbctl(&["remove", &volume.name]);

@@ -3,9 +3,7 @@
 use std::fs::File;
 use std::path::Path;
 use std::process::Command;
-use wb_tests::{Filesystem, Volume, cache_bytes, needs_serving, noise, overwrite, read_at, wb, zeros};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{Filesystem, MIB, Volume, cache_bytes, needs_serving, noise, overwrite, read_at, wb, zeros};
 
 fn resize(path: &Path, bytes: u64) {
     File::options().write(true).open(path).and_then(|file| file.set_len(bytes)).expect("a file to resize");

@@ -12,11 +12,9 @@ use std::collections::HashSet;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Arc;
 use wb_tests::{
-    GOLDEN, Volume, flip_bit, golden_bytes, golden_volume_sha256, needs_serving, noise, overwrite, read_at,
-    segment_offset, sha256, sha256_direct, wait_for, wb,
+    GOLDEN, MIB, Volume, flip_bit, golden_bytes, golden_volume_sha256, needs_serving, noise, overwrite,
+    read_at, segment_offset, sha256, sha256_direct, wait_for, wb,
 };
-
-const MIB: u64 = 1 << 20;
 
 /// A golden volume with rot in its second segment.
 fn rotten() -> Volume {

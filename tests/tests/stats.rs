@@ -4,9 +4,7 @@ use serde_json::Value;
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use wb_tests::{Volume, needs_serving, noise};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{MIB, Volume, needs_serving, noise};
 
 /// Writes past the page cache, and makes it durable.
 fn write(device: &Path, at: u64, bytes: u64) {

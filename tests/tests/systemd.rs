@@ -8,9 +8,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, Mutex};
-use wb_tests::{Filesystem, Outcome, Volume, has_program, needs_serving, noise, skip, wait_for};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{Filesystem, MIB, Outcome, Volume, has_program, needs_serving, noise, skip, wait_for};
 
 /// Plays systemd: takes what is sent to `NOTIFY_SOCKET`, and notes each time whether the volume could be read.
 struct Systemd {

@@ -1,8 +1,7 @@
 //! Tunables are looked at and changed, on an attached volume and a detached one.
 
-use wb_tests::{Volume, needs_serving};
+use wb_tests::{MIB, Volume, needs_serving};
 
-const MIB: u64 = 1 << 20;
 const KEY: &str = "nr_max_batched_writeback";
 
 #[test]

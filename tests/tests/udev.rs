@@ -4,9 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Command;
-use wb_tests::{LoopDevice, Outcome, Volume, dist, needs_serving, skip, wb};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{LoopDevice, MIB, Outcome, Volume, dist, needs_serving, skip, wb};
 
 /// Rules are tried in namespaces of their own, so that nothing of this machine changes.
 const TRY_RULES: &str = r#"

@@ -7,11 +7,9 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use wb_tests::{
-    Filesystem, NOBODY, Outcome, Volume, bin, cache_bytes, flip_bit, has_program, needs_serving, overwrite,
-    segment_offset, sha256, skip, write_segment,
+    Filesystem, MIB, NOBODY, Outcome, Volume, bin, cache_bytes, flip_bit, has_program, needs_serving,
+    overwrite, segment_offset, sha256, skip, write_segment,
 };
-
-const MIB: u64 = 1 << 20;
 
 fn content(volume: &Volume) -> [Option<String>; 2] {
     [&volume.cache, &volume.backing].map(|path| path.is_file().then(|| sha256(path)))

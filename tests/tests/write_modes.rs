@@ -3,9 +3,8 @@
 use libwb::format::to_usize;
 use std::fs::File;
 use std::process::Command;
-use wb_tests::{Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct, wait_for};
+use wb_tests::{MIB, Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct, wait_for};
 
-const MIB: u64 = 1 << 20;
 const BLOCK: u64 = 4096;
 
 fn live(volume: &Volume) -> serde_json::Value {

@@ -3,9 +3,7 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::process::Stdio;
-use wb_tests::{Volume, needs_serving, noise, overwrite, wait_for};
-
-const MIB: u64 = 1 << 20;
+use wb_tests::{MIB, Volume, needs_serving, noise, overwrite, wait_for};
 
 fn dirty(volume: &Volume) -> u64 {
     volume.status()["live"]["dirty_bytes"].as_u64().expect("a number")

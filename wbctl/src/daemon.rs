@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::Sender;
 use std::time::Duration;
 
 /// What systemd is told the volume is doing.
@@ -134,24 +134,18 @@ impl Daemon {
     where
         F: Future<Output = Result<(), libwb::cache::CacheError>> + Send + 'static,
     {
-        let (done, result) = channel();
         let (work, stop) = abortable(work(self.cache.clone()));
-        self.runtime.run_now(async move {
-            let _ = done.send(work.await);
-        });
-        loop {
-            match result.recv_timeout(PROGRESS) {
-                Ok(Ok(result)) => return result.map(|()| Reply::Done).map_err(Into::into),
-                Ok(Err(Aborted)) => bail!("the client went away"),
-                Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
-                    if let Some(replies) = progress.as_mut() {
-                        let dirty_bytes = self.cache.status().blocks_to_write_back * to_u64(BLOCK_BYTES);
-                        // What it says of a client that has gone, the end of the work will tell.
-                        let _ = replies.send(&Reply::Progress { dirty_bytes }).inspect_err(|_| stop.abort());
-                    }
-                }
-                Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => bail!("the daemon is ending"),
+        let ended = self.runtime.run_watched(work, PROGRESS, || {
+            if let Some(replies) = progress.as_mut() {
+                let dirty_bytes = self.cache.status().blocks_to_write_back * to_u64(BLOCK_BYTES);
+                // What it says of a client that has gone, the end of the work will tell.
+                let _ = replies.send(&Reply::Progress { dirty_bytes }).inspect_err(|_| stop.abort());
             }
+        });
+        match ended {
+            Some(Ok(result)) => Ok(result.map(|()| Reply::Done)?),
+            Some(Err(Aborted)) => bail!("the client went away"),
+            None => bail!("the daemon is ending"),
         }
     }
 

@@ -2,7 +2,7 @@
 
 use crate::{Pair, salvage};
 use anyhow::Result;
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, CacheError, Tunables};
 use libwb::cli::{self, Io, Output, Progress, count, human_size};
 use libwb::device::probe::{Access, open_pair};
 use libwb::device::{Device, Overlay};
@@ -13,6 +13,9 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+
+/// How often the progress bar moves.
+const PROGRESS: Duration = Duration::from_millis(100);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -175,22 +178,11 @@ fn look(io: &Io, cache: &Device, backing: &Device, args: &Args) -> Result<Report
 }
 
 /// Drains, and shows progress on a terminal.
-fn drain(io: &Io, cache: &Cache, dirty_blocks: u64) -> Result<(), libwb::cache::CacheError> {
+fn drain(io: &Io, cache: &Cache, dirty_blocks: u64) -> Result<(), CacheError> {
     let mut progress = Progress::new("writing back", dirty_blocks, BLOCK_BYTES);
-    let (done, result) = std::sync::mpsc::channel();
-    let drained = cache.clone();
-    io.runtime().run_now(async move {
-        let _ = done.send(drained.drain().await);
+    let draining = cache.clone();
+    let drained = io.runtime().run_watched(async move { draining.drain().await }, PROGRESS, || {
+        progress.set(dirty_blocks.saturating_sub(cache.status().blocks_to_write_back));
     });
-    loop {
-        match result.recv_timeout(Duration::from_millis(100)) {
-            Ok(result) => return result,
-            Err(std::sync::mpsc::RecvTimeoutError::Timeout) => {
-                progress.set(dirty_blocks.saturating_sub(cache.status().blocks_to_write_back));
-            }
-            Err(std::sync::mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(libwb::cache::CacheError::Closed);
-            }
-        }
-    }
+    drained.unwrap_or(Err(CacheError::Closed))
 }

@@ -5,7 +5,7 @@ use clap::{CommandFactory, Parser};
 use libwb::cli::{self, Exit, Io, Output, Progress, count, human_size, parse_label};
 use libwb::device::probe::{Access, open};
 use libwb::device::{Device, signatures};
-use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, fitting, to_u64};
+use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, to_u64};
 use libwb::log::create::create;
 use libwb::log::live;
 use libwb::log::scan::examine_superblock;
@@ -109,8 +109,7 @@ fn extension(args: &Args, device: &Device) -> Result<SuperblockExtension> {
     };
     if let Some(path) = &args.backing {
         let backing = open(path, Access::ReadUnlocked)?;
-        extension.backing_sectors = backing.size / to_u64(SECTOR_BYTES);
-        extension.backing_id = fitting(&backing.identity_text).into();
+        extension = extension.paired(backing.size / to_u64(SECTOR_BYTES), &backing.identity_text);
     }
     Ok(extension)
 }

@@ -61,6 +61,8 @@ use std::time::Duration;
 
 /// Writes are paced when less than this part of the log is free: one in so many.
 pub const PACED_BELOW: u64 = throttle::TIGHT;
+/// The log is written back, whatever the load, when less than this part of it is free: one in so many.
+pub const URGENT_BELOW: u64 = 8;
 
 const _: () = assert!(SUPERBLOCK_REGION_BYTES.is_multiple_of(SECTOR_BYTES as u64));
 

@@ -339,11 +339,7 @@ impl Replay {
             (Reading::Headers, false) => scan_trusting(cache, &superblock, visit).await,
             (Reading::Headers, true) => scan_headers(cache, geometry, visit).await,
         };
-        let recovery = recover(&superblock, &states);
-        if !recovery.corruption.is_empty() {
-            let device = cache.name().to_string();
-            return Err(LogError::Corrupt { device, corruption: recovery.corruption });
-        }
+        let recovery = recover(&superblock, &states).refuse_corrupt(cache)?;
         let recovery = match until {
             Some(until) => replay_until(cache, recovery, until)?,
             None => recovery,

@@ -3,7 +3,7 @@
 use super::commits::Position;
 use super::state::State;
 use super::writeback::Stop;
-use super::{Inner, Tunables, WriteMode, WritebackOrder};
+use super::{Inner, Tunables, URGENT_BELOW, WriteMode, WritebackOrder};
 use crate::device::BlockDevice;
 use crate::format::{Reason, SegmentId};
 use crate::planted::Bug;
@@ -20,8 +20,6 @@ const PERIOD: Duration = Duration::from_secs(1);
 const BATCH: u64 = 4;
 /// But it need not be smaller than this.
 const SMALL_BATCH: u64 = 8;
-/// The log is written back, whatever the load, when less than this part of the slots is free: one in so many.
-const URGENT: u64 = 8;
 /// The pause after the first failed batch; it doubles up to [`MAX_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(100);
 const MAX_PAUSE: Duration = Duration::from_secs(10);
@@ -232,7 +230,7 @@ impl State {
             return true;
         }
         let lap = self.geometry.lap();
-        let urgent = self.free_slots() * URGENT < lap;
+        let urgent = self.free_slots() * URGENT_BELOW < lap;
         let half_full = self.dirty_segments() * 2 >= lap;
         urgent || ((load.idle || half_full) && load.percent < threshold)
     }

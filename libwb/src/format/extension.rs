@@ -116,6 +116,12 @@ impl SuperblockExtension {
         }
     }
 
+    /// The same, paired with a backing device of so many sectors, and this identity or an empty text.
+    #[must_use]
+    pub fn paired(self, sectors: u64, identity: &str) -> SuperblockExtension {
+        SuperblockExtension { backing_sectors: sectors, backing_id: fitting(identity).into(), ..self }
+    }
+
     /// Decodes a page.
     ///
     /// # Errors

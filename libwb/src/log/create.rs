@@ -141,11 +141,7 @@ pub(crate) async fn close_segment(
 /// When a device fails, the cache device is not sound, or the identity shows another device; nothing is written then.
 pub async fn accept_growth(device: &Device, backing: &BackingFacts<'_>) -> Result<(), LogError> {
     let superblock = read_superblock(device).await?;
-    let recovery = recover(&superblock, &scan(device, superblock.geometry, |_, _| {}).await);
-    if !recovery.corruption.is_empty() {
-        let device = device.name().to_string();
-        return Err(LogError::Corrupt { device, corruption: recovery.corruption });
-    }
+    recover(&superblock, &scan(device, superblock.geometry, |_, _| {}).await).refuse_corrupt(device)?;
     let grown = |it: &SuperblockExtension| (1..backing.sectors).contains(&it.backing_sectors);
     let Some(extension) = superblock.extension.filter(grown) else { return Ok(()) };
     check_identity(device, &extension, backing)?;

@@ -167,11 +167,7 @@ pub async fn dirty_blocks(
             return Err(error.clone().into());
         }
     }
-    let recovery = recover(superblock, &slots);
-    if !recovery.corruption.is_empty() {
-        let device = device.name().to_string();
-        return Err(LogError::Corrupt { device, corruption: recovery.corruption });
-    }
+    let recovery = recover(superblock, &slots).refuse_corrupt(device)?;
     Ok(live_totals(device, superblock.geometry, &recovery, None).await?.dirty_blocks)
 }
 

@@ -4,7 +4,9 @@
 //! written back; *P*, the recovery point, the last segment that is applied; *D*, the loss window
 //! ([`Geometry::loss_window`]). ARCHITECTURE.md gives the rule and why it holds.
 
+use super::LogError;
 use super::scan::{SlotFault, SlotState, Superblock};
+use crate::device::Device;
 use crate::format::{Geometry, Reason, SegmentExtension, SegmentId, Slot, SuperblockExtension};
 use std::borrow::Cow;
 use std::ops::RangeInclusive;
@@ -153,6 +155,17 @@ pub struct Recovery {
 }
 
 impl Recovery {
+    /// Itself, unless the log is corrupt.
+    ///
+    /// # Errors
+    /// [`LogError::Corrupt`], in the name of the device that the log lies on.
+    pub(crate) fn refuse_corrupt(self, device: &Device) -> Result<Recovery, LogError> {
+        if self.corruption.is_empty() {
+            return Ok(self);
+        }
+        Err(LogError::Corrupt { device: device.name().to_string(), corruption: self.corruption })
+    }
+
     /// The segments to apply, oldest first.
     pub fn live(&self) -> impl DoubleEndedIterator<Item = SegmentId> + use<> {
         let range: RangeInclusive<u64> = self.first_live().0..=self.point.0;

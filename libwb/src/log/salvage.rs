@@ -188,16 +188,13 @@ impl Scanned {
     /// # Errors
     /// When the log is corrupt, or there is no repair that recovery would accept.
     pub fn repair(&self, device: &Device) -> Result<Option<Plan>, LogError> {
-        let recovery = self.recovery();
-        let device = || device.name().to_string();
+        let name = || device.name().to_string();
         if let Err(fault) = self.superblock.record {
-            return Err(LogError::Superblock { device: device(), fault });
+            return Err(LogError::Superblock { device: name(), fault });
         }
-        if self.is_corrupt() {
-            return Err(LogError::Corrupt { device: device(), corruption: recovery.corruption });
-        }
+        let recovery = self.recovery().refuse_corrupt(device)?;
         let draft = Draft::new(&self.superblock, &self.slots, None);
-        let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: device() })?;
+        let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: name() })?;
         let needless = draft.is_empty() && recovery.skipped.is_empty() && !self.superblock.has_damaged_copy();
         Ok((!needless).then(|| Plan::of(self, None, draft)))
     }

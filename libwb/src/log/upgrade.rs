@@ -68,11 +68,10 @@ impl Upgrade {
             records: written_back > recovery.record,
             dirty_blocks: live.dirty_blocks,
             extension: SuperblockExtension {
-                backing_sectors: backing.sectors,
-                backing_id: fitting(backing.identity).into(),
                 label: fitting(label).into(),
                 created: created.as_secs(),
                 ..SuperblockExtension::new(Uuid::new_v4(), device.size())
+                    .paired(backing.sectors, backing.identity)
             },
         })
     }

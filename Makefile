@@ -1,6 +1,6 @@
 # Everything a developer or a newcomer runs. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak stress fuzz test-vm bench deps build install uninstall deb package deny fmt
+.PHONY: demo test sim soak stress fuzz test-vm bench deps tools build install uninstall deb package deny advisories fmt
 
 # How many courses of work and crashes `make sim` simulates, and `make soak`; the first seed of the latter.
 SIM_SEEDS = 2000
@@ -45,8 +45,8 @@ stress: deps
 	cargo build --workspace --all-features --bins
 	WB_STRESS_SECONDS=$(STRESS_SECONDS) cargo test -p wb-tests --all-features --test everyday -- under_load
 
-# Needs cargo fuzz: cargo install cargo-fuzz --locked
 fuzz: deps
+	$(call cargo-tool,fuzz)
 	fuzz/run.sh $(SECONDS)
 
 bench: deps
@@ -85,7 +85,7 @@ uninstall:
 
 # A Debian package of the release build, in target/debian.
 deb: build
-	cargo deb --version >/dev/null 2>&1 || cargo install cargo-deb --locked
+	$(call cargo-tool,deb)
 	@tests/install-packages.sh dpkg-dev binutils
 	$(MAKE) package
 
@@ -96,13 +96,28 @@ package:
 	strip $(addprefix $(RELEASE)/package/usr/bin/,$(PROGRAMS))
 	cargo deb --no-build --offline -p wbctl
 
-# Licences, sources and advisories of all dependencies, by deny.toml. Fetches the database of advisories.
+# Licences and sources of all dependencies, by deny.toml.
 deny:
-	cargo deny --version >/dev/null 2>&1 || cargo install cargo-deny --locked
-	cargo deny check
+	$(call cargo-tool,deny)
+	cargo fetch --quiet --locked
+	cargo deny --offline check --hide-inclusion-graph bans licenses sources
+
+# Known vulnerabilities of all dependencies. Fetches the database of them.
+advisories:
+	$(call cargo-tool,deny)
+	cargo deny check advisories
 
 deps:
 	@tests/install-packages.sh $(PACKAGES)
+
+# With these, `make test` skips nothing that can be had.
+tools: deps
+	$(call cargo-tool,deb)
+	$(call cargo-tool,fuzz)
+	$(call cargo-tool,deny)
+
+# Installs a subcommand of cargo, unless it is there.
+cargo-tool = cargo $(1) --version >/dev/null 2>&1 || cargo install cargo-$(1) --locked --quiet
 
 fmt:
 	cargo fmt --all

@@ -73,13 +73,11 @@ impl Cache {
         self.inner.check_range(sector, to_u64(data.len()))?;
         self.inner.counters.writes.add(1);
         self.inner.counters.write_bytes.add(to_u64(data.len()));
-        {
-            let mut state = self.inner.lock();
-            if state.bypass.arrives(sector, data.len()) || state.is_tight() {
-                return Ok(0);
-            }
+        let mut state = self.inner.lock();
+        if state.bypass.arrives(sector, data.len()) || state.is_tight() {
+            return Ok(0);
         }
-        match self.inner.write_some(sector, data) {
+        match self.inner.noticing(state, |state| state.write_some(sector, data)) {
             (_, Some(Stop::Error(error))) => Err(error),
             (done, _) => Ok(done),
         }
@@ -104,6 +102,9 @@ impl Cache {
     /// As [`Cache::write_ready`] and [`Cache::write_rest`].
     pub async fn write(&self, sector: Sector, data: &[u8]) -> Result<(), CacheError> {
         let done = self.write_ready(sector, data)?;
+        if done == data.len() {
+            return Ok(());
+        }
         self.write_rest(Sector(sector.0 + to_u64(done / SECTOR_BYTES)), &data[done..]).await
     }
 

@@ -2,7 +2,17 @@
 //!
 //! `WB_SIM_SEED` chooses the seed of `one_seed`; `WB_SIM_FIRST_SEED` and `WB_SIM_SEEDS` those of `many_seeds`.
 
+use libwb::cache::{Cache, Tunables};
+use libwb::device::sim::{Crash, SimDevice, Simulation};
+use libwb::device::{Device, IoBuf};
+use libwb::format::{
+    BLOCK_BYTES, PLACES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, to_usize,
+};
+use libwb::log::create::create;
+use libwb::runtime::Runtime;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use wb_tests::sim::real::WriteCache;
 use wb_tests::sim::toys::{Flaw, Toy};
 use wb_tests::sim::volume::Engine;
@@ -115,4 +125,53 @@ fn an_old_write_that_comes_back_is_caught() {
 fn a_hang_is_caught() {
     let text = caught(Flaw::Hangs, 50).text;
     assert!(text.contains("deadlock") || text.contains("stuck"), "{text}");
+}
+
+/// What a killed daemon has left in the volatile cache of the cache device must not be lost any more once the backing device
+/// has it: what is durable of the log would be replayed over it.
+#[test]
+fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
+    let simulation = Simulation::new(1);
+    let runtime: Arc<dyn Runtime> = Arc::new(simulation.runtime().clone());
+    let device = |name, content| Arc::new(SimDevice::new(simulation.runtime(), name, content, 512));
+    let cache = device("cache", vec![0; to_usize(SUPERBLOCK_REGION_BYTES) + 8 * SEGMENT_BYTES]);
+    let backing = device("backing", vec![0; SEGMENT_BYTES]);
+    simulation
+        .block_on(async {
+            let (cache, backing): (Device, Device) = (cache.clone(), backing.clone());
+            create(&cache, None, |_| ()).await.expect("an empty cache");
+            let cache =
+                Cache::open(cache, backing, runtime.clone(), Tunables::default()).await.expect("open");
+            cache.pause();
+            cache.write(Sector(0), &[1; BLOCK_BYTES]).await.expect("written");
+            cache.flush().await.expect("durable");
+            // A whole segment, which is written and not flushed.
+            cache.write(Sector(0), &[2; BLOCK_BYTES * PLACES as usize]).await.expect("written");
+            runtime.sleep(Duration::from_millis(200)).await;
+            assert_eq!((cache.status().written.0, cache.status().durable.0), (2, 1));
+        })
+        .expect("no crash");
+    simulation.kill_tasks();
+    let [cache, backing] = [cache, backing].map(|device| Arc::new(device.crash(Crash::Kill)));
+    simulation
+        .block_on(async {
+            let (cache, backing): (Device, Device) = (cache.clone(), backing.clone());
+            let cache = Cache::open_until(cache, backing, runtime.clone(), SegmentId(2)).await.expect("open");
+            cache.drain().await.expect("written back");
+        })
+        .expect("no crash");
+    simulation.kill_tasks();
+    // The power fails, and nothing is left that is not durable.
+    let [cache, backing] = [("cache", cache), ("backing", backing)]
+        .map(|(name, before)| device(name, before.snapshot().image(|_, _| false)));
+    let volume = simulation.block_on(async {
+        let cache = Cache::open(cache, backing, runtime.clone(), Tunables::default()).await.expect("open");
+        cache.read(Sector(0), IoBuf::zeroed(BLOCK_BYTES * PLACES as usize)).await.expect("read")
+    });
+    let volume = volume.expect("no crash");
+    assert_eq!(
+        volume[..BLOCK_BYTES],
+        volume[BLOCK_BYTES..2 * BLOCK_BYTES],
+        "the first two blocks, written at once"
+    );
 }

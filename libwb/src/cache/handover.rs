@@ -6,7 +6,8 @@
 //! devices as well, where `update_sb_record_interval` is set. We leave no older version with which that could happen.
 //!
 //! And it takes written-back segments for a read cache. So none may hold a version of a block that was discarded since, or
-//! written around the log.
+//! written around the log; nor one that was superseded, where what superseded it is gone: a crash may leave a segment empty
+//! with older ones as they were, or overwrite one before those that came before it.
 
 use super::read::Pinned;
 use super::state::State;
@@ -33,7 +34,7 @@ fn has_older_version(entries: &[Metablock]) -> bool {
 
 impl Inner {
     /// Empties the written-back segments before the last of them that holds a partial version, or a clean one, in which
-    /// the module sees no whole version either; and that one if it holds the version before, too.
+    /// the module sees no whole version either, or that is empty or gone; and that one if it holds the version before, too.
     pub(super) async fn hand_over(self: &Arc<Self>) -> Result<(), DeviceError> {
         let (geometry, newest, written_back) = {
             let state = self.lock();
@@ -44,9 +45,12 @@ impl Inner {
         let mut headers = stream::iter(reads).buffered(DEPTH);
         let (mut older, mut misleading) = (Vec::new(), Vec::new());
         while let Some(header) = headers.next().await {
-            // What is not there cannot mislead.
-            let Ok(header) = header else { continue };
-            if header.metablocks.iter().any(|entry| !entry.dirty.is_all()) {
+            // What is not there any more, or is empty, may have held newer versions of what stands before it.
+            let Ok(header) = header else {
+                misleading.append(&mut older);
+                continue;
+            };
+            if header.metablocks.is_empty() || header.metablocks.iter().any(|entry| !entry.dirty.is_all()) {
                 misleading.append(&mut older);
             }
             if has_older_version(&header.metablocks) {

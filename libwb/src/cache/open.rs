@@ -128,6 +128,9 @@ impl Cache {
         until: SegmentId,
     ) -> Result<Cache, CacheError> {
         let purpose = Purpose { until: Some(until), ..Purpose::serve(Reading::Whole) };
+        // What a daemon that was killed has left in its volatile cache must not be lost once the backing device has it. The
+        // overlay has no flush.
+        cache.flush().await?;
         let cache = Arc::new(Overlay::over(cache));
         Cache::open_with(cache, backing, runtime, Tunables::default(), purpose).await
     }

@@ -4,7 +4,7 @@ use super::{Access, Cache, Tunables};
 use crate::device::{BlockDevice, Device, IoBuf, MemDevice};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
-    SuperblockExtension, crc32c, encode_superblock_block, to_u64, to_usize,
+    SuperblockExtension, crc32c, empty_header, encode_superblock_block, to_u64, to_usize,
 };
 use crate::log::scan::{SlotState, scan};
 use crate::reactor::Reactor;
@@ -211,6 +211,32 @@ fn no_segment_holds_what_was_discarded_even_from_before_the_cache_was_opened() {
     let zeros = rig.reactor.block_on(cache.read(Sector(0), IoBuf::zeroed(4096))).unwrap();
     assert!(zeros.iter().all(|&byte| byte == 0));
     rig.reactor.block_on(cache.close()).unwrap();
+}
+
+/// A crash may leave segments empty, or gone, while older ones still hold what those had superseded. The kernel module would
+/// take that for a read cache.
+#[test]
+fn nothing_older_stands_before_a_segment_that_is_empty_or_gone() {
+    for is_gone in [false, true] {
+        let rig = Rig::new(8, 64);
+        for version in 1..4 {
+            let cache = rig.open();
+            rig.write(&cache, 0, 8, version);
+            rig.reactor.block_on(cache.drain()).unwrap();
+            rig.reactor.block_on(cache.close()).unwrap();
+        }
+        let header = |slot: usize| to_usize(SUPERBLOCK_REGION_BYTES) + slot * SEGMENT_BYTES;
+        let mut second = IoBuf::copy_of(&rig.cache.content()[header(1)..][..BLOCK_BYTES]);
+        match is_gone {
+            true => second.fill(0),
+            false => empty_header(second.block_at_mut(0)),
+        }
+        rig.reactor.block_on(rig.cache.write(to_u64(header(1)), second.into())).unwrap();
+        rig.reactor.block_on(rig.open().close()).unwrap();
+        let content = rig.cache.content();
+        let lengths: Vec<u8> = (0..3).map(|slot| content[header(slot) + 12]).collect();
+        assert_eq!(lengths, [0, 0, 1]);
+    }
 }
 
 /// What requests found, without the ways that none of them met a block in.

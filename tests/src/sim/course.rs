@@ -2,6 +2,7 @@
 
 use super::clients::{Client, Habits};
 use super::devices::{fresh_backing, fresh_cache, record_of, trouble};
+use super::module;
 use super::oracle::Oracle;
 use super::volume::{Engine, Taste, Volume};
 use fastrand::Rng;
@@ -290,7 +291,20 @@ impl<'a> Course<'a> {
         drop(volume);
         self.oracle.lock().note("closed");
         self.end_process(Crash::Kill);
+        self.look_as_the_module_does()?;
         Ok(Life::Goes(()))
+    }
+
+    /// The kernel module may have a cache that was closed.
+    fn look_as_the_module_does(&self) -> Result<(), String> {
+        let shown = module::volume(&self.cache.content(), self.backing.content());
+        let volume = shown.map_err(|text| self.failed(&text))?;
+        let mut oracle = self.oracle.lock();
+        oracle.note("as the kernel module would show it");
+        let began = oracle.read_begins();
+        oracle.read_ends(began, Sector(0), &volume);
+        drop(oracle);
+        self.verdict()
     }
 
     /// Discards that come at any moment of the close that follows, and may fail.
@@ -382,6 +396,7 @@ impl<'a> Course<'a> {
         self.settle("close", || volume.close())?;
         drop(volume);
         self.end_process(Crash::Kill);
+        self.look_as_the_module_does()?;
         self.check_log()?;
         let content = self.backing.durable();
         let mut oracle = self.oracle.lock();

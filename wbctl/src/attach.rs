@@ -6,7 +6,7 @@ use crate::daemon::{Daemon, End, SERVING};
 use crate::notify::{self, Busy};
 use crate::place::Name;
 use crate::{leftovers, logging, salvage};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use libwb::cache::Cache;
 use libwb::cli::{self, Io, Output, human_size};
 use libwb::control::{self, Reply};
@@ -15,7 +15,7 @@ use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::log::create::accept_growth;
 use libwb::log::scan::BackingFacts;
 use libwb::serve::ReadOnly;
-use libwb::serve::loopdev::{LoopDevice, Options, holders};
+use libwb::serve::loopdev::{LoopDevice, Options, holders, users};
 use nix::sys::signal::Signal;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long something is waited for that is to pass at once.
 const BRIEFLY: Duration = Duration::from_millis(500);
+/// How long a device may stay open before that counts.
+const BRIEFLY_OPEN: Duration = Duration::from_secs(1);
 /// How long the daemon, told to end by a signal, waits for the device to be released.
 const RELEASE: Duration = Duration::from_secs(60);
 
@@ -333,14 +335,27 @@ fn write_out(device: &LoopDevice, ended: &Receiver<End>) -> Result<()> {
     }
 }
 
-/// Refuses to take a device away from those who hold it.
-pub(crate) fn refuse_held(device: &Path, force: bool) -> Result<()> {
-    match holders(device) {
-        held if force || held.is_empty() => Ok(()),
-        held => Err(anyhow!(
-            "{} is {}; release it first, or use --force and let its users fail",
-            device.display(),
-            held.join(", ")
-        )),
+/// Refuses to take a device away from those who hold it, or have it open, but for its own server.
+pub(crate) fn refuse_held(device: &Path, server: u32, force: bool) -> Result<()> {
+    if force {
+        return Ok(());
     }
+    let mut held = holders(device);
+    // udev opens a device for a moment when somebody has closed it.
+    let started = Instant::now();
+    while held.is_empty() {
+        held = users(device, server);
+        if held.is_empty() {
+            return Ok(());
+        }
+        if started.elapsed() < BRIEFLY_OPEN {
+            held.clear();
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    bail!(
+        "{} is {}; release it first, or use --force and let its users fail",
+        device.display(),
+        held.join(", ")
+    )
 }

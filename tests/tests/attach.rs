@@ -155,6 +155,25 @@ fn detach_refuses_while_another_program_holds_the_device() {
 }
 
 #[test]
+fn detach_refuses_while_a_program_has_the_device_open_and_says_which() {
+    needs_serving!();
+    let volume = Volume::created(16, 32 * MIB);
+    let mut attached = volume.attach_with(&[]);
+    let device = File::open(&attached.device).unwrap();
+    let mut program = std::process::Command::new("sleep").arg("1000").stdin(device).spawn().unwrap();
+    let refused = [&[][..], &["--drain"]]
+        .map(|options| volume.wbctl(&[&["detach", volume.name.as_str()], options].concat()));
+    program.kill().unwrap();
+    program.wait().unwrap();
+    for refused in refused {
+        let expected = format!("is open in sleep (process {})", program.id());
+        assert!(refused.code == 1 && refused.stderr.contains(&expected), "{refused:?}");
+    }
+    volume.must(&["detach", &volume.name]);
+    assert_eq!(attached.wait().code(), Some(0), "{}", attached.stderr());
+}
+
+#[test]
 fn detach_by_force_takes_a_mounted_device_away() {
     needs_serving!("mkfs.ext4");
     let volume = Volume::created(16, 32 * MIB);

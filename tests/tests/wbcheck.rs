@@ -4,8 +4,8 @@ use std::fs::OpenOptions;
 use std::path::Path;
 use tempfile::TempDir;
 use wb_tests::{
-    GOLDEN, Golden, Outcome, cache_bytes, entry, flip_bit, golden, overwrite, run, segment_offset, sha256,
-    skip, system, wb, write_record, write_segment, zeros,
+    GOLDEN, Golden, MIB, Outcome, Volume, cache_bytes, entry, flip_bit, golden, needs_serving, noise,
+    overwrite, run, segment_offset, sha256, skip, system, wb, write_record, write_segment, zeros,
 };
 
 /// Checks a device as text and as JSON, and makes sure that neither changed it and both agree.
@@ -63,6 +63,22 @@ fn the_report_counts_what_is_on_the_device() {
     ] {
         assert_eq!(report[key], want, "{key} in {report}");
     }
+}
+
+#[test]
+fn what_was_durable_was_not_being_written_when_the_power_went() {
+    needs_serving!();
+    let volume = Volume::created(32, 32 * MIB);
+    let attached = volume.attach_with(&["writeback_threshold=0"]);
+    overwrite(&attached.device, 0, &noise(1, 6 * MIB));
+    attached.detach(&[]);
+    flip_bit(&volume.cache, segment_offset(&volume.cache, 3) + 5000);
+    overwrite(&volume.cache, segment_offset(&volume.cache, 6) + 1000, &[0xff; 2000]);
+    let report = wb!("wbcheck", &volume.cache, "--json").json();
+    let damage = report["damage"].as_array().unwrap();
+    let found = damage.iter().map(|d| (d["expected_segment"].as_u64(), d["explanation"].as_str()));
+    let expected = [3, 6].map(|id| (Some(id), Some("unexplained")));
+    assert_eq!(found.collect::<Vec<_>>(), expected, "{report}");
 }
 
 #[test]

@@ -266,6 +266,21 @@ fn a_volume_is_not_created_twice() {
 }
 
 #[test]
+fn a_device_of_another_volume_is_refused_until_that_is_removed() {
+    let volume = Volume::created(4, 8 * MIB);
+    let spare = volume.cache.with_file_name("spare");
+    std::fs::copy(&volume.cache, &spare).unwrap();
+    let [cache, backing, spare] = [&volume.cache, &volume.backing, &spare].map(|path| path.to_str().unwrap());
+    let why =
+        format!("belongs to the volume '{0}'; if you give that up, first: wbctl remove {0}", volume.name);
+    for [cache, backing] in [[spare, backing], [cache, spare]] {
+        refuses(&volume, &["create", "other", "--cache", cache, "--backing", backing], 1, &why);
+    }
+    volume.must(&["remove", &volume.name]);
+    volume.must(&["create", "other", "--cache", spare, "--backing", backing]);
+}
+
+#[test]
 fn a_record_that_makes_no_sense_is_refused_by_line() {
     let volume = Volume::created(4, 8 * MIB);
     let record = volume.record();

@@ -119,6 +119,19 @@ fn a_cache_too_damaged_to_tell_counts_as_dirty() {
 }
 
 #[test]
+fn a_cache_whose_first_bytes_are_damaged_is_not_taken_for_garbage() {
+    let dir = TempDir::new().unwrap();
+    let cache = zeros(&dir, "cache", 16 << 20);
+    assert_eq!(wb!("wbformat", &cache).code, 0);
+    flip_bit(&cache, 1);
+    for options in [&[][..], &["--force"], &["--dry-run"]] {
+        let outcome = run("wbformat", [&[cache.to_str().unwrap()], options].concat());
+        assert_eq!((outcome.code, outcome.stderr.contains("too damaged to tell")), (1, true), "{outcome:?}");
+    }
+    assert_eq!(wb!("wbformat", &cache, "--discard-dirty").code, 0);
+}
+
+#[test]
 fn a_filesystem_is_formatted_over_only_by_force() {
     let dir = TempDir::new().unwrap();
     let file = zeros(&dir, "disk", 16 << 20);

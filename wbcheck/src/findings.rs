@@ -182,7 +182,11 @@ fn broken(subject: &Subject, recovery: &Recovery, slots: &[SlotState]) -> Vec<Br
 }
 
 /// The slots that show the corruption that recovery found. Whatever else might explain such a slot does not hold.
-pub(crate) struct Unexplained(HashSet<Slot>);
+pub(crate) struct Unexplained {
+    slots: HashSet<Slot>,
+    /// Up to here, no segment was being written when the power went.
+    durable: SegmentId,
+}
 
 impl Unexplained {
     pub(crate) fn of(recovery: &Recovery, geometry: Geometry) -> Unexplained {
@@ -195,11 +199,19 @@ impl Unexplained {
             | Corruption::Unreadable { slot } => Some(*slot),
             Corruption::RecordBeyondLog { .. } | Corruption::GarbageId { .. } => None,
         };
-        Unexplained(recovery.corruption.iter().filter_map(slot).collect())
+        let durable = |corruption: &Corruption| match corruption {
+            Corruption::DurableMissing { durable, .. } => *durable,
+            _ => SegmentId::NONE,
+        };
+        Unexplained {
+            slots: recovery.corruption.iter().filter_map(slot).collect(),
+            durable: recovery.corruption.iter().map(durable).max().unwrap_or(SegmentId::NONE),
+        }
     }
 
     pub(crate) fn or_as_recovered(&self, damage: &Damage) -> Explanation {
-        if self.0.contains(&damage.slot) { Explanation::None } else { damage.explanation }
+        let was_durable = damage.explanation == Explanation::PowerCut && damage.expected <= self.durable;
+        if was_durable || self.slots.contains(&damage.slot) { Explanation::None } else { damage.explanation }
     }
 }
 

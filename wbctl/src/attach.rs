@@ -6,7 +6,7 @@ use crate::daemon::{Daemon, End, SERVING};
 use crate::notify::{self, Busy};
 use crate::place::Name;
 use crate::{leftovers, logging, salvage};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use libwb::cache::Cache;
 use libwb::cli::{self, Io, Output, human_size};
 use libwb::control::{self, Reply};
@@ -15,7 +15,7 @@ use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::log::create::accept_growth;
 use libwb::log::scan::BackingFacts;
 use libwb::serve::ReadOnly;
-use libwb::serve::loopdev::{LoopDevice, Options, holders};
+use libwb::serve::loopdev::{LoopDevice, Options, holders, users};
 use nix::sys::signal::Signal;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -24,10 +24,14 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// How long a device that is in use is tried again: a daemon that was just killed may have I/O under way.
+/// How long a device that is in use is tried again.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// The same where a daemon was killed: it may have I/O under way, and holds the devices as long.
+const PATIENCE_AFTER_KILL: Duration = Duration::from_secs(15);
 /// How long something is waited for that is to pass at once.
 const BRIEFLY: Duration = Duration::from_millis(500);
+/// How long a device may stay open before that counts.
+const BRIEFLY_OPEN: Duration = Duration::from_secs(1);
 /// How long the daemon, told to end by a signal, waits for the device to be released.
 const RELEASE: Duration = Duration::from_secs(60);
 
@@ -116,7 +120,8 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     libwb::serve::abort_on_panic();
     lock_for_life(&name)?;
     leftovers::warn(&name);
-    let (cache, backing) = open_patiently(&volume, Duration::from_secs(args.wait.into()), args.read_only)?;
+    let (cache, backing) =
+        open_patiently(&name, &volume, Duration::from_secs(args.wait.into()), args.read_only)?;
     let sector_size = sector_size(volume.sector_size, &backing)?;
     if let Err(why) = libwb::serve::guard_against_reclaim() {
         tracing::warn!("{why}: the volume may hang when memory is short");
@@ -218,12 +223,14 @@ fn announce(name: &Name, daemon: Daemon, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn open_patiently(volume: &Volume, wait: Duration, read_only: bool) -> Result<(Opened, Opened)> {
+fn open_patiently(name: &Name, volume: &Volume, wait: Duration, read_only: bool) -> Result<(Opened, Opened)> {
+    // A daemon that ends by itself takes its socket away.
+    let in_use = if name.socket().exists() { PATIENCE_AFTER_KILL } else { PATIENCE };
     let access = if read_only { Access::Read } else { Access::Write };
     let started = Instant::now();
     loop {
         match probe::open_pair(&volume.cache, &volume.backing, [access; 2]) {
-            Err(e) if started.elapsed() < patience(&e, wait) => {
+            Err(e) if started.elapsed() < patience(&e, in_use, wait) => {
                 std::thread::sleep(Duration::from_millis(100))
             }
             other => return Ok(other?),
@@ -232,9 +239,9 @@ fn open_patiently(volume: &Volume, wait: Duration, read_only: bool) -> Result<(O
 }
 
 /// How long it is tried again after an error. A device that is not there is waited for as long as the user says.
-fn patience(error: &OpenError, wait: Duration) -> Duration {
+fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
     match error {
-        OpenError::InUse { .. } => PATIENCE,
+        OpenError::InUse { .. } => in_use,
         OpenError::System { cause, .. } if cause.kind() == ErrorKind::NotFound => wait,
         _ => Duration::ZERO,
     }
@@ -333,14 +340,27 @@ fn write_out(device: &LoopDevice, ended: &Receiver<End>) -> Result<()> {
     }
 }
 
-/// Refuses to take a device away from those who hold it.
-pub(crate) fn refuse_held(device: &Path, force: bool) -> Result<()> {
-    match holders(device) {
-        held if force || held.is_empty() => Ok(()),
-        held => Err(anyhow!(
-            "{} is {}; release it first, or use --force and let its users fail",
-            device.display(),
-            held.join(", ")
-        )),
+/// Refuses to take a device away from those who hold it, or have it open, but for its own server.
+pub(crate) fn refuse_held(device: &Path, server: u32, force: bool) -> Result<()> {
+    if force {
+        return Ok(());
     }
+    let mut held = holders(device);
+    // udev opens a device for a moment when somebody has closed it.
+    let started = Instant::now();
+    while held.is_empty() {
+        held = users(device, server);
+        if held.is_empty() {
+            return Ok(());
+        }
+        if started.elapsed() < BRIEFLY_OPEN {
+            held.clear();
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    bail!(
+        "{} is {}; release it first, or use --force and let its users fail",
+        device.display(),
+        held.join(", ")
+    )
 }

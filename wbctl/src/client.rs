@@ -21,8 +21,8 @@ pub(crate) struct DetachArgs {
     /// Write everything back first, so that the backing device alone holds all data
     #[arg(long)]
     drain: bool,
-    /// Detach even while the device is mounted or held; its users get I/O errors. Also clears what a killed daemon left
-    /// behind
+    /// Detach even while the device is mounted, held or open; its users get I/O errors. Also clears what a killed daemon
+    /// left behind
     #[arg(long)]
     force: bool,
 }
@@ -135,8 +135,8 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
         return leftovers::clear(name, out);
     }
     // The daemon looks as well, but as a service it may not see the mounts that its users see.
-    if let Some(device) = status(name)?.device {
-        refuse_held(&device, args.force)?;
+    if let VolumeStatus { device: Some(device), live: Some(live), .. } = status(name)? {
+        refuse_held(&device, live.pid, args.force)?;
     }
     let request = Request::Detach { drain: args.drain, force: args.force };
     match args.drain {

@@ -2,7 +2,7 @@
 
 use crate::Pair;
 use crate::config::{Volume, parse_tunables, refuse_recorded};
-use crate::place::Name;
+use crate::place::{Name, all_names};
 use anyhow::{Context, Result, bail};
 use libwb::cli::{Exit, Output};
 use libwb::device::probe::{self, Access, OpenError, Opened};
@@ -57,6 +57,7 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     };
     refuse_recorded(name)?;
     let (_, backing) = open_pair(&args.pair)?;
+    refuse_shared(&volume)?;
     sector_size(args.sector_size, &backing)?;
     let mut format = Command::new(wbformat()?);
     format.arg(&args.pair.cache).stdout(Stdio::null());
@@ -79,6 +80,24 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
         name.config_file().display()
     )?;
     Ok(Exit::Done)
+}
+
+/// Refuses a device that is recorded of another volume: what that one's cache holds would be lost, or written over this one.
+fn refuse_shared(volume: &Volume) -> Result<()> {
+    let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
+    for other in all_names()? {
+        // A record that cannot be read names no device.
+        let Ok(Some(recorded)) = Volume::load(&other) else { continue };
+        for device in [&volume.cache, &volume.backing] {
+            if same(device, &recorded.cache) || same(device, &recorded.backing) {
+                bail!(
+                    "{}: belongs to the volume '{other}'; if you give that up, first: wbctl remove {other}",
+                    device.display()
+                );
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The sector size to serve a backing device with.

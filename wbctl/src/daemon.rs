@@ -151,7 +151,7 @@ impl Daemon {
 
     /// Makes the daemon end, which then replies itself.
     fn detach(&self, drain: bool, force: bool, replies: &mut Replies) -> Result<()> {
-        refuse_held(&self.device, force)?;
+        refuse_held(&self.device, std::process::id(), force)?;
         if drain && self.read_only {
             return Err(self.refusal());
         }
@@ -161,7 +161,7 @@ impl Daemon {
                 format!("cannot write out {}; nothing was detached", self.device.display())
             })?;
             self.drain(replies)?;
-            refuse_held(&self.device, force)?;
+            refuse_held(&self.device, std::process::id(), force)?;
         }
         self.end.send(End::Detach(replies.try_clone()?)).ok().context("the daemon is ending")
     }

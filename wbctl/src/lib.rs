@@ -65,6 +65,9 @@ enum Command {
     /// answered. A terminal of less than 126 columns shows the most important of them.
     Stat(stat::Args),
     /// Watch an attached volume: latencies, rates, how full the log is. The key q quits
+    ///
+    /// position is the cache device from its beginning to its end: █ what is not written back, ▶ the newest segment, and ·
+    /// what may be written over.
     Top(top::Args),
     /// Make everything that was written to an attached volume survive a power cut
     Flush {

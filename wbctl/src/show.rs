@@ -156,6 +156,9 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
             row(key, format!("{value} {}", Tunables::unit(key)).trim_end().into());
         }
     }
+    if volume.state == DETACHED {
+        row("dirty", format!("not known while detached; see wbcheck {}", volume.cache.display()));
+    }
     writeln!(out, "{table}")?;
     Ok(())
 }

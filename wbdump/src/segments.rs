@@ -17,6 +17,9 @@ pub(crate) const CUT_SHORT: &str = "up to its last flush; what came after is tor
 /// How much of a time in RFC 3339 tells the second: `2026-11-25T12:41:45`.
 const SECONDS: usize = 19;
 
+/// How wide a terminal is on which offsets are shown.
+const WIDE: u16 = 100;
+
 /// Which rows to show.
 #[derive(Clone, Copy)]
 pub(crate) struct Only {
@@ -172,8 +175,14 @@ fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) 
         }
         return Ok(());
     }
-    let mut table =
-        table(["ID", "SLOT", "AT BYTE", "BLOCKS", "DIRTY", "CLOSED", "TIME", "STATE"], &["CLOSED", "STATE"]);
+    // What the slot tells as well is left out where a row would not fit on a line.
+    let is_narrow = out.columns().is_some_and(|columns| columns < WIDE);
+    let words = &["CLOSED", "STATE"];
+    let mut table = if is_narrow {
+        table(["ID", "SLOT", "BLOCKS", "DIRTY", "CLOSED", "TIME", "STATE"], words)
+    } else {
+        table(["ID", "SLOT", "AT BYTE", "BLOCKS", "DIRTY", "CLOSED", "TIME", "STATE"], words)
+    };
     for row in rows {
         let state = match &row.fault {
             Some(fault) => format!("{}: {fault}", row.state.name()),
@@ -186,7 +195,11 @@ fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) 
         // Whole seconds, or a row is too wide for 80 columns.
         let time = row.time.as_deref().map_or("-".into(), |time| format!("{}Z", &time[..SECONDS]));
         let (slot, offset) = (row.slot.to_string(), row.offset_bytes.to_string());
-        table.row([id, slot, offset, length, dirty, closed, time, state]);
+        if is_narrow {
+            table.row([id, slot, length, dirty, closed, time, state]);
+        } else {
+            table.row([id, slot, offset, length, dirty, closed, time, state]);
+        }
     }
     writeln!(out, "{table}")?;
     Ok(())

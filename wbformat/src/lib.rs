@@ -128,7 +128,7 @@ fn refuse_foreign(args: &Args) -> Result<()> {
 fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     let path = args.cache.display();
     let superblock = io.block_on(examine_superblock(device))?;
-    if args.discard_dirty || superblock.magic.is_err() {
+    if args.discard_dirty {
         return Ok(());
     }
     let cannot_tell = |why: &dyn std::fmt::Display| {
@@ -137,6 +137,13 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
              See what wbcheck says; use --discard-dirty to give up whatever it holds"
         )
     };
+    if let Err(fault) = superblock.magic {
+        // A cache whose first bytes are damaged; unless something else has been made of the device since.
+        if superblock.extension().is_some() && signatures::find(&args.cache)?.is_none() {
+            bail!(cannot_tell(&fault));
+        }
+        return Ok(());
+    }
     if let Err(fault) = superblock.record {
         bail!(cannot_tell(&fault));
     }

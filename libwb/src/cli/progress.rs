@@ -21,7 +21,8 @@ impl Progress {
         let unit = crate::format::to_u64(unit);
         let total = total.saturating_mul(unit);
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
-        let line = "{msg} [{bar:30}] {percent}% of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
+        let line =
+            "{msg} [{wide_bar}] {percent}% of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
         if let Ok(style) = ProgressStyle::with_template(line) {
             bar.set_style(style.progress_chars("=> "));
         }

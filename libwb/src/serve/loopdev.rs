@@ -22,10 +22,10 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
 };
 use std::ffi::OsStr;
-use std::fs::{File, OpenOptions};
+use std::fs::{DirEntry, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
@@ -184,6 +184,30 @@ pub fn holders(device: &Path) -> Vec<String> {
     }
     if found.is_empty() {
         found.push("held by another program".into());
+    }
+    found
+}
+
+/// Which programs have a block device open without holding it, such as a virtual machine, or a target that exports it; but
+/// not its own `server`. To see those of others takes root.
+pub fn users(device: &Path, server: u32) -> Vec<String> {
+    let Ok(number) = std::fs::metadata(device).map(|found| found.rdev()) else { return Vec::new() };
+    let is_device = |open: &DirEntry| {
+        // A file elsewhere may be on a filesystem that does not answer.
+        std::fs::read_link(open.path()).is_ok_and(|path| path.starts_with("/dev/"))
+            && std::fs::metadata(open.path())
+                .is_ok_and(|found| found.file_type().is_block_device() && found.rdev() == number)
+    };
+    let mut found = Vec::new();
+    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        let files = std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
+        if pid != server && files.into_iter().any(|open| is_device(&open)) {
+            let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
+            found.push(format!("open in {} (process {pid})", name.trim_end()));
+        }
     }
     found
 }

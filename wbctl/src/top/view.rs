@@ -91,7 +91,7 @@ impl Widget for &View {
             Layout::vertical([Constraint::Length(1), Constraint::Length(1), Constraint::Fill(1)]).areas(area);
         self.title(title, buf);
         if let Some(why) = &self.gone {
-            let text = format!(" {why} (below: how things stood) ");
+            let text = format!(" {why} ");
             let style = self.colour(Color::Red).add_modifier(Modifier::BOLD | Modifier::REVERSED);
             Paragraph::new(text).style(style).render(banner, buf);
         }
@@ -107,7 +107,10 @@ impl View {
         let device = volume.device.as_ref().map_or("-".into(), |device| device.display().to_string());
         let left = Line::from(vec![
             Span::styled(format!(" {}", volume.name), Style::new().add_modifier(Modifier::BOLD)),
-            Span::raw(format!("  {device}  {}", if self.gone.is_some() { "gone" } else { &volume.state })),
+            Span::raw(format!(
+                "  {device}  {}",
+                if self.gone.is_some() { "gone; this is how things stood" } else { &volume.state }
+            )),
         ]);
         let right = format!("every {} s, q quits ", self.interval.as_secs_f64());
         Paragraph::new(right).right_aligned().render(area, buf);

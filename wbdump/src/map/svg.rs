@@ -86,7 +86,7 @@ fn add_legend(mut document: Document, map: &Map, y: usize) -> Document {
     let mut x = MARGIN;
     for (kind, n) in Kind::ALL.map(|kind| (kind, map.count(kind))).into_iter().filter(|(_, n)| *n > 0) {
         let words = format!("{}: {n}, {}", kind.name(), human_size(to_u64(n * SEGMENT_BYTES)));
-        let next = x + 34 + 6 * words.len();
+        let next = x + 34 + 7 * words.len();
         document = document.add(square(x, y, kind)).add(text(words, x + CELL + 4, y + 11, 12));
         x = next;
     }

@@ -4,7 +4,7 @@ use libwb::format::{BlockNo, DirtyBits, EXTENSION_OFFSETS, Metablock};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use wb_tests::{
-    GOLDEN, Outcome, Volume, flip_bit, golden_volume_sha256, needs_serving, noise, overwrite, read_at,
+    GOLDEN, MIB, Outcome, Volume, flip_bit, golden_volume_sha256, needs_serving, noise, overwrite, read_at,
     segment_offset, sha256, wb, write_record, write_segment,
 };
 
@@ -39,6 +39,41 @@ fn a_sound_device_is_left_as_it_is() {
         let outcome = wb!("wbcheck", &volume.cache, "--repair", "--backing", &volume.backing);
         assert_eq!((outcome.code, sha256(&volume.cache)), (0, before), "{name}: {outcome:?}");
     }
+}
+
+#[test]
+fn the_first_bytes_of_a_cache_are_written_anew() {
+    for torn in [false, true] {
+        let volume = Volume::created(8, 16 * MIB);
+        let sound = std::fs::read(&volume.cache).unwrap();
+        overwrite(&volume.cache, 0, &[0x5a; 512]);
+        if torn {
+            write_record(&volume.cache, u64::MAX);
+        }
+        let refused = check(&volume.cache);
+        assert!(refused.code == 8 && refused.stderr.contains("wbcheck --repair"), "{refused:?}");
+        let repaired = wb!("wbcheck", &volume.cache, "--repair");
+        assert!(repaired.stdout.contains("  - the magic, in the first block"), "{repaired:?}");
+        assert_eq!(repaired.code, if torn { 4 } else { 1 }, "{repaired:?}");
+        assert!(torn || std::fs::read(&volume.cache).unwrap() == sound);
+    }
+    let lost = Volume::created(8, 16 * MIB);
+    overwrite(&lost.cache, 0, &[0x5a; 512]);
+    let json = wb!("wbcheck", &lost.cache, "--repair", "--json").json();
+    assert_eq!(json["repair"]["verdict_before"], "damaged");
+}
+
+#[test]
+fn what_was_put_on_a_cache_is_not_written_over() {
+    let volume = Volume::created(8, 16 * MIB);
+    // An MBR partition table.
+    overwrite(&volume.cache, 0, &[0; 512]);
+    overwrite(&volume.cache, 446, &[0, 0, 2, 0, 0x83, 0, 3, 0, 1, 0, 0, 0, 64, 0, 0, 0]);
+    overwrite(&volume.cache, 510, &[0x55, 0xaa]);
+    let before = sha256(&volume.cache);
+    let refused = wb!("wbcheck", &volume.cache, "--repair");
+    assert!(refused.code == 8 && refused.stderr.contains("wipefs"), "{refused:?}");
+    assert_eq!(sha256(&volume.cache), before);
 }
 
 #[test]

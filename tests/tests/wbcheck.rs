@@ -254,7 +254,7 @@ fn what_is_no_cache_device_cannot_be_checked() {
     overwrite(&cache, 0, &[0; 512]);
     let was_one = wb!("wbcheck", &cache);
     assert_eq!(
-        (was_one.code, was_one.stderr.contains("yet it was formatted as one")),
+        (was_one.code, was_one.stderr.contains("yet it was formatted as one, so its first bytes")),
         (8, true),
         "{was_one:?}"
     );

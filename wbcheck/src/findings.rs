@@ -81,7 +81,7 @@ pub(crate) struct Findings {
 
 impl Findings {
     pub(crate) fn gather(subject: &Subject, args: &Args) -> Result<Findings> {
-        let Subject { io, device, superblock, backing } = subject;
+        let Subject { io, device, superblock, backing, .. } = subject;
         let geometry = superblock.geometry;
         let mut progress = if args.quiet {
             Progress::none()

@@ -6,14 +6,14 @@ mod repair;
 mod report;
 mod words;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, bail};
 use clap::{CommandFactory, Parser};
 use findings::{Backing, Findings};
 use libwb::cli::{self, Exit, Io, Output};
 use libwb::device::Device;
 use libwb::device::probe::{Access, open, open_pair};
 use libwb::device::signatures;
-use libwb::format::{SECTOR_BYTES, SegmentId, to_u64};
+use libwb::format::{SECTOR_BYTES, SegmentId, SuperblockFault, to_u64};
 use libwb::log::LogError;
 use libwb::log::salvage::Way;
 use libwb::log::scan::{BackingFacts, RawSuperblock, check_pairing, examine_superblock};
@@ -53,7 +53,7 @@ struct Args {
     headers_only: bool,
 
     /// Repair what can be without giving up any data that recovery would use: what a power cut has torn, what is
-    /// damaged but written back, a damaged copy of the superblock extension
+    /// damaged but written back, a damaged copy of the superblock extension, the first bytes of a device that has one
     ///
     /// The kernel module, which stops reading at the first damaged segment, then reads the whole log. The device must not
     /// be attached.
@@ -89,6 +89,8 @@ struct Subject {
     device: Device,
     superblock: RawSuperblock,
     backing: Option<Backing>,
+    /// What was wrong with the magic before it was written anew.
+    damaged_magic: Option<SuperblockFault>,
 }
 
 impl Subject {
@@ -148,16 +150,11 @@ fn prepare(args: &Args) -> Result<Subject> {
     let device = io.serve(opened);
     let superblock = io.block_on(examine_superblock(&device))?;
     if let Err(fault) = superblock.magic {
-        let error = LogError::Superblock { device: device.name().to_string(), fault };
-        if superblock.extension().is_some() {
-            bail!(
-                "{error}; yet it was formatted as one, so its first bytes are damaged: copy it, and see with wbdump what it holds"
-            );
-        }
-        return match signatures::find(&args.cache) {
-            Ok(Some(signature)) => Err(anyhow!("{error}; it holds: {signature}")),
-            _ => Err(error.into()),
-        };
+        refuse_other_than_damaged(
+            args,
+            &superblock,
+            LogError::Superblock { device: device.name().to_string(), fault },
+        )?;
     }
     superblock.check_extension(&device)?;
     if let (Some(extension), Some((identity, backing))) = (superblock.extension(), &backing) {
@@ -171,5 +168,28 @@ fn prepare(args: &Args) -> Result<Subject> {
         sectors: extension.backing_sectors,
     });
     let backing = backing.map(|(_, backing)| backing).or(recorded);
-    Ok(Subject { io, device, superblock, backing })
+    let damaged_magic = superblock.magic.err();
+    let mut subject = Subject { io, device, superblock, backing, damaged_magic };
+    if subject.damaged_magic.is_some() {
+        repair::restore_magic(&mut subject)?;
+    }
+    Ok(subject)
+}
+
+/// Refuses a device without the magic, unless it is a cache all the same and is to be repaired.
+fn refuse_other_than_damaged(args: &Args, superblock: &RawSuperblock, error: LogError) -> Result<()> {
+    let signature = signatures::find(&args.cache).ok().flatten();
+    match (superblock.extension(), signature) {
+        (None, None) => Err(error.into()),
+        (None, Some(signature)) => bail!("{error}; it holds: {signature}"),
+        (Some(_), Some(signature)) => bail!(
+            "{error}; it holds: {signature}. Yet it was formatted as a cache: if that is still needed, copy the device, wipe \
+             what was put on it (wipefs --all), then use wbcheck --repair"
+        ),
+        (Some(_), None) if !args.repair => bail!(
+            "{error}; yet it was formatted as one, so its first bytes are damaged: copy it, then use wbcheck --repair, which \
+             writes them anew"
+        ),
+        (Some(_), None) => Ok(()),
+    }
 }

@@ -26,7 +26,7 @@ struct Report<'a> {
 }
 
 pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Output) -> Result<Exit> {
-    let Subject { io, device, superblock, backing } = subject;
+    let Subject { io, device, superblock, backing, .. } = subject;
     let geometry = superblock.geometry;
     let slot = geometry.slot_of(id);
     let mut progress =

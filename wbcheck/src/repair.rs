@@ -4,6 +4,7 @@ use crate::findings::{Findings, Verdict};
 use crate::{Args, Subject, report, words};
 use anyhow::Result;
 use libwb::cli::{Exit, Output};
+use libwb::log::create::write_magic;
 use libwb::log::salvage::{Plan, ways_on};
 use libwb::log::scan::BackingFacts;
 use std::io::Write;
@@ -11,9 +12,11 @@ use std::io::Write;
 /// What was done to a device, and what had been wrong with it.
 pub(crate) struct Repaired {
     /// The first line of the report before it.
-    pub(crate) headline: String,
+    headline: String,
     pub(crate) verdict: Verdict,
-    pub(crate) plan: Plan,
+    /// What was written, one thing each.
+    pub(crate) written: Vec<String>,
+    pub(crate) plan: Option<Plan>,
 }
 
 pub(crate) fn repair(
@@ -22,12 +25,15 @@ pub(crate) fn repair(
     args: &Args,
     out: &mut Output,
 ) -> Result<Exit> {
-    let Some(plan) = plan(subject, &findings, args)? else {
+    let plan = plan(subject, &findings, args)?;
+    if plan.is_none() && subject.damaged_magic.is_none() {
         return crate::print(&findings, args, out);
-    };
-    subject.io.block_on(plan.apply(&subject.device))?;
-    subject.read_superblock()?;
-    let repaired = Repaired { headline: words::headline(&findings), verdict: findings.verdict(), plan };
+    }
+    if let Some(plan) = &plan {
+        subject.io.block_on(plan.apply(&subject.device))?;
+        subject.read_superblock()?;
+    }
+    let repaired = Repaired::of(subject, &findings, plan);
     let after = Findings::gather(subject, args)?;
     if args.json {
         out.json(&report::Report::of(&after, Some(&repaired)))?;
@@ -37,6 +43,39 @@ pub(crate) fn repair(
         writeln!(out, "{}", words::headline(&after))?;
     }
     Ok(if after.verdict().exit() == Exit::Done { Exit::Repaired } else { Exit::ErrorsLeft })
+}
+
+impl Repaired {
+    fn of(subject: &Subject, before: &Findings, plan: Option<Plan>) -> Repaired {
+        let changes = plan.as_ref().map(Plan::changes).unwrap_or_default();
+        match subject.damaged_magic {
+            None => Repaired {
+                headline: words::headline(before),
+                verdict: before.verdict(),
+                written: changes,
+                plan,
+            },
+            Some(fault) => Repaired {
+                headline: fault.to_string(),
+                verdict: if before.verdict() == Verdict::Corrupt {
+                    Verdict::Corrupt
+                } else {
+                    Verdict::Damaged
+                },
+                written: [vec!["the magic, in the first block".into()], changes].concat(),
+                plan,
+            },
+        }
+    }
+}
+
+/// Writes the magic anew on a device that is a cache without it, so that all else can be checked.
+pub(crate) fn restore_magic(subject: &mut Subject) -> Result<()> {
+    subject.io.block_on(async {
+        write_magic(&subject.device).await?;
+        subject.device.flush().await
+    })?;
+    subject.read_superblock()
 }
 
 /// What to do; `None` when there is nothing, or it must be asked for.
@@ -63,13 +102,14 @@ fn print(repaired: &Repaired, after: &Findings, out: &mut Output) -> Result<()> 
     }
     writeln!(out, "  before          {}", repaired.headline)?;
     writeln!(out, "\nWritten:")?;
-    for change in repaired.plan.changes() {
+    for change in &repaired.written {
         writeln!(out, "  - {change}")?;
     }
-    for line in ways_on(std::slice::from_ref(&repaired.plan), "--salvage") {
+    let Some(plan) = &repaired.plan else { return Ok(()) };
+    for line in ways_on(std::slice::from_ref(plan), "--salvage") {
         writeln!(out, "\nSalvaged: {line}")?;
     }
-    let blocks = repaired.plan.blocks_in_words();
+    let blocks = plan.blocks_in_words();
     if !blocks.is_empty() {
         writeln!(out, "Given up, in units of 4096 bytes of the backing device: {blocks}")?;
     }

@@ -92,8 +92,8 @@ impl Report<'_> {
             salvage: f.ways.iter().map(Plan::summary).collect(),
             repair: repaired.map(|repaired| Repair {
                 verdict_before: repaired.verdict,
-                written: repaired.plan.changes(),
-                salvage: repaired.plan.way.map(|_| repaired.plan.summary()),
+                written: repaired.written.clone(),
+                salvage: repaired.plan.as_ref().filter(|plan| plan.way.is_some()).map(Plan::summary),
             }),
         }
     }

@@ -50,12 +50,19 @@ pub async fn create(
         }
     }
     device.flush().await?;
-
-    let mut superblock = IoBuf::zeroed(BLOCK_BYTES);
-    encode_superblock_block(superblock.block_at_mut(0));
-    device.write(SUPERBLOCK_OFFSET, superblock.into()).await?;
+    write_magic(device).await?;
     device.flush().await?;
     Ok(geometry)
+}
+
+/// Writes the superblock's first block, which has nothing but the magic. It is durable after a flush.
+///
+/// # Errors
+/// When the device fails.
+pub async fn write_magic(device: &Device) -> Result<(), DeviceError> {
+    let mut block = IoBuf::zeroed(BLOCK_BYTES);
+    encode_superblock_block(block.block_at_mut(0));
+    device.write(SUPERBLOCK_OFFSET, block.into()).await
 }
 
 /// Writes a page of the superblock extension over the older of the two copies. It is durable after a flush.

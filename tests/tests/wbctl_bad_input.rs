@@ -182,7 +182,7 @@ fn a_senseless_command_line_is_a_usage_error() {
         assert_eq!((outcome.code, outcome.stdout.as_str()), (2, ""), "{args:?}: {outcome:?}");
     }
     let size = [&["create", "x", "--sector-size", "1024"], &volume.pair()[..]].concat();
-    refuses(&volume, &size, 2, "must be 512 or 4096");
+    refuses(&volume, &size, 2, "[possible values: 512, 4096]");
 }
 
 #[test]

@@ -4,6 +4,7 @@ use crate::Pair;
 use crate::config::{Volume, parse_tunables, refuse_recorded};
 use crate::place::{Name, all_names};
 use anyhow::{Context, Result, bail};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use libwb::cli::{Exit, Output};
 use libwb::device::probe::{self, Access, OpenError, Opened};
 use std::io::Write;
@@ -17,7 +18,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pair: Pair,
     /// Logical sector size of the loop device in bytes; by default that of the backing device
-    #[arg(long, value_parser = parse_sector_size, value_name = "512|4096")]
+    #[arg(long, value_parser = sector_sizes(), hide_possible_values = true, value_name = "512|4096")]
     sector_size: Option<u32>,
     /// Format the cache device although it holds a filesystem, a partition table or the like
     #[arg(long)]
@@ -31,6 +32,11 @@ pub(crate) struct Args {
     /// Tunables to record
     #[arg(value_name = "KEY=VALUE")]
     tunables: Vec<String>,
+}
+
+/// The sector sizes, as completions offer them.
+pub(crate) fn sector_sizes() -> impl TypedValueParser<Value = u32> {
+    PossibleValuesParser::new(["512", "4096"]).try_map(|text| parse_sector_size(&text))
 }
 
 /// Reads a sector size.

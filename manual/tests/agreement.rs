@@ -165,6 +165,23 @@ fn an_option_of_few_values_is_completed_with_them_and_a_device_with_paths() {
 }
 
 #[test]
+fn a_synopsis_is_the_usage_that_help_shows() {
+    let folder = written();
+    for program in programs() {
+        let name = program.command.get_name();
+        let page = folder.path().join(format!("man/man8/{name}.8"));
+        let groff =
+            Command::new("groff").args(["-man", "-Tascii", "-P-cbou", "-rLL=200n"]).arg(&page).output();
+        let text = String::from_utf8(groff.expect("groff, of the package groff-base").stdout).unwrap();
+        for verb in with_verbs(&program.command) {
+            let usage = verb.clone().render_usage().to_string();
+            let usage = usage.trim_start_matches("Usage: ");
+            assert!(text.lines().any(|line| line.trim() == usage), "{name}(8) lacks: {usage}\n{text}");
+        }
+    }
+}
+
+#[test]
 fn every_tunable_is_in_the_manual() {
     let page = include_str!("../src/wbctl.roff");
     for key in libwb::cache::Tunables::keys() {

@@ -1,8 +1,8 @@
 //! `wbctl create`: format a cache device, and record the volume.
 
 use crate::Pair;
-use crate::config::{Volume, parse_tunables, refuse_recorded};
-use crate::place::{Name, all_names};
+use crate::config::{Volume, parse_tunables, refuse_recorded, refuse_shared};
+use crate::place::Name;
 use anyhow::{Context, Result, bail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use libwb::cli::{Exit, Output};
@@ -86,24 +86,6 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
         name.config_file().display()
     )?;
     Ok(Exit::Done)
-}
-
-/// Refuses a device that is recorded of another volume: what that one's cache holds would be lost, or written over this one.
-fn refuse_shared(volume: &Volume) -> Result<()> {
-    let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
-    for other in all_names()? {
-        // A record that cannot be read names no device.
-        let Ok(Some(recorded)) = Volume::load(&other) else { continue };
-        for device in [&volume.cache, &volume.backing] {
-            if same(device, &recorded.cache) || same(device, &recorded.backing) {
-                bail!(
-                    "{}: belongs to the volume '{other}'; if you give that up, first: wbctl remove {other}",
-                    device.display()
-                );
-            }
-        }
-    }
-    Ok(())
 }
 
 /// The sector size to serve a backing device with.

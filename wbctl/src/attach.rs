@@ -1,7 +1,7 @@
 //! `wbctl attach`: the daemon. Recovers a volume and serves it in the foreground.
 
 use crate::config::{Volume, not_recorded, parse_tunables};
-use crate::create::{sector_size, sector_sizes};
+use crate::create::{absolute, sector_size, sector_sizes};
 use crate::daemon::{Daemon, End, SERVING};
 use crate::notify::{self, Busy};
 use crate::place::Name;
@@ -93,8 +93,9 @@ impl Args {
         let (name, mut volume) = match (name, &self.cache, &self.backing) {
             (name, Some(cache), Some(backing)) => {
                 let volume = Volume {
-                    cache: cache.clone(),
-                    backing: backing.clone(),
+                    // Others, who are elsewhere, are told these.
+                    cache: absolute(cache)?,
+                    backing: absolute(backing)?,
                     sector_size: None,
                     tunables: Default::default(),
                 };

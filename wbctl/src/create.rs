@@ -101,7 +101,7 @@ pub(crate) fn sector_size(wanted: Option<u32>, backing: &Opened) -> Result<u32> 
     Ok(wanted)
 }
 
-fn absolute(path: &Path) -> Result<PathBuf> {
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).with_context(|| path.display().to_string())
 }
 

@@ -63,10 +63,21 @@ pub fn write(folder: &Path) -> Result<()> {
         for shell in SHELLS {
             let mut text = Vec::new();
             clap_complete::generate(shell, &mut program.command, &name, &mut text);
+            if shell == Shell::Bash {
+                text = behind_equals(String::from_utf8(text)?)?.into();
+            }
             put(&folder.join(completion(shell, &name)), &text)?;
         }
     }
     put(&folder.join("man/man7/wb.7"), include_bytes!("wb.7"))
+}
+
+/// A completion for bash that also knows the option before an `=`, which is a word of its own to bash.
+fn behind_equals(text: String) -> Result<String> {
+    const PREVIOUS: &str = "    prev=\"$3\"\n";
+    const BEHIND: &str = "    [[ \"$prev\" == \"=\" ]] && prev=\"${COMP_WORDS[COMP_CWORD-2]}\"\n";
+    anyhow::ensure!(text.contains(PREVIOUS), "clap_complete no longer writes: {PREVIOUS}");
+    Ok(text.replacen(PREVIOUS, &format!("{PREVIOUS}{BEHIND}"), 1))
 }
 
 fn put(path: &Path, text: &[u8]) -> Result<()> {

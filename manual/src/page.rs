@@ -13,14 +13,17 @@ pub(super) fn page(program: &Program) -> Result<Vec<u8>> {
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;
-    man.render_synopsis_section(&mut page)?;
+    writeln!(page, ".SH SYNOPSIS\n{}", usage(command))?;
     man.render_description_section(&mut page)?;
     let verbs = &with_verbs(command)[1..];
     if verbs.is_empty() {
         man.render_options_section(&mut page)?;
     } else {
         writeln!(page, ".SH COMMANDS")?;
-        writeln!(page, "Every command also has \\fB\\-\\-help\\fR.")?;
+        writeln!(
+            page,
+            "Every command also has \\fB\\-\\-help\\fR, as the program itself does, which has \\fB\\-\\-version\\fR, too."
+        )?;
         for verb in verbs {
             page.extend(section(verb)?);
         }
@@ -42,15 +45,13 @@ fn section(verb: &Command) -> Result<Vec<u8>> {
     let verb = verb.clone().mut_arg("help", |help| help.hide(true));
     let man = Man::new(verb.clone());
     let mut parts = Vec::new();
-    man.render_synopsis_section(&mut parts)?;
     man.render_description_section(&mut parts)?;
     if verb.get_arguments().any(|argument| !argument.is_hide_set()) {
         man.render_options_section(&mut parts)?;
     }
-    let mut section = format!(".SS {}\n", escaped(verb.get_name())).into_bytes();
+    let mut section = format!(".SS {}\n{}\n", escaped(verb.get_name()), usage(&verb)).into_bytes();
     for line in String::from_utf8(parts)?.lines() {
         let line = match line {
-            ".SH SYNOPSIS" => continue,
             heading if heading.starts_with(".SH ") => ".PP",
             // What clap_mangen puts before the headings, once for each part.
             r".ie \n(.g .ds Aq \(aq" | r".el .ds Aq '" => continue,
@@ -59,6 +60,16 @@ fn section(verb: &Command) -> Result<Vec<u8>> {
         writeln!(section, "{line}")?;
     }
     Ok(section)
+}
+
+/// How it is called, in the words of its help: those of clap_mangen leave out the values of options.
+fn usage(command: &Command) -> String {
+    let usage = command.clone().render_usage().to_string();
+    let usage = usage.trim_start_matches("Usage:").trim_start();
+    let name = command.get_bin_name().unwrap_or(command.get_name());
+    let arguments = usage.strip_prefix(name).unwrap_or(usage).trim_start().replace('\n', " ");
+    // Not justified: spaces between its words would look like parts of it.
+    format!(".ad l\n\\fB{}\\fR {}\n.ad", escaped(name), escaped(&arguments))
 }
 
 fn version(command: &Command) -> String {

@@ -120,6 +120,67 @@ fn bash_takes_the_completions() {
     }
 }
 
+/// What bash offers where the last of these words ends.
+fn offered(folder: &TempDir, words: &[&str]) -> String {
+    let [name, .., previous, current] = words else { panic!("too few words: {words:?}") };
+    let script = r#"source "$1"; shift; previous=$1 current=$2; shift 2
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)); "_$1" "$1" "$current" "$previous"; echo "${COMPREPLY[@]}""#;
+    let mut bash = Command::new("bash");
+    bash.args(["-c", script, "bash"]).arg(folder.path().join(completion(Shell::Bash, name)));
+    // A word that only begins is empty to the function.
+    bash.args([previous, current.trim_start_matches('=')]).args(words).current_dir(folder.path());
+    let output = bash.output().expect("bash");
+    assert!(output.status.success(), "{words:?}: {output:?}");
+    String::from_utf8(output.stdout).expect("words").trim_end().into()
+}
+
+#[test]
+fn an_option_of_few_values_is_completed_with_them_and_a_device_with_paths() {
+    let folder = written();
+    for words in [
+        &["wbctl", "attach", "--salvage", "="][..],
+        &["wbctl", "replay", "--salvage", "=", "s"],
+        &["wbcheck", "--repair", "--salvage", "=", "s"],
+    ] {
+        assert_eq!(offered(&folder, words), "skip stop", "{words:?}");
+    }
+    for verb in ["create", "attach"] {
+        assert_eq!(offered(&folder, &["wbctl", verb, "--sector-size", ""]), "512 4096");
+        assert_eq!(offered(&folder, &["wbctl", verb, "--sector-size", "=", "4"]), "4096");
+        assert_eq!(offered(&folder, &["wbctl", verb, "--cache", "ma"]), "man");
+    }
+    for program in programs() {
+        let name = program.command.get_name();
+        for shell in SHELLS {
+            let text = fs::read_to_string(folder.path().join(completion(shell, name))).unwrap();
+            for argument in with_verbs(&program.command).iter().flat_map(|verb| verb.get_arguments()) {
+                for value in
+                    argument.get_possible_values().iter().filter(|_| argument.get_action().takes_values())
+                {
+                    assert!(text.contains(value.get_name()), "{name}, {shell}: {argument}, {value:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_synopsis_is_the_usage_that_help_shows() {
+    let folder = written();
+    for program in programs() {
+        let name = program.command.get_name();
+        let page = folder.path().join(format!("man/man8/{name}.8"));
+        let groff =
+            Command::new("groff").args(["-man", "-Tascii", "-P-cbou", "-rLL=200n"]).arg(&page).output();
+        let text = String::from_utf8(groff.expect("groff, of the package groff-base").stdout).unwrap();
+        for verb in with_verbs(&program.command) {
+            let usage = verb.clone().render_usage().to_string();
+            let usage = usage.trim_start_matches("Usage: ");
+            assert!(text.lines().any(|line| line.trim() == usage), "{name}(8) lacks: {usage}\n{text}");
+        }
+    }
+}
+
 #[test]
 fn every_tunable_is_in_the_manual() {
     let page = include_str!("../src/wbctl.roff");

@@ -275,6 +275,6 @@ fn the_manual_tells_of_each_member_of_the_json_of_a_volume() {
     assert_eq!(json["extension"]["commit_before"]["length_blocks"], 1, "{json}");
     assert!(json["metablocks"][1]["crc"].is_u64(), "{json}");
     let map = wb!("wbdump", "map", &volume.cache).stdout;
-    assert!(map.contains("open         1 segment"), "{map}");
+    assert!(map.contains("open           1 segment"), "{map}");
     drop((device, attached));
 }

@@ -76,7 +76,23 @@ fn nothing_is_imported_of_a_table_that_makes_no_sense() {
 fn a_name_that_exists_is_not_imported_again() {
     let volume = Volume::created(8, 8 << 20);
     let text = format!("other /dev/a /dev/b\n{} /dev/c /dev/d\n", volume.name);
-    refuses(&volume, &text, "exists already: it is recorded in");
+    let refused = refuses(&volume, &text, "exists already: it is recorded in");
+    let way_on = format!("first: wbctl remove {0}; or take the line of '{0}' out of ", volume.name);
+    assert!(refused.stderr.contains(&way_on), "{refused:?}");
+}
+
+#[test]
+fn a_device_of_another_volume_is_not_imported() {
+    let volume = Volume::created(8, 8 << 20);
+    let (cache, backing) = (volume.cache.display(), volume.backing.display());
+    let why =
+        format!("belongs to the volume '{0}'; if you give that up, first: wbctl remove {0}; ", volume.name);
+    for devices in [format!("/dev/a {cache}"), format!("{backing} /dev/b"), format!("{cache} /dev/b")] {
+        let refused = refuses(&volume, &format!("other /dev/c /dev/d\nnew {devices}\n"), &why);
+        assert!(refused.stderr.contains("take the line of 'new' out of"), "{refused:?}");
+    }
+    volume.must(&["remove", &volume.name]);
+    volume.must(&["import", &table(&volume, &format!("new {backing} {cache}\n"))]);
 }
 
 #[test]

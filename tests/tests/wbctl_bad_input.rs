@@ -182,7 +182,7 @@ fn a_senseless_command_line_is_a_usage_error() {
         assert_eq!((outcome.code, outcome.stdout.as_str()), (2, ""), "{args:?}: {outcome:?}");
     }
     let size = [&["create", "x", "--sector-size", "1024"], &volume.pair()[..]].concat();
-    refuses(&volume, &size, 2, "must be 512 or 4096");
+    refuses(&volume, &size, 2, "[possible values: 512, 4096]");
 }
 
 #[test]
@@ -315,7 +315,14 @@ fn an_attached_volume_is_in_use() {
     ] {
         let outcome = volume.wbctl(&args);
         assert_eq!((outcome.code, outcome.stderr.lines().count()), (1, 1), "{args:?}: {outcome:?}");
-        assert!(outcome.stderr.contains("in use"), "{outcome:?}");
+        let whose = format!("it is attached as volume '{0}'; to release it: wbctl detach {0}\n", volume.name);
+        assert!(outcome.stderr.ends_with(&whose), "{outcome:?}");
+    }
+    for program in ["wbcheck", "wbformat"] {
+        let mut command = Command::new(bin(program));
+        command.arg(&volume.cache).env("WB_RUN_DIR", volume.path("run"));
+        let refused = Outcome::of(command);
+        assert!(refused.stderr.contains(&format!("in use: it is attached as volume '{}'", volume.name)));
     }
     attached.detach(&[]);
 }

@@ -203,8 +203,23 @@ fn a_map_shows_the_state_of_each_segment_in_characters_and_as_a_picture() {
     let drawn = wb!("wbdump", "map", &cache, "--svg", &picture);
     assert_eq!((drawn.code, drawn.stdout.as_str()), (0, ""), "{drawn:?}");
     let svg = std::fs::read_to_string(&picture).unwrap();
-    assert!(svg.contains("damaged: 1") && svg.contains("newest: segment 2"), "{svg}");
+    assert!(svg.contains("damaged: 1") && svg.contains("recovery point: segment 2"), "{svg}");
     assert_eq!(sha256(&cache), before);
     let nowhere = wb!("wbdump", "map", &cache, "--svg", dir.path().join("no/map.svg"));
     assert!(nowhere.code == 1 && nowhere.stderr.contains("cannot write"), "{nowhere:?}");
+}
+
+#[test]
+fn the_map_and_the_totals_mean_the_same_by_the_same_word() {
+    let dir = TempDir::new().unwrap();
+    let cache = small_log(&dir);
+    write_segment(&cache, 4, &[entry(9, 0xff)], b'd');
+    let totals = wb!("wbdump", "super", &cache);
+    let rows: Vec<Vec<&str>> = totals.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
+    for row in [["newest", "segment", "4"], ["recovery", "point", "2"]] {
+        assert!(rows.iter().any(|words| words[..] == row), "{totals:?}");
+    }
+    let map = wb!("wbdump", "map", &cache);
+    assert!(map.stdout.contains("  ▶ recovery point segment 2"), "{map:?}");
+    assert!(!map.stdout.contains("newest"), "{map:?}");
 }

@@ -7,6 +7,7 @@ mod report;
 mod words;
 
 use anyhow::{Result, bail};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{CommandFactory, Parser};
 use findings::{Backing, Findings};
 use libwb::cli::{self, Exit, Io, Output};
@@ -67,6 +68,8 @@ struct Args {
     #[arg(
         long,
         value_name = "skip|stop",
+        value_parser = PossibleValuesParser::new(["skip", "stop"]).try_map(|way| way.parse::<Way>()),
+        hide_possible_values = true,
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "skip",

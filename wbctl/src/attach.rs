@@ -1,7 +1,7 @@
 //! `wbctl attach`: the daemon. Recovers a volume and serves it in the foreground.
 
 use crate::config::{Volume, not_recorded, parse_tunables};
-use crate::create::{parse_sector_size, sector_size};
+use crate::create::{absolute, sector_size, sector_sizes};
 use crate::daemon::{Daemon, End, SERVING};
 use crate::notify::{self, Busy};
 use crate::place::Name;
@@ -47,7 +47,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DEV", requires = "cache")]
     backing: Option<PathBuf>,
     /// Logical sector size of the loop device in bytes; by default that of the backing device
-    #[arg(long, value_parser = parse_sector_size, value_name = "512|4096")]
+    #[arg(long, value_parser = sector_sizes(), hide_possible_values = true, value_name = "512|4096")]
     sector_size: Option<u32>,
     #[command(flatten)]
     salvage: salvage::Salvage,
@@ -93,8 +93,9 @@ impl Args {
         let (name, mut volume) = match (name, &self.cache, &self.backing) {
             (name, Some(cache), Some(backing)) => {
                 let volume = Volume {
-                    cache: cache.clone(),
-                    backing: backing.clone(),
+                    // Others, who are elsewhere, are told these.
+                    cache: absolute(cache)?,
+                    backing: absolute(backing)?,
                     sector_size: None,
                     tunables: Default::default(),
                 };

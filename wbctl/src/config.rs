@@ -1,7 +1,7 @@
 //! The record of a volume: a TOML file in the configuration folder.
 
 use crate::create::parse_sector_size;
-use crate::place::Name;
+use crate::place::{Name, all_names};
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
 use serde::{Deserialize, Serialize};
@@ -85,7 +85,29 @@ impl Volume {
 pub(crate) fn refuse_recorded(name: &Name) -> Result<()> {
     let record = name.config_file();
     if record.exists() {
-        bail!("volume '{name}' exists already: it is recorded in {}", record.display());
+        bail!(
+            "volume '{name}' exists already: it is recorded in {}; if you give that up, first: wbctl remove {name}",
+            record.display()
+        );
+    }
+    Ok(())
+}
+
+/// Refuses a device that is recorded of another volume: what that one's cache holds would be lost, or written over this one.
+pub(crate) fn refuse_shared(volume: &Volume) -> Result<()> {
+    let same =
+        |a: &Path, b: &Path| a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
+    for other in all_names()? {
+        // A record that cannot be read names no device.
+        let Ok(Some(recorded)) = Volume::load(&other) else { continue };
+        for device in [&volume.cache, &volume.backing] {
+            if same(device, &recorded.cache) || same(device, &recorded.backing) {
+                bail!(
+                    "{}: belongs to the volume '{other}'; if you give that up, first: wbctl remove {other}",
+                    device.display()
+                );
+            }
+        }
     }
     Ok(())
 }

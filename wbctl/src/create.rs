@@ -1,9 +1,10 @@
 //! `wbctl create`: format a cache device, and record the volume.
 
 use crate::Pair;
-use crate::config::{Volume, parse_tunables, refuse_recorded};
-use crate::place::{Name, all_names};
+use crate::config::{Volume, parse_tunables, refuse_recorded, refuse_shared};
+use crate::place::Name;
 use anyhow::{Context, Result, bail};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use libwb::cli::{Exit, Output};
 use libwb::device::probe::{self, Access, OpenError, Opened};
 use std::io::Write;
@@ -17,7 +18,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pair: Pair,
     /// Logical sector size of the loop device in bytes; by default that of the backing device
-    #[arg(long, value_parser = parse_sector_size, value_name = "512|4096")]
+    #[arg(long, value_parser = sector_sizes(), hide_possible_values = true, value_name = "512|4096")]
     sector_size: Option<u32>,
     /// Format the cache device although it holds a filesystem, a partition table or the like
     #[arg(long)]
@@ -31,6 +32,11 @@ pub(crate) struct Args {
     /// Tunables to record
     #[arg(value_name = "KEY=VALUE")]
     tunables: Vec<String>,
+}
+
+/// The sector sizes, as completions offer them.
+pub(crate) fn sector_sizes() -> impl TypedValueParser<Value = u32> {
+    PossibleValuesParser::new(["512", "4096"]).try_map(|text| parse_sector_size(&text))
 }
 
 /// Reads a sector size.
@@ -82,24 +88,6 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Refuses a device that is recorded of another volume: what that one's cache holds would be lost, or written over this one.
-fn refuse_shared(volume: &Volume) -> Result<()> {
-    let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
-    for other in all_names()? {
-        // A record that cannot be read names no device.
-        let Ok(Some(recorded)) = Volume::load(&other) else { continue };
-        for device in [&volume.cache, &volume.backing] {
-            if same(device, &recorded.cache) || same(device, &recorded.backing) {
-                bail!(
-                    "{}: belongs to the volume '{other}'; if you give that up, first: wbctl remove {other}",
-                    device.display()
-                );
-            }
-        }
-    }
-    Ok(())
-}
-
 /// The sector size to serve a backing device with.
 pub(crate) fn sector_size(wanted: Option<u32>, backing: &Opened) -> Result<u32> {
     let wanted = wanted.unwrap_or(if backing.block_size > 512 { 4096 } else { 512 });
@@ -113,7 +101,7 @@ pub(crate) fn sector_size(wanted: Option<u32>, backing: &Opened) -> Result<u32> 
     Ok(wanted)
 }
 
-fn absolute(path: &Path) -> Result<PathBuf> {
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).with_context(|| path.display().to_string())
 }
 

@@ -3,7 +3,7 @@
 //! Its table has a line for each volume: the name of the device-mapper device, the backing device, the cache device, and
 //! options of the module as KEY=VALUE with commas between them. Empty lines, and those that begin with `#`, say nothing.
 
-use crate::config::{Volume, refuse_recorded};
+use crate::config::{Volume, refuse_recorded, refuse_shared};
 use crate::place::Name;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
@@ -55,7 +55,11 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
         bail!("{}: lists no volume", args.table.display());
     }
     for entry in &entries {
-        refuse_recorded(&entry.name)?;
+        let free = refuse_recorded(&entry.name).and_then(|()| refuse_shared(&entry.volume));
+        free.map_err(|e| {
+            let table = args.table.display();
+            anyhow!("{e:#}; or take the line of '{}' out of {table}: nothing was imported", entry.name)
+        })?;
     }
     if !args.dry_run {
         record_all(&entries)?;

@@ -1,6 +1,7 @@
 //! Names of volumes, and the folders and files that belong to them.
 
 use anyhow::{Context, Result, bail};
+use libwb::control::{SOCKET, run_dir};
 use nix::fcntl::{Flock, FlockArg};
 use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -59,7 +60,7 @@ impl Name {
 
     /// The daemon's control socket.
     pub(crate) fn socket(&self) -> PathBuf {
-        self.run_dir().join("socket")
+        self.run_dir().join(SOCKET)
     }
 
     /// The link to the loop device.
@@ -141,16 +142,8 @@ fn remove(path: &Path) -> Result<bool> {
     }
 }
 
-fn folder(variable: &str, default: &str) -> PathBuf {
-    std::env::var_os(variable).map_or_else(|| default.into(), PathBuf::from)
-}
-
 fn config_dir() -> PathBuf {
-    folder("WB_CONFIG_DIR", "/etc/wb")
-}
-
-fn run_dir() -> PathBuf {
-    folder("WB_RUN_DIR", "/run/wb")
+    std::env::var_os("WB_CONFIG_DIR").map_or_else(|| "/etc/wb".into(), PathBuf::from)
 }
 
 /// Names of all volumes that are recorded or have a run folder, sorted.

@@ -1,6 +1,7 @@
 //! What attach and replay do about a corrupt log.
 
 use anyhow::{Result, anyhow};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use libwb::cache::CacheError;
 use libwb::device::Device;
 use libwb::log::LogError;
@@ -14,7 +15,15 @@ pub(crate) struct Salvage {
     ///
     /// Without it, a corrupt log is refused, and what each way would give up is shown. Copy the cache device first: what
     /// is given up is gone for ever. A log that is not corrupt is not changed by it.
-    #[arg(long, value_name = "skip|stop", num_args = 0..=1, require_equals = true, default_missing_value = "skip")]
+    #[arg(
+        long,
+        value_name = "skip|stop",
+        value_parser = PossibleValuesParser::new(["skip", "stop"]).try_map(|way| way.parse::<Way>()),
+        hide_possible_values = true,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "skip"
+    )]
     salvage: Option<Way>,
 }
 

@@ -82,6 +82,7 @@ enum Verb {
     /// Draw the log, and where its dirty blocks lie on the backing device. Reads the whole device
     ///
     /// The log is drawn oldest segment first. A character or square that stands for several segments shows the worst of them.
+    /// The recovery point is the last segment that attaching would apply.
     Map {
         /// The cache device: a block device or a file
         #[arg(value_name = "CACHE")]

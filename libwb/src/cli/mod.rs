@@ -10,6 +10,7 @@ pub use numbers::{count, human_rate, human_size, human_time, parse_label, percen
 pub use progress::Progress;
 pub use table::{Table, properties, table};
 
+use crate::control;
 use crate::device::probe::{Access, OpenError, Opened, open};
 use crate::device::{Device, UringDevice};
 use crate::format::{Geometry, Slot};
@@ -17,6 +18,7 @@ use crate::log::scan::{SlotContent, SlotState, scan_by};
 use crate::reactor::{Handle, Reactor};
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
+use std::error::Error;
 use std::fmt::Display;
 use std::io::{self, BufWriter, ErrorKind, IsTerminal, StdoutLock, Write};
 use std::path::Path;
@@ -60,7 +62,7 @@ Exit codes:
   2  the command line makes no sense";
 
 /// Runs a program. An error becomes a message on standard error, as a rule of one line, and the exit code `on_error`.
-pub fn run<E: Display>(
+pub fn run<E: Display + AsRef<dyn Error + Send + Sync>>(
     program: &str,
     on_error: Exit,
     body: impl FnOnce(&mut Output) -> Result<Exit, E>,
@@ -72,12 +74,28 @@ pub fn run<E: Display>(
     let (exit, message) = match (ended, flushed) {
         (Ok(exit), Ok(())) => (exit, None),
         (Ok(_), Err(e)) => (on_error, Some(format!("cannot write the output: {e}"))),
-        (Err(e), _) => (on_error, Some(format!("{e:#}"))),
+        (Err(e), _) => (on_error, Some(with_holder(format!("{e:#}"), e.as_ref()))),
     };
     if let Some(message) = message {
         complain(program, without_numbers(&message));
     }
     exit.into()
+}
+
+/// The message of an error, which says of a device in use by which volume, where one has it.
+fn with_holder(message: String, error: &(dyn Error + 'static)) -> String {
+    let mut causes = std::iter::successors(Some(error), |&cause| cause.source());
+    let in_use = causes.find_map(|cause| match cause.downcast_ref() {
+        Some(error @ OpenError::InUse { path }) => Some((error, path)),
+        _ => None,
+    });
+    let held = in_use.and_then(|(error, path)| Some((error, path, control::volume_of(path)?)));
+    held.map_or(message.clone(), |(error, path, name)| {
+        let path = path.display();
+        let better =
+            format!("{path}: in use: it is attached as volume '{name}'; to release it: wbctl detach {name}");
+        message.replace(&error.to_string(), &better)
+    })
 }
 
 /// A message without the numbers that Rust adds to what the system says, such as in "No such file or directory (os error 2)".

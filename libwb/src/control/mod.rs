@@ -8,6 +8,7 @@ mod statistics;
 pub use statistics::{AccessCount, Latency, VolumeStatistics, hit_ratio, ratio};
 
 use crate::cache::{Status, TunableValue, Tunables};
+use crate::device::probe::identity;
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -25,6 +26,8 @@ const MAX_CLIENTS: usize = 32;
 
 /// How long a client may take to send its request, or to take a reply.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a daemon may take to answer where one can do without.
+const SOON: Duration = Duration::from_secs(2);
 
 /// What a client asks of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -270,6 +273,30 @@ fn read_line(from: &mut impl BufRead) -> io::Result<String> {
     }
     let what = if line.is_empty() { "the connection ended" } else { "the line is cut off or too long" };
     Err(io::Error::new(io::ErrorKind::UnexpectedEof, what))
+}
+
+/// The folder that has one for each running daemon.
+pub fn run_dir() -> PathBuf {
+    std::env::var_os("WB_RUN_DIR").map_or_else(|| "/run/wb".into(), PathBuf::from)
+}
+
+/// The daemon's socket, in its folder of that.
+pub const SOCKET: &str = "socket";
+
+/// The attached volume that a device belongs to, as far as the daemons may be asked and answer soon.
+pub fn volume_of(device: &Path) -> Option<String> {
+    let wanted = identity(device).ok()?;
+    let is_wanted = |path: &Path| identity(path).is_ok_and(|found| found == wanted);
+    std::fs::read_dir(run_dir()).ok()?.flatten().find_map(|daemon| {
+        let mut client = Client::connect(&daemon.path().join(SOCKET)).ok()?;
+        client.0.get_mut().set_read_timeout(Some(SOON)).ok()?;
+        match client.ask(&Request::Status, |_| ()).ok()? {
+            Reply::Status(volume) if is_wanted(&volume.cache) || is_wanted(&volume.backing) => {
+                Some(volume.name)
+            }
+            _ => None,
+        }
+    })
 }
 
 /// A connection to a daemon.

@@ -19,8 +19,16 @@ pub fn guard_against_reclaim() -> Result<(), String> {
     let locked = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)
         .map_err(|cause| format!("memory cannot be locked: {}", cause.desc()));
     let flusher = sys::set_io_flusher()
-        .map_err(|cause| format!("the process cannot be marked as an I/O flusher: {}", cause.desc()));
+        .map_err(|cause| format!("the process cannot be marked as an I/O flusher: {}", not_flusher(cause)));
     locked.and(flusher)
+}
+
+/// The kernel says only that it is not permitted.
+fn not_flusher(cause: Errno) -> &'static str {
+    match cause {
+        Errno::EPERM => "it lacks CAP_SYS_RESOURCE, as in most containers",
+        other => other.desc(),
+    }
 }
 
 /// Ends the process when any of its threads panics: a volume of which one thread is gone would hang whoever uses it, and

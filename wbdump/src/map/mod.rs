@@ -43,11 +43,11 @@ struct Map {
     device: String,
     /// In log order: the oldest first, what is empty last.
     slots: Vec<Kind>,
-    /// Where the newest segment stands in that order, and its id.
-    newest: Option<(usize, SegmentId)>,
-    /// When the oldest dirty segment and the newest one were written, where the headers say.
+    /// Where the recovery point stands in that order, the last segment that attaching would apply, and its id.
+    point: Option<(usize, SegmentId)>,
+    /// When the oldest dirty segment and the recovery point were written, where the headers say.
     oldest_dirty: Option<String>,
-    newest_time: Option<String>,
+    point_time: Option<String>,
     /// In order of address.
     blocks: Vec<BlockNo>,
     /// Blocks of the backing device, where the cache knows.
@@ -90,7 +90,7 @@ impl Map {
         slots.sort_by_key(|(order, slot, ..)| (*order, *slot));
         let time = |at: usize| slots[at].3.clone();
         let dirty = slots.iter().position(|(_, _, kind, _)| matches!(kind, Kind::Dirty | Kind::Open));
-        let newest = slots.iter().rposition(|(id, _, kind, _)| {
+        let point = slots.iter().rposition(|(id, _, kind, _)| {
             *id == recovery.point && matches!(kind, Kind::Dirty | Kind::Open | Kind::Clean)
         });
         let blocks = DirtyBlocks::find(log, &recovery);
@@ -98,8 +98,8 @@ impl Map {
         let map = Map {
             device: log.device.name().to_string(),
             oldest_dirty: dirty.and_then(time),
-            newest_time: newest.and_then(time),
-            newest: newest.map(|at| (at, recovery.point)),
+            point_time: point.and_then(time),
+            point: point.map(|at| (at, recovery.point)),
             slots: slots.into_iter().map(|(_, _, kind, _)| kind).collect(),
             blocks: blocks.newest.into_keys().collect(),
             backing_blocks: (backing_sectors > 0).then(|| backing_sectors.div_ceil(8)),
@@ -111,11 +111,11 @@ impl Map {
         self.slots.iter().filter(|&&slot| slot == kind).count()
     }
 
-    /// The slots in at most so many cells; how many slots a cell is, and which cell has the newest segment.
+    /// The slots in at most so many cells; how many slots a cell is, and which cell has the recovery point.
     fn cells(&self, most: usize) -> Cells {
         let slots = self.slots.len().div_ceil(most.max(1)).max(1);
         let kinds = self.slots.chunks(slots).filter_map(|cell| cell.iter().copied().max()).collect();
-        Cells { kinds, slots, newest: self.newest.map(|(at, _)| at / slots) }
+        Cells { kinds, slots, point: self.point.map(|(at, _)| at / slots) }
     }
 
     /// Blocks of the part of the backing device that is drawn: all of it, or up to the last dirty block.
@@ -146,7 +146,7 @@ struct Cells {
     kinds: Vec<Kind>,
     /// Slots of a cell.
     slots: usize,
-    newest: Option<usize>,
+    point: Option<usize>,
 }
 
 #[cfg(test)]
@@ -159,9 +159,9 @@ mod tests {
         Map {
             device: "a<b".into(),
             slots,
-            newest: Some((5, SegmentId(6))),
+            point: Some((5, SegmentId(6))),
             oldest_dirty: None,
-            newest_time: None,
+            point_time: None,
             blocks: [0, 1, 2, 99, 100].map(BlockNo).to_vec(),
             backing_blocks: Some(100),
         }
@@ -171,7 +171,7 @@ mod tests {
     fn a_cell_shows_the_worst_of_its_slots() {
         let cells = map().cells(4);
         assert_eq!(cells.kinds, [Kind::Clean, Kind::Dirty, Kind::Damaged, Kind::Empty]);
-        assert_eq!((cells.slots, cells.newest), (2, Some(2)));
+        assert_eq!((cells.slots, cells.point), (2, Some(2)));
         assert_eq!(map().cells(100).kinds.len(), 8);
     }
 

@@ -73,7 +73,7 @@ fn draw(map: &Map) -> Document {
         ));
     for (at, &kind) in cells.kinds.iter().enumerate() {
         let mut cell = square(MARGIN + at % COLUMNS * CELL, grid + at / COLUMNS * CELL, kind);
-        if cells.newest == Some(at) {
+        if cells.point == Some(at) {
             cell = cell.set("stroke", INK).set("stroke-width", 2);
         }
         document = document.add(cell);
@@ -90,9 +90,11 @@ fn add_legend(mut document: Document, map: &Map, y: usize) -> Document {
         document = document.add(square(x, y, kind)).add(text(words, x + CELL + 4, y + 11, 12));
         x = next;
     }
-    let Some((_, id)) = map.newest else { return document };
-    let newest = square(x, y, Kind::Dirty).set("fill", "none").set("stroke", INK).set("stroke-width", 2);
-    document.add(newest).add(text(format!("newest: segment {id}"), x + CELL + 4, y + 11, 12))
+    let Some((_, id)) = map.point else { return document };
+    // On a line of its own, for there are many kinds.
+    let y = y + CELL + 6;
+    let point = square(MARGIN, y, Kind::Dirty).set("fill", "none").set("stroke", INK).set("stroke-width", 2);
+    document.add(point).add(text(format!("recovery point: segment {id}"), MARGIN + CELL + 4, y + 11, 12))
 }
 
 fn add_bars(mut document: Document, map: &Map, y: usize) -> Document {
@@ -135,6 +137,6 @@ mod tests {
         // The ground, 8 cells, 5 squares of the legend, the bars.
         assert_eq!(text.matches("<rect").count(), 1 + 8 + 5 + PARTS);
         assert!(text.contains("a&lt;b") && !text.contains("a<b"), "{text}");
-        assert!(text.contains("dirty: 2, 1 MiB") && text.contains("newest: segment 6"), "{text}");
+        assert!(text.contains("dirty: 2, 1 MiB") && text.contains("recovery point: segment 6"), "{text}");
     }
 }

@@ -11,7 +11,7 @@ use std::io::Write;
 const COLUMNS: u16 = 80;
 /// Lines of the log.
 const LINES: usize = 16;
-const NEWEST: char = '▶';
+const POINT: char = '▶';
 
 pub(super) fn print(map: &Map, out: &mut Output) -> Result<()> {
     let columns = usize::from(out.columns().unwrap_or(COLUMNS)).max(10);
@@ -51,7 +51,7 @@ impl Picture<'_> {
         let slots = count(to_u64(map.slots.len()), "segment");
         let mut text = format!("log, {slots}, oldest first; each character is {each}\n");
         let cell = |(at, kind): (usize, &Kind)| match glyph(*kind) {
-            (_, style) if cells.newest == Some(at) => self.paint(NEWEST, style.bold()),
+            (_, style) if cells.point == Some(at) => self.paint(POINT, style.bold()),
             (glyph, style) => self.paint(glyph, style),
         };
         let painted: Vec<String> = cells.kinds.iter().enumerate().map(cell).collect();
@@ -65,16 +65,16 @@ impl Picture<'_> {
                 let since = map.oldest_dirty.as_ref().filter(|_| kind == Kind::Dirty);
                 let since = since.map_or(String::new(), |time| format!(", since {time}"));
                 text += &format!(
-                    "  {} {:<13}{}, {size}{since}\n",
+                    "  {} {:<15}{}, {size}{since}\n",
                     self.paint(sign, style),
                     kind.name(),
                     count(to_u64(n), "segment")
                 );
             }
         }
-        if let Some((_, id)) = map.newest {
-            let time = map.newest_time.as_ref().map_or(String::new(), |time| format!(", of {time}"));
-            text += &format!("  {NEWEST} {:<13}segment {id}{time}\n", "newest");
+        if let Some((_, id)) = map.point {
+            let time = map.point_time.as_ref().map_or(String::new(), |time| format!(", of {time}"));
+            text += &format!("  {POINT} {:<15}segment {id}{time}\n", "recovery point");
         }
         text
     }
@@ -124,7 +124,8 @@ mod tests {
         let picture = Picture { map: &map, columns: 10, is_coloured: false };
         let log = picture.log();
         assert_eq!(log.lines().nth(1), Some("▒▒▒█X▶··"), "{log}");
-        assert!(log.contains("  █ dirty        2 segments, 1 MiB\n"), "{log}");
+        assert!(log.contains("  █ dirty          2 segments, 1 MiB\n"), "{log}");
+        assert!(log.contains("  ▶ recovery point segment 6\n"), "{log}");
         let backing = picture.backing();
         assert_eq!(backing.lines().nth(2), Some("█········▒"), "{backing}");
         assert!(

@@ -21,6 +21,7 @@ const BURST: u64 = 4096;
 
 /// Writes the same number of bytes to the file in both ways, in turn, each time until they are durable.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
+    rig::lock_memory();
     let reactor = Reactor::start()?;
     let bytes = BYTES_PER_SECOND * u64::from(options.seconds);
     // Write-back begins when half of the log is dirty.

@@ -10,8 +10,8 @@ use libwb::cache::{Cache, Tunables};
 use libwb::device::{Device, MemDevice};
 use libwb::format::to_usize;
 use libwb::reactor::Reactor;
+use libwb::serve::Volume;
 use libwb::serve::loopdev::{LoopDevice, Options as LoopOptions};
-use libwb::serve::{Volume, guard_against_reclaim};
 use std::sync::Arc;
 
 /// What is served: few enough bytes that all of them fit the cache, so that reads are hits.
@@ -28,9 +28,7 @@ const LOADS: [Load; 4] = [
 
 /// Measures both pairs.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
-    if let Err(why) = guard_against_reclaim() {
-        eprintln!("wb-bench: {why}; the figures may be less than the daemon's");
-    }
+    rig::lock_memory();
     Ok(vec![in_memory(options)?, on_files(options)?])
 }
 

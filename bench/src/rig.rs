@@ -11,6 +11,7 @@ use libwb::format::{SuperblockExtension, to_u64, to_usize};
 use libwb::log::LogError;
 use libwb::log::create::create;
 use libwb::reactor::Reactor;
+use libwb::serve::guard_against_reclaim;
 use nix::sys::signal::Signal;
 use std::fs::File;
 use std::path::Path;
@@ -31,6 +32,13 @@ static SIGNALLED: AtomicBool = AtomicBool::new(false);
 pub(crate) fn watch_signals() -> Result<()> {
     let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
     Ok(cli::on_signals(signals, |_| SIGNALLED.store(true, Ordering::Relaxed))?)
+}
+
+/// Makes memory resident from the beginning, as the daemon does, or its first use is measured as well.
+pub(crate) fn lock_memory() {
+    if let Err(why) = guard_against_reclaim() {
+        eprintln!("wb-bench: {why}; the figures may be less than the daemon's");
+    }
 }
 
 /// Fails once a signal has come.

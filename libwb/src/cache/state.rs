@@ -23,6 +23,7 @@ use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, PLACES, Place, Reason, SEGMENT_BYTES, SegmentId, Slot,
 };
 use crate::planted::{Bug, Planted};
+use crate::sys::prefetch_to_write;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
@@ -235,6 +236,9 @@ impl State {
         let place = Place { slot: self.geometry.slot_of(open.id), index: open.length };
         open.length += 1;
         self.index.insert(block, dirty, place);
+        if open.length < PLACES {
+            prefetch_to_write(open.buf.block_at_mut(BLOCK_BYTES * (1 + usize::from(open.length))));
+        }
         Ok(open.buf.block_at_mut(BLOCK_BYTES * usize::from(open.length)))
     }
 

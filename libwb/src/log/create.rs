@@ -17,8 +17,8 @@ const FORMAT_DEPTH: usize = 64;
 /// Makes an empty cache of a device, whatever it holds, and shows `progress` how many segments are done. Without an
 /// extension, only the base format is written.
 ///
-/// The superblock region is zeroed and flushed first and the magic is written last, so that a format that is
-/// interrupted leaves no cache device at all and never an old log with holes.
+/// The superblock region is zeroed and flushed first, then the headers, then comes the extension and last the magic, so that
+/// a format that is interrupted leaves no cache device at all and never an old log with holes.
 ///
 /// # Errors
 /// When the device cannot hold a cache, or fails.
@@ -44,12 +44,14 @@ pub async fn create(
         done += 1;
         progress(done);
     }
+    // Whoever finds the extension without the magic may take the magic for lost, and write it.
+    device.flush().await?;
     if let Some(extension) = extension {
         for generation in [0, 1] {
             write_extension(device, &SuperblockExtension { generation, ..extension.clone() }).await?;
         }
+        device.flush().await?;
     }
-    device.flush().await?;
     write_magic(device).await?;
     device.flush().await?;
     Ok(geometry)
@@ -163,9 +165,11 @@ mod tests {
     use crate::device::MemDevice;
     use crate::format::{SEGMENT_BYTES, SegmentId};
     use crate::log::recovery::recover;
-    use crate::log::scan::{SlotState, read_superblock, scan};
+    use crate::log::rig::{Log, Write, after_power_cut, in_sectors};
+    use crate::log::scan::{SlotState, examine_superblock, read_superblock, scan};
     use futures_lite::future::block_on;
     use std::sync::Arc;
+    use uuid::Uuid;
 
     #[test]
     fn what_is_made_of_garbage_is_an_empty_cache_and_only_what_must_be_written_is() {
@@ -189,6 +193,32 @@ mod tests {
         let slots = block_on(scan(&device, superblock.geometry, |_, _| ()));
         assert!(slots.iter().all(|slot| matches!(slot, SlotState::Empty)));
         assert_eq!(recover(&superblock, &slots).point, SegmentId::NONE);
+    }
+
+    #[test]
+    fn a_power_cut_in_a_format_leaves_no_old_log_with_a_new_extension() {
+        let log = Log::new(20, false);
+        let recorder = log.device();
+        let device: Device = recorder.clone();
+        let extension = SuperblockExtension::new(Uuid::from_u128(7), device.size());
+        block_on(create(&device, Some(&extension), |_| ())).unwrap();
+        let sectors = in_sectors(&recorder.writes.lock());
+        let mut extended = 0;
+        for flushes in 0..=*recorder.flushes.lock() {
+            // Of what was not durable, all that was written to the superblock region survives, and nothing else.
+            let survives =
+                |(offset, _, after): &&Write| *after < flushes || *offset < SUPERBLOCK_REGION_BYTES;
+            let surviving: Vec<Write> = sectors.iter().filter(survives).cloned().collect();
+            let device: Device = after_power_cut(&log, &surviving, flushes, u64::MAX).device();
+            if block_on(examine_superblock(&device)).unwrap().extension().is_some() {
+                extended += 1;
+                block_on(write_magic(&device)).unwrap();
+                let superblock = block_on(read_superblock(&device)).unwrap();
+                let slots = block_on(scan(&device, superblock.geometry, |_, _| ()));
+                assert!(slots.iter().all(|slot| matches!(slot, SlotState::Empty)), "flush {flushes}");
+            }
+        }
+        assert!(extended > 0);
     }
 
     #[test]

@@ -367,7 +367,7 @@ impl<'a> Course<'a> {
         self.backing = Arc::new(self.backing.crash(crash));
         self.judge_backing_alone();
         if crash == Crash::PowerCut && self.forgetful && self.rng.bool() {
-            self.oracle.lock().note("the superblock record is lost");
+            self.oracle.lock().record_lost();
             let mut content = self.cache.content();
             content[to_usize(RECORD_BLOCK_OFFSET)..][..BLOCK_BYTES].fill(0);
             self.cache = Arc::new(SimDevice::new(self.runtime(), "cache", content, self.cache.block_size()));

@@ -97,6 +97,12 @@ impl Ledger {
         self.drained = self.drained.max(submitted);
     }
 
+    /// Nobody knows any more what is written back: the log is written back again, from further back, and until that has been
+    /// done the backing device may show what came before a drain.
+    pub fn record_lost(&mut self) {
+        self.drained = 0;
+    }
+
     /// A sector was recovered with a write; what came after that is lost.
     pub fn recovered(&mut self, sector: u64, write: WriteId, now: Moment) {
         let pasts = &mut self.sectors[to_usize(sector)];
@@ -210,6 +216,8 @@ mod tests {
         ledger.logged(WriteId(2), 1..2, SegmentId(7));
         assert_eq!(ledger.check(&shows([1, 0]), SegmentId(6)), Ok(()));
         assert!(ledger.check(&shows([1, 0]), SegmentId(7)).unwrap_err().contains("lacks write 2"));
+        ledger.record_lost();
+        assert_eq!(ledger.check(&shows([0, 2]), SegmentId(7)), Ok(()), "it is written back again");
         ledger.begins(WriteId(3), true, 0..1, 30);
         let mut zeros = shows([1, 2]);
         zeros[..SECTOR_BYTES].fill(0);

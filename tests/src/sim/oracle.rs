@@ -111,6 +111,14 @@ impl Oracle {
         self.ledger = Some(Ledger::new(to_u64(self.sectors.len())));
     }
 
+    /// The superblock record is lost.
+    pub fn record_lost(&mut self) {
+        self.note("the superblock record is lost");
+        if let Some(ledger) = &mut self.ledger {
+            ledger.record_lost();
+        }
+    }
+
     /// Whether the backing device alone may hold this while the segments up to `written_back` are.
     ///
     /// # Errors

@@ -7,6 +7,7 @@
 use crate::device::{IoBuf, SharedBuf};
 use crate::format::to_u64;
 use crate::runtime::Runtime;
+use crate::sys::keep_freed_memory;
 use async_task::Runnable;
 use futures_channel::oneshot;
 use futures_util::future::BoxFuture;
@@ -232,6 +233,7 @@ impl Reactor {
     /// # Errors
     /// When the kernel offers no io_uring or forbids it.
     pub fn start() -> io::Result<Reactor> {
+        keep_freed_memory();
         let shared = Arc::new(Shared {
             inbox: Mutex::default(),
             parked: AtomicBool::new(false),

@@ -8,6 +8,7 @@ use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// What a device is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,6 +149,9 @@ pub struct Opened {
     pub stat: Option<PathBuf>,
 }
 
+/// A program that has ended may have a device for a moment longer: io_uring lets go of it in the background.
+const BRIEFLY: Duration = Duration::from_millis(400);
+
 /// Opens a block device or a regular file for direct I/O.
 ///
 /// A block device that is opened to write is claimed exclusively (it must not be mounted), and every device but an
@@ -156,6 +160,16 @@ pub struct Opened {
 /// # Errors
 /// Says which device, and what about it.
 pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
+    let started = Instant::now();
+    loop {
+        match open_at_once(path, access) {
+            Err(OpenError::InUse { .. }) if started.elapsed() < BRIEFLY => std::thread::sleep(BRIEFLY / 20),
+            done => return done,
+        }
+    }
+}
+
+fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let system = |cause: io::Error| match cause.raw_os_error() {
         Some(libc::EBUSY) => OpenError::InUse { path: path.into() },
         _ => OpenError::System { path: path.into(), cause },

@@ -260,6 +260,13 @@ fn notes(f: &Findings) -> Vec<String> {
             segments(&r.dropped)
         ));
     }
+    if f.scanned.superblock.has_torn_copy() {
+        notes.push(
+            "One of the two copies of the superblock extension is torn: it was being written when the power went. The \
+             other one is sound; --repair, and the next detach, write the torn one anew."
+                .into(),
+        );
+    }
     if !r.skipped.is_empty() {
         notes.push(format!(
             "{} need not be applied: {} was being written over, which happens only after everything up to it was \

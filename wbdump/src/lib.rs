@@ -168,12 +168,11 @@ impl Log {
         if let Err(error) = superblock.check_extension(&device) {
             cli::complain("wbdump", format_args!("warning: {error}"));
         }
+        let torn = if superblock.has_torn_copy() { ", torn by a power cut" } else { "" };
         for fault in superblock.pages.iter().filter_map(|page| page.as_ref().err()) {
-            if superblock.has_damaged_copy() {
-                cli::complain(
-                    "wbdump",
-                    format_args!("warning: {}: one copy of two: {fault}", path.display()),
-                );
+            if superblock.extension().is_some() {
+                let which = format_args!("{}: one copy of two{torn}", path.display());
+                cli::complain("wbdump", format_args!("warning: {which}: {fault}"));
             }
         }
         Ok(Log { io, device, superblock })

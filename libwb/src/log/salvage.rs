@@ -195,7 +195,8 @@ impl Scanned {
         let recovery = self.recovery().refuse_corrupt(device)?;
         let draft = Draft::new(&self.superblock, &self.slots, None);
         let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: name() })?;
-        let needless = draft.is_empty() && recovery.skipped.is_empty() && !self.superblock.has_damaged_copy();
+        let sound_copies = !self.superblock.has_damaged_copy() && !self.superblock.has_torn_copy();
+        let needless = draft.is_empty() && recovery.skipped.is_empty() && sound_copies;
         Ok((!needless).then(|| Plan::of(self, None, draft)))
     }
 }
@@ -218,17 +219,22 @@ pub struct Plan {
     record: Option<SegmentId>,
     /// The superblock extension, where a copy must be written.
     page: Option<SuperblockExtension>,
-    damaged_copy: bool,
+    /// What is wrong with the copy that is written, where something is.
+    bad_copy: Option<&'static str>,
 }
 
 impl Plan {
     fn of(scanned: &Scanned, way: Option<Way>, draft: Draft) -> Plan {
         let superblock = &scanned.superblock;
         let extension = superblock.extension().cloned();
-        let damaged_copy = superblock.has_damaged_copy();
+        let bad_copy = match (superblock.has_damaged_copy(), superblock.has_torn_copy()) {
+            (true, _) => Some("damaged"),
+            (false, true) => Some("torn"),
+            (false, false) => None,
+        };
         let page = extension
             .as_ref()
-            .filter(|_| draft.unmark || damaged_copy)
+            .filter(|_| draft.unmark || bad_copy.is_some())
             .map(|page| SuperblockExtension { clean: page.clean.filter(|_| !draft.unmark), ..page.next() });
         Plan {
             way,
@@ -240,7 +246,7 @@ impl Plan {
             extension,
             draft,
             page,
-            damaged_copy,
+            bad_copy,
         }
     }
 

@@ -51,9 +51,19 @@ impl RawSuperblock {
         SuperblockExtension::newest(&self.pages)
     }
 
-    /// Whether one of the two copies of the superblock extension is damaged, cannot be read, or is gone.
+    /// Whether one of the two copies of the superblock extension is damaged, cannot be read, or is gone, and no power
+    /// cut explains that.
     pub fn has_damaged_copy(&self) -> bool {
-        self.extension().is_some() && self.pages.iter().any(Result::is_err)
+        self.extension().is_some() && self.pages.iter().any(Result::is_err) && !self.has_torn_copy()
+    }
+
+    /// Whether one of the two copies of the superblock extension was being written when the power went.
+    pub fn has_torn_copy(&self) -> bool {
+        let torn = self.pages.iter().find_map(|page| match page {
+            Err(PageFault::Torn(torn)) => Some(torn),
+            _ => None,
+        });
+        self.extension().zip(torn).is_some_and(|(sound, torn)| sound.explains(torn))
     }
 
     /// Whether this version may use the device, as far as its extension tells.

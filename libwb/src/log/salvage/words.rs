@@ -118,8 +118,8 @@ impl Plan {
         if self.draft.unmark {
             changes.push("no more mark that the cache was closed in order".into());
         }
-        if self.damaged_copy {
-            changes.push("the damaged copy of the superblock extension, from the sound one".into());
+        if let Some(bad) = self.bad_copy {
+            changes.push(format!("the {bad} copy of the superblock extension, from the sound one"));
         }
         changes
     }

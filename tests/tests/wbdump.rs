@@ -1,7 +1,10 @@
 //! Looking into the log.
 
-use libwb::format::{EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET};
+use libwb::device::{Device, MemDevice};
+use libwb::format::{EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SuperblockExtension};
+use libwb::log::scan::{BackingFacts, check_pairing};
 use std::path::Path;
+use std::sync::Arc;
 use tempfile::TempDir;
 use wb_tests::{
     FailingFile, Faults, Volume, cache_bytes, entry, flip_bit, golden, needs_serving, overwrite, read_at,
@@ -41,6 +44,31 @@ fn the_superblock_is_shown_with_totals() {
         assert_eq!(json[key], want, "{key} in {json}");
     }
     assert_eq!(sha256(&pair.cache), before);
+}
+
+/// Such a text would colour a terminal, fake a line, and show its end from right to left.
+#[test]
+fn texts_that_stand_on_a_device_are_shown_without_harm() {
+    const TEXT: &str = "a\u{1b}[31m\nb\u{202e}c";
+    const SHOWN: &str = "a\\u{1b}[31m\\nb\\u{202e}c";
+    let volume = Volume::created(8, 4 << 20);
+    let block = read_at(&volume.cache, EXTENSION_OFFSETS[1], 4096);
+    let page = SuperblockExtension::decode(block.first_chunk().unwrap()).expect("a sound page");
+    let page = SuperblockExtension { label: TEXT.into(), backing_id: TEXT.into(), ..page.next() };
+    let mut block = [0; 4096];
+    page.encode(&mut block);
+    overwrite(&volume.cache, EXTENSION_OFFSETS[0], &block);
+    let shown = wb!("wbdump", "super", &volume.cache).stdout;
+    assert_eq!((shown.matches(SHOWN).count(), shown.contains('\u{1b}')), (2, false), "{shown:?}");
+    let json = wb!("wbdump", "super", "--json", &volume.cache).json();
+    assert_eq!((&json["extension"]["label"], &json["extension"]["backing_id"]), (&TEXT.into(), &TEXT.into()));
+    let identity = wb!("wbdump", "identity", &volume.cache).stdout;
+    assert!(identity.ends_with("\nID_FS_LABEL_ENC=a\\x1b\\x5b31m\\x0ab\\xe2\\x80\\xaec\n"), "{identity:?}");
+    assert!(identity.contains("\nID_FS_LABEL=a_1b_5b31m_0ab_e2_80_aec\n"), "{identity:?}");
+    let device: Device = Arc::new(MemDevice::new("cache", 0));
+    let backing = BackingFacts { name: "backing", sectors: page.backing_sectors, identity: "b\u{9b}2J" };
+    let refused = check_pairing(&device, &page, &backing).expect_err("another device").to_string();
+    assert!(refused.ends_with(&format!("made for '{SHOWN}', this one is 'b\\u{{9b}}2J'")), "{refused:?}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, HeaderFault, PLACES, PageFault, RECORD_BLOCK_OFFSET,
     SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_OFFSET, SegmentExtension, SegmentHeader, SegmentId, Slot,
-    SuperblockExtension, SuperblockFault, decode_magic, decode_record, fitting, to_u64,
+    SuperblockExtension, SuperblockFault, decode_magic, decode_record, fitting, printable, to_u64,
 };
 use futures_util::future::BoxFuture;
 use futures_util::{Stream, StreamExt, stream};
@@ -218,6 +218,7 @@ pub(super) fn check_identity(
     if paired.is_empty() || found.is_empty() || paired == found {
         return Ok(());
     }
+    let [paired, found] = [paired, found].map(printable);
     let difference = format!("the cache was made for '{paired}', this one is '{found}'");
     let (device, backing) = (device.name().to_string(), backing.name.to_string());
     Err(LogError::WrongBacking { device, backing, difference })

@@ -145,11 +145,8 @@ fn errors(f: &Findings) -> Vec<Problem> {
     if let (Some(first), Some(backing)) = (f.live.beyond.first(), &f.backing) {
         errors.push(Problem {
             what: format!(
-                "segment {} holds data for sector {}, but {} has only {} sectors ({} such in all)",
-                first.id,
-                first.sector,
-                backing.path.display(),
-                backing.sectors,
+                "{} ({} such in all)",
+                first.in_words(backing.path.display(), backing.sectors),
                 f.live.beyond_count,
             ),
             meaning:

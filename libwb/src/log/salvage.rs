@@ -260,16 +260,7 @@ impl Plan {
         }
         let sectors = Some(backing.sectors);
         let held = totals(device, self.geometry, self.kept(), self.draft.cut_short, sectors).await?;
-        match held.beyond.first() {
-            None => Ok(()),
-            Some(beyond) => Err(LogError::BeyondBacking {
-                device: device.name().to_string(),
-                id: beyond.id,
-                sector: beyond.sector,
-                backing: backing.name.into(),
-                sectors: backing.sectors,
-            }),
-        }
+        held.beyond.first().map_or(Ok(()), |beyond| Err(beyond.refuse(device, backing)))
     }
 
     /// The live segments that stay as they are.

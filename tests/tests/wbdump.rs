@@ -1,7 +1,7 @@
 //! Looking into the log.
 
 use libwb::device::{Device, MemDevice};
-use libwb::format::{EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SuperblockExtension};
+use libwb::format::{EXTENSION_OFFSETS, MAGIC, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SuperblockExtension};
 use libwb::log::scan::{BackingFacts, check_pairing};
 use std::path::Path;
 use std::sync::Arc;
@@ -79,6 +79,35 @@ fn segments_are_listed_in_log_order() {
     assert_eq!(ids, (34..=47).collect::<Vec<_>>());
     let text = wb!("wbdump", "segments", &pair.cache);
     assert_eq!((text.code, text.stdout.lines().count()), (0, 15), "{text:?}");
+}
+
+#[test]
+fn empty_slots_are_counted_and_come_last_in_json() {
+    let dir = TempDir::new().unwrap();
+    let cache = small_log(&dir);
+    let text = wb!("wbdump", "segments", &cache).stdout;
+    assert_eq!((text.lines().count(), text.lines().last()), (1 + 3 + 1, Some("5 empty slots")), "{text}");
+    let rows = json_lines(&wb!("wbdump", "segments", &cache, "--json").stdout);
+    let slots: Vec<_> = rows.iter().map(|row| row["slot"].as_u64().unwrap()).collect();
+    assert_eq!(slots, (0..8).collect::<Vec<_>>());
+    assert!(rows[3..].iter().all(|row| row["state"] == "empty" && row["id"].is_null()), "{rows:?}");
+    let chosen = wb!("wbdump", "segments", &cache, "--live").stdout;
+    assert!(!chosen.contains("empty"), "{chosen}");
+}
+
+/// A table of all slots of such a cache would take half a gigabyte.
+#[test]
+fn an_empty_cache_of_100_gb_is_listed_in_little_memory() {
+    let dir = TempDir::new().unwrap();
+    let cache = zeros(&dir, "cache", 100 << 30);
+    overwrite(&cache, 0, &MAGIC.to_le_bytes());
+    let limited = r#"ulimit -d 100000; exec "$0" segments "$@""#;
+    for option in [None, Some("--json")] {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", limited]).arg(wb_tests::bin("wbdump")).arg(&cache).args(option);
+        let outcome = wb_tests::Outcome::of(command);
+        assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""), "{:?}", outcome.first_line());
+    }
 }
 
 #[test]

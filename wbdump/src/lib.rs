@@ -42,6 +42,8 @@ enum Verb {
         cache: PathBuf,
     },
     /// List the segments in log order, oldest first. Reads the whole device
+    ///
+    /// Slots that were never written are counted; with --json each has its line, after the others.
     Segments {
         #[command(flatten)]
         target: Target,

@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+pub mod crafted;
 pub mod crashed;
 mod failing;
 mod filesystem;

@@ -10,11 +10,11 @@ use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{BlockDevice, Device, DeviceError, Overlay, all};
 use crate::format::{
-    BLOCK_BYTES, DirtyBits, Geometry, Metablock, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot,
-    SuperblockExtension, to_u64, to_usize,
+    BLOCK_BYTES, Geometry, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot, SuperblockExtension, to_u64,
+    to_usize,
 };
 use crate::log::create::{close_segment, write_extension, write_filler};
-use crate::log::live::{Totals, live_totals};
+use crate::log::live::{Beyond, Totals, first_outside, live_totals};
 use crate::log::recovery::{Explanation, Recovery, recover};
 use crate::log::scan::{
     BackingFacts, SlotContent, Superblock, check_pairing, read_superblock, scan, scan_headers, scan_trusting,
@@ -275,6 +275,10 @@ struct Slots<'a> {
 }
 
 impl Slots<'_> {
+    fn backing_sectors(&self) -> u64 {
+        BackingFacts::of(self.backing).sectors
+    }
+
     /// Takes in a slot. What was taken in of it before counts no more.
     fn visit(&mut self, slot: Slot, content: &SlotContent) {
         self.bytes_read += content.bytes_read;
@@ -294,7 +298,7 @@ impl Slots<'_> {
                 self.staged.insert(slot);
                 continue;
             }
-            if let Some(sector) = outside(self.backing, entry) {
+            if let Some(sector) = first_outside(entry.block, entry.dirty, self.backing_sectors()) {
                 self.outside.entry(slot).or_insert(sector);
                 continue;
             }
@@ -373,7 +377,7 @@ impl Slots<'_> {
             let slot = self.geometry.slot_of(id);
             holds_live[to_usize(slot.0.into())] = true;
             if let Some(&sector) = self.outside.get(&slot) {
-                return Err(beyond_backing(cache, self.backing, id, sector));
+                return Err(Beyond { id, sector }.refuse(cache, &BackingFacts::of(self.backing)));
             }
         }
         for (slot, _) in self.geometry.all_slots().zip(holds_live).filter(|(_, live)| !live) {
@@ -390,25 +394,6 @@ impl Slots<'_> {
         let Slots { index, bytes_read, ages, .. } = self;
         let superblock = superblock.clone();
         Ok(Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages })
-    }
-}
-
-/// The first dirty sector of an entry that does not lie on the backing device.
-fn outside(backing: &Device, entry: &Metablock) -> Option<Sector> {
-    let sectors = backing.size() / to_u64(SECTOR_BYTES);
-    let first = entry.block.sector();
-    let outside = |&(from, count): &(usize, usize)| first.0.saturating_add(to_u64(from + count)) > sectors;
-    let (from, _) = DirtyBits::runs(entry.dirty).find(outside)?;
-    Some(Sector((first.0 + to_u64(from)).max(sectors)))
-}
-
-fn beyond_backing(cache: &Device, backing: &Device, id: SegmentId, sector: Sector) -> LogError {
-    LogError::BeyondBacking {
-        device: cache.name().to_string(),
-        id,
-        sector,
-        backing: backing.name().to_string(),
-        sectors: backing.size() / to_u64(SECTOR_BYTES),
     }
 }
 

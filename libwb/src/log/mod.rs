@@ -146,15 +146,14 @@ pub enum LogError {
     },
     /// An entry of the log lies outside the backing device.
     #[error(
-        "{device}: segment {id} holds data for sector {sector}, but the backing device {backing} has only {sectors} sectors; is it the right backing device? If it was made smaller, give it its old size back"
+        "{device}: {}; is it the right backing device? If it was made smaller, give it its old size back",
+        beyond.in_words(format_args!("the backing device {backing}"), *sectors)
     )]
     BeyondBacking {
         /// The cache device.
         device: String,
-        /// The segment.
-        id: SegmentId,
-        /// A dirty sector of it that lies outside.
-        sector: crate::format::Sector,
+        /// The entry.
+        beyond: live::Beyond,
         /// The backing device.
         backing: String,
         /// How many sectors it has.

@@ -188,3 +188,19 @@ fn every_tunable_is_in_the_manual() {
         assert!(page.contains(&format!(".BR {key} =")), "{key} is not in wbctl.roff");
     }
 }
+
+#[test]
+fn what_a_power_cut_leaves_is_said_in_the_same_words_everywhere() {
+    let promise = "the volume is the state after some prefix of the acknowledged writes, at or after the last \
+                   acknowledged flush. The unit is the 4 KiB block: an unflushed request of several blocks may be \
+                   cut between two.";
+    for (name, text) in [
+        ("README.md", include_str!("../../README.md")),
+        ("ARCHITECTURE.md", include_str!("../../ARCHITECTURE.md")),
+        ("wbctl(8)", include_str!("../src/wbctl.roff")),
+    ] {
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(text.matches("prefix of the acknowledged writes").count(), 1, "{name}");
+        assert!(text.contains(promise), "{name}");
+    }
+}

@@ -8,11 +8,11 @@ use libwb::control::{Reply, Request, answer};
 use libwb::device::sim::Simulation;
 use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, Place, SECTOR_BYTES, Sector, to_u64};
-use libwb::log::LogError;
 use libwb::log::history::{History, read_version};
 use libwb::log::live::live_totals;
 use libwb::log::recovery::recover;
 use libwb::log::scan::{examine_superblock, read_superblock, scan, scan_headers, scan_trusting};
+use libwb::log::{LogError, Use};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{ErrorKind, Read, Write};
@@ -43,7 +43,7 @@ pub fn read_everything(image: Vec<u8>) {
         Err(LogError::Geometry { .. }) => return,
         Err(error) => panic!("{error}"),
     };
-    let _ = superblock.check_extension(&device);
+    let _ = superblock.check_extension(&device, Use::Write);
     let geometry = superblock.geometry;
     for headers_only in [false, true] {
         let mut history = History::of(BlockNo(0));
@@ -148,7 +148,7 @@ impl Rig {
     fn applied(&self) -> BTreeMap<BlockNo, Vec<u8>> {
         let device: Device = self.cache.clone();
         let mut volume = BTreeMap::from([(WRITTEN.block(), vec![0; BLOCK_BYTES])]);
-        let Ok(superblock) = block_on(read_superblock(&device)) else { return volume };
+        let Ok(superblock) = block_on(read_superblock(&device, Use::Write)) else { return volume };
         let geometry = superblock.geometry;
         // As the engine does: rot in old data is left to whoever reads it.
         let mut headers = HashMap::new();

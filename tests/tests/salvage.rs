@@ -5,6 +5,7 @@ use libwb::cache::Cache;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64, to_usize};
 use libwb::log::LogError;
+use libwb::log::Use;
 use libwb::log::salvage::{Scanned, Way};
 use nix::libc::O_DIRECT;
 use proptest::prelude::*;
@@ -223,7 +224,7 @@ proptest! {
         for way in Way::ALL {
             let cache: Device = Arc::new(MemDevice::with_content("cache", image.clone()));
             let backing: Device = Arc::new(MemDevice::new("backing", 16 * MIB));
-            let scanned = block_on(Scanned::read(&cache, |_| ())).expect("a superblock");
+            let scanned = block_on(Scanned::read(&cache, Use::Write, |_| ())).expect("a superblock");
             match block_on(scanned.salvage(&cache, way)) {
                 Ok(Some(plan)) => block_on(plan.apply(&cache)).expect("a device in memory"),
                 Ok(None) => {}

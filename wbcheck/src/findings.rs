@@ -7,7 +7,7 @@ use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, Superbloc
 use libwb::log::live::{Share, Totals};
 use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery};
 use libwb::log::salvage::{Plan, Scanned};
-use libwb::log::scan::{SlotContent, SlotFault, SlotState, read_slot_header, scan_headers};
+use libwb::log::scan::{BackingFacts, SlotContent, SlotFault, SlotState, read_slot_header, scan_headers};
 use serde::Serialize;
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -16,9 +16,18 @@ use std::path::PathBuf;
 const LISTED: usize = 1000;
 
 /// The backing device that the log is checked against.
+#[derive(Clone)]
 pub(crate) struct Backing {
     pub(crate) path: PathBuf,
     pub(crate) sectors: u64,
+    /// Its serial number or the like, perhaps empty, if it is there and not only recorded.
+    pub(crate) identity: Option<String>,
+}
+
+impl Backing {
+    pub(crate) fn facts<'a>(&'a self, name: &'a str) -> BackingFacts<'a> {
+        BackingFacts { name, sectors: self.sectors, identity: self.identity.as_deref().unwrap_or_default() }
+    }
 }
 
 /// What a check comes to, with stable names for JSON.
@@ -113,7 +122,7 @@ impl Findings {
             device: device.name().to_string(),
             size: device.size(),
             geometry,
-            backing: backing.as_ref().map(|b| Backing { path: b.path.clone(), sectors: b.sectors }),
+            backing: backing.clone(),
             headers_only: args.headers_only,
             record: superblock.record,
             valid: number(|slot| matches!(slot, SlotState::Valid { .. })),
@@ -164,7 +173,9 @@ fn broken(subject: &Subject, recovery: &Recovery, slots: &[SlotState]) -> Vec<Br
     };
     let unexplained = Unexplained::of(recovery, subject.superblock.geometry);
     let one = |damage: &Damage| {
-        let SlotState::Invalid(fault) = &slots[to_usize(u64::from(damage.slot.0))] else { return None };
+        let SlotState::Invalid { fault, .. } = &slots[to_usize(u64::from(damage.slot.0))] else {
+            return None;
+        };
         let explanation = unexplained.or_as_recovered(damage);
         Some(Broken {
             slot: damage.slot,
@@ -198,7 +209,9 @@ impl Unexplained {
             Corruption::WrongSlot { slot, .. }
             | Corruption::Unexplained { slot }
             | Corruption::Unreadable { slot } => Some(*slot),
-            Corruption::RecordBeyondLog { .. } | Corruption::GarbageId { .. } => None,
+            Corruption::RecordBeyondLog { .. } | Corruption::GarbageId { .. } | Corruption::PairingLost => {
+                None
+            }
         };
         let durable = |corruption: &Corruption| match corruption {
             Corruption::DurableMissing { durable, .. } => *durable,

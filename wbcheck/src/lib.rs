@@ -15,9 +15,9 @@ use libwb::device::Device;
 use libwb::device::probe::{Access, open, open_pair};
 use libwb::device::signatures;
 use libwb::format::{SECTOR_BYTES, SegmentId, SuperblockFault, to_u64};
-use libwb::log::LogError;
 use libwb::log::salvage::Way;
-use libwb::log::scan::{BackingFacts, RawSuperblock, check_pairing, examine_superblock};
+use libwb::log::scan::{RawSuperblock, check_pairing, examine_superblock};
+use libwb::log::{LogError, Use};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -45,7 +45,7 @@ struct Args {
     #[arg(long, value_name = "DEV")]
     backing: Option<PathBuf>,
 
-    /// Check this segment alone. Of the others, only the headers are read
+    /// Check this segment alone. The others are read as attaching reads them: mostly their headers
     #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u64).range(1..=SegmentId::MAX.0))]
     segment: Option<u64>,
 
@@ -147,7 +147,8 @@ fn prepare(args: &Args) -> Result<Subject> {
         Some(path) => {
             let (opened, backing) = open_pair(&args.cache, path, [access, Access::ReadUnlocked])?;
             let sectors = backing.size / to_u64(SECTOR_BYTES);
-            (opened, Some((backing.identity_text, Backing { path: path.clone(), sectors })))
+            let identity = Some(backing.identity_text);
+            (opened, Some(Backing { path: path.clone(), sectors, identity }))
         }
     };
     let device = io.serve(opened);
@@ -159,18 +160,18 @@ fn prepare(args: &Args) -> Result<Subject> {
             LogError::Superblock { device: device.name().to_string(), fault },
         )?;
     }
-    superblock.check_extension(&device)?;
-    if let (Some(extension), Some((identity, backing))) = (superblock.extension(), &backing) {
+    superblock.check_extension(&device, if args.repair { Use::Write } else { Use::Read })?;
+    if let (Some(extension), Some(backing)) = (superblock.extension(), &backing) {
         let name = backing.path.display().to_string();
-        let facts = BackingFacts { name: &name, sectors: backing.sectors, identity };
-        check_pairing(&device, extension, &facts)?;
+        check_pairing(&device, extension, &backing.facts(&name))?;
     }
     let recorded = superblock.extension().filter(|extension| extension.backing_sectors != 0);
     let recorded = recorded.map(|extension| Backing {
         path: "the backing device it was made for".into(),
         sectors: extension.backing_sectors,
+        identity: None,
     });
-    let backing = backing.map(|(_, backing)| backing).or(recorded);
+    let backing = backing.or(recorded);
     let damaged_magic = superblock.magic.err();
     let mut subject = Subject { io, device, superblock, backing, damaged_magic };
     if subject.damaged_magic.is_some() {

@@ -1,4 +1,4 @@
-//! `wbcheck --segment`: one segment, seen against the headers of the others.
+//! `wbcheck --segment`: one segment, seen against the others as attaching sees them.
 
 use crate::findings::{Unexplained, Verdict};
 use crate::{Args, Subject};
@@ -7,7 +7,7 @@ use libwb::cli::{Exit, Output, Progress, count};
 use libwb::format::{SEGMENT_BYTES, SegmentId, to_usize};
 use libwb::log::live::{Totals, totals};
 use libwb::log::recovery::{Explanation, Recovery, Standing, explained, recover};
-use libwb::log::scan::{SlotState, read_slot, scan_headers};
+use libwb::log::scan::{SlotState, read_slot, scan_trusting};
 use serde::Serialize;
 use std::io::Write;
 
@@ -31,12 +31,13 @@ pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Out
     let slot = geometry.slot_of(id);
     let mut progress =
         if args.quiet { Progress::none() } else { Progress::new("checking", geometry.lap(), SEGMENT_BYTES) };
-    let mut slots = io.block_on(scan_headers(device, geometry, |slot, _| progress.set(u64::from(slot.0))));
+    let known = superblock.or_no_record();
+    let mut slots = io.block_on(scan_trusting(device, &known, |slot, _| progress.set(u64::from(slot.0))));
     drop(progress);
     let place = to_usize(u64::from(slot.0));
     slots[place] = io.block_on(read_slot(device, geometry, slot)).state;
-    let slots = explained(&superblock.or_no_record(), &slots);
-    let recovery = recover(&superblock.or_no_record(), &slots);
+    let slots = explained(&known, &slots);
+    let recovery = recover(&known, &slots);
 
     let mut held = Totals::default();
     let (verdict, summary) = match &slots[place] {
@@ -45,7 +46,7 @@ pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Out
             held = io.block_on(totals(device, geometry, [id], recovery.cut_short(), sectors))?;
             valid(&recovery, id, &held)
         }
-        SlotState::Invalid(fault) => {
+        SlotState::Invalid { fault, .. } => {
             let damage = recovery.damage.iter().find(|damage| damage.slot == slot);
             let unexplained = Unexplained::of(&recovery, geometry);
             let why = damage.map_or(Explanation::None, |damage| unexplained.or_as_recovered(damage));
@@ -135,7 +136,8 @@ fn invalid(why: Explanation, fault: &str) -> (Verdict, String) {
 
 /// Whether a segment ought to be there: it is neither written back nor beyond the newest.
 fn is_live_hole(recovery: &Recovery, id: SegmentId) -> bool {
-    id > recovery.point && id < recovery.highest && !recovery.corruption.is_empty()
+    let last = recovery.highest.max(recovery.durable.next());
+    id > recovery.point && id < last && !recovery.corruption.is_empty()
 }
 
 fn holds(state: &SlotState) -> String {

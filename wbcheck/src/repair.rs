@@ -6,7 +6,6 @@ use anyhow::Result;
 use libwb::cli::{Exit, Output};
 use libwb::log::create::write_magic;
 use libwb::log::salvage::{Plan, ways_on};
-use libwb::log::scan::BackingFacts;
 use std::io::Write;
 
 /// What was done to a device, and what had been wrong with it.
@@ -81,16 +80,18 @@ pub(crate) fn restore_magic(subject: &mut Subject) -> Result<()> {
 /// What to do; `None` when there is nothing, or it must be asked for.
 fn plan(subject: &Subject, findings: &Findings, args: &Args) -> Result<Option<Plan>> {
     let Subject { io, device, backing, .. } = subject;
-    if !findings.scanned.is_corrupt() {
-        return Ok(findings.scanned.repair(device)?);
-    }
-    let Some(way) = args.salvage else { return Ok(None) };
-    let plan = io.block_on(findings.scanned.salvage(device, way))?;
-    if let (Some(plan), Some(backing)) = (&plan, backing) {
+    let Findings { scanned, .. } = findings;
+    let mut plan = match args.salvage {
+        _ if !scanned.is_corrupt() || scanned.lost_nothing_but_the_pairing() => scanned.repair(device)?,
+        Some(way) => io.block_on(scanned.salvage(device, way))?,
+        None => None,
+    };
+    if let (Some(plan), Some(backing)) = (&mut plan, backing.as_ref().filter(|it| it.identity.is_some())) {
         let name = backing.path.display().to_string();
-        // Whether it is the right one was looked at before.
-        let facts = BackingFacts { name: &name, sectors: backing.sectors, identity: "" };
-        io.block_on(plan.check_backing(device, &facts))?;
+        plan.pair(&backing.facts(&name));
+        if plan.way.is_some() {
+            io.block_on(plan.check_backing(device, &backing.facts(&name)))?;
+        }
     }
     Ok(plan)
 }

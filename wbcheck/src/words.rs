@@ -52,7 +52,8 @@ pub(crate) fn print(f: &Findings, out: &mut Output) -> io::Result<()> {
         writeln!(out)?;
         out.text(&format!("What to do: {advice}"), "  ")?;
     }
-    for way in ways_on(&f.ways, "--repair --salvage") {
+    let ways = if f.scanned.lost_nothing_but_the_pairing() { &[][..] } else { &f.ways };
+    for way in ways_on(ways, "--repair --salvage") {
         out.text(&format!("  - {way}."), "    ")?;
     }
     Ok(())
@@ -186,6 +187,13 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
     let meaning = match corruption {
         Corruption::Gap { missing, .. }
         | Corruption::DurableMissing { missing, .. }
+        | Corruption::WrittenPastHole { missing, .. }
+            if f.recovery.dropped.is_empty() =>
+        {
+            format!("What segment {missing} held may be lost.")
+        }
+        Corruption::Gap { missing, .. }
+        | Corruption::DurableMissing { missing, .. }
         | Corruption::WrittenPastHole { missing, .. } => format!(
             "After it stand {} with {}, which may be nowhere else. They can be applied only if what segment \
              {missing} held is given up.",
@@ -195,6 +203,11 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
         Corruption::RecordBeyondLog { .. } | Corruption::GarbageId { .. } => {
             "The newest part of the log is gone, or the record is wrong. Data that \
                                                was not written back may be lost."
+                .into()
+        }
+        Corruption::PairingLost => {
+            "Nothing shows any more which backing device is the right one; on another, the log \
+                                    would destroy data."
                 .into()
         }
         Corruption::WrongSlot { .. } | Corruption::Unexplained { .. } | Corruption::Unreadable { .. } => {
@@ -288,6 +301,10 @@ fn advice(f: &Findings) -> Option<String> {
         }
         Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {
             "look for the right backing device. Do not attach this pair."
+        }
+        Verdict::Corrupt if f.scanned.lost_nothing_but_the_pairing() => {
+            "copy the device first. Then write a new superblock extension with --repair, and name the right backing device \
+             with --backing: the cache is paired with it. wbctl attach and replay do the same with --salvage."
         }
         Verdict::Corrupt if !f.ways.is_empty() => {
             return Some(format!(

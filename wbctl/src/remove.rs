@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use libwb::cli::{Io, Output, Progress, count, human_size};
 use libwb::device::probe::Access;
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
+use libwb::log::Use;
 use libwb::log::live;
 use libwb::log::scan::read_superblock;
 use std::io::Write;
@@ -63,7 +64,7 @@ fn refuse_dirty(name: &Name, volume: &Volume) -> Result<()> {
 fn dirty_blocks(cache: &Path) -> Result<u64> {
     let io = Io::start()?;
     let device = io.open(cache, Access::Read)?;
-    let superblock = io.block_on(read_superblock(&device))?;
+    let superblock = io.block_on(read_superblock(&device, Use::Read))?;
     let lap = superblock.geometry.lap();
     let mut progress = Progress::new("looking for dirty blocks", lap, SEGMENT_BYTES);
     Ok(io.block_on(live::dirty_blocks(&device, &superblock, |slot| progress.set(u64::from(slot.0))))?)

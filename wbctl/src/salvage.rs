@@ -4,9 +4,9 @@ use anyhow::{Result, anyhow};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use libwb::cache::CacheError;
 use libwb::device::Device;
-use libwb::log::LogError;
 use libwb::log::salvage::{Plan, Scanned, Way, number_of_ways, ways_on};
 use libwb::log::scan::BackingFacts;
+use libwb::log::{LogError, Use};
 
 #[derive(clap::Args)]
 pub(crate) struct Salvage {
@@ -37,9 +37,10 @@ impl Salvage {
     ) -> Result<(T, Option<Plan>)> {
         if let Some(way) = self.salvage {
             // Open may read headers alone, and what is to be salvaged may be wrong with the data.
-            let scanned = Scanned::read(cache, |_| ()).await?;
-            let plan = scanned.salvage(cache, way).await?;
-            if let Some(plan) = &plan {
+            let scanned = Scanned::read(cache, Use::Write, |_| ()).await?;
+            let mut plan = scanned.salvage(cache, way).await?;
+            if let Some(plan) = &mut plan {
+                plan.pair(&BackingFacts::of(backing));
                 plan.check_backing(cache, &BackingFacts::of(backing)).await?;
                 plan.apply(cache).await?;
             }
@@ -47,7 +48,7 @@ impl Salvage {
         }
         match open().await {
             Err(CacheError::Log(error)) if error.is_corruption() => {
-                let scanned = Scanned::read(cache, |_| ()).await?;
+                let scanned = Scanned::read(cache, Use::Read, |_| ()).await?;
                 Err(what_can_be_done(&error, cache, &scanned).await?)
             }
             opened => Ok((opened?, None)),

@@ -4,6 +4,7 @@ use crate::Pair;
 use crate::create::open_pair;
 use anyhow::{Result, bail};
 use libwb::cli::{Io, Output, count, parse_label};
+use libwb::log::Use;
 use libwb::log::salvage::Scanned;
 use libwb::log::scan::BackingFacts;
 use libwb::log::upgrade::Upgrade;
@@ -41,7 +42,7 @@ pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     let io = Io::start()?;
     let (cache, backing) = open_pair(&args.pair)?;
     let (cache, backing) = (io.serve(cache), io.serve(backing));
-    let scanned = io.block_on(Scanned::read(&cache, |_| ()))?;
+    let scanned = io.block_on(Scanned::read(&cache, Use::Write, |_| ()))?;
     let label = args.label.as_deref().unwrap_or_default();
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let backing = BackingFacts::of(&backing);

@@ -14,9 +14,10 @@ use libwb::cli::{self, Exit, Io, Output, Progress};
 use libwb::device::Device;
 use libwb::device::probe::{Access, OpenError};
 use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, to_usize};
+use libwb::log::Use;
 use libwb::log::recovery::{Recovery, explained, recover};
 use libwb::log::scan::{
-    RawSuperblock, SlotContent, SlotState, examine_damaged_superblock, read_slot, scan, scan_headers,
+    RawSuperblock, SlotContent, SlotState, examine_damaged_superblock, read_slot, scan, scan_trusting,
 };
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -54,7 +55,7 @@ enum Verb {
         #[arg(long, conflicts_with = "live")]
         bad: bool,
     },
-    /// Show one segment: its header and its metablocks. Of the others, only the headers are read
+    /// Show one segment: its header and its metablocks. The others are read as attaching reads them
     Segment {
         #[command(flatten)]
         target: Target,
@@ -167,7 +168,7 @@ impl Log {
                 (None, None) => {}
             }
         }
-        if let Err(error) = superblock.check_extension(&device) {
+        if let Err(error) = superblock.check_extension(&device, Use::Read) {
             cli::complain("wbdump", format_args!("warning: {error}"));
         }
         let torn = if superblock.has_torn_copy() { ", torn by a power cut" } else { "" };
@@ -198,15 +199,15 @@ impl Log {
         (slots, recovery)
     }
 
-    /// Reads one slot, and the headers of the others: what it holds, and the verdict on it among them.
+    /// Reads one slot whole, and the others as attaching reads them: what it holds, and the verdict on it among them.
     fn examine(&self, slot: Slot) -> (SlotContent, SlotState, Recovery) {
         let mut progress = Progress::new("reading", self.geometry().lap(), SEGMENT_BYTES);
         let visit = |slot: Slot, _: &SlotContent| progress.set(u64::from(slot.0));
-        let mut slots = self.io.block_on(scan_headers(&self.device, self.geometry(), visit));
+        let superblock = self.superblock.or_no_record();
+        let mut slots = self.io.block_on(scan_trusting(&self.device, &superblock, visit));
         let content = self.io.block_on(read_slot(&self.device, self.geometry(), slot));
         let place = to_usize(u64::from(slot.0));
         slots[place] = content.state.clone();
-        let superblock = self.superblock.or_no_record();
         let recovery = recover(&superblock, &slots);
         (content, explained(&superblock, &slots)[place].clone(), recovery)
     }

@@ -67,7 +67,7 @@ pub(crate) fn show(log: &Log, id: SegmentId, json: bool, out: &mut Output) -> Re
         (Some(header), _) => {
             bail!("{device}: segment {id} is not there: its slot {slot} holds segment {}", header.id)
         }
-        (None, SlotState::Invalid(fault)) => {
+        (None, SlotState::Invalid { fault, .. }) => {
             bail!("{device}: slot {slot}, where segment {id} belongs: {fault}")
         }
         (None, _) => bail!("{device}: segment {id} is not there: its slot {slot} was never written"),
@@ -101,7 +101,7 @@ fn report(log: &Log, slot: Slot, verdict: &SlotState, state: State, header: &Seg
         checksum: header.checksum,
         valid: verdict.valid_id().is_some(),
         fault: match verdict {
-            SlotState::Invalid(fault) => Some(fault.to_string()),
+            SlotState::Invalid { fault, .. } => Some(fault.to_string()),
             _ => None,
         },
         cut_short: matches!(verdict, SlotState::Valid { cut_short: true, .. }),

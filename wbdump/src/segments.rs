@@ -42,7 +42,7 @@ impl State {
     pub(crate) fn of(state: &SlotState, recovery: &Recovery) -> State {
         match state {
             SlotState::Empty => State::Empty,
-            SlotState::Invalid(_) => State::Damaged,
+            SlotState::Invalid { .. } => State::Damaged,
             SlotState::Valid { id, .. } => match recovery.standing(*id) {
                 Standing::Live => State::Live,
                 Standing::WrittenBack | Standing::Skipped => State::WrittenBack,
@@ -145,7 +145,7 @@ impl Listing<'_> {
             closed: header.and_then(Summary::closed),
             time: header.and_then(Summary::time),
             fault: match state {
-                SlotState::Invalid(fault) => Some(fault.to_string()),
+                SlotState::Invalid { fault, .. } => Some(fault.to_string()),
                 _ => None,
             },
             cut_short: matches!(state, SlotState::Valid { cut_short: true, .. }),
@@ -209,7 +209,7 @@ pub(crate) fn order(recovery: &Recovery, slot: Slot, state: &SlotState) -> Segme
     match state {
         SlotState::Valid { id, .. } => *id,
         SlotState::Empty => SegmentId::MAX,
-        SlotState::Invalid(_) => recovery
+        SlotState::Invalid { .. } => recovery
             .damage
             .binary_search_by_key(&slot, |damage| damage.slot)
             .map_or(SegmentId::MAX, |at| recovery.damage[at].expected),

@@ -89,7 +89,7 @@ fn report<'a>(log: &'a Log, slots: &[SlotState], recovery: &Recovery, totals: &T
         segment_bytes: SEGMENT_BYTES,
         slots_valid: number(|slot| matches!(slot, SlotState::Valid { .. })),
         slots_empty: number(|slot| matches!(slot, SlotState::Empty)),
-        slots_damaged: number(|slot| matches!(slot, SlotState::Invalid(_))),
+        slots_damaged: number(|slot| matches!(slot, SlotState::Invalid { .. })),
         newest_segment: recovery.highest.0,
         written_back_segment: recovery.written_back.0,
         recovery_point: recovery.point.0,

@@ -13,13 +13,13 @@ use crate::format::{
     BLOCK_BYTES, Geometry, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot, SuperblockExtension, to_u64,
     to_usize,
 };
-use crate::log::LogError;
 use crate::log::create::{close_segment, write_extension, write_filler};
 use crate::log::live::{Beyond, Totals, first_outside, live_totals};
 use crate::log::recovery::{Explanation, Recovery, recover};
 use crate::log::scan::{
     BackingFacts, SlotContent, Superblock, check_pairing, read_superblock, scan, scan_headers, scan_trusting,
 };
+use crate::log::{LogError, Use};
 use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
 use futures_util::{StreamExt, stream};
@@ -49,12 +49,14 @@ struct Purpose {
     until: Option<SegmentId>,
     /// Reads alone: no background task is started.
     read_only: bool,
+    /// What the cache device is wanted for.
+    wanted: Use,
     planted: Planted,
 }
 
 impl Purpose {
     fn serve(reading: Reading) -> Purpose {
-        Purpose { reading, until: None, read_only: false, planted: Planted::default() }
+        Purpose { reading, until: None, read_only: false, wanted: Use::Write, planted: Planted::default() }
     }
 }
 
@@ -110,7 +112,7 @@ impl Cache {
         backing: Device,
         runtime: Arc<dyn Runtime>,
     ) -> Result<Cache, CacheError> {
-        let purpose = Purpose { read_only: true, ..Purpose::serve(Reading::Headers) };
+        let purpose = Purpose { read_only: true, wanted: Use::Read, ..Purpose::serve(Reading::Headers) };
         let (cache, backing) = (Overlay::over(cache), Overlay::over(backing));
         let tunables = Tunables { read_cache_threshold: 0, ..Tunables::default() };
         Cache::open_with(Arc::new(cache), Arc::new(backing), runtime, tunables, purpose).await
@@ -216,7 +218,8 @@ impl Cache {
     /// As [`Cache::open_verified`].
     pub async fn examine(cache: &Device, backing: &Device) -> Result<(Recovery, Totals), CacheError> {
         check_size(backing)?;
-        let replay = Replay::read(cache, backing, Purpose::serve(Reading::Whole)).await?;
+        let purpose = Purpose { wanted: Use::Read, ..Purpose::serve(Reading::Whole) };
+        let replay = Replay::read(cache, backing, purpose).await?;
         let live = live_totals(cache, replay.superblock.geometry, &replay.recovery, None).await?;
         Ok((replay.recovery, live))
     }
@@ -327,9 +330,9 @@ impl Replay {
     async fn read(
         cache: &Device,
         backing: &Device,
-        Purpose { reading, until, planted, .. }: Purpose,
+        Purpose { reading, until, wanted, planted, .. }: Purpose,
     ) -> Result<Replay, LogError> {
-        let superblock = read_superblock(cache).await?;
+        let superblock = read_superblock(cache, wanted).await?;
         let geometry = superblock.geometry;
         let mut slots = Slots {
             geometry,
@@ -437,7 +440,9 @@ impl Inner {
     /// Erases the headers of slots, or puts an empty segment there. It is durable afterwards.
     async fn erase(&self, slots: Vec<Slot>, filler: SegmentId) -> Result<(), DeviceError> {
         let geometry = self.lock().geometry;
-        let erase = |slot| write_filler(&self.cache, geometry, slot, filler, self.extension.as_ref());
+        let erase = |slot| {
+            write_filler(&self.cache, geometry, slot, (filler, SegmentId::NONE), self.extension.as_ref())
+        };
         all(stream::iter(slots.into_iter().map(erase)).buffer_unordered(ERASE_DEPTH)).await?;
         self.cache.flush().await
     }

@@ -4,9 +4,9 @@ use super::Inner;
 use super::state::State;
 use crate::device::{BlockDevice, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, RECORD_BLOCK_OFFSET, SECTOR_BYTES, Sector, SegmentId,
-    encode_record_block, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, Record, SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize,
 };
+use crate::log::create::write_record;
 use crate::planted::Bug;
 use futures_lite::future::yield_now;
 use futures_util::StreamExt;
@@ -81,9 +81,7 @@ impl Inner {
 
     /// Makes it durable that every segment up to `id` is written back.
     pub(super) async fn write_record(&self, id: SegmentId) -> Result<(), DeviceError> {
-        let mut block = IoBuf::zeroed(BLOCK_BYTES);
-        encode_record_block(block.block_at_mut(0), id);
-        self.cache.write(RECORD_BLOCK_OFFSET, block.into()).await?;
+        write_record(&self.cache, Record { id, digest: self.digest }).await?;
         self.counters.cache_write_bytes.add(to_u64(BLOCK_BYTES));
         if self.planted.has(Bug::RecordNotDurable) {
             return Ok(());

@@ -1,8 +1,7 @@
 //! The extension: what wb keeps in bytes that the kernel module neither reads nor checks.
 //!
-//! Pages and headers carry a CRC of their own and are ignored where it does not hold; with both pages damaged, the device is
-//! refused. `man/wb.5` has the offsets, with a
-//! worked hex dump. They never change their meaning.
+//! Pages and headers carry a CRC of their own. `man/wb.5` has the offsets, with a worked hex dump. They never change their
+//! meaning.
 
 use super::checksum::{Checksum, crc32c};
 use super::geometry::{BLOCK_BYTES, PLACES, SECTOR_BYTES, SegmentId};
@@ -39,6 +38,7 @@ mod page {
 
 /// Offsets in the first sector of a segment, whose first 13 bytes belong to the base format.
 mod header {
+    pub(super) const PADDING: usize = 13;
     pub(super) const MARKER: usize = 16;
     pub(super) const DIGEST: usize = 20;
     pub(super) const CRC: usize = 24;
@@ -51,14 +51,14 @@ mod header {
     pub(super) const BEFORE_CHECKSUM: usize = 60;
     pub(super) const SECTOR_CRC: usize = 64;
 
-    const _: () = assert!(MARKER >= 13 && HAS_COMMITS == TIME + 8 && SECTOR_CRC == BEFORE_CHECKSUM + 4);
+    const _: () = assert!(MARKER >= PADDING && HAS_COMMITS == TIME + 8 && SECTOR_CRC == BEFORE_CHECKSUM + 4);
     const _: () = assert!(SECTOR_CRC + 4 <= super::super::geometry::SECTOR_BYTES);
 }
 
 const PAGE_MARKER: &[u8; 8] = b"wb-super";
 const HEADER_MARKER: &[u8; 4] = b"wbsg";
-/// The version of the extension that is written.
-const VERSION: u32 = 1;
+/// The version of the extension that is written, and the only one that is read.
+pub const EXTENSION_VERSION: u32 = 1;
 
 /// What is wrong with a page of the superblock extension.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -82,6 +82,8 @@ pub enum PageFault {
 pub struct SuperblockExtension {
     /// Grows by one with each page that is written.
     pub generation: u64,
+    /// [`EXTENSION_VERSION`], or the device must not be used at all.
+    pub version: u32,
     /// Feature flags without which the device must not be used at all. None are defined yet.
     pub incompatible: u32,
     /// Feature flags without which the device must not be written. None are defined yet.
@@ -107,6 +109,7 @@ impl SuperblockExtension {
     pub fn new(uuid: Uuid, cache_bytes: u64) -> SuperblockExtension {
         SuperblockExtension {
             generation: 0,
+            version: EXTENSION_VERSION,
             incompatible: 0,
             read_compatible: 0,
             clean: None,
@@ -150,6 +153,7 @@ impl SuperblockExtension {
         let clean_id = SegmentId(u64_at(page::CLEAN_ID).min(SegmentId::MAX.0));
         SuperblockExtension {
             generation: u64_at(page::GENERATION),
+            version: u32_at(page::VERSION),
             incompatible: u32_at(page::INCOMPATIBLE),
             read_compatible: u32_at(page::READ_COMPATIBLE),
             clean: (u32_at(page::IS_CLEAN) == 1).then_some(clean_id),
@@ -167,7 +171,7 @@ impl SuperblockExtension {
         block.fill(0);
         block[page::MARKER..][..8].copy_from_slice(PAGE_MARKER);
         LittleEndian::write_u64(&mut block[page::GENERATION..], self.generation);
-        LittleEndian::write_u32(&mut block[page::VERSION..], VERSION);
+        LittleEndian::write_u32(&mut block[page::VERSION..], self.version);
         LittleEndian::write_u32(&mut block[page::INCOMPATIBLE..], self.incompatible);
         LittleEndian::write_u32(&mut block[page::READ_COMPATIBLE..], self.read_compatible);
         LittleEndian::write_u32(&mut block[page::IS_CLEAN..], u32::from(self.clean.is_some()));
@@ -206,6 +210,37 @@ impl SuperblockExtension {
     pub fn digest(&self) -> u32 {
         crc32c(self.uuid.as_bytes())
     }
+}
+
+/// A new UUID with this digest: for a cache that has lost its UUID, and not the segments that carry the digest.
+pub fn uuid_of_digest(digest: u32) -> Uuid {
+    let mut bytes = *Uuid::new_v4().as_bytes();
+    let mut crc_with = |last: u32| {
+        // What a UUID says of its kind stands before these bytes.
+        bytes[12..].copy_from_slice(&last.to_le_bytes());
+        crc32c(&bytes)
+    };
+    let with_none = crc_with(0);
+    // The CRC depends on each bit of the last four bytes by itself, so what each changes can be added up. In echelon form.
+    let mut basis = [(0, 0); 32];
+    for bit in (0..32).map(|nth| 1 << nth) {
+        let (mut change, mut bits) = (crc_with(bit) ^ with_none, bit);
+        while let Some(top) = change.checked_ilog2() {
+            let (other, its_bits) = basis[top as usize];
+            if other == 0 {
+                basis[top as usize] = (change, bits);
+                break;
+            }
+            (change, bits) = (change ^ other, bits ^ its_bits);
+        }
+    }
+    let (mut wanted, mut last) = (digest ^ with_none, 0);
+    while let Some(top) = wanted.checked_ilog2() {
+        let (change, bits) = basis[top as usize];
+        (wanted, last) = (wanted ^ change, last ^ bits);
+    }
+    crc_with(last);
+    Uuid::from_bytes(bytes)
 }
 
 /// Cuts a text so that it fits where texts are kept.
@@ -295,34 +330,70 @@ pub struct SegmentExtension {
     pub before: Option<Commit>,
 }
 
-impl SegmentExtension {
-    /// Decodes the extension of a header block, if there is one and its CRC holds: that of the first sector, or where
-    /// there is none, that of the whole block.
-    pub(super) fn decode(block: &[u8; BLOCK_BYTES]) -> Option<SegmentExtension> {
+/// What a header's first sector holds in the bytes that the kernel module leaves zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Mark {
+    /// Zeros: the header is the kernel module's.
+    None,
+    /// Neither zeros nor wb's marker.
+    Stray,
+    /// The marker, and a CRC that holds.
+    Proved(SegmentExtension),
+    /// The marker, and no CRC that holds.
+    Damaged {
+        /// The header is from before commits. It has no CRC of the first sector, so that a power cut may be the reason.
+        may_be_torn: bool,
+    },
+}
+
+impl Mark {
+    /// Looks at a header block. The CRC of the first sector counts, or where there is none, that of the whole block.
+    pub(super) fn of(block: &[u8; BLOCK_BYTES]) -> Mark {
+        let is_zero = |bytes: &[u8]| bytes.iter().all(|&byte| byte == 0);
+        if is_zero(&block[header::PADDING..SECTOR_BYTES]) {
+            return Mark::None;
+        }
         if block[header::MARKER..][..4] != *HEADER_MARKER {
-            return None;
+            return Mark::Stray;
         }
-        let has_commits = block[header::HAS_COMMITS] == 1;
-        let believed = match has_commits {
-            true => LittleEndian::read_u32(&block[header::SECTOR_CRC..]) == sector_crc(block),
-            false => is_whole(block),
+        let before_commits = is_zero(&block[header::HAS_COMMITS..SECTOR_BYTES]);
+        let holds = if before_commits {
+            is_whole(block)
+        } else {
+            block[header::HAS_COMMITS] == 1
+                && LittleEndian::read_u32(&block[header::SECTOR_CRC..]) == sector_crc(block)
         };
-        if !believed {
-            return None;
+        if holds {
+            Mark::Proved(SegmentExtension::read(block, !before_commits))
+        } else {
+            Mark::Damaged { may_be_torn: before_commits }
         }
+    }
+}
+
+impl SegmentExtension {
+    fn read(block: &[u8; BLOCK_BYTES], has_commits: bool) -> SegmentExtension {
         let before = Commit {
             length: block[header::BEFORE_LENGTH],
             checksum: LittleEndian::read_u32(&block[header::BEFORE_CHECKSUM..]),
         };
         let id_at = |at: usize| SegmentId(LittleEndian::read_u64(&block[at..]).min(SegmentId::MAX.0));
-        Some(SegmentExtension {
+        SegmentExtension {
             digest: LittleEndian::read_u32(&block[header::DIGEST..]),
             reason: Reason::from_code(block[header::REASON]),
             durable: id_at(header::DURABLE),
             written_back: id_at(header::WRITTEN_BACK),
             time: LittleEndian::read_u64(&block[header::TIME..]),
             before: Some(before).filter(|it| has_commits && (1..=PLACES).contains(&it.length)),
-        })
+        }
+    }
+
+    /// Decodes the extension of a header block, if there is one and it proves itself.
+    pub(super) fn decode(block: &[u8; BLOCK_BYTES]) -> Option<SegmentExtension> {
+        match Mark::of(block) {
+            Mark::Proved(extension) => Some(extension),
+            Mark::None | Mark::Stray | Mark::Damaged { .. } => None,
+        }
     }
 
     /// Adds the extension to a header block that is complete but for it.
@@ -372,6 +443,7 @@ mod tests {
     fn page() -> SuperblockExtension {
         SuperblockExtension {
             generation: 7,
+            version: EXTENSION_VERSION,
             incompatible: 0,
             read_compatible: 0,
             clean: Some(SegmentId(12)),
@@ -435,6 +507,13 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_uuid_is_found_for_any_digest(digest in any::<u32>()) {
+            let uuid = uuid_of_digest(digest);
+            prop_assert_eq!(SuperblockExtension::new(uuid, 0).digest(), digest);
+            prop_assert_eq!(uuid.get_version_num(), 4);
+        }
+
         #[test]
         fn any_damage_to_a_page_is_noticed(at in 0..BLOCK_BYTES, bit in 0..8u8) {
             let mut block = [0; BLOCK_BYTES];

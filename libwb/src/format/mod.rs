@@ -13,17 +13,19 @@ mod text;
 
 pub use checksum::{Checksum, crc32c};
 pub use extension::{
-    Commit, EXTENSION_OFFSETS, PageFault, Reason, SegmentExtension, SuperblockExtension, TEXT_BYTES, fitting,
+    Commit, EXTENSION_OFFSETS, EXTENSION_VERSION, PageFault, Reason, SegmentExtension, SuperblockExtension,
+    TEXT_BYTES, fitting, uuid_of_digest,
 };
 pub use geometry::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, GeometryError, PLACES, Place, SECTOR_BYTES, SECTORS_PER_BLOCK,
     SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, Slot, to_u64, to_usize,
 };
 pub use segment::{
-    HEADER_CHECKSUM_START, HeaderFault, Metablock, SegmentHeader, close_header, empty_header, encode_header,
+    FirstSector, HEADER_CHECKSUM_START, HeaderFault, LastCommit, Metablock, SegmentHeader, close_header,
+    empty_header, encode_header,
 };
 pub use superblock::{
-    MAGIC, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SuperblockFault, decode_magic, decode_record,
+    MAGIC, RECORD_BLOCK_OFFSET, Record, SUPERBLOCK_OFFSET, SuperblockFault, decode_magic, decode_record,
     encode_record_block, encode_superblock_block,
 };
 pub use text::printable;

@@ -1,7 +1,7 @@
 //! A segment's header block: id, checksum, length, and one metablock for each data block.
 
 use super::checksum::Checksum;
-use super::extension::{Commit, Reason, SegmentExtension, is_whole};
+use super::extension::{Commit, Mark, Reason, SegmentExtension, is_whole};
 use super::geometry::{
     BLOCK_BYTES, BlockNo, DirtyBits, PLACES, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, SegmentId,
 };
@@ -30,6 +30,18 @@ const _: () = assert!(METABLOCKS + METABLOCK_BYTES * PLACES as usize <= BLOCK_BY
 /// What is wrong with a header block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HeaderFault {
+    /// The first sector carries wb's marker, and its CRC does not hold.
+    #[error("the first sector of a header is damaged; it names segment {id}")]
+    FirstSector {
+        /// What stands there.
+        id: u64,
+        /// Whether a power cut may be the reason: a sector is written whole or not at all, but headers from before commits
+        /// have no CRC of the first one.
+        may_be_torn: bool,
+    },
+    /// No id, though something stands in the first sector.
+    #[error("a header without an id, but not empty")]
+    NoId,
     /// The id is larger than any log can have reached.
     #[error("garbage id {0}")]
     Id(u64),
@@ -58,6 +70,104 @@ pub struct Metablock {
     pub crc: Option<u32>,
 }
 
+/// What the first sector of a header says. A power cut leaves it whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FirstSector {
+    /// The segment's number in the log; [`SegmentId::NONE`] in a slot that was never written.
+    pub id: SegmentId,
+    /// What was committed last: all that the segment holds.
+    pub newest: Commit,
+    /// What wb adds to the base format, where it is there. It has proved itself.
+    pub extension: Option<SegmentExtension>,
+    /// Where the kernel module leaves zeros, there is something, but not wb's marker.
+    pub is_stray: bool,
+}
+
+/// The last commit of a segment that verifies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LastCommit {
+    /// The first blocks, which stand.
+    pub commit: Commit,
+    /// It is the newest one, and the header is as it was written.
+    pub is_whole: bool,
+}
+
+impl FirstSector {
+    /// Decodes the first sector of a header block.
+    ///
+    /// # Errors
+    /// When it is damaged, or a field holds a value that nothing valid can hold.
+    pub fn decode(block: &[u8; BLOCK_BYTES]) -> Result<FirstSector, HeaderFault> {
+        let id = LittleEndian::read_u64(&block[ID..]);
+        let mark = Mark::of(block);
+        if let Mark::Damaged { may_be_torn } = mark {
+            return Err(HeaderFault::FirstSector { id, may_be_torn });
+        }
+        if id == SegmentId::NONE.0 && block[..SECTOR_BYTES].iter().any(|&byte| byte != 0) {
+            return Err(HeaderFault::NoId);
+        }
+        if id > SegmentId::MAX.0 {
+            return Err(HeaderFault::Id(id));
+        }
+        let length = block[LENGTH];
+        if length > PLACES {
+            return Err(HeaderFault::Length(length));
+        }
+        Ok(FirstSector {
+            id: SegmentId(id),
+            newest: Commit { length, checksum: LittleEndian::read_u32(&block[CHECKSUM..]) },
+            extension: match mark {
+                Mark::Proved(extension) => Some(extension),
+                _ => None,
+            },
+            is_stray: mark == Mark::Stray,
+        })
+    }
+
+    /// Bytes of data that follow the header block.
+    pub fn data_bytes(&self) -> usize {
+        usize::from(self.newest.length) * BLOCK_BYTES
+    }
+
+    /// How far a segment stands with this header block and the data that follows it. Where the newest commit fails, it may
+    /// hold all the same with the entries after it taken as zeros, as where the header after its first sector is torn; or the
+    /// one before holds, if what the newest one added is torn.
+    pub fn stands(&self, header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<LastCommit> {
+        if data.len() == self.data_bytes() && checksum(header_block, data) == self.newest.checksum {
+            return Some(LastCommit { commit: self.newest, is_whole: true });
+        }
+        let holds = |commit: &Commit| {
+            let data = data.get(..usize::from(commit.length) * BLOCK_BYTES);
+            let mut block = *header_block;
+            clear_entries(&mut block, commit.length);
+            commit.length > 0 && data.is_some_and(|data| checksum(&block, data) == commit.checksum)
+        };
+        let commits = [Some(self.newest), self.before()];
+        let commit = commits.into_iter().flatten().find(holds)?;
+        Some(LastCommit { commit, is_whole: false })
+    }
+
+    /// The commit before the newest one. It was durable when the header was written.
+    pub fn before(&self) -> Option<Commit> {
+        self.extension?.before
+    }
+
+    /// The header, with the entries of a commit.
+    ///
+    /// # Errors
+    /// When an entry is no entry.
+    pub fn header(&self, block: &[u8; BLOCK_BYTES], commit: Commit) -> Result<SegmentHeader, HeaderFault> {
+        let entries = (0..commit.length).map(|index| decode_metablock(block, index));
+        Ok(SegmentHeader {
+            id: self.id,
+            checksum: commit.checksum,
+            metablocks: entries.collect::<Result<_, _>>()?,
+            extension: self.extension,
+            is_whole: self.extension.is_some() && is_whole(block),
+        })
+    }
+}
+
 /// A decoded header block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentHeader {
@@ -67,7 +177,7 @@ pub struct SegmentHeader {
     pub checksum: u32,
     /// One for each valid data block, in the order in which they apply.
     pub metablocks: Vec<Metablock>,
-    /// What wb adds to the base format, where it is there and sound.
+    /// What wb adds to the base format, where it is there.
     pub extension: Option<SegmentExtension>,
     /// Whether the extension shows that all of the header block is as it was written, not its first sector alone.
     pub is_whole: bool,
@@ -79,23 +189,18 @@ impl SegmentHeader {
     /// # Errors
     /// Says which field holds a value that nothing valid can hold.
     pub fn decode(block: &[u8; BLOCK_BYTES]) -> Result<SegmentHeader, HeaderFault> {
-        let id = LittleEndian::read_u64(&block[ID..]);
-        if id > SegmentId::MAX.0 {
-            return Err(HeaderFault::Id(id));
+        let first = FirstSector::decode(block)?;
+        first.header(block, first.newest)
+    }
+
+    /// What a header says of which the first sector is damaged. Nothing shows that it is right.
+    pub fn presumed(block: &[u8; BLOCK_BYTES]) -> Option<SegmentHeader> {
+        let id = SegmentId(LittleEndian::read_u64(&block[ID..]));
+        let newest = Commit { length: block[LENGTH], checksum: LittleEndian::read_u32(&block[CHECKSUM..]) };
+        if id == SegmentId::NONE || id > SegmentId::MAX || newest.length > PLACES {
+            return None;
         }
-        let length = block[LENGTH];
-        if length > PLACES {
-            return Err(HeaderFault::Length(length));
-        }
-        let metablocks = (0..length).map(|index| decode_metablock(block, index)).collect::<Result<_, _>>()?;
-        let extension = SegmentExtension::decode(block);
-        Ok(SegmentHeader {
-            id: SegmentId(id),
-            checksum: LittleEndian::read_u32(&block[CHECKSUM..]),
-            metablocks,
-            extension,
-            is_whole: extension.is_some() && is_whole(block),
-        })
+        FirstSector { id, newest, extension: None, is_stray: false }.header(block, newest).ok()
     }
 
     /// How many data blocks are valid.
@@ -112,19 +217,6 @@ impl SegmentHeader {
     /// Whether the checksum holds for this header block and the data blocks that follow it.
     pub fn verify(&self, header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> bool {
         data.len() == self.data_bytes() && checksum(header_block, data) == self.checksum
-    }
-
-    /// Where [`SegmentHeader::verify`] fails: the last commit that stands all the same. That is the newest one if the
-    /// header block after its first sector is torn; or the one before, if what the newest one added is.
-    pub fn last_commit(&self, header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<Commit> {
-        let newest = Commit { length: self.length(), checksum: self.checksum };
-        let stands = |commit: &Commit| {
-            let data = data.get(..usize::from(commit.length) * BLOCK_BYTES);
-            let mut block = *header_block;
-            clear_entries(&mut block, commit.length);
-            commit.length > 0 && data.is_some_and(|data| checksum(&block, data) == commit.checksum)
-        };
-        [Some(newest), self.extension?.before].into_iter().flatten().find(stands)
     }
 
     /// Whether the segment, as this header has it, may lack blocks: more may have been written after it.
@@ -256,15 +348,14 @@ mod tests {
         (blocks, data)
     }
 
-    /// What a header block of which some sectors are the old ones and some the new leads to.
+    fn last_commit(block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<Commit> {
+        let first = FirstSector::decode(block).expect("sound sectors");
+        first.stands(block, &data[..first.data_bytes()]).map(|last| last.commit)
+    }
+
+    /// What a header block leads to if some sectors are the old ones and some the new.
     fn stands(block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<u8> {
-        let header = SegmentHeader::decode(block).expect("sound sectors");
-        let data = &data[..header.data_bytes()];
-        if header.verify(block, data) {
-            Some(header.length())
-        } else {
-            header.last_commit(block, data).map(|last| last.length)
-        }
+        last_commit(block, data).map(|commit| commit.length)
     }
 
     fn mix(old: &[u8; BLOCK_BYTES], new: &[u8; BLOCK_BYTES], mask: u32) -> [u8; BLOCK_BYTES] {
@@ -286,12 +377,9 @@ mod tests {
                 [&data, &lost].into_iter().flat_map(|data| (0..256).map(move |mask| (data, mask)))
             {
                 let block = mix(&old, &new, mask);
-                let header = SegmentHeader::decode(&block).unwrap();
-                let last =
-                    header.last_commit(&block, &data[..header.data_bytes()]).expect("at least the first");
+                let last = last_commit(&block, data).expect("at least the first");
                 let may_be = if *data == lost || mask & 1 == 0 { &[first][..] } else { &[first, second] };
                 assert!(may_be.contains(&last.length), "{first} {second} {mask:#x}: {last:?}");
-                assert_eq!(stands(&block, data), Some(last.length));
                 let mut closed = block;
                 close_header(&mut closed, last);
                 let header = SegmentHeader::decode(&closed).unwrap();
@@ -321,17 +409,38 @@ mod tests {
         assert_eq!((found.before, found.time, header.is_whole), (None, 5, true));
         assert!(header.verify(&block, &data[..header.data_bytes()]));
         block[SECTOR_BYTES + 3] ^= 1;
-        assert_eq!(SegmentHeader::decode(&block).unwrap().extension, None);
+        let fault = SegmentHeader::decode(&block).unwrap_err();
+        assert_eq!(fault, HeaderFault::FirstSector { id: 3, may_be_torn: true });
     }
 
     #[test]
     fn any_damage_to_the_first_sector_is_noticed() {
         let ([block, _], _) = commits(3, 4);
-        for at in (16..SECTOR_BYTES).filter(|at| !(24..28).contains(at)) {
+        for (at, bit) in (0..SECTOR_BYTES).flat_map(|at| (0..8).map(move |bit| (at, bit))) {
             let mut damaged = block;
-            damaged[at] ^= 4;
-            assert_eq!(SegmentHeader::decode(&damaged).unwrap().extension, None, "byte {at}");
+            damaged[at] ^= 1 << bit;
+            let first = FirstSector::decode(&damaged);
+            match at {
+                // The CRC of the whole block.
+                24..28 => assert_eq!(first, FirstSector::decode(&block)),
+                16..20 => assert!(first.is_ok_and(|it| it.is_stray && it.extension.is_none()), "byte {at}"),
+                _ => assert!(
+                    matches!(first, Err(HeaderFault::FirstSector { may_be_torn: false, .. })),
+                    "byte {at}: {first:?}"
+                ),
+            }
         }
+        let mut nameless = [0; BLOCK_BYTES];
+        nameless[LENGTH] = 1;
+        assert_eq!(FirstSector::decode(&nameless), Err(HeaderFault::NoId));
+    }
+
+    #[test]
+    fn an_entry_that_is_none_costs_its_commit_alone() {
+        let ([_, mut block], data) = commits(3, 4);
+        block[METABLOCKS + METABLOCK_BYTES * 3] = 1;
+        assert!(matches!(SegmentHeader::decode(&block), Err(HeaderFault::Unaligned { index: 3, .. })));
+        assert_eq!(stands(&block, &data), Some(3));
     }
 
     proptest! {

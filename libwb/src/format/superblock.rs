@@ -1,5 +1,6 @@
 //! The superblock and the superblock record.
 
+use super::checksum::Checksum;
 use super::geometry::{BLOCK_BYTES, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, SegmentId};
 use byteorder::{ByteOrder, LittleEndian};
 
@@ -13,6 +14,15 @@ pub const RECORD_BLOCK_OFFSET: u64 = SUPERBLOCK_REGION_BYTES - BLOCK_BYTES as u6
 const RECORD_IN_BLOCK: usize = BLOCK_BYTES - SECTOR_BYTES;
 
 const _: () = assert!(RECORD_BLOCK_OFFSET + RECORD_IN_BLOCK as u64 == 1024 * 1024 - 512);
+
+/// Offsets in the record's sector. What follows the id is the extension's.
+mod proof {
+    pub(super) const MARKER: usize = 8;
+    pub(super) const DIGEST: usize = 16;
+    pub(super) const CRC: usize = 20;
+}
+
+const RECORD_MARKER: &[u8; 8] = b"wbrecord";
 
 /// What is wrong with a superblock or its record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -29,6 +39,45 @@ pub enum SuperblockFault {
         /// What stands there.
         found: u64,
     },
+    /// The record does not verify.
+    #[error(
+        "the superblock record at byte {at} is damaged: it names segment {found}, and its CRC does not hold",
+        at = 1024 * 1024 - 512
+    )]
+    DamagedRecord {
+        /// What stands there.
+        found: u64,
+    },
+    /// The record was written for another cache.
+    #[error(
+        "the superblock record at byte {at} belongs to another cache: it names segment {found}",
+        at = 1024 * 1024 - 512
+    )]
+    ForeignRecord {
+        /// What stands there.
+        found: u64,
+    },
+}
+
+impl SuperblockFault {
+    /// Whether the record is wrong; and what it names.
+    pub fn record(self) -> Option<u64> {
+        match self {
+            SuperblockFault::WrongMagic { .. } => None,
+            SuperblockFault::GarbageRecord { found }
+            | SuperblockFault::DamagedRecord { found }
+            | SuperblockFault::ForeignRecord { found } => Some(found),
+        }
+    }
+}
+
+/// The superblock record: every segment up to an id is written back, and the backing device was flushed after that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The last segment that is written back.
+    pub id: SegmentId,
+    /// The digest of the cache that it was written for, where it proves itself. That of the kernel module does not.
+    pub digest: Option<u32>,
 }
 
 /// Checks the magic in the first block of a cache device.
@@ -48,23 +97,47 @@ pub fn encode_superblock_block(block: &mut [u8; BLOCK_BYTES]) {
     LittleEndian::write_u32(&mut block[..4], MAGIC);
 }
 
-/// Every segment up to the returned id is written back, and the backing device was flushed after that.
+/// Decodes the record. In the bytes that the kernel module leaves zero, wb keeps a marker, the digest of the cache and a CRC.
 ///
 /// # Errors
-/// When the id is beyond [`SegmentId::MAX`].
-pub fn decode_record(record_block: &[u8; BLOCK_BYTES]) -> Result<SegmentId, SuperblockFault> {
-    let found = LittleEndian::read_u64(&record_block[RECORD_IN_BLOCK..RECORD_IN_BLOCK + 8]);
+/// When those bytes are neither zeros nor verify, or the id is beyond [`SegmentId::MAX`].
+pub fn decode_record(record_block: &[u8; BLOCK_BYTES]) -> Result<Record, SuperblockFault> {
+    let sector = &record_block[RECORD_IN_BLOCK..];
+    let found = LittleEndian::read_u64(sector);
+    let proved = sector[proof::MARKER..].iter().any(|&byte| byte != 0);
+    let holds = || {
+        sector[proof::MARKER..][..RECORD_MARKER.len()] == *RECORD_MARKER
+            && LittleEndian::read_u32(&sector[proof::CRC..]) == record_crc(sector)
+    };
+    if proved && !holds() {
+        return Err(SuperblockFault::DamagedRecord { found });
+    }
     if found > SegmentId::MAX.0 {
         return Err(SuperblockFault::GarbageRecord { found });
     }
-    Ok(SegmentId(found))
+    Ok(Record {
+        id: SegmentId(found),
+        digest: proved.then(|| LittleEndian::read_u32(&sector[proof::DIGEST..])),
+    })
 }
 
-/// The last block of the superblock region: zeros but for the record, as the kernel module writes it. Only the
-/// record's sector differs from one write to the next, so a torn write leaves the old record or the new.
-pub fn encode_record_block(block: &mut [u8; BLOCK_BYTES], last_written_back: SegmentId) {
+/// The last block of the superblock region: zeros but for the record. Without a digest, as the kernel module writes it.
+/// Only the record's sector differs from one write to the next, so a torn write leaves the old record or the new.
+pub fn encode_record_block(block: &mut [u8; BLOCK_BYTES], record: Record) {
     block.fill(0);
-    LittleEndian::write_u64(&mut block[RECORD_IN_BLOCK..RECORD_IN_BLOCK + 8], last_written_back.0);
+    let sector = &mut block[RECORD_IN_BLOCK..];
+    LittleEndian::write_u64(sector, record.id.0);
+    let Some(digest) = record.digest else { return };
+    sector[proof::MARKER..][..RECORD_MARKER.len()].copy_from_slice(RECORD_MARKER);
+    LittleEndian::write_u32(&mut sector[proof::DIGEST..], digest);
+    let crc = record_crc(sector);
+    LittleEndian::write_u32(&mut sector[proof::CRC..], crc);
+}
+
+/// The CRC of the record's sector, in which the CRC itself counts as zeros.
+fn record_crc(sector: &[u8]) -> u32 {
+    let crc = Checksum::default().append(&sector[..proof::CRC]).append(&[0; 4]);
+    crc.append(&sector[proof::CRC + 4..]).value()
 }
 
 #[cfg(test)]
@@ -85,11 +158,21 @@ mod tests {
 
     proptest! {
         #[test]
-        fn record_round_trips(id in any::<u64>()) {
+        fn record_round_trips(id in any::<u64>(), digest in any::<Option<u32>>()) {
             let mut block = [0xa5; BLOCK_BYTES];
-            encode_record_block(&mut block, SegmentId(id));
-            let want = if id <= SegmentId::MAX.0 { Ok(SegmentId(id)) } else { Err(SuperblockFault::GarbageRecord { found: id }) };
+            let record = Record { id: SegmentId(id), digest };
+            encode_record_block(&mut block, record);
+            let want = if id <= SegmentId::MAX.0 { Ok(record) } else { Err(SuperblockFault::GarbageRecord { found: id }) };
             prop_assert_eq!(decode_record(&block), want);
+        }
+
+        #[test]
+        fn any_damage_to_a_record_that_proves_itself_is_noticed(id in 0..100u64, at in 0..SECTOR_BYTES, bit in 0..8u8) {
+            let mut block = [0; BLOCK_BYTES];
+            encode_record_block(&mut block, Record { id: SegmentId(id), digest: Some(7) });
+            block[RECORD_IN_BLOCK + at] ^= 1 << bit;
+            let damaged = matches!(decode_record(&block), Err(SuperblockFault::DamagedRecord { .. }));
+            prop_assert!(damaged);
         }
     }
 }

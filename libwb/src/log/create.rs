@@ -1,11 +1,11 @@
 //! Making an empty cache: the base format, as the kernel module makes it, and the superblock extension.
 
-use super::LogError;
 use super::recovery::recover;
 use super::scan::{BackingFacts, check_identity, read_slot, read_superblock, scan};
+use super::{LogError, Use};
 use crate::device::{Device, DeviceError, IoBuf, Operation, SharedBuf};
 use crate::format::{
-    BLOCK_BYTES, Commit, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, Reason, SEGMENT_BYTES,
+    BLOCK_BYTES, Commit, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, Reason, Record, SEGMENT_BYTES,
     SUPERBLOCK_OFFSET, SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId, Slot, SuperblockExtension,
     close_header, encode_header, encode_record_block, encode_superblock_block, to_u64, to_usize,
 };
@@ -50,6 +50,7 @@ pub async fn create(
         for generation in [0, 1] {
             write_extension(device, &SuperblockExtension { generation, ..extension.clone() }).await?;
         }
+        write_record(device, Record { id: SegmentId::NONE, digest: Some(extension.digest()) }).await?;
         device.flush().await?;
     }
     write_magic(device).await?;
@@ -82,26 +83,30 @@ pub async fn write_extension(device: &Device, page: &SuperblockExtension) -> Res
 ///
 /// # Errors
 /// When the device fails.
-pub async fn write_record(device: &Device, written_back: SegmentId) -> Result<(), DeviceError> {
+pub async fn write_record(device: &Device, record: Record) -> Result<(), DeviceError> {
     let mut block = IoBuf::zeroed(BLOCK_BYTES);
-    encode_record_block(block.block_at_mut(0), written_back);
+    encode_record_block(block.block_at_mut(0), record);
     device.write(RECORD_BLOCK_OFFSET, block.into()).await
 }
 
-/// What the header of an empty segment says that stands in for a lost one: nothing.
-pub(super) fn filler_extension(page: &SuperblockExtension) -> SegmentExtension {
+/// What the header of an empty segment says that stands in for a lost one: what is known to have been durable, and nothing else.
+pub(super) fn filler_extension(
+    page: &SuperblockExtension,
+    id: SegmentId,
+    durable: SegmentId,
+) -> SegmentExtension {
     SegmentExtension {
         digest: page.digest(),
         reason: Reason::Salvage,
-        durable: SegmentId::NONE,
+        durable: durable.min(id.minus(1)),
         written_back: SegmentId::NONE,
         time: 0,
         before: None,
     }
 }
 
-/// Makes a slot hold an empty segment that stands in for a lost one and says nothing; or no segment at all, if `id` is
-/// [`SegmentId::NONE`]. It is durable after a flush.
+/// Makes a slot hold an empty segment that stands in for a lost one and says up to where segments were durable; or no segment
+/// at all, if `id` is [`SegmentId::NONE`]. It is durable after a flush.
 ///
 /// # Errors
 /// When the device fails.
@@ -109,12 +114,12 @@ pub(crate) async fn write_filler(
     device: &Device,
     geometry: Geometry,
     slot: Slot,
-    id: SegmentId,
+    (id, durable): (SegmentId, SegmentId),
     page: Option<&SuperblockExtension>,
 ) -> Result<(), DeviceError> {
     let mut block = IoBuf::zeroed(BLOCK_BYTES);
     if id != SegmentId::NONE {
-        let extension = page.map(filler_extension);
+        let extension = page.map(|page| filler_extension(page, id, durable));
         encode_header(block.block_at_mut(0), id, &[], &[], extension.as_ref());
     }
     device.write(geometry.slot_offset(slot), block.into()).await
@@ -149,7 +154,7 @@ pub(crate) async fn close_segment(
 /// # Errors
 /// When a device fails, the cache device is not sound, or the identity shows another device; nothing is written then.
 pub async fn accept_growth(device: &Device, backing: &BackingFacts<'_>) -> Result<(), LogError> {
-    let superblock = read_superblock(device).await?;
+    let superblock = read_superblock(device, Use::Write).await?;
     recover(&superblock, &scan(device, superblock.geometry, |_, _| {}).await).refuse_corrupt(device)?;
     let grown = |it: &SuperblockExtension| (1..backing.sectors).contains(&it.backing_sectors);
     let Some(extension) = superblock.extension.filter(grown) else { return Ok(()) };
@@ -189,7 +194,7 @@ mod tests {
             assert!(segment[BLOCK_BYTES..].iter().all(|&b| b == 0xa5));
         }
 
-        let superblock = block_on(read_superblock(&device)).unwrap();
+        let superblock = block_on(read_superblock(&device, Use::Write)).unwrap();
         let slots = block_on(scan(&device, superblock.geometry, |_, _| ()));
         assert!(slots.iter().all(|slot| matches!(slot, SlotState::Empty)));
         assert_eq!(recover(&superblock, &slots).point, SegmentId::NONE);
@@ -213,7 +218,7 @@ mod tests {
             if block_on(examine_superblock(&device)).unwrap().extension().is_some() {
                 extended += 1;
                 block_on(write_magic(&device)).unwrap();
-                let superblock = block_on(read_superblock(&device)).unwrap();
+                let superblock = block_on(read_superblock(&device, Use::Write)).unwrap();
                 let slots = block_on(scan(&device, superblock.geometry, |_, _| ()));
                 assert!(slots.iter().all(|slot| matches!(slot, SlotState::Empty)), "flush {flushes}");
             }

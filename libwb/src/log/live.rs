@@ -190,7 +190,7 @@ pub async fn dirty_blocks(
 ) -> Result<u64, LogError> {
     let slots = scan_trusting(device, superblock, |slot, _| progress(slot)).await;
     for state in &slots {
-        if let SlotState::Invalid(SlotFault::Unreadable(error)) = state {
+        if let SlotState::Invalid { fault: SlotFault::Unreadable(error), .. } = state {
             return Err(error.clone().into());
         }
     }

@@ -1,6 +1,8 @@
 //! The log as it lies on a cache device: making an empty one, reading what is there, and putting right what is damaged.
 
 pub mod create;
+#[cfg(test)]
+mod evidence;
 pub mod history;
 pub mod live;
 pub mod recovery;
@@ -12,6 +14,15 @@ pub mod upgrade;
 
 use crate::device::DeviceError;
 use crate::format::{GeometryError, SegmentId, SuperblockFault};
+
+/// What a cache device is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// To read it.
+    Read,
+    /// To write to it, or what it holds to its backing device.
+    Write,
+}
 
 /// Why a log cannot be read or trusted.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -60,13 +71,26 @@ pub enum LogError {
         /// The flags that are not known.
         flags: u32,
     },
-    /// No copy of the superblock extension is sound.
+    /// The superblock extension has features without which the device must not be written.
     #[error(
-        "{device}: both copies of the superblock extension are damaged, so that it cannot be told to which cache and backing device its segments belong. Nothing can go on safely: copy the device, and see with wbdump what it holds"
+        "{device}: was written by a newer version of wb, with features (flags {flags:#x}) that this one does not know. It \
+         can be read, but not written: use the newer version"
     )]
-    ExtensionDamaged {
+    ReadOnlyFeatures {
         /// The cache device.
         device: String,
+        /// The flags that are not known.
+        flags: u32,
+    },
+    /// The superblock extension has another version.
+    #[error(
+        "{device}: carries version {version} of wb's extension, and this program knows version 1 alone: use a newer one"
+    )]
+    UnknownVersion {
+        /// The cache device.
+        device: String,
+        /// The version.
+        version: u32,
     },
     /// The cache device had another size when it was formatted.
     #[error(
@@ -120,16 +144,6 @@ pub enum LogError {
         /// The cache device.
         device: String,
     },
-    /// The superblock extension is gone, but segments with the extension are there.
-    #[error(
-        "{device}: segment {id} was written by wb, so the device had the extension and lost it. Write the cache back with wbctl replay, then format it"
-    )]
-    ExtensionLost {
-        /// The cache device.
-        device: String,
-        /// Such a segment.
-        id: SegmentId,
-    },
     /// An entry of the log lies outside the backing device.
     #[error(
         "{device}: {}; is it the right backing device? If it was made smaller, give it its old size back",
@@ -162,7 +176,7 @@ impl LogError {
     pub fn is_corruption(&self) -> bool {
         match self {
             LogError::Corrupt { .. } => true,
-            LogError::Superblock { fault, .. } => matches!(fault, SuperblockFault::GarbageRecord { .. }),
+            LogError::Superblock { fault, .. } => fault.record().is_some(),
             _ => false,
         }
     }

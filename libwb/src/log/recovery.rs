@@ -7,7 +7,7 @@
 use super::LogError;
 use super::scan::{SlotFault, SlotState, Superblock};
 use crate::device::Device;
-use crate::format::{Geometry, Reason, SegmentExtension, SegmentId, Slot, SuperblockExtension};
+use crate::format::{Geometry, HeaderFault, Reason, SegmentExtension, SegmentId, Slot};
 use std::borrow::Cow;
 use std::ops::RangeInclusive;
 
@@ -107,6 +107,12 @@ pub enum Corruption {
         /// The recovery point.
         id: SegmentId,
     },
+    /// Segments of wb, or a record, but no superblock extension.
+    #[error(
+        "both copies of the superblock extension are gone or damaged, so that it cannot be told to which backing device the \
+         log belongs"
+    )]
+    PairingLost,
     /// A slot holds garbage that no write under way explains.
     #[error("slot {slot} holds no valid segment, and no power cut explains that")]
     Unexplained {
@@ -139,6 +145,8 @@ pub struct Recovery {
     pub written_back: SegmentId,
     /// P: the last segment that is applied. The next one to be written follows it.
     pub point: SegmentId,
+    /// Every segment up to this one is known to have been durable.
+    pub durable: SegmentId,
     /// Segments after W that are not applied because a later one was under overwrite, which shows that they had
     /// been written back. Only on devices that the kernel module wrote. The first is W + 1.
     pub skipped: Vec<SegmentId>,
@@ -224,7 +232,8 @@ impl Recovery {
     }
 }
 
-/// What the headers of valid segments say beyond the base format. Facts that were true then, and stay true.
+/// What headers say beyond the base format, those of valid segments and torn ones: a first sector that proves itself is as it
+/// was written. And what the clean mark says. Facts that were true then, and stay true.
 #[derive(Default)]
 struct Claims {
     /// Every segment up to this one was durable.
@@ -234,22 +243,17 @@ struct Claims {
 }
 
 impl Claims {
-    fn of(segments: &[Valid]) -> Claims {
-        let mut claims = Claims::default();
-        for (id, extension) in segments.iter().filter_map(|&(id, extension)| Some((id, extension?))) {
+    fn of(superblock: &Superblock, slots: &[SlotState]) -> Claims {
+        let clean = superblock.extension.as_ref().and_then(|extension| extension.clean);
+        // Closing in order makes everything durable as well, and that stays true whoever has written since.
+        let mut claims = Claims { durable: clean.unwrap_or_default(), ..Claims::default() };
+        for (id, extension) in slots.iter().filter_map(|state| proved(state, superblock)) {
             // A header can only speak of segments before its own.
             let before = |claim: SegmentId| if claim < id { claim } else { SegmentId::NONE };
             claims.durable = claims.durable.max(before(extension.durable));
             claims.written_back = claims.written_back.max(before(extension.written_back));
         }
         claims
-    }
-
-    /// Closing in order makes everything durable as well, and that stays true whoever has written since.
-    fn with_mark(superblock: &Superblock, segments: &[Valid]) -> Claims {
-        let claims = Claims::of(segments);
-        let clean = superblock.extension.as_ref().and_then(|extension| extension.clean).unwrap_or_default();
-        Claims { durable: claims.durable.max(clean), ..claims }
     }
 }
 
@@ -258,9 +262,22 @@ pub(super) type Valid = (SegmentId, Option<SegmentExtension>);
 /// A slot's segment, if it is valid and not one of an earlier cache on the device.
 pub(super) fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid> {
     let SlotState::Valid { id, extension, .. } = state else { return None };
-    let ours = superblock.extension.as_ref().map(SuperblockExtension::digest);
-    let foreign = ours.zip(extension.as_ref()).is_some_and(|(ours, its)| ours != its.digest);
+    let foreign = extension.as_ref().is_some_and(|its| is_foreign(superblock, its));
     (!foreign).then_some((*id, *extension))
+}
+
+/// The segment of which a slot holds a header that proves itself, valid or not, if it is not one of an earlier cache.
+pub(super) fn proved(state: &SlotState, superblock: &Superblock) -> Option<(SegmentId, SegmentExtension)> {
+    let found = match *state {
+        SlotState::Valid { id, extension, .. } => extension.map(|extension| (id, extension)),
+        SlotState::Invalid { proved, .. } => proved,
+        SlotState::Empty => None,
+    };
+    found.filter(|(_, extension)| !is_foreign(superblock, extension))
+}
+
+fn is_foreign(superblock: &Superblock, extension: &SegmentExtension) -> bool {
+    superblock.extension.as_ref().is_some_and(|ours| ours.digest() != extension.digest)
 }
 
 /// What headers alone tell of the segments that need not be read whole.
@@ -279,7 +296,7 @@ impl Proof {
         let segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
         let (highest, newest) = segments.iter().copied().max_by_key(|&(id, _)| id)?;
         newest?;
-        let Claims { durable, written_back } = Claims::with_mark(superblock, &segments);
+        let Claims { durable, written_back } = Claims::of(superblock, slots);
         let written_back = written_back.max(superblock.record).max(highest.minus(geometry.lap()));
         Some(Proof { durable, written_back, highest, geometry })
     }
@@ -292,25 +309,33 @@ impl Proof {
     }
 }
 
-/// The verdicts of a scan, in which a segment that lacks blocks counts as damaged unless a power cut explains that: it must
-/// be one of those that had not become durable, and the log cannot have gone on after it.
+/// The verdicts of a scan, seen together. A segment that lacks blocks counts as damaged unless a power cut explains that: it must
+/// be one of those that had not become durable, and the log cannot have gone on after it. And so does one whose first sector
+/// holds what neither wb nor the kernel module writes, on a device with the extension.
 pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a, [SlotState]> {
     let segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
     let highest = segments.iter().map(|&(id, _)| id).max().unwrap_or_default();
     let modules = segments.iter().filter(|(_, extension)| extension.is_none()).map(|&(id, _)| id).max();
-    let durable = Claims::with_mark(superblock, &segments).durable;
+    let durable = Claims::of(superblock, slots).durable;
     let window = superblock.geometry.loss_window();
     let is_unexplained = |id: SegmentId| id <= durable || highest.since(id) >= window || Some(id) < modules;
-    let lacking = |state: &SlotState| match *state {
+    let fault = |state: &SlotState| match *state {
+        SlotState::Valid { id, is_stray: true, .. } if superblock.extension.is_some() => {
+            Some(HeaderFault::FirstSector { id: id.0, may_be_torn: false }.into())
+        }
         SlotState::Valid { id, length, .. } if lacks_blocks(superblock, slots, id) && is_unexplained(id) => {
             Some(SlotFault::CutShort { id, length })
         }
         _ => None,
     };
-    if !slots.iter().any(|state| lacking(state).is_some()) {
+    if !slots.iter().any(|state| fault(state).is_some()) {
         return Cow::Borrowed(slots);
     }
-    slots.iter().map(|state| lacking(state).map_or_else(|| state.clone(), SlotState::Invalid)).collect()
+    let explained = |state: &SlotState| match fault(state) {
+        Some(fault) => SlotState::Invalid { fault, proved: proved(state, superblock) },
+        None => state.clone(),
+    };
+    slots.iter().map(explained).collect()
 }
 
 /// Whether a valid segment lacks blocks, or may: the log ends with it. After one that is open but whole the kernel module may
@@ -337,7 +362,7 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     let mut segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
     segments.sort_unstable_by_key(|&(id, _)| id);
     let (highest, newest) = segments.last().copied().unwrap_or_default();
-    let claims = Claims::with_mark(superblock, &segments);
+    let claims = Claims::of(superblock, slots);
     let written_back = record.max(highest.minus(geometry.lap())).max(claims.written_back);
     let by_module = superblock.extension.is_none() || newest.is_none();
     let skipped = if by_module { skipped(geometry, highest, written_back, is_valid) } else { Vec::new() };
@@ -355,6 +380,7 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
         highest,
         written_back,
         point,
+        durable: claims.durable,
         skipped,
         dropped,
         damage: Vec::new(),
@@ -380,12 +406,25 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     if point > LAST_SANE_ID {
         recovery.corruption.push(Corruption::GarbageId { id: point });
     }
+    if superblock.extension.is_none() && (superblock.lost_extension || slots.iter().any(is_marked)) {
+        recovery.corruption.push(Corruption::PairingLost);
+    }
     for (slot, state) in geometry.all_slots().zip(slots) {
-        if let SlotState::Invalid(fault) = state {
+        if let SlotState::Invalid { fault, .. } = state {
             explain(&mut recovery, geometry, slot, fault);
         }
     }
     recovery
+}
+
+/// Whether wb has written what a slot holds.
+fn is_marked(state: &SlotState) -> bool {
+    match state {
+        SlotState::Empty => false,
+        SlotState::Valid { extension, .. } => extension.is_some(),
+        SlotState::Invalid { fault: SlotFault::Header(HeaderFault::FirstSector { .. }), .. } => true,
+        SlotState::Invalid { proved, .. } => proved.is_some(),
+    }
 }
 
 /// wb never leaves a hole and goes on. The kernel module does, and only its segments have no extension.
@@ -406,11 +445,31 @@ fn skipped(
     written_back: SegmentId,
     is_valid: impl Fn(SegmentId) -> bool,
 ) -> Vec<SegmentId> {
+    // What the module has recorded as written back ends where a slot may be under overwrite.
+    if written_back > highest.minus(geometry.lap()) {
+        return Vec::new();
+    }
     let limit = highest.plus(geometry.loss_window()).minus(geometry.lap());
     let candidates = written_back.next().0..=limit.0;
     match candidates.clone().rev().map(SegmentId).find(|&id| !is_valid(id)) {
         Some(last) => (*candidates.start()..=last.0).map(SegmentId).collect(),
         None => Vec::new(),
+    }
+}
+
+/// Whether a power cut may have left a slot like this. It garbles what was being written, in whole sectors, and leaves it
+/// readable. A header is written anew only when the commit that it names as the one before is durable; but where it was
+/// written back, other data may have come under it.
+fn may_be_torn(fault: &SlotFault, written_back: SegmentId) -> bool {
+    match fault {
+        SlotFault::Unreadable(_) => false,
+        SlotFault::Header(HeaderFault::FirstSector { may_be_torn, .. }) => *may_be_torn,
+        SlotFault::Header(HeaderFault::NoId) => false,
+        SlotFault::Commit { id, .. } => *id <= written_back,
+        SlotFault::Header(_)
+        | SlotFault::WrongSlot { .. }
+        | SlotFault::Checksum { .. }
+        | SlotFault::CutShort { .. } => true,
     }
 }
 
@@ -423,17 +482,11 @@ fn explain(recovery: &mut Recovery, geometry: Geometry, slot: Slot, fault: &Slot
     let in_flight = geometry.id_in_slot(slot, point.plus(geometry.loss_window()));
     let old = geometry.id_in_slot(slot, point);
     let written_back = recovery.skipped.last().copied().unwrap_or(recovery.written_back);
-    let (expected, explanation) = if in_flight > point {
-        (in_flight, Explanation::PowerCut)
-    } else if old != SegmentId::NONE && old <= written_back {
-        (old, Explanation::WrittenBack)
-    } else {
-        (old, Explanation::None)
-    };
-    // A power cut garbles what was being written, but leaves it readable.
-    let explanation = match explanation {
-        Explanation::PowerCut if unreadable => Explanation::None,
-        other => other,
+    let (expected, explanation) = match (in_flight > point, may_be_torn(fault, written_back)) {
+        (true, true) => (in_flight, Explanation::PowerCut),
+        (true, false) => (in_flight, Explanation::None),
+        (false, _) if old != SegmentId::NONE && old <= written_back => (old, Explanation::WrittenBack),
+        (false, _) => (old, Explanation::None),
     };
     recovery.damage.push(Damage { slot, expected, explanation });
     if unreadable && explanation == Explanation::None {

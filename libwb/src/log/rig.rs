@@ -2,10 +2,12 @@
 
 use crate::device::{BlockDevice, Device, DeviceError, IoBuf, IoFuture, MemDevice, Operation, SharedBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock, RECORD_BLOCK_OFFSET, Reason,
-    SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId, SuperblockExtension,
-    crc32c, encode_header, encode_record_block, encode_superblock_block, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, Commit, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock, RECORD_BLOCK_OFFSET,
+    Reason, Record, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId,
+    SuperblockExtension, crc32c, encode_header, encode_record_block, encode_superblock_block, to_u64,
+    to_usize,
 };
+use crate::log::Use;
 use crate::log::live::visit_headers;
 use crate::log::salvage::{Plan, Scanned, Way};
 use futures_lite::future::block_on;
@@ -110,6 +112,15 @@ impl Log {
     }
 
     pub(super) fn put(&mut self, id: u64, extended: bool, durable: u64) {
+        self.put_segment(id, extended, Reason::Full, None, durable);
+    }
+
+    /// A segment that is not closed, and whose header names a commit of its first blocks as the one before.
+    pub(super) fn put_open(&mut self, id: u64, before: u8, durable: u64) {
+        self.put_segment(id, true, Reason::Open, Some(before), durable);
+    }
+
+    fn put_segment(&mut self, id: u64, extended: bool, reason: Reason, before: Option<u8>, durable: u64) {
         let blocks = (0..LENGTH).map(|nth| if nth < 2 { nth } else { 100 * id + nth });
         let data: Vec<u8> = (0..LENGTH).flat_map(|nth| [stamp(id, nth); BLOCK_BYTES]).collect();
         let entry = |(nth, block)| {
@@ -117,9 +128,12 @@ impl Log {
             Metablock { block: BlockNo(block), dirty: DirtyBits::ALL, crc }
         };
         let metablocks: Vec<_> = blocks.enumerate().map(entry).collect();
+        let before = before.map(|length| {
+            let first = &metablocks[..usize::from(length)];
+            Commit { length, checksum: encode_header(&mut [0; BLOCK_BYTES], SegmentId(id), first, &[], None) }
+        });
         let digest = self.page.as_ref().map(SuperblockExtension::digest).unwrap_or_default();
         let (durable, written_back) = (SegmentId(durable), SegmentId::NONE);
-        let (reason, before) = (Reason::Full, None);
         let extension = SegmentExtension { digest, reason, durable, written_back, time: 1, before };
         let at = self.at(id);
         let segment = &mut self.image[at..at + SEGMENT_BYTES];
@@ -149,6 +163,21 @@ impl Log {
         self
     }
 
+    /// Flips a bit of a header.
+    pub(super) fn rot_header(&mut self, id: u64, byte: usize) -> &mut Log {
+        let at = self.at(id) + byte;
+        self.image[at] ^= 4;
+        self
+    }
+
+    /// Takes away both copies of the superblock extension.
+    pub(super) fn lose_pages(&mut self) -> &mut Log {
+        for at in EXTENSION_OFFSETS {
+            self.image[to_usize(at)..][..BLOCK_BYTES].fill(0);
+        }
+        self
+    }
+
     /// Overwrites the header with garbage.
     pub(super) fn garble(&mut self, id: u64) -> &mut Log {
         let at = self.at(id);
@@ -158,7 +187,10 @@ impl Log {
 
     pub(super) fn record(&mut self, id: u64) -> &mut Log {
         let at = to_usize(RECORD_BLOCK_OFFSET);
-        encode_record_block(self.image[at..].first_chunk_mut().unwrap(), SegmentId(id));
+        encode_record_block(
+            self.image[at..].first_chunk_mut().unwrap(),
+            Record { id: SegmentId(id), digest: None },
+        );
         self
     }
 
@@ -178,7 +210,7 @@ impl Log {
 }
 
 pub(super) fn read(device: &Device) -> Scanned {
-    block_on(Scanned::read(device, |_| ())).unwrap()
+    block_on(Scanned::read(device, Use::Write, |_| ())).unwrap()
 }
 
 /// Salvages, and checks that the log is sound then.

@@ -17,16 +17,19 @@ mod words;
 
 pub use words::{Summary, number_of_ways, segments, ways_on};
 
-use super::LogError;
 use super::create::{close_segment, write_extension, write_filler, write_record};
 use super::live::{totals, visit_headers};
-use super::recovery::{Recovery, explained, recover};
+use super::recovery::{Corruption, Recovery, explained, proved, recover};
 use super::scan::{
     BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock, read_slot_header,
     scan,
 };
+use super::{LogError, Use};
 use crate::device::{Device, DeviceError, Operation, all};
-use crate::format::{BLOCK_BYTES, BlockNo, Geometry, SegmentId, Slot, SuperblockExtension, to_u64};
+use crate::format::{
+    BLOCK_BYTES, BlockNo, Geometry, Record, SegmentId, Slot, SuperblockExtension, fitting, to_u64,
+    uuid_of_digest,
+};
 use draft::{Change, Doomed, Draft, Found};
 use futures_util::{StreamExt, stream};
 use nix::errno::Errno;
@@ -35,6 +38,7 @@ use serde::Serialize;
 use std::collections::HashMap;
 use std::fmt;
 use std::str::FromStr;
+use uuid::Uuid;
 
 /// Slots that are rewritten at the same time.
 const WRITE_DEPTH: usize = 32;
@@ -114,11 +118,15 @@ impl Scanned {
     ///
     /// # Errors
     /// When the device cannot be read, or is no cache device that this version may use.
-    pub async fn read(device: &Device, mut progress: impl FnMut(Slot)) -> Result<Scanned, LogError> {
+    pub async fn read(
+        device: &Device,
+        wanted: Use,
+        mut progress: impl FnMut(Slot),
+    ) -> Result<Scanned, LogError> {
         let superblock = examine_superblock(device).await?;
         let fault = |fault| LogError::Superblock { device: device.name().to_string(), fault };
         superblock.magic.map_err(fault)?;
-        superblock.check_extension(device)?;
+        superblock.check_extension(device, wanted)?;
         let slots = scan(device, superblock.geometry, |slot, _| progress(slot)).await;
         Ok(Scanned::of(superblock, &slots))
     }
@@ -142,8 +150,9 @@ impl Scanned {
     /// Whether most of what the device holds is sound but lies where it cannot have been written on a device of this
     /// size. In a few slots alone, a damaged id looks the same.
     pub fn is_resized(&self) -> bool {
-        let misplaced =
-            |slot: &&SlotState| matches!(slot, SlotState::Invalid(SlotFault::WrongSlot { sound: true, .. }));
+        let misplaced = |slot: &&SlotState| {
+            matches!(slot, SlotState::Invalid { fault: SlotFault::WrongSlot { sound: true, .. }, .. })
+        };
         let misplaced = self.slots.iter().filter(misplaced).count();
         let all = self.slots.iter().filter(|slot| !matches!(slot, SlotState::Empty)).count();
         misplaced > 1 && misplaced * 2 > all
@@ -160,19 +169,21 @@ impl Scanned {
         if self.is_resized() {
             return Err(LogError::Misplaced { device: device.name().to_string() });
         }
-        let draft = Draft::new(&self.superblock, &self.slots, Some(way));
+        let superblock = self.with_extension(device.size());
+        let draft = Draft::new(&superblock, &self.slots, Some(way));
         let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: device.name().to_string() })?;
-        let mut plan = Plan::of(self, Some(way), draft);
+        let mut plan = Plan::of(self, superblock, Some(way), draft);
         plan.given_up = plan.look(device).await?;
         Ok(Some(plan))
     }
 
-    /// Plans all ways on that there are with a corrupt log; none when it is not corrupt.
+    /// Plans all ways on that there are with a corrupt log; none when it is not corrupt. Where nothing of the log is given up,
+    /// the two are one.
     ///
     /// # Errors
     /// When the device fails.
     pub async fn ways(&self, device: &Device) -> Result<Vec<Plan>, LogError> {
-        let mut ways = Vec::new();
+        let mut ways: Vec<Plan> = Vec::new();
         for way in Way::ALL {
             match self.salvage(device, way).await {
                 Ok(plan) => ways.extend(plan),
@@ -180,10 +191,14 @@ impl Scanned {
                 Err(error) => return Err(error),
             }
         }
+        if self.lost_nothing_but_the_pairing() {
+            ways.truncate(1);
+        }
         Ok(ways)
     }
 
-    /// Plans the repair of a log that is not corrupt. `None` when there is nothing to repair.
+    /// Plans the repair of a log that is not corrupt, or only in that its superblock extension is lost. `None` when there is
+    /// nothing to repair.
     ///
     /// # Errors
     /// When the log is corrupt, or there is no repair that recovery would accept.
@@ -192,12 +207,34 @@ impl Scanned {
         if let Err(fault) = self.superblock.record {
             return Err(LogError::Superblock { device: name(), fault });
         }
-        let recovery = self.recovery().refuse_corrupt(device)?;
-        let draft = Draft::new(&self.superblock, &self.slots, None);
+        let superblock = self.with_extension(device.size());
+        let recovery = recover(&superblock.or_no_record(), &self.slots).refuse_corrupt(device)?;
+        let draft = Draft::new(&superblock, &self.slots, None);
         let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: name() })?;
-        let sound_copies = !self.superblock.has_damaged_copy() && !self.superblock.has_torn_copy();
-        let needless = draft.is_empty() && recovery.skipped.is_empty() && sound_copies;
-        Ok((!needless).then(|| Plan::of(self, None, draft)))
+        let plan = Plan::of(self, superblock, None, draft);
+        let needless = plan.draft.is_empty() && recovery.skipped.is_empty() && plan.pages.is_empty();
+        Ok((!needless).then_some(plan))
+    }
+
+    /// Whether the log is sound, but for a superblock extension that is lost.
+    pub fn lost_nothing_but_the_pairing(&self) -> bool {
+        self.superblock.record.is_ok() && self.recovery().corruption == [Corruption::PairingLost]
+    }
+
+    /// What the superblock region says; with an extension made up that the segments belong to, where it is lost.
+    fn with_extension(&self, cache_bytes: u64) -> RawSuperblock {
+        let mut superblock = self.superblock.clone();
+        let known = superblock.or_no_record();
+        if !recover(&known, &self.slots).corruption.contains(&Corruption::PairingLost) {
+            return superblock;
+        }
+        let headers = self.slots.iter().filter_map(|state| proved(state, &known));
+        let newest = headers.max_by_key(|(id, _)| *id).map(|(_, extension)| extension.digest);
+        let digest = newest.or(superblock.record_digest);
+        let uuid = digest.map_or_else(Uuid::new_v4, uuid_of_digest);
+        let page = SuperblockExtension::new(uuid, cache_bytes);
+        superblock.pages = [Ok(page.clone()), Ok(page)];
+        superblock
     }
 }
 
@@ -216,37 +253,58 @@ pub struct Plan {
     extension: Option<SuperblockExtension>,
     draft: Draft,
     /// The superblock record, where it must change.
-    record: Option<SegmentId>,
-    /// The superblock extension, where a copy must be written.
-    page: Option<SuperblockExtension>,
+    record: Option<Record>,
+    /// Pages of the superblock extension that must be written.
+    pages: Vec<SuperblockExtension>,
     /// What is wrong with the copy that is written, where something is.
     bad_copy: Option<&'static str>,
+    /// The superblock extension was lost, and the pages are new ones.
+    pairs_anew: bool,
 }
 
 impl Plan {
-    fn of(scanned: &Scanned, way: Option<Way>, draft: Draft) -> Plan {
-        let superblock = &scanned.superblock;
+    /// `superblock` has an extension that is made up, if it was lost.
+    fn of(scanned: &Scanned, superblock: RawSuperblock, way: Option<Way>, draft: Draft) -> Plan {
         let extension = superblock.extension().cloned();
         let bad_copy = match (superblock.has_damaged_copy(), superblock.has_torn_copy()) {
             (true, _) => Some("damaged"),
             (false, true) => Some("torn"),
             (false, false) => None,
         };
-        let page = extension
-            .as_ref()
-            .filter(|_| draft.unmark || bad_copy.is_some())
-            .map(|page| SuperblockExtension { clean: page.clean.filter(|_| !draft.unmark), ..page.next() });
+        let pairs_anew = extension.is_some() && scanned.superblock.extension().is_none();
+        let page = |page: &SuperblockExtension| SuperblockExtension {
+            clean: page.clean.filter(|_| !draft.unmark),
+            ..page.next()
+        };
+        // The generation tells a log that was salvaged from an older copy of it, which may be longer.
+        let needed = draft.unmark || bad_copy.is_some() || pairs_anew || way.is_some();
+        let mut pages: Vec<_> = extension.iter().filter(|_| needed).map(page).collect();
+        if pairs_anew {
+            pages.extend(pages.first().map(SuperblockExtension::next));
+        }
+        let digest = extension.as_ref().map(SuperblockExtension::digest);
         Plan {
             way,
             point: draft.point,
             given_up: Vec::new(),
             disbelieved: draft.disbelieved,
             geometry: superblock.geometry,
-            record: Some(draft.written_back).filter(|&id| superblock.record != Ok(id)),
+            record: Some(draft.written_back)
+                .filter(|&id| superblock.record != Ok(id))
+                .map(|id| Record { id, digest }),
             extension,
             draft,
-            page,
+            pages,
             bad_copy,
+            pairs_anew,
+        }
+    }
+
+    /// If the cache has lost to which backing device it belongs, it is to be this one.
+    pub fn pair(&mut self, backing: &BackingFacts<'_>) {
+        for page in self.pages.iter_mut().filter(|_| self.pairs_anew) {
+            page.backing_sectors = backing.sectors;
+            page.backing_id = fitting(backing.identity).into();
         }
     }
 
@@ -283,18 +341,16 @@ impl Plan {
             write_record(device, record).await?;
             device.flush().await?;
         }
-        let writes = self.draft.changes.iter().map(|change| self.change(device, *change));
-        all(stream::iter(writes).buffer_unordered(WRITE_DEPTH)).await?;
-        device.flush().await?;
-        if let Some(change) = self.draft.decisive {
-            self.change(device, change).await?;
+        for changes in [&self.draft.changes[..], self.draft.decisive.as_slice(), &self.draft.later] {
+            let writes = changes.iter().map(|change| self.change(device, *change));
+            all(stream::iter(writes).buffer_unordered(WRITE_DEPTH)).await?;
             device.flush().await?;
         }
         if let Some(id) = self.draft.cut_short {
             close_segment(device, self.geometry, id).await?;
             device.flush().await?;
         }
-        if let Some(page) = &self.page {
+        for page in &self.pages {
             write_extension(device, page).await?;
             device.flush().await?;
         }
@@ -314,7 +370,7 @@ impl Plan {
                 return remains.write(device, self.geometry).await;
             }
         }
-        write_filler(device, self.geometry, slot, id, self.extension.as_ref()).await
+        write_filler(device, self.geometry, slot, (id, self.draft.durable), self.extension.as_ref()).await
     }
 
     async fn remains(&self, device: &Device, id: SegmentId) -> Option<Remains> {

@@ -1,12 +1,13 @@
 //! Walking the slots of a cache device: read, decode, verify.
 
-use super::LogError;
 use super::recovery::{Proof, slot_index, valid};
+use super::{LogError, Use};
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, HeaderFault, PLACES, PageFault, RECORD_BLOCK_OFFSET,
-    SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_OFFSET, SegmentExtension, SegmentHeader, SegmentId, Slot,
-    SuperblockExtension, SuperblockFault, decode_magic, decode_record, fitting, printable, to_u64,
+    BLOCK_BYTES, Commit, EXTENSION_OFFSETS, EXTENSION_VERSION, FirstSector, Geometry, HeaderFault, PLACES,
+    PageFault, RECORD_BLOCK_OFFSET, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_OFFSET, SegmentExtension,
+    SegmentHeader, SegmentId, Slot, SuperblockExtension, SuperblockFault, decode_magic, decode_record,
+    fitting, printable, to_u64,
 };
 use futures_util::future::BoxFuture;
 use futures_util::{Stream, StreamExt, stream};
@@ -30,6 +31,8 @@ pub struct Superblock {
     pub record: SegmentId,
     /// What wb adds to the base format; a device of the kernel module has none.
     pub extension: Option<SuperblockExtension>,
+    /// There is none, but a damaged copy or the record shows that there was one.
+    pub lost_extension: bool,
 }
 
 /// What the superblock region of a device says, right or wrong.
@@ -43,6 +46,8 @@ pub struct RawSuperblock {
     pub record: Result<SegmentId, SuperblockFault>,
     /// Both copies of the superblock extension.
     pub pages: [Result<SuperblockExtension, PageFault>; 2],
+    /// The digest of the cache that the record was written for, if it proves itself.
+    pub record_digest: Option<u32>,
 }
 
 impl RawSuperblock {
@@ -69,17 +74,19 @@ impl RawSuperblock {
     /// Whether this version may use the device, as far as its extension tells.
     ///
     /// # Errors
-    /// When both copies of the extension are damaged, it has features that are not known here, or the device was
-    /// resized since it was formatted.
-    pub fn check_extension(&self, device: &Device) -> Result<(), LogError> {
+    /// When the extension has a version or features that are not known here, or the device was resized since it was
+    /// formatted.
+    pub fn check_extension(&self, device: &Device, wanted: Use) -> Result<(), LogError> {
         let name = || device.name().to_string();
-        let Some(extension) = self.extension() else {
-            let damaged = self.pages.iter().any(|page| !matches!(page, Err(PageFault::Absent)));
-            return if damaged { Err(LogError::ExtensionDamaged { device: name() }) } else { Ok(()) };
-        };
-        let flags = extension.incompatible | extension.read_compatible;
-        if flags != 0 {
-            return Err(LogError::UnknownFeatures { device: name(), flags });
+        let Some(extension) = self.extension() else { return Ok(()) };
+        if extension.version != EXTENSION_VERSION {
+            return Err(LogError::UnknownVersion { device: name(), version: extension.version });
+        }
+        if extension.incompatible != 0 {
+            return Err(LogError::UnknownFeatures { device: name(), flags: extension.incompatible });
+        }
+        if extension.read_compatible != 0 && wanted == Use::Write {
+            return Err(LogError::ReadOnlyFeatures { device: name(), flags: extension.read_compatible });
         }
         let (formatted, found) = (extension.cache_bytes, device.size());
         if formatted != found {
@@ -95,6 +102,9 @@ impl RawSuperblock {
             geometry: self.geometry,
             extension: self.extension().cloned(),
             record: self.record.unwrap_or(SegmentId::NONE),
+            lost_extension: self.extension().is_none()
+                && (self.record_digest.is_some()
+                    || self.pages.iter().any(|page| !matches!(page, Err(PageFault::Absent)))),
         }
     }
 }
@@ -131,11 +141,20 @@ pub async fn examine_damaged_superblock(
     };
     let (first, no_magic) = read(SUPERBLOCK_OFFSET).await;
     let (last, no_record) = read(RECORD_BLOCK_OFFSET).await;
+    let pages = [page(EXTENSION_OFFSETS[0]).await, page(EXTENSION_OFFSETS[1]).await];
+    let digest = SuperblockExtension::newest(&pages).map(SuperblockExtension::digest);
+    let record = decode_record(&last);
+    let record_digest = record.ok().and_then(|record| record.digest);
+    let is_foreign = digest.zip(record_digest).is_some_and(|(ours, its)| ours != its);
     let superblock = RawSuperblock {
         geometry,
-        pages: [page(EXTENSION_OFFSETS[0]).await, page(EXTENSION_OFFSETS[1]).await],
+        pages,
         magic: decode_magic(&first),
-        record: decode_record(&last),
+        record: record.and_then(|record| match is_foreign {
+            true => Err(SuperblockFault::ForeignRecord { found: record.id.0 }),
+            false => Ok(record.id),
+        }),
+        record_digest,
     };
     Ok((superblock, [no_magic, no_record]))
 }
@@ -145,12 +164,12 @@ pub async fn examine_damaged_superblock(
 /// # Errors
 /// When the device cannot be read, has an impossible size, is no cache device, or its record is garbage; and as
 /// [`RawSuperblock::check_extension`].
-pub async fn read_superblock(device: &Device) -> Result<Superblock, LogError> {
+pub async fn read_superblock(device: &Device, wanted: Use) -> Result<Superblock, LogError> {
     let superblock = |fault| LogError::Superblock { device: device.name().to_string(), fault };
     let raw = examine_superblock(device).await?;
     raw.magic.map_err(superblock)?;
     raw.record.map_err(superblock)?;
-    raw.check_extension(device)?;
+    raw.check_extension(device, wanted)?;
     Ok(raw.or_no_record())
 }
 
@@ -252,6 +271,14 @@ pub enum SlotFault {
         /// How many blocks its last commit covers.
         length: u8,
     },
+    /// Not even the commit before the newest one verifies, which was durable when the header was written.
+    #[error("segment {id} has a wrong checksum, even up to the flush before its last, after {length} blocks")]
+    Commit {
+        /// The id found.
+        id: SegmentId,
+        /// How many blocks that commit covers.
+        length: u8,
+    },
     /// The device failed to read it.
     #[error(transparent)]
     Unreadable(#[from] DeviceError),
@@ -272,9 +299,16 @@ pub enum SlotState {
         extension: Option<SegmentExtension>,
         /// It stands by a commit. What was written of it after that is torn.
         cut_short: bool,
+        /// Where the kernel module leaves zeros in the first sector, there is something that wb has not written.
+        is_stray: bool,
     },
     /// Something else.
-    Invalid(SlotFault),
+    Invalid {
+        /// What is wrong.
+        fault: SlotFault,
+        /// The header's first sector proves itself, and names a segment that belongs here.
+        proved: Option<(SegmentId, SegmentExtension)>,
+    },
 }
 
 impl SlotState {
@@ -292,15 +326,18 @@ impl SlotState {
 pub struct SlotContent {
     /// The verdict.
     pub state: SlotState,
-    /// The header, where one could be decoded and is not empty. That of a segment that is cut short has only the entries of
-    /// the commit that stands.
+    /// The header, where one could be decoded and is not empty, be it damaged. That of a segment that is cut short has only
+    /// the entries of the commit that stands.
     pub header: Option<SegmentHeader>,
     /// How many bytes of the device were read for it.
     pub bytes_read: u64,
+    /// What the first sector of the header proves, for a verdict that is no better.
+    proved: Option<(SegmentId, SegmentExtension)>,
 }
 
 impl SlotContent {
-    const NOTHING: SlotContent = SlotContent { state: SlotState::Empty, header: None, bytes_read: 0 };
+    const NOTHING: SlotContent =
+        SlotContent { state: SlotState::Empty, header: None, bytes_read: 0, proved: None };
 }
 
 /// How much of a slot to read before its header tells how much of it there is.
@@ -318,9 +355,8 @@ pub async fn read_slot(device: &Device, geometry: Geometry, slot: Slot) -> SlotC
 
 async fn read_slot_by(device: &Device, geometry: Geometry, slot: Slot, first: First) -> SlotContent {
     let mut content = SlotContent::NOTHING;
-    if let Err(fault) = fill_slot(device, geometry, slot, first, &mut content).await {
-        content.state = SlotState::Invalid(fault);
-    }
+    let state = fill_slot(device, geometry, slot, first, &mut content).await;
+    content.state = state.unwrap_or_else(|fault| SlotState::Invalid { fault, proved: content.proved });
     content
 }
 
@@ -328,11 +364,11 @@ async fn fill_slot(
     device: &Device,
     geometry: Geometry,
     slot: Slot,
-    first: First,
+    how: First,
     content: &mut SlotContent,
-) -> Result<(), SlotFault> {
+) -> Result<SlotState, SlotFault> {
     let offset = geometry.slot_offset(slot);
-    let whole = match first {
+    let whole = match how {
         // Where that fails, it may be for what the segment does not use.
         First::Whole => device.read(offset, IoBuf::zeroed(SEGMENT_BYTES)).await.ok(),
         First::Header => None,
@@ -343,61 +379,70 @@ async fn fill_slot(
     };
     content.bytes_read = to_u64(front.len());
     let (block, rest) = (front.block_at(0), &front[BLOCK_BYTES..]);
-    let header = SegmentHeader::decode(block)?;
-    if header.id == SegmentId::NONE {
-        return Ok(());
+    let first =
+        FirstSector::decode(block).inspect_err(|_| content.header = SegmentHeader::presumed(block))?;
+    let id = first.id;
+    if id == SegmentId::NONE {
+        return Ok(SlotState::Empty);
     }
-    let header = content.header.insert(header);
-    let separate = match header.data_bytes() {
+    content.header = first.header(block, first.newest).ok();
+    let belongs = geometry.slot_of(id) == slot;
+    content.proved = first.extension.filter(|_| belongs).map(|extension| (id, extension));
+    let separate = match first.data_bytes() {
         bytes if bytes <= rest.len() => None,
         bytes => {
             content.bytes_read += to_u64(bytes);
             Some(device.read(offset + to_u64(BLOCK_BYTES), IoBuf::zeroed(bytes)).await?)
         }
     };
-    let data = separate.as_deref().unwrap_or(&rest[..header.data_bytes().min(rest.len())]);
-    let whole = header.verify(block, data);
-    let last = if whole { None } else { header.last_commit(block, data) };
-    if let Some(last) = last {
-        header.metablocks.truncate(usize::from(last.length));
-        header.checksum = last.checksum;
+    let data = separate.as_deref().unwrap_or(&rest[..first.data_bytes().min(rest.len())]);
+    let last = first.stands(block, data);
+    if !belongs {
+        return Err(SlotFault::WrongSlot { id, sound: last.is_some() });
     }
-    let (id, sound) = (header.id, whole || last.is_some());
-    match (geometry.slot_of(id) == slot, sound) {
-        (true, true) => {
-            let (length, extension) = (header.length(), header.extension);
-            content.state = SlotState::Valid { id, length, extension, cut_short: !whole };
-        }
-        (true, false) => return Err(SlotFault::Checksum { id }),
-        (false, sound) => return Err(SlotFault::WrongSlot { id, sound }),
-    }
-    Ok(())
+    let Some(last) = last else {
+        let before = first.before().map(|Commit { length, .. }| SlotFault::Commit { id, length });
+        return Err(before.unwrap_or(SlotFault::Checksum { id }));
+    };
+    let header = content.header.insert(first.header(block, last.commit)?);
+    let (length, extension) = (header.length(), header.extension);
+    Ok(SlotState::Valid { id, length, extension, cut_short: !last.is_whole, is_stray: first.is_stray })
 }
 
 /// Reads a slot's header block alone, unless that is torn. The state is [`SlotState::Valid`] when nothing in the header
 /// speaks against it; the data is not read and the checksum not verified.
 pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -> SlotContent {
     let mut content = SlotContent { bytes_read: to_u64(BLOCK_BYTES), ..SlotContent::NOTHING };
-    let read = device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await;
-    let decoded = read
-        .map_err(SlotFault::from)
-        .and_then(|block| SegmentHeader::decode(block.block_at(0)).map_err(SlotFault::from));
-    content.state = match decoded {
-        Err(fault) => SlotState::Invalid(fault),
-        Ok(header) if header.id == SegmentId::NONE => SlotState::Empty,
+    let invalid = |fault| SlotState::Invalid { fault, proved: None };
+    let block = match device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await {
+        Ok(block) => block,
+        Err(error) => return SlotContent { state: invalid(error.into()), ..content },
+    };
+    let block = block.block_at(0);
+    let first = match FirstSector::decode(block) {
+        Ok(first) => first,
+        Err(fault) => {
+            content.header = SegmentHeader::presumed(block);
+            return SlotContent { state: invalid(fault.into()), ..content };
+        }
+    };
+    if first.id == SegmentId::NONE {
+        return content;
+    }
+    let header = match first.header(block, first.newest) {
         // Which of its commits stands, the data tells.
-        Ok(header) if header.extension.is_some() && !header.is_whole => {
+        header if first.extension.is_some() && !header.as_ref().is_ok_and(|header| header.is_whole) => {
             return read_slot(device, geometry, slot).await;
         }
-        Ok(header) => {
-            let (id, length, extension) = (header.id, header.length(), header.extension);
-            content.header = Some(header);
-            if geometry.slot_of(id) == slot {
-                SlotState::Valid { id, length, extension, cut_short: false }
-            } else {
-                SlotState::Invalid(SlotFault::WrongSlot { id, sound: false })
-            }
-        }
+        Ok(header) => header,
+        Err(fault) => return SlotContent { state: invalid(fault.into()), ..content },
+    };
+    let (id, length, extension) = (header.id, header.length(), header.extension);
+    content.header = Some(header);
+    content.state = if geometry.slot_of(id) == slot {
+        SlotState::Valid { id, length, extension, cut_short: false, is_stray: first.is_stray }
+    } else {
+        invalid(SlotFault::WrongSlot { id, sound: false })
     };
     content
 }

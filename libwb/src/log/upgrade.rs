@@ -4,9 +4,11 @@ use super::LogError;
 use super::create::{write_extension, write_record};
 use super::live::live_totals;
 use super::salvage::{Plan, Scanned};
-use super::scan::{BackingFacts, SlotState};
+use super::scan::BackingFacts;
 use crate::device::{Device, DeviceError, IoBuf};
-use crate::format::{BLOCK_BYTES, EXTENSION_OFFSETS, SECTOR_BYTES, SegmentId, SuperblockExtension, fitting};
+use crate::format::{
+    BLOCK_BYTES, EXTENSION_OFFSETS, Record, SECTOR_BYTES, SegmentId, SuperblockExtension, fitting,
+};
 use std::time::Duration;
 use uuid::Uuid;
 
@@ -17,8 +19,8 @@ pub struct Upgrade {
     pub repair: Option<Plan>,
     /// The last segment that is known to be written back.
     pub written_back: SegmentId,
-    /// Whether the superblock record must be written to say so.
-    pub records: bool,
+    /// What the superblock record says of that.
+    pub recorded: SegmentId,
     /// How many blocks are dirty. They stay so.
     pub dirty_blocks: u64,
     /// The new extension.
@@ -42,13 +44,9 @@ impl Upgrade {
         if scanned.superblock.extension().is_some() {
             return Err(LogError::Extended { device: name() });
         }
+        // One that has lost its extension would be repaired by a new one.
+        let recovery = scanned.recovery().refuse_corrupt(device)?;
         let repair = scanned.repair(device)?;
-        for slot in &scanned.slots {
-            if let &SlotState::Valid { id, extension: Some(_), .. } = slot {
-                return Err(LogError::ExtensionLost { device: name(), id });
-            }
-        }
-        let recovery = scanned.recovery();
         let live = live_totals(device, scanned.superblock.geometry, &recovery, Some(backing.sectors)).await?;
         if let Some(beyond) = live.beyond.first() {
             return Err(beyond.refuse(device, backing));
@@ -57,7 +55,7 @@ impl Upgrade {
         Ok(Upgrade {
             repair,
             written_back,
-            records: written_back > recovery.record,
+            recorded: recovery.record,
             dirty_blocks: live.dirty_blocks,
             extension: SuperblockExtension {
                 label: fitting(label).into(),
@@ -71,7 +69,7 @@ impl Upgrade {
     /// What is written, one thing each.
     pub fn changes(&self) -> Vec<String> {
         let mut changes = self.repair.as_ref().map(Plan::changes).unwrap_or_default();
-        if self.records && self.repair.is_none() {
+        if self.written_back > self.recorded && self.repair.is_none() {
             changes.push(format!(
                 "the superblock record: segment {} is the last written back",
                 self.written_back
@@ -92,8 +90,8 @@ impl Upgrade {
         if let Some(repair) = &self.repair {
             repair.apply(device).await?;
         }
-        if self.records {
-            write_record(device, self.written_back).await?;
+        if self.written_back > self.recorded {
+            write_record(device, Record { id: self.written_back, digest: None }).await?;
         }
         // The marker is in the first sector of a page. It is written when the rest is there, or a torn page would be
         // taken for a damaged one, and the device refused.
@@ -110,7 +108,10 @@ impl Upgrade {
             write_extension(device, &page).await?;
             device.flush().await?;
         }
-        Ok(())
+        // A record that proves itself on a device without the extension would show that this was lost.
+        let digest = Some(self.extension.digest());
+        write_record(device, Record { id: self.written_back.max(self.recorded), digest }).await?;
+        device.flush().await
     }
 }
 
@@ -184,7 +185,7 @@ mod tests {
         lost.image[to_usize(EXTENSION_OFFSETS[1])..][..8].fill(0);
         let refused = |log: &Log| plan(&(log.device() as Device)).expect_err("a refusal");
         assert!(refused(&corrupt).is_corruption());
-        assert!(matches!(refused(&lost), LogError::ExtensionLost { .. }));
+        assert!(refused(&lost).is_corruption());
         let device: Device = Log::new(9, false).device();
         let small = BackingFacts { sectors: 800 * 8, ..BACKING };
         let plan = block_on(Upgrade::plan(&device, &read(&device), &small, "", Duration::ZERO));

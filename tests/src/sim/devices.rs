@@ -39,7 +39,7 @@ pub(super) fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
 /// What the superblock record of a cache device says is written back.
 pub(super) fn record_of(cache: &[u8]) -> SegmentId {
     let block = cache[to_usize(RECORD_BLOCK_OFFSET)..].first_chunk().expect("a cache device");
-    decode_record(block).unwrap_or(SegmentId::NONE)
+    decode_record(block).map_or(SegmentId::NONE, |record| record.id)
 }
 
 /// Makes the devices fail for a while, a few times, and sound again.

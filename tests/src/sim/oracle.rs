@@ -9,7 +9,8 @@
 //! *Crashes.* What is recovered is the state at one moment T, at or after the submission of the last acknowledged
 //! flush. A write that any sector shows was submitted before T; so every write acknowledged before the latest
 //! such submission is in the state: in each of its sectors, it or something no older shows. Writes under way at T
-//! may be there in part.
+//! may be there in part; of one that was acknowledged, each block is there whole or not at all, and none without those
+//! before it ([`blocks`]).
 //!
 //! *Discards* are writes of zeros. A sector that shows zeros may show any of them, so it is enough that one is right.
 //!
@@ -23,6 +24,8 @@ use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::ops::Range;
+
+mod blocks;
 
 /// A moment, as a count of events.
 pub type Moment = u64;
@@ -364,6 +367,7 @@ impl Oracle {
                 || (sector, candidates.first().and_then(|shown| judge(shown).err()).unwrap_or_default());
             recovered.push(right.copied().ok_or_else(wrong)?);
         }
+        blocks::check(&self.sectors, &recovered)?;
         Ok(recovered)
     }
 

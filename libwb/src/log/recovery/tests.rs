@@ -1,4 +1,5 @@
 use super::*;
+use crate::format::SuperblockExtension;
 use crate::format::{SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64};
 use proptest::prelude::*;
 
@@ -12,15 +13,22 @@ fn log(slots: u64, newest: u64, torn: &[u64]) -> Vec<SlotState> {
     g.all_slots()
         .map(|slot| match g.id_in_slot(slot, SegmentId(newest)) {
             SegmentId::NONE => SlotState::Empty,
-            id if torn.contains(&id.0) => SlotState::Invalid(SlotFault::Checksum { id }),
-            id => SlotState::Valid { id, length: 127, extension: None, cut_short: false },
+            id if torn.contains(&id.0) => invalid(SlotFault::Checksum { id }),
+            id => SlotState::Valid { id, length: 127, extension: None, cut_short: false, is_stray: false },
         })
         .collect()
 }
 
 fn run(slots: u64, record: u64, states: &[SlotState]) -> Recovery {
-    let superblock = Superblock { geometry: geometry(slots), record: SegmentId(record), extension: None };
-    recover(&superblock, states)
+    recover(&superblock(slots, record, None), states)
+}
+
+fn superblock(slots: u64, record: u64, extension: Option<SuperblockExtension>) -> Superblock {
+    Superblock { geometry: geometry(slots), record: SegmentId(record), extension, lost_extension: false }
+}
+
+fn invalid(fault: SlotFault) -> SlotState {
+    SlotState::Invalid { fault, proved: None }
 }
 
 fn ids(range: impl IntoIterator<Item = u64>) -> Vec<SegmentId> {
@@ -56,7 +64,13 @@ fn a_torn_newest_segment_is_a_power_cut() {
 fn a_hole_drops_what_follows_and_the_stale_segment_in_it_is_not_applied() {
     // Segment 20 was lost; its slot still holds segment 6, which is valid and older than 7.
     let mut states = log(14, 22, &[]);
-    states[5] = SlotState::Valid { id: SegmentId(6), length: 127, extension: None, cut_short: false };
+    states[5] = SlotState::Valid {
+        id: SegmentId(6),
+        length: 127,
+        extension: None,
+        cut_short: false,
+        is_stray: false,
+    };
     let r = run(14, 0, &states);
     assert_eq!(r.live().collect::<Vec<_>>(), ids(9..=19));
     assert_eq!(r.dropped, ids([21, 22]));
@@ -100,9 +114,9 @@ fn a_truncated_device_is_noticed() {
         .map(|slot| {
             let id = geometry(14).id_in_slot(Slot(slot), SegmentId(30));
             if geometry(10).slot_of(id) == Slot(slot) {
-                SlotState::Valid { id, length: 1, extension: None, cut_short: false }
+                SlotState::Valid { id, length: 1, extension: None, cut_short: false, is_stray: false }
             } else {
-                SlotState::Invalid(SlotFault::WrongSlot { id, sound: true })
+                invalid(SlotFault::WrongSlot { id, sound: true })
             }
         })
         .collect();
@@ -144,9 +158,7 @@ fn run_extended(
             *extension = claims(id.0);
         }
     }
-    let superblock =
-        Superblock { geometry: geometry(slots), record: SegmentId(record), extension: Some(page()) };
-    recover(&superblock, &states)
+    recover(&superblock(slots, record, Some(page())), &states)
 }
 
 #[test]
@@ -169,7 +181,7 @@ fn a_durable_segment_that_is_gone_is_corruption_however_near_the_end() {
 
 #[test]
 fn rot_after_a_clean_close_is_corruption_even_in_the_newest_segment() {
-    let mut superblock = Superblock { geometry: geometry(14), record: SegmentId(0), extension: Some(page()) };
+    let mut superblock = superblock(14, 0, Some(page()));
     let states = log(14, 3, &[3]);
     assert!(recover(&superblock, &states).corruption.is_empty());
     superblock.extension.as_mut().unwrap().clean = Some(SegmentId(3));
@@ -184,7 +196,7 @@ fn what_cannot_be_read_is_not_taken_for_the_work_of_a_power_cut() {
     let unreadable = || {
         let cause = nix::errno::Errno::EIO;
         let operation = crate::device::Operation::Read;
-        SlotState::Invalid(SlotFault::Unreadable(crate::device::DeviceError {
+        invalid(SlotFault::Unreadable(crate::device::DeviceError {
             device: "cache".into(),
             operation,
             offset: 0,
@@ -239,8 +251,7 @@ fn run_with_commits(states: Vec<SlotState>, open: &[u64], short: &[u64], durable
         *extension = Some(SegmentExtension { reason, ..claims });
         *cut_short = short.contains(&id.0);
     }
-    let superblock = Superblock { geometry: geometry(14), record: SegmentId(0), extension: Some(page()) };
-    recover(&superblock, &states)
+    recover(&superblock(14, 0, Some(page())), &states)
 }
 
 #[test]
@@ -276,13 +287,48 @@ fn the_kernel_module_goes_on_after_a_segment_that_was_not_closed() {
     assert_eq!((r.point, r.open_end(), r.corruption), (SegmentId(9), None, vec![]));
 }
 
+#[test]
+fn nothing_is_skipped_above_a_record_that_is_above_what_a_lap_tells() {
+    // H − n is 6, and the kernel module may have been writing over segment 7, or over 9.
+    assert_eq!(run(14, 0, &log(14, 20, &[9])).skipped, ids(7..=9));
+    let r = run(14, 8, &log(14, 20, &[9]));
+    assert_eq!((r.skipped.len(), r.point), (0, SegmentId(8)));
+    assert!(matches!(r.corruption[0], Corruption::Gap { missing: SegmentId(9), .. }), "{r:?}");
+}
+
+#[test]
+fn what_a_torn_header_proves_counts() {
+    let mut states = log(14, 9, &[9]);
+    let torn = |durable, back| SlotState::Invalid {
+        fault: SlotFault::Checksum { id: SegmentId(10) },
+        proved: extended(durable, back).map(|extension| (SegmentId(10), extension)),
+    };
+    states[9] = torn(9, 4);
+    let r = run_extended(14, 0, states.clone(), |_| extended(0, 0));
+    assert_eq!((r.written_back, r.durable), (SegmentId(4), SegmentId(9)));
+    assert_eq!(r.corruption[0], Corruption::DurableMissing { missing: SegmentId(9), durable: SegmentId(9) });
+    // Of another cache, or of what comes after it, it says nothing.
+    states[9] = torn(10, 10);
+    let r = run_extended(14, 0, states.clone(), |_| extended(0, 0));
+    assert_eq!((r.written_back, r.durable, r.corruption), (SegmentId(0), SegmentId(0), vec![]));
+    let SlotState::Invalid { proved: Some((_, extension)), .. } = &mut states[9] else { unreachable!() };
+    (extension.durable, extension.digest) = (SegmentId(9), 1);
+    assert_eq!(run_extended(14, 0, states, |_| extended(0, 0)).durable, SegmentId(0));
+}
+
 fn any_state() -> impl Strategy<Value = SlotState> {
     let id =
         prop_oneof![0..40u64, any::<u64>().prop_map(|id| id % (SegmentId::MAX.0 + 1))].prop_map(SegmentId);
     prop_oneof![
         Just(SlotState::Empty),
-        id.clone().prop_map(|id| SlotState::Valid { id, length: 1, extension: None, cut_short: false }),
-        id.prop_map(|id| SlotState::Invalid(SlotFault::Checksum { id })),
+        id.clone().prop_map(|id| SlotState::Valid {
+            id,
+            length: 1,
+            extension: None,
+            cut_short: false,
+            is_stray: false
+        }),
+        id.prop_map(|id| invalid(SlotFault::Checksum { id })),
     ]
 }
 

@@ -4,9 +4,11 @@
 //! what follows P is kept.
 
 use super::Way;
-use crate::format::{Geometry, Reason, SegmentExtension, SegmentId, Slot, SuperblockFault};
+use crate::format::{Geometry, HeaderFault, Reason, SegmentExtension, SegmentId, Slot};
 use crate::log::create::filler_extension;
-use crate::log::recovery::{Corruption, LAST_SANE_ID, Recovery, explained, recover, slot_index, valid};
+use crate::log::recovery::{
+    Corruption, LAST_SANE_ID, Recovery, explained, proved, recover, slot_index, valid,
+};
 use crate::log::scan::{RawSuperblock, SlotFault, SlotState, Superblock};
 
 /// A slot that is to be rewritten.
@@ -46,10 +48,14 @@ pub(super) struct Draft {
     pub(super) written_back: SegmentId,
     /// F.
     pub(super) point: SegmentId,
+    /// Up to where segments are known to have been durable.
+    pub(super) durable: SegmentId,
     /// The order does not matter.
     pub(super) changes: Vec<Change>,
-    /// Comes after all others. Until then recovery refuses the log, or makes of it what it makes of it in the end.
+    /// Comes after those. Until then recovery refuses the log, or makes of it what it makes of it in the end.
     pub(super) decisive: Option<Change>,
+    /// Come last: until then, what they take away shows that the log was corrupt.
+    pub(super) later: Vec<Change>,
     /// The segment at F, if it is cut short, and its header must say so.
     pub(super) cut_short: Option<SegmentId>,
     /// The clean mark names a segment that will not be there.
@@ -74,8 +80,7 @@ impl Draft {
                 None
             }
             Ok(record) => Some(record),
-            Err(SuperblockFault::GarbageRecord { found }) => Some(SegmentId(found)),
-            Err(SuperblockFault::WrongMagic { .. }) => return None,
+            Err(fault) => Some(SegmentId(fault.record()?)),
         };
         let recovery = recover(&superblock, &slots);
         let plan = Planner { superblock: &superblock, slots: &slots, recovery: &recovery };
@@ -99,7 +104,7 @@ impl Draft {
         let (superblock, outcome) = self.outcome(superblock, slots);
         let after = explained(&superblock, &outcome);
         let changed = |nth: usize| {
-            matches!((&outcome[nth], &after[nth]), (SlotState::Valid { .. }, SlotState::Invalid(_)))
+            matches!((&outcome[nth], &after[nth]), (SlotState::Valid { .. }, SlotState::Invalid { .. }))
         };
         (0..slots.len()).any(changed).then(|| {
             (0..slots.len())
@@ -111,13 +116,15 @@ impl Draft {
 
     /// Whether there is nothing to be done.
     pub(super) fn is_empty(&self) -> bool {
-        let unchanged = self.changes.is_empty() && self.decisive.is_none() && self.cut_short.is_none();
-        unchanged && !self.unmark && self.disbelieved.is_none()
+        self.all_changes().next().is_none()
+            && self.cut_short.is_none()
+            && !self.unmark
+            && self.disbelieved.is_none()
     }
 
     /// Every change.
     pub(super) fn all_changes(&self) -> impl Iterator<Item = Change> {
-        self.changes.iter().copied().chain(self.decisive)
+        self.changes.iter().copied().chain(self.decisive).chain(self.later.iter().copied())
     }
 
     fn leads_to_a_sound_log(&self, superblock: &Superblock, slots: &[SlotState]) -> bool {
@@ -130,7 +137,7 @@ impl Draft {
     fn outcome(&self, superblock: &Superblock, slots: &[SlotState]) -> (Superblock, Vec<SlotState>) {
         let mut superblock = superblock.clone();
         superblock.record = self.written_back;
-        let filler = superblock.extension.as_ref().map(filler_extension);
+        let page = superblock.extension.clone();
         if let Some(page) = superblock.extension.as_mut().filter(|_| self.unmark) {
             page.clean = None;
         }
@@ -138,7 +145,13 @@ impl Draft {
         for change in self.all_changes() {
             slots[slot_index(change.slot)] = match change.id {
                 SegmentId::NONE => SlotState::Empty,
-                id => SlotState::Valid { id, length: 0, extension: filler, cut_short: false },
+                id => SlotState::Valid {
+                    id,
+                    length: 0,
+                    extension: page.as_ref().map(|page| filler_extension(page, id, self.durable)),
+                    cut_short: false,
+                    is_stray: false,
+                },
             };
         }
         if let Some(id) = self.cut_short {
@@ -161,23 +174,27 @@ struct Planner<'a> {
 impl Planner<'_> {
     fn draft(&self, way: Option<Way>) -> Draft {
         let (recovery, geometry) = (self.recovery, self.superblock.geometry);
-        let tail_is_corrupt = recovery.corruption.iter().any(|corruption| {
-            matches!(
-                corruption,
-                Corruption::Gap { .. }
-                    | Corruption::DurableMissing { .. }
-                    | Corruption::WrittenPastHole { .. }
-            )
-        });
         let end = self.end();
+        let tail_is_corrupt = way.is_some()
+            && (end > recovery.highest.max(recovery.point)
+                || recovery.corruption.iter().any(|corruption| {
+                    matches!(
+                        corruption,
+                        Corruption::Gap { .. }
+                            | Corruption::DurableMissing { .. }
+                            | Corruption::WrittenPastHole { .. }
+                    )
+                }));
         let point = if way == Some(Way::Skip) && tail_is_corrupt { end } else { recovery.point };
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let needed = written_back.max(point.minus(geometry.lap()));
         let mut draft = Draft {
             written_back,
             point,
+            durable: recovery.durable,
             changes: Vec::new(),
             decisive: None,
+            later: Vec::new(),
             cut_short: Some(point).filter(|&id| id > written_back && self.is_cut_short(id)),
             unmark: self.clean_mark() > Some(point),
             disbelieved: None,
@@ -186,25 +203,47 @@ impl Planner<'_> {
         for slot in geometry.all_slots() {
             self.visit(slot, needed, &mut draft);
         }
-        if way == Some(Way::Stop) && tail_is_corrupt {
-            for id in (point.next().0..=end.0).map(SegmentId) {
-                draft.doomed.push(self.doomed(geometry.slot_of(id), id));
-            }
+        if tail_is_corrupt {
+            self.doom_tail(end, &mut draft);
         }
         draft.doomed.sort_unstable_by_key(|doomed| (doomed.id, doomed.slot));
         draft.doomed.dedup();
-        draft.choose_decisive(geometry, recovery.highest);
+        draft.order_changes(geometry, recovery.highest);
         draft
     }
 
-    /// The last segment that there was: the newest one that stands, or one that the clean mark names if all that may
-    /// have stood after the newest is damaged.
+    /// Of the segments beyond F, those that stand, and those that were durable. No more than a lap of them had a slot.
+    fn doom_tail(&self, end: SegmentId, draft: &mut Draft) {
+        let geometry = self.superblock.geometry;
+        let last = end.max(self.recovery.durable);
+        let first = draft.point.max(last.minus(geometry.lap())).next();
+        for id in (first.0..=last.0).map(SegmentId) {
+            draft.doomed.push(self.doomed(geometry.slot_of(id), id));
+        }
+    }
+
+    /// The last segment that there was: the newest one that stands; one of which a commit was durable; or one that is known to
+    /// have been durable, if nothing stands in the way.
     fn end(&self) -> SegmentId {
         let highest = self.recovery.highest.max(self.recovery.point);
-        match self.clean_mark() {
-            Some(clean) if goes_on(self.superblock, self.slots, highest, clean) => clean,
-            _ => highest,
-        }
+        let geometry = self.superblock.geometry;
+        let committed = |state: &SlotState| match state {
+            SlotState::Invalid { fault: SlotFault::Commit { .. }, .. } => proved(state, self.superblock),
+            _ => None,
+        };
+        let committed = self.slots.iter().filter_map(committed).map(|(id, _)| id);
+        let committed = committed.filter(|&id| is_near(geometry, highest, id)).max().unwrap_or_default();
+        let durable = Some(self.recovery.durable).filter(|&last| {
+            is_near(geometry, highest, last)
+                && (highest.next().0..=last.0).all(|id| !self.is_needed(geometry.slot_of(SegmentId(id))))
+        });
+        highest.max(committed).max(durable.unwrap_or_default())
+    }
+
+    /// Whether a slot holds a segment that stands and is not written back.
+    fn is_needed(&self, slot: Slot) -> bool {
+        let found = valid(&self.slots[slot_index(slot)], self.superblock);
+        found.is_some_and(|(id, _)| id > self.recovery.written_back)
     }
 
     /// Whether the header of a segment does not tell what stands of it.
@@ -227,7 +266,7 @@ impl Planner<'_> {
         // The log must not end below what is recorded as written back.
         let must_stand = live || (id == point && id != SegmentId::NONE);
         let fault = match state {
-            SlotState::Invalid(fault) => Some(fault),
+            SlotState::Invalid { fault, .. } => Some(fault),
             _ => None,
         };
         if !(must_stand && found != id || found > point || fault.is_some()) {
@@ -241,6 +280,12 @@ impl Planner<'_> {
             let held = match fault {
                 SlotFault::WrongSlot { id, sound: true } => *id,
                 SlotFault::Unreadable(_) if in_flight > point => in_flight,
+                SlotFault::Header(HeaderFault::FirstSector { id, may_be_torn: false })
+                    if in_flight > point =>
+                {
+                    Some(in_flight).filter(|named| named.0 == *id).unwrap_or_default()
+                }
+                SlotFault::Header(HeaderFault::NoId) if in_flight > point => SegmentId::NONE,
                 _ if in_flight == SegmentId::NONE => SegmentId::NONE,
                 _ => return,
             };
@@ -250,7 +295,7 @@ impl Planner<'_> {
 
     fn doomed(&self, slot: Slot, id: SegmentId) -> Doomed {
         let found = match &self.slots[slot_index(slot)] {
-            SlotState::Invalid(_) => Found::Damaged,
+            SlotState::Invalid { .. } => Found::Damaged,
             state if valid(state, self.superblock).is_some_and(|(found, _)| found == id) => Found::Sound,
             _ => Found::Nothing,
         };
@@ -268,28 +313,37 @@ impl Planner<'_> {
 }
 
 impl Draft {
-    fn choose_decisive(&mut self, geometry: Geometry, highest: SegmentId) {
-        let nth = if highest > self.point {
+    fn order_changes(&mut self, geometry: Geometry, highest: SegmentId) {
+        if highest > self.point {
             // While the newest segment stands, W and P do too.
-            self.changes.iter().position(|change| change.slot == geometry.slot_of(highest))
-        } else {
-            // While the first missing segment is missing, so is all that follows it.
-            let live = self.changes.iter().enumerate().filter(|(_, change)| change.live);
-            live.min_by_key(|(_, change)| change.id).map(|(nth, _)| nth)
-        };
-        self.decisive = nth.map(|nth| self.changes.remove(nth));
+            let newest = geometry.slot_of(highest);
+            self.decisive = self.changes.extract_if(.., |change| change.slot == newest).next();
+            return;
+        }
+        // While the first missing segment is missing, so is all that follows it.
+        let first = self.changes.iter().filter(|change| change.live).map(|change| change.id).min();
+        if first.is_some() {
+            self.decisive = self.changes.extract_if(.., |change| Some(change.id) == first).next();
+            self.later = self.changes.extract_if(.., |change| !change.live).collect();
+        }
     }
+}
+
+/// Whether a log whose newest segment is `highest` may have come to `last`. Of one of which nothing stands, there is no telling
+/// where it had come to.
+fn is_near(geometry: Geometry, highest: SegmentId, last: SegmentId) -> bool {
+    let from = if highest == SegmentId::NONE { last.minus(geometry.lap()) } else { highest };
+    last <= LAST_SANE_ID && last.since(from) <= geometry.lap()
 }
 
 /// Whether the log may have gone on from `highest` to `last`: every slot that it would have written since is damaged,
 /// and none holds what had stood there before.
 fn goes_on(superblock: &Superblock, slots: &[SlotState], highest: SegmentId, last: SegmentId) -> bool {
     let geometry = superblock.geometry;
-    // Of a log of which nothing stands, there is no telling where it had come to.
     let from = if highest == SegmentId::NONE { last.minus(geometry.lap()) } else { highest };
-    let damaged = |id| matches!(slots[slot_index(geometry.slot_of(SegmentId(id)))], SlotState::Invalid(_));
-    let is_near = last <= LAST_SANE_ID && last.since(from) <= geometry.lap();
-    last > highest && is_near && (from.next().0..=last.0).all(damaged)
+    let damaged =
+        |id| matches!(slots[slot_index(geometry.slot_of(SegmentId(id)))], SlotState::Invalid { .. });
+    last > highest && is_near(geometry, highest, last) && (from.next().0..=last.0).all(damaged)
 }
 
 /// Nothing protects the superblock record against rot. What it says counts if it lies within the log, or the log may
@@ -333,7 +387,7 @@ fn without_misnumbered(superblock: &Superblock, slots: &[SlotState]) -> Vec<Slot
         }
     }
     let misnumbered = |state: &SlotState| valid(state, superblock).filter(|(id, _)| id.since(top) > lap);
-    let damaged = |id| SlotState::Invalid(SlotFault::WrongSlot { id, sound: false });
+    let damaged = |id| SlotState::Invalid { fault: SlotFault::WrongSlot { id, sound: false }, proved: None };
     slots
         .iter()
         .map(|state| misnumbered(state).map_or_else(|| state.clone(), |(id, _)| damaged(id)))

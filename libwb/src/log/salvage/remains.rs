@@ -21,21 +21,39 @@ pub(super) struct Remains {
 }
 
 impl Remains {
-    /// Looks what is left of segment `id` in its slot. Nothing can be proved of a segment without the extension: its
-    /// one checksum covers it whole.
+    /// Looks what is left of segment `id` in its slot. Each block has a CRC, and so has the header. Where only its first sector is
+    /// damaged, the checksum of the base kind proves all or nothing. Nothing can be proved of a segment without the extension.
     pub(super) async fn find(
         device: &Device,
         geometry: Geometry,
         id: SegmentId,
         digest: Option<u32>,
     ) -> Option<Remains> {
-        let slot = geometry.slot_of(id);
+        let (slot, digest) = (geometry.slot_of(id), digest?);
         let block = device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await.ok()?;
-        let header = SegmentHeader::decode(block.block_at(0)).ok()?;
-        let is_ours =
-            |its: &SegmentExtension| header.is_whole && header.id == id && Some(its.digest) == digest;
-        let extension = header.extension.filter(is_ours)?;
-        let extension = SegmentExtension { reason: Reason::Salvage, before: None, ..extension };
+        let header = match SegmentHeader::decode(block.block_at(0)) {
+            Ok(header) if header.extension.is_some() => {
+                let is_ours = header.extension.is_some_and(|extension| extension.digest == digest);
+                (is_ours && header.is_whole).then_some(header)
+            }
+            _ => {
+                let presumed = SegmentHeader::presumed(block.block_at(0)).filter(|it| it.length() > 0)?;
+                let place = geometry.place_offset(Place { slot, index: 0 });
+                let data = device.read(place, IoBuf::zeroed(presumed.data_bytes())).await.ok()?;
+                presumed.verify(block.block_at(0), &data).then_some(presumed)
+            }
+        };
+        let header = header.filter(|header| header.id == id)?;
+        let unknown = SegmentExtension {
+            digest,
+            reason: Reason::Salvage,
+            durable: SegmentId::NONE,
+            written_back: SegmentId::NONE,
+            time: 0,
+            before: None,
+        };
+        let known = |it| SegmentExtension { reason: Reason::Salvage, before: None, ..it };
+        let extension = header.extension.map_or(unknown, known);
         let is_good = async |(index, entry): (u8, &Metablock)| {
             let place = geometry.place_offset(Place { slot, index });
             let data = device.read(place, IoBuf::zeroed(BLOCK_BYTES)).await;

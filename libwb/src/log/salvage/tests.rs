@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::format::{BLOCK_BYTES, EXTENSION_OFFSETS, SECTOR_BYTES, SEGMENT_BYTES, to_u64, to_usize};
+use crate::log::evidence::cases_of_evidence;
 use crate::log::live::Beyond;
 use crate::log::recovery::Corruption;
 use crate::log::rig::{
@@ -263,7 +264,7 @@ fn a_repair_makes_a_log_whole_and_keeps_its_volume() {
             block_on(plan.apply(&device)).unwrap();
             let after = read(&device);
             assert!(after.repair(&device).unwrap().is_none());
-            assert!(after.slots.iter().all(|slot| !matches!(slot, SlotState::Invalid(_))));
+            assert!(after.slots.iter().all(|slot| !matches!(slot, SlotState::Invalid { .. })));
             assert!(after.recovery().dropped.is_empty());
             assert_eq!(volume(&recorder.memory.content()), Some(before));
         }
@@ -342,6 +343,7 @@ fn cases() -> Vec<Log> {
     marked_beyond.put(11, true, 0);
     marked_beyond.write_pages(Some(SegmentId(20)));
     cases.push(marked_beyond);
+    cases.extend(cases_of_evidence());
     let mut mixed = Log::new(20, true);
     mixed.put(19, false, 0);
     mixed.garble(8);

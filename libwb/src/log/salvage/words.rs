@@ -7,6 +7,10 @@ use serde::Serialize;
 /// Items of a list that are shown one by one.
 const SHOWN: usize = 10;
 
+/// What a cache gives up that has lost both copies of the superblock extension.
+const LOST_PAIRING: &str =
+    "gives up the cache's UUID, its label, and what shows that the backing device is the right one";
+
 /// What a way on gives up. The names are part of the programs' interface.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
@@ -59,7 +63,7 @@ impl Plan {
             what.push(format!("what stands in {} {}", noun(slots.len(), "slot"), shortened(&slots)));
         }
         if what.is_empty() {
-            return "gives up nothing".into();
+            return if self.pairs_anew { LOST_PAIRING.into() } else { "gives up nothing".into() };
         }
         let blocks = self.blocks();
         let unsure = self.given_up.iter().any(|lost| lost.certainty == Certainty::Perhaps);
@@ -77,6 +81,9 @@ impl Plan {
         let unknown = self.ids(|lost| lost.certainty == Certainty::Unknown);
         if !unknown.is_empty() {
             text += &format!("; what {} held is not known", segments(&unknown));
+        }
+        if self.pairs_anew {
+            text += &format!(". And it {LOST_PAIRING}");
         }
         text
     }
@@ -99,7 +106,7 @@ impl Plan {
         }
         let mut changes = Vec::new();
         if let Some(record) = self.record {
-            changes.push(format!("the superblock record: segment {record} is the last written back"));
+            changes.push(format!("the superblock record: segment {} is the last written back", record.id));
         }
         for (ids, what) in
             [(&mut kept, "the good blocks alone of"), (&mut emptied, "empty segments in the places of")]
@@ -117,6 +124,16 @@ impl Plan {
         }
         if self.draft.unmark {
             changes.push("no more mark that the cache was closed in order".into());
+        }
+        if self.pairs_anew {
+            let paired = self.pages.first().filter(|page| page.backing_sectors > 0);
+            changes.push(format!(
+                "a new superblock extension, with a new UUID that fits the segments, {}",
+                paired.map_or_else(
+                    || "for any backing device".into(),
+                    |page| format!("paired with a backing device of {} sectors", page.backing_sectors)
+                )
+            ));
         }
         if let Some(bad) = self.bad_copy {
             changes.push(format!("the {bad} copy of the superblock extension, from the sound one"));

@@ -85,11 +85,17 @@ fn a_crash_keeps_what_was_flushed_and_a_prefix_of_the_rest() {
 
 #[test]
 fn a_write_under_way_may_be_there_in_part_and_concurrent_writes_in_any_order() {
-    let mut oracle = Oracle::new(3);
-    let a = oracle.write_begins(Sector(0), 3);
-    let b = oracle.write_begins(Sector(0), 3);
-    oracle.write_ends(b, Sector(0), 3, true);
-    assert!(may_recover(&mut oracle, Crash::PowerCut, [a, ZERO, b]));
+    let outcome = |pick: fn(WriteId, WriteId) -> [WriteId; 3]| {
+        let mut oracle = Oracle::new(3);
+        let a = oracle.write_begins(Sector(0), 3);
+        let b = oracle.write_begins(Sector(0), 3);
+        oracle.write_ends(b, Sector(0), 3, true);
+        may_recover(&mut oracle, Crash::PowerCut, pick(a, b))
+    };
+    assert!(outcome(|a, b| [a, b, b]));
+    assert!(outcome(|a, b| [b, b, a]));
+    assert!(outcome(|a, _| [a, ZERO, a]));
+    assert!(!outcome(|a, b| [a, ZERO, b]), "a part of a block of what was acknowledged");
 }
 
 #[test]
@@ -147,4 +153,35 @@ fn garbage_torn_and_misplaced_sectors_are_told_apart() {
     data[SECTOR_BYTES / 2 + 8] = 7;
     assert!(stamp::decode(&data[..SECTOR_BYTES], Sector(0)).unwrap_err().contains("torn"));
     assert_eq!(stamp::decode(&[0; SECTOR_BYTES], Sector(0)), Ok(Content::Zeros));
+}
+
+#[test]
+fn a_crash_cuts_an_acknowledged_write_between_blocks_alone_and_keeps_the_first_ones() {
+    const SECTORS: u64 = 24;
+    let may_show = |write_with: fn(&mut Oracle) -> WriteId, is_new: fn(u64) -> bool| {
+        let mut oracle = Oracle::new(SECTORS);
+        let write = write_with(&mut oracle);
+        let mut data = vec![0; to_usize(SECTORS) * SECTOR_BYTES];
+        for (sector, bytes) in (0..).zip(data.chunks_exact_mut(SECTOR_BYTES)) {
+            stamp::fill(bytes, Sector(sector), if is_new(sector) { write } else { ZERO });
+        }
+        oracle.recovered(Crash::PowerCut, &data);
+        oracle.failure.take().is_none()
+    };
+    // Sectors 4 to 19, which lie in three blocks.
+    let acknowledged = |oracle: &mut Oracle| write(oracle, 4, 16);
+    for end in [4, 8, 16, 20] {
+        let shows = match end {
+            4 => |_| false,
+            8 => |sector| (4..8).contains(&sector),
+            16 => |sector| (4..16).contains(&sector),
+            _ => |sector| (4..20).contains(&sector),
+        };
+        assert!(may_show(acknowledged, shows), "up to sector {end}");
+    }
+    assert!(!may_show(acknowledged, |sector| (4..12).contains(&sector)), "a part of a block");
+    assert!(!may_show(acknowledged, |sector| (9..16).contains(&sector)), "a part of a block");
+    assert!(!may_show(acknowledged, |sector| (8..20).contains(&sector)), "without the first block");
+    let under_way = |oracle: &mut Oracle| oracle.write_begins(Sector(4), 16);
+    assert!(may_show(under_way, |sector| (9..11).contains(&sector)), "of a write under way, any part");
 }

@@ -4,7 +4,7 @@ use crate::cache_bytes;
 use fastrand::Rng;
 use libwb::format::{
     BLOCK_BYTES, BlockNo, Commit, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock, RECORD_BLOCK_OFFSET,
-    Reason, SEGMENT_BYTES, SegmentExtension, SegmentId, SuperblockExtension, crc32c, encode_header,
+    Reason, Record, SEGMENT_BYTES, SegmentExtension, SegmentId, SuperblockExtension, crc32c, encode_header,
     encode_record_block, encode_superblock_block, to_u64, to_usize,
 };
 use uuid::Uuid;
@@ -121,9 +121,20 @@ impl Log {
         self.fill(id, 0, BLOCK_BYTES, 0xa5)
     }
 
-    fn record(mut self, id: u64) -> Log {
+    /// Writes the superblock record, as wb does on such a device.
+    fn record(self, id: u64) -> Log {
+        let digest = self.extension.as_ref().map(SuperblockExtension::digest);
+        self.record_with(Record { id: SegmentId(id), digest })
+    }
+
+    fn record_with(mut self, record: Record) -> Log {
         let at = to_usize(RECORD_BLOCK_OFFSET);
-        encode_record_block(self.image[at..].first_chunk_mut().expect("a block"), SegmentId(id));
+        encode_record_block(self.image[at..].first_chunk_mut().expect("a block"), record);
+        self
+    }
+
+    fn rot_record(mut self) -> Log {
+        self.image[to_usize(RECORD_BLOCK_OFFSET) + BLOCK_BYTES - 512] ^= 2;
         self
     }
 
@@ -223,6 +234,9 @@ fn with_evidence() -> Vec<(&'static str, Log)> {
             "an id of what is written back that jumps ahead",
             Log::new(16, 16, true).record(3).mark(Some(16)).flip(1, 2),
         ),
+        ("a record of the module", new(9).record_with(Record { id: SegmentId(4), digest: None })),
+        ("a record of another cache", new(9).record_with(Record { id: SegmentId(4), digest: Some(4) })),
+        ("a record that is damaged", new(9).record(4).rot_record()),
         ("closed in order", new(9).mark(Some(9))),
         ("closed in order, the newest two rotten", new(9).mark(Some(9)).rot(8, 2).rot(9, 4)),
         (

@@ -5,6 +5,7 @@ use libwb::device::{Device, IoBuf};
 use libwb::format::{
     BLOCK_BYTES, BlockNo, Geometry, Place, SECTOR_BYTES, SegmentHeader, Slot, crc32c, to_usize,
 };
+use libwb::log::Use;
 use libwb::log::recovery::{Recovery, recover};
 use libwb::log::scan::{SlotContent, SlotState, Superblock, read_superblock, scan, scan_trusting};
 use std::collections::{BTreeMap, HashMap};
@@ -53,7 +54,7 @@ impl Outlook {
     /// # Errors
     /// When that refuses it; says why.
     pub fn of(device: &Device, reading: Reading) -> Result<Outlook, String> {
-        let superblock = block_on(read_superblock(device)).map_err(|e| e.to_string())?;
+        let superblock = block_on(read_superblock(device, Use::Write)).map_err(|e| e.to_string())?;
         Outlook::with(device, &superblock, reading, recover)
     }
 

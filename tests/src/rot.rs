@@ -4,9 +4,11 @@ use crate::outlook::{Outlook, Reading, Recover};
 use futures_lite::future::block_on;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, Place, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES,
-    SegmentHeader, SegmentId, Slot, SuperblockExtension, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, FirstSector, Geometry, Place, RECORD_BLOCK_OFFSET, SECTOR_BYTES,
+    SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentId, Slot, SuperblockExtension, decode_record, to_u64,
+    to_usize,
 };
+use libwb::log::Use;
 use libwb::log::scan::{Superblock, read_superblock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -56,7 +58,7 @@ impl Subject {
     pub fn new(image: Vec<u8>, mut backing: Vec<u8>, recover: Recover) -> Result<Subject, String> {
         backing.resize(backing.len().next_multiple_of(BLOCK_BYTES), 0);
         let device: Device = Arc::new(MemDevice::with_content("cache", image.clone()));
-        let superblock = block_on(read_superblock(&device)).map_err(|e| e.to_string())?;
+        let superblock = block_on(read_superblock(&device, Use::Write)).map_err(|e| e.to_string())?;
         let outlook = Outlook::with(&device, &superblock, Reading::Trusting, recover)?;
         if outlook.blocks.keys().any(|block| block.bytes() >= to_u64(backing.len())) {
             return Err("data beyond the end of the backing device".into());
@@ -84,6 +86,17 @@ impl Subject {
         &self.outlook
     }
 
+    /// How the device is laid out.
+    pub fn geometry(&self) -> Geometry {
+        self.superblock.geometry
+    }
+
+    /// Whether the superblock record proves itself.
+    pub fn has_proved_record(&self) -> bool {
+        let block = self.image[to_usize(RECORD_BLOCK_OFFSET)..].first_chunk();
+        block.and_then(|block| decode_record(block).ok()).is_some_and(|record| record.digest.is_some())
+    }
+
     /// The device, in which a bit is flipped while one is judged.
     pub fn device(&self) -> &Device {
         &self.device
@@ -98,10 +111,10 @@ impl Subject {
         self.volume.get(&block).map_or_else(backing, Vec::as_slice)
     }
 
-    /// The header in a slot, if its own CRC proves that it was written for this cache, and there.
-    pub fn header(&self, slot: Slot) -> Option<SegmentHeader> {
+    /// The first sector of the header in a slot, if its own CRC proves that it was written for this cache, and there.
+    pub fn header(&self, slot: Slot) -> Option<FirstSector> {
         let at = to_usize(self.superblock.geometry.slot_offset(slot));
-        let header = SegmentHeader::decode(self.image[at..].first_chunk()?).ok()?;
+        let header = FirstSector::decode(self.image[at..].first_chunk()?).ok()?;
         let digest = self.superblock.extension.as_ref().map(SuperblockExtension::digest);
         let is_ours = header.extension.is_some_and(|extension| Some(extension.digest) == digest);
         (is_ours && self.superblock.geometry.slot_of(header.id) == slot).then_some(header)
@@ -147,7 +160,9 @@ impl Subject {
     }
 
     fn outcome(&self, at: u64) -> Outcome {
-        let Ok(superblock) = block_on(read_superblock(&self.device)) else { return Outcome::Refused };
+        let Ok(superblock) = block_on(read_superblock(&self.device, Use::Write)) else {
+            return Outcome::Refused;
+        };
         // Of two that are the same, the rest of the device makes the same.
         if at < SUPERBLOCK_REGION_BYTES && superblock == self.superblock {
             return Outcome::Whole;

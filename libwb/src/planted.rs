@@ -74,6 +74,8 @@ pub enum Bug {
     CellOutlivesWrite,
     /// A discard leaves the cells of its blocks as they are.
     CellOutlivesDiscard,
+    /// Recovery takes rot for the work of a power cut. The engine knows nothing of it; the check of flipped bits does.
+    RotForgiven,
 }
 
 /// The bug that an open cache has, if any.

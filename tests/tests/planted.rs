@@ -42,6 +42,7 @@ const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
     (Bug::CellOutlivesDiscard, 300, 1500),
     (Bug::EpochsMixed, 600, 800),
     (Bug::FailedFlushForgiven, 100, 800),
+    (Bug::RotForgiven, 0, 50),
 ];
 
 /// What the simulator says of a seed, if it finds fault with it. An assertion in the engine counts as well.

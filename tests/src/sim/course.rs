@@ -4,6 +4,7 @@ use super::clients::{Client, Habits};
 use super::devices::{fresh_backing, fresh_cache, record_of, trouble};
 use super::module;
 use super::oracle::Oracle;
+use super::rot;
 use super::volume::{Engine, Taste, Volume};
 use fastrand::Rng;
 use futures_channel::oneshot;
@@ -353,9 +354,23 @@ impl<'a> Course<'a> {
         self.crashes += 1;
         self.oracle.lock().note(format!("{crash:?} at {:?}", self.runtime().now()));
         self.end_process(crash);
+        self.flip_bits();
         // What a power cut has left is on the media, and a later kill does not change that.
         if self.crashed != Some(Crash::PowerCut) {
             self.crashed = Some(crash);
+        }
+    }
+
+    /// At times, bits flip in a copy of the cache device.
+    fn flip_bits(&self) {
+        // Not the course's own dice: what comes after is the same.
+        let mut rng = Rng::with_seed(self.runtime().trace());
+        let Some(recover) = self.engine.recovery().filter(|_| self.extended && rng.u32(..3) == 0) else {
+            return;
+        };
+        let flips = rot::check(self.cache.content(), self.backing.content(), recover, &mut rng);
+        if let Err(text) = flips {
+            self.oracle.lock().fail(&text);
         }
     }
 

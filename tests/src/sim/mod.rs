@@ -9,6 +9,7 @@ pub mod ledger;
 mod module;
 pub mod oracle;
 pub mod real;
+mod rot;
 pub mod stamp;
 pub mod toys;
 pub mod volume;

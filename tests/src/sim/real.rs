@@ -1,25 +1,51 @@
 //! The engine itself, with tunables that a seed chooses.
 
 use super::volume::{Engine, Outcome, Taste, Volume};
+use crate::outlook::Recover;
 use fastrand::Rng;
 use libwb::cache::{Cache, Tunables, WriteMode, WritebackOrder};
 use libwb::device::{Device, IoBuf};
-use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64};
+use libwb::format::{HeaderFault, SECTOR_BYTES, Sector, SegmentId, to_u64};
+use libwb::log::recovery::{Recovery, recover};
+use libwb::log::scan::{SlotFault, SlotState, Superblock};
 use libwb::planted::{Bug, Planted};
 use libwb::runtime::Runtime;
 use std::sync::Arc;
 
 /// Opens caches.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct WriteCache {
     planted: Planted,
+    recover: Recover,
+}
+
+impl Default for WriteCache {
+    fn default() -> WriteCache {
+        WriteCache { planted: Planted::default(), recover }
+    }
 }
 
 impl WriteCache {
     /// Opens caches that have a bug.
     pub fn with(bug: Bug) -> WriteCache {
-        WriteCache { planted: Planted::new(bug) }
+        let recover = if bug == Bug::RotForgiven { recover_forgiving } else { recover };
+        WriteCache { planted: Planted::new(bug), recover }
     }
+}
+
+/// Recovery that takes for the work of a power cut what is none.
+fn recover_forgiving(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
+    let forgiven = |state: &SlotState| match state {
+        SlotState::Invalid { fault: SlotFault::Header(HeaderFault::FirstSector { id, .. }), proved } => {
+            let fault = HeaderFault::FirstSector { id: *id, may_be_torn: true }.into();
+            SlotState::Invalid { fault, proved: *proved }
+        }
+        SlotState::Invalid { fault: SlotFault::Commit { id, .. }, proved } => {
+            SlotState::Invalid { fault: SlotFault::Checksum { id: *id }, proved: *proved }
+        }
+        other => other.clone(),
+    };
+    recover(superblock, &slots.iter().map(forgiven).collect::<Vec<_>>())
 }
 
 impl Engine for WriteCache {
@@ -36,6 +62,10 @@ impl Engine for WriteCache {
             let opened = Cache::open_planted(cache, backing, runtime, tunables, planted).await;
             opened.map(|cache| Arc::new(Open(cache)) as Arc<dyn Volume>).map_err(|e| e.to_string())
         })
+    }
+
+    fn recovery(&self) -> Option<Recover> {
+        Some(self.recover)
     }
 }
 

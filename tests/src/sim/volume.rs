@@ -1,5 +1,6 @@
 //! What the simulator puts to the test: something that makes a volume of a cache device and a backing device.
 
+use crate::outlook::Recover;
 use futures_util::future::BoxFuture;
 use libwb::cache::WriteMode;
 use libwb::device::{Device, IoBuf};
@@ -59,4 +60,9 @@ pub trait Engine: Send + Sync {
         runtime: Arc<dyn Runtime>,
         taste: Taste,
     ) -> Outcome<Arc<dyn Volume>>;
+
+    /// What recovery makes of a log; `None` where there is none on the cache device.
+    fn recovery(&self) -> Option<Recover> {
+        None
+    }
 }

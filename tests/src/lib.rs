@@ -313,12 +313,14 @@ pub fn write_segment(cache: &Path, id: u64, metablocks: &[Metablock], fill: u8) 
     overwrite(cache, offset + to_u64(BLOCK_BYTES), &data);
 }
 
-/// Writes the superblock record.
+/// Writes the superblock record, as the kernel module does.
 ///
 /// # Panics
 /// When the file cannot be written.
 pub fn write_record(cache: &Path, id: u64) {
-    overwrite(cache, SUPERBLOCK_REGION_BYTES - 512, &id.to_le_bytes());
+    let mut sector = [0; 512];
+    sector[..8].copy_from_slice(&id.to_le_bytes());
+    overwrite(cache, SUPERBLOCK_REGION_BYTES - 512, &sector);
 }
 
 /// A loop device over a file; detached when this value goes away.

@@ -33,9 +33,8 @@ pub(super) fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
             .expect("within the superblock region");
         let extension = SuperblockExtension::new(Uuid::from_u128(0x5eed), size);
         extension.encode(page);
-        let record: &mut [u8; BLOCK_BYTES] = content[to_usize(RECORD_BLOCK_OFFSET)..]
-            .first_chunk_mut()
-            .expect("within the superblock region");
+        let record: &mut [u8; BLOCK_BYTES] =
+            content[to_usize(RECORD_BLOCK_OFFSET)..].first_chunk_mut().expect("within the superblock region");
         encode_record_block(record, Record { id: SegmentId::NONE, digest: Some(extension.digest()) });
     }
     content

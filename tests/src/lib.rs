@@ -16,10 +16,14 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+pub mod crafted;
+pub mod crashed;
 mod failing;
 mod filesystem;
 pub mod fuzzed;
+pub mod outlook;
 pub mod recipe;
+pub mod rot;
 pub mod sim;
 mod volume;
 

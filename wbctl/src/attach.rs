@@ -7,7 +7,7 @@ use crate::notify::{self, Busy};
 use crate::place::Name;
 use crate::{leftovers, logging, salvage};
 use anyhow::{Context, Result, bail};
-use libwb::cache::Cache;
+use libwb::cache::{Cache, Purpose};
 use libwb::cli::{self, Io, Output, human_size};
 use libwb::control::{self, Reply};
 use libwb::device::probe::{self, Access, OpenError, Opened};
@@ -142,10 +142,8 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     }
     let open = async || {
         let (cache, backing, runtime) = (cache.clone(), backing.clone(), runtime.clone());
-        match args.read_only {
-            true => Cache::open_read_only(cache, backing, runtime).await,
-            false => Cache::open(cache, backing, runtime, tunables.clone()).await,
-        }
+        let purpose = if args.read_only { Purpose::read_only() } else { Purpose::serve() };
+        Cache::open_for(cache, backing, runtime, tunables.clone(), purpose).await
     };
     let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, open))?;
     for line in salvaged.iter().flat_map(salvage::outcome) {

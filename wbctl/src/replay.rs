@@ -2,7 +2,7 @@
 
 use crate::{Pair, salvage};
 use anyhow::Result;
-use libwb::cache::{Cache, CacheError, Tunables};
+use libwb::cache::{Cache, CacheError, Purpose, Tunables};
 use libwb::cli::{self, Io, Output, Progress, count, human_size};
 use libwb::device::probe::{Access, open_pair};
 use libwb::device::{Device, Overlay};
@@ -110,7 +110,8 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
 
 fn write_back(io: &Io, cache: Device, backing: Device, args: &Args) -> Result<Report> {
     let open = async || {
-        Cache::open_verified(cache.clone(), backing.clone(), io.runtime(), Tunables::default()).await
+        let (cache, backing) = (cache.clone(), backing.clone());
+        Cache::open_for(cache, backing, io.runtime(), Tunables::default(), Purpose::replay()).await
     };
     let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, open))?;
     let before = cache.status();
@@ -141,7 +142,9 @@ fn write_back_until(
 ) -> Result<Report> {
     // Of a dry run, what recovery puts right is not to reach the device either.
     let backing = if args.dry_run { Arc::new(Overlay::over(backing)) } else { backing };
-    let cache = io.block_on(Cache::open_until(cache, backing, io.runtime(), until))?;
+    let purpose = Purpose::replay_until(until);
+    let opening = Cache::open_for(cache, backing, io.runtime(), Tunables::default(), purpose);
+    let cache = io.block_on(opening)?;
     let before = cache.status();
     if !args.dry_run {
         // It is not closed: there is nothing to hand over of a log that is left as it is.
@@ -162,7 +165,7 @@ fn write_back_until(
 
 /// What a replay would do.
 fn look(io: &Io, cache: &Device, backing: &Device, args: &Args) -> Result<Report> {
-    let look = args.salvage.open(cache, backing, async || Cache::examine(cache, backing).await);
+    let look = args.salvage.open(cache, backing, async || Cache::examine(cache, backing, None).await);
     let ((recovery, live), _) = io.block_on(look)?;
     Ok(Report {
         cache: args.pair.cache.clone(),

@@ -3,6 +3,7 @@
 pub mod create;
 pub mod history;
 pub mod live;
+pub mod reach;
 pub mod recovery;
 #[cfg(test)]
 mod rig;
@@ -41,6 +42,29 @@ pub enum LogError {
         first: SegmentId,
         /// The latest.
         last: SegmentId,
+    },
+    /// The log has not come as far as it is known to have.
+    #[error("{device}: is older than it was: {found}; it was {known}")]
+    Older {
+        /// The cache device.
+        device: String,
+        /// How far it has come.
+        found: reach::Reach,
+        /// How far it is known to have come.
+        known: reach::Reach,
+    },
+    /// The backing device holds what comes after the point until which the log is to be replayed.
+    #[error(
+        "{backing}: holds what segment {segment} wrote already, which comes after {until}; a replay undoes nothing, so this \
+         would make a mixture of both"
+    )]
+    Ahead {
+        /// The backing device.
+        backing: String,
+        /// The point.
+        until: SegmentId,
+        /// The first segment after it that wrote anything.
+        segment: SegmentId,
     },
     /// The superblock or its record is wrong.
     #[error("{device}: {fault}")]

@@ -9,6 +9,7 @@ pub mod recovery;
 mod rig;
 pub mod salvage;
 pub mod scan;
+pub mod traces;
 pub mod upgrade;
 
 use crate::device::DeviceError;
@@ -55,8 +56,8 @@ pub enum LogError {
     },
     /// The backing device holds what comes after the point until which the log is to be replayed.
     #[error(
-        "{backing}: holds what segment {segment} wrote already, which comes after {until}; a replay undoes nothing, so this \
-         would make a mixture of both"
+        "{backing}: holds what segment {segment} wrote already, which comes after {until}: an earlier replay went further, or \
+         more was written back than is recorded. A replay undoes nothing, so this would make a mixture of both"
     )]
     Ahead {
         /// The backing device.

@@ -186,13 +186,13 @@ impl Outcome {
     }
 }
 
-/// Runs one of the programs to its end.
+/// Runs one of the programs to its end. It keeps no notes about caches.
 ///
 /// # Panics
 /// When it cannot be started, hangs, or is ended by a signal.
 pub fn run<A: AsRef<std::ffi::OsStr>>(program: &str, args: impl IntoIterator<Item = A>) -> Outcome {
     let mut command = Command::new(bin(program));
-    command.args(args);
+    command.env("WB_STATE_DIR", "").args(args);
     Outcome::of(command)
 }
 

@@ -401,8 +401,11 @@ async fn fill_slot(
         return Err(SlotFault::WrongSlot { id, sound: last.is_some() });
     }
     let Some(last) = last else {
+        // Of a header that is no header, that is the better reason.
+        let other =
+            || first.header(block, first.newest).map_or_else(SlotFault::from, |_| SlotFault::Checksum { id });
         let before = first.before().map(|Commit { length, .. }| SlotFault::Commit { id, length });
-        return Err(before.unwrap_or(SlotFault::Checksum { id }));
+        return Err(before.unwrap_or_else(other));
     };
     let header = content.header.insert(first.header(block, last.commit)?);
     let (length, extension) = (header.length(), header.extension);

@@ -6,7 +6,7 @@ bin=$(cd "$1" && pwd)
 if [ "$(id -u)" != 0 ]; then exec sudo "$0" "$bin"; fi
 
 dir=$(mktemp -d /var/tmp/wb-demo.XXXXXX)
-export WB_CONFIG_DIR=$dir/etc WB_RUN_DIR=$dir/run
+export WB_CONFIG_DIR=$dir/etc WB_RUN_DIR=$dir/run WB_STATE_DIR=$dir/state
 name=demo-$$ disk=$dir/disk.img ssd=$dir/ssd.img mnt=$dir/mnt
 daemon= writer=
 

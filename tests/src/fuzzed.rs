@@ -1,6 +1,7 @@
 //! What must hold for any input. The fuzzer finds the inputs; property tests try some in every run.
 
 use crate::recipe::{Recipe, VOLUME_BYTES};
+use crate::rot::{Outcome, Subject};
 use futures_lite::future::block_on;
 use libwb::cache::{Cache, CacheError, Tunables};
 use libwb::control::{Reply, Request, answer};
@@ -61,12 +62,21 @@ pub fn read_everything(image: Vec<u8>) {
     }
 }
 
-/// Any bytes as a recipe of a cache device, which the engine opens.
+/// Any bytes as a recipe of a cache device, which the engine opens. Where all that is wrong with it is a bit of a crashed
+/// cache, that loses nothing in silence that the device can prove.
 ///
 /// # Panics
-/// As [`serve`].
+/// When that does not hold; and as [`serve`].
 pub fn recovery(bytes: &[u8]) {
-    serve(&Recipe::decode(bytes).build());
+    let recipe = Recipe::decode(bytes);
+    serve(&recipe.build());
+    if let Some((crashed, at, bit)) = recipe.flipped()
+        && at < to_u64(crashed.cache.len())
+    {
+        let (cache, backing) = (crashed.cache.clone(), crashed.backing.clone());
+        let outcome = Subject::new(cache, backing, recover).expect("a sound log").judge(at, bit);
+        assert!(!matches!(outcome, Outcome::Wrong(_)), "{}, byte {at}, bit {bit}: {outcome:?}", crashed.name);
+    }
 }
 
 /// Serves an image as the daemon does, if it is fit for that: the volume is what the live segments make of the backing

@@ -16,10 +16,14 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+pub mod crafted;
+pub mod crashed;
 mod failing;
 mod filesystem;
 pub mod fuzzed;
+pub mod outlook;
 pub mod recipe;
+pub mod rot;
 pub mod sim;
 mod volume;
 
@@ -182,13 +186,13 @@ impl Outcome {
     }
 }
 
-/// Runs one of the programs to its end.
+/// Runs one of the programs to its end. It keeps no notes about caches.
 ///
 /// # Panics
 /// When it cannot be started, hangs, or is ended by a signal.
 pub fn run<A: AsRef<std::ffi::OsStr>>(program: &str, args: impl IntoIterator<Item = A>) -> Outcome {
     let mut command = Command::new(bin(program));
-    command.args(args);
+    command.env("WB_STATE_DIR", "").args(args);
     Outcome::of(command)
 }
 
@@ -313,12 +317,14 @@ pub fn write_segment(cache: &Path, id: u64, metablocks: &[Metablock], fill: u8) 
     overwrite(cache, offset + to_u64(BLOCK_BYTES), &data);
 }
 
-/// Writes the superblock record.
+/// Writes the superblock record, as the kernel module does.
 ///
 /// # Panics
 /// When the file cannot be written.
 pub fn write_record(cache: &Path, id: u64) {
-    overwrite(cache, SUPERBLOCK_REGION_BYTES - 512, &id.to_le_bytes());
+    let mut sector = [0; 512];
+    sector[..8].copy_from_slice(&id.to_le_bytes());
+    overwrite(cache, SUPERBLOCK_REGION_BYTES - 512, &sector);
 }
 
 /// A loop device over a file; detached when this value goes away.

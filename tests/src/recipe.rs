@@ -1,5 +1,6 @@
 //! Images of cache devices, sound and damaged, in a form so short that a fuzzer can change it byte by byte.
 
+use crate::crashed::{CRASHED, Crashed};
 use crate::{GOLDEN, cache_bytes, golden_bytes, noise};
 use libwb::cache::{Cache, Tunables};
 use libwb::device::sim::Simulation;
@@ -14,8 +15,10 @@ use uuid::Uuid;
 
 /// Size of the volumes that the images belong to.
 pub const VOLUME_BYTES: u64 = 16 << 20;
-/// Images that a recipe may start from: the golden ones, an empty one, and two that wb wrote.
-pub const BASES: usize = GOLDEN.len() + 3;
+/// Images that a recipe may start from: the golden ones, an empty one, two that wb wrote, and those of crashed caches.
+pub const BASES: usize = GOLDEN.len() + 3 + CRASHED_BASES;
+/// So many of [`CRASHED`], whose segments are small.
+pub const CRASHED_BASES: usize = 4;
 /// Segments of the images that are not golden.
 const SEGMENTS: u32 = 6;
 /// The most changes that a recipe has. More are left out.
@@ -64,6 +67,13 @@ pub enum Change {
         /// How much of it, in sectors.
         sectors: u16,
     },
+    /// Flips a bit.
+    Flip {
+        /// In which byte.
+        at: u32,
+        /// Which; any number names one.
+        bit: u8,
+    },
 }
 
 impl Recipe {
@@ -86,6 +96,15 @@ impl Recipe {
         bytes
     }
 
+    /// The crashed cache of which this flips one bit and does nothing else, and the bit.
+    pub fn flipped(&self) -> Option<(&'static Crashed, u64, u8)> {
+        let base = (usize::from(self.base) % BASES).checked_sub(BASES - CRASHED_BASES)?;
+        match self.changes[..] {
+            [Change::Flip { at, bit }] => Some((&CRASHED[base], at.into(), bit % 8)),
+            _ => None,
+        }
+    }
+
     /// Makes the image.
     pub fn build(&self) -> Vec<u8> {
         let mut image = IMAGES[usize::from(self.base) % BASES].clone();
@@ -98,7 +117,7 @@ impl Change {
     /// Takes a change off the front of some bytes; none when they do not suffice for one.
     fn decode(bytes: &mut &[u8]) -> Option<Change> {
         let mut take = |n: usize| bytes.split_off(..n);
-        Some(match take(1)?[0] % 5 {
+        Some(match take(1)?[0] % 6 {
             0 => {
                 let at = u32::from_le_bytes(take(4)?.try_into().ok()?);
                 let length = usize::from(take(1)?[0]);
@@ -107,7 +126,8 @@ impl Change {
             1 => Change::Reseal { slot: take(1)?[0], blocks: take(1)?[0] % 2 == 1 },
             2 => Change::ResealPage { second: take(1)?[0] % 2 == 1 },
             3 => Change::Copy { from: take(1)?[0], to: take(1)?[0] },
-            _ => Change::Cut { sectors: u16::from_le_bytes(take(2)?.try_into().ok()?) },
+            4 => Change::Cut { sectors: u16::from_le_bytes(take(2)?.try_into().ok()?) },
+            _ => Change::Flip { at: u32::from_le_bytes(take(4)?.try_into().ok()?), bit: take(1)?[0] },
         })
     }
 
@@ -126,6 +146,11 @@ impl Change {
             Change::Cut { sectors } => {
                 out.push(4);
                 out.extend(sectors.to_le_bytes());
+            }
+            Change::Flip { at, bit } => {
+                out.push(5);
+                out.extend(at.to_le_bytes());
+                out.push(*bit);
             }
         }
     }
@@ -157,6 +182,11 @@ impl Change {
             }
             Change::Cut { sectors } => {
                 image.truncate(image.len().saturating_sub(usize::from(*sectors) * 512));
+            }
+            Change::Flip { at, bit } => {
+                if let Some(byte) = image.get_mut(to_usize(u64::from(*at))) {
+                    *byte ^= 1 << (bit % 8);
+                }
             }
         }
     }
@@ -199,6 +229,7 @@ static IMAGES: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
             written_by_wb(true, Some(false)),
             written_by_wb(true, Some(true)),
         ])
+        .chain(CRASHED[..CRASHED_BASES].iter().map(|crashed| crashed.cache.clone()))
         .collect()
 });
 
@@ -259,7 +290,40 @@ pub fn seeds() -> Vec<Recipe> {
             seeds.push(Recipe { base, changes });
         }
     }
+    for base in (0u8..).take(BASES).skip(BASES - CRASHED_BASES) {
+        let flip = |at| Recipe {
+            base,
+            changes: vec![Change::Flip { at, bit: u8::try_from(at % 7).unwrap_or_default() }],
+        };
+        seeds.extend(flips(&IMAGES[usize::from(base)]).into_iter().map(flip));
+    }
     seeds
+}
+
+/// A byte of each field: of the newest segment and its first and last entry and block, of the one in the first slot, of
+/// the record, and of a page. The offsets stand in wb(5).
+fn flips(image: &[u8]) -> Vec<u32> {
+    const HEADER: [usize; 17] = [0, 7, 8, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 57, 60, 64, 200];
+    const ENTRY: [usize; 4] = [0, 8, 9, 12];
+    const RECORD: [usize; 5] = [0, 8, 16, 20, 30];
+    const PAGE: [usize; 12] = [0, 8, 16, 20, 28, 32, 48, 64, 128, 200, 300, 4092];
+    let id = |slot: &u8| u64::from_le_bytes(image[slot_range(*slot)][..8].try_into().unwrap_or_default());
+    let slots = (0u8..).take(SEGMENTS as usize);
+    let newest = slots.max_by_key(id).unwrap_or_default();
+    let mut flips: Vec<usize> = RECORD.map(|at| to_usize(SUPERBLOCK_REGION_BYTES) - 512 + at).to_vec();
+    flips.extend(PAGE.map(|at| to_usize(EXTENSION_OFFSETS[1]) + at));
+    for slot in [0, newest] {
+        let start = slot_range(slot).start;
+        let last = usize::from(image[start + 12].saturating_sub(1));
+        flips.extend(HEADER.map(|at| start + at));
+        for nth in [0, last] {
+            flips.extend(ENTRY.map(|at| start + HEADER_CHECKSUM_START + 16 * nth + at));
+            flips.push(start + BLOCK_BYTES * (1 + nth) + 77);
+        }
+    }
+    flips.sort_unstable();
+    flips.dedup();
+    flips.into_iter().filter_map(|at| u32::try_from(at).ok()).collect()
 }
 
 #[cfg(test)]

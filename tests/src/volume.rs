@@ -129,7 +129,12 @@ impl Volume {
     /// A wbctl command that works in this volume's folders.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(bin("wbctl"));
-        command.env("WB_CONFIG_DIR", self.path("config")).env("WB_RUN_DIR", self.path("run")).args(args);
+        for (variable, folder) in
+            [("WB_CONFIG_DIR", "config"), ("WB_RUN_DIR", "run"), ("WB_STATE_DIR", "state")]
+        {
+            command.env(variable, self.path(folder));
+        }
+        command.args(args);
         command
     }
 

@@ -4,7 +4,7 @@
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_usize};
 use proptest::prelude::*;
 use wb_tests::fuzzed;
-use wb_tests::recipe::{BASES, Change, Recipe, seeds};
+use wb_tests::recipe::{BASES, CRASHED_BASES, Change, Recipe, seeds};
 
 /// Anywhere, but most of all where the format has meaning: the superblock, its record, and headers.
 fn write() -> impl Strategy<Value = Change> {
@@ -20,6 +20,18 @@ fn write() -> impl Strategy<Value = Change> {
     (at, prop::collection::vec(any::<u8>(), 1..40)).prop_map(|(at, bytes)| Change::Write { at, bytes })
 }
 
+/// As [`write`], and in the superblock extension, of one bit.
+fn flip() -> impl Strategy<Value = Change> {
+    let at = prop_oneof![
+        3 => write().prop_map(|change| match change {
+            Change::Write { at, .. } => at,
+            _ => 0,
+        }),
+        1 => (0..2u32, 0..220u32).prop_map(|(copy, at)| (64 << 10 << copy) + at),
+    ];
+    (at, 0..8u8).prop_map(|(at, bit)| Change::Flip { at, bit })
+}
+
 fn change() -> impl Strategy<Value = Change> {
     prop_oneof![
         6 => write(),
@@ -27,6 +39,7 @@ fn change() -> impl Strategy<Value = Change> {
         1 => any::<bool>().prop_map(|second| Change::ResealPage { second }),
         1 => (0..14u8, 0..14u8).prop_map(|(from, to)| Change::Copy { from, to }),
         1 => (0..12 * 1024u16).prop_map(|sectors| Change::Cut { sectors }),
+        2 => flip(),
     ]
 }
 
@@ -60,6 +73,12 @@ proptest! {
     #[test]
     fn damaged_devices_are_opened_or_refused_without_panic(recipe in recipe(0..5)) {
         fuzzed::serve(&recipe.build());
+    }
+
+    #[test]
+    fn a_flipped_bit_of_a_crashed_cache_loses_nothing_that_can_be_proved(base in 0..CRASHED_BASES, flip in flip()) {
+        let base = u8::try_from(BASES - CRASHED_BASES + base).expect("a byte");
+        fuzzed::recovery(&Recipe { base, changes: vec![flip] }.encode());
     }
 
     #[test]

@@ -67,7 +67,7 @@ fn nothing_is_imported_of_a_table_that_makes_no_sense() {
     refuses(&volume, "good /dev/a /dev/b\n../x /dev/c /dev/d\n", "line 2: '../x': a volume name is");
     refuses(&volume, "good /dev/a /dev/b x=1 y=2\n", "line 1: 'y=2' follows the options");
     refuses(&volume, "good /dev/a b\n", "'b' is no path of a device");
-    refuses(&volume, &"x".repeat(2 << 20), "longer than any table");
+    refuses(&volume, &"x".repeat(2 << 20), "longer than 1048576 bytes");
     let missing = volume.wbctl(&["import", "/no/such/table"]);
     assert!(missing.code == 1 && missing.stderr.contains("cannot read /no/such/table"), "{missing:?}");
 }

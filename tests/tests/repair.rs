@@ -1,6 +1,8 @@
 //! `wbcheck --repair`: what a power cut or wear has left is put right, and no data is given up.
 
-use libwb::format::{BlockNo, DirtyBits, EXTENSION_OFFSETS, Metablock};
+use libwb::format::{
+    BlockNo, DirtyBits, EXTENSION_OFFSETS, Metablock, SegmentId, SuperblockExtension, to_u64,
+};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use wb_tests::{
@@ -108,6 +110,30 @@ fn a_damaged_copy_of_the_superblock_extension_is_found_and_restored() {
         let found = check(&volume.cache);
         assert_eq!((found.code, found.stdout.contains("one of the two copies")), (4, true), "{found:?}");
         repairs(&volume, "the damaged copy of the superblock extension");
+    }
+}
+
+/// As a power cut leaves a page whose write was under way at detach: its first sector is the old one or the new.
+#[test]
+fn a_torn_copy_of_the_superblock_extension_is_no_error_and_is_restored() {
+    for first_is_new in [false, true] {
+        let volume = Volume::created(8, 4 << 20);
+        let old = read_at(&volume.cache, EXTENSION_OFFSETS[0], 4096);
+        let page = SuperblockExtension::decode(old.first_chunk().unwrap()).expect("a sound page");
+        let next = SuperblockExtension { generation: 2, clean: Some(SegmentId(3)), ..page };
+        let mut block = [0; 4096];
+        next.encode(&mut block);
+        let part = if first_is_new { 0..512 } else { 512..4096 };
+        overwrite(&volume.cache, EXTENSION_OFFSETS[0] + to_u64(part.start), &block[part]);
+        let found = check(&volume.cache);
+        assert_eq!((found.code, found.stdout.contains("extension is torn")), (0, true), "{found:?}");
+        assert!(found.first_line().contains("sound after a power cut"), "{found:?}");
+        let json = wb!("wbcheck", &volume.cache, "--json").json();
+        let [damaged, torn] = ["superblock_copy_damaged", "superblock_copy_torn"].map(|name| &json[name]);
+        assert_eq!((damaged, torn), (&false.into(), &true.into()), "{json}");
+        let shown = wb!("wbdump", "super", &volume.cache);
+        assert!(shown.stderr.contains("torn by a power cut"), "{shown:?}");
+        repairs(&volume, "the torn copy of the superblock extension");
     }
 }
 

@@ -231,7 +231,7 @@ proptest! {
                 Err(LogError::Misplaced { .. }) => continue,
                 Err(error) => panic!("{error}"),
             }
-            let opened = block_on(Cache::examine(&cache, &backing));
+            let opened = block_on(Cache::examine(&cache, &backing, None));
             prop_assert!(opened.is_ok(), "{way}: {:?}", opened.err());
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! `WB_SIM_SEED` chooses the seed of `one_seed`; `WB_SIM_FIRST_SEED` and `WB_SIM_SEEDS` those of `many_seeds`.
 
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, Purpose, Tunables};
 use libwb::device::sim::{Crash, SimDevice, Simulation};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{
@@ -156,7 +156,9 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
     simulation
         .block_on(async {
             let (cache, backing): (Device, Device) = (cache.clone(), backing.clone());
-            let cache = Cache::open_until(cache, backing, runtime.clone(), SegmentId(2)).await.expect("open");
+            let purpose = Purpose::replay_until(SegmentId(2));
+            let opening = Cache::open_for(cache, backing, runtime.clone(), Tunables::default(), purpose);
+            let cache = opening.await.expect("open");
             cache.drain().await.expect("written back");
         })
         .expect("no crash");

@@ -201,6 +201,29 @@ fn data_beyond_the_end_of_the_backing_device_is_an_error() {
 }
 
 #[test]
+fn every_tool_names_the_same_sector_beyond_the_end() {
+    let dir = TempDir::new().unwrap();
+    let cache = zeros(&dir, "cache", cache_bytes(14));
+    assert_eq!(wb!("wbformat", "--compat", &cache).code, 0);
+    write_segment(&cache, 1, &[entry(1, 0xff), entry(3, 0xff), entry(9, 0xff)], 1);
+    let backing = zeros(&dir, "backing", (3 * 8 + 3) * 512);
+    let pair = |verb: &'static str| {
+        run(
+            "wbctl",
+            [verb.as_ref(), "--cache".as_ref(), cache.as_os_str(), "--backing".as_ref(), backing.as_ref()],
+        )
+    };
+    for outcome in [wb!("wbcheck", &cache, "--backing", &backing), pair("replay"), pair("upgrade")] {
+        let says = format!("{}{}", outcome.stdout, outcome.stderr);
+        assert!(
+            outcome.code != 0 && says.contains("segment 1 holds data for sector 27, but "),
+            "{outcome:?}"
+        );
+        assert!(says.contains(" has only 27 sectors"), "{outcome:?}");
+    }
+}
+
+#[test]
 fn one_segment_is_checked_in_the_light_of_the_others() {
     let pair = golden("few-1");
     let cache = pair.cache.as_path();

@@ -1,7 +1,10 @@
 //! Looking into the log.
 
-use libwb::format::{EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET};
+use libwb::device::{Device, MemDevice};
+use libwb::format::{EXTENSION_OFFSETS, MAGIC, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SuperblockExtension};
+use libwb::log::scan::{BackingFacts, check_pairing};
 use std::path::Path;
+use std::sync::Arc;
 use tempfile::TempDir;
 use wb_tests::{
     FailingFile, Faults, Volume, cache_bytes, entry, flip_bit, golden, needs_serving, overwrite, read_at,
@@ -43,6 +46,31 @@ fn the_superblock_is_shown_with_totals() {
     assert_eq!(sha256(&pair.cache), before);
 }
 
+/// Such a text would colour a terminal, fake a line, and show its end from right to left.
+#[test]
+fn texts_that_stand_on_a_device_are_shown_without_harm() {
+    const TEXT: &str = "a\u{1b}[31m\nb\u{202e}c";
+    const SHOWN: &str = "a\\u{1b}[31m\\nb\\u{202e}c";
+    let volume = Volume::created(8, 4 << 20);
+    let block = read_at(&volume.cache, EXTENSION_OFFSETS[1], 4096);
+    let page = SuperblockExtension::decode(block.first_chunk().unwrap()).expect("a sound page");
+    let page = SuperblockExtension { label: TEXT.into(), backing_id: TEXT.into(), ..page.next() };
+    let mut block = [0; 4096];
+    page.encode(&mut block);
+    overwrite(&volume.cache, EXTENSION_OFFSETS[0], &block);
+    let shown = wb!("wbdump", "super", &volume.cache).stdout;
+    assert_eq!((shown.matches(SHOWN).count(), shown.contains('\u{1b}')), (2, false), "{shown:?}");
+    let json = wb!("wbdump", "super", "--json", &volume.cache).json();
+    assert_eq!((&json["extension"]["label"], &json["extension"]["backing_id"]), (&TEXT.into(), &TEXT.into()));
+    let identity = wb!("wbdump", "identity", &volume.cache).stdout;
+    assert!(identity.ends_with("\nID_FS_LABEL_ENC=a\\x1b\\x5b31m\\x0ab\\xe2\\x80\\xaec\n"), "{identity:?}");
+    assert!(identity.contains("\nID_FS_LABEL=a_1b_5b31m_0ab_e2_80_aec\n"), "{identity:?}");
+    let device: Device = Arc::new(MemDevice::new("cache", 0));
+    let backing = BackingFacts { name: "backing", sectors: page.backing_sectors, identity: "b\u{9b}2J" };
+    let refused = check_pairing(&device, &page, &backing).expect_err("another device").to_string();
+    assert!(refused.ends_with(&format!("made for '{SHOWN}', this one is 'b\\u{{9b}}2J'")), "{refused:?}");
+}
+
 #[test]
 fn segments_are_listed_in_log_order() {
     let pair = golden("lapped-1");
@@ -51,6 +79,35 @@ fn segments_are_listed_in_log_order() {
     assert_eq!(ids, (34..=47).collect::<Vec<_>>());
     let text = wb!("wbdump", "segments", &pair.cache);
     assert_eq!((text.code, text.stdout.lines().count()), (0, 15), "{text:?}");
+}
+
+#[test]
+fn empty_slots_are_counted_and_come_last_in_json() {
+    let dir = TempDir::new().unwrap();
+    let cache = small_log(&dir);
+    let text = wb!("wbdump", "segments", &cache).stdout;
+    assert_eq!((text.lines().count(), text.lines().last()), (1 + 3 + 1, Some("5 empty slots")), "{text}");
+    let rows = json_lines(&wb!("wbdump", "segments", &cache, "--json").stdout);
+    let slots: Vec<_> = rows.iter().map(|row| row["slot"].as_u64().unwrap()).collect();
+    assert_eq!(slots, (0..8).collect::<Vec<_>>());
+    assert!(rows[3..].iter().all(|row| row["state"] == "empty" && row["id"].is_null()), "{rows:?}");
+    let chosen = wb!("wbdump", "segments", &cache, "--live").stdout;
+    assert!(!chosen.contains("empty"), "{chosen}");
+}
+
+/// A table of all slots of such a cache would take half a gigabyte.
+#[test]
+fn an_empty_cache_of_100_gb_is_listed_in_little_memory() {
+    let dir = TempDir::new().unwrap();
+    let cache = zeros(&dir, "cache", 100 << 30);
+    overwrite(&cache, 0, &MAGIC.to_le_bytes());
+    let limited = r#"ulimit -d 100000; exec "$0" segments "$@""#;
+    for option in [None, Some("--json")] {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", limited]).arg(wb_tests::bin("wbdump")).arg(&cache).args(option);
+        let outcome = wb_tests::Outcome::of(command);
+        assert_eq!((outcome.code, outcome.stderr.as_str()), (0, ""), "{:?}", outcome.first_line());
+    }
 }
 
 #[test]

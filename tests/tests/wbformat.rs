@@ -1,10 +1,12 @@
 //! Making cache devices.
 
 use libwb::format::SUPERBLOCK_REGION_BYTES;
+use std::path::Path;
+use std::process::Command;
 use tempfile::TempDir;
 use wb_tests::{
-    LoopDevice, cache_bytes, flip_bit, golden, golden_bytes, overwrite, run, segment_offset, sha256, skip,
-    system, wb, write_record, zeros,
+    LoopDevice, MIB, Outcome, Volume, bin, cache_bytes, flip_bit, golden, golden_bytes, noise, overwrite,
+    run, segment_offset, sha256, skip, system, wb, write_record, zeros,
 };
 
 #[test]
@@ -25,8 +27,9 @@ fn the_extension_changes_nothing_that_the_kernel_module_reads() {
     let file = zeros(&dir, "cache", u64::try_from(want.len()).unwrap());
     assert_eq!(run("wbformat", [&file]).code, 0);
     let content = std::fs::read(&file).unwrap();
-    // The kernel module reads the first block, the record's block, and the segments.
-    for range in [0..64 << 10, 132 << 10..want.len()] {
+    // The kernel module reads the first block, the first eight bytes of the record's sector, and the segments.
+    let record = (1 << 20) - 512;
+    for range in [0..64 << 10, 132 << 10..record + 8, 1 << 20..want.len()] {
         assert!(content[range.clone()] == want[range]);
     }
 }
@@ -227,5 +230,69 @@ fn a_mounted_device_is_in_use() {
     system("umount", &[mount.to_str().unwrap()]).expect("a filesystem to unmount");
     for (outcome, code) in outcomes.iter().zip([1, 8]) {
         assert_eq!((outcome.code, outcome.stderr.contains("in use")), (code, true), "{outcome:?}");
+    }
+}
+
+#[test]
+fn a_device_of_a_recorded_volume_is_formatted_only_by_force() {
+    let volume = Volume::created(8, 8 * MIB);
+    let link = volume.path("link");
+    std::os::unix::fs::symlink(&volume.cache, &link).unwrap();
+    let format = |device: &Path, more: &[&str]| {
+        let mut command = Command::new(bin("wbformat"));
+        command.arg(device).args(more).env("WB_CONFIG_DIR", volume.path("config"));
+        Outcome::of(command)
+    };
+    let before = volume.images();
+    for device in [&volume.cache, &volume.backing, &link] {
+        for options in [&[][..], &["--discard-dirty"], &["--dry-run"]] {
+            let refused = format(device, options);
+            let whose = format!("refused: it belongs to the volume '{}'", volume.name);
+            assert_eq!((refused.code, refused.stderr.contains(&whose)), (1, true), "{refused:?}");
+            assert!(
+                refused.stderr.contains("wbctl remove") && refused.stderr.contains("--force"),
+                "{refused:?}"
+            );
+        }
+    }
+    assert_eq!(volume.images(), before);
+    assert_eq!(format(&link, &["--force"]).code, 0);
+    assert_ne!(volume.images()[0], before[0]);
+    std::fs::write(volume.path("config/other.toml"), "cache = 7").unwrap();
+    volume.must(&["remove", &volume.name]);
+    assert_eq!(format(&volume.cache, &[]).code, 0, "a record that cannot be read names no device");
+}
+
+#[test]
+fn a_cache_whose_first_mib_was_zeroed_is_not_taken_for_garbage() {
+    let region = usize::try_from(SUPERBLOCK_REGION_BYTES).unwrap();
+    let extended = golden("few-1");
+    assert_eq!(wb!("wbctl", "upgrade", "--cache", &extended.cache, "--backing", &extended.backing).code, 0);
+    for pair in [golden("few-1"), golden("lapped-1"), extended] {
+        for fill in [0, 0xff] {
+            overwrite(&pair.cache, 0, &vec![fill; region]);
+            let before = sha256(&pair.cache);
+            for options in [&[][..], &["--force"], &["--dry-run"], &["--compat"]] {
+                let refused = run("wbformat", [&[pair.cache.to_str().unwrap()], options].concat());
+                let why = "its segments are there, such as segment ";
+                assert_eq!((refused.code, refused.stderr.contains(why)), (1, true), "{refused:?}");
+                assert!(refused.stderr.contains("--discard-dirty"), "{refused:?}");
+            }
+            assert_eq!(sha256(&pair.cache), before);
+        }
+        assert_eq!(wb!("wbformat", &pair.cache, "--discard-dirty").code, 0);
+        overwrite(&pair.cache, 0, &vec![0; region]);
+        assert_eq!(wb!("wbformat", &pair.cache).code, 0, "it is empty");
+    }
+}
+
+#[test]
+fn a_disk_full_of_anything_else_is_formatted_unasked() {
+    let dir = TempDir::new().unwrap();
+    let disk = zeros(&dir, "disk", cache_bytes(20));
+    for content in [noise(7, cache_bytes(20)), vec![0xff; 64 << 10]] {
+        overwrite(&disk, 0, &content);
+        assert_eq!(wb!("wbformat", &disk).code, 0);
+        overwrite(&disk, 0, &vec![0; 1 << 20]);
     }
 }

@@ -154,6 +154,7 @@ impl Findings {
             Verdict::Damaged
         } else if !self.broken.is_empty()
             || self.recovery.is_cut_short
+            || self.scanned.superblock.has_torn_copy()
             || !self.recovery.dropped.is_empty()
             || !self.recovery.skipped.is_empty()
         {

@@ -114,6 +114,10 @@ fn valid(recovery: &Recovery, id: SegmentId, held: &Totals) -> (Verdict, String)
         Standing::WrittenBack | Standing::Skipped => {
             (Verdict::Sound, format!("{what}, written back already"))
         }
+        Standing::Dropped if !recovery.corruption.is_empty() => (
+            Verdict::Sound,
+            format!("{what}, but the log is corrupt after segment {}: see what wbcheck says", recovery.point),
+        ),
         Standing::Dropped => (
             Verdict::SoundAfterPowerCut,
             format!("{what}, but it comes after the recovery point, segment {}", recovery.point),

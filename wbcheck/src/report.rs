@@ -36,6 +36,8 @@ pub(crate) struct Report<'a> {
     corruption: Vec<String>,
     /// One of the two copies of the superblock extension is damaged.
     superblock_copy_damaged: bool,
+    /// One was being written when the power went.
+    superblock_copy_torn: bool,
     /// The ways on with a corrupt log, and what each would give up.
     salvage: Vec<Summary>,
     /// What --repair has done; null when there was nothing to do. All else is as it is afterwards.
@@ -89,6 +91,7 @@ impl Report<'_> {
             damage: f.broken.iter().map(|b| damaged(f, b)).collect(),
             corruption,
             superblock_copy_damaged: f.scanned.superblock.has_damaged_copy(),
+            superblock_copy_torn: f.scanned.superblock.has_torn_copy(),
             salvage: f.ways.iter().map(Plan::summary).collect(),
             repair: repaired.map(|repaired| Repair {
                 verdict_before: repaired.verdict,

@@ -146,11 +146,8 @@ fn errors(f: &Findings) -> Vec<Problem> {
     if let (Some(first), Some(backing)) = (f.live.beyond.first(), &f.backing) {
         errors.push(Problem {
             what: format!(
-                "segment {} holds data for sector {}, but {} has only {} sectors ({} such in all)",
-                first.id,
-                first.sector,
-                backing.path.display(),
-                backing.sectors,
+                "{} ({} such in all)",
+                first.in_words(backing.path.display(), backing.sectors),
                 f.live.beyond_count,
             ),
             meaning:
@@ -272,6 +269,13 @@ fn notes(f: &Findings) -> Vec<String> {
              acknowledged as durable.",
             segments(&r.dropped)
         ));
+    }
+    if f.scanned.superblock.has_torn_copy() {
+        notes.push(
+            "One of the two copies of the superblock extension is torn: it was being written when the power went. The \
+             other one is sound; --repair, and the next detach, write the torn one anew."
+                .into(),
+        );
     }
     if !r.skipped.is_empty() {
         notes.push(format!(

@@ -3,13 +3,17 @@
 use crate::config::{Volume, not_recorded, parse_tunables};
 use crate::create::{absolute, sector_size, sector_sizes};
 use crate::daemon::{Daemon, End, SERVING};
+use crate::keeper::Keeper;
+use crate::notes::About;
 use crate::notify::{self, Busy};
+use crate::older::Past;
 use crate::place::Name;
-use crate::{leftovers, logging, salvage};
+use crate::{leftovers, logging, rival, salvage};
 use anyhow::{Context, Result, bail};
-use libwb::cache::Cache;
+use libwb::cache::{Cache, Purpose};
 use libwb::cli::{self, Io, Output, human_size};
 use libwb::control::{self, Reply};
+use libwb::device::Device;
 use libwb::device::probe::{self, Access, OpenError, Opened};
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::log::create::accept_growth;
@@ -51,6 +55,10 @@ pub(crate) struct Args {
     sector_size: Option<u32>,
     #[command(flatten)]
     salvage: salvage::Salvage,
+    /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one whose device went back
+    /// in time. What it holds may be older than what the backing device holds
+    #[arg(long)]
+    older: bool,
     /// Serve reads alone, and change nothing on either device
     ///
     /// What recovery would write is kept in memory. The loop device is read-only, too: mount a filesystem whose journal was
@@ -116,7 +124,8 @@ impl Args {
 
 pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let (name, volume) = args.volume()?;
-    let tunables = volume.tunables()?;
+    // Before anything is touched.
+    volume.tunables()?;
     logging::to_stderr();
     libwb::serve::abort_on_panic();
     lock_for_life(&name)?;
@@ -137,28 +146,14 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let io = Io::start()?;
     let runtime = io.runtime();
     let (cache, backing) = (io.serve(cache), io.serve(backing));
-    if args.grown {
-        io.block_on(accept_growth(&cache, &BackingFacts::of(&backing)))?;
-    }
-    let open = async || {
-        let (cache, backing, runtime) = (cache.clone(), backing.clone(), runtime.clone());
-        match args.read_only {
-            true => Cache::open_read_only(cache, backing, runtime).await,
-            false => Cache::open(cache, backing, runtime, tunables.clone()).await,
-        }
-    };
-    let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, open))?;
-    for line in salvaged.iter().flat_map(salvage::outcome) {
-        tracing::warn!("the log was corrupt: {line}");
-    }
+    let cache = recover(&io, args, &volume, &cache, &backing)?;
     drop(recovering);
-    let status = cache.status();
-    tracing::info!(
-        "recovered in {:.2} s, {} of the log read: {} in the cache are not written back yet",
-        status.recovery_time.as_secs_f64(),
-        human_size(status.recovery_bytes),
-        human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
-    );
+    let keeper = if args.read_only { None } else { Keeper::start(cache.clone(), About::of(&name, &volume)) };
+    let close = || {
+        let closed = if args.read_only { Ok(()) } else { io.block_on(cache.close()) };
+        keeper.into_iter().for_each(|keeper| keeper.finish(closed.is_ok()));
+        Ok(closed?)
+    };
     let file = name.served_file();
     let options = Options { sector_size, read_only: args.read_only };
     let served = match args.read_only {
@@ -168,7 +163,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let device = match served {
         Ok(device) => device,
         Err(e) => {
-            let _ = close(&io, &cache, args.read_only);
+            let _ = close();
             return Err(e.into());
         }
     };
@@ -185,15 +180,40 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     };
     if let Err(e) = announce(&name, daemon, out) {
         let _ = device.detach();
-        let _ = close(&io, &cache, args.read_only);
+        let _ = close();
         return Err(e);
     }
-    serve_until_ended(&ended, &name, device, || close(&io, &cache, args.read_only))
+    serve_until_ended(&ended, &name, device, close)
 }
 
-/// A cache that was opened for reads alone has nothing to close.
-fn close(io: &Io, cache: &Cache, read_only: bool) -> Result<()> {
-    if read_only { Ok(()) } else { io.block_on(cache.close()).map_err(Into::into) }
+/// Opens the cache, unless there is something that speaks against using it.
+fn recover(io: &Io, args: &Args, volume: &Volume, cache: &Device, backing: &Device) -> Result<Cache> {
+    let past = Past::look_up(io, cache, args.older, |why| tracing::warn!("{why}"))?;
+    if !args.read_only {
+        rival::refuse(io, &volume.cache, past.uuid.as_deref(), &volume.backing)?;
+    }
+    if args.grown {
+        io.block_on(accept_growth(cache, &BackingFacts::of(backing)))?;
+    }
+    let tunables = volume.tunables()?;
+    let open = async |known| {
+        let (cache, backing) = (cache.clone(), backing.clone());
+        let purpose = if args.read_only { Purpose::read_only() } else { Purpose::serve() };
+        Cache::open_for(cache, backing, io.runtime(), tunables.clone(), purpose.knowing(known)).await
+    };
+    let opened = io.block_on(args.salvage.open(cache, backing, past.reach, open));
+    let (cache, salvaged) = opened.map_err(|e| past.explain(e))?;
+    for line in salvaged.iter().flat_map(salvage::outcome) {
+        tracing::warn!("the log was corrupt: {line}");
+    }
+    let status = cache.status();
+    tracing::info!(
+        "recovered in {:.2} s, {} of the log read: {} in the cache are not written back yet",
+        status.recovery_time.as_secs_f64(),
+        human_size(status.recovery_bytes),
+        human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
+    );
+    Ok(cache)
 }
 
 /// Takes the volume's lock, for as long as the process lives: its devices are not free before that.

@@ -1,9 +1,10 @@
 //! The record of a volume: a TOML file in the configuration folder.
 
 use crate::create::parse_sector_size;
-use crate::place::{Name, all_names};
+use crate::place::Name;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
+use libwb::cli::Recorded;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -95,18 +96,13 @@ pub(crate) fn refuse_recorded(name: &Name) -> Result<()> {
 
 /// Refuses a device that is recorded of another volume: what that one's cache holds would be lost, or written over this one.
 pub(crate) fn refuse_shared(volume: &Volume) -> Result<()> {
-    let same =
-        |a: &Path, b: &Path| a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
-    for other in all_names()? {
-        // A record that cannot be read names no device.
-        let Ok(Some(recorded)) = Volume::load(&other) else { continue };
-        for device in [&volume.cache, &volume.backing] {
-            if same(device, &recorded.cache) || same(device, &recorded.backing) {
-                bail!(
-                    "{}: belongs to the volume '{other}'; if you give that up, first: wbctl remove {other}",
-                    device.display()
-                );
-            }
+    for other in Recorded::all()? {
+        if let Some(device) = [&volume.cache, &volume.backing].into_iter().find(|device| other.has(device)) {
+            bail!(
+                "{}: belongs to the volume '{1}'; if you give that up, first: wbctl remove {1}",
+                device.display(),
+                other.name
+            );
         }
     }
     Ok(())

@@ -7,11 +7,11 @@ use crate::config::{Volume, refuse_recorded, refuse_shared};
 use crate::place::Name;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
-use libwb::cli::Output;
+use libwb::cli::{Output, read_text};
 use libwb::control::by_name;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// The longest table that is read, in bytes.
@@ -103,13 +103,7 @@ fn record_all(entries: &[Entry]) -> Result<()> {
 }
 
 fn read(table: &Path) -> Result<String> {
-    let mut text = String::new();
-    let read = std::fs::File::open(table).and_then(|file| file.take(MAX_TABLE + 1).read_to_string(&mut text));
-    read.with_context(|| format!("cannot read {}", table.display()))?;
-    if text.len() as u64 > MAX_TABLE {
-        bail!("{}: longer than any table of volumes", table.display());
-    }
-    Ok(text)
+    read_text(table, MAX_TABLE).with_context(|| format!("cannot read {}", table.display()))
 }
 
 fn parse(text: &str) -> Result<Vec<Entry>> {

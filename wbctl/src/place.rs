@@ -1,6 +1,7 @@
 //! Names of volumes, and the folders and files that belong to them.
 
 use anyhow::{Context, Result, bail};
+use libwb::cli::{MAX_NAME, RECORD_SUFFIX, config_dir, is_volume_name};
 use libwb::control::{SOCKET, run_dir};
 use nix::fcntl::{Flock, FlockArg};
 use std::fmt;
@@ -8,9 +9,6 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-
-/// The longest name, so that the socket's path fits what the system allows.
-const MAX_NAME: usize = 64;
 
 /// A volume's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -20,12 +18,7 @@ impl FromStr for Name {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Name, String> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if text.is_empty()
-            || text.len() > MAX_NAME
-            || text.starts_with(['.', '-'])
-            || !text.chars().all(plain)
-        {
+        if !is_volume_name(text) {
             return Err(format!(
                 "a volume name is 1 to {MAX_NAME} letters, digits, dots, dashes and underscores, and begins with none of '.' and '-'"
             ));
@@ -50,7 +43,7 @@ impl Name {
 
     /// The file that records the volume.
     pub(crate) fn config_file(&self) -> PathBuf {
-        config_dir().join(format!("{self}.toml"))
+        config_dir().join(format!("{self}{RECORD_SUFFIX}"))
     }
 
     /// The folder of a running daemon's files.
@@ -142,14 +135,10 @@ fn remove(path: &Path) -> Result<bool> {
     }
 }
 
-fn config_dir() -> PathBuf {
-    std::env::var_os("WB_CONFIG_DIR").map_or_else(|| "/etc/wb".into(), PathBuf::from)
-}
-
 /// Names of all volumes that are recorded or have a run folder, sorted.
 pub(crate) fn all_names() -> Result<Vec<Name>> {
     let mut names: Vec<Name> = Vec::new();
-    for (dir, suffix) in [(config_dir(), ".toml"), (run_dir(), "")] {
+    for (dir, suffix) in [(config_dir(), RECORD_SUFFIX), (run_dir(), "")] {
         let entries = match std::fs::read_dir(&dir) {
             Ok(entries) => entries,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
@@ -167,19 +156,4 @@ pub(crate) fn all_names() -> Result<Vec<Name>> {
     names.sort();
     names.dedup();
     Ok(names)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_name_cannot_leave_its_folder() {
-        for bad in ["", "a/b", "..", ".hidden", "-x", "a b", "ä", &"x".repeat(65)] {
-            assert!(bad.parse::<Name>().is_err(), "{bad}");
-        }
-        for good in ["a", "disk-1.img", "A_b"] {
-            assert!(good.parse::<Name>().is_ok(), "{good}");
-        }
-    }
 }

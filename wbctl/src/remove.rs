@@ -4,13 +4,13 @@ use crate::config::{Volume, not_recorded};
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
 use libwb::cli::{Io, Output, Progress, count, human_size};
+use libwb::device::Device;
 use libwb::device::probe::Access;
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use libwb::log::Use;
 use libwb::log::live;
 use libwb::log::scan::read_superblock;
 use std::io::Write;
-use std::path::Path;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -47,7 +47,11 @@ fn refuse_dirty(name: &Name, volume: &Volume) -> Result<()> {
             "refused: it cannot be told whether the cache of '{name}' is clean (--force forgets it all the same)"
         )
     };
-    let dirty = dirty_blocks(&volume.cache).with_context(cannot_tell)?;
+    let dirty = (|| -> Result<u64> {
+        let io = Io::start()?;
+        dirty_blocks(&io, &io.open(&volume.cache, Access::Read)?)
+    })();
+    let dirty = dirty.with_context(cannot_tell)?;
     if dirty > 0 {
         bail!(
             "refused: {} ({}) of '{name}' are only in its cache. Write them back first: wbctl replay --cache {} \
@@ -61,11 +65,10 @@ fn refuse_dirty(name: &Name, volume: &Volume) -> Result<()> {
     Ok(())
 }
 
-fn dirty_blocks(cache: &Path) -> Result<u64> {
-    let io = Io::start()?;
-    let device = io.open(cache, Access::Read)?;
-    let superblock = io.block_on(read_superblock(&device, Use::Read))?;
+/// How many dirty blocks a cache device holds.
+pub(crate) fn dirty_blocks(io: &Io, device: &Device) -> Result<u64> {
+    let superblock = io.block_on(read_superblock(device, Use::Read))?;
     let lap = superblock.geometry.lap();
     let mut progress = Progress::new("looking for dirty blocks", lap, SEGMENT_BYTES);
-    Ok(io.block_on(live::dirty_blocks(&device, &superblock, |slot| progress.set(u64::from(slot.0))))?)
+    Ok(io.block_on(live::dirty_blocks(device, &superblock, |slot| progress.set(u64::from(slot.0))))?)
 }

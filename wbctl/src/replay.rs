@@ -1,15 +1,20 @@
 //! `wbctl replay`: write a log back offline.
 
-use crate::{Pair, salvage};
-use anyhow::Result;
-use libwb::cache::{Cache, CacheError, Tunables};
+use crate::create::absolute;
+use crate::notes::{self, About};
+use crate::older::Past;
+use crate::{Pair, rival, salvage};
+use anyhow::{Result, bail};
+use libwb::cache::{Cache, CacheError, Purpose, Tunables};
 use libwb::cli::{self, Io, Output, Progress, count, human_size};
 use libwb::device::probe::{Access, open_pair};
 use libwb::device::{Device, Overlay};
 use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
+use libwb::log::LogError;
+use libwb::log::reach::Reach;
 use libwb::log::salvage::{Plan, Summary};
 use serde::Serialize;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,10 +34,18 @@ pub(crate) struct Args {
     /// Stop at an earlier point of the log: write back what it held when this segment was the newest
     ///
     /// The cache device is not changed: it stays dirty, and still holds the log to its end. So this can be repeated,
-    /// also with another segment that is not earlier, and a replay without it leads to the newest state. wbdump segments
-    /// lists the segments. What was written back to the backing device before, or discarded there, is not undone.
+    /// also with a later segment, and a replay without it leads to the newest state. wbdump segments lists the segments.
+    /// What was written back to the backing device before, or discarded there, is not undone: if that comes after this
+    /// segment, it is refused.
     #[arg(long, value_name = "ID", conflicts_with = "salvage")]
     until: Option<u64>,
+    /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one whose device went back
+    /// in time. And with --until, over what came later
+    ///
+    /// What such a cache holds may be older than what the backing device holds. With --until, the backing device may hold
+    /// what comes after that segment, of an earlier replay; then the result is a mixture of both, and no state of the volume.
+    #[arg(long)]
+    older: bool,
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -54,13 +67,16 @@ struct Report {
     recovery_point: u64,
     /// What was given up of a corrupt log; null where nothing had to be.
     salvage: Option<Summary>,
+    /// The backing device held what comes after --until, from this segment on, and now is a mixture; else null.
+    mixed_with_segment: Option<u64>,
     #[serde(skip)]
     salvage_in_words: Vec<String>,
 }
 
 pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
     let Pair { cache, backing } = &args.pair;
-    let again = format!("wbctl replay --cache {} --backing {}", cache.display(), backing.display());
+    let until = args.until.map_or_else(String::new, |id| format!(" --until {id}"));
+    let again = format!("wbctl replay --cache {} --backing {}{until}", cache.display(), backing.display());
     cli::on_interrupt("wbctl", move || {
         format!(
             "interrupted; what was written back stays so, all else is still in the cache. Go on with: {again}"
@@ -70,26 +86,26 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
     let for_cache = if args.until.is_some() { Access::Read } else { Access::Write };
     let (cache, backing) = open_pair(&args.pair.cache, &args.pair.backing, [for_cache, Access::Write])?;
     let (cache, backing) = (io.serve(cache), io.serve(backing));
+    let past = Past::look_up(&io, &cache, args.older, |why| cli::complain("wbctl", why))?;
+    rival::refuse(&io, &args.pair.cache, past.uuid.as_deref(), &args.pair.backing)?;
     let report = if let Some(until) = args.until {
-        write_back_until(&io, cache, backing, args, SegmentId(until))?
+        write_back_until(&io, cache, backing, args, SegmentId(until), past.reach)
     } else if args.dry_run {
-        look(&io, &cache, &backing, args)?
+        look(&io, &cache, &backing, args, past.reach)
     } else {
-        write_back(&io, cache, backing, args)?
+        write_back(&io, cache, backing, args, past.reach)
     };
+    let report = report.map_err(|e| past.explain(e))?;
     if args.json {
         out.json(&report)?;
         return Ok(());
     }
+    Ok(in_words(&report, args, out)?)
+}
+
+fn in_words(report: &Report, args: &Args, out: &mut Output) -> io::Result<()> {
     for line in &report.salvage_in_words {
         writeln!(out, "{line}")?;
-    }
-    if report.dirty_blocks == 0 {
-        match args.until {
-            Some(id) => writeln!(out, "nothing to write back up to segment {id}")?,
-            None => writeln!(out, "nothing to write back: the cache is clean")?,
-        }
-        return Ok(());
     }
     let what = format!(
         "{} ({}) from {}",
@@ -97,25 +113,41 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
         human_size(report.dirty_blocks * to_u64(BLOCK_BYTES)),
         count(report.segments, "segment"),
     );
-    match (args.dry_run, args.until) {
-        (true, _) => writeln!(out, "would write back {what}")?,
-        (false, Some(id)) => writeln!(
+    match (report.dirty_blocks, args.dry_run, args.until) {
+        (0, _, Some(id)) => writeln!(out, "nothing to write back up to segment {id}")?,
+        (0, _, None) => writeln!(out, "nothing to write back: the cache is clean")?,
+        (_, true, _) => writeln!(out, "would write back {what}")?,
+        (_, false, Some(id)) => writeln!(
             out,
             "wrote back {what}: the log up to segment {id}; the cache is as it was, with the log to its end"
         )?,
-        (false, None) => writeln!(out, "wrote back {what}; the cache is clean")?,
+        (_, false, None) => writeln!(out, "wrote back {what}; the cache is clean")?,
+    }
+    if let Some(segment) = report.mixed_with_segment {
+        let makes = if args.dry_run { "would make" } else { "makes" };
+        writeln!(
+            out,
+            "the backing device held what segment {segment} wrote already: that {makes} a mixture, which is no state of the volume"
+        )?;
     }
     Ok(())
 }
 
-fn write_back(io: &Io, cache: Device, backing: Device, args: &Args) -> Result<Report> {
-    let open = async || {
-        Cache::open_verified(cache.clone(), backing.clone(), io.runtime(), Tunables::default()).await
+fn write_back(io: &Io, cache: Device, backing: Device, args: &Args, known: Option<Reach>) -> Result<Report> {
+    let open = async |known| {
+        let (cache, backing) = (cache.clone(), backing.clone());
+        let purpose = Purpose::replay().knowing(known);
+        Cache::open_for(cache, backing, io.runtime(), Tunables::default(), purpose).await
     };
-    let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, open))?;
+    let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, known, open))?;
     let before = cache.status();
     let drained = drain(io, &cache, before.dirty_blocks);
     let closed = io.block_on(cache.close());
+    let about =
+        About { volume: None, cache: absolute(&args.pair.cache)?, backing: absolute(&args.pair.backing)? };
+    if let Err(e) = notes::note(&cache, &about, closed.is_ok()) {
+        cli::complain("wbctl", format!("{e:#}"));
+    }
     drained?;
     closed?;
     Ok(Report {
@@ -127,6 +159,7 @@ fn write_back(io: &Io, cache: Device, backing: Device, args: &Args) -> Result<Re
         segments: before.dirty_segments,
         recovery_point: before.newest.0,
         salvage: salvaged.as_ref().map(Plan::summary),
+        mixed_with_segment: None,
         salvage_in_words: salvaged.as_ref().map(salvage::outcome).unwrap_or_default(),
     })
 }
@@ -138,10 +171,28 @@ fn write_back_until(
     backing: Device,
     args: &Args,
     until: SegmentId,
+    known: Option<Reach>,
 ) -> Result<Report> {
     // Of a dry run, what recovery puts right is not to reach the device either.
     let backing = if args.dry_run { Arc::new(Overlay::over(backing)) } else { backing };
-    let cache = io.block_on(Cache::open_until(cache, backing, io.runtime(), until))?;
+    let open = |purpose: Purpose| {
+        let (cache, backing) = (cache.clone(), backing.clone());
+        io.block_on(Cache::open_for(
+            cache,
+            backing,
+            io.runtime(),
+            Tunables::default(),
+            purpose.knowing(known),
+        ))
+    };
+    let purpose = Purpose::replay_until(until);
+    let (cache, mixed_with_segment) = match open(purpose) {
+        Err(CacheError::Log(LogError::Ahead { segment, .. })) if args.older => {
+            (open(purpose.mixing(true))?, Some(segment.0))
+        }
+        Err(e @ CacheError::Log(LogError::Ahead { .. })) => bail!("{e}; --older goes on all the same"),
+        opened => (opened?, None),
+    };
     let before = cache.status();
     if !args.dry_run {
         // It is not closed: there is nothing to hand over of a log that is left as it is.
@@ -156,13 +207,15 @@ fn write_back_until(
         segments: before.dirty_segments,
         recovery_point: until.0,
         salvage: None,
+        mixed_with_segment,
         salvage_in_words: Vec::new(),
     })
 }
 
 /// What a replay would do.
-fn look(io: &Io, cache: &Device, backing: &Device, args: &Args) -> Result<Report> {
-    let look = args.salvage.open(cache, backing, async || Cache::examine(cache, backing).await);
+fn look(io: &Io, cache: &Device, backing: &Device, args: &Args, known: Option<Reach>) -> Result<Report> {
+    let examine = async |known| Cache::examine(cache, backing, known).await;
+    let look = args.salvage.open(cache, backing, known, examine);
     let ((recovery, live), _) = io.block_on(look)?;
     Ok(Report {
         cache: args.pair.cache.clone(),
@@ -173,6 +226,7 @@ fn look(io: &Io, cache: &Device, backing: &Device, args: &Args) -> Result<Report
         segments: recovery.live_count(),
         recovery_point: recovery.point.0,
         salvage: None,
+        mixed_with_segment: None,
         salvage_in_words: Vec::new(),
     })
 }

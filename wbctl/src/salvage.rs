@@ -4,6 +4,7 @@ use anyhow::{Result, anyhow};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use libwb::cache::CacheError;
 use libwb::device::Device;
+use libwb::log::reach::Reach;
 use libwb::log::salvage::{Plan, Scanned, Way, number_of_ways, ways_on};
 use libwb::log::scan::BackingFacts;
 use libwb::log::{LogError, Use};
@@ -28,12 +29,14 @@ pub(crate) struct Salvage {
 }
 
 impl Salvage {
-    /// Opens a cache. Where its log is corrupt, salvages it first if that was asked for, or else says what can be done.
+    /// Opens a cache, whose log is known to have come so far. Where it is corrupt, salvages it first if that was asked for,
+    /// or else says what can be done.
     pub(crate) async fn open<T>(
         &self,
         cache: &Device,
         backing: &Device,
-        open: impl AsyncFn() -> Result<T, CacheError>,
+        known: Option<Reach>,
+        open: impl AsyncFn(Option<Reach>) -> Result<T, CacheError>,
     ) -> Result<(T, Option<Plan>)> {
         if let Some(way) = self.salvage {
             // Open may read headers alone, and what is to be salvaged may be wrong with the data.
@@ -44,9 +47,11 @@ impl Salvage {
                 plan.check_backing(cache, &BackingFacts::of(backing)).await?;
                 plan.apply(cache).await?;
             }
-            return Ok((open().await?, plan));
+            // What was given up is gone.
+            let known = known.filter(|_| plan.is_none());
+            return Ok((open(known).await?, plan));
         }
-        match open().await {
+        match open(known).await {
             Err(CacheError::Log(error)) if error.is_corruption() => {
                 let scanned = Scanned::read(cache, Use::Read, |_| ()).await?;
                 Err(what_can_be_done(&error, cache, &scanned).await?)

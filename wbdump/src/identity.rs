@@ -59,5 +59,6 @@ mod tests {
         assert_eq!(encoded("data-1"), "data-1");
         assert_eq!(encoded("a b/../\n"), "a\\x20b\\x2f..\\x2f\\x0a");
         assert_eq!(encoded("ä"), "\\xc3\\xa4");
+        assert_eq!(encoded("\u{1b}[31m\u{202e}"), "\\x1b\\x5b31m\\xe2\\x80\\xae");
     }
 }

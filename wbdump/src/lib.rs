@@ -43,6 +43,8 @@ enum Verb {
         cache: PathBuf,
     },
     /// List the segments in log order, oldest first. Reads the whole device
+    ///
+    /// Slots that were never written are counted; with --json each has its line, after the others.
     Segments {
         #[command(flatten)]
         target: Target,
@@ -169,12 +171,11 @@ impl Log {
         if let Err(error) = superblock.check_extension(&device, Use::Read) {
             cli::complain("wbdump", format_args!("warning: {error}"));
         }
+        let torn = if superblock.has_torn_copy() { ", torn by a power cut" } else { "" };
         for fault in superblock.pages.iter().filter_map(|page| page.as_ref().err()) {
-            if superblock.has_damaged_copy() {
-                cli::complain(
-                    "wbdump",
-                    format_args!("warning: {}: one copy of two: {fault}", path.display()),
-                );
+            if superblock.extension().is_some() {
+                let which = format_args!("{}: one copy of two{torn}", path.display());
+                cli::complain("wbdump", format_args!("warning: {which}: {fault}"));
             }
         }
         Ok(Log { io, device, superblock })

@@ -1,12 +1,12 @@
-//! `wbdump segments`: one row for each slot, in log order.
+//! `wbdump segments`: one row for each slot that holds something, in log order.
 
 use crate::Log;
 use crate::superblock::MAX_TIME;
 use anyhow::Result;
-use libwb::cli::{Output, table};
-use libwb::format::{Reason, SegmentExtension, SegmentHeader, SegmentId, Slot, to_u64};
+use libwb::cli::{Output, count, table};
+use libwb::format::{Reason, SegmentExtension, SegmentHeader, SegmentId, Slot, to_u64, to_usize};
 use libwb::log::recovery::{Recovery, Standing};
-use libwb::log::scan::SlotState;
+use libwb::log::scan::{SlotContent, SlotState};
 use serde::Serialize;
 use std::io::Write;
 use std::time::{Duration, UNIX_EPOCH};
@@ -80,22 +80,96 @@ struct Row {
 }
 
 pub(crate) fn list(log: &Log, only: Only, json: bool, out: &mut Output) -> Result<()> {
-    let mut headers = Vec::with_capacity(log.geometry().all_slots().len());
-    let (slots, recovery) = log.scan(|_, content| headers.push(content.header.as_ref().map(Summary::of)));
-    let mut rows: Vec<(SegmentId, Row)> = log
-        .geometry()
-        .all_slots()
-        .zip(slots.iter().zip(headers))
-        .map(|(slot, (state, header))| row(log, &recovery, slot, state, header))
-        .collect();
-    rows.retain(|(_, row)| {
-        (!only.live || row.state == State::Live) && (!only.bad || row.state == State::Damaged)
-    });
-    rows.sort_by_key(|(order, row)| (*order, row.slot));
-    print(rows.iter().map(|(_, row)| row), json, out)
+    let listing = Listing::of(log);
+    let shown = listing.in_order(only);
+    let empty = listing.empty().filter(|_| !only.live && !only.bad);
+    if json {
+        for slot in shown.into_iter().chain(empty) {
+            out.json(&listing.row(slot))?;
+        }
+        return Ok(());
+    }
+    print(shown.into_iter().map(|slot| listing.row(slot)), out)?;
+    match empty.count() {
+        0 => Ok(()),
+        n => Ok(writeln!(out, "{}", count(to_u64(n), "empty slot"))?),
+    }
 }
 
-/// What is kept of a header while the device is read.
+/// What a listing is made from. A row is made when it is shown: most slots of a large cache may be empty, and those
+/// must take no memory.
+struct Listing<'a> {
+    log: &'a Log,
+    slots: Vec<SlotState>,
+    recovery: Recovery,
+    headers: Summaries,
+}
+
+impl Listing<'_> {
+    fn of(log: &Log) -> Listing<'_> {
+        let mut headers = Summaries::default();
+        let (slots, recovery) = log.scan(|slot, content| headers.visit(slot, content));
+        Listing { log, slots, recovery, headers }
+    }
+
+    fn all(&self) -> impl Iterator<Item = (Slot, &SlotState)> {
+        self.log.geometry().all_slots().zip(&self.slots)
+    }
+
+    /// The slots that hold something, in log order.
+    fn in_order(&self, only: Only) -> Vec<Slot> {
+        let wanted = |state: &SlotState| match State::of(state, &self.recovery) {
+            State::Empty => false,
+            state => (!only.live || state == State::Live) && (!only.bad || state == State::Damaged),
+        };
+        let wanted = self.all().filter(|(_, state)| wanted(state));
+        let mut slots: Vec<_> =
+            wanted.map(|(slot, state)| (order(&self.recovery, slot, state), slot)).collect();
+        slots.sort_unstable();
+        slots.into_iter().map(|(_, slot)| slot).collect()
+    }
+
+    fn empty(&self) -> impl Iterator<Item = Slot> {
+        self.all().filter(|(_, state)| matches!(state, SlotState::Empty)).map(|(slot, _)| slot)
+    }
+
+    fn row(&self, slot: Slot) -> Row {
+        let (state, header) = (&self.slots[to_usize(u64::from(slot.0))], self.headers.get(slot));
+        Row {
+            id: header.map(|header| header.id.0),
+            slot: slot.0,
+            offset_bytes: self.log.geometry().slot_offset(slot),
+            length_blocks: header.map(|header| header.length),
+            dirty_blocks: header.map(|header| header.dirty),
+            state: State::of(state, &self.recovery),
+            closed: header.and_then(Summary::closed),
+            time: header.and_then(Summary::time),
+            fault: match state {
+                SlotState::Invalid { fault, .. } => Some(fault.to_string()),
+                _ => None,
+            },
+            cut_short: matches!(state, SlotState::Valid { cut_short: true, .. }),
+        }
+    }
+}
+
+/// What is kept of the headers while the device is read: nothing of slots without one.
+#[derive(Default)]
+pub(crate) struct Summaries(Vec<(Slot, Summary)>);
+
+impl Summaries {
+    /// Takes in a slot, each after those before it.
+    pub(crate) fn visit(&mut self, slot: Slot, content: &SlotContent) {
+        self.0.extend(content.header.as_ref().map(|header| (slot, Summary::of(header))));
+    }
+
+    pub(crate) fn get(&self, slot: Slot) -> Option<&Summary> {
+        let at = self.0.binary_search_by_key(&slot, |(slot, _)| *slot).ok()?;
+        Some(&self.0[at].1)
+    }
+}
+
+/// What is kept of one.
 pub(crate) struct Summary {
     id: SegmentId,
     length: u8,
@@ -142,39 +216,7 @@ pub(crate) fn order(recovery: &Recovery, slot: Slot, state: &SlotState) -> Segme
     }
 }
 
-/// A row and where it belongs in the log.
-fn row(
-    log: &Log,
-    recovery: &Recovery,
-    slot: Slot,
-    state: &SlotState,
-    header: Option<Summary>,
-) -> (SegmentId, Row) {
-    let row = Row {
-        id: header.as_ref().map(|header| header.id.0),
-        slot: slot.0,
-        offset_bytes: log.geometry().slot_offset(slot),
-        length_blocks: header.as_ref().map(|header| header.length),
-        dirty_blocks: header.as_ref().map(|header| header.dirty),
-        state: State::of(state, recovery),
-        closed: header.as_ref().and_then(Summary::closed),
-        time: header.as_ref().and_then(Summary::time),
-        fault: match state {
-            SlotState::Invalid { fault, .. } => Some(fault.to_string()),
-            _ => None,
-        },
-        cut_short: matches!(state, SlotState::Valid { cut_short: true, .. }),
-    };
-    (order(recovery, slot, state), row)
-}
-
-fn print<'a>(rows: impl Iterator<Item = &'a Row>, json: bool, out: &mut Output) -> Result<()> {
-    if json {
-        for row in rows {
-            out.json(row)?;
-        }
-        return Ok(());
-    }
+fn print(rows: impl Iterator<Item = Row>, out: &mut Output) -> Result<()> {
     // What the slot tells as well is left out where a row would not fit on a line.
     let is_narrow = out.columns().is_some_and(|columns| columns < WIDE);
     let words = &["CLOSED", "STATE"];

@@ -3,7 +3,7 @@
 use crate::Log;
 use anyhow::Result;
 use libwb::cli::{Output, human_size, properties};
-use libwb::format::{SEGMENT_BYTES, to_u64};
+use libwb::format::{SEGMENT_BYTES, printable, to_u64};
 use libwb::log::live::{Totals, live_totals};
 use libwb::log::recovery::Recovery;
 use libwb::log::scan::{RawSuperblock, SlotState};
@@ -139,12 +139,12 @@ fn extension_rows(e: &Extension<'_>) -> [(&'static str, String); 6] {
     let backing = match (e.backing_sectors, e.backing_id) {
         (0, _) => "any".into(),
         (sectors, "") => format!("one of {sectors} sectors"),
-        (sectors, id) => format!("{id}, of {sectors} sectors"),
+        (sectors, id) => format!("{}, of {sectors} sectors", printable(id)),
     };
     [
         ("extension", format!("{} of 2 copies are sound, generation {}", e.sound_copies, e.generation)),
         ("uuid", e.uuid.clone()),
-        ("label", if e.label.is_empty() { "none".into() } else { e.label.to_string() }),
+        ("label", if e.label.is_empty() { "none".into() } else { printable(e.label) }),
         (
             "created",
             humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(e.created.min(MAX_TIME)))

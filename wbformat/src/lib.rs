@@ -2,13 +2,14 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser};
-use libwb::cli::{self, Exit, Io, Output, Progress, count, human_size, parse_label};
+use libwb::cli::{self, Exit, Io, Output, Progress, Recorded, count, human_size, parse_label};
 use libwb::device::probe::{Access, open};
 use libwb::device::{Device, signatures};
 use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, to_u64};
 use libwb::log::create::create;
 use libwb::log::live;
 use libwb::log::scan::examine_superblock;
+use libwb::log::traces::find_segment;
 use serde::Serialize;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -18,8 +19,8 @@ use uuid::Uuid;
 
 /// Make a cache device: an empty log in the format of dm-writeboost.
 ///
-/// Refuses when the device is in use, too small, holds a filesystem, partition table, LVM, RAID or other signature,
-/// or holds a cache with dirty blocks, which may be the only copy of that data.
+/// Refuses when the device is in use, too small, belongs to a recorded volume, holds a filesystem, partition table, LVM,
+/// RAID or other signature, or holds a cache with dirty blocks, which may be the only copy of that data.
 #[derive(Parser)]
 #[command(name = "wbformat", version, after_help = cli::EXIT_CODES)]
 struct Args {
@@ -27,11 +28,13 @@ struct Args {
     #[arg(value_name = "CACHE")]
     cache: PathBuf,
 
-    /// Go on although the device holds a filesystem, a partition table or the like. Does not give up dirty blocks
+    /// Go on although the device holds a filesystem, a partition table or the like, or belongs to a recorded volume. Does not
+    /// give up dirty blocks
     #[arg(long)]
     force: bool,
 
-    /// Give up the dirty blocks of the cache that is on the device. They are lost for ever
+    /// Give up the dirty blocks of the cache that is on the device, and whatever is left of a damaged one. They are lost for
+    /// ever
     #[arg(long)]
     discard_dirty: bool,
 
@@ -89,6 +92,7 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
     let device = io.serve(opened);
     let geometry = Geometry::of_device(device.size()).with_context(|| path.display().to_string())?;
     refuse_dirty(args, &io, &device)?;
+    refuse_recorded(args)?;
     refuse_foreign(args)?;
     let extension = if args.compat { None } else { Some(extension(args, &device)?) };
     if !args.dry_run {
@@ -112,6 +116,22 @@ fn extension(args: &Args, device: &Device) -> Result<SuperblockExtension> {
         extension = extension.paired(backing.size / to_u64(SECTOR_BYTES), &backing.identity_text);
     }
     Ok(extension)
+}
+
+/// Refuses a device of a recorded volume. `wbctl create` records it only when it is formatted.
+fn refuse_recorded(args: &Args) -> Result<()> {
+    if args.force {
+        return Ok(());
+    }
+    let volumes = Recorded::all().context("cannot read the records of volumes")?;
+    if let Some(Recorded { name, .. }) = volumes.iter().find(|volume| volume.has(&args.cache)) {
+        bail!(
+            "{}: refused: it belongs to the volume '{name}'. If you give that up, first: wbctl remove {name}; use --force to \
+             format it and leave the volume recorded",
+            args.cache.display()
+        );
+    }
+    Ok(())
 }
 
 fn refuse_foreign(args: &Args) -> Result<()> {
@@ -138,11 +158,14 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
         )
     };
     if let Err(fault) = superblock.magic {
-        // A cache whose first bytes are damaged; unless something else has been made of the device since.
-        if superblock.extension().is_some() && signatures::find(&args.cache)?.is_none() {
+        // Has something else been made of the device since?
+        if signatures::find(&args.cache)?.is_some() {
+            return Ok(());
+        }
+        if superblock.extension().is_some() {
             bail!(cannot_tell(&fault));
         }
-        return Ok(());
+        return refuse_traces(args, io, device, superblock.geometry);
     }
     if let Err(fault) = superblock.record {
         bail!(cannot_tell(&fault));
@@ -161,6 +184,21 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
             "{path}: refused: it holds a cache with {} that may be nowhere else. Write them back to the backing \
              device first; use --discard-dirty to lose them",
             count(dirty, "dirty block")
+        );
+    }
+    Ok(())
+}
+
+/// Refuses a device without a superblock on which segments are left.
+fn refuse_traces(args: &Args, io: &Io, device: &Device, geometry: Geometry) -> Result<()> {
+    let mut progress = Progress::new("looking for segments", geometry.lap(), SEGMENT_BYTES);
+    let found = io.block_on(find_segment(device, geometry, |slot| progress.set(u64::from(slot.0))));
+    drop(progress);
+    if let Some(id) = found {
+        bail!(
+            "{}: refused: the first MiB of a cache was zeroed or written over, but its segments are there, such as segment \
+             {id}. They may hold dirty blocks that are nowhere else; use --discard-dirty to give them up",
+            args.cache.display()
         );
     }
     Ok(())

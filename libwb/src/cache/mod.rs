@@ -7,6 +7,7 @@
 
 mod access;
 mod age;
+mod ahead;
 mod appender;
 mod bypass;
 mod commits;
@@ -19,6 +20,7 @@ mod latency;
 mod meter;
 mod open;
 mod policy;
+mod purpose;
 mod read;
 mod staging;
 mod state;
@@ -34,6 +36,7 @@ mod writeback;
 
 pub use access::{Access, Accesses};
 pub use latency::{Histogram, Latencies, Timed};
+pub use purpose::Purpose;
 pub use statistics::{Counters, Statistics};
 pub use status::Status;
 pub use tunables::{TunableError, TunableValue, Tunables, WriteMode, WritebackOrder};
@@ -56,7 +59,7 @@ use parking_lot::{Mutex, MutexGuard};
 use state::State;
 use statistics::{AtomicCounters, Baseline};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 /// Writes are paced when less than this part of the log is free: one in so many.
@@ -168,6 +171,8 @@ struct Inner {
     cannot_discard: AtomicBool,
     /// What the cache device carries beyond the base format, if it does.
     extension: Option<SuperblockExtension>,
+    /// The generation of its newest page that is durable.
+    generation: AtomicU64,
     /// What segments carry of its UUID.
     digest: Option<u32>,
     planted: Planted,
@@ -389,7 +394,9 @@ impl Inner {
         }
         let page = SuperblockExtension { clean: Some(newest), ..extension.next() };
         write_extension(&self.cache, &page).await?;
-        self.cache.flush().await
+        self.cache.flush().await?;
+        self.generation.store(page.generation, Ordering::Relaxed);
+        Ok(())
     }
 
     async fn wait_durable(&self, target: Position) -> Result<(), CacheError> {

@@ -1,20 +1,23 @@
 //! Opening a cache: recovery, and what must be put right before the first request.
 
 use super::age::Ages;
+use super::ahead::Later;
 use super::index::{Index, MAX_BLOCKS};
 use super::latency::AtomicLatencies;
 use super::meter::{Flushes, Metered};
+use super::purpose::{Purpose, Reading};
 use super::state::State;
 use super::statistics::{AtomicCounters, Baseline};
 use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{BlockDevice, Device, DeviceError, Overlay, all};
 use crate::format::{
-    BLOCK_BYTES, DirtyBits, Geometry, Metablock, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot,
-    SuperblockExtension, to_u64, to_usize,
+    BLOCK_BYTES, Geometry, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot, SuperblockExtension, to_u64,
+    to_usize,
 };
 use crate::log::create::{close_segment, write_extension, write_filler};
-use crate::log::live::{Totals, live_totals};
+use crate::log::live::{Beyond, Totals, first_outside, live_totals};
+use crate::log::reach::Reach;
 use crate::log::recovery::{Explanation, Recovery, recover};
 use crate::log::scan::{
     BackingFacts, SlotContent, Superblock, check_pairing, read_superblock, scan, scan_headers, scan_trusting,
@@ -26,39 +29,11 @@ use futures_util::{StreamExt, stream};
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// Headers that are erased at the same time.
 const ERASE_DEPTH: usize = 32;
-
-/// How much of a log recovery reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Reading {
-    /// Of segments that were durable, the headers alone. Damaged data shows when it is read.
-    Headers,
-    /// Everything.
-    Whole,
-}
-
-/// What a cache is opened for.
-#[derive(Clone, Copy, Debug)]
-struct Purpose {
-    reading: Reading,
-    /// The segment that counts as the newest, where that is not the newest that recovery finds. Only on an [`Overlay`].
-    until: Option<SegmentId>,
-    /// Reads alone: no background task is started.
-    read_only: bool,
-    /// What the cache device is wanted for.
-    wanted: Use,
-    planted: Planted,
-}
-
-impl Purpose {
-    fn serve(reading: Reading) -> Purpose {
-        Purpose { reading, until: None, read_only: false, wanted: Use::Write, planted: Planted::default() }
-    }
-}
 
 /// A log as it was read, and what its segments hold.
 struct Replay {
@@ -75,8 +50,7 @@ struct Replay {
 }
 
 impl Cache {
-    /// Recovers the log of a cache device, of which it reads no more than [`Reading::Headers`], and starts to serve the
-    /// volume. Until the log has been found sound and to fit the backing device, nothing is written to either.
+    /// Recovers the log of a cache device, and starts to serve the volume; as [`Purpose::serve`]. Until the log has been found sound and to fit the backing device, nothing is written to either.
     ///
     /// # Errors
     /// When a device fails, the cache device holds no cache, its log is corrupt, or it does not fit the backing device.
@@ -86,55 +60,33 @@ impl Cache {
         runtime: Arc<dyn Runtime>,
         tunables: Tunables,
     ) -> Result<Cache, CacheError> {
-        Cache::open_with(cache, backing, runtime, tunables, Purpose::serve(Reading::Headers)).await
+        Cache::open_with(cache, backing, runtime, tunables, Purpose::serve()).await
     }
 
-    /// As [`Cache::open`], but looks at all data of the log first.
+    /// As [`Cache::open`], for another purpose.
     ///
     /// # Errors
-    /// As [`Cache::open`].
-    pub async fn open_verified(
+    /// As [`Cache::open`], and what the purpose refuses.
+    pub async fn open_for(
         cache: Device,
         backing: Device,
         runtime: Arc<dyn Runtime>,
         tunables: Tunables,
+        purpose: Purpose,
     ) -> Result<Cache, CacheError> {
-        Cache::open_with(cache, backing, runtime, tunables, Purpose::serve(Reading::Whole)).await
-    }
-
-    /// As [`Cache::open`], for reads alone: neither device is written to. What recovery would write lies in memory.
-    /// Of the other operations, none may be called.
-    ///
-    /// # Errors
-    /// As [`Cache::open`].
-    pub async fn open_read_only(
-        cache: Device,
-        backing: Device,
-        runtime: Arc<dyn Runtime>,
-    ) -> Result<Cache, CacheError> {
-        let purpose = Purpose { read_only: true, wanted: Use::Read, ..Purpose::serve(Reading::Headers) };
-        let (cache, backing) = (Overlay::over(cache), Overlay::over(backing));
-        let tunables = Tunables { read_cache_threshold: 0, ..Tunables::default() };
-        Cache::open_with(Arc::new(cache), Arc::new(backing), runtime, tunables, purpose).await
-    }
-
-    /// As [`Cache::open_verified`], of the log as it was when a segment was the newest, to write that back. Nothing is
-    /// written to the cache device, so that the log is still there afterwards, to its end.
-    ///
-    /// # Errors
-    /// As [`Cache::open_verified`], and when the segment is not in the part of the log that is not written back.
-    pub async fn open_until(
-        cache: Device,
-        backing: Device,
-        runtime: Arc<dyn Runtime>,
-        until: SegmentId,
-    ) -> Result<Cache, CacheError> {
-        let purpose = Purpose { until: Some(until), ..Purpose::serve(Reading::Whole) };
-        // What a daemon that was killed has left in its volatile cache must not be lost once the backing device has it. The
-        // overlay has no flush.
-        cache.flush().await?;
-        let cache = Arc::new(Overlay::over(cache));
-        Cache::open_with(cache, backing, runtime, Tunables::default(), purpose).await
+        if purpose.read_only {
+            let (cache, backing) = (Overlay::over(cache), Overlay::over(backing));
+            let tunables = Tunables { read_cache_threshold: 0, ..Tunables::default() };
+            return Cache::open_with(Arc::new(cache), Arc::new(backing), runtime, tunables, purpose).await;
+        }
+        if purpose.until.is_some() {
+            // What a daemon that was killed has left in its volatile cache must not be lost once the backing device has
+            // it. The overlay has no flush.
+            cache.flush().await?;
+            let cache = Arc::new(Overlay::over(cache));
+            return Cache::open_with(cache, backing, runtime, tunables, purpose).await;
+        }
+        Cache::open_with(cache, backing, runtime, tunables, purpose).await
     }
 
     /// As [`Cache::open`], with a bug.
@@ -149,7 +101,7 @@ impl Cache {
         tunables: Tunables,
         planted: Planted,
     ) -> Result<Cache, CacheError> {
-        let purpose = Purpose { planted, ..Purpose::serve(Reading::Headers) };
+        let purpose = Purpose::serve().with(planted);
         Cache::open_with(cache, backing, runtime, tunables, purpose).await
     }
 
@@ -196,6 +148,7 @@ impl Cache {
             emptying: AsyncMutex::default(),
             cannot_discard: AtomicBool::new(false),
             digest: superblock.extension.as_ref().map(SuperblockExtension::digest),
+            generation: superblock.extension.as_ref().map_or(0, |page| page.generation).into(),
             extension: grown.clone().or(superblock.extension),
             planted,
         });
@@ -203,6 +156,7 @@ impl Cache {
         if let Some(page) = grown {
             write_extension(&inner.cache, &page).await?;
             inner.cache.flush().await?;
+            inner.generation.store(page.generation, Ordering::Relaxed);
         }
         if !purpose.read_only {
             inner.start_tasks();
@@ -212,13 +166,17 @@ impl Cache {
 }
 
 impl Cache {
-    /// What [`Cache::open_verified`] would recover. Refuses what that would refuse, and changes nothing.
+    /// What [`Cache::open_for`] would recover for [`Purpose::replay`]. Refuses what that would refuse, and changes nothing.
     ///
     /// # Errors
-    /// As [`Cache::open_verified`].
-    pub async fn examine(cache: &Device, backing: &Device) -> Result<(Recovery, Totals), CacheError> {
+    /// As [`Cache::open_for`].
+    pub async fn examine(
+        cache: &Device,
+        backing: &Device,
+        known: Option<Reach>,
+    ) -> Result<(Recovery, Totals), CacheError> {
         check_size(backing)?;
-        let purpose = Purpose { wanted: Use::Read, ..Purpose::serve(Reading::Whole) };
+        let purpose = Purpose { wanted: Use::Read, ..Purpose::replay().knowing(known) };
         let replay = Replay::read(cache, backing, purpose).await?;
         let live = live_totals(cache, replay.superblock.geometry, &replay.recovery, None).await?;
         Ok((replay.recovery, live))
@@ -275,6 +233,10 @@ struct Slots<'a> {
 }
 
 impl Slots<'_> {
+    fn backing_sectors(&self) -> u64 {
+        BackingFacts::of(self.backing).sectors
+    }
+
     /// Takes in a slot. What was taken in of it before counts no more.
     fn visit(&mut self, slot: Slot, content: &SlotContent) {
         self.bytes_read += content.bytes_read;
@@ -294,7 +256,7 @@ impl Slots<'_> {
                 self.staged.insert(slot);
                 continue;
             }
-            if let Some(sector) = outside(self.backing, entry) {
+            if let Some(sector) = first_outside(entry.block, entry.dirty, self.backing_sectors()) {
                 self.outside.entry(slot).or_insert(sector);
                 continue;
             }
@@ -326,7 +288,7 @@ impl Replay {
     async fn read(
         cache: &Device,
         backing: &Device,
-        Purpose { reading, until, wanted, planted, .. }: Purpose,
+        Purpose { reading, until, wanted, known, mixes, planted, .. }: Purpose,
     ) -> Result<Replay, LogError> {
         let superblock = read_superblock(cache, wanted).await?;
         let geometry = superblock.geometry;
@@ -346,6 +308,8 @@ impl Replay {
             (Reading::Headers, true) => scan_headers(cache, geometry, visit).await,
         };
         let recovery = recover(&superblock, &states).refuse_corrupt(cache)?;
+        known.map_or(Ok(()), |known| known.refuse_older(cache, Reach::of(&recovery)))?;
+        let later = until.map(|until| Later::of(cache, backing, geometry, &recovery, until));
         let recovery = match until {
             Some(until) => replay_until(cache, recovery, until)?,
             None => recovery,
@@ -353,7 +317,11 @@ impl Replay {
         if let Some(extension) = &superblock.extension {
             check_pairing(cache, extension, &BackingFacts::of(backing))?;
         }
-        slots.replay(cache, &superblock, recovery, planted)
+        let replay = slots.replay(cache, &superblock, recovery, planted)?;
+        if let Some(later) = later.filter(|_| !mixes) {
+            later.refuse_mixture(&replay.index).await?;
+        }
+        Ok(replay)
     }
 }
 
@@ -373,7 +341,7 @@ impl Slots<'_> {
             let slot = self.geometry.slot_of(id);
             holds_live[to_usize(slot.0.into())] = true;
             if let Some(&sector) = self.outside.get(&slot) {
-                return Err(beyond_backing(cache, self.backing, id, sector));
+                return Err(Beyond { id, sector }.refuse(cache, &BackingFacts::of(self.backing)));
             }
         }
         for (slot, _) in self.geometry.all_slots().zip(holds_live).filter(|(_, live)| !live) {
@@ -390,25 +358,6 @@ impl Slots<'_> {
         let Slots { index, bytes_read, ages, .. } = self;
         let superblock = superblock.clone();
         Ok(Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages })
-    }
-}
-
-/// The first dirty sector of an entry that does not lie on the backing device.
-fn outside(backing: &Device, entry: &Metablock) -> Option<Sector> {
-    let sectors = backing.size() / to_u64(SECTOR_BYTES);
-    let first = entry.block.sector();
-    let outside = |&(from, count): &(usize, usize)| first.0.saturating_add(to_u64(from + count)) > sectors;
-    let (from, _) = DirtyBits::runs(entry.dirty).find(outside)?;
-    Some(Sector((first.0 + to_u64(from)).max(sectors)))
-}
-
-fn beyond_backing(cache: &Device, backing: &Device, id: SegmentId, sector: Sector) -> LogError {
-    LogError::BeyondBacking {
-        device: cache.name().to_string(),
-        id,
-        sector,
-        backing: backing.name().to_string(),
-        sectors: backing.size() / to_u64(SECTOR_BYTES),
     }
 }
 

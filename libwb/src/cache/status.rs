@@ -4,6 +4,8 @@ use super::state::State;
 use super::{Cache, Statistics, Tunables};
 use crate::device::BlockDevice;
 use crate::format::{PLACES, SEGMENT_BYTES, SegmentId, to_u64};
+use crate::log::reach::{Reach, Seen};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// A cache's state at one moment.
@@ -94,6 +96,17 @@ impl Cache {
             writeback_per_block: state.throttle.per_block(),
             statistics,
         }
+    }
+}
+
+impl Cache {
+    /// Which cache it is, and how far it has come for good; `None` for one of the base format, which has no identity.
+    pub fn seen(&self) -> Option<Seen> {
+        let inner = &self.inner;
+        let uuid = inner.extension.as_ref()?.uuid;
+        let state = inner.lock();
+        let reach = Reach { durable: state.durable, written_back: state.written_back };
+        Some(Seen { uuid, generation: inner.generation.load(Ordering::Relaxed), reach })
     }
 }
 

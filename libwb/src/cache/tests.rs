@@ -1,11 +1,12 @@
 //! The engine on devices in memory. Crashes are the simulator's business; here it is the plain behaviour.
 
-use super::{Access, Cache, Tunables};
+use super::{Access, Cache, CacheError, Purpose, Tunables};
 use crate::device::{BlockDevice, Device, IoBuf, MemDevice};
 use crate::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
+    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId,
     SuperblockExtension, crc32c, empty_header, encode_superblock_block, to_u64, to_usize,
 };
+use crate::log::LogError;
 use crate::log::scan::{SlotState, scan};
 use crate::reactor::Reactor;
 use std::sync::Arc;
@@ -357,4 +358,56 @@ fn each_block_of_a_request_counts_once_by_what_it_found() {
     let counters = cache.status().statistics.counters;
     assert_eq!((counters.writes, counters.write_bytes, counters.flushes), (2, 1024, 0));
     rig.reactor.block_on(cache.close()).unwrap();
+}
+
+#[test]
+fn a_cache_says_how_far_it_has_come_for_good_and_an_older_copy_is_refused_untouched() {
+    let rig = Rig::new(8, 64);
+    let cache = rig.open();
+    let numbers = |cache: &Cache| {
+        let seen = cache.seen().expect("a cache with an identity");
+        (seen.generation, seen.reach.durable.0, seen.reach.written_back.0)
+    };
+    assert_eq!(numbers(&cache), (0, 0, 0));
+    cache.pause();
+    // A whole segment and a block, which are not durable yet.
+    rig.write(&cache, 0, 8 * 50, 1);
+    assert_eq!(numbers(&cache), (0, 0, 0));
+    rig.reactor.block_on(cache.close()).unwrap();
+    assert_eq!(numbers(&cache), (1, 1, 0));
+    let copy = rig.cache.content();
+    let cache = rig.open();
+    rig.write(&cache, 0, 8, 2);
+    rig.reactor.block_on(cache.drain()).unwrap();
+    assert_eq!(numbers(&cache), (1, 2, 2));
+    let known = cache.seen().map(|seen| seen.reach);
+    rig.reactor.block_on(cache.close()).unwrap();
+
+    let older: Device = Arc::new(MemDevice::with_content("copy", copy.clone()));
+    let backing: Device = rig.backing.clone();
+    let before = rig.backing.content();
+    let purposes =
+        [Purpose::serve(), Purpose::replay(), Purpose::read_only(), Purpose::replay_until(SegmentId(1))];
+    let open = |purpose: Purpose| {
+        let runtime = Arc::new(rig.reactor.handle().clone());
+        let opening = Cache::open_for(
+            older.clone(),
+            backing.clone(),
+            runtime,
+            Tunables::default(),
+            purpose.knowing(known),
+        );
+        rig.reactor.block_on(opening).err()
+    };
+    for purpose in purposes {
+        assert!(matches!(open(purpose), Some(CacheError::Log(LogError::Older { .. }))), "{purpose:?}");
+    }
+    let examined = rig.reactor.block_on(Cache::examine(&older, &backing, known)).unwrap_err();
+    assert_eq!(
+        examined.to_string(),
+        "copy: is older than it was: durable up to segment 1, written back up to segment 0; it was durable up to \
+         segment 2, written back up to segment 2"
+    );
+    let read = rig.reactor.block_on(older.read(0, IoBuf::zeroed(copy.len()))).unwrap();
+    assert!(read[..] == copy && rig.backing.content() == before);
 }

@@ -1,13 +1,17 @@
 //! What the programs share: exit codes, error messages, standard output, JSON, tables, numbers for people, progress bars,
-//! interruption, and opening devices.
+//! interruption, the records of volumes, and opening devices.
 
 mod numbers;
 mod progress;
+mod recorded;
 mod table;
 mod workers;
 
 pub use numbers::{count, human_rate, human_size, human_time, parse_label, percent};
 pub use progress::Progress;
+pub use recorded::{
+    MAX_NAME, RECORD_SUFFIX, Recorded, config_dir, is_same_device, is_volume_name, read_text,
+};
 pub use table::{Table, properties, table};
 
 use crate::control;

@@ -1,6 +1,7 @@
 //! What else a device holds: filesystems, partition tables, LVM, RAID and the like, as libblkid knows them. It does not
 //! know cache devices.
 
+use crate::format::printable;
 use blkid::prober::{ProbeState, Prober};
 use blkid::{BlkIdError, SuperblocksFlags};
 use std::fmt;
@@ -36,7 +37,9 @@ impl fmt::Display for Signature {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Signature::Known { what, label: None } => write!(f, "{what}"),
-            Signature::Known { what, label: Some(label) } => write!(f, "{what} labelled \"{label}\""),
+            Signature::Known { what, label: Some(label) } => {
+                write!(f, "{what} labelled \"{}\"", printable(label))
+            }
             Signature::Ambivalent => f.write_str("signatures of several filesystems or partition tables"),
         }
     }

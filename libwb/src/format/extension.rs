@@ -61,7 +61,7 @@ const HEADER_MARKER: &[u8; 4] = b"wbsg";
 pub const EXTENSION_VERSION: u32 = 1;
 
 /// What is wrong with a page of the superblock extension.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PageFault {
     /// There is none.
     #[error("no superblock extension")]
@@ -69,6 +69,9 @@ pub enum PageFault {
     /// Its CRC does not hold.
     #[error("a superblock extension with a wrong CRC")]
     Crc,
+    /// So it is, and that is all: it may begin with this page and end with another.
+    #[error("a superblock extension with a wrong CRC")]
+    Torn(Box<SuperblockExtension>),
     /// The device fails to read where it lies.
     #[error("where a superblock extension lies, the device cannot be read")]
     Unreadable,
@@ -133,13 +136,22 @@ impl SuperblockExtension {
         if block[page::MARKER..][..8] != *PAGE_MARKER {
             return Err(PageFault::Absent);
         }
-        if LittleEndian::read_u32(&block[page::CRC..]) != crc32c(&block[..page::CRC]) {
-            return Err(PageFault::Crc);
+        let page = SuperblockExtension::fields(block);
+        if LittleEndian::read_u32(&block[page::CRC..]) == crc32c(&block[..page::CRC]) {
+            return Ok(page);
         }
+        let mut again = [0; BLOCK_BYTES];
+        page.encode(&mut again);
+        let is_else_sound = again[..page::CRC] == block[..page::CRC];
+        Err(if is_else_sound { PageFault::Torn(Box::new(page)) } else { PageFault::Crc })
+    }
+
+    /// What stands in a page, sound or not.
+    fn fields(block: &[u8; BLOCK_BYTES]) -> SuperblockExtension {
         let u64_at = |at: usize| LittleEndian::read_u64(&block[at..]);
         let u32_at = |at: usize| LittleEndian::read_u32(&block[at..]);
         let clean_id = SegmentId(u64_at(page::CLEAN_ID).min(SegmentId::MAX.0));
-        Ok(SuperblockExtension {
+        SuperblockExtension {
             generation: u64_at(page::GENERATION),
             version: u32_at(page::VERSION),
             incompatible: u32_at(page::INCOMPATIBLE),
@@ -151,7 +163,7 @@ impl SuperblockExtension {
             backing_sectors: u64_at(page::BACKING_SECTORS),
             backing_id: read_text(&block[page::BACKING_ID..][..TEXT_BYTES]),
             cache_bytes: u64_at(page::CACHE_BYTES),
-        })
+        }
     }
 
     /// Encodes a page. Texts are cut to [`TEXT_BYTES`].
@@ -183,6 +195,15 @@ impl SuperblockExtension {
     /// Of the two copies, the newer one that is sound, if any is.
     pub fn newest(copies: &[Result<SuperblockExtension, PageFault>; 2]) -> Option<&SuperblockExtension> {
         copies.iter().flatten().max_by_key(|page| page.generation)
+    }
+
+    /// Whether a power cut explains that a copy beside this sound one is torn. All that a page holds lies in its
+    /// first sector: the torn one has that of the page before this, or of the one that was to follow it.
+    pub fn explains(&self, torn: &SuperblockExtension) -> bool {
+        let SuperblockExtension { generation, clean, backing_sectors, .. } = *self;
+        let is_neighbour = torn.generation.abs_diff(generation) == 1;
+        // Nothing else changes from page to page.
+        is_neighbour && *self == SuperblockExtension { generation, clean, backing_sectors, ..torn.clone() }
     }
 
     /// What segments carry of the cache's UUID, so that one of an earlier cache is not taken for one of this.
@@ -441,6 +462,39 @@ mod tests {
         page().encode(&mut block);
         assert_eq!(SuperblockExtension::decode(&block), Ok(page()));
         assert_eq!(SuperblockExtension::decode(&[0; BLOCK_BYTES]), Err(PageFault::Absent));
+    }
+
+    fn encoded(page: &SuperblockExtension) -> [u8; BLOCK_BYTES] {
+        let mut block = [0xa5; BLOCK_BYTES];
+        page.encode(&mut block);
+        block
+    }
+
+    /// Whether it is explained that this block stands beside [`page`].
+    fn is_torn(block: &[u8; BLOCK_BYTES]) -> bool {
+        matches!(SuperblockExtension::decode(block), Err(PageFault::Torn(torn)) if page().explains(&torn))
+    }
+
+    #[test]
+    fn a_page_that_a_power_cut_tore_is_told_from_rot() {
+        let before = SuperblockExtension { generation: 6, clean: None, ..page() };
+        let next = SuperblockExtension { backing_sectors: 5_000_000, ..page().next() };
+        for (first, rest) in [(&before, &next), (&next, &before)] {
+            let mut block = encoded(rest);
+            block[..SECTOR_BYTES].copy_from_slice(&encoded(first)[..SECTOR_BYTES]);
+            assert!(is_torn(&block));
+            for at in [3, 16, 24, 50, 70, 140, 201, 300, 600, 4000] {
+                let mut rotten = block;
+                rotten[at] ^= 4;
+                assert!(!is_torn(&rotten), "byte {at}");
+            }
+        }
+        let elsewhere = [5, 7, 9].map(|generation| SuperblockExtension { generation, ..page() });
+        for page in elsewhere {
+            let mut block = encoded(&page);
+            block[page::CRC] ^= 1;
+            assert!(!is_torn(&block), "generation {}", page.generation);
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod extension;
 mod geometry;
 mod segment;
 mod superblock;
+mod text;
 
 pub use checksum::{Checksum, crc32c};
 pub use extension::{
@@ -27,3 +28,4 @@ pub use superblock::{
     MAGIC, RECORD_BLOCK_OFFSET, Record, SUPERBLOCK_OFFSET, SuperblockFault, decode_magic, decode_record,
     encode_record_block, encode_superblock_block,
 };
+pub use text::printable;

@@ -2,10 +2,11 @@
 
 use super::LogError;
 use super::recovery::{Recovery, recover};
-use super::scan::{SlotFault, SlotState, Superblock, read_header, read_slot, scan_trusting};
+use super::scan::{BackingFacts, SlotFault, SlotState, Superblock, read_header, read_slot, scan_trusting};
 use crate::device::Device;
-use crate::format::{BlockNo, Geometry, Metablock, Sector, SegmentHeader, SegmentId, Slot, to_u64};
+use crate::format::{BlockNo, DirtyBits, Geometry, Sector, SegmentHeader, SegmentId, Slot, to_u64};
 use futures_util::{StreamExt, TryStreamExt, stream};
+use std::fmt::Display;
 
 /// Headers that are read at the same time; one block of memory each.
 const HEADER_DEPTH: usize = 128;
@@ -17,8 +18,31 @@ const BEYOND_KEPT: usize = 100;
 pub struct Beyond {
     /// The segment.
     pub id: SegmentId,
-    /// The last dirty sector of the entry's block.
+    /// The first dirty sector of the entry's block that lies outside.
     pub sector: Sector,
+}
+
+impl Beyond {
+    /// What is wrong, as a sentence: `backing` is called so, and has so many sectors.
+    pub fn in_words(&self, backing: impl Display, sectors: u64) -> String {
+        let Beyond { id, sector } = self;
+        format!("segment {id} holds data for sector {sector}, but {backing} has only {sectors} sectors")
+    }
+
+    /// The error that it is for whoever needs the data on that backing device.
+    pub(crate) fn refuse(self, device: &Device, backing: &BackingFacts<'_>) -> LogError {
+        let (device, sectors) = (device.name().to_string(), backing.sectors);
+        LogError::BeyondBacking { device, beyond: self, backing: backing.name.to_string(), sectors }
+    }
+}
+
+/// The first dirty sector of a block that does not lie on a backing device of so many sectors.
+pub(crate) fn first_outside(block: BlockNo, dirty: DirtyBits, sectors: u64) -> Option<Sector> {
+    // A block's first sector is at most 8 below the largest u64, and the last one in it at most 7 above that.
+    let mut runs = dirty.runs().map(|(from, count)| [from, from + count - 1]);
+    let sector = |nth: usize| block.sector().0 + to_u64(nth);
+    let [first, _] = runs.find(|&[_, last]| sector(last) >= sectors)?;
+    Some(Sector(sector(first).max(sectors)))
 }
 
 /// What a set of segments holds.
@@ -63,21 +87,23 @@ pub async fn visit_headers(
     Ok(())
 }
 
-/// What a segment adds to [`Totals`]. Takes 8 bytes of memory for each dirty entry.
+/// What a segment adds to [`Totals`]. Takes 9 bytes of memory for each dirty entry.
 #[derive(Clone, Debug, Default)]
 pub struct Share {
-    /// The last dirty sector of each entry that has any.
-    last_dirty: Box<[Sector]>,
+    /// The blocks of the dirty entries, and their dirty sectors.
+    blocks: Box<[BlockNo]>,
+    dirty: Box<[DirtyBits]>,
     clean: u8,
 }
 
 impl Share {
     /// That of the segment with this header.
     pub fn of(header: &SegmentHeader) -> Share {
-        let last_dirty: Box<[Sector]> = header.metablocks.iter().filter_map(last_dirty_sector).collect();
-        let clean = header.metablocks.len() - last_dirty.len();
+        let entries = || header.metablocks.iter().filter(|entry| !entry.dirty.is_clean());
+        let blocks: Box<[BlockNo]> = entries().map(|entry| entry.block).collect();
+        let clean = header.metablocks.len() - blocks.len();
         #[allow(clippy::cast_possible_truncation)] // at most PLACES
-        Share { last_dirty, clean: clean as u8 }
+        Share { blocks, dirty: entries().map(|entry| entry.dirty).collect(), clean: clean as u8 }
     }
 }
 
@@ -98,10 +124,11 @@ impl Totals {
 
     fn add(&mut self, id: SegmentId, share: &Share, blocks: &mut Vec<BlockNo>, end: Option<u64>) {
         self.clean_entries += u64::from(share.clean);
-        self.dirty_entries += to_u64(share.last_dirty.len());
-        for &sector in &share.last_dirty {
-            blocks.push(sector.block());
-            if end.is_some_and(|end| sector.0 >= end) {
+        self.dirty_entries += to_u64(share.blocks.len());
+        blocks.extend(&share.blocks);
+        let Some(end) = end else { return };
+        for (&block, &dirty) in share.blocks.iter().zip(&share.dirty) {
+            if let Some(sector) = first_outside(block, dirty, end) {
                 self.beyond_count += 1;
                 if self.beyond.len() < BEYOND_KEPT {
                     self.beyond.push(Beyond { id, sector });
@@ -171,18 +198,13 @@ pub async fn dirty_blocks(
     Ok(live_totals(device, superblock.geometry, &recovery, None).await?.dirty_blocks)
 }
 
-fn last_dirty_sector(entry: &Metablock) -> Option<Sector> {
-    let (first, count) = entry.dirty.runs().last()?;
-    // A block's first sector is at most 8 below the largest u64, and the last one in it at most 7 above that.
-    Some(Sector(entry.block.sector().0 + to_u64(first + count - 1)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::device::{IoBuf, MemDevice};
     use crate::format::{
-        BLOCK_BYTES, BlockNo, DirtyBits, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, encode_header, to_u64,
+        BLOCK_BYTES, BlockNo, DirtyBits, Metablock, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, encode_header,
+        to_u64,
     };
     use futures_lite::future::block_on;
     use std::sync::Arc;
@@ -217,6 +239,26 @@ mod tests {
         assert_eq!(t.beyond, [Beyond { id: SegmentId(2), sector: Sector(u64::MAX) }]);
         let t = block_on(totals(&device, geometry, ids, None, Some(9))).unwrap();
         assert_eq!(t.beyond_count, 2);
+    }
+
+    #[test]
+    fn the_first_dirty_sector_outside_is_named() {
+        let first = |dirty, end| first_outside(BlockNo(2), DirtyBits(dirty), end).map(|sector| sector.0);
+        // Sectors 16 to 23.
+        for (dirty, end, outside) in [
+            (0xff, 24, None),
+            (0xff, 23, Some(23)),
+            (0xff, 20, Some(20)),
+            (0xff, 3, Some(16)),
+            (0b0110_0011, 18, Some(21)),
+            (0b0110_0011, 17, Some(17)),
+            (0b0000_0011, 18, None),
+            (0, 0, None),
+        ] {
+            assert_eq!(first(dirty, end), outside, "{dirty:#b} {end}");
+        }
+        let last = first_outside(BlockNo(u64::MAX / 8), DirtyBits(0x80), u64::MAX);
+        assert_eq!(last, Some(Sector(u64::MAX)));
     }
 
     #[test]

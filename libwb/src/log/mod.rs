@@ -5,11 +5,13 @@ pub mod create;
 mod evidence;
 pub mod history;
 pub mod live;
+pub mod reach;
 pub mod recovery;
 #[cfg(test)]
 mod rig;
 pub mod salvage;
 pub mod scan;
+pub mod traces;
 pub mod upgrade;
 
 use crate::device::DeviceError;
@@ -52,6 +54,29 @@ pub enum LogError {
         first: SegmentId,
         /// The latest.
         last: SegmentId,
+    },
+    /// The log has not come as far as it is known to have.
+    #[error("{device}: is older than it was: {found}; it was {known}")]
+    Older {
+        /// The cache device.
+        device: String,
+        /// How far it has come.
+        found: reach::Reach,
+        /// How far it is known to have come.
+        known: reach::Reach,
+    },
+    /// The backing device holds what comes after the point until which the log is to be replayed.
+    #[error(
+        "{backing}: holds what segment {segment} wrote already, which comes after {until}: an earlier replay went further, or \
+         more was written back than is recorded. A replay undoes nothing, so this would make a mixture of both"
+    )]
+    Ahead {
+        /// The backing device.
+        backing: String,
+        /// The point.
+        until: SegmentId,
+        /// The first segment after it that wrote anything.
+        segment: SegmentId,
     },
     /// The superblock or its record is wrong.
     #[error("{device}: {fault}")]
@@ -146,15 +171,14 @@ pub enum LogError {
     },
     /// An entry of the log lies outside the backing device.
     #[error(
-        "{device}: segment {id} holds data for sector {sector}, but the backing device {backing} has only {sectors} sectors; is it the right backing device? If it was made smaller, give it its old size back"
+        "{device}: {}; is it the right backing device? If it was made smaller, give it its old size back",
+        beyond.in_words(format_args!("the backing device {backing}"), *sectors)
     )]
     BeyondBacking {
         /// The cache device.
         device: String,
-        /// The segment.
-        id: SegmentId,
-        /// A dirty sector of it that lies outside.
-        sector: crate::format::Sector,
+        /// The entry.
+        beyond: live::Beyond,
         /// The backing device.
         backing: String,
         /// How many sectors it has.

@@ -256,7 +256,8 @@ pub struct Plan {
     record: Option<Record>,
     /// Pages of the superblock extension that must be written.
     pages: Vec<SuperblockExtension>,
-    damaged_copy: bool,
+    /// What is wrong with the copy that is written, where something is.
+    bad_copy: Option<&'static str>,
     /// The superblock extension was lost, and the pages are new ones.
     pairs_anew: bool,
 }
@@ -265,14 +266,18 @@ impl Plan {
     /// `superblock` has an extension that is made up, if it was lost.
     fn of(scanned: &Scanned, superblock: RawSuperblock, way: Option<Way>, draft: Draft) -> Plan {
         let extension = superblock.extension().cloned();
-        let damaged_copy = superblock.has_damaged_copy();
+        let bad_copy = match (superblock.has_damaged_copy(), superblock.has_torn_copy()) {
+            (true, _) => Some("damaged"),
+            (false, true) => Some("torn"),
+            (false, false) => None,
+        };
         let pairs_anew = extension.is_some() && scanned.superblock.extension().is_none();
         let page = |page: &SuperblockExtension| SuperblockExtension {
             clean: page.clean.filter(|_| !draft.unmark),
             ..page.next()
         };
         // The generation tells a log that was salvaged from an older copy of it, which may be longer.
-        let needed = draft.unmark || damaged_copy || pairs_anew || way.is_some();
+        let needed = draft.unmark || bad_copy.is_some() || pairs_anew || way.is_some();
         let mut pages: Vec<_> = extension.iter().filter(|_| needed).map(page).collect();
         if pairs_anew {
             pages.extend(pages.first().map(SuperblockExtension::next));
@@ -290,7 +295,7 @@ impl Plan {
             extension,
             draft,
             pages,
-            damaged_copy,
+            bad_copy,
             pairs_anew,
         }
     }
@@ -313,16 +318,7 @@ impl Plan {
         }
         let sectors = Some(backing.sectors);
         let held = totals(device, self.geometry, self.kept(), self.draft.cut_short, sectors).await?;
-        match held.beyond.first() {
-            None => Ok(()),
-            Some(beyond) => Err(LogError::BeyondBacking {
-                device: device.name().to_string(),
-                id: beyond.id,
-                sector: beyond.sector,
-                backing: backing.name.into(),
-                sectors: backing.sectors,
-            }),
-        }
+        held.beyond.first().map_or(Ok(()), |beyond| Err(beyond.refuse(device, backing)))
     }
 
     /// The live segments that stay as they are.

@@ -7,7 +7,7 @@ use crate::format::{
     BLOCK_BYTES, Commit, EXTENSION_OFFSETS, EXTENSION_VERSION, FirstSector, Geometry, HeaderFault, PLACES,
     PageFault, RECORD_BLOCK_OFFSET, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_OFFSET, SegmentExtension,
     SegmentHeader, SegmentId, Slot, SuperblockExtension, SuperblockFault, decode_magic, decode_record,
-    fitting, to_u64,
+    fitting, printable, to_u64,
 };
 use futures_util::future::BoxFuture;
 use futures_util::{Stream, StreamExt, stream};
@@ -56,9 +56,19 @@ impl RawSuperblock {
         SuperblockExtension::newest(&self.pages)
     }
 
-    /// Whether one of the two copies of the superblock extension is damaged, cannot be read, or is gone.
+    /// Whether one of the two copies of the superblock extension is damaged, cannot be read, or is gone, and no power
+    /// cut explains that.
     pub fn has_damaged_copy(&self) -> bool {
-        self.extension().is_some() && self.pages.iter().any(Result::is_err)
+        self.extension().is_some() && self.pages.iter().any(Result::is_err) && !self.has_torn_copy()
+    }
+
+    /// Whether one of the two copies of the superblock extension was being written when the power went.
+    pub fn has_torn_copy(&self) -> bool {
+        let torn = self.pages.iter().find_map(|page| match page {
+            Err(PageFault::Torn(torn)) => Some(torn),
+            _ => None,
+        });
+        self.extension().zip(torn).is_some_and(|(sound, torn)| sound.explains(torn))
     }
 
     /// Whether this version may use the device, as far as its extension tells.
@@ -227,6 +237,7 @@ pub(super) fn check_identity(
     if paired.is_empty() || found.is_empty() || paired == found {
         return Ok(());
     }
+    let [paired, found] = [paired, found].map(printable);
     let difference = format!("the cache was made for '{paired}', this one is '{found}'");
     let (device, backing) = (device.name().to_string(), backing.name.to_string());
     Err(LogError::WrongBacking { device, backing, difference })
@@ -390,8 +401,11 @@ async fn fill_slot(
         return Err(SlotFault::WrongSlot { id, sound: last.is_some() });
     }
     let Some(last) = last else {
+        // Of a header that is no header, that is the better reason.
+        let other =
+            || first.header(block, first.newest).map_or_else(SlotFault::from, |_| SlotFault::Checksum { id });
         let before = first.before().map(|Commit { length, .. }| SlotFault::Commit { id, length });
-        return Err(before.unwrap_or(SlotFault::Checksum { id }));
+        return Err(before.unwrap_or_else(other));
     };
     let header = content.header.insert(first.header(block, last.commit)?);
     let (length, extension) = (header.length(), header.extension);

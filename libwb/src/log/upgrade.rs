@@ -49,15 +49,7 @@ impl Upgrade {
         let repair = scanned.repair(device)?;
         let live = live_totals(device, scanned.superblock.geometry, &recovery, Some(backing.sectors)).await?;
         if let Some(beyond) = live.beyond.first() {
-            let backing_name = backing.name.to_string();
-            let (id, sector, sectors) = (beyond.id, beyond.sector, backing.sectors);
-            return Err(LogError::BeyondBacking {
-                device: name(),
-                id,
-                sector,
-                backing: backing_name,
-                sectors,
-            });
+            return Err(beyond.refuse(device, backing));
         }
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         Ok(Upgrade {

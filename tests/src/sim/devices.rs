@@ -5,9 +5,9 @@ use fastrand::Rng;
 use libwb::device::BlockDevice;
 use libwb::device::sim::{Faults, SimDevice, SimRuntime};
 use libwb::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, SECTOR_BYTES, SEGMENT_BYTES,
-    SUPERBLOCK_REGION_BYTES, Sector, SegmentId, SuperblockExtension, decode_record, encode_superblock_block,
-    to_u64, to_usize,
+    BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, Record, SECTOR_BYTES, SEGMENT_BYTES,
+    SUPERBLOCK_REGION_BYTES, Sector, SegmentId, SuperblockExtension, decode_record, encode_record_block,
+    encode_superblock_block, to_u64, to_usize,
 };
 use libwb::runtime::Runtime;
 use std::sync::Arc;
@@ -31,7 +31,11 @@ pub(super) fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
         let page: &mut [u8; BLOCK_BYTES] = content[to_usize(EXTENSION_OFFSETS[0])..]
             .first_chunk_mut()
             .expect("within the superblock region");
-        SuperblockExtension::new(Uuid::from_u128(0x5eed), size).encode(page);
+        let extension = SuperblockExtension::new(Uuid::from_u128(0x5eed), size);
+        extension.encode(page);
+        let record: &mut [u8; BLOCK_BYTES] =
+            content[to_usize(RECORD_BLOCK_OFFSET)..].first_chunk_mut().expect("within the superblock region");
+        encode_record_block(record, Record { id: SegmentId::NONE, digest: Some(extension.digest()) });
     }
     content
 }

@@ -5,7 +5,7 @@ mod terminal;
 
 use crate::Log;
 use crate::blocks::DirtyBlocks;
-use crate::segments::{State, Summary, order};
+use crate::segments::{State, Summaries, Summary, order};
 use anyhow::{Context, Result};
 use libwb::cli::Output;
 use libwb::format::{BlockNo, SegmentId, to_u64, to_usize};
@@ -65,17 +65,16 @@ pub(crate) fn show(log: &Log, svg: Option<&Path>, out: &mut Output) -> Result<()
 
 impl Map {
     fn of(log: &Log) -> (Map, Option<libwb::log::LogError>) {
-        let mut headers = Vec::with_capacity(log.geometry().all_slots().len());
-        let (states, recovery) =
-            log.scan(|_, content| headers.push(content.header.as_ref().map(Summary::of)));
+        let mut headers = Summaries::default();
+        let (states, recovery) = log.scan(|slot, content| headers.visit(slot, content));
         log.warn_of(&recovery);
         let mut slots: Vec<_> = log
             .geometry()
             .all_slots()
-            .zip(states.iter().zip(&headers))
-            .map(|(slot, (state, header))| {
+            .zip(&states)
+            .map(|(slot, state)| {
                 let is_open = state.valid_id().is_some() && state.valid_id() == recovery.open_end();
-                let has_dirty = header.as_ref().is_some_and(|header| header.dirty > 0);
+                let has_dirty = headers.get(slot).is_some_and(|header| header.dirty > 0);
                 let kind = match State::of(state, &recovery) {
                     State::Live if is_open => Kind::Open,
                     State::Live if has_dirty => Kind::Dirty,
@@ -84,13 +83,13 @@ impl Map {
                     State::Damaged => Kind::Damaged,
                     State::Empty => Kind::Empty,
                 };
-                (order(&recovery, slot, state), slot, kind, header.as_ref().and_then(Summary::time))
+                (order(&recovery, slot, state), slot, kind)
             })
             .collect();
-        slots.sort_by_key(|(order, slot, ..)| (*order, *slot));
-        let time = |at: usize| slots[at].3.clone();
-        let dirty = slots.iter().position(|(_, _, kind, _)| matches!(kind, Kind::Dirty | Kind::Open));
-        let point = slots.iter().rposition(|(id, _, kind, _)| {
+        slots.sort_unstable_by_key(|&(order, slot, _)| (order, slot));
+        let time = |at: usize| headers.get(slots[at].1).and_then(Summary::time);
+        let dirty = slots.iter().position(|(_, _, kind)| matches!(kind, Kind::Dirty | Kind::Open));
+        let point = slots.iter().rposition(|(id, _, kind)| {
             *id == recovery.point && matches!(kind, Kind::Dirty | Kind::Open | Kind::Clean)
         });
         let blocks = DirtyBlocks::find(log, &recovery);
@@ -100,7 +99,7 @@ impl Map {
             oldest_dirty: dirty.and_then(time),
             point_time: point.and_then(time),
             point: point.map(|at| (at, recovery.point)),
-            slots: slots.into_iter().map(|(_, _, kind, _)| kind).collect(),
+            slots: slots.into_iter().map(|(_, _, kind)| kind).collect(),
             blocks: blocks.newest.into_keys().collect(),
             backing_blocks: (backing_sectors > 0).then(|| backing_sectors.div_ceil(8)),
         };

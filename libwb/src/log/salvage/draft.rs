@@ -234,8 +234,10 @@ impl Planner<'_> {
         let committed = self.slots.iter().filter_map(committed).map(|(id, _)| id);
         let committed = committed.filter(|&id| is_near(geometry, highest, id)).max().unwrap_or_default();
         let durable = Some(self.recovery.durable).filter(|&last| {
+            // A lap of them at most, or there would be no telling where a log has come to of which nothing stands.
+            let first = highest.max(last.minus(geometry.lap())).next();
             is_near(geometry, highest, last)
-                && (highest.next().0..=last.0).all(|id| !self.is_needed(geometry.slot_of(SegmentId(id))))
+                && (first.0..=last.0).all(|id| !self.is_needed(geometry.slot_of(SegmentId(id))))
         });
         highest.max(committed).max(durable.unwrap_or_default())
     }

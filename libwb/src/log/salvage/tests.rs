@@ -3,6 +3,7 @@
 use super::*;
 use crate::format::{BLOCK_BYTES, EXTENSION_OFFSETS, SECTOR_BYTES, SEGMENT_BYTES, to_u64, to_usize};
 use crate::log::evidence::cases_of_evidence;
+use crate::log::live::Beyond;
 use crate::log::recovery::Corruption;
 use crate::log::rig::{
     LENGTH, Log, MASKS, SLOTS, after_power_cut, expected, in_sectors, lost, read, salvage, volume,
@@ -233,7 +234,10 @@ fn the_wrong_backing_device_is_refused_before_anything_is_written() {
     let device: Device = log.device();
     let plan = block_on(read(&device).salvage(&device, Way::Skip)).unwrap().unwrap();
     let small = block_on(plan.check_backing(&device, &facts(800 * 8)));
-    assert!(matches!(small, Err(LogError::BeyondBacking { id: SegmentId(8), .. })), "{small:?}");
+    assert!(
+        matches!(small, Err(LogError::BeyondBacking { beyond: Beyond { id: SegmentId(8), .. }, .. })),
+        "{small:?}"
+    );
 }
 
 #[test]

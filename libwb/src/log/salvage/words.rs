@@ -135,8 +135,8 @@ impl Plan {
                 )
             ));
         }
-        if self.damaged_copy {
-            changes.push("the damaged copy of the superblock extension, from the sound one".into());
+        if let Some(bad) = self.bad_copy {
+            changes.push(format!("the {bad} copy of the superblock extension, from the sound one"));
         }
         changes
     }

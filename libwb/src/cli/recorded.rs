@@ -1,0 +1,133 @@
+//! The records of volumes, as far as every program needs them: which devices belong to which volume.
+
+use crate::device::probe::identity;
+use serde::Deserialize;
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
+use std::path::{Path, PathBuf};
+
+/// The longest name of a volume, so that the path of its socket fits what the system allows.
+pub const MAX_NAME: usize = 64;
+/// How the name of a record's file goes on after the name of the volume.
+pub const RECORD_SUFFIX: &str = ".toml";
+/// The longest record that is read, in bytes.
+const MAX_RECORD: u64 = 1 << 20;
+
+/// A recorded volume and its devices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    /// The volume's name.
+    pub name: String,
+    /// The cache device.
+    pub cache: PathBuf,
+    /// The backing device.
+    pub backing: PathBuf,
+}
+
+impl Recorded {
+    /// All volumes that are recorded, by name. A record that cannot be read names no device, and who may not look into the
+    /// folder finds none.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn all() -> io::Result<Vec<Recorded>> {
+        let entries = match std::fs::read_dir(config_dir()) {
+            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
+                return Ok(Vec::new());
+            }
+            entries => entries?,
+        };
+        let mut all: Vec<Recorded> = Vec::new();
+        for entry in entries {
+            all.extend(Recorded::load(&entry?.path()));
+        }
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(all)
+    }
+
+    fn load(path: &Path) -> Option<Recorded> {
+        #[derive(Deserialize)]
+        struct Devices {
+            cache: PathBuf,
+            backing: PathBuf,
+        }
+        let name = path.file_name()?.to_str()?.strip_suffix(RECORD_SUFFIX)?;
+        if !is_volume_name(name) {
+            return None;
+        }
+        let Devices { cache, backing } = toml::from_str(&read_text(path, MAX_RECORD).ok()?).ok()?;
+        Some(Recorded { name: name.into(), cache, backing })
+    }
+
+    /// Whether one of its two devices is this one.
+    pub fn has(&self, device: &Path) -> bool {
+        is_same_device(device, &self.cache) || is_same_device(device, &self.backing)
+    }
+}
+
+/// The folder with the records.
+pub fn config_dir() -> PathBuf {
+    std::env::var_os("WB_CONFIG_DIR").map_or_else(|| "/etc/wb".into(), PathBuf::from)
+}
+
+/// Whether a volume can have this name. None leads out of a folder.
+pub fn is_volume_name(text: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    (1..=MAX_NAME).contains(&text.len()) && !text.starts_with(['.', '-']) && text.chars().all(plain)
+}
+
+/// Whether two paths lead to one device, or are the same path, be there a device or not.
+pub fn is_same_device(a: &Path, b: &Path) -> bool {
+    a == b || identity(a).is_ok_and(|a| identity(b).is_ok_and(|b| a == b))
+}
+
+/// Reads a text file.
+///
+/// # Errors
+/// When it cannot be read, is no text, or is longer than so many bytes.
+pub fn read_text(path: &Path, most: u64) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(most + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > most {
+        return Err(io::Error::new(ErrorKind::FileTooLarge, format!("longer than {most} bytes")));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_leave_its_folder() {
+        for bad in ["", "a/b", "..", ".hidden", "-x", "a b", "ä", &"x".repeat(65)] {
+            assert!(!is_volume_name(bad), "{bad}");
+        }
+        for good in ["a", "disk-1.img", "A_b", &"x".repeat(64)] {
+            assert!(is_volume_name(good), "{good}");
+        }
+    }
+
+    #[test]
+    fn a_record_names_its_devices_whatever_else_it_says_and_one_that_makes_no_sense_names_none() {
+        let dir = std::env::temp_dir().join(format!("wb-recorded-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let load = |file: &str, text: &[u8]| {
+            std::fs::write(dir.join(file), text).unwrap();
+            Recorded::load(&dir.join(file)).map(|it| (it.name, it.cache, it.backing))
+        };
+        let record = b"cache = \"/c\"\nbacking = \"/b\"\ncolour = 1\n";
+        assert_eq!(load("data.toml", record), Some(("data".into(), "/c".into(), "/b".into())));
+        for (file, text) in [
+            ("data.toml.new", &record[..]),
+            (".data.toml", record),
+            ("data.toml", b"cache = \"/c\""),
+            ("data.toml", b"\xff\xfe"),
+            ("data.toml", &vec![b' '; 1 << 21]),
+        ] {
+            assert_eq!(load(file, text), None, "{file}");
+        }
+        assert_eq!(Recorded::load(Path::new("/dev/zero.toml")), None);
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,29 @@
+//! Texts that stand on devices, such as labels: anything may stand there.
+
+/// A text as it may be shown to people. What is neither a visible character nor a blank becomes an escape such as `\n`
+/// or `\u{1b}`: control characters, ends of lines, and what turns the direction of writing. A backslash is doubled, so
+/// that no text looks like another.
+pub fn printable(text: &str) -> String {
+    // Quotes do no harm.
+    text.escape_debug().to_string().replace("\\'", "'").replace("\\\"", "\"")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_may_do_harm_to_a_terminal_or_a_reader_is_escaped() {
+        for (text, shown) in [
+            ("data-1", "data-1"),
+            ("Bob's \"größte\" 磁盘", "Bob's \"größte\" 磁盘"),
+            ("\u{1b}[31mred", "\\u{1b}[31mred"),
+            ("a\nwbcheck: sound", "a\\nwbcheck: sound"),
+            ("abc\u{202e}fed", "abc\\u{202e}fed"),
+            ("\u{9b}31m\u{7f}\u{200b}\u{2028}\r", "\\u{9b}31m\\u{7f}\\u{200b}\\u{2028}\\r"),
+            ("a\\n\\'", "a\\\\n\\\\'"),
+        ] {
+            assert_eq!(printable(text), shown);
+        }
+    }
+}

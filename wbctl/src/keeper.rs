@@ -1,0 +1,67 @@
+//! Keeps the note about an attached cache up to date.
+
+use crate::notes::{self, About};
+use libwb::cache::Cache;
+use libwb::log::reach::Seen;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// How long the note may lag behind.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// Notes how far a cache has come, now and again, until it is told to finish.
+pub(crate) struct Keeper {
+    stop: Sender<()>,
+    thread: JoinHandle<Pen>,
+}
+
+struct Pen {
+    cache: Cache,
+    about: About,
+    /// What was noted last.
+    noted: Option<Seen>,
+    /// The last note could not be written, and that was said.
+    has_failed: bool,
+}
+
+impl Keeper {
+    /// Writes the first note at once. Without a thread, no more are written.
+    pub(crate) fn start(cache: Cache, about: About) -> Option<Keeper> {
+        let mut pen = Pen { cache, about, noted: None, has_failed: false };
+        pen.write(false);
+        let (stop, stopped) = channel();
+        let thread = std::thread::Builder::new().name("wb-notes".into()).spawn(move || {
+            while stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                if pen.cache.seen() != pen.noted {
+                    pen.write(false);
+                }
+            }
+            pen
+        });
+        let thread = thread.inspect_err(|e| tracing::warn!("how far the cache has come is not noted: {e}"));
+        Some(Keeper { stop, thread: thread.ok()? })
+    }
+
+    /// Writes the last note, and says in it whether the cache was closed.
+    pub(crate) fn finish(self, closed: bool) {
+        drop(self.stop);
+        if let Ok(mut pen) = self.thread.join() {
+            pen.write(closed);
+        }
+    }
+}
+
+impl Pen {
+    fn write(&mut self, closed: bool) {
+        let seen = self.cache.seen();
+        let written = notes::note(&self.cache, &self.about, closed);
+        if let (Err(e), false) = (&written, self.has_failed) {
+            tracing::warn!("{e:#}");
+        }
+        self.has_failed = written.is_err();
+        if written.is_ok() {
+            self.noted = seen;
+        }
+    }
+}

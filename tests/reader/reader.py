@@ -318,11 +318,11 @@ def volume(log, backing):
                 if dirty >> bit & 1:
                     if address + bit >= sectors:
                         return log.refuse("beyond-backing")
-                    shown[address + bit] = (slot, index, flags, crc)
+                    shown[address + bit] = (slot, index, crc if log.page and flags & 1 else None)
     unreadable = set()
-    for sector, (slot, index, flags, crc) in shown.items():
+    for sector, (slot, index, crc) in shown.items():
         data = slot.data(index)
-        if flags & 1 and crc32c(data) != crc:
+        if crc not in (None, crc32c(data)):
             unreadable.add(sector // 8)
         at = sector % 8 * SECTOR
         content[sector * SECTOR : (sector + 1) * SECTOR] = data[at : at + SECTOR]

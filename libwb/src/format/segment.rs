@@ -133,14 +133,21 @@ impl FirstSector {
     /// hold all the same with the entries after it taken as zeros, as where the header after its first sector is torn; or the
     /// one before holds, if what the newest one added is torn.
     pub fn stands(&self, header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<LastCommit> {
-        if data.len() == self.data_bytes() && checksum(header_block, data) == self.newest.checksum {
+        let is_sound =
+            |commit: &Commit| (0..commit.length).all(|nth| decode_metablock(header_block, nth).is_ok());
+        if data.len() == self.data_bytes()
+            && checksum(header_block, data) == self.newest.checksum
+            && is_sound(&self.newest)
+        {
             return Some(LastCommit { commit: self.newest, is_whole: true });
         }
         let holds = |commit: &Commit| {
             let data = data.get(..usize::from(commit.length) * BLOCK_BYTES);
             let mut block = *header_block;
             clear_entries(&mut block, commit.length);
-            commit.length > 0 && data.is_some_and(|data| checksum(&block, data) == commit.checksum)
+            commit.length > 0
+                && data.is_some_and(|data| checksum(&block, data) == commit.checksum)
+                && is_sound(commit)
         };
         let commits = [Some(self.newest), self.before()];
         let commit = commits.into_iter().flatten().find(holds)?;

@@ -37,8 +37,15 @@ impl Inner {
             let (at, rest) = (Sector(sector.0 + to_u64(done / SECTOR_BYTES)), &data[done..]);
             done += match self.way_of(at, rest.len())? {
                 Way::Around(fence, length) => {
-                    self.write_fenced(at, &rest[..length]).await?;
+                    let stuck = self.empty_what_was_forgotten(fence.blocks()).await?;
+                    if stuck.is_none() {
+                        self.write_fenced(at, &rest[..length]).await?;
+                    }
                     drop(fence);
+                    if stuck.is_some() {
+                        // On top of the version that cannot be taken from the log.
+                        self.write_to_log(at, &rest[..length]).await?;
+                    }
                     length
                 }
                 Way::Log(length) => {
@@ -83,9 +90,8 @@ impl Inner {
         })
     }
 
-    /// Writes blocks that are fenced and of which the log holds nothing.
+    /// Writes blocks that are fenced and of which the log holds nothing, and no segment that is written back any more.
     async fn write_fenced(self: &Arc<Self>, sector: Sector, data: &[u8]) -> Result<(), CacheError> {
-        self.empty_what_was_forgotten().await?;
         if !self.planted.has(Bug::DirectAheadOfLog) {
             self.flush_log().await?;
         }

@@ -29,8 +29,8 @@ impl Cache {
     ///
     /// # Errors
     /// When the backing device cannot discard, or write-back is in strict order (the [`CacheError::errno`] is
-    /// `EOPNOTSUPP` then), the range is not within the volume, the cache is being closed, or a device fails. Parts may
-    /// have been discarded.
+    /// `EOPNOTSUPP` then), the range is not within the volume, the cache is being closed, or a device fails: also when
+    /// what a written-back segment holds of the range cannot be taken from it. Parts may have been discarded.
     pub async fn discard(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
         let inner = &self.inner;
         inner.check_range(sector, length)?;
@@ -55,7 +55,9 @@ impl Cache {
         }
         let _fence = Fence::when_free(inner, blocks.clone()).await;
         inner.cover(&blocks).await?;
-        inner.empty_what_was_forgotten().await?;
+        if let Some(error) = inner.empty_what_was_forgotten(&blocks).await? {
+            return Err(error.into());
+        }
         if !inner.planted.has(Bug::DiscardAheadOfLog) {
             inner.flush_log().await?;
         }

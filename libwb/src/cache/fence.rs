@@ -21,6 +21,10 @@ impl<'a> Fence<'a> {
         Fence { inner, blocks }
     }
 
+    pub(super) fn blocks(&self) -> &Range<BlockNo> {
+        &self.blocks
+    }
+
     /// Waits until none of the blocks is fenced.
     pub(super) async fn when_free(inner: &'a Inner, blocks: Range<BlockNo>) -> Fence<'a> {
         let overlaps = |other: &Range<BlockNo>| other.start < blocks.end && blocks.start < other.end;

@@ -81,6 +81,7 @@ impl Inner {
 
     /// Makes it durable that every segment up to `id` is written back.
     pub(super) async fn write_record(&self, id: SegmentId) -> Result<(), DeviceError> {
+        self.lock().record_in_doubt = true;
         let mut block = IoBuf::zeroed(BLOCK_BYTES);
         encode_record_block(block.block_at_mut(0), id);
         self.cache.write(RECORD_BLOCK_OFFSET, block.into()).await?;
@@ -88,7 +89,9 @@ impl Inner {
         if self.planted.has(Bug::RecordNotDurable) {
             return Ok(());
         }
-        self.flush_cache_device().await
+        self.flush_cache_device().await?;
+        self.lock().record_in_doubt = false;
+        Ok(())
     }
 
     /// What of a segment must be written back in a batch that ends with `last`.

@@ -112,12 +112,17 @@ pub(crate) async fn write_filler(
     id: SegmentId,
     page: Option<&SuperblockExtension>,
 ) -> Result<(), DeviceError> {
+    device.write(geometry.slot_offset(slot), filler(id, page).into()).await
+}
+
+/// The header block of an empty segment that says nothing; of none, for [`SegmentId::NONE`].
+pub(super) fn filler(id: SegmentId, page: Option<&SuperblockExtension>) -> IoBuf {
     let mut block = IoBuf::zeroed(BLOCK_BYTES);
     if id != SegmentId::NONE {
         let extension = page.map(filler_extension);
         encode_header(block.block_at_mut(0), id, &[], &[], extension.as_ref());
     }
-    device.write(geometry.slot_offset(slot), block.into()).await
+    block
 }
 
 /// Makes the header of a segment of which only a commit is there say that it ends with that. It is durable after a flush,

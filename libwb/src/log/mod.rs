@@ -1,6 +1,7 @@
 //! The log as it lies on a cache device: making an empty one, reading what is there, and putting right what is damaged.
 
 pub mod create;
+pub(crate) mod handover;
 pub mod history;
 pub mod live;
 pub mod recovery;

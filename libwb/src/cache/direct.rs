@@ -12,7 +12,7 @@ use super::state::{State, Wait};
 use super::tunables::WriteMode;
 use super::write::{Fragment, fragments};
 use super::{CacheError, Inner};
-use crate::device::{BlockDevice, IoBuf};
+use crate::device::{BlockDevice, DeviceError, IoBuf};
 use crate::format::{BLOCK_BYTES, BlockNo, SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::planted::Bug;
 use std::sync::Arc;
@@ -95,14 +95,19 @@ impl Inner {
         if !self.planted.has(Bug::DirectAheadOfLog) {
             self.flush_log().await?;
         }
+        self.write_durably(sector, data).await.inspect_err(|error| self.change_failed(error))?;
+        self.keep_for_reads(sector, data);
+        Ok(())
+    }
+
+    async fn write_durably(&self, sector: Sector, data: &[u8]) -> Result<(), DeviceError> {
         let before = self.backing_flushes.failures();
         self.backing.write(sector.bytes(), IoBuf::copy_of(data).into()).await?;
         self.counters.direct_write_bytes.add(to_u64(data.len()));
-        if !self.planted.has(Bug::DirectNotFlushed) {
-            self.backing_flushes.flush(&self.backing, before).await?;
+        if self.planted.has(Bug::DirectNotFlushed) {
+            return Ok(());
         }
-        self.keep_for_reads(sector, data);
-        Ok(())
+        self.backing_flushes.flush(&self.backing, before).await
     }
 
     /// In mode `through`, whole blocks that were written are cached, too, as blocks that were read are.

@@ -56,6 +56,10 @@ pub enum Bug {
     DiscardLeavesDirty,
     /// A discard takes effect before earlier writes are durable.
     DiscardAheadOfLog,
+    /// A segment that is to be emptied and cannot be read is left as it is, and counts as emptied.
+    UnreadableLeft,
+    /// A segment that reads as empty counts as emptied, though the write or the flush of that failed.
+    HalfEmptiedTrusted,
     /// Strict order takes more than one epoch at a time.
     EpochsMixed,
     /// Writes do not wait for a discard of the same range.

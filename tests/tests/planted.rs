@@ -1,7 +1,8 @@
 //! The simulator finds bugs: each of those that can be planted shows within a few seeds. Some that few seeds come to are left
 //! to the scripts that crash at every moment: `FenceIgnored` needs a write in the midst of a discard, `CommitOverUndurable`
 //! a header that is torn in the short time between two commits, `RecordNotDurable` a slot that is reused just before a power
-//! cut, and `DroppedNotErased` a log that grows up to what an earlier power cut had cut off.
+//! cut, and `DroppedNotErased` a log that grows up to what an earlier power cut had cut off. `UnreadableLeft` and
+//! `HalfEmptiedTrusted` need a device that fails in the midst of a discard: `handover.rs`.
 
 use libwb::planted::Bug;
 use std::panic::catch_unwind;

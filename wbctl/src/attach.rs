@@ -10,7 +10,7 @@ use crate::older::Past;
 use crate::place::Name;
 use crate::{leftovers, logging, rival, salvage};
 use anyhow::{Context, Result, bail};
-use libwb::cache::{Cache, Purpose};
+use libwb::cache::{Cache, CacheError, Purpose};
 use libwb::cli::{self, Io, Output, human_size};
 use libwb::control::{self, Reply};
 use libwb::device::Device;
@@ -312,7 +312,10 @@ fn serve_until_ended(
     }
     let outcome = synced.and(closed);
     if let Ok(End::Detach(mut replies)) = end {
-        let message = |e| format!("detached, but not all data could be kept: {e:#}");
+        let message = |e: &anyhow::Error| match e.downcast_ref() {
+            Some(CacheError::NotHandedOver(_)) => format!("detached; {e:#}"),
+            _ => format!("detached, but not all data could be kept: {e:#}"),
+        };
         let reply = outcome.as_ref().map_or_else(|e| Reply::Error { message: message(e) }, |()| Reply::Done);
         // A client that went away is told nothing.
         let _ = replies.send(&reply);

@@ -12,7 +12,7 @@ use super::state::{State, Wait};
 use super::tunables::WriteMode;
 use super::write::{Fragment, fragments};
 use super::{CacheError, Inner};
-use crate::device::{BlockDevice, IoBuf};
+use crate::device::{BlockDevice, DeviceError, IoBuf};
 use crate::format::{BLOCK_BYTES, BlockNo, SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::planted::Bug;
 use std::sync::Arc;
@@ -37,8 +37,15 @@ impl Inner {
             let (at, rest) = (Sector(sector.0 + to_u64(done / SECTOR_BYTES)), &data[done..]);
             done += match self.way_of(at, rest.len())? {
                 Way::Around(fence, length) => {
-                    self.write_fenced(at, &rest[..length]).await?;
+                    let stuck = self.empty_what_was_forgotten(fence.blocks()).await?;
+                    if stuck.is_none() {
+                        self.write_fenced(at, &rest[..length]).await?;
+                    }
                     drop(fence);
+                    if stuck.is_some() {
+                        // On top of the version that cannot be taken from the log.
+                        self.write_to_log(at, &rest[..length]).await?;
+                    }
                     length
                 }
                 Way::Log(length) => {
@@ -83,20 +90,24 @@ impl Inner {
         })
     }
 
-    /// Writes blocks that are fenced and of which the log holds nothing.
+    /// Writes blocks that are fenced and of which the log holds nothing, and no segment that is written back any more.
     async fn write_fenced(self: &Arc<Self>, sector: Sector, data: &[u8]) -> Result<(), CacheError> {
-        self.empty_what_was_forgotten().await?;
         if !self.planted.has(Bug::DirectAheadOfLog) {
             self.flush_log().await?;
         }
+        self.write_durably(sector, data).await.inspect_err(|error| self.change_failed(error))?;
+        self.keep_for_reads(sector, data);
+        Ok(())
+    }
+
+    async fn write_durably(&self, sector: Sector, data: &[u8]) -> Result<(), DeviceError> {
         let before = self.backing_flushes.failures();
         self.backing.write(sector.bytes(), IoBuf::copy_of(data).into()).await?;
         self.counters.direct_write_bytes.add(to_u64(data.len()));
-        if !self.planted.has(Bug::DirectNotFlushed) {
-            self.backing_flushes.flush(&self.backing, before).await?;
+        if self.planted.has(Bug::DirectNotFlushed) {
+            return Ok(());
         }
-        self.keep_for_reads(sector, data);
-        Ok(())
+        self.backing_flushes.flush(&self.backing, before).await
     }
 
     /// In mode `through`, whole blocks that were written are cached, too, as blocks that were read are.

@@ -29,8 +29,8 @@ impl Cache {
     ///
     /// # Errors
     /// When the backing device cannot discard, or write-back is in strict order (the [`CacheError::errno`] is
-    /// `EOPNOTSUPP` then), the range is not within the volume, the cache is being closed, or a device fails. Parts may
-    /// have been discarded.
+    /// `EOPNOTSUPP` then), the range is not within the volume, the cache is being closed, or a device fails: also when
+    /// what a written-back segment holds of the range cannot be taken from it. Parts may have been discarded.
     pub async fn discard(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
         let inner = &self.inner;
         inner.check_range(sector, length)?;
@@ -55,26 +55,36 @@ impl Cache {
         }
         let _fence = Fence::when_free(inner, blocks.clone()).await;
         inner.cover(&blocks).await?;
-        inner.empty_what_was_forgotten().await?;
+        if let Some(error) = inner.empty_what_was_forgotten(&blocks).await? {
+            return Err(error.into());
+        }
         if !inner.planted.has(Bug::DiscardAheadOfLog) {
             inner.flush_log().await?;
         }
-        let bytes = (blocks.end.0 - blocks.start.0) * to_u64(BLOCK_BYTES);
-        let before = inner.backing_flushes.failures();
-        let discarded = inner.backing.discard(blocks.start.bytes(), bytes).await;
-        if discarded.as_ref().is_err_and(|error| error.cause == Errno::EOPNOTSUPP) {
-            inner.cannot_discard.store(true, Ordering::Relaxed);
+        let discarded = inner.discard_durably(&blocks).await;
+        match &discarded {
+            Err(DeviceError { operation: Operation::Discard, cause: Errno::EOPNOTSUPP, .. }) => {
+                inner.cannot_discard.store(true, Ordering::Relaxed);
+            }
+            Err(error) => inner.change_failed(error),
+            Ok(()) => {}
         }
-        discarded?;
-        inner.counters.discarded_bytes.add(bytes);
-        if inner.planted.has(Bug::DiscardNotFlushed) {
-            return Ok(());
-        }
-        Ok(inner.backing_flushes.flush(&inner.backing, before).await?)
+        Ok(discarded?)
     }
 }
 
 impl Inner {
+    async fn discard_durably(&self, blocks: &Range<BlockNo>) -> Result<(), DeviceError> {
+        let bytes = (blocks.end.0 - blocks.start.0) * to_u64(BLOCK_BYTES);
+        let before = self.backing_flushes.failures();
+        self.backing.discard(blocks.start.bytes(), bytes).await?;
+        self.counters.discarded_bytes.add(bytes);
+        if self.planted.has(Bug::DiscardNotFlushed) {
+            return Ok(());
+        }
+        self.backing_flushes.flush(&self.backing, before).await
+    }
+
     /// Makes the log hold nothing of some blocks but zeros.
     async fn cover(&self, blocks: &Range<BlockNo>) -> Result<(), CacheError> {
         let mut next = blocks.start;

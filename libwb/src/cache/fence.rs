@@ -4,6 +4,7 @@
 use super::Inner;
 use super::index::Cached;
 use super::state::State;
+use crate::device::DeviceError;
 use crate::format::BlockNo;
 use crate::planted::Bug;
 use std::ops::Range;
@@ -21,6 +22,10 @@ impl<'a> Fence<'a> {
         Fence { inner, blocks }
     }
 
+    pub(super) fn blocks(&self) -> &Range<BlockNo> {
+        &self.blocks
+    }
+
     /// Waits until none of the blocks is fenced.
     pub(super) async fn when_free(inner: &'a Inner, blocks: Range<BlockNo>) -> Fence<'a> {
         let overlaps = |other: &Range<BlockNo>| other.start < blocks.end && blocks.start < other.end;
@@ -30,6 +35,15 @@ impl<'a> Fence<'a> {
                 is_free.then(|| Fence::new(inner, state, blocks.clone()))
             })
             .await
+    }
+}
+
+impl Inner {
+    /// A change of fenced blocks on the backing device has failed. What that shows of them now, the next power cut may take
+    /// back; in the log, it would stay. So the log gets nothing any more of what the device shows.
+    pub(super) fn change_failed(&self, error: &DeviceError) {
+        tracing::warn!("read caching is suspended until the volume is attached again: {error}");
+        self.lock().staging.suspend();
     }
 }
 

@@ -1,138 +1,148 @@
-//! What a cache that is closed leaves behind, so that the kernel module reads the same as we do.
+//! Written-back segments that the kernel module must not find are emptied: before a discard or a write around the log is
+//! acknowledged, and when the cache is closed. [`log::handover`](crate::log::handover) says which, and why.
 //!
-//! When the module recovers a log and comes to a partial version of a block, it writes the dirty sectors of the version
-//! before to the backing device, even if the superblock record says that both had been written back long ago. Then it
-//! takes all that the record covers for clean. So the older version stands over the newer one. It does so to its own
-//! devices as well, where `update_sb_record_interval` is set. We leave no older version with which that could happen.
+//! A segment counts as emptied once its header was written *and* the device flushed after that. Until then it is in doubt,
+//! whatever a read of it shows, and each attempt writes it again. What cannot be read is written without.
 //!
-//! And it takes written-back segments for a read cache. So none may hold a version of a block that was discarded since, or
-//! written around the log; nor one that was superseded, where what superseded it is gone: a crash may leave a segment empty
-//! with older ones as they were, or overwrite one before those that came before it.
+//! A header that cannot be written keeps nothing waiting for long. Each request that needs it gone tries once. A discard
+//! fails, but only of blocks that the segment may hold; a write around the log goes through it instead, on top of the
+//! segment. That ends when a write succeeds, or when the log comes to the slot: it is overwritten then, or fails as any
+//! other would. A close tries a few times more; where that does not do, it says so and leaves no clean mark.
 
 use super::read::Pinned;
 use super::state::State;
 use super::{CacheError, Inner};
 use crate::device::{DeviceError, IoBuf};
-use crate::format::{BLOCK_BYTES, Metablock, SegmentHeader, SegmentId, empty_header, to_u64};
-use crate::log::scan::read_header;
+use crate::format::{BLOCK_BYTES, BlockNo, PLACES, Place, SegmentId, to_u64};
+use crate::log::handover::{emptied, segments_to_empty};
+use crate::planted::Bug;
 use futures_util::{StreamExt, stream};
-use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Arc;
 
-/// Headers that are read or written at the same time.
+/// Headers that are emptied at the same time.
 const DEPTH: usize = 32;
 
-fn is_partial(entry: &Metablock) -> bool {
-    !entry.dirty.is_clean() && !entry.dirty.is_all()
-}
-
-/// Whether a partial version and one before it are in the same segment.
-fn has_older_version(entries: &[Metablock]) -> bool {
-    let mut seen = HashSet::new();
-    entries.iter().any(|entry| !seen.insert(entry.block) && is_partial(entry))
-}
-
 impl Inner {
-    /// Empties the written-back segments before the last of them that holds a partial version, or a clean one, in which
-    /// the module sees no whole version either, or that is empty or gone; and that one if it holds the version before, too.
+    /// Empties the written-back segments that would mislead the kernel module. Nothing else may be under way.
     pub(super) async fn hand_over(self: &Arc<Self>) -> Result<(), DeviceError> {
-        let (geometry, newest, written_back) = {
+        let (geometry, written_back, newest, in_doubt, record_in_doubt) = {
             let state = self.lock();
-            (state.geometry, state.newest, state.written_back)
+            let in_doubt = state.in_doubt.clone();
+            (state.geometry, state.written_back, state.newest, in_doubt, state.record_in_doubt)
         };
-        let oldest = newest.minus(geometry.lap()).next();
-        let reads = (oldest.0..=written_back.0).map(|id| read_header(&self.cache, geometry, SegmentId(id)));
-        let mut headers = stream::iter(reads).buffered(DEPTH);
-        let (mut older, mut misleading) = (Vec::new(), Vec::new());
-        while let Some(header) = headers.next().await {
-            // What is not there any more, or is empty, may have held newer versions of what stands before it.
-            let Ok(header) = header else {
-                misleading.append(&mut older);
-                continue;
-            };
-            if header.metablocks.is_empty() || header.metablocks.iter().any(|entry| !entry.dirty.is_all()) {
-                misleading.append(&mut older);
-            }
-            if has_older_version(&header.metablocks) {
-                misleading.push(header.id);
-            } else if !header.metablocks.is_empty() {
-                older.push(header.id);
-            }
+        if record_in_doubt {
+            // It may cover more than we know of.
+            self.write_record(written_back).await?;
         }
-        self.empty_segments(misleading).await
+        let is_damaged = |id| in_doubt.contains(&id);
+        let misleading = segments_to_empty(&self.cache, geometry, [written_back, newest], is_damaged).await;
+        let failed = self.empty_segments(misleading).await?;
+        failed.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
     }
 
     /// Empties all segments up to the last that holds what was forgotten. A block may have older versions in any of them.
-    pub(super) async fn empty_what_was_forgotten(self: &Arc<Self>) -> Result<(), CacheError> {
-        let done = |state: &State| state.emptied >= state.forgotten;
+    /// Returns why one could not be emptied that may hold some of these blocks: they could come back.
+    pub(super) async fn empty_what_was_forgotten(
+        self: &Arc<Self>,
+        blocks: &Range<BlockNo>,
+    ) -> Result<Option<DeviceError>, CacheError> {
+        let done = |state: &State| state.emptied >= state.forgotten && !state.may_come_back(blocks);
         if done(&self.lock()) {
-            return Ok(());
+            return Ok(None);
         }
         let _alone = self.emptying.lock().await;
-        let (first, last, written_back) = {
+        let (mut segments, first, last, written_back) = {
             let state = self.lock();
             let oldest = state.newest.minus(state.geometry.lap());
-            (state.emptied.max(oldest).next(), state.forgotten, state.written_back)
+            let first = state.emptied.max(oldest).next();
+            let again: Vec<SegmentId> = state.in_doubt.range(..first).copied().collect();
+            (again, first, state.forgotten, state.written_back)
         };
         if last > written_back {
             // Staged before the cache was opened.
             self.drain_to(last).await?;
         }
-        self.empty_segments((first.0..=last.0).map(SegmentId)).await?;
+        segments.extend((first.0..=last.0).map(SegmentId));
+        let failed = self.empty_segments(segments).await?;
         let mut state = self.lock();
         state.emptied = state.emptied.max(last);
-        Ok(())
+        Ok(failed.into_iter().find_map(|(id, error)| state.may_hold(id, blocks).then_some(error)))
     }
 
-    /// Makes written-back segments empty, durably. They stay in the log, so that it can be walked without the
-    /// superblock record too.
-    pub(super) async fn empty_segments(
+    /// Makes written-back segments empty, durably, and returns those of which that failed.
+    async fn empty_segments(
         self: &Arc<Self>,
-        segments: impl IntoIterator<Item = SegmentId>,
-    ) -> Result<(), DeviceError> {
-        let emptying = segments.into_iter().map(|id| self.empty(id));
+        segments: Vec<SegmentId>,
+    ) -> Result<Vec<(SegmentId, DeviceError)>, DeviceError> {
+        let emptying = segments.into_iter().map(async |id| (id, self.empty(id).await));
         let mut emptying = stream::iter(emptying).buffer_unordered(DEPTH);
-        let mut result = Ok(());
-        let mut any = false;
+        let (mut written, mut failed) = (Vec::new(), Vec::new());
         // To the end, even after a failure: a slot stays pinned as long as a write to it is under way.
-        while let Some(emptied) = emptying.next().await {
+        while let Some((id, emptied)) = emptying.next().await {
             match emptied {
-                Ok(emptied) => any |= emptied,
-                // It may have been written all the same, and the next attempt would find nothing to do.
-                Err(error) => (any, result) = (true, Err(error)),
+                Ok(true) => written.push(id),
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::warn!("segment {id} is written back and cannot be emptied: {error}");
+                    failed.push((id, error));
+                }
             }
         }
-        if any {
+        if !written.is_empty() {
             self.flush_cache_device().await?;
+            let mut state = self.lock();
+            written.iter().for_each(|id| _ = state.in_doubt.remove(id));
         }
-        result
+        Ok(failed)
     }
 
-    /// Empties a segment that is written back, if its slot still holds it. Returns whether there was anything in it.
+    /// Empties a segment that is written back, if its slot still holds it. Returns whether anything was written, which is
+    /// in doubt until the device was flushed.
     async fn empty(self: &Arc<Self>, id: SegmentId) -> Result<bool, DeviceError> {
-        let (offset, _pinned) = {
+        let (geometry, durable, _pinned) = {
             let mut state = self.lock();
             let slot = state.geometry.slot_of(id);
             if state.id_of(slot) != id {
+                // What is to follow it is durable before anything is acknowledged that this was to go for.
+                state.in_doubt.remove(&id);
                 return Ok(false);
             }
-            (state.geometry.slot_offset(slot), Pinned::new(self, &mut state, slot))
+            (state.geometry, state.durable, Pinned::new(self, &mut state, slot))
         };
-        let mut block = match self.cache.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await {
-            Ok(block) => block,
-            Err(error) => {
-                // What cannot be read cannot mislead.
-                tracing::warn!("a segment that is written back is left as it is: {error}");
+        let offset = geometry.slot_offset(geometry.slot_of(id));
+        if self.planted.has(Bug::UnreadableLeft) {
+            let read = self.cache.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await;
+            if read.is_err() {
                 return Ok(false);
             }
-        };
-        let header = SegmentHeader::decode(block.block_at(0));
-        if !header.is_ok_and(|header| header.id == id && header.length() > 0) {
-            return Ok(false);
         }
-        empty_header(block.block_at_mut(0));
-        self.cache.write(offset, block.into()).await?;
+        let header = emptied(&self.cache, geometry, [id, durable], self.extension.as_ref()).await;
+        {
+            let mut state = self.lock();
+            let in_doubt = !state.in_doubt.insert(id) && !self.planted.has(Bug::HalfEmptiedTrusted);
+            if header.as_ref().is_ok_and(|header| header.is_there) && !in_doubt {
+                state.in_doubt.remove(&id);
+                return Ok(false);
+            }
+        }
+        self.cache.write(offset, header?.block.into()).await?;
         self.counters.cache_write_bytes.add(to_u64(BLOCK_BYTES));
         Ok(true)
+    }
+}
+
+impl State {
+    /// Whether a segment that could not be emptied may hold some of these blocks.
+    fn may_come_back(&self, blocks: &Range<BlockNo>) -> bool {
+        self.in_doubt.iter().any(|&id| self.may_hold(id, blocks))
+    }
+
+    /// Whether a segment may hold some of these blocks, in whatever version.
+    fn may_hold(&self, id: SegmentId, blocks: &Range<BlockNo>) -> bool {
+        let slot = self.geometry.slot_of(id);
+        let held = |index| self.index.at(Place { slot, index });
+        let holds = || (0..PLACES).filter_map(held).any(|(block, _)| blocks.contains(&block));
+        self.id_of(slot) == id && (id <= self.unindexed || holds())
     }
 }

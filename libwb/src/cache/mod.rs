@@ -102,6 +102,12 @@ pub enum CacheError {
     /// The cache is being closed.
     #[error("the volume is being detached")]
     Closed,
+    /// The cache was closed, but a segment that is written back could not be emptied.
+    #[error(
+        "all data is kept, but the kernel module must not get this cache yet, for it would take old data for new: {0}. Attach \
+         and detach the volume once more, or use wbcheck --repair, before it does"
+    )]
+    NotHandedOver(DeviceError),
 }
 
 impl CacheError {
@@ -111,7 +117,10 @@ impl CacheError {
             CacheError::OutOfRange { .. } => Errno::EINVAL,
             CacheError::Closed => Errno::ESHUTDOWN,
             CacheError::Device(error) if error.operation == Operation::Discard => error.cause,
-            CacheError::Log(_) | CacheError::Device(_) | CacheError::Failed(_) => Errno::EIO,
+            CacheError::Log(_)
+            | CacheError::Device(_)
+            | CacheError::Failed(_)
+            | CacheError::NotHandedOver(_) => Errno::EIO,
             CacheError::TooLarge { .. } => Errno::EFBIG,
         }
     }
@@ -272,10 +281,11 @@ impl Cache {
         self.inner.drain_to(target).await
     }
 
-    /// Takes no more requests, makes everything durable, and ends the background tasks.
+    /// Takes no more requests, makes everything durable, ends the background tasks, and prepares the cache for the kernel
+    /// module.
     ///
     /// # Errors
-    /// When the cache device fails. The tasks are ended all the same.
+    /// When the cache device fails. The tasks are ended all the same. With [`CacheError::NotHandedOver`], nothing is lost.
     pub async fn close(&self) -> Result<(), CacheError> {
         self.inner.lock().closing = true;
         self.inner.events.wake_all();
@@ -285,8 +295,13 @@ impl Cache {
         self.inner.events.wake_all();
         self.inner.wait(&self.inner.events.changed, |state| (state.tasks == 0).then_some(())).await;
         flushed?;
-        self.inner.hand_over().await?;
-        Ok(self.inner.mark_clean().await?)
+        if let Err(error) = self.inner.retrying(|| self.inner.hand_over()).await {
+            // It may have been closed in order before, at the same segment.
+            let _ = self.inner.mark(None).await;
+            return Err(CacheError::NotHandedOver(error));
+        }
+        let newest = self.inner.lock().durable;
+        Ok(self.inner.mark(Some(newest)).await?)
     }
 }
 
@@ -385,14 +400,13 @@ impl Inner {
         Ok(target)
     }
 
-    /// Notes in the superblock extension that the cache was closed in order.
-    async fn mark_clean(&self) -> Result<(), DeviceError> {
+    /// Notes in the superblock extension that the cache was closed in order, with this segment as its newest, or was not.
+    async fn mark(&self, clean: Option<SegmentId>) -> Result<(), DeviceError> {
         let Some(extension) = &self.extension else { return Ok(()) };
-        let newest = self.lock().durable;
-        if extension.clean == Some(newest) {
+        if extension.clean == clean {
             return Ok(());
         }
-        let page = SuperblockExtension { clean: Some(newest), ..extension.next() };
+        let page = SuperblockExtension { clean, ..extension.next() };
         write_extension(&self.cache, &page).await?;
         self.cache.flush().await?;
         self.generation.store(page.generation, Ordering::Relaxed);

@@ -128,6 +128,10 @@ impl Cache {
         // Of a log that does not go on, nothing is written back before somebody asks for it.
         state.paused = purpose.until.is_some();
         state.forgotten = staged.max(written_back);
+        state.unindexed = state.forgotten;
+        // The kernel module would stop at them.
+        let damaged = recovery.damage.iter().filter(|it| it.explanation == Explanation::WrittenBack);
+        state.in_doubt = damaged.map(|it| it.expected).collect();
         let opened = runtime.now();
         let recovery_time = opened.saturating_sub(started);
         let inner = Arc::new(Inner {

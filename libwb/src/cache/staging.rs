@@ -45,6 +45,8 @@ pub(super) struct Staging {
     sequence: u64,
     next: BlockNo,
     misses: Option<Misses>,
+    /// What the backing device shows is not to be kept.
+    suspended: bool,
 }
 
 impl Staging {
@@ -60,7 +62,15 @@ impl Staging {
             sequence: 0,
             next: BlockNo(0),
             misses: None,
+            suspended: false,
         }
+    }
+
+    /// Keeps nothing any more that comes from the backing device.
+    pub(super) fn suspend(&mut self) {
+        self.suspended = true;
+        self.pending.clear();
+        self.filled.clear();
     }
 
     pub(super) fn configure(&mut self, tunables: &Tunables) {
@@ -114,7 +124,7 @@ impl Staging {
     }
 
     fn has_room(&self) -> bool {
-        self.pending.len() + self.filled.len() < self.limit
+        !self.suspended && self.pending.len() + self.filled.len() < self.limit
     }
 
     /// Fills a cell, if one is free, with the newest version of a block. Returns whether there was one.

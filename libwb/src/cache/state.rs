@@ -76,6 +76,8 @@ pub(super) struct State {
     /// What survives a power cut, the commits of the segment after `durable` included.
     pub(super) durable_to: Position,
     pub(super) written_back: SegmentId,
+    /// The record on the device may cover more: a write of it is under way, or has failed.
+    pub(super) record_in_doubt: bool,
     /// Up to where somebody wants everything to be durable.
     pub(super) flush_wanted: BTreeSet<Position>,
     /// Write-back is to reach these segments, whatever the policy says.
@@ -91,8 +93,12 @@ pub(super) struct State {
     /// Up to where segments may hold what the backing device has newer, once they are written back. What had been written
     /// back or staged before the cache was opened is not in the index, so the first discard begins with all of that.
     pub(super) forgotten: SegmentId,
-    /// Up to where they were emptied because of that.
+    /// Up to where they were emptied because of that, but for those in doubt.
     pub(super) emptied: SegmentId,
+    /// Written-back segments that were to be emptied, or found damaged, and are not known to be empty durably.
+    pub(super) in_doubt: BTreeSet<SegmentId>,
+    /// Up to where the index does not know all that segments hold: those from before the cache was opened.
+    pub(super) unindexed: SegmentId,
     /// Reads under way on a slot, which must not be overwritten meanwhile.
     pins: HashMap<Slot, u32>,
     /// Buffers for segments to come.
@@ -136,6 +142,7 @@ impl State {
             durable: point,
             durable_to: Position::end_of(point),
             written_back,
+            record_in_doubt: false,
             flush_wanted: BTreeSet::new(),
             drains: Vec::new(),
             paused: false,
@@ -145,6 +152,8 @@ impl State {
             fenced: Vec::new(),
             forgotten: written_back,
             emptied: SegmentId::NONE,
+            in_doubt: BTreeSet::new(),
+            unindexed: written_back,
             pins: HashMap::new(),
             spare: Vec::new(),
             waiting_for_slot: 0,

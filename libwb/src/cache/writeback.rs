@@ -81,12 +81,15 @@ impl Inner {
 
     /// Makes it durable that every segment up to `id` is written back.
     pub(super) async fn write_record(&self, id: SegmentId) -> Result<(), DeviceError> {
+        self.lock().record_in_doubt = true;
         write_record(&self.cache, Record { id, digest: self.digest }).await?;
         self.counters.cache_write_bytes.add(to_u64(BLOCK_BYTES));
         if self.planted.has(Bug::RecordNotDurable) {
             return Ok(());
         }
-        self.flush_cache_device().await
+        self.flush_cache_device().await?;
+        self.lock().record_in_doubt = false;
+        Ok(())
     }
 
     /// What of a segment must be written back in a batch that ends with `last`.

@@ -114,15 +114,20 @@ pub(crate) async fn write_filler(
     device: &Device,
     geometry: Geometry,
     slot: Slot,
-    (id, durable): (SegmentId, SegmentId),
+    segment: (SegmentId, SegmentId),
     page: Option<&SuperblockExtension>,
 ) -> Result<(), DeviceError> {
+    device.write(geometry.slot_offset(slot), filler(segment, page).into()).await
+}
+
+/// The header block of an empty segment that says up to where segments were durable; of none, for [`SegmentId::NONE`].
+pub(super) fn filler((id, durable): (SegmentId, SegmentId), page: Option<&SuperblockExtension>) -> IoBuf {
     let mut block = IoBuf::zeroed(BLOCK_BYTES);
     if id != SegmentId::NONE {
         let extension = page.map(|page| filler_extension(page, id, durable));
         encode_header(block.block_at_mut(0), id, &[], &[], extension.as_ref());
     }
-    device.write(geometry.slot_offset(slot), block.into()).await
+    block
 }
 
 /// Makes the header of a segment of which only a commit is there say that it ends with that. It is durable after a flush,

@@ -170,7 +170,7 @@ fn without_its_pages_a_log_is_refused_until_it_is_paired_anew() {
         let scanned = read(&device);
         assert_eq!(scanned.recovery().corruption, [Corruption::PairingLost], "{nth}");
         assert_eq!(block_on(scanned.ways(&device)).unwrap().len(), 1);
-        let mut plan = scanned.repair(&device).unwrap().expect("new pages");
+        let mut plan = block_on(scanned.repair(&device)).unwrap().expect("new pages");
         plan.pair(&BackingFacts { name: "backing", sectors: 9000, identity: "serial" });
         block_on(plan.apply(&device)).unwrap();
         assert_eq!(volume(&recorder.memory.content()), Some(expected(1..=9, &[])), "{nth}");

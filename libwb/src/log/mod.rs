@@ -3,6 +3,7 @@
 pub mod create;
 #[cfg(test)]
 mod evidence;
+pub(crate) mod handover;
 pub mod history;
 pub mod live;
 pub mod reach;

@@ -224,7 +224,7 @@ pub(super) fn salvage(log: &Log, way: Way) -> (Arc<Recorder>, Plan) {
     assert_eq!(after.recovery().corruption, []);
     assert_eq!(after.recovery().point, plan.point);
     assert!(block_on(after.salvage(&device, way)).unwrap().is_none(), "a sound log is left alone");
-    assert!(after.repair(&device).unwrap().is_none(), "nothing is left to repair");
+    assert!(block_on(after.repair(&device)).unwrap().is_none(), "nothing is left to repair");
     (recorder, plan)
 }
 

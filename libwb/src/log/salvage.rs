@@ -18,8 +18,9 @@ mod words;
 pub use words::{Summary, number_of_ways, segments, ways_on};
 
 use super::create::{close_segment, write_extension, write_filler, write_record};
+use super::handover::{Emptied, emptied, segments_to_empty};
 use super::live::{totals, visit_headers};
-use super::recovery::{Corruption, Recovery, explained, proved, recover};
+use super::recovery::{Corruption, Recovery, explained, proved, recover, slot_index};
 use super::scan::{
     BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock, read_slot_header,
     scan,
@@ -35,7 +36,7 @@ use futures_util::{StreamExt, stream};
 use nix::errno::Errno;
 use remains::Remains;
 use serde::Serialize;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::str::FromStr;
 use uuid::Uuid;
@@ -197,12 +198,12 @@ impl Scanned {
         Ok(ways)
     }
 
-    /// Plans the repair of a log that is not corrupt, or only in that its superblock extension is lost. `None` when there is
-    /// nothing to repair.
+    /// Plans the repair of a log that is not corrupt, or only in that its superblock extension is lost. Afterwards the kernel
+    /// module reads the same as we do. `None` when there is nothing to repair.
     ///
     /// # Errors
     /// When the log is corrupt, or there is no repair that recovery would accept.
-    pub fn repair(&self, device: &Device) -> Result<Option<Plan>, LogError> {
+    pub async fn repair(&self, device: &Device) -> Result<Option<Plan>, LogError> {
         let name = || device.name().to_string();
         if let Err(fault) = self.superblock.record {
             return Err(LogError::Superblock { device: name(), fault });
@@ -211,9 +212,24 @@ impl Scanned {
         let recovery = recover(&superblock.or_no_record(), &self.slots).refuse_corrupt(device)?;
         let draft = Draft::new(&superblock, &self.slots, None);
         let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: name() })?;
-        let plan = Plan::of(self, superblock, None, draft);
-        let needless = plan.draft.is_empty() && recovery.skipped.is_empty() && plan.pages.is_empty();
-        Ok((!needless).then_some(plan))
+        let mut plan = Plan::of(self, superblock, None, draft);
+        plan.misleading = self.misleading(device, &plan.draft).await;
+        let is_sound = plan.draft.is_empty() && recovery.skipped.is_empty() && plan.pages.is_empty();
+        Ok((!is_sound || !plan.misleading.is_empty()).then_some(plan))
+    }
+
+    /// The written-back segments from which the kernel module would restore older data, but for those that are rewritten anyway.
+    async fn misleading(&self, device: &Device, draft: &Draft) -> Vec<SegmentId> {
+        let geometry = self.superblock.geometry;
+        let rewritten: HashSet<Slot> = draft.all_changes().map(|change| change.slot).collect();
+        let is_damaged = |id| {
+            let slot = geometry.slot_of(id);
+            rewritten.contains(&slot) || matches!(self.slots[slot_index(slot)], SlotState::Invalid { .. })
+        };
+        let mut ids =
+            segments_to_empty(device, geometry, [draft.written_back, draft.point], is_damaged).await;
+        ids.retain(|&id| !rewritten.contains(&geometry.slot_of(id)));
+        ids
     }
 
     /// Whether the log is sound, but for a superblock extension that is lost.
@@ -254,6 +270,8 @@ pub struct Plan {
     draft: Draft,
     /// The superblock record, where it must change.
     record: Option<Record>,
+    /// Written-back segments that become empty ones, because the kernel module would restore older data from them.
+    misleading: Vec<SegmentId>,
     /// Pages of the superblock extension that must be written.
     pages: Vec<SuperblockExtension>,
     /// What is wrong with the copy that is written, where something is.
@@ -292,6 +310,7 @@ impl Plan {
             record: Some(draft.written_back)
                 .filter(|&id| superblock.record != Ok(id))
                 .map(|id| Record { id, digest }),
+            misleading: Vec::new(),
             extension,
             draft,
             pages,
@@ -323,8 +342,7 @@ impl Plan {
 
     /// The live segments that stay as they are.
     fn kept(&self) -> impl Iterator<Item = SegmentId> {
-        let changed: std::collections::HashSet<Slot> =
-            self.draft.all_changes().map(|change| change.slot).collect();
+        let changed: HashSet<Slot> = self.draft.all_changes().map(|change| change.slot).collect();
         let first = self.draft.written_back.max(self.point.minus(self.geometry.lap())).next();
         let geometry = self.geometry;
         (first.0..=self.point.0).map(SegmentId).filter(move |&id| !changed.contains(&geometry.slot_of(id)))
@@ -346,6 +364,9 @@ impl Plan {
             all(stream::iter(writes).buffer_unordered(WRITE_DEPTH)).await?;
             device.flush().await?;
         }
+        let emptied = self.misleading.iter().map(|&id| self.empty(device, id));
+        all(stream::iter(emptied).buffer_unordered(WRITE_DEPTH)).await?;
+        device.flush().await?;
         if let Some(id) = self.draft.cut_short {
             close_segment(device, self.geometry, id).await?;
             device.flush().await?;
@@ -355,6 +376,12 @@ impl Plan {
             device.flush().await?;
         }
         Ok(())
+    }
+
+    async fn empty(&self, device: &Device, id: SegmentId) -> Result<(), DeviceError> {
+        let known = [id, self.draft.point];
+        let Emptied { block, .. } = emptied(device, self.geometry, known, self.extension.as_ref()).await?;
+        device.write(self.geometry.slot_offset(self.geometry.slot_of(id)), block.into()).await
     }
 
     async fn change(&self, device: &Device, change: Change) -> Result<(), DeviceError> {

@@ -46,7 +46,7 @@ impl Upgrade {
         }
         // One that has lost its extension would be repaired by a new one.
         let recovery = scanned.recovery().refuse_corrupt(device)?;
-        let repair = scanned.repair(device)?;
+        let repair = scanned.repair(device).await?;
         let live = live_totals(device, scanned.superblock.geometry, &recovery, Some(backing.sectors)).await?;
         if let Some(beyond) = live.beyond.first() {
             return Err(beyond.refuse(device, backing));
@@ -145,7 +145,7 @@ mod tests {
             block_on(plan(&device).unwrap().apply(&device)).unwrap();
             assert_eq!(volume(&recorder.memory.content()), volume(&log.image));
             let after = read(&device);
-            assert!(after.repair(&device).unwrap().is_none());
+            assert!(block_on(after.repair(&device)).unwrap().is_none());
             assert!(after.recovery().skipped.is_empty());
             let page = after.superblock.extension().unwrap();
             assert_eq!((page.label.as_str(), page.backing_id.as_str()), ("data", "serial"));

@@ -66,6 +66,18 @@ pub(super) async fn trouble(runtime: SimRuntime, devices: [Arc<SimDevice>; 2], r
     }
 }
 
+/// Makes the cache device fail for a part of a close.
+pub(super) async fn closing_trouble(runtime: SimRuntime, cache: Arc<SimDevice>, mut rng: Rng) {
+    let quiet = rng.u64(..5_000);
+    runtime.sleep(Duration::from_micros(quiet)).await;
+    let chance = |rng: &mut Rng| rng.choice([0.0, 0.01, 0.2, 1.0]).unwrap_or(0.0);
+    let flush = if rng.u32(..8) == 0 { 0.2 } else { 0.0 };
+    cache.set_faults(Faults { read: chance(&mut rng), write: chance(&mut rng), flush });
+    let trouble = rng.u64(1..1_000_000);
+    runtime.sleep(Duration::from_micros(trouble)).await;
+    cache.set_faults(Faults::default());
+}
+
 /// Rots some of a cache device's data, but no header.
 fn rot_some(cache: &SimDevice, rng: &mut Rng) {
     let segments = (cache.size() - SUPERBLOCK_REGION_BYTES) / to_u64(SEGMENT_BYTES);

@@ -6,7 +6,7 @@ pub mod course;
 mod devices;
 pub mod exhaustive;
 pub mod ledger;
-mod module;
+pub mod module;
 pub mod oracle;
 pub mod real;
 mod rot;

@@ -35,7 +35,7 @@ impl Version {
 ///
 /// # Errors
 /// When the module would give up the log, or some of it.
-pub(super) fn volume(cache: &[u8], mut backing: Vec<u8>) -> Result<Vec<u8>, String> {
+pub fn volume(cache: &[u8], mut backing: Vec<u8>) -> Result<Vec<u8>, String> {
     let geometry = Geometry::of_device(to_u64(cache.len())).map_err(|e| e.to_string())?;
     let header_at = |offset: usize| -> &[u8; BLOCK_BYTES] { cache[offset..].first_chunk().expect("a block") };
     let offsets = geometry.all_slots().map(|slot| (slot, to_usize(geometry.slot_offset(slot))));

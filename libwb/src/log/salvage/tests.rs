@@ -20,7 +20,7 @@ fn a_sound_log_is_left_alone() {
         for way in Way::ALL {
             assert!(block_on(read(&device).salvage(&device, way)).unwrap().is_none());
         }
-        assert!(read(&device).repair(&device).unwrap().is_none());
+        assert!(block_on(read(&device).repair(&device)).unwrap().is_none());
     }
 }
 
@@ -260,10 +260,10 @@ fn a_repair_makes_a_log_whole_and_keeps_its_volume() {
             let before = volume(&log.image).expect("a sound log");
             let recorder = log.device();
             let device: Device = recorder.clone();
-            let plan = read(&device).repair(&device).unwrap().expect("something to repair");
+            let plan = block_on(read(&device).repair(&device)).unwrap().expect("something to repair");
             block_on(plan.apply(&device)).unwrap();
             let after = read(&device);
-            assert!(after.repair(&device).unwrap().is_none());
+            assert!(block_on(after.repair(&device)).unwrap().is_none());
             assert!(after.slots.iter().all(|slot| !matches!(slot, SlotState::Invalid { .. })));
             assert!(after.recovery().dropped.is_empty());
             assert_eq!(volume(&recorder.memory.content()), Some(before));
@@ -278,7 +278,7 @@ fn a_damaged_copy_of_the_superblock_extension_is_restored_from_the_sound_one() {
             let mut log = Log::new(5, true);
             log.image[to_usize(copy) + at] ^= 1;
             let device: Device = log.device();
-            let plan = read(&device).repair(&device).unwrap().expect("something to repair");
+            let plan = block_on(read(&device).repair(&device)).unwrap().expect("something to repair");
             block_on(plan.apply(&device)).unwrap();
             let pages = read(&device).superblock.pages;
             let uuids = pages.map(|page| page.expect("a sound copy").uuid);
@@ -292,7 +292,7 @@ fn a_corrupt_log_is_not_repaired() {
     let mut log = Log::new(9, true);
     log.rot(5, 1);
     let device: Device = log.device();
-    assert!(matches!(read(&device).repair(&device), Err(LogError::Corrupt { .. })));
+    assert!(matches!(block_on(read(&device).repair(&device)), Err(LogError::Corrupt { .. })));
 }
 
 /// Logs in need, corrupt in every way that there is.

@@ -116,6 +116,13 @@ impl Plan {
                 changes.push(format!("{what} {}", segments(ids)));
             }
         }
+        if !self.misleading.is_empty() {
+            changes.push(format!(
+                "empty segments in the places of {}, which are written back: the kernel module would restore older data \
+                 from them",
+                segments(&self.misleading)
+            ));
+        }
         if !erased.is_empty() {
             changes.push(format!("zeros over {} {}", noun(erased.len(), "slot"), shortened(&erased)));
         }

@@ -1,0 +1,320 @@
+//! A cache device that fails while written-back segments are to be emptied: what was discarded, or written around the log,
+//! does not come back when the kernel module gets the cache, and what cannot be emptied keeps nothing else waiting.
+
+use libwb::cache::{Cache, CacheError, Tunables, WriteMode};
+use libwb::device::sim::{Crash, Faults, SimDevice, Simulation};
+use libwb::device::{BlockDevice, Device, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
+use libwb::format::{
+    BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension, to_u64, to_usize,
+};
+use libwb::log::Use;
+use libwb::log::create::create;
+use libwb::log::scan::read_superblock;
+use libwb::planted::{Bug, Planted};
+use nix::errno::Errno;
+use parking_lot::Mutex;
+use std::future::Future;
+use std::ops::Range;
+use std::sync::Arc;
+use uuid::Uuid;
+use wb_tests::sim::module;
+
+const SEGMENTS: usize = 8;
+const BLOCKS: usize = 16;
+const SEEDS: u64 = 20;
+const BLOCK: u64 = to_u64(BLOCK_BYTES);
+
+/// Reads and writes that touch these bytes fail; nothing of such a write arrives.
+#[derive(Clone, Default)]
+struct Bad {
+    reads: Range<u64>,
+    writes: Range<u64>,
+}
+
+/// A cache device with bad places.
+struct BadPlaces {
+    device: Mutex<Arc<SimDevice>>,
+    name: Arc<str>,
+    bad: Mutex<Bad>,
+}
+
+impl BadPlaces {
+    fn device(&self) -> Arc<SimDevice> {
+        self.device.lock().clone()
+    }
+
+    fn refusal(&self, operation: Operation, offset: u64, length: usize) -> Option<DeviceError> {
+        let bad = self.bad.lock();
+        let bad = if operation == Operation::Read { &bad.reads } else { &bad.writes };
+        let (device, length, cause) = (self.name.clone(), to_u64(length), Errno::EIO);
+        let touched = offset < bad.end && bad.start < offset + length;
+        touched.then_some(DeviceError { device, operation, offset, length, cause })
+    }
+}
+
+impl BlockDevice for BadPlaces {
+    fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    fn size(&self) -> u64 {
+        self.device().size()
+    }
+
+    fn block_size(&self) -> u32 {
+        self.device().block_size()
+    }
+
+    fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
+        match self.refusal(Operation::Read, offset, buf.len()) {
+            Some(error) => Box::pin(std::future::ready(Err(error))),
+            None => self.device().read(offset, buf),
+        }
+    }
+
+    fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()> {
+        match self.refusal(Operation::Write, offset, data.len()) {
+            Some(error) => Box::pin(std::future::ready(Err(error))),
+            None => self.device().write(offset, data),
+        }
+    }
+
+    fn flush(&self) -> IoFuture<()> {
+        self.device().flush()
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
+        self.device().discard(offset, length)
+    }
+}
+
+/// Where a slot's header lies.
+fn header(slot: u64) -> Range<u64> {
+    let start = SUPERBLOCK_REGION_BYTES + slot * to_u64(SEGMENT_BYTES);
+    start..start + BLOCK
+}
+
+/// A volume on simulated devices, with or without a bug.
+struct Rig {
+    simulation: Simulation,
+    cache: Arc<BadPlaces>,
+    backing: Arc<SimDevice>,
+    planted: Planted,
+}
+
+impl Rig {
+    fn new(extended: bool, seed: u64, planted: Planted) -> Rig {
+        let simulation = Simulation::new(seed);
+        let device = |name, bytes| SimDevice::new(simulation.runtime(), name, vec![0; bytes], 512);
+        let cache = device("cache", to_usize(SUPERBLOCK_REGION_BYTES) + SEGMENTS * SEGMENT_BYTES);
+        let backing = Arc::new(device("backing", BLOCKS * BLOCK_BYTES));
+        let page = SuperblockExtension::new(Uuid::from_u128(7), cache.size());
+        let (device, name) = (Mutex::new(Arc::new(cache)), "cache".into());
+        let cache = Arc::new(BadPlaces { device, name, bad: Mutex::default() });
+        let rig = Rig { simulation, cache, backing, planted };
+        rig.run(create(&rig.cache(), extended.then_some(&page), |_| ())).expect("an empty cache");
+        rig
+    }
+
+    fn cache(&self) -> Device {
+        self.cache.clone()
+    }
+
+    fn run<T>(&self, future: impl Future<Output = T>) -> T {
+        self.simulation.block_on(future).expect("it ends")
+    }
+
+    fn open(&self) -> Cache {
+        let runtime = Arc::new(self.simulation.runtime().clone());
+        let tunables = Tunables { writeback_threshold: 0, ..Tunables::default() };
+        let opening =
+            Cache::open_planted(self.cache(), self.backing.clone(), runtime, tunables, self.planted);
+        self.run(opening).expect("a sound cache")
+    }
+
+    /// Writes blocks, a segment for each, and writes them back.
+    fn write_back(&self, cache: &Cache, blocks: Range<u64>, fill: u8) {
+        for block in blocks {
+            self.write(cache, block, fill);
+            self.run(cache.drain()).expect("written back");
+        }
+    }
+
+    fn write(&self, cache: &Cache, block: u64, fill: u8) {
+        self.run(cache.write(Sector(block * 8), &[fill; BLOCK_BYTES])).expect("written");
+    }
+
+    fn discard(&self, cache: &Cache, block: u64) -> Result<(), CacheError> {
+        self.run(cache.discard(Sector(block * 8), BLOCK))
+    }
+
+    fn fail(&self, faults: Faults) {
+        self.cache.device().set_faults(faults);
+    }
+
+    fn heal(&self) {
+        self.fail(Faults::default());
+        *self.cache.bad.lock() = Bad::default();
+    }
+
+    /// The power fails.
+    fn cut(&mut self) {
+        self.simulation.kill_tasks();
+        let left = self.cache.device().crash(Crash::PowerCut);
+        *self.cache.device.lock() = Arc::new(left);
+        self.backing = Arc::new(self.backing.crash(Crash::PowerCut));
+    }
+
+    /// What fills a block for the kernel module, if it got the devices now.
+    fn for_module(&self, block: u64) -> Result<u8, String> {
+        let volume = module::volume(&self.cache.device().content(), self.backing.content())?;
+        Ok(volume[to_usize(block * BLOCK)])
+    }
+
+    fn clean_mark(&self) -> Option<u64> {
+        let superblock = self.run(read_superblock(&self.cache(), Use::Read)).expect("a sound superblock");
+        superblock.extension.expect("an extended cache").clean.map(|id| id.0)
+    }
+}
+
+/// The header of a segment cannot be read when a block of it is discarded.
+fn discards_what_cannot_be_read(planted: Planted, extended: bool, seed: u64) -> Result<(), String> {
+    let rig = Rig::new(extended, seed, planted);
+    let cache = rig.open();
+    rig.write_back(&cache, 0..2, 1);
+    rig.cache.bad.lock().reads = header(0);
+    rig.discard(&cache, 0).map_err(|e| e.to_string())?;
+    rig.heal();
+    rig.run(cache.close()).map_err(|e| e.to_string())?;
+    match (rig.for_module(0)?, rig.for_module(1)?) {
+        (0, 1) => Ok(()),
+        shown => Err(format!("the module shows {shown:?}")),
+    }
+}
+
+/// A discard fails in the midst of the write that empties a segment, and is tried again.
+fn discards_again(planted: Planted, extended: bool, seed: u64) -> Result<(), String> {
+    let mut rig = Rig::new(extended, seed, planted);
+    let cache = rig.open();
+    rig.write_back(&cache, 0..2, 1);
+    rig.fail(Faults { write: 1.0, ..Faults::default() });
+    if rig.discard(&cache, 0).is_ok() {
+        return Err("a discard was acknowledged, though the device fails".into());
+    }
+    rig.heal();
+    rig.discard(&cache, 0).map_err(|e| e.to_string())?;
+    rig.cut();
+    let cache = rig.open();
+    rig.run(cache.close()).map_err(|e| e.to_string())?;
+    match rig.for_module(0)? {
+        0 => Ok(()),
+        shown => Err(format!("the module shows {shown}")),
+    }
+}
+
+type Course = fn(Planted, bool, u64) -> Result<(), String>;
+
+/// The first failure, of seeds with and without the extension.
+fn failure(course: Course, planted: Planted) -> Option<String> {
+    let all = (0..SEEDS).flat_map(|seed| [false, true].map(|extended| (extended, seed)));
+    let judge = |(extended, seed)| {
+        let failed = course(planted, extended, seed).err()?;
+        Some(format!("extended: {extended}, seed {seed}: {failed}"))
+    };
+    all.into_iter().find_map(judge)
+}
+
+#[test]
+fn what_is_discarded_does_not_come_back_whatever_fails_meanwhile() {
+    let courses: [(Course, Bug); 2] =
+        [(discards_what_cannot_be_read, Bug::UnreadableLeft), (discards_again, Bug::HalfEmptiedTrusted)];
+    for (course, bug) in courses {
+        assert_eq!(failure(course, Planted::default()), None);
+        let text = failure(course, Planted::new(bug));
+        assert!(text.as_ref().is_some_and(|text| text.contains("the module shows")), "{bug:?}: {text:?}");
+    }
+}
+
+#[test]
+fn while_a_header_cannot_be_written_discards_of_other_blocks_go_on_and_a_close_says_it() {
+    let mut rig = Rig::new(true, 1, Planted::default());
+    let cache = rig.open();
+    rig.write_back(&cache, 0..3, 1);
+    rig.run(cache.close()).unwrap();
+    assert_eq!(rig.clean_mark(), Some(3));
+
+    let cache = rig.open();
+    rig.write_back(&cache, 3..6, 1);
+    // That of segment 4, which holds block 3.
+    *rig.cache.bad.lock() = Bad { reads: header(3), writes: header(3) };
+    for _ in 0..3 {
+        let refused = rig.discard(&cache, 3);
+        assert!(
+            matches!(&refused, Err(CacheError::Device(e)) if e.operation == Operation::Write),
+            "{refused:?}"
+        );
+    }
+    for block in [0, 4] {
+        rig.discard(&cache, block).expect("a discard of other blocks");
+    }
+    // What is to go around the log goes on top of it.
+    cache.set_tunables(Tunables { write_mode: WriteMode::Around, ..cache.tunables() });
+    rig.write(&cache, 3, 2);
+    assert_eq!(cache.status().statistics.counters.direct_write_bytes, 0);
+    rig.write(&cache, 5, 2);
+    assert_eq!(cache.status().statistics.counters.direct_write_bytes, BLOCK);
+    let closed = rig.run(cache.close());
+    assert!(matches!(closed, Err(CacheError::NotHandedOver(_))), "{closed:?}");
+    assert_eq!(rig.clean_mark(), None);
+
+    // Nothing is lost by that, and once the device works, the module may have it.
+    rig.heal();
+    rig.cut();
+    let cache = rig.open();
+    let volume = rig.run(cache.read(Sector(0), IoBuf::zeroed(6 * BLOCK_BYTES))).unwrap();
+    let shown: Vec<u8> = volume.iter().copied().step_by(BLOCK_BYTES).collect();
+    assert_eq!(shown, [0, 1, 1, 2, 0, 2]);
+    rig.run(cache.close()).unwrap();
+    let for_module: Vec<u8> = (0..6).map(|block| rig.for_module(block).unwrap()).collect();
+    assert_eq!(for_module, shown);
+    assert_eq!(rig.clean_mark(), Some(7));
+}
+
+/// It may hold a version that a later one supersedes.
+#[test]
+fn a_close_empties_what_it_cannot_read() {
+    for extended in [false, true] {
+        let rig = Rig::new(extended, 1, Planted::default());
+        let cache = rig.open();
+        rig.write_back(&cache, 0..1, 1);
+        rig.run(cache.write(Sector(0), &[2; 512])).unwrap();
+        rig.run(cache.drain()).unwrap();
+        rig.write_back(&cache, 1..2, 1);
+        // Segment 1 holds a whole version of the block, and segment 2 a partial one.
+        rig.cache.bad.lock().reads = header(0).start..header(1).end;
+        rig.run(cache.close()).unwrap();
+        rig.heal();
+        let shown: Vec<u8> = (0..2).map(|block| rig.for_module(block).unwrap()).collect();
+        assert_eq!(shown, [2, 1], "extended: {extended}");
+    }
+}
+
+/// A write of it that is torn could end the log below what is recorded as written back.
+#[test]
+fn the_newest_segment_is_never_written_without_reading_it() {
+    for extended in [false, true] {
+        let mut rig = Rig::new(extended, 1, Planted::default());
+        let cache = rig.open();
+        rig.write_back(&cache, 0..1, 1);
+        rig.cache.bad.lock().reads = header(0);
+        rig.discard(&cache, 0).expect_err("nothing is newer");
+        rig.write(&cache, 1, 1);
+        rig.run(cache.drain()).unwrap();
+        rig.discard(&cache, 0).expect("a newer segment is durable");
+        rig.heal();
+        rig.cut();
+        let cache = rig.open();
+        rig.run(cache.close()).unwrap();
+        assert_eq!((rig.for_module(0), rig.for_module(1)), (Ok(0), Ok(1)), "extended: {extended}");
+    }
+}

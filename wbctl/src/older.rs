@@ -16,6 +16,8 @@ pub(crate) struct Past {
     /// Its identity, if it has one.
     pub(crate) uuid: Option<String>,
     note: Option<Note>,
+    /// A page of its superblock is damaged, which may have been the newer one.
+    is_torn: bool,
     /// How far its log has come at least, if that can be told.
     pub(crate) reach: Option<Reach>,
 }
@@ -28,7 +30,7 @@ impl Past {
         let superblock = io.block_on(examine_superblock(cache)).ok();
         let page = superblock.as_ref().and_then(RawSuperblock::extension);
         let uuid = page.map(|page| page.uuid.to_string());
-        let mut past = Past { uuid, note: None, reach: None };
+        let mut past = Past { uuid, note: None, is_torn: false, reach: None };
         let (Some(superblock), Some(page), Some(uuid), false) = (&superblock, page, &past.uuid, anyway)
         else {
             return Ok(past);
@@ -38,7 +40,8 @@ impl Past {
             None
         });
         let Some(note) = &past.note else { return Ok(past) };
-        if page.generation < note.generation && !is_torn(superblock, page, note) {
+        past.is_torn = is_torn(superblock, page, note);
+        if page.generation < note.generation && !past.is_torn {
             let (found, noted) = (page.generation, note.generation);
             bail!(refusal(
                 cache.name(),
@@ -55,7 +58,8 @@ impl Past {
     pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         match (error.downcast_ref(), &self.note) {
             (Some(CacheError::Log(LogError::Older { device, found, known })), Some(note)) => {
-                anyhow!(refusal(device, note, &format!("its log is {found}, and was {known}")))
+                let torn = if self.is_torn { "a page of its superblock is damaged, and " } else { "" };
+                anyhow!(refusal(device, note, &format!("{torn}its log is {found}, and was {known}")))
             }
             _ => error,
         }
@@ -70,9 +74,9 @@ fn is_torn(superblock: &RawSuperblock, page: &SuperblockExtension, note: &Note) 
 
 fn refusal(device: &str, note: &Note, how: &str) -> String {
     format!(
-        "{device}: refused: it is older than this cache was when wb saw it last: {how} ({}). It is a copy from before, or the \
-         device went back in time, and what it would write back may be older than what the backing device holds. Use the \
-         newest one; --older goes on with this one all the same",
+        "{device}: refused: it is older than this cache was when wb saw it last: {how} ({}). It is a copy from before, or \
+         the device went back in time or lost its newest segments, and what it would write back may be older than what the \
+         backing device holds. Use the newest one; --older goes on with this one all the same",
         note.when()
     )
 }

@@ -97,7 +97,7 @@ fn checked(cache: &Device, scanned: &Result<Scanned, LogError>) -> Verdict {
 
 /// As replay does.
 fn examined(cache: &Device) -> Verdict {
-    match block_on(Cache::examine(cache, &backing())) {
+    match block_on(Cache::examine(cache, &backing(), None)) {
         Ok((recovery, live)) => kept(&recovery, live.dirty_blocks),
         Err(_) => Verdict::Refused,
     }

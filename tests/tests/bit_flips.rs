@@ -2,7 +2,7 @@
 //! it is refused; or the flip is one of which nothing on the device tells: then only the newest commit of the newest
 //! segment is lost, of which nothing says that it was durable.
 
-use libwb::cache::Cache;
+use libwb::cache::{Cache, Purpose, Tunables};
 use libwb::device::sim::Simulation;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{
@@ -187,7 +187,10 @@ fn served_by_engine(cache: &Device, backing: &[u8], blocks: &[BlockNo]) -> Optio
     let backing: Device = Arc::new(MemDevice::with_content("backing", backing.to_vec()));
     let runtime = Arc::new(simulation.runtime().clone());
     let work = async {
-        let cache = Cache::open_read_only(cache.clone(), backing, runtime).await.ok()?;
+        let cache =
+            Cache::open_for(cache.clone(), backing, runtime, Tunables::default(), Purpose::read_only())
+                .await
+                .ok()?;
         let mut served = Vec::new();
         for block in blocks {
             let read = cache.read(block.sector(), IoBuf::zeroed(BLOCK_BYTES)).await;

@@ -79,8 +79,6 @@ pub struct FirstSector {
     pub newest: Commit,
     /// What wb adds to the base format, where it is there. It has proved itself.
     pub extension: Option<SegmentExtension>,
-    /// Where the kernel module leaves zeros, there is something, but not wb's marker.
-    pub is_stray: bool,
 }
 
 /// The last commit of a segment that verifies.
@@ -120,8 +118,12 @@ impl FirstSector {
                 Mark::Proved(extension) => Some(extension),
                 _ => None,
             },
-            is_stray: mark == Mark::Stray,
         })
+    }
+
+    /// The id that a header names, if there is something where the kernel module leaves zeros, but not wb's marker.
+    pub fn stray(block: &[u8; BLOCK_BYTES]) -> Option<u64> {
+        (Mark::of(block) == Mark::Stray).then(|| LittleEndian::read_u64(&block[ID..]))
     }
 
     /// Bytes of data that follow the header block.
@@ -207,7 +209,7 @@ impl SegmentHeader {
         if id == SegmentId::NONE || id > SegmentId::MAX || newest.length > PLACES {
             return None;
         }
-        FirstSector { id, newest, extension: None, is_stray: false }.header(block, newest).ok()
+        FirstSector { id, newest, extension: None }.header(block, newest).ok()
     }
 
     /// How many data blocks are valid.
@@ -430,7 +432,10 @@ mod tests {
             match at {
                 // The CRC of the whole block.
                 24..28 => assert_eq!(first, FirstSector::decode(&block)),
-                16..20 => assert!(first.is_ok_and(|it| it.is_stray && it.extension.is_none()), "byte {at}"),
+                16..20 => {
+                    assert!(first.is_ok_and(|it| it.extension.is_none()), "byte {at}");
+                    assert_eq!(FirstSector::stray(&damaged), Some(3), "byte {at}");
+                }
                 _ => assert!(
                     matches!(first, Err(HeaderFault::FirstSector { may_be_torn: false, .. })),
                     "byte {at}: {first:?}"
@@ -447,6 +452,13 @@ mod tests {
         let ([_, mut block], data) = commits(3, 4);
         block[METABLOCKS + METABLOCK_BYTES * 3] = 1;
         assert!(matches!(SegmentHeader::decode(&block), Err(HeaderFault::Unaligned { index: 3, .. })));
+        assert_eq!(stands(&block, &data), Some(3));
+        // Whatever the checksum says of it.
+        let sum = checksum(&block, &data);
+        LittleEndian::write_u32(&mut block[CHECKSUM..], sum);
+        let extension =
+            extension(Reason::Open, SegmentExtension::decode(&commits(3, 4).0[1]).unwrap().before);
+        extension.encode(&mut block);
         assert_eq!(stands(&block, &data), Some(3));
     }
 

@@ -3,7 +3,7 @@
 use super::rig::{LENGTH, Log, expected, lost, read, salvage, volume};
 use crate::device::{BlockDevice, Device};
 use crate::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, Record, SECTOR_BYTES, SegmentId,
+    BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, Record, SECTOR_BYTES, SegmentId, Slot, crc32c,
     encode_record_block, to_usize,
 };
 use crate::log::recovery::Corruption;
@@ -118,6 +118,22 @@ fn a_header_with_a_damaged_first_sector_is_no_segment_of_the_kernel_module() {
         assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &but)), "byte {byte}");
         assert_eq!(plan.given_up[0].kept, if byte < 8 { 0 } else { LENGTH }, "byte {byte}");
     }
+    // What the power cut has torn of it does not matter then.
+    for byte in [14, 17, 300] {
+        let mut log = open_end();
+        assert_eq!(volume(&log.rot(10, 4).image), Some(expected(1..=10, &[(10, 3), (10, 4)])));
+        assert_eq!(volume(&log.rot_header(10, byte).image), None, "byte {byte} of a torn one");
+    }
+    // Nor is a log to be measured by the id that stands there.
+    let mut log = open_end();
+    let at = log.at(12);
+    log.image[at..at + 20].copy_from_slice(&[26, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 9, 9, 9]);
+    let sum = crc32c(&[0; BLOCK_BYTES - SECTOR_BYTES]);
+    log.image[at + 8..at + 12].copy_from_slice(&sum.to_le_bytes());
+    let device: Device = log.device();
+    let recovery = read(&device).recovery();
+    assert_eq!((recovery.highest, recovery.point), (SegmentId(10), SegmentId(10)));
+    assert_eq!(recovery.corruption, [Corruption::Unexplained { slot: Slot(11) }]);
     // On a device of the kernel module, no reader looks there.
     let mut log = Log::new(9, false);
     log.rot_header(5, 50).rot_header(9, 20);
@@ -222,7 +238,7 @@ fn a_slot_whose_data_cannot_be_read_still_says_what_its_header_proves() {
     assert!(recorder.size() > torn);
     let scanned = read(&device);
     let unreadable = |state: &SlotState| {
-        matches!(state, SlotState::Invalid { fault: SlotFault::Unreadable(_), proved: Some(_) })
+        matches!(state, SlotState::Invalid { fault: SlotFault::Unreadable(_), proved: Some(_), .. })
     };
     assert!(scanned.slots.iter().any(unreadable));
     assert_eq!(scanned.recovery().durable, SegmentId(9));

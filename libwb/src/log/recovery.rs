@@ -262,8 +262,22 @@ pub(super) type Valid = (SegmentId, Option<SegmentExtension>);
 /// A slot's segment, if it is valid and not one of an earlier cache on the device.
 pub(super) fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid> {
     let SlotState::Valid { id, extension, .. } = state else { return None };
+    if stray(state, superblock).is_some() {
+        return None;
+    }
     let foreign = extension.as_ref().is_some_and(|its| is_foreign(superblock, its));
     (!foreign).then_some((*id, *extension))
+}
+
+/// On a device with the extension, a header is damaged that has neither wb's marker nor the kernel module's zeros: what id it
+/// names.
+fn stray(state: &SlotState, superblock: &Superblock) -> Option<u64> {
+    let names = match *state {
+        SlotState::Valid { id, is_stray: true, .. } => Some(id.0),
+        SlotState::Invalid { stray, .. } => stray,
+        SlotState::Valid { .. } | SlotState::Empty => None,
+    };
+    names.filter(|_| superblock.extension.is_some())
 }
 
 /// The segment of which a slot holds a header that proves itself, valid or not, if it is not one of an earlier cache.
@@ -319,11 +333,11 @@ pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a,
     let durable = Claims::of(superblock, slots).durable;
     let window = superblock.geometry.loss_window();
     let is_unexplained = |id: SegmentId| id <= durable || highest.since(id) >= window || Some(id) < modules;
-    let fault = |state: &SlotState| match *state {
-        SlotState::Valid { id, is_stray: true, .. } if superblock.extension.is_some() => {
-            Some(HeaderFault::FirstSector { id: id.0, may_be_torn: false }.into())
-        }
-        SlotState::Valid { id, length, .. } if lacks_blocks(superblock, slots, id) && is_unexplained(id) => {
+    let fault = |state: &SlotState| match (stray(state, superblock), state) {
+        (Some(id), _) => Some(HeaderFault::FirstSector { id, may_be_torn: false }.into()),
+        (None, &SlotState::Valid { id, length, .. })
+            if lacks_blocks(superblock, slots, id) && is_unexplained(id) =>
+        {
             Some(SlotFault::CutShort { id, length })
         }
         _ => None,
@@ -332,7 +346,7 @@ pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a,
         return Cow::Borrowed(slots);
     }
     let explained = |state: &SlotState| match fault(state) {
-        Some(fault) => SlotState::Invalid { fault, proved: proved(state, superblock) },
+        Some(fault) => SlotState::Invalid { fault, proved: proved(state, superblock), stray: None },
         None => state.clone(),
     };
     slots.iter().map(explained).collect()

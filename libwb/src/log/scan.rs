@@ -308,10 +308,18 @@ pub enum SlotState {
         fault: SlotFault,
         /// The header's first sector proves itself, and names a segment that belongs here.
         proved: Option<(SegmentId, SegmentExtension)>,
+        /// Where the kernel module leaves zeros in the first sector, there is something that wb has not written: the id that
+        /// the header names.
+        stray: Option<u64>,
     },
 }
 
 impl SlotState {
+    /// A slot of which nothing is known but what is wrong.
+    pub(super) fn invalid(fault: impl Into<SlotFault>) -> SlotState {
+        SlotState::Invalid { fault: fault.into(), proved: None, stray: None }
+    }
+
     /// The id of a valid segment.
     pub fn valid_id(&self) -> Option<SegmentId> {
         match self {
@@ -333,11 +341,17 @@ pub struct SlotContent {
     pub bytes_read: u64,
     /// What the first sector of the header proves, for a verdict that is no better.
     proved: Option<(SegmentId, SegmentExtension)>,
+    stray: Option<u64>,
 }
 
 impl SlotContent {
     const NOTHING: SlotContent =
-        SlotContent { state: SlotState::Empty, header: None, bytes_read: 0, proved: None };
+        SlotContent { state: SlotState::Empty, header: None, bytes_read: 0, proved: None, stray: None };
+
+    fn invalid(self, fault: impl Into<SlotFault>) -> SlotContent {
+        let state = SlotState::Invalid { fault: fault.into(), proved: self.proved, stray: self.stray };
+        SlotContent { state, ..self }
+    }
 }
 
 /// How much of a slot to read before its header tells how much of it there is.
@@ -356,8 +370,10 @@ pub async fn read_slot(device: &Device, geometry: Geometry, slot: Slot) -> SlotC
 async fn read_slot_by(device: &Device, geometry: Geometry, slot: Slot, first: First) -> SlotContent {
     let mut content = SlotContent::NOTHING;
     let state = fill_slot(device, geometry, slot, first, &mut content).await;
-    content.state = state.unwrap_or_else(|fault| SlotState::Invalid { fault, proved: content.proved });
-    content
+    match state {
+        Ok(state) => SlotContent { state, ..content },
+        Err(fault) => content.invalid(fault),
+    }
 }
 
 async fn fill_slot(
@@ -379,6 +395,7 @@ async fn fill_slot(
     };
     content.bytes_read = to_u64(front.len());
     let (block, rest) = (front.block_at(0), &front[BLOCK_BYTES..]);
+    content.stray = FirstSector::stray(block);
     let first =
         FirstSector::decode(block).inspect_err(|_| content.header = SegmentHeader::presumed(block))?;
     let id = first.id;
@@ -409,24 +426,30 @@ async fn fill_slot(
     };
     let header = content.header.insert(first.header(block, last.commit)?);
     let (length, extension) = (header.length(), header.extension);
-    Ok(SlotState::Valid { id, length, extension, cut_short: !last.is_whole, is_stray: first.is_stray })
+    Ok(SlotState::Valid {
+        id,
+        length,
+        extension,
+        cut_short: !last.is_whole,
+        is_stray: content.stray.is_some(),
+    })
 }
 
 /// Reads a slot's header block alone, unless that is torn. The state is [`SlotState::Valid`] when nothing in the header
 /// speaks against it; the data is not read and the checksum not verified.
 pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -> SlotContent {
     let mut content = SlotContent { bytes_read: to_u64(BLOCK_BYTES), ..SlotContent::NOTHING };
-    let invalid = |fault| SlotState::Invalid { fault, proved: None };
     let block = match device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await {
         Ok(block) => block,
-        Err(error) => return SlotContent { state: invalid(error.into()), ..content },
+        Err(error) => return content.invalid(error),
     };
     let block = block.block_at(0);
+    content.stray = FirstSector::stray(block);
     let first = match FirstSector::decode(block) {
         Ok(first) => first,
         Err(fault) => {
             content.header = SegmentHeader::presumed(block);
-            return SlotContent { state: invalid(fault.into()), ..content };
+            return content.invalid(fault);
         }
     };
     if first.id == SegmentId::NONE {
@@ -438,15 +461,15 @@ pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -
             return read_slot(device, geometry, slot).await;
         }
         Ok(header) => header,
-        Err(fault) => return SlotContent { state: invalid(fault.into()), ..content },
+        Err(fault) => return content.invalid(fault),
     };
     let (id, length, extension) = (header.id, header.length(), header.extension);
     content.header = Some(header);
-    content.state = if geometry.slot_of(id) == slot {
-        SlotState::Valid { id, length, extension, cut_short: false, is_stray: first.is_stray }
-    } else {
-        invalid(SlotFault::WrongSlot { id, sound: false })
-    };
+    if geometry.slot_of(id) != slot {
+        return content.invalid(SlotFault::WrongSlot { id, sound: false });
+    }
+    let is_stray = content.stray.is_some();
+    content.state = SlotState::Valid { id, length, extension, cut_short: false, is_stray };
     content
 }
 

@@ -68,8 +68,19 @@ impl Drop for Witness {
 /// # Errors
 /// When the engine breaks a rule.
 pub fn run(engine: &dyn Engine, seed: u64) -> Result<Report, Failure> {
+    run_watched(engine, seed, &mut |_, _| ())
+}
+
+/// Who is shown the cache device and the backing device as each crash, and each end of the process, leaves them.
+pub type Watch<'a> = dyn FnMut(&SimDevice, &SimDevice) + 'a;
+
+/// As [`run`], with somebody who watches.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_watched(engine: &dyn Engine, seed: u64, watch: &mut Watch<'_>) -> Result<Report, Failure> {
     let _witness = Witness(seed);
-    let mut course = Course::new(engine, seed);
+    let mut course = Course::new(engine, seed, watch);
     let result = course.run();
     let trace = course.runtime().trace();
     result
@@ -79,6 +90,7 @@ pub fn run(engine: &dyn Engine, seed: u64) -> Result<Report, Failure> {
 
 struct Course<'a> {
     engine: &'a dyn Engine,
+    watch: &'a mut Watch<'a>,
     simulation: Simulation,
     rng: Rng,
     /// Decides what came to the simulator later, so that the courses of seeds without it stay as they were.
@@ -111,7 +123,7 @@ enum Life<T> {
 }
 
 impl<'a> Course<'a> {
-    fn new(engine: &'a dyn Engine, seed: u64) -> Course<'a> {
+    fn new(engine: &'a dyn Engine, seed: u64, watch: &'a mut Watch<'a>) -> Course<'a> {
         let simulation = Simulation::new(seed);
         let runtime = simulation.runtime().clone();
         let mut rng = Rng::with_seed(!seed);
@@ -148,6 +160,7 @@ impl<'a> Course<'a> {
         );
         Course {
             engine,
+            watch,
             simulation,
             rng,
             later: Rng::with_seed(seed.rotate_left(32)),
@@ -375,6 +388,7 @@ impl<'a> Course<'a> {
         self.judge_backing_alone();
         self.cache = Arc::new(self.cache.crash(crash));
         self.backing = Arc::new(self.backing.crash(crash));
+        (self.watch)(&self.cache, &self.backing);
         self.judge_backing_alone();
         if crash == Crash::PowerCut && self.forgetful && self.rng.bool() {
             self.oracle.lock().record_lost();

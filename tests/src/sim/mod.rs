@@ -14,4 +14,4 @@ pub mod stamp;
 pub mod toys;
 pub mod volume;
 
-pub use course::{Failure, Report, run};
+pub use course::{Failure, Report, run, run_watched};

@@ -36,12 +36,14 @@ impl WriteCache {
 /// Recovery that takes for the work of a power cut what is none.
 fn recover_forgiving(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     let forgiven = |state: &SlotState| match state {
-        SlotState::Invalid { fault: SlotFault::Header(HeaderFault::FirstSector { id, .. }), proved } => {
+        SlotState::Invalid {
+            fault: SlotFault::Header(HeaderFault::FirstSector { id, .. }), proved, ..
+        } => {
             let fault = HeaderFault::FirstSector { id: *id, may_be_torn: true }.into();
-            SlotState::Invalid { fault, proved: *proved }
+            SlotState::Invalid { fault, proved: *proved, stray: None }
         }
-        SlotState::Invalid { fault: SlotFault::Commit { id, .. }, proved } => {
-            SlotState::Invalid { fault: SlotFault::Checksum { id: *id }, proved: *proved }
+        SlotState::Invalid { fault: SlotFault::Commit { id, .. }, proved, .. } => {
+            SlotState::Invalid { fault: SlotFault::Checksum { id: *id }, proved: *proved, stray: None }
         }
         other => other.clone(),
     };

@@ -28,7 +28,7 @@ fn superblock(slots: u64, record: u64, extension: Option<SuperblockExtension>) -
 }
 
 fn invalid(fault: SlotFault) -> SlotState {
-    SlotState::Invalid { fault, proved: None }
+    SlotState::invalid(fault)
 }
 
 fn ids(range: impl IntoIterator<Item = u64>) -> Vec<SegmentId> {
@@ -302,6 +302,7 @@ fn what_a_torn_header_proves_counts() {
     let torn = |durable, back| SlotState::Invalid {
         fault: SlotFault::Checksum { id: SegmentId(10) },
         proved: extended(durable, back).map(|extension| (SegmentId(10), extension)),
+        stray: None,
     };
     states[9] = torn(9, 4);
     let r = run_extended(14, 0, states.clone(), |_| extended(0, 0));

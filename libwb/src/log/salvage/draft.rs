@@ -389,7 +389,7 @@ fn without_misnumbered(superblock: &Superblock, slots: &[SlotState]) -> Vec<Slot
         }
     }
     let misnumbered = |state: &SlotState| valid(state, superblock).filter(|(id, _)| id.since(top) > lap);
-    let damaged = |id| SlotState::Invalid { fault: SlotFault::WrongSlot { id, sound: false }, proved: None };
+    let damaged = |id| SlotState::invalid(SlotFault::WrongSlot { id, sound: false });
     slots
         .iter()
         .map(|state| misnumbered(state).map_or_else(|| state.clone(), |(id, _)| damaged(id)))

@@ -193,7 +193,8 @@ fn recover(io: &Io, args: &Args, volume: &Volume, cache: &Device, backing: &Devi
         rival::refuse(io, &volume.cache, past.uuid.as_deref(), &volume.backing)?;
     }
     if args.grown {
-        io.block_on(accept_growth(cache, &BackingFacts::of(backing)))?;
+        let accepted = io.block_on(accept_growth(cache, &BackingFacts::of(backing), past.reach));
+        accepted.map_err(|e| past.explain(CacheError::Log(e).into()))?;
     }
     let tunables = volume.tunables()?;
     let open = async |known| {

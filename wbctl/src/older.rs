@@ -50,7 +50,8 @@ impl Past {
             ));
         }
         // A newer generation may come from a salvage, which gives segments up.
-        past.reach = (page.generation <= note.generation).then(|| note.reach());
+        let is_newer = page.generation > note.generation;
+        past.reach = Some(if is_newer { note.reach().shortened() } else { note.reach() });
         Ok(past)
     }
 

@@ -43,12 +43,13 @@ impl Salvage {
             let scanned = Scanned::read(cache, Use::Write, |_| ()).await?;
             let mut plan = scanned.salvage(cache, way).await?;
             if let Some(plan) = &mut plan {
+                known.map_or(Ok(()), |known| plan.refuse_older(cache, known)).map_err(CacheError::Log)?;
                 plan.pair(&BackingFacts::of(backing));
                 plan.check_backing(cache, &BackingFacts::of(backing)).await?;
                 plan.apply(cache).await?;
             }
-            // What was given up is gone.
-            let known = known.filter(|_| plan.is_none());
+            // What was given up is gone, but what was written back is not undone.
+            let known = known.map(|known| if plan.is_some() { known.shortened() } else { known });
             return Ok((open(known).await?, plan));
         }
         match open(known).await {

@@ -6,6 +6,7 @@ use libwb::cli::{self, Exit, Io, Output, Progress, Recorded, count, human_size, 
 use libwb::device::probe::{Access, open};
 use libwb::device::{Device, signatures};
 use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, to_u64};
+use libwb::log::Use;
 use libwb::log::create::create;
 use libwb::log::live;
 use libwb::log::scan::examine_superblock;
@@ -169,6 +170,9 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     }
     if let Err(fault) = superblock.record {
         bail!(cannot_tell(&fault));
+    }
+    if let Err(error) = superblock.check_extension(device, Use::Read) {
+        bail!(cannot_tell(&error));
     }
     let mut progress = Progress::new("looking for dirty blocks", superblock.geometry.lap(), SEGMENT_BYTES);
     // As attach, which would write back what this finds.

@@ -385,6 +385,8 @@ impl Inner {
         if written_back > recovery.record {
             self.write_record(written_back).await?;
         }
+        // While dropped segments stand, the log does not end below the record, whatever is damaged.
+        self.renew(&recovery.damage).await;
         // The log will grow up to dropped segments again, and what is half there could be made whole by a write of the
         // same data.
         let geometry = self.lock().geometry;
@@ -396,7 +398,6 @@ impl Inner {
             let filler = if geometry.slots() == 1 { recovery.point } else { SegmentId::NONE };
             self.erase(slots.into_iter().map(|slot| (slot, filler)).collect()).await?;
         }
-        self.renew(&recovery.damage).await;
         // The log goes on after the newest segment. Only when nothing is left that could be taken for what followed it, may
         // its header say that it was closed.
         if let Some(id) = recovery.open_end().filter(|_| !self.planted.has(Bug::OpenEndLeft)) {

@@ -1,5 +1,6 @@
 //! Making an empty cache: the base format, as the kernel module makes it, and the superblock extension.
 
+use super::reach::Reach;
 use super::recovery::recover;
 use super::scan::{BackingFacts, check_identity, read_slot, read_superblock, scan};
 use super::{LogError, Use};
@@ -157,10 +158,18 @@ pub(crate) async fn close_segment(
 /// Records that the backing device has grown, which its identity cannot show.
 ///
 /// # Errors
-/// When a device fails, the cache device is not sound, or the identity shows another device; nothing is written then.
-pub async fn accept_growth(device: &Device, backing: &BackingFacts<'_>) -> Result<(), LogError> {
+/// When a device fails, the cache device is not sound, or not as far as it is known to have come, or the identity shows another
+/// device; nothing is written then.
+pub async fn accept_growth(
+    device: &Device,
+    backing: &BackingFacts<'_>,
+    known: Option<Reach>,
+) -> Result<(), LogError> {
     let superblock = read_superblock(device, Use::Write).await?;
-    recover(&superblock, &scan(device, superblock.geometry, |_, _| {}).await).refuse_corrupt(device)?;
+    let slots = scan(device, superblock.geometry, |_, _| {}).await;
+    let recovery = recover(&superblock, &slots).refuse_corrupt(device)?;
+    // The page that is written makes an older copy look like a newer one.
+    known.map_or(Ok(()), |known| known.refuse_older(device, Reach::of(&recovery)))?;
     let grown = |it: &SuperblockExtension| (1..backing.sectors).contains(&it.backing_sectors);
     let Some(extension) = superblock.extension.filter(grown) else { return Ok(()) };
     check_identity(device, &extension, backing)?;

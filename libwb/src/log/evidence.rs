@@ -104,6 +104,18 @@ fn what_a_torn_header_says_was_durable_was() {
 }
 
 #[test]
+fn skip_ends_with_a_segment_that_lacks_blocks_and_was_not_known_to_be_durable() {
+    let mut log = Log::new(9, true);
+    log.put_open(10, 3, 9);
+    log.put(11, true, 9);
+    log.rot(9, 3).rot(10, 4);
+    let (device, plan) = salvage(&log, Way::Skip);
+    assert_eq!(plan.point, SegmentId(10));
+    let but = [(9, 3), (10, 3), (10, 4)];
+    assert_eq!(volume(&device.memory.content()), Some(expected(1..=10, &but)));
+}
+
+#[test]
 fn a_header_with_a_damaged_first_sector_is_no_segment_of_the_kernel_module() {
     for byte in (0..8).chain(14..24).chain(28..69).chain([300]) {
         let mut log = Log::new(9, true);

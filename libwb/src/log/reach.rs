@@ -34,6 +34,12 @@ impl Reach {
         Reach { durable, written_back }
     }
 
+    /// As far as it is known of a log after a salvage, which may give segments up.
+    #[must_use]
+    pub fn shortened(self) -> Reach {
+        Reach { durable: SegmentId::NONE, ..self }
+    }
+
     /// Refuses a log that has not come as far as this.
     ///
     /// # Errors

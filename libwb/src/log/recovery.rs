@@ -354,7 +354,7 @@ pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a,
 
 /// Whether a valid segment lacks blocks, or may: the log ends with it. After one that is open but whole the kernel module may
 /// have gone on.
-fn lacks_blocks(superblock: &Superblock, slots: &[SlotState], id: SegmentId) -> bool {
+pub(super) fn lacks_blocks(superblock: &Superblock, slots: &[SlotState], id: SegmentId) -> bool {
     let state = |id| &slots[slot_index(superblock.geometry.slot_of(id))];
     let SlotState::Valid { id: found, cut_short, extension, .. } = state(id) else { return false };
     let is_open = extension.is_some_and(|extension| extension.reason == Reason::Open);

@@ -21,6 +21,7 @@ pub use words::{Summary, number_of_ways, segments, ways_on};
 use super::create::{close_segment, write_extension, write_filler, write_record};
 use super::handover::{Emptied, emptied, segments_to_empty};
 use super::live::{totals, visit_headers};
+use super::reach::Reach;
 use super::recovery::{Corruption, Recovery, explained, proved, recover, slot_index, valid};
 use super::scan::{
     BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock, read_slot_header,
@@ -321,6 +322,15 @@ impl Plan {
             bad_copy,
             pairs_anew,
         }
+    }
+
+    /// Refuses an older copy of a cache. What is written back tells, for a salvage may give up what is not.
+    ///
+    /// # Errors
+    /// [`LogError::Older`].
+    pub fn refuse_older(&self, device: &Device, known: Reach) -> Result<(), LogError> {
+        let found = Reach { durable: self.point, written_back: self.draft.written_back };
+        known.shortened().refuse_older(device, found)
     }
 
     /// If the cache has lost to which backing device it belongs, it is to be this one.

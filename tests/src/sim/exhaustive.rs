@@ -275,7 +275,10 @@ impl After {
 /// What a volume reads as after a crash that left these devices. After a drain, the backing device is the same.
 fn recover(engine: &dyn Engine, [cache, backing]: [Vec<u8>; 2]) -> Result<Vec<u8>, String> {
     let simulation = Simulation::new(1);
-    let for_module = module::volume_after_repair(cache.clone(), backing.clone())?;
+    // A repair takes far longer than all else, so some of them do, whichever.
+    let is_repaired = crc32c(&cache).is_multiple_of(REPAIRED_ONE_IN);
+    let for_module =
+        is_repaired.then(|| module::volume_after_repair(cache.clone(), backing.clone())).transpose()?;
     let backing = Arc::new(MemDevice::with_content("backing", backing));
     let cache: Device = Arc::new(MemDevice::with_content("cache", cache));
     let opening =
@@ -291,9 +294,11 @@ fn recover(engine: &dyn Engine, [cache, backing]: [Vec<u8>; 2]) -> Result<Vec<u8
     if backing.content() != data {
         return Err("after recovery and a drain, the backing device differs from the volume".into());
     }
-    match for_module == data {
-        true => Ok(data),
-        false => Err("after a repair, the kernel module shows something else than we do".into()),
+    match for_module {
+        Some(shown) if shown != data => {
+            Err("after a repair, the kernel module shows something else than we do".into())
+        }
+        _ => Ok(data),
     }
 }
 

@@ -7,7 +7,7 @@ use super::Way;
 use crate::format::{Geometry, HeaderFault, Reason, SegmentExtension, SegmentId, Slot};
 use crate::log::create::filler_extension;
 use crate::log::recovery::{
-    Corruption, LAST_SANE_ID, Recovery, explained, proved, recover, slot_index, valid,
+    Corruption, LAST_SANE_ID, Recovery, explained, lacks_blocks, proved, recover, slot_index, valid,
 };
 use crate::log::scan::{RawSuperblock, SlotFault, SlotState, Superblock};
 
@@ -185,7 +185,10 @@ impl Planner<'_> {
                             | Corruption::WrittenPastHole { .. }
                     )
                 }));
-        let point = if way == Some(Way::Skip) && tail_is_corrupt { end } else { recovery.point };
+        let point = match way {
+            Some(Way::Skip) if tail_is_corrupt => self.up_to_what_lacks_blocks(end),
+            _ => recovery.point,
+        };
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let needed = written_back.max(point.minus(geometry.lap()));
         let mut draft = Draft {
@@ -210,6 +213,14 @@ impl Planner<'_> {
         draft.doomed.dedup();
         draft.order_changes(geometry, recovery.highest);
         draft
+    }
+
+    /// The log ends with a segment that lacks blocks. What follows one that is not known to have been durable was never
+    /// acknowledged.
+    fn up_to_what_lacks_blocks(&self, end: SegmentId) -> SegmentId {
+        let first = self.recovery.durable.max(self.recovery.point).next();
+        let mut ids = (first.0..=end.0).map(SegmentId);
+        ids.find(|&id| lacks_blocks(self.superblock, self.slots, id)).unwrap_or(end)
     }
 
     /// Of the segments beyond F, those that stand, and those that were durable. No more than a lap of them had a slot.
@@ -316,17 +327,15 @@ impl Planner<'_> {
 
 impl Draft {
     fn order_changes(&mut self, geometry: Geometry, highest: SegmentId) {
-        if highest > self.point {
-            // While the newest segment stands, W and P do too.
-            let newest = geometry.slot_of(highest);
-            self.decisive = self.changes.extract_if(.., |change| change.slot == newest).next();
-            return;
-        }
         // While the first missing segment is missing, so is all that follows it.
         let first = self.changes.iter().filter(|change| change.live).map(|change| change.id).min();
         if first.is_some() {
             self.decisive = self.changes.extract_if(.., |change| Some(change.id) == first).next();
             self.later = self.changes.extract_if(.., |change| !change.live).collect();
+        } else if highest > self.point {
+            // While the newest segment stands, W and P do too.
+            let newest = geometry.slot_of(highest);
+            self.decisive = self.changes.extract_if(.., |change| change.slot == newest).next();
         }
     }
 }

@@ -40,7 +40,11 @@ impl Remains {
                 let presumed = SegmentHeader::presumed(block.block_at(0)).filter(|it| it.length() > 0)?;
                 let place = geometry.place_offset(Place { slot, index: 0 });
                 let data = device.read(place, IoBuf::zeroed(presumed.data_bytes())).await.ok()?;
-                presumed.verify(block.block_at(0), &data).then_some(presumed)
+                let mut presumed = presumed.verify(block.block_at(0), &data).then_some(presumed)?;
+                for (entry, block) in presumed.metablocks.iter_mut().zip(data.chunks(BLOCK_BYTES)) {
+                    entry.crc = Some(crc32c(block));
+                }
+                Some(presumed)
             }
         };
         let header = header.filter(|header| header.id == id)?;

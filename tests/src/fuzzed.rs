@@ -115,6 +115,10 @@ pub fn serve(image: &[u8]) {
         block[WRITTEN.in_block() * SECTOR_BYTES..][..data.len()].copy_from_slice(&data);
     }
     rig.run(cache.flush()).expect("a device that works");
+    // The process is killed. What was fit for use is so again.
+    drop(cache);
+    rig.simulation.kill_tasks();
+    let cache = rig.open().expect("a cache that was served before");
     let drained = rig.run(cache.drain()).is_ok();
     if rig.run(cache.close()).is_err() {
         return;

@@ -300,7 +300,7 @@ pub fn seeds() -> Vec<Recipe> {
     seeds
 }
 
-/// A byte of each field: of the newest segment and its first and last entry and block, of the one in the first slot, of
+/// A byte of each field: of the newest segment and its first and last entry and block, of those in the first two slots, of
 /// the record, and of a page. The offsets stand in wb(5).
 fn flips(image: &[u8]) -> Vec<u32> {
     const HEADER: [usize; 17] = [0, 7, 8, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 57, 60, 64, 200];
@@ -312,7 +312,7 @@ fn flips(image: &[u8]) -> Vec<u32> {
     let newest = slots.max_by_key(id).unwrap_or_default();
     let mut flips: Vec<usize> = RECORD.map(|at| to_usize(SUPERBLOCK_REGION_BYTES) - 512 + at).to_vec();
     flips.extend(PAGE.map(|at| to_usize(EXTENSION_OFFSETS[1]) + at));
-    for slot in [0, newest] {
+    for slot in [0, 1, newest] {
         let start = slot_range(slot).start;
         let last = usize::from(image[start + 12].saturating_sub(1));
         flips.extend(HEADER.map(|at| start + at));

@@ -61,6 +61,16 @@ fn what_the_fuzzer_starts_from_holds() {
     fuzzed::control(&[b' '; 70_000]);
 }
 
+/// Not when the log comes up to it, either.
+#[test]
+fn a_flipped_bit_of_a_header_that_is_written_back_costs_nothing() {
+    for (base, slot) in (BASES - CRASHED_BASES..BASES).flat_map(|base| (0..6).map(move |slot| (base, slot))) {
+        let base = u8::try_from(base).expect("a byte");
+        let at = (1 << 20) + slot * (512 << 10);
+        fuzzed::recovery(&Recipe { base, changes: vec![Change::Flip { at, bit: 0 }] }.encode());
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
 

@@ -5,7 +5,8 @@ use libwb::cache::{Cache, CacheError, Tunables, WriteMode};
 use libwb::device::sim::{Crash, Faults, SimDevice, Simulation};
 use libwb::device::{BlockDevice, Device, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
 use libwb::format::{
-    BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension, to_u64, to_usize,
+    BLOCK_BYTES, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension, to_u64,
+    to_usize,
 };
 use libwb::log::Use;
 use libwb::log::create::create;
@@ -316,5 +317,77 @@ fn the_newest_segment_is_never_written_without_reading_it() {
         let cache = rig.open();
         rig.run(cache.close()).unwrap();
         assert_eq!((rig.for_module(0), rig.for_module(1)), (Ok(0), Ok(1)), "extended: {extended}");
+    }
+}
+
+/// A cache that has crashed with versions of a block that the kernel module would mistake for newer ones: of block 0 a whole and a
+/// partial version that are written back, and a partial one that is not; and block 1 in several commits of one segment.
+fn crashed(extended: bool) -> Rig {
+    let mut rig = Rig::new(extended, 1, Planted::default());
+    let cache = rig.open();
+    let write = |sector, sectors: usize, fill| {
+        let data = vec![fill; sectors * SECTOR_BYTES];
+        rig.run(cache.write(Sector(sector), &data)).expect("written");
+        rig.run(cache.flush()).expect("durable");
+    };
+    rig.write_back(&cache, 0..1, 1);
+    write(0, 1, 2);
+    write(8, 8, 1);
+    write(8, 1, 2);
+    rig.run(cache.drain()).expect("written back");
+    cache.pause();
+    write(1, 1, 3);
+    write(9, 1, 3);
+    write(8, 1, 4);
+    rig.cut();
+    rig
+}
+
+/// What fills the first three sectors of blocks 0 and 1 of that.
+const AFTER_CRASH: [[u8; 3]; 2] = [[2, 3, 1], [4, 3, 1]];
+
+fn shown(volume: &[u8]) -> [[u8; 3]; 2] {
+    [0, 1].map(|block| [0, 1, 2].map(|sector| volume[block * BLOCK_BYTES + sector * SECTOR_BYTES]))
+}
+
+#[test]
+fn after_a_crash_a_repair_makes_the_module_read_what_we_recover() {
+    for extended in [false, true] {
+        let rig = crashed(extended);
+        let (content, backing) = (rig.cache.device().content(), rig.backing.content());
+        assert_ne!(shown(&module::volume(&content, backing.clone()).unwrap()), AFTER_CRASH);
+        let repaired = module::volume_after_repair(content, backing).unwrap();
+        assert_eq!(shown(&repaired), AFTER_CRASH, "extended: {extended}");
+        // And so does a detach.
+        let cache = rig.open();
+        let ours = rig.run(cache.read(Sector(0), IoBuf::zeroed(2 * BLOCK_BYTES))).unwrap();
+        assert_eq!(shown(&ours), AFTER_CRASH);
+        rig.run(cache.close()).unwrap();
+        let closed = rig.cache.device().content();
+        assert_eq!(shown(&module::volume(&closed, rig.backing.content()).unwrap()), AFTER_CRASH);
+        rig.run(module::repair(&rig.cache())).unwrap();
+        assert!(rig.cache.device().content() == closed, "nothing is left to repair after a detach");
+    }
+}
+
+#[test]
+fn a_power_cut_at_any_moment_of_a_repair_is_harmless() {
+    for (extended, seed) in
+        [false, true].into_iter().flat_map(|extended| (0..SEEDS).map(move |seed| (extended, seed)))
+    {
+        let rig = crashed(extended);
+        let (content, backing) = (rig.cache.device().content(), rig.backing.content());
+        let is_done = (0..).find(|&moment| {
+            let simulation = Simulation::new(seed);
+            let cache = Arc::new(SimDevice::new(simulation.runtime(), "cache", content.clone(), 512));
+            let device: Device = cache.clone();
+            simulation.runtime().halt_after_io(moment);
+            let is_done = simulation.block_on(module::repair(&device)).is_ok();
+            let left = cache.crash(Crash::PowerCut).content();
+            let again = module::volume_after_repair(left, backing.clone()).unwrap();
+            assert_eq!(shown(&again), AFTER_CRASH, "extended: {extended}, seed {seed}, moment {moment}");
+            is_done
+        });
+        assert!(is_done > Some(20), "{is_done:?}");
     }
 }

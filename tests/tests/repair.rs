@@ -1,10 +1,13 @@
 //! `wbcheck --repair`: what a power cut or wear has left is put right, and no data is given up.
 
+use libwb::device::IoBuf;
 use libwb::format::{
     BlockNo, DirtyBits, EXTENSION_OFFSETS, Metablock, SegmentId, SuperblockExtension, to_u64,
 };
-use std::os::unix::fs::FileExt;
+use nix::libc::O_DIRECT;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use wb_tests::sim::module;
 use wb_tests::{
     GOLDEN, MIB, Outcome, Volume, flip_bit, golden_volume_sha256, needs_serving, noise, overwrite, read_at,
     segment_offset, sha256, wb, write_record, write_segment,
@@ -163,6 +166,49 @@ fn a_segment_that_is_cut_short_is_closed_with_the_last_commit_that_stands() {
     let kept = read_at(&volume.backing, 0, 5 * 4096);
     assert!(kept[..4096] == noise(0, 4096) && kept[8192..][..4096] == noise(1, 4096));
     assert!(kept[4 * 4096..] == [0; 4096]);
+}
+
+/// What the kernel module would make of the devices, were it not for the repair, would be older than what was flushed.
+#[test]
+fn after_a_crash_the_kernel_module_reads_the_volume_from_what_a_repair_leaves() {
+    needs_serving!();
+    let volume = Volume::created(8, MIB);
+    let mut attached = volume.attach();
+    // Past the page cache, which would make whole blocks of it.
+    let write = |device: &Path, seed, bytes| {
+        let device = std::fs::File::options().write(true).custom_flags(O_DIRECT).open(device).unwrap();
+        device.write_all_at(&IoBuf::copy_of(&noise(seed, bytes)), 0).unwrap();
+        device.sync_all().unwrap();
+        volume.must(&["drain", &volume.name]);
+    };
+    write(&attached.device, 1, 4096);
+    write(&attached.device, 2, 512);
+    let want = [&noise(2, 512)[..], &noise(1, 4096)[512..]].concat();
+    attached.kill();
+    drop(attached);
+    let for_module = || {
+        let [cache, backing] = [&volume.cache, &volume.backing].map(|path| std::fs::read(path).unwrap());
+        module::volume(&cache, backing).unwrap()[..4096] == want
+    };
+    assert!(!for_module());
+    let found = check(&volume.cache);
+    assert_eq!(found.first_line(), format!("{}: sound", volume.cache.display()), "{found:?}");
+    assert!(found.stdout.contains("From segment 1, the kernel module would take old data"), "{found:?}");
+    assert_eq!(wb!("wbcheck", &volume.cache, "--json").json()["misleading_segments"], serde_json::json!([1]));
+    let outcome = wb!("wbcheck", &volume.cache, "--repair");
+    assert!(
+        outcome.code == 1 && outcome.stdout.contains("empty segments in the places of segment 1, from"),
+        "{outcome:?}"
+    );
+    assert!(for_module());
+    assert!(!check(&volume.cache).stdout.contains("kernel module"));
+
+    // A detach leaves nothing to repair.
+    let attached = volume.attach();
+    write(&attached.device, 3, 512);
+    attached.detach(&[]);
+    let before = sha256(&volume.cache);
+    assert_eq!((wb!("wbcheck", &volume.cache, "--repair").code, sha256(&volume.cache)), (0, before));
 }
 
 #[test]

@@ -85,6 +85,8 @@ pub(crate) struct Findings {
     pub(crate) broken: Vec<Broken>,
     /// The ways on with a corrupt log.
     pub(crate) ways: Vec<Plan>,
+    /// Segments of a sound log that are written back, and from which the kernel module would take old data for new.
+    pub(crate) misleading: Vec<SegmentId>,
     pub(crate) scanned: Scanned,
 }
 
@@ -118,6 +120,10 @@ impl Findings {
         let dropped = Totals::of(recovery.dropped.iter().copied().map(share), None);
         let number =
             |wanted: fn(&SlotState) -> bool| to_u64(slots.iter().filter(|&slot| wanted(slot)).count());
+        let misleading = match scanned.is_corrupt() {
+            true => Vec::new(),
+            false => io.block_on(scanned.repair(device))?.map(|plan| plan.misleading).unwrap_or_default(),
+        };
         Ok(Findings {
             device: device.name().to_string(),
             size: device.size(),
@@ -136,6 +142,7 @@ impl Findings {
             } else {
                 subject.io.block_on(scanned.ways(&subject.device))?
             },
+            misleading,
             scanned,
         })
     }

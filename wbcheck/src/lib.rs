@@ -56,8 +56,8 @@ struct Args {
     /// Repair what can be without giving up any data that recovery would use: what a power cut has torn, what is
     /// damaged but written back, a damaged copy of the superblock extension, the first bytes of a device that has one
     ///
-    /// The kernel module then reads the same volume as wb: it stops at the first damaged segment, and restores older data
-    /// from some that are written back, and of both none is left. The device must not be attached.
+    /// After that, the kernel module reads the same volume from the log as wb, as after a detach: no segment is left at which
+    /// it would stop, or that is written back and from which it would take old data for new. The device must not be attached.
     #[arg(long, conflicts_with_all = ["segment", "headers_only"])]
     repair: bool,
 

@@ -28,21 +28,12 @@ pub(crate) fn repair(
     if plan.is_none() && subject.damaged_magic.is_none() {
         return crate::print(&findings, args, out);
     }
-    let mut repaired = Repaired::of(subject, &findings, plan);
+    let repaired = Repaired::of(subject, &findings, plan);
     if let Some(plan) = &repaired.plan {
         subject.io.block_on(plan.apply(&subject.device))?;
         subject.read_superblock()?;
     }
-    let mut after = Findings::gather(subject, args)?;
-    // What a salvage leaves, the kernel module may not read as we do.
-    if repaired.plan.as_ref().is_some_and(|plan| plan.way.is_some())
-        && let Some(rest) = subject.io.block_on(after.scanned.repair(&subject.device))?
-    {
-        subject.io.block_on(rest.apply(&subject.device))?;
-        repaired.written.extend(rest.changes());
-        subject.read_superblock()?;
-        after = Findings::gather(subject, args)?;
-    }
+    let after = Findings::gather(subject, args)?;
     if args.json {
         out.json(&report::Report::of(&after, Some(&repaired)))?;
     } else if !args.quiet {

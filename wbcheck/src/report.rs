@@ -29,6 +29,8 @@ pub(crate) struct Report<'a> {
     skipped_segments: Vec<u64>,
     dropped_segments: Vec<u64>,
     dropped_dirty_blocks: u64,
+    /// Segments of a sound log from which the kernel module would take old data for new.
+    misleading_segments: Vec<u64>,
     backing: Option<&'a Path>,
     /// Entries beyond the end of the backing device; null when none was given.
     entries_beyond_backing: Option<u64>,
@@ -86,6 +88,7 @@ impl Report<'_> {
             skipped_segments: f.recovery.skipped.iter().map(|id| id.0).collect(),
             dropped_segments: f.recovery.dropped.iter().map(|id| id.0).collect(),
             dropped_dirty_blocks: f.dropped.dirty_blocks,
+            misleading_segments: f.misleading.iter().map(|id| id.0).collect(),
             backing: f.backing.as_ref().map(|backing| backing.path.as_path()),
             entries_beyond_backing: f.backing.as_ref().map(|_| f.live.beyond_count),
             damage: f.broken.iter().map(|b| damaged(f, b)).collect(),

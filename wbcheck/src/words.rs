@@ -257,7 +257,7 @@ fn notes(f: &Findings) -> Vec<String> {
     if r.is_cut_short {
         notes.push(format!(
             "Segment {} is cut short: it ends with the last flush, and what was written of it after that is torn. wb \
-             applies it up to there; the kernel module would drop it, so repair it with --repair before it gets the device.",
+             applies it up to there; the kernel module would drop it. --repair closes it there.",
             r.point
         ));
     }
@@ -283,6 +283,13 @@ fn notes(f: &Findings) -> Vec<String> {
              written back.",
             capitalized(&segments(&r.skipped)),
             if r.skipped.len() == 1 { "it" } else { "the last of them" },
+        ));
+    }
+    if !f.misleading.is_empty() {
+        notes.push(format!(
+            "From {}, the kernel module would take old data for new, as from any cache that was not detached in order. \
+             Before it gets the device, use --repair, or attach and detach the volume; wb needs neither.",
+            segments(&f.misleading)
         ));
     }
     notes

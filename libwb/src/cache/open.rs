@@ -18,7 +18,7 @@ use crate::format::{
 use crate::log::create::{close_segment, write_extension, write_filler};
 use crate::log::live::{Beyond, Totals, first_outside, live_totals};
 use crate::log::reach::Reach;
-use crate::log::recovery::{Explanation, Recovery, recover};
+use crate::log::recovery::{Damage, Explanation, Recovery, recover};
 use crate::log::scan::{
     BackingFacts, SlotContent, Superblock, check_pairing, read_superblock, scan, scan_headers, scan_trusting,
 };
@@ -394,8 +394,9 @@ impl Inner {
         if !slots.is_empty() && !self.planted.has(Bug::DroppedNotErased) {
             // With a single slot, only what it holds bears out the record.
             let filler = if geometry.slots() == 1 { recovery.point } else { SegmentId::NONE };
-            self.erase(slots, filler).await?;
+            self.erase(slots.into_iter().map(|slot| (slot, filler)).collect()).await?;
         }
+        self.renew(&recovery.damage).await;
         // The log goes on after the newest segment. Only when nothing is left that could be taken for what followed it, may
         // its header say that it was closed.
         if let Some(id) = recovery.open_end().filter(|_| !self.planted.has(Bug::OpenEndLeft)) {
@@ -405,11 +406,24 @@ impl Inner {
         Ok(())
     }
 
-    /// Erases the headers of slots, or puts an empty segment there. It is durable afterwards.
-    async fn erase(&self, slots: Vec<Slot>, filler: SegmentId) -> Result<(), DeviceError> {
+    /// Makes what is damaged and written back sound. It has no explanation any more once the log has come near it, and the
+    /// kernel module would read no further than there. What cannot be written is no worse than it was.
+    async fn renew(&self, damage: &[Damage]) {
+        let damaged = damage.iter().filter(|damage| damage.explanation == Explanation::WrittenBack);
+        let slots: Vec<_> = damaged.map(|damage| (damage.slot, damage.expected)).collect();
+        if self.extension.is_some()
+            && !slots.is_empty()
+            && let Err(error) = self.erase(slots).await
+        {
+            tracing::warn!("a damaged segment that is written back is left as it is: {error}");
+        }
+    }
+
+    /// Erases the headers of slots, or puts empty segments with these ids there. It is durable afterwards.
+    async fn erase(&self, slots: Vec<(Slot, SegmentId)>) -> Result<(), DeviceError> {
         let geometry = self.lock().geometry;
-        let erase = |slot| {
-            write_filler(&self.cache, geometry, slot, (filler, SegmentId::NONE), self.extension.as_ref())
+        let erase = |(slot, id)| {
+            write_filler(&self.cache, geometry, slot, (id, SegmentId::NONE), self.extension.as_ref())
         };
         all(stream::iter(slots.into_iter().map(erase)).buffer_unordered(ERASE_DEPTH)).await?;
         self.cache.flush().await

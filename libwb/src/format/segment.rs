@@ -240,13 +240,15 @@ fn clear_entries(block: &mut [u8; BLOCK_BYTES], length: u8) {
 }
 
 /// Makes the header block of a segment that stands by a commit one that says so: its newest, and last. Torn in this very
-/// write, the header still leads to the same commit. Does nothing to a header without the extension.
+/// write, the header still leads to the same commit. Of a header without the extension, only entries beyond the last are torn.
 pub fn close_header(block: &mut [u8; BLOCK_BYTES], last: Commit) {
-    let Some(extension) = SegmentExtension::decode(block) else { return };
+    let extension = SegmentExtension::decode(block);
     clear_entries(block, last.length);
     block[LENGTH] = last.length;
     LittleEndian::write_u32(&mut block[CHECKSUM..], last.checksum);
-    SegmentExtension { reason: Reason::Flush, before: None, ..extension }.encode(block);
+    if let Some(extension) = extension {
+        SegmentExtension { reason: Reason::Flush, before: None, ..extension }.encode(block);
+    }
 }
 
 fn decode_metablock(block: &[u8; BLOCK_BYTES], index: u8) -> Result<Metablock, HeaderFault> {
@@ -401,6 +403,24 @@ mod tests {
                     assert_eq!(stands(&mix(&block, &closed, mask), data), Some(last.length));
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_torn_header_of_the_base_format_is_closed_as_well() {
+        let (data, entries) = (vec![7; 3 * BLOCK_BYTES], 3..6);
+        let entry = |block| Metablock { block: BlockNo(block), dirty: DirtyBits::ALL, crc: None };
+        let entries: Vec<_> = entries.map(entry).collect();
+        let mut new = [0; BLOCK_BYTES];
+        encode_header(&mut new, SegmentId(3), &entries, &data, None);
+        // What had stood there before is left in all sectors but the first two.
+        let torn = mix(&[0x50; BLOCK_BYTES], &new, 0b11);
+        let last = last_commit(&torn, &data).expect("the entries are there");
+        let mut closed = torn;
+        close_header(&mut closed, last);
+        assert!(SegmentHeader::decode(&closed).unwrap().verify(&closed, &data));
+        for mask in 0..256 {
+            assert_eq!(stands(&mix(&torn, &closed, mask), &data), Some(3));
         }
     }
 

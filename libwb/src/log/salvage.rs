@@ -7,7 +7,8 @@
 //!
 //! The order of the writes makes an interruption harmless: until the last of them the log is refused as before, and a
 //! second attempt finds the same; or recovery already makes of it what it would make of it in the end. The record of
-//! what is written back comes first, since it follows from segments that may go. The clean mark comes last.
+//! what is written back comes first, since it follows from segments that may go. When the log is sound, and what it covers is
+//! durable, those segments go that would mislead the kernel module. The clean mark comes last.
 
 mod draft;
 mod remains;
@@ -20,7 +21,7 @@ pub use words::{Summary, number_of_ways, segments, ways_on};
 use super::create::{close_segment, write_extension, write_filler, write_record};
 use super::handover::{Emptied, emptied, segments_to_empty};
 use super::live::{totals, visit_headers};
-use super::recovery::{Corruption, Recovery, explained, proved, recover, slot_index};
+use super::recovery::{Corruption, Recovery, explained, proved, recover, slot_index, valid};
 use super::scan::{
     BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock, read_slot_header,
     scan,
@@ -175,6 +176,7 @@ impl Scanned {
         let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: device.name().to_string() })?;
         let mut plan = Plan::of(self, superblock, Some(way), draft);
         plan.given_up = plan.look(device).await?;
+        plan.misleading = self.misleading(device, &plan.draft).await;
         Ok(Some(plan))
     }
 
@@ -218,18 +220,20 @@ impl Scanned {
         Ok((!is_sound || !plan.misleading.is_empty()).then_some(plan))
     }
 
-    /// The written-back segments from which the kernel module would restore older data, but for those that are rewritten anyway.
+    /// The written-back segments that would mislead the kernel module once all else is written.
     async fn misleading(&self, device: &Device, draft: &Draft) -> Vec<SegmentId> {
-        let geometry = self.superblock.geometry;
+        let (geometry, superblock) = (self.superblock.geometry, self.superblock.or_no_record());
         let rewritten: HashSet<Slot> = draft.all_changes().map(|change| change.slot).collect();
-        let is_damaged = |id| {
-            let slot = geometry.slot_of(id);
-            rewritten.contains(&slot) || matches!(self.slots[slot_index(slot)], SlotState::Invalid { .. })
+        let is_rewritten = |id| rewritten.contains(&geometry.slot_of(id));
+        let stands = |id| {
+            let found = valid(&self.slots[slot_index(geometry.slot_of(id))], &superblock);
+            found.is_some_and(|(found, _)| found == id)
         };
-        let mut ids =
-            segments_to_empty(device, geometry, [draft.written_back, draft.point], is_damaged).await;
-        ids.retain(|&id| !rewritten.contains(&geometry.slot_of(id)));
-        ids
+        let up_to = [draft.written_back, draft.point];
+        let is_damaged = |id| is_rewritten(id) || !stands(id);
+        let mut misleading = segments_to_empty(device, geometry, up_to, is_damaged).await;
+        misleading.retain(|&id| !is_rewritten(id));
+        misleading
     }
 
     /// Whether the log is sound, but for a superblock extension that is lost.
@@ -265,13 +269,13 @@ pub struct Plan {
     pub given_up: Vec<GivenUp>,
     /// What the superblock record says although the log does not bear it out. It is not believed.
     pub disbelieved: Option<SegmentId>,
+    /// Segments that are written back and sound, and are emptied, or the kernel module would take old data from them for new.
+    pub misleading: Vec<SegmentId>,
     geometry: Geometry,
     extension: Option<SuperblockExtension>,
     draft: Draft,
     /// The superblock record, where it must change.
     record: Option<Record>,
-    /// Written-back segments that become empty ones, because the kernel module would restore older data from them.
-    misleading: Vec<SegmentId>,
     /// Pages of the superblock extension that must be written.
     pages: Vec<SuperblockExtension>,
     /// What is wrong with the copy that is written, where something is.
@@ -364,11 +368,13 @@ impl Plan {
             all(stream::iter(writes).buffer_unordered(WRITE_DEPTH)).await?;
             device.flush().await?;
         }
-        let emptied = self.misleading.iter().map(|&id| self.empty(device, id));
-        all(stream::iter(emptied).buffer_unordered(WRITE_DEPTH)).await?;
-        device.flush().await?;
         if let Some(id) = self.draft.cut_short {
             close_segment(device, self.geometry, id).await?;
+            device.flush().await?;
+        }
+        if !self.misleading.is_empty() {
+            let emptied = self.misleading.iter().map(|&id| self.empty(device, id));
+            all(stream::iter(emptied).buffer_unordered(WRITE_DEPTH)).await?;
             device.flush().await?;
         }
         for page in &self.pages {

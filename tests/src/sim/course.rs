@@ -95,6 +95,8 @@ struct Course<'a> {
     rng: Rng,
     /// Decides what came to the simulator later, so that the courses of seeds without it stay as they were.
     later: Rng,
+    /// Decides what is done with copies of the devices, which changes nothing of the course.
+    aside: Rng,
     oracle: Arc<Mutex<Oracle>>,
     cache: Arc<SimDevice>,
     backing: Arc<SimDevice>,
@@ -164,6 +166,7 @@ impl<'a> Course<'a> {
             simulation,
             rng,
             later: Rng::with_seed(seed.rotate_left(32)),
+            aside: Rng::with_seed(!seed.rotate_left(32)),
             oracle: Arc::new(Mutex::new(oracle)),
             cache: Arc::new(cache),
             backing: Arc::new(backing),
@@ -187,6 +190,7 @@ impl<'a> Course<'a> {
             self.oracle.lock().note(format!("life {life} begins"));
             if let Life::Halted = self.life()? {
                 self.crash();
+                self.repair_a_copy()?;
             }
         }
         self.last_life()

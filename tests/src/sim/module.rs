@@ -1,11 +1,16 @@
 //! What the kernel module would show of a volume if it got the devices now: its recovery as wb(5) describes it.
 
 use super::devices::record_of;
+use futures_lite::future::block_on;
+use libwb::device::{Device, MemDevice};
 use libwb::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Place, SECTOR_BYTES, SegmentHeader, SegmentId, to_u64,
     to_usize,
 };
+use libwb::log::salvage::Scanned;
+use libwb::log::{LogError, Use};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 /// The version of a block that the module has come to.
 struct Version {
@@ -28,6 +33,34 @@ impl Version {
             let length = (count * SECTOR_BYTES).min(to.len().saturating_sub(start));
             to[start..][..length].copy_from_slice(&cache[from..][..length]);
         }
+    }
+}
+
+/// Repairs a cache device as `wbcheck --repair` does.
+///
+/// # Errors
+/// When it is corrupt, or fails.
+pub async fn repair(cache: &Device) -> Result<(), LogError> {
+    if let Some(plan) = Scanned::read(cache, Use::Write, |_| ()).await?.repair(cache).await? {
+        plan.apply(cache).await?;
+    }
+    Ok(())
+}
+
+/// The whole volume, after a repair, which leaves nothing to repair.
+///
+/// # Errors
+/// When the log is corrupt, or as [`volume`].
+pub fn volume_after_repair(cache: Vec<u8>, backing: Vec<u8>) -> Result<Vec<u8>, String> {
+    let memory = Arc::new(MemDevice::with_content("cache", cache));
+    let device: Device = memory.clone();
+    let repaired = block_on(async {
+        repair(&device).await?;
+        Scanned::read(&device, Use::Write, |_| ()).await?.repair(&device).await
+    });
+    match repaired.map_err(|e| e.to_string())? {
+        None => volume(&memory.content(), backing),
+        Some(plan) => Err(format!("after a repair, there is this to repair: {:?}", plan.changes())),
     }
 }
 

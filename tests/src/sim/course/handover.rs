@@ -2,10 +2,11 @@
 
 use super::{Course, Life};
 use crate::sim::devices::closing_trouble;
-use crate::sim::module;
 use crate::sim::volume::Volume;
-use libwb::device::sim::Crash;
-use libwb::format::Sector;
+use crate::sim::{module, stamp};
+use libwb::device::sim::{Crash, SimDevice, Simulation};
+use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
+use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use libwb::runtime::Runtime;
 use std::sync::Arc;
 
@@ -45,5 +46,53 @@ impl Course<'_> {
         oracle.read_ends(began, Sector(0), &volume);
         drop(oracle);
         self.verdict()
+    }
+    /// After a crash, a repair makes a cache ready for the kernel module, be it after a second attempt. It must show the
+    /// same volume then as we would recover.
+    pub(super) fn repair_a_copy(&mut self) -> Result<(), String> {
+        if self.aside.u32(..4) != 0 {
+            return Ok(());
+        }
+        let simulation = Simulation::new(self.aside.u64(..));
+        let ours = self.recovered_aside(&simulation)?;
+        let (content, unit) = (self.cache.content(), self.cache.block_size());
+        let cache = Arc::new(SimDevice::new(simulation.runtime(), "cache", content, unit));
+        if self.aside.bool() {
+            simulation.runtime().halt_after_io(self.aside.u64(..100));
+        }
+        let device: Device = cache.clone();
+        let attempt = simulation.block_on(module::repair(&device));
+        let left = match attempt {
+            Ok(repaired) => repaired.map(|()| cache.content()).map_err(|e| e.to_string()),
+            Err(_) => Ok(cache.crash(Crash::PowerCut).content()),
+        };
+        let shown = left.and_then(|left| module::volume_after_repair(left, self.backing.content()));
+        let shown = shown.map_err(|text| self.failed(&format!("repaired: {text}")))?;
+        let sectors = shown.chunks(SECTOR_BYTES).zip(ours.chunks(SECTOR_BYTES));
+        match sectors.enumerate().find(|(_, (module, ours))| module != ours) {
+            None => Ok(()),
+            Some((sector, (module, ours))) => {
+                let [module, ours] = [module, ours].map(|bytes| stamp::decode(bytes, Sector(to_u64(sector))));
+                let text = format!(
+                    "after a repair, the module shows {module:?} in sector {sector}, and we {ours:?}"
+                );
+                Err(self.failed(&text))
+            }
+        }
+    }
+
+    /// What we recover from copies of the devices.
+    fn recovered_aside(&self, simulation: &Simulation) -> Result<Vec<u8>, String> {
+        let copy = |name, content| -> Device { Arc::new(MemDevice::with_content(name, content)) };
+        let devices = [copy("cache", self.cache.content()), copy("backing", self.backing.content())];
+        let [cache, backing] = devices;
+        let opening = self.engine.open(cache, backing, Arc::new(simulation.runtime().clone()), self.taste);
+        let reading = async {
+            let volume = opening.await?;
+            volume.read(Sector(0), IoBuf::zeroed(to_usize(volume.size()))).await
+        };
+        let read = simulation.block_on(reading).unwrap_or_else(|stop| Err(stop.to_string()));
+        simulation.kill_tasks();
+        read.map(|data| data.to_vec()).map_err(|text| self.failed(&format!("on a copy: {text}")))
     }
 }

@@ -14,7 +14,7 @@ use futures_util::FutureExt;
 use libwb::cache::WriteMode;
 use libwb::device::sim::{SimDevice, Simulation, Snapshot};
 use libwb::device::{Device, IoBuf, MemDevice};
-use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
+use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, Sector, SegmentId, crc32c, to_u64, to_usize};
 use libwb::runtime::Runtime;
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
@@ -25,6 +25,8 @@ use std::time::Duration;
 const MAX_COMBINED: usize = 8;
 /// Random combinations where there are more.
 const RANDOM_COMBINATIONS: u32 = 64;
+/// Of so many crashes, about one is also repaired for the kernel module.
+const REPAIRED_ONE_IN: u32 = 16;
 /// The block size of the simulated devices.
 const UNIT: u32 = 512;
 

@@ -40,7 +40,7 @@ const CONTINUED: [(&str, &str, End); 3] = [
     ("module-reads", "after-reads", End::Close),
 ];
 /// Pairs that we make, each with and without the extension.
-const OURS: [(&str, Work, End); 10] = [
+const OURS: [(&str, Work, End); 15] = [
     ("fresh", Work::Nothing, End::Close),
     ("whole", Work::Whole, End::Close),
     ("partial", Work::Partial, End::Close),
@@ -51,6 +51,11 @@ const OURS: [(&str, Work, End); 10] = [
     ("cut-partial", Work::Partial, End::Cut),
     ("cut-wrapped", Work::Wrapped, End::Cut),
     ("cut-modes", Work::Modes, End::Cut),
+    ("cut-aged", Work::Aged, End::Cut),
+    ("rep-partial", Work::Partial, End::Repair),
+    ("rep-wrapped", Work::Wrapped, End::Repair),
+    ("rep-modes", Work::Modes, End::Repair),
+    ("rep-aged", Work::Aged, End::Repair),
 ];
 
 /// What was found.

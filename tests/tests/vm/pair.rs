@@ -38,6 +38,8 @@ pub(crate) enum Work {
     Mixed,
     /// Whole blocks, and then all is written back; only we do that on demand.
     Drained,
+    /// Parts of blocks that are written back, and then others; only we write back on demand.
+    Aged,
     /// Writes among reads that are cached, through the log, the cache, and around it; only we change that while it runs.
     Modes,
 }
@@ -58,6 +60,8 @@ pub(crate) enum End {
     Close,
     /// The power goes some time after the last flush.
     Cut,
+    /// So it does, and then the cache is repaired, not opened.
+    Repair,
 }
 
 /// Two devices in a folder.
@@ -149,7 +153,7 @@ impl Pair {
         let writes = match work {
             Work::Nothing => return ops,
             Work::Whole | Work::Drained => 60,
-            Work::Partial => 150,
+            Work::Partial | Work::Aged => 150,
             Work::Flushes => 40,
             Work::Wrapped => 200,
             Work::Reads | Work::Mixed => 80,
@@ -157,7 +161,7 @@ impl Pair {
         };
         for _ in 0..writes {
             let partial = match work {
-                Work::Partial => true,
+                Work::Partial | Work::Aged => true,
                 Work::Wrapped | Work::Mixed | Work::Flushes | Work::Modes => self.rng.u8(..3) == 0,
                 _ => false,
             };
@@ -170,6 +174,9 @@ impl Pair {
             let flush = if work == Work::Flushes { 0.9 } else { 0.05 };
             if self.rng.f64() < flush {
                 ops.push(Op::Flush);
+            }
+            if work == Work::Aged && self.rng.u8(..20) == 0 {
+                ops.push(Op::Drain);
             }
             if work == Work::Modes && self.rng.u8(..20) == 0 {
                 let modes = [WriteMode::Back, WriteMode::Through, WriteMode::Around];
@@ -248,6 +255,10 @@ impl Pair {
         drop((cache, io));
         fs::copy(at_work.cache(), self.cache()).unwrap();
         fs::copy(at_work.backing(), self.backing()).unwrap();
+        if end == End::Repair {
+            let outcome = wb!("wbcheck", self.cache(), "--repair");
+            assert!([0, 1].contains(&outcome.code), "{outcome:?}");
+        }
     }
 
     /// What we read, attached and by a replay; both must be the same.

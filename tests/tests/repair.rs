@@ -40,6 +40,11 @@ fn repairs(volume: &Volume, written: &str) {
 fn a_sound_device_is_left_as_it_is() {
     for name in GOLDEN {
         let volume = Volume::golden(name);
+        if ["sbrecord-1", "cleaned-1"].contains(&name) {
+            // With a record, the kernel module may take old data for new from its own devices, too.
+            repairs(&volume, "from which the kernel module may take old data for new");
+            continue;
+        }
         let before = sha256(&volume.cache);
         let outcome = wb!("wbcheck", &volume.cache, "--repair", "--backing", &volume.backing);
         assert_eq!((outcome.code, sha256(&volume.cache)), (0, before), "{name}: {outcome:?}");
@@ -193,7 +198,7 @@ fn after_a_crash_the_kernel_module_reads_the_volume_from_what_a_repair_leaves() 
     assert!(!for_module());
     let found = check(&volume.cache);
     assert_eq!(found.first_line(), format!("{}: sound", volume.cache.display()), "{found:?}");
-    assert!(found.stdout.contains("From segment 1, the kernel module would take old data"), "{found:?}");
+    assert!(found.stdout.contains("From segment 1, the kernel module may take old data"), "{found:?}");
     assert_eq!(wb!("wbcheck", &volume.cache, "--json").json()["misleading_segments"], serde_json::json!([1]));
     let outcome = wb!("wbcheck", &volume.cache, "--repair");
     assert!(

@@ -85,7 +85,7 @@ pub(crate) struct Findings {
     pub(crate) broken: Vec<Broken>,
     /// The ways on with a corrupt log.
     pub(crate) ways: Vec<Plan>,
-    /// Segments of a sound log that are written back, and from which the kernel module would take old data for new.
+    /// Segments of a sound log that are written back, and from which the kernel module may take old data for new.
     pub(crate) misleading: Vec<SegmentId>,
     pub(crate) scanned: Scanned,
 }

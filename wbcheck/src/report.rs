@@ -29,7 +29,7 @@ pub(crate) struct Report<'a> {
     skipped_segments: Vec<u64>,
     dropped_segments: Vec<u64>,
     dropped_dirty_blocks: u64,
-    /// Segments of a sound log from which the kernel module would take old data for new.
+    /// Segments of a sound log from which the kernel module may take old data for new.
     misleading_segments: Vec<u64>,
     backing: Option<&'a Path>,
     /// Entries beyond the end of the backing device; null when none was given.

@@ -287,7 +287,7 @@ fn notes(f: &Findings) -> Vec<String> {
     }
     if !f.misleading.is_empty() {
         notes.push(format!(
-            "From {}, the kernel module would take old data for new, as from any cache that was not detached in order. \
+            "From {}, the kernel module may take old data for new, as from any cache that was not detached in order. \
              Before it gets the device, use --repair, or attach and detach the volume; wb needs neither.",
             segments(&f.misleading)
         ));

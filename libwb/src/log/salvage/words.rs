@@ -118,8 +118,7 @@ impl Plan {
         }
         if !self.misleading.is_empty() {
             changes.push(format!(
-                "empty segments in the places of {}, which are written back: the kernel module would restore older data \
-                 from them",
+                "empty segments in the places of {}, from which the kernel module may take old data for new",
                 segments(&self.misleading)
             ));
         }

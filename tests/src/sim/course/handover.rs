@@ -50,7 +50,7 @@ impl Course<'_> {
     /// After a crash, a repair makes a cache ready for the kernel module, be it after a second attempt. It must show the
     /// same volume then as we would recover.
     pub(super) fn repair_a_copy(&mut self) -> Result<(), String> {
-        if self.aside.u32(..4) != 0 {
+        if self.aside.u32(..16) != 0 {
             return Ok(());
         }
         let simulation = Simulation::new(self.aside.u64(..));

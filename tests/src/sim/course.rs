@@ -155,6 +155,9 @@ impl<'a> Course<'a> {
         if strict || seed.is_multiple_of(2) {
             oracle.keep_ledger();
         }
+        if engine.tears_blocks() {
+            oracle.let_blocks_tear();
+        }
         let settings = format!(
             "{segments} segments, extended: {extended}, {sectors} sectors, block sizes {cache_block_size} and {block_size}, \
              backing device {slowness} times slower, faulty: {faulty}, \

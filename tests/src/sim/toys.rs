@@ -42,6 +42,11 @@ pub enum Flaw {
 pub struct Toy(pub Flaw);
 
 impl Engine for Toy {
+    /// It writes in place.
+    fn tears_blocks(&self) -> bool {
+        true
+    }
+
     fn open(
         &self,
         _cache: Device,

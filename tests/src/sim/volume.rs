@@ -52,6 +52,11 @@ pub trait Volume: Send + Sync {
 
 /// Something that opens volumes.
 pub trait Engine: Send + Sync {
+    /// Whether a power cut may leave part of a block of a write that is not durable.
+    fn tears_blocks(&self) -> bool {
+        false
+    }
+
     /// Opens a volume, recovering it if need be.
     fn open(
         &self,

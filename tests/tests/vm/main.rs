@@ -141,7 +141,7 @@ fn the_module_writes(root: &Path, share: &Path, seed: u64) -> Vec<Pair> {
         write!(plan, "attach {name} {options}\nwrite {name}\n").unwrap();
         match end {
             Some(End::Close) => writeln!(plan, "detach {name}").unwrap(),
-            Some(End::Cut) => {}
+            Some(End::Cut | End::Repair) => {}
             None => {
                 pair.interrupted = true;
                 writeln!(interrupt, "while write {name}; do :; done &").unwrap();

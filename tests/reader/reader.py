@@ -50,8 +50,9 @@ class Page:
 
     def __init__(self, block):
         self.is_there = block[:8] == b"wb-super"
-        self.is_sound = self.is_there and u32(block, 4092) == crc32c(block[:4092])
         self.generation = u64(block, 8)
+        holds = u32(block, 4092) == crc32c(block[:4092])
+        self.is_sound = self.is_there and holds and self.generation < 2**63
         self.version, self.incompatible, self.read_compatible, has_mark = struct.unpack_from("<4I", block, 16)
         self.clean = u64(block, 32) if has_mark == 1 else 0
         self.digest = crc32c(block[48:64])

@@ -210,8 +210,7 @@ fn grown(extension: Option<&SuperblockExtension>, backing: &Device) -> Option<Su
         bytes(before),
         bytes(sectors)
     );
-    let generation = extension.generation.wrapping_add(1);
-    Some(SuperblockExtension { generation, backing_sectors: sectors, ..extension.clone() })
+    Some(SuperblockExtension { backing_sectors: sectors, ..extension.next() })
 }
 
 /// The index must be able to name every block of the volume.

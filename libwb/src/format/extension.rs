@@ -57,6 +57,8 @@ mod header {
 
 const PAGE_MARKER: &[u8; 8] = b"wb-super";
 const HEADER_MARKER: &[u8; 4] = b"wbsg";
+/// The largest generation of a page: there must be ones that are newer. Counting up from 0, no cache comes near it.
+const LARGEST_GENERATION: u64 = u64::MAX / 2;
 /// The version of the extension that is written, and the only one that is read.
 pub const EXTENSION_VERSION: u32 = 1;
 
@@ -66,7 +68,7 @@ pub enum PageFault {
     /// There is none.
     #[error("no superblock extension")]
     Absent,
-    /// Its CRC does not hold.
+    /// Its CRC does not hold, or its generation is none that a cache can have come to.
     #[error("a superblock extension with a wrong CRC")]
     Crc,
     /// So it is, and that is all: it may begin with this page and end with another.
@@ -137,6 +139,9 @@ impl SuperblockExtension {
             return Err(PageFault::Absent);
         }
         let page = SuperblockExtension::fields(block);
+        if page.generation > LARGEST_GENERATION {
+            return Err(PageFault::Crc);
+        }
         if LittleEndian::read_u32(&block[page::CRC..]) == crc32c(&block[..page::CRC]) {
             return Ok(page);
         }
@@ -189,7 +194,7 @@ impl SuperblockExtension {
     /// The same as the page that is written next: over the older of the two copies.
     #[must_use]
     pub fn next(&self) -> SuperblockExtension {
-        SuperblockExtension { generation: self.generation.wrapping_add(1), ..self.clone() }
+        SuperblockExtension { generation: self.generation + 1, ..self.clone() }
     }
 
     /// Of the two copies, the newer one that is sound, if any is.
@@ -529,7 +534,8 @@ mod tests {
             block[..8].copy_from_slice(PAGE_MARKER);
             let crc = crc32c(&block[..page::CRC]);
             LittleEndian::write_u32(&mut block[page::CRC..], crc);
-            prop_assert!(SuperblockExtension::decode(&block).is_ok());
+            let has_newer = block[page::GENERATION + 7] < 0x80;
+            prop_assert_eq!(SuperblockExtension::decode(&block).is_ok(), has_newer);
         }
     }
 }

@@ -3,8 +3,8 @@
 use super::rig::{LENGTH, Log, expected, lost, read, salvage, volume};
 use crate::device::{BlockDevice, Device};
 use crate::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, Record, SECTOR_BYTES, SegmentId, Slot, crc32c,
-    encode_record_block, to_usize,
+    BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, Record, SECTOR_BYTES, SegmentId, Slot,
+    SuperblockExtension, crc32c, encode_record_block, to_usize,
 };
 use crate::log::recovery::Corruption;
 use crate::log::salvage::Way;
@@ -207,6 +207,26 @@ fn without_its_pages_a_log_is_refused_until_it_is_paired_anew() {
         assert_eq!((pages[0].backing_sectors, pages[0].backing_id.as_str()), (9000, "serial"));
         assert_eq!(pages[0].digest(), log.page.as_ref().unwrap().digest());
     }
+}
+
+#[test]
+fn pages_that_cannot_be_read_show_nothing_where_no_segment_and_no_record_is_ours() {
+    for (extended, refused) in [(false, false), (true, true)] {
+        let mut log = Log::new(9, extended);
+        log.unreadable.extend(EXTENSION_OFFSETS);
+        assert_eq!(corruption(&log).contains(&Corruption::PairingLost), refused);
+    }
+}
+
+#[test]
+fn a_page_after_which_none_could_be_newer_is_damaged() {
+    let mut log = Log::new(9, true);
+    let page = SuperblockExtension { generation: u64::MAX, ..log.page.clone().unwrap() };
+    page.encode(log.image[to_usize(EXTENSION_OFFSETS[1])..].first_chunk_mut().unwrap());
+    let device: Device = log.device();
+    let scanned = read(&device);
+    assert_eq!(scanned.superblock.extension().map(|page| page.generation), Some(0));
+    assert!(scanned.superblock.has_damaged_copy());
 }
 
 #[test]

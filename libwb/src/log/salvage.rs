@@ -6,8 +6,9 @@
 //! segment, or is erased where the log has not reached.
 //!
 //! The order of the writes makes an interruption harmless: until the last of them the log is refused as before, and a
-//! second attempt finds the same; or recovery already makes of it what it would make of it in the end. The record of
-//! what is written back comes first, since it follows from segments that may go. When the log is sound, and what it covers is
+//! second attempt finds the same; or recovery already makes of it what it would make of it in the end. First
+//! comes a page of the superblock extension that tells the log from an older copy of it; then the record of what is
+//! written back, since it follows from segments that may go. When the log is sound, and what it covers is
 //! durable, those segments go that would mislead the kernel module. The clean mark comes last.
 
 mod draft;
@@ -277,7 +278,10 @@ pub struct Plan {
     draft: Draft,
     /// The superblock record, where it must change.
     record: Option<Record>,
-    /// Pages of the superblock extension that must be written.
+    /// The page of the superblock extension that tells the log from an older copy, which may be longer. It must be there before
+    /// anything is given up.
+    newer: Option<SuperblockExtension>,
+    /// Pages of the superblock extension that must be written in the end.
     pages: Vec<SuperblockExtension>,
     /// What is wrong with the copy that is written, where something is.
     bad_copy: Option<&'static str>,
@@ -295,13 +299,15 @@ impl Plan {
             (false, false) => None,
         };
         let pairs_anew = extension.is_some() && scanned.superblock.extension().is_none();
+        let newer =
+            extension.as_ref().filter(|_| way.is_some() && !pairs_anew).map(SuperblockExtension::next);
         let page = |page: &SuperblockExtension| SuperblockExtension {
             clean: page.clean.filter(|_| !draft.unmark),
             ..page.next()
         };
-        // The generation tells a log that was salvaged from an older copy of it, which may be longer.
-        let needed = draft.unmark || bad_copy.is_some() || pairs_anew || way.is_some();
-        let mut pages: Vec<_> = extension.iter().filter(|_| needed).map(page).collect();
+        let needed = draft.unmark || pairs_anew || newer.is_none() && bad_copy.is_some();
+        let newest = newer.as_ref().or(extension.as_ref());
+        let mut pages: Vec<_> = newest.filter(|_| needed).map(page).into_iter().collect();
         if pairs_anew {
             pages.extend(pages.first().map(SuperblockExtension::next));
         }
@@ -318,6 +324,7 @@ impl Plan {
             misleading: Vec::new(),
             extension,
             draft,
+            newer,
             pages,
             bad_copy,
             pairs_anew,
@@ -369,6 +376,10 @@ impl Plan {
     pub async fn apply(&self, device: &Device) -> Result<(), DeviceError> {
         // A daemon that was killed may have left segments in the device's volatile cache.
         device.flush().await?;
+        if let Some(page) = &self.newer {
+            write_extension(device, page).await?;
+            device.flush().await?;
+        }
         if let Some(record) = self.record {
             write_record(device, record).await?;
             device.flush().await?;

@@ -102,9 +102,13 @@ impl RawSuperblock {
             geometry: self.geometry,
             extension: self.extension().cloned(),
             record: self.record.unwrap_or(SegmentId::NONE),
+            // Where no page can be read, the record and the segments tell.
             lost_extension: self.extension().is_none()
                 && (self.record_digest.is_some()
-                    || self.pages.iter().any(|page| !matches!(page, Err(PageFault::Absent)))),
+                    || self
+                        .pages
+                        .iter()
+                        .any(|page| matches!(page, Err(PageFault::Crc | PageFault::Torn(_))))),
         }
     }
 }

@@ -38,7 +38,7 @@ impl Vm {
             "-smp",
             "2",
             "-m",
-            "1G",
+            "2G",
             "-nodefaults",
             "-no-reboot",
         ])

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Makes the initramfs of the VM: busybox, GNU dd (busybox's has no aligned buffers for direct I/O), dmsetup, and the
-# modules for virtio disks, the share, and dm-writeboost.
-# usage: initramfs.sh KERNEL OUT
+# Makes the initramfs of the VM: busybox, dmsetup, the program of volume.rs, and the modules for virtio disks, the share,
+# and dm-writeboost.
+# usage: initramfs.sh KERNEL VOLUME OUT
 set -eu
-kernel=$1 out=$2
+kernel=$1 volume=$2 out=$3
 here=$(dirname "$(readlink -f "$0")")
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
@@ -14,8 +14,8 @@ put() { # FILE DIRECTORY: with the shared libraries it needs
     ldd "$1" 2>/dev/null | grep -o '/[^ ]*' | while read -r library; do install -D "$library" "$root$library"; done
 }
 put /bin/busybox /bin/busybox
-put "$(command -v dd)" /bin/gnu-dd
 put "$(command -v dmsetup)" /bin/dmsetup
+install "$volume" "$root/bin/volume"
 install "$here/init" "$root/init"
 
 # In the order in which they must be loaded; what is built in needs no loading.

@@ -15,6 +15,7 @@ fi
 
 mkdir -p target/vm
 export WB_VM_KERNEL="$kernel" WB_VM_INITRAMFS="$PWD/target/vm/initramfs"
-tests/vm/initramfs.sh "$kernel" "$WB_VM_INITRAMFS"
+rustc --edition 2024 -O -C target-feature=+crt-static -o target/vm/volume tests/vm/volume.rs
+tests/vm/initramfs.sh "$kernel" target/vm/volume "$WB_VM_INITRAMFS"
 cargo build --workspace --bins --all-features
 cargo test -p wb-tests --all-features --test vm -- --ignored --nocapture

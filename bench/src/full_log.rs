@@ -47,7 +47,7 @@ fn header(block: &mut [u8; BLOCK_BYTES], slot: Slot, digest: u32, crc: u32, payl
     let block_at = |place: u64| BlockNo(place.wrapping_mul(0x9e37_79b9_7f4a_7c15) % VOLUME_BLOCKS);
     let first = u64::from(slot.0) * u64::from(PLACES);
     let metablocks: Vec<_> = (first..first + u64::from(PLACES))
-        .map(|place| Metablock { block: block_at(place), dirty: DirtyBits::ALL, crc: Some(crc) })
+        .map(|place| Metablock { block: block_at(place), dirty: DirtyBits::ALL, crc: Some(crc), lost: false })
         .collect();
     let id = SegmentId(u64::from(slot.0) + 1);
     let extension = SegmentExtension {

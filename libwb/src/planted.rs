@@ -78,6 +78,12 @@ pub enum Bug {
     CellOutlivesWrite,
     /// A discard leaves the cells of its blocks as they are.
     CellOutlivesDiscard,
+    /// A block that could not be written back counts as moved before that is durable.
+    MovedNotDurable,
+    /// A block that could not be written back is left behind.
+    StuckLeftBehind,
+    /// A block that is lost is moved as if its data were right.
+    LostTrusted,
     /// Recovery takes rot for the work of a power cut. The engine knows nothing of it; the check of flipped bits does.
     RotForgiven,
 }

@@ -69,7 +69,7 @@ impl Log {
         let entry = |nth: u8| {
             let block = if nth < 2 { nth.into() } else { 100 * (id % 20) + u64::from(nth) };
             let crc = durable.map(|_| crc32c(&[stamp(nth); BLOCK_BYTES]));
-            Metablock { block: BlockNo(block), dirty: DirtyBits::ALL, crc }
+            Metablock { block: BlockNo(block), dirty: DirtyBits::ALL, crc, lost: false }
         };
         let entries: Vec<_> = (0..length).map(entry).collect();
         let digest = self.extension.as_ref().map(SuperblockExtension::digest).unwrap_or_default();

@@ -301,7 +301,7 @@ pub fn segment_offset(cache: &Path, id: u64) -> u64 {
 
 /// An entry of a block with these dirty bits, without a CRC.
 pub fn entry(block: u64, dirty: u8) -> Metablock {
-    Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None }
+    Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None, lost: false }
 }
 
 /// Writes a valid segment to where it belongs; its data blocks are filled with `fill`.

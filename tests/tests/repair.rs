@@ -97,7 +97,7 @@ fn what_a_power_cut_left_is_put_right() {
     repairs(&overwritten, "the superblock record: segment 34 is the last written back");
 
     let hole = Volume::golden("few-1");
-    let block = Metablock { block: BlockNo(3), dirty: DirtyBits(0xff), crc: None };
+    let block = Metablock { block: BlockNo(3), dirty: DirtyBits(0xff), crc: None, lost: false };
     write_segment(&hole.cache, 9, &[block], 1);
     repairs(&hole, "zeros over slot 8");
 }
@@ -235,7 +235,7 @@ fn a_corrupt_log_needs_salvage_and_is_left_as_it_is_without() {
 #[test]
 fn with_quiet_the_verdict_alone_is_printed_when_errors_are_left() {
     let volume = Volume::created(8, 4 << 20);
-    let beyond = Metablock { block: BlockNo(1 << 20), dirty: DirtyBits(0xff), crc: None };
+    let beyond = Metablock { block: BlockNo(1 << 20), dirty: DirtyBits(0xff), crc: None, lost: false };
     write_segment(&volume.cache, 1, &[beyond], 1);
     flip_bit(&volume.cache, EXTENSION_OFFSETS[0] + 70);
     let outcome = wb!("wbcheck", "--repair", "--quiet", &volume.cache);

@@ -118,7 +118,7 @@ fn a_file_that_may_only_be_read_is_refused_and_left_as_it_is() {
 fn three_segments() -> Volume {
     let volume = Volume::blank(8, 64 << 10);
     assert_eq!(wb!("wbformat", &volume.cache, "--compat").code, 0);
-    let entry = |block, dirty| Metablock { block: BlockNo(block), dirty, crc: None };
+    let entry = |block, dirty| Metablock { block: BlockNo(block), dirty, crc: None, lost: false };
     let first_sector = DirtyBits::range(0, 1);
     write_segment(&volume.cache, 1, &[entry(0, DirtyBits::ALL)], 1);
     write_segment(&volume.cache, 2, &[entry(1, DirtyBits::ALL), entry(0, DirtyBits::ALL)], 2);

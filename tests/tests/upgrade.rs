@@ -73,7 +73,7 @@ fn what_is_corrupt_or_does_not_fit_is_refused() {
     flip_bit(&corrupt.cache, segment_offset(&corrupt.cache, 3) + 4096);
     refuses(&corrupt, "salvage it first");
     let far = Volume::golden("fresh");
-    let entry = Metablock { block: BlockNo(1 << 40), dirty: DirtyBits(0xff), crc: None };
+    let entry = Metablock { block: BlockNo(1 << 40), dirty: DirtyBits(0xff), crc: None, lost: false };
     write_segment(&far.cache, 1, &[entry], 1);
     refuses(&far, "is it the right backing device?");
     refuses(&Volume::created(4, 4 << 20), "nothing to upgrade");

@@ -104,7 +104,7 @@ fn a_backing_device_smaller_than_the_log_needs_is_refused() {
     resize(&volume.backing, MIB);
     attach_and_replay_refuse(&volume, "is it the right backing device?");
     let volume = Volume::golden("fresh");
-    let far = Metablock { block: BlockNo(1 << 40), dirty: DirtyBits(0xff), crc: None };
+    let far = Metablock { block: BlockNo(1 << 40), dirty: DirtyBits(0xff), crc: None, lost: false };
     write_segment(&volume.cache, 1, &[far], 1);
     attach_and_replay_refuse(&volume, "holds data for sector 8796093022208");
 }

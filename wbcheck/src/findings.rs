@@ -38,6 +38,8 @@ pub(crate) enum Verdict {
     Sound,
     /// Nothing is wrong that a power cut does not explain.
     SoundAfterPowerCut,
+    /// The log is sound, and some blocks in it are marked as lost.
+    BlocksLost,
     /// Something is damaged, but all of its data is on the backing device.
     Damaged,
     /// Data may be lost.
@@ -48,7 +50,7 @@ impl Verdict {
     pub(crate) fn exit(self) -> Exit {
         match self {
             Verdict::Sound | Verdict::SoundAfterPowerCut => Exit::Done,
-            Verdict::Damaged | Verdict::Corrupt => Exit::ErrorsLeft,
+            Verdict::BlocksLost | Verdict::Damaged | Verdict::Corrupt => Exit::ErrorsLeft,
         }
     }
 }
@@ -155,6 +157,8 @@ impl Findings {
             || at_risk
         {
             Verdict::Corrupt
+        } else if !self.live.lost.is_empty() {
+            Verdict::BlocksLost
         } else if self.scanned.superblock.has_damaged_copy()
             || self.broken.iter().any(|b| b.unreadable || b.explanation == Explanation::WrittenBack)
         {

@@ -83,6 +83,7 @@ fn print(r: &Report<'_>, args: &Args, out: &mut Output) -> Result<()> {
     } else if !(args.quiet && r.verdict.exit() == Exit::Done) {
         let word = match r.verdict {
             Verdict::Sound | Verdict::SoundAfterPowerCut => "sound",
+            Verdict::BlocksLost => "BLOCKS LOST",
             Verdict::Damaged => "DAMAGED",
             Verdict::Corrupt => "CORRUPT",
         };

@@ -26,6 +26,8 @@ pub(crate) struct Report<'a> {
     live_segments: u64,
     dirty_blocks: u64,
     clean_entries: u64,
+    /// Blocks of the volume that are marked as lost.
+    lost_blocks: Vec<u64>,
     skipped_segments: Vec<u64>,
     dropped_segments: Vec<u64>,
     dropped_dirty_blocks: u64,
@@ -85,6 +87,7 @@ impl Report<'_> {
             live_segments: f.recovery.live_count(),
             dirty_blocks: f.live.dirty_blocks,
             clean_entries: f.live.clean_entries,
+            lost_blocks: f.live.lost.iter().map(|block| block.0).collect(),
             skipped_segments: f.recovery.skipped.iter().map(|id| id.0).collect(),
             dropped_segments: f.recovery.dropped.iter().map(|id| id.0).collect(),
             dropped_dirty_blocks: f.dropped.dirty_blocks,

@@ -21,6 +21,13 @@ pub(crate) fn headline(f: &Findings) -> String {
         (Verdict::SoundAfterPowerCut, _) => {
             format!("{device}: sound after a power cut; nothing that was acknowledged as durable is lost")
         }
+        (Verdict::BlocksLost, _) => format!(
+            "{device}: {} of the volume lost; the log is sound",
+            match f.live.lost.len() {
+                1 => "1 block".into(),
+                n => format!("{n} blocks"),
+            }
+        ),
         (Verdict::Damaged, _) => format!(
             "{device}: DAMAGED, but no data is at risk: {} in what is no longer needed",
             count(to_u64(errors.len()), "error")
@@ -126,6 +133,7 @@ fn errors(f: &Findings) -> Vec<Problem> {
         errors.push(Problem { what: fault.to_string(), meaning });
     }
     errors.extend(f.recovery.corruption.iter().filter_map(|corruption| explained(f, corruption)));
+    errors.extend(lost(f));
     errors.extend(resized(f));
     if f.scanned.superblock.has_damaged_copy() {
         errors.push(Problem {
@@ -157,6 +165,20 @@ fn errors(f: &Findings) -> Vec<Problem> {
         });
     }
     errors
+}
+
+fn lost(f: &Findings) -> Option<Problem> {
+    let lost = &f.live.lost;
+    let shown: Vec<_> = lost.iter().take(SHOWN).map(|block| block.bytes().to_string()).collect();
+    let more = if lost.len() > SHOWN { ", ..." } else { "" };
+    (!lost.is_empty()).then(|| Problem {
+        what: format!("{} of the volume cannot be read any more", count(to_u64(lost.len()), "block")),
+        meaning: format!(
+            "The cache device had altered what was written there before it was written back (4096 bytes each, at byte \
+             {}{more} of the volume). Reads of it fail until it is written anew or discarded.",
+            shown.join(", ")
+        ),
+    })
 }
 
 fn resized(f: &Findings) -> Option<Problem> {
@@ -299,6 +321,10 @@ fn advice(f: &Findings) -> Option<String> {
     let advice = match f.verdict() {
         Verdict::Sound => return None,
         Verdict::SoundAfterPowerCut => "nothing. Use the cache as usual.",
+        Verdict::BlocksLost => {
+            "attach the volume, and find out which files the blocks belong to (debugfs, xfs_io). Restore those from a \
+             backup; that writes the blocks anew. Replace the cache device."
+        }
         Verdict::Damaged => {
             "repair it with --repair, or write everything back: the damaged slots will be written over in time. Watch \
              the device, or replace it."

@@ -9,7 +9,7 @@ use std::io::{Result, Write};
 /// A number that goes up and down: its name, what it is, and where to find it.
 type Gauge = (&'static str, &'static str, fn(&LiveStatus) -> Option<f64>);
 
-const GAUGES: [Gauge; 14] = [
+const GAUGES: [Gauge; 16] = [
     ("wb_volume_bytes", "Size of the volume.", |live| Some(live.volume_bytes as f64)),
     ("wb_log_bytes", "Size of the log.", |live| Some(live.log_bytes as f64)),
     ("wb_log_free_bytes", "Room in the log for new segments.", |live| Some(live.free_bytes as f64)),
@@ -32,6 +32,14 @@ const GAUGES: [Gauge; 14] = [
     ("wb_writeback_failing", "1 while write-back does not get on.", |live| {
         Some(f64::from(u8::from(live.writeback_error.is_some())))
     }),
+    ("wb_refused_blocks", "Blocks that the backing device does not take; they stay in the cache.", |live| {
+        Some(live.stuck.as_ref().map_or(0, |stuck| stuck.refused) as f64)
+    }),
+    (
+        "wb_lost_blocks",
+        "Blocks that the cache device has altered or cannot read; reads of them fail.",
+        |live| Some(live.stuck.as_ref().map_or(0, |stuck| stuck.lost) as f64),
+    ),
     ("wb_writeback_bytes_per_second", "How fast write-back frees the log while it works.", |live| {
         live.statistics.writeback_bytes_per_second
     }),

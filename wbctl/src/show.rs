@@ -15,6 +15,8 @@ pub(crate) const READ_ONLY: &str = "attached read-only";
 pub(crate) const FAILED: &str = "failed";
 const DETACHED: &str = "detached";
 const BUSY: &str = "starting or stopping";
+/// How many stuck blocks the status names.
+const NAMED: usize = 4;
 
 #[derive(clap::Args)]
 pub(crate) struct StatusArgs {
@@ -200,6 +202,20 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
         None => "under way, or waiting for a quiet time".into(),
     };
     row("write-back", state);
+    if let Some(stuck) = &live.stuck {
+        let named = stuck.first.iter().take(NAMED).map(u64::to_string).collect::<Vec<_>>().join(", ");
+        let more = if stuck.first.len() > NAMED { ", ..." } else { "" };
+        row(
+            "STUCK",
+            format!(
+                "{} that the backing device does not take, {} lost on the cache device; at byte {named}{more} of the \
+                 volume: {}",
+                cli::count(stuck.refused, "block"),
+                stuck.lost,
+                stuck.error
+            ),
+        );
+    }
     let statistics = &live.statistics;
     let left = statistics.writeback_seconds_left.filter(|_| live.dirty_bytes > 0);
     let left = left.map(|left| format!(", {} left", human_time(left))).unwrap_or_default();

@@ -55,6 +55,8 @@ struct Entry {
     dirty_bits: u8,
     /// Of the data block, where it is kept.
     crc: Option<u32>,
+    /// The data is not what was written, and nothing else is left of that.
+    lost: bool,
     data_offset_bytes: u64,
 }
 
@@ -87,6 +89,7 @@ fn report(log: &Log, slot: Slot, verdict: &SlotState, state: State, header: &Seg
         sector: entry.block.sector().0,
         dirty_bits: entry.dirty.0,
         crc: entry.crc,
+        lost: entry.lost,
         data_offset_bytes: log.geometry().place_offset(Place { slot, index }),
     });
     Report {
@@ -139,7 +142,11 @@ fn print(r: &Report, out: &mut Output) -> Result<()> {
             entry.sector.to_string(),
             dirty_sectors(DirtyBits(entry.dirty_bits)),
             entry.data_offset_bytes.to_string(),
-            entry.crc.map_or("-".into(), hex),
+            match entry.crc {
+                Some(_) if entry.lost => "lost".into(),
+                Some(crc) => hex(crc),
+                None => "-".into(),
+            },
         ]);
     }
     writeln!(out, "\n{table}")?;

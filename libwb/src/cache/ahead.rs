@@ -192,8 +192,12 @@ mod tests {
         let geometry = Geometry::of_device(to_u64(content.len())).unwrap();
         encode_superblock_block(content.first_chunk_mut().unwrap());
         for (id, versions) in (1..).map(SegmentId).zip(segments) {
-            let entry =
-                |&(block, dirty, _)| Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None };
+            let entry = |&(block, dirty, _)| Metablock {
+                block: BlockNo(block),
+                dirty: DirtyBits(dirty),
+                crc: None,
+                lost: false,
+            };
             let entries: Vec<_> = versions.iter().map(entry).collect();
             let data: Vec<u8> = versions.iter().flat_map(|&(_, _, fill)| [fill; BLOCK_BYTES]).collect();
             let at = to_usize(geometry.slot_offset(geometry.slot_of(id)));

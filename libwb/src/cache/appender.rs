@@ -108,7 +108,8 @@ impl Inner {
         let (length, added) = (metablocks.len(), &mut metablocks[usize::from(first)..]);
         if extension.is_some() {
             for (metablock, block) in added.iter_mut().zip(data.chunks(BLOCK_BYTES)) {
-                metablock.crc = Some(crc32c(block));
+                let crc = crc32c(block);
+                metablock.crc = Some(if metablock.lost { !crc } else { crc });
             }
         }
         let crcs: Vec<u32> = added.iter().filter_map(|metablock| metablock.crc).collect();

@@ -70,6 +70,20 @@ impl Commits {
     }
 }
 
+/// Which places of a segment in RAM hold blocks that are lost: their entries get a CRC that the data does not match.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Lost(u128);
+
+impl Lost {
+    pub(super) fn add(&mut self, index: u8) {
+        self.0 |= 1 << index;
+    }
+
+    pub(super) fn has(self, index: u8) -> bool {
+        self.0 >> index & 1 == 1
+    }
+}
+
 /// Something to be written to the device: a commit, or the rest of a sealed segment.
 pub(super) struct Job {
     pub(super) id: SegmentId,
@@ -156,29 +170,30 @@ impl State {
         sealed.started = true;
         let (reason, first, length) = (sealed.reason, sealed.commits.frozen, sealed.length);
         let data = SharedBuf::part_of(sealed.buf.clone(), blocks(first, length));
-        let before = sealed.commits.written();
+        let (before, lost) = (sealed.commits.written(), sealed.lost);
         let slot = self.geometry.slot_of(id);
-        Some(Job { id, reason, metablocks: self.metablocks(slot, length), first, data, before })
+        Some(Job { id, reason, metablocks: self.metablocks(slot, length, lost), first, data, before })
     }
 
     fn start_commit(&mut self) -> Option<Job> {
         let open = self.open.as_mut()?;
-        let (id, length) = (open.id, open.length);
+        let (id, length, lost) = (open.id, open.length, open.lost);
         let first = std::mem::replace(&mut open.commits.frozen, length);
         let before = open.commits.written();
         open.commits.newest = Newest::UnderWay;
         // The segment goes on changing after these blocks.
         let data = IoBuf::copy_of(&open.buf[blocks(first, length)]).into();
         let slot = self.geometry.slot_of(id);
-        Some(Job { id, reason: Reason::Open, metablocks: self.metablocks(slot, length), first, data, before })
+        let (reason, metablocks) = (Reason::Open, self.metablocks(slot, length, lost));
+        Some(Job { id, reason, metablocks, first, data, before })
     }
 
     /// The entries of the first blocks of a segment in RAM; with a CRC where that is known.
-    fn metablocks(&self, slot: Slot, length: u8) -> Vec<Metablock> {
+    fn metablocks(&self, slot: Slot, length: u8, lost: Lost) -> Vec<Metablock> {
         let entry = |index| {
             let place = Place { slot, index };
             let (block, dirty) = self.index.at(place).expect("every place up to the length was taken");
-            Metablock { block, dirty, crc: self.index.crc(place) }
+            Metablock { block, dirty, crc: self.index.crc(place), lost: lost.has(index) }
         };
         (0..length).map(entry).collect()
     }

@@ -53,7 +53,7 @@ impl Inner {
                     length
                 }
                 Way::Wait(wait) => {
-                    self.wait_for(wait).await;
+                    self.wait_for(wait).await?;
                     0
                 }
             };

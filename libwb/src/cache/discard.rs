@@ -98,7 +98,7 @@ impl Inner {
             next = reached;
             match covered {
                 Ok(()) => {}
-                Err(wait) => self.wait_for(wait).await,
+                Err(wait) => self.wait_for(wait).await?,
             }
             if next < blocks.end {
                 // A large range is many visits, and other tasks share the thread.

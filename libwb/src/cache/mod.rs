@@ -26,6 +26,7 @@ mod staging;
 mod state;
 mod statistics;
 mod status;
+mod stuck;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,7 @@ pub use latency::{Histogram, Latencies, Timed};
 pub use purpose::Purpose;
 pub use statistics::{Counters, Statistics};
 pub use status::Status;
+pub use stuck::StuckBlocks;
 pub use tunables::{TunableError, TunableValue, Tunables, WriteMode, WritebackOrder};
 
 use crate::device::{BlockDevice, Device, DeviceError, Operation};
@@ -81,6 +83,22 @@ pub enum CacheError {
     /// The cache device failed earlier, so nothing more can be kept.
     #[error("writes are refused since the cache device failed: {0}")]
     Failed(DeviceError),
+    /// The log is full.
+    #[error("the log is full, and write-back does not get on: {0}")]
+    Full(DeviceError),
+    /// All that could be written back was.
+    #[error(
+        "{refused} blocks stay in the cache, for the backing device does not take them, and {lost} are lost, for the cache \
+         device does not give them back; all else is written back. The first: {error}"
+    )]
+    Stuck {
+        /// How many blocks the backing device does not take.
+        refused: u64,
+        /// How many the cache device does not give back.
+        lost: u64,
+        /// Why the first of them cannot be written back.
+        error: DeviceError,
+    },
     /// The request does not lie within the volume.
     #[error("request of {length} bytes at sector {sector} is unaligned or outside the volume")]
     OutOfRange {
@@ -120,6 +138,8 @@ impl CacheError {
             CacheError::Log(_)
             | CacheError::Device(_)
             | CacheError::Failed(_)
+            | CacheError::Full(_)
+            | CacheError::Stuck { .. }
             | CacheError::NotHandedOver(_) => Errno::EIO,
             CacheError::TooLarge { .. } => Errno::EFBIG,
         }
@@ -344,11 +364,16 @@ impl Inner {
     /// Writes back every segment up to one that is durable.
     async fn drain_to(&self, target: SegmentId) -> Result<(), CacheError> {
         let _drain = Drain::to(target, self);
-        let failures = self.counters.writeback_errors.get();
+        let stops = self.lock().stops;
         self.wait(&self.events.changed, |state| match &state.failure {
             Some(failure) => Some(Err(CacheError::Failed(failure.clone()))),
-            None if state.written_back >= target => Some(Ok(())),
-            None if self.counters.writeback_errors.get() > failures => {
+            None if state.written_back >= target => Some(match state.stuck_blocks() {
+                None => Ok(()),
+                Some(StuckBlocks { refused, lost, error, .. }) => {
+                    Err(CacheError::Stuck { refused, lost, error })
+                }
+            }),
+            None if state.stops > stops => {
                 self.counters.last_writeback_error().map(|error| Err(CacheError::Device(error)))
             }
             None => state.stopping.then_some(Err(CacheError::Closed)),

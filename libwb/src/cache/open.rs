@@ -377,8 +377,13 @@ impl Inner {
         self.cache.flush().await?;
         self.backing.flush().await?;
         match self.write_items(leftovers).await {
-            Err(Stop::Device(error)) => return Err(error.into()),
-            Ok(()) | Err(Stop::Closing) => {}
+            Err(Stop::Device(error) | Stop::Stuck(error)) => return Err(error.into()),
+            Ok(failed) => {
+                if let Some(failed) = failed.into_iter().next() {
+                    return Err(failed.error.into());
+                }
+            }
+            Err(Stop::Closing) => {}
         }
         // The record must stand before dropped segments are erased: without them, W no longer follows from H.
         if written_back > recovery.record {

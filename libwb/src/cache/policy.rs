@@ -4,7 +4,7 @@ use super::commits::Position;
 use super::state::State;
 use super::writeback::Stop;
 use super::{Inner, Tunables, URGENT_BELOW, WriteMode, WritebackOrder};
-use crate::device::BlockDevice;
+use crate::device::{BlockDevice, DeviceError};
 use crate::format::{Reason, SegmentId};
 use crate::planted::Bug;
 use futures_util::future::{BoxFuture, Either, select};
@@ -20,6 +20,8 @@ const PERIOD: Duration = Duration::from_secs(1);
 const BATCH: u64 = 4;
 /// But it need not be smaller than this.
 const SMALL_BATCH: u64 = 8;
+/// When nothing was written back for so long, writes fail that would wait for a slot.
+const JAMMED_AFTER: Duration = Duration::from_secs(30);
 /// The pause after the first failed batch; it doubles up to [`MAX_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(100);
 const MAX_PAUSE: Duration = Duration::from_secs(10);
@@ -88,26 +90,35 @@ impl Inner {
     /// The background task that writes back.
     pub(super) async fn writeback(self: Arc<Self>) {
         let mut pause = PAUSE;
+        let mut failing_since = None;
         let mut load = Load::new(&self);
         loop {
             let listener = self.events.writeback.listen();
             load.observe(&self);
             match self.next_writeback(&load) {
-                Next::Batch { last } => match self.write_back(last).await {
-                    Ok(()) => {
-                        self.counters.writeback_succeeded();
-                        pause = PAUSE;
+                Next::Batch { last } => {
+                    let before = self.lock().written_back;
+                    let stop = self.write_back(last).await.err();
+                    if stop.is_none() || self.lock().written_back > before {
+                        failing_since = None;
+                        self.lock().jammed = None;
                     }
-                    Err(Stop::Closing) => {}
-                    Err(Stop::Device(_)) if self.reaches_further_than(last) => {}
-                    Err(Stop::Device(error)) => {
-                        tracing::warn!("write-back failed, the data stays in the cache: {error}");
-                        self.counters.writeback_failed(&error);
-                        self.events.changed.notify(usize::MAX);
-                        self.pause(pause).await;
-                        pause = (pause * 2).min(MAX_PAUSE);
+                    match stop {
+                        None => {
+                            self.counters.writeback_succeeded();
+                            pause = PAUSE;
+                        }
+                        Some(Stop::Closing) => {}
+                        Some(Stop::Device(_)) if self.reaches_further_than(last) => {}
+                        Some(Stop::Device(error)) => {
+                            self.lock().stops += 1;
+                            self.batch_failed(error, &mut failing_since, &mut pause).await;
+                        }
+                        Some(Stop::Stuck(error)) => {
+                            self.batch_failed(error, &mut failing_since, &mut pause).await;
+                        }
                     }
-                },
+                }
                 Next::Flush => {
                     self.events.flusher.notify(usize::MAX);
                     listener.await;
@@ -122,6 +133,24 @@ impl Inner {
             }
         }
         self.task_ended();
+    }
+
+    /// Says so, and waits before the next try.
+    async fn batch_failed(
+        &self,
+        error: DeviceError,
+        failing_since: &mut Option<Duration>,
+        pause: &mut Duration,
+    ) {
+        tracing::warn!("write-back failed, the data stays in the cache: {error}");
+        self.counters.writeback_failed(&error);
+        let now = self.runtime.now();
+        if now.saturating_sub(*failing_since.get_or_insert(now)) >= JAMMED_AFTER {
+            self.lock().jammed = Some(error);
+        }
+        self.events.changed.notify(usize::MAX);
+        self.pause(*pause).await;
+        *pause = (*pause * 2).min(MAX_PAUSE);
     }
 
     /// Sleeps, but not through the end.
@@ -175,13 +204,13 @@ impl Inner {
         next
     }
 
-    fn is_strict(&self, tunables: &Tunables) -> bool {
+    pub(super) fn is_strict(&self, tunables: &Tunables) -> bool {
         tunables.writeback_order == WritebackOrder::Strict && !self.planted.has(Bug::EpochsMixed)
     }
 
     /// Whether the next batch is to go on after this segment, up to where what cannot be read has a newer version. In
     /// strict order it must not.
-    fn reaches_further_than(&self, last: SegmentId) -> bool {
+    pub(super) fn reaches_further_than(&self, last: SegmentId) -> bool {
         let is_strict = self.is_strict(&self.tunables.lock());
         let state = self.lock();
         !is_strict && state.replacement(state.durable).is_some_and(|id| last < id)
@@ -204,6 +233,8 @@ impl Inner {
             last = state.first_flush_within(last);
         } else {
             last = last.max(state.replacement(reached).unwrap_or_default());
+            let before_stuck = state.before_stuck(self.runtime.now()).filter(|_| !state.is_pressed());
+            last = last.min(before_stuck.unwrap_or(last));
         }
         if last > state.written_back {
             return Next::Batch { last };
@@ -219,8 +250,14 @@ impl Inner {
 }
 
 impl State {
+    /// Whether somebody waits for write-back, or soon will.
+    fn is_pressed(&self) -> bool {
+        let urgent = self.free_slots() * URGENT_BELOW < self.geometry.lap();
+        urgent || self.drain_to() > self.written_back || self.waiting_for_slot > 0
+    }
+
     fn wants_writeback(&self, load: &Load, threshold: u32) -> bool {
-        if self.drain_to() > self.written_back || self.waiting_for_slot > 0 {
+        if self.drain_to() > self.written_back || self.waiting_for_slot > 0 || self.jammed.is_some() {
             return true;
         }
         if self.paused {

@@ -94,6 +94,8 @@ struct Plan {
     fetches: Vec<Fetch>,
     /// Cells for what is to be staged of it.
     reserved: Option<Reserved>,
+    /// A block that is wanted is lost, and its segment is still in RAM.
+    lost: Option<Place>,
     last_cache: Option<usize>,
     last_backing: Option<usize>,
 }
@@ -169,7 +171,10 @@ impl Cache {
         inner.check_range(sector, to_u64(buf.len()))?;
         inner.counters.reads.add(1);
         inner.counters.read_bytes.add(to_u64(buf.len()));
-        let Plan { fetches, reserved, .. } = inner.plan(sector, &mut buf);
+        let Plan { fetches, reserved, lost, .. } = inner.plan(sector, &mut buf);
+        if let Some(place) = lost {
+            return Err(inner.altered(inner.lock().geometry.place_offset(place)).into());
+        }
         let data = inner.fetch_all(fetches, buf).await?;
         if let Some(reserved) = reserved {
             reserved.fill(&data);
@@ -251,6 +256,7 @@ impl Inner {
                         plan.add_backing(sector, run.length / SECTOR_BYTES, run.at);
                     }
                     Some(cached) => match state.in_ram(cached.place) {
+                        Some(_) if state.is_lost(cached.place) => plan.lost = Some(cached.place),
                         Some(data) => {
                             let from = run.first * SECTOR_BYTES;
                             buf[run.at..run.at + run.length].copy_from_slice(&data[from..from + run.length]);
@@ -340,14 +346,14 @@ impl Inner {
         let rotten = data.chunks(BLOCK_BYTES).zip(crcs).position(|(block, &crc)| is_rotten(block, crc));
         match rotten.filter(|_| !self.planted.has(Bug::RotServed)) {
             None => Ok(data),
-            Some(nth) => Err(DeviceError {
-                device: self.cache.name().clone(),
-                operation: Operation::Read,
-                offset: offset + to_u64(nth * BLOCK_BYTES),
-                length: to_u64(BLOCK_BYTES),
-                cause: DeviceError::ALTERED,
-            }),
+            Some(nth) => Err(self.altered(offset + to_u64(nth * BLOCK_BYTES))),
         }
+    }
+
+    /// That a block at this offset of the cache device is not what was written.
+    pub(super) fn altered(&self, offset: u64) -> DeviceError {
+        let (device, cause) = (self.cache.name().clone(), DeviceError::ALTERED);
+        DeviceError { device, operation: Operation::Read, offset, length: to_u64(BLOCK_BYTES), cause }
     }
 }
 

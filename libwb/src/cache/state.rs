@@ -13,9 +13,10 @@
 use super::access::Accesses;
 use super::age::Ages;
 use super::bypass::Bypass;
-use super::commits::{Commits, Position};
+use super::commits::{Commits, Lost, Position};
 use super::index::Index;
 use super::staging::Staging;
+use super::stuck::Stuck;
 use super::throttle::Throttle;
 use super::tunables::Tunables;
 use crate::device::{DeviceError, IoBuf};
@@ -38,6 +39,7 @@ pub(super) struct OpenSegment {
     /// A whole segment; the header block is unused.
     pub(super) buf: IoBuf,
     pub(super) commits: Commits,
+    pub(super) lost: Lost,
 }
 
 /// A segment on its way to the device. Nothing changes in it any more.
@@ -47,8 +49,16 @@ pub(super) struct SealedSegment {
     pub(super) length: u8,
     pub(super) buf: Arc<IoBuf>,
     pub(super) commits: Commits,
+    pub(super) lost: Lost,
     pub(super) started: bool,
     pub(super) written: bool,
+}
+
+/// Whether a block may take one of the last free slots. They are kept for blocks that are moved: see [`super::stuck`].
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reserve {
+    Use,
+    Keep,
 }
 
 /// Why something must wait.
@@ -118,6 +128,12 @@ pub(super) struct State {
     pub(super) bypass: Bypass,
     /// What requests found in the cache.
     pub(super) accesses: Accesses,
+    /// Blocks that cannot be written back while others can.
+    pub(super) stuck: Stuck,
+    /// How often write-back has stopped because a device failed.
+    pub(super) stops: u64,
+    /// Write-back has not got on for long: writes that would wait for a slot fail.
+    pub(super) jammed: Option<DeviceError>,
     /// The cache device failed: nothing is acknowledged any more.
     pub(super) failure: Option<DeviceError>,
     /// No more requests are taken.
@@ -163,6 +179,9 @@ impl State {
             staging: Staging::new(geometry.lap() * u64::from(PLACES)),
             bypass: Bypass::default(),
             accesses: Accesses::default(),
+            stuck: Stuck::default(),
+            stops: 0,
+            jammed: None,
             failure: None,
             closing: false,
             stopping: false,
@@ -204,6 +223,14 @@ impl State {
         Some(self.sealed.get(nth)?.buf.block_at(at))
     }
 
+    /// Whether a place lies in RAM and holds a block that is lost.
+    pub(super) fn is_lost(&self, place: Place) -> bool {
+        let id = self.id_of(place.slot);
+        let open = self.open.as_ref().filter(|open| open.id == id).map(|open| open.lost);
+        let sealed = || self.sealed.iter().find(|sealed| sealed.id == id).map(|sealed| sealed.lost);
+        open.or_else(sealed).is_some_and(|lost| lost.has(place.index))
+    }
+
     /// The newest sealed segment, or one that was written long ago.
     pub(super) fn last_sealed(&self) -> SegmentId {
         match &self.open {
@@ -212,8 +239,14 @@ impl State {
         }
     }
 
-    /// Slots that can take a segment at once.
+    /// Slots that can take a segment at once, without the reserve.
     pub(super) fn free_slots(&self) -> u64 {
+        // A small log has none to spare.
+        let reserve = (self.geometry.lap() / 8).min(2);
+        self.all_free_slots().saturating_sub(reserve)
+    }
+
+    fn all_free_slots(&self) -> u64 {
         self.geometry.lap() - self.newest.since(self.written_back)
     }
 
@@ -230,11 +263,20 @@ impl State {
         block: BlockNo,
         dirty: DirtyBits,
     ) -> Result<&mut [u8; BLOCK_BYTES], Wait> {
+        self.take_place_of(block, dirty, Reserve::Keep)
+    }
+
+    pub(super) fn take_place_of(
+        &mut self,
+        block: BlockNo,
+        dirty: DirtyBits,
+        reserve: Reserve,
+    ) -> Result<&mut [u8; BLOCK_BYTES], Wait> {
         if self.open.as_ref().is_some_and(|open| open.length == PLACES) {
             self.seal(Reason::Full)?;
         }
         if self.open.is_none() {
-            self.open_next()?;
+            self.open_next(reserve)?;
         }
         let was_dirty = self.index.get(block).is_some_and(|old| self.is_dirty(old.place, old.dirty));
         self.dirty_blocks += u64::from(!dirty.is_clean() && !was_dirty);
@@ -261,22 +303,27 @@ impl State {
     ) -> Option<&mut [u8; BLOCK_BYTES]> {
         let id = self.id_of(place.slot);
         let in_place = self.planted.has(Bug::CommittedOverwritten);
-        let open =
-            self.open.as_mut().filter(|open| open.id == id && (in_place || !open.commits.has(place)))?;
+        let may_change = |open: &&mut OpenSegment| in_place || !open.commits.has(place);
+        let open = self.open.as_mut().filter(|open| open.id == id).filter(may_change)?;
+        if open.lost.has(place.index) {
+            return None;
+        }
         self.dirty_blocks += u64::from(old.is_clean() && !dirty.is_clean());
         self.index.set_dirty(place, old.union(dirty));
         Some(open.buf.block_at_mut(BLOCK_BYTES * (1 + usize::from(place.index))))
     }
 
-    fn open_next(&mut self) -> Result<(), Wait> {
-        if self.free_slots() == 0 {
+    fn open_next(&mut self, reserve: Reserve) -> Result<(), Wait> {
+        let free = if reserve == Reserve::Use { self.all_free_slots() } else { self.free_slots() };
+        if free == 0 {
             return Err(Wait::Slot);
         }
         let id = self.newest.next();
         self.index.forget(self.geometry.slot_of(id));
         self.newest = id;
         let buf = self.spare.pop().unwrap_or_else(|| IoBuf::zeroed(SEGMENT_BYTES));
-        self.open = Some(OpenSegment { id, length: 0, buf, commits: Commits::default() });
+        self.open =
+            Some(OpenSegment { id, length: 0, buf, commits: Commits::default(), lost: Lost::default() });
         Ok(())
     }
 
@@ -307,6 +354,7 @@ impl State {
             length: open.length,
             buf: Arc::new(open.buf),
             commits: open.commits,
+            lost: open.lost,
             started: false,
             written: false,
         });

@@ -90,8 +90,10 @@ counters! {
     discarded_bytes,
     /// Reads that failed on the cache device.
     cache_read_errors,
-    /// Batches of write-back that failed; each is tried again.
+    /// Batches of write-back that failed, in whole or in part; each is tried again.
     writeback_errors,
+    /// Blocks that could not be written back, each time that they were moved to the end of the log.
+    moved_blocks,
 }
 
 impl AtomicCounters {

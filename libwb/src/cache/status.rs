@@ -1,7 +1,7 @@
 //! What a cache says about itself.
 
 use super::state::State;
-use super::{Cache, Statistics, Tunables};
+use super::{Cache, Statistics, StuckBlocks, Tunables};
 use crate::device::BlockDevice;
 use crate::format::{PLACES, SEGMENT_BYTES, SegmentId, to_u64};
 use crate::log::reach::{Reach, Seen};
@@ -48,6 +48,8 @@ pub struct Status {
     pub failure: Option<String>,
     /// Why write-back does not get on, if it does not.
     pub writeback_error: Option<String>,
+    /// Blocks that cannot be written back while others can, if there are any.
+    pub stuck: Option<StuckBlocks>,
     /// How long recovery took.
     pub recovery_time: Duration,
     /// How many bytes of the log it read.
@@ -68,7 +70,7 @@ impl Cache {
     pub fn status(&self) -> Status {
         let inner = &self.inner;
         let statistics = inner.statistics();
-        let state = inner.lock();
+        let mut state = inner.lock();
         let (current, next_place) = state.cursor();
         Status {
             volume_bytes: inner.backing.size(),
@@ -89,6 +91,7 @@ impl Cache {
             paused: state.paused,
             failure: state.failure.as_ref().map(ToString::to_string),
             writeback_error: inner.counters.last_writeback_error().map(|error| error.to_string()),
+            stuck: state.stuck_blocks(),
             recovery_time: inner.recovery_time,
             recovery_bytes: inner.recovery_bytes,
             tunables: self.tunables(),

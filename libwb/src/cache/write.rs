@@ -5,7 +5,7 @@ use super::read::Pinned;
 use super::state::{State, Wait};
 use super::{Cache, CacheError, Inner};
 use crate::device::IoBuf;
-use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, SECTOR_BYTES, Sector, SegmentId, to_u64};
+use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, Place, SECTOR_BYTES, Sector, SegmentId, to_u64};
 use crate::planted::Bug;
 use futures_util::future::select;
 use parking_lot::MutexGuard;
@@ -21,6 +21,8 @@ enum Stop {
         old: Cached,
         id: SegmentId,
     },
+    /// Dirty sectors of the block are to be kept, and are lost.
+    Lost(Place),
     Error(CacheError),
 }
 
@@ -143,7 +145,10 @@ impl Inner {
             match stop {
                 None => {}
                 Some(Stop::Error(error)) => return Err(error),
-                Some(Stop::Wait(wait)) => self.wait_for(wait).await,
+                Some(Stop::Lost(place)) => {
+                    return Err(self.altered(self.lock().geometry.place_offset(place)).into());
+                }
+                Some(Stop::Wait(wait)) => self.wait_for(wait).await?,
                 Some(Stop::Merge { block, old, id }) => {
                     let fragment =
                         fragments(Sector(sector.0 + to_u64(done / SECTOR_BYTES)), data.len() - done).next();
@@ -198,7 +203,11 @@ impl Inner {
         }
     }
 
-    pub(super) async fn wait_for(&self, wait: Wait) {
+    /// Waits until it may be worth another try.
+    ///
+    /// # Errors
+    /// When the log is full, and write-back has not got on for long.
+    pub(super) async fn wait_for(&self, wait: Wait) -> Result<(), CacheError> {
         match wait {
             Wait::Appender => {
                 self.wait(&self.events.changed, |state| {
@@ -213,12 +222,14 @@ impl Inner {
                 self.lock().waiting_for_slot += 1;
                 let _waiting = WaitingForSlot(self);
                 self.events.writeback.notify(usize::MAX);
-                self.wait(&self.events.changed, |state| {
-                    (state.free_slots() > 0 || state.is_ending()).then_some(())
+                self.wait(&self.events.changed, |state| match &state.jammed {
+                    _ if state.free_slots() > 0 || state.is_ending() => Some(Ok(())),
+                    jammed => jammed.clone().map(|error| Err(CacheError::Full(error))),
                 })
-                .await;
+                .await?;
             }
         }
+        Ok(())
     }
 
     /// Reads the older version of a block from the cache device and writes a fragment on top of it. Returns whether
@@ -242,10 +253,7 @@ impl Inner {
         match self.place_on_top(new, data, old, id, base.block_at(0))? {
             Placed::Done => Ok(true),
             Placed::Changed => Ok(false),
-            Placed::Wait(wait) => {
-                self.wait_for(wait).await;
-                Ok(false)
-            }
+            Placed::Wait(wait) => self.wait_for(wait).await.map(|()| false),
         }
     }
 
@@ -331,6 +339,9 @@ impl State {
             // What the new version must carry on, so that it alone holds everything not yet written back.
             let more = self.is_dirty(old.place, old.dirty) && !old.dirty.without(dirty).is_clean();
             if more && !self.planted.has(Bug::MergeDropsOldSectors) {
+                if self.is_lost(old.place) {
+                    return Err(Stop::Lost(old.place));
+                }
                 let Some(base) = self.in_ram(old.place).copied() else {
                     return Err(Stop::Merge { block: new.block, old, id: self.id_of(old.place.slot) });
                 };

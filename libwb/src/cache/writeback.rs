@@ -1,7 +1,8 @@
 //! The way back to the disk: oldest segments first, many at a time, sorted and merged.
 
-use super::Inner;
 use super::state::State;
+use super::stuck::{Failed, MOST_STUCK, Passage};
+use super::{CacheError, Inner};
 use crate::device::{BlockDevice, DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, Record, SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize,
@@ -11,6 +12,7 @@ use crate::planted::Bug;
 use futures_lite::future::yield_now;
 use futures_util::StreamExt;
 use futures_util::stream::{self, FuturesUnordered};
+use std::time::Duration;
 
 /// The longest single write to the backing device, in sectors.
 const MAX_RUN_SECTORS: u64 = 2048;
@@ -31,11 +33,24 @@ pub(super) struct Item {
     pub(super) sectors: DirtyBits,
 }
 
-/// Why a batch was not written back.
+/// Why a batch was not written back, or only in part.
 pub(super) enum Stop {
+    /// A device failed, or some blocks cannot be written back and must not be moved.
     Device(DeviceError),
+    /// Some blocks cannot be written back, and will be moved.
+    Stuck(DeviceError),
     /// The cache is being closed.
     Closing,
+}
+
+/// Why a write of a batch failed.
+enum Fault {
+    Closing,
+    Device {
+        error: DeviceError,
+        /// What is to be written cannot be read.
+        lost: bool,
+    },
 }
 
 impl From<DeviceError> for Stop {
@@ -45,31 +60,70 @@ impl From<DeviceError> for Stop {
 }
 
 impl Inner {
-    /// Writes back every segment up to `last`, and then lets their slots be reused.
+    /// Writes back every segment up to `last`, and then lets their slots be reused. Where some blocks cannot be written back,
+    /// that goes for the segments before them.
     pub(super) async fn write_back(&self, last: SegmentId) -> Result<(), Stop> {
         let started = self.runtime.now();
-        let first = self.lock().written_back.next();
-        let segments = (first.0..=last.0).map(SegmentId);
+        let first = {
+            let mut state = self.lock();
+            state.prune_stuck();
+            state.written_back.next()
+        };
         let mut items: Vec<Item> = Vec::new();
-        for id in segments.clone() {
-            items.extend(self.items_of(id, last));
+        let mut passed_over = Vec::new();
+        for id in (first.0..=last.0).map(SegmentId) {
+            self.lock().sort_out(id, last, started, &mut items, &mut passed_over);
             self.let_others(id).await;
         }
         self.lock().throttle.begin(started, to_u64(items.len()));
         let written = async {
-            self.write_items(items).await?;
-            Ok::<_, Stop>(self.write_record(last).await?)
+            let failed = self.write_items(items).await?;
+            self.pass(last, failed, passed_over).await
         };
         let written = written.await;
-        self.lock().throttle.end(self.runtime.now(), written.is_ok());
-        written?;
-        for id in segments {
+        self.lock().throttle.end(self.runtime.now(), written.as_ref().is_ok_and(|(_, stop)| stop.is_none()));
+        let (up_to, stop) = written?;
+        for id in (first.0..=up_to.0).map(SegmentId) {
             self.lock().segment_written_back(id);
             self.let_others(id).await;
         }
         self.events.changed.notify(usize::MAX);
         self.events.staging.notify(usize::MAX);
-        Ok(())
+        stop.map_or(Ok(()), Err)
+    }
+
+    /// What was not written back is moved where that may be. Records how far the log is written back then, and says that,
+    /// and why no further.
+    async fn pass(
+        &self,
+        last: SegmentId,
+        failed: Vec<Failed>,
+        passed_over: Vec<(SegmentId, BlockNo)>,
+    ) -> Result<(SegmentId, Option<Stop>), Stop> {
+        if let Some(failed) = failed.first().filter(|_| self.reaches_further_than(last)) {
+            return Err(Stop::Device(failed.error.clone()));
+        }
+        let (is_strict, has_crcs) = (self.is_strict(&self.tunables.lock()), self.digest.is_some());
+        let movable = |lost: bool| !is_strict && (has_crcs || !lost);
+        let passage = self.lock().passage(last, failed, passed_over, movable, self.runtime.now());
+        let Passage { mut up_to, moves, obstacle } = passage;
+        if self.planted.has(Bug::StuckLeftBehind) {
+            up_to = last;
+        } else {
+            match self.move_stuck(moves, up_to).await {
+                Ok(()) => {}
+                Err(CacheError::Full(error) | CacheError::Device(error)) => return Err(Stop::Device(error)),
+                Err(_) => return Err(Stop::Closing),
+            }
+        }
+        if up_to > self.lock().written_back {
+            self.write_record(up_to).await?;
+        }
+        let stop = obstacle.map(|(error, may_be_moved)| match may_be_moved {
+            true => Stop::Stuck(error),
+            false => Stop::Device(error),
+        });
+        Ok((up_to, stop))
     }
 
     /// Lets other tasks run now and then: a batch may be large.
@@ -92,72 +146,92 @@ impl Inner {
         Ok(())
     }
 
-    /// What of a segment must be written back in a batch that ends with `last`.
-    fn items_of(&self, id: SegmentId, last: SegmentId) -> Vec<Item> {
-        let state = self.lock();
-        let slot = state.geometry.slot_of(id);
-        let item = |index| {
-            let place = Place { slot, index };
-            let (block, sectors) = state.index.at(place).filter(|(_, dirty)| !dirty.is_clean())?;
-            let newest = state.index.get(block)?;
-            if newest.place == place {
-                return Some(Item { block, place, sectors });
-            }
-            // A newer version in this batch carries all that this one does. One beyond it must not stand for it: should the
-            // cache device be lost before its turn, or a power cut undo it, the backing device would hold neither.
-            let newer = state.id_of(newest.place.slot);
-            let superseded = newer <= last
-                || self.planted.has(Bug::SupersededLeftOut)
-                || self.planted.has(Bug::DurableSupersedes) && newer <= state.durable;
-            // What the newest version lacks was written back before that was made, though the record may not say so.
-            // Something newer than this one may have been.
-            let sectors = sectors.intersection(newest.dirty);
-            (!sectors.is_clean() && !superseded).then_some(Item { block, place, sectors })
-        };
-        (0..PLACES).filter_map(item).collect()
-    }
-
     /// Writes sectors from the cache device to the backing device, the newest version of each, and flushes it. Of versions
-    /// of the same block, the older one comes first.
-    pub(super) async fn write_items(&self, mut items: Vec<Item>) -> Result<(), Stop> {
+    /// of the same block, the older one comes first. Returns the blocks that could not be written.
+    ///
+    /// # Errors
+    /// When too many cannot be for it to be a matter of some blocks, or the flush fails.
+    pub(super) async fn write_items(&self, mut items: Vec<Item>) -> Result<Vec<Failed>, Stop> {
         if items.is_empty() {
-            return Ok(());
+            return Ok(Vec::new());
         }
         let before = self.backing_flushes.failures();
         // Stable, so that versions of the same block stay in their order.
         items.sort_by_key(|item| item.block);
-        let mut runs = runs(pieces(&items), u64::from(self.writeback_device.block_size()));
+        let unit = u64::from(self.writeback_device.block_size());
+        let mut runs = runs(pieces(&items), unit, MAX_RUN_SECTORS);
         let mut writes = FuturesUnordered::new();
-        let mut result = Ok(());
+        let (mut written, mut suspects, mut closing) = (0, Vec::new(), false);
         loop {
-            while result.is_ok()
+            // A device that fails altogether is not to be tried with all of a batch.
+            while !closing
+                && (suspects.len() < DEPTH || suspects.len() <= written)
                 && writes.len() < DEPTH
                 && let Some(run) = runs.next()
             {
-                writes.push(self.write_run(run));
+                writes.push(async move { self.write_run(&run).await.map_err(|fault| (run, fault)) });
             }
             // Even after a failure, what was started is waited for: it must not come out over a later write.
             match writes.next().await {
-                Some(done) => result = result.and(done),
+                Some(Ok(())) => written += 1,
+                Some(Err((_, Fault::Closing))) => closing = true,
+                Some(Err((run, Fault::Device { error, .. }))) => suspects.push((run, error)),
                 None => break,
             }
         }
-        result?;
-        if self.planted.has(Bug::BackingNotFlushed) {
-            return Ok(());
-        }
-        Ok(self.backing_flushes.flush(&self.writeback_device, before).await?)
-    }
-
-    async fn write_run(&self, run: Run) -> Result<(), Stop> {
-        if self.lock().stopping {
+        drop(writes);
+        if closing {
             return Err(Stop::Closing);
         }
+        if let Some((_, error)) = suspects.first().filter(|_| runs.next().is_some()) {
+            return Err(Stop::Device(error.clone()));
+        }
+        let failed = self.write_one_by_one(suspects, unit).await?;
+        {
+            let mut state = self.lock();
+            let is_written = |item: &&Item| failed.binary_search_by_key(&item.block, |it| it.block).is_err();
+            items.iter().filter(is_written).for_each(|item| state.not_stuck(item.block));
+        }
+        if self.planted.has(Bug::BackingNotFlushed) {
+            return Ok(failed);
+        }
+        self.backing_flushes.flush(&self.writeback_device, before).await?;
+        Ok(failed)
+    }
+
+    /// Tries each block of some writes that failed by itself. Returns those that fail again, sorted.
+    async fn write_one_by_one(
+        &self,
+        suspects: Vec<(Run, DeviceError)>,
+        unit: u64,
+    ) -> Result<Vec<Failed>, Stop> {
+        let mut failed: Vec<Failed> = Vec::new();
+        for (run, _) in suspects {
+            for single in runs(run.pieces.into_iter(), unit, 1) {
+                let Err(fault) = self.write_run(&single).await else { continue };
+                let Fault::Device { error, lost } = fault else { return Err(Stop::Closing) };
+                if failed.len() >= MOST_STUCK {
+                    return Err(Stop::Device(error));
+                }
+                for pieces in single.pieces.chunk_by(|a, b| a.sector.block() == b.sector.block()) {
+                    failed.push(Failed { block: pieces[0].sector.block(), error: error.clone(), lost });
+                }
+            }
+        }
+        failed.sort_by_key(|failed| failed.block);
+        Ok(failed)
+    }
+
+    async fn write_run(&self, run: &Run) -> Result<(), Fault> {
+        if self.lock().stopping {
+            return Err(Fault::Closing);
+        }
+        let refused = |error| Fault::Device { error, lost: false };
         let offset = run.start.bytes();
         let length = to_usize((run.end.0 - run.start.0) * to_u64(SECTOR_BYTES));
         let mut buf = IoBuf::zeroed(length);
         if run.has_gaps {
-            buf = self.writeback_device.read(offset, buf).await?;
+            buf = self.writeback_device.read(offset, buf).await.map_err(refused)?;
         }
         let read = |load: Load| async move {
             let data = IoBuf::zeroed(BLOCK_BYTES * load.blocks);
@@ -167,14 +241,14 @@ impl Inner {
         };
         let mut reads = stream::iter(loads(&run.pieces).into_iter().map(read)).buffer_unordered(READS);
         while let Some(read) = reads.next().await {
-            let (load, data) = read?;
+            let (load, data) = read.map_err(|error| Fault::Device { error, lost: true })?;
             let to = to_usize((load.sector.0 - run.start.0) * to_u64(SECTOR_BYTES));
             let from = load.first * SECTOR_BYTES;
             let bytes = load.sectors * SECTOR_BYTES;
             buf[to..to + bytes].copy_from_slice(&data[from..from + bytes]);
         }
         drop(reads);
-        self.writeback_device.write(offset, buf.into()).await?;
+        self.writeback_device.write(offset, buf.into()).await.map_err(refused)?;
         self.counters.written_back_bytes.add(to_u64(length));
         self.lock().throttle.progressed(to_u64(length.div_ceil(BLOCK_BYTES)), self.runtime.now());
         Ok(())
@@ -182,6 +256,47 @@ impl Inner {
 }
 
 impl State {
+    /// What of a segment a batch that ends with `last` is to write back, and what it passes over.
+    fn sort_out(
+        &self,
+        id: SegmentId,
+        last: SegmentId,
+        now: Duration,
+        items: &mut Vec<Item>,
+        passed_over: &mut Vec<(SegmentId, BlockNo)>,
+    ) {
+        for item in self.items_of(id, last) {
+            match self.is_passed_over(item.block, now) {
+                true => passed_over.push((id, item.block)),
+                false => items.push(item),
+            }
+        }
+    }
+
+    /// What of a segment must be written back in a batch that ends with `last`.
+    fn items_of(&self, id: SegmentId, last: SegmentId) -> Vec<Item> {
+        let slot = self.geometry.slot_of(id);
+        let item = |index| {
+            let place = Place { slot, index };
+            let (block, sectors) = self.index.at(place).filter(|(_, dirty)| !dirty.is_clean())?;
+            let newest = self.index.get(block)?;
+            if newest.place == place {
+                return Some(Item { block, place, sectors });
+            }
+            // A newer version in this batch carries all that this one does. One beyond it must not stand for it: should the
+            // cache device be lost before its turn, or a power cut undo it, the backing device would hold neither.
+            let newer = self.id_of(newest.place.slot);
+            let superseded = newer <= last
+                || self.planted.has(Bug::SupersededLeftOut)
+                || self.planted.has(Bug::DurableSupersedes) && newer <= self.durable;
+            // What the newest version lacks was written back before that was made, though the record may not say so.
+            // Something newer than this one may have been.
+            let sectors = sectors.intersection(newest.dirty);
+            (!sectors.is_clean() && !superseded).then_some(Item { block, place, sectors })
+        };
+        (0..PLACES).filter_map(item).collect()
+    }
+
     /// Notes the newest versions of blocks that cannot be read where they are to be written back from.
     fn look_for_newer(&mut self, unreadable: &Load) {
         let Load { place: first, blocks, .. } = *unreadable;
@@ -239,7 +354,8 @@ struct Run {
 
 /// Merges neighbours, one run at a time, so that a large batch does not take memory for all of them. Each is aligned to the
 /// backing device's blocks of `unit` bytes, and no two share one.
-fn runs(pieces: impl Iterator<Item = Piece>, unit: u64) -> impl Iterator<Item = Run> {
+/// None is longer than `most` sectors, unless a block or its own is.
+fn runs(pieces: impl Iterator<Item = Piece>, unit: u64, most: u64) -> impl Iterator<Item = Run> {
     let unit = unit / to_u64(SECTOR_BYTES);
     let aligned = move |piece: &Piece| {
         let start = Sector(piece.sector.0 / unit * unit);
@@ -253,7 +369,7 @@ fn runs(pieces: impl Iterator<Item = Piece>, unit: u64) -> impl Iterator<Item = 
         let mut run = vec![first];
         while let Some(piece) = pieces.next_if(|piece| {
             let (from, to) = aligned(piece);
-            from < end || (from == end && to.0 - start.0 <= MAX_RUN_SECTORS)
+            from < end || (from == end && to.0 - start.0 <= most)
         }) {
             end = end.max(aligned(&piece).1);
             run.push(piece);
@@ -305,7 +421,7 @@ mod tests {
     }
 
     fn runs_of(items: &[Item], unit: u64) -> Vec<Run> {
-        runs(pieces(items), unit).collect()
+        runs(pieces(items), unit, MAX_RUN_SECTORS).collect()
     }
 
     #[test]

@@ -7,7 +7,7 @@ mod statistics;
 
 pub use statistics::{AccessCount, Latency, VolumeStatistics, hit_ratio, ratio};
 
-use crate::cache::{Status, TunableValue, Tunables};
+use crate::cache::{Status, StuckBlocks, TunableValue, Tunables};
 use crate::device::probe::identity;
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use serde::{Deserialize, Serialize};
@@ -142,6 +142,8 @@ pub struct LiveStatus {
     pub paused: bool,
     /// Why write-back does not get on, if it does not.
     pub writeback_error: Option<String>,
+    /// Blocks that cannot be written back while others can.
+    pub stuck: Option<Stuck>,
     /// How long recovery took, in seconds.
     pub recovery_seconds: f64,
     /// How many bytes of the log recovery read.
@@ -176,12 +178,33 @@ impl LiveStatus {
             failure: status.failure.clone(),
             paused: status.paused,
             writeback_error: status.writeback_error.clone(),
+            stuck: status.stuck.as_ref().map(Stuck::of),
             recovery_bytes: status.recovery_bytes,
             recovery_seconds: status.recovery_time.as_secs_f64(),
             tunables: by_name(&status.tunables),
             counters: status.statistics.counters.iter().map(|(key, _, value)| (key.into(), value)).collect(),
             statistics: VolumeStatistics::new(status),
         }
+    }
+}
+
+/// Blocks of 4096 bytes that cannot be written back while others can.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Stuck {
+    /// How many the backing device does not take. They are kept in the cache.
+    pub refused: u64,
+    /// How many the cache device does not give back. Reads of them fail until they are written anew or discarded.
+    pub lost: u64,
+    /// Where the first of them lie on the volume, in bytes.
+    pub first: Vec<u64>,
+    /// Why the first one cannot be written back.
+    pub error: String,
+}
+
+impl Stuck {
+    fn of(stuck: &StuckBlocks) -> Stuck {
+        let StuckBlocks { refused, lost, first, error } = stuck;
+        Stuck { refused: *refused, lost: *lost, first: first.clone(), error: error.to_string() }
     }
 }
 

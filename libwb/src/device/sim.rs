@@ -18,6 +18,7 @@ use futures_channel::oneshot;
 use nix::errno::Errno;
 use parking_lot::Mutex;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,6 +64,8 @@ struct State {
     slowness: u32,
     /// Sectors whose stored bits have changed.
     rotten: BTreeSet<usize>,
+    /// Sectors that cannot be written.
+    bad: BTreeSet<usize>,
 }
 
 impl SimDevice {
@@ -74,8 +77,8 @@ impl SimDevice {
     fn with_disk(runtime: &SimRuntime, name: Arc<str>, disk: Disk, block_size: u32) -> SimDevice {
         let size = to_u64(disk.visible().len());
         let rng = runtime.fork_rng();
-        let state =
-            State { disk: Some(disk), rng, faults: Faults::default(), slowness: 1, rotten: BTreeSet::new() };
+        let (rotten, bad) = (BTreeSet::new(), BTreeSet::new());
+        let state = State { disk: Some(disk), rng, faults: Faults::default(), slowness: 1, rotten, bad };
         let inner = Inner { name, runtime: runtime.clone(), state: Mutex::new(state) };
         SimDevice { inner: Arc::new(inner), size, block_size }
     }
@@ -94,6 +97,16 @@ impl SimDevice {
     /// Takes back every [`SimDevice::rot`].
     pub fn heal_rot(&self) {
         self.inner.state.lock().rotten.clear();
+    }
+
+    /// Makes every write fail that covers the sector at `offset`, until [`SimDevice::heal_bad`] is called.
+    pub fn go_bad(&self, offset: u64) {
+        self.inner.state.lock().bad.insert(to_usize(offset) / SECTOR_BYTES);
+    }
+
+    /// Takes back every [`SimDevice::go_bad`].
+    pub fn heal_bad(&self) {
+        self.inner.state.lock().bad.clear();
     }
 
     /// Makes it this many times slower than a fast device.
@@ -142,7 +155,12 @@ impl SimDevice {
             }
             Crash::PowerCut => disk.power_cut(&mut state.rng),
         };
-        SimDevice::with_disk(&self.inner.runtime, self.inner.name.clone(), disk, self.block_size)
+        let bad = std::mem::take(&mut state.bad);
+        drop(state);
+        let device =
+            SimDevice::with_disk(&self.inner.runtime, self.inner.name.clone(), disk, self.block_size);
+        device.inner.state.lock().bad = bad;
+        device
     }
 
     fn error(&self, operation: Operation, offset: u64, length: u64, cause: Errno) -> DeviceError {
@@ -207,7 +225,8 @@ impl SimDevice {
                 }
             });
         }
-        self.submit(what, delay, move |state| state.end_write(id))
+        let first = to_usize(offset) / SECTOR_BYTES;
+        self.submit(what, delay, move |state| state.end_write(id, first..first + count))
     }
 }
 
@@ -256,8 +275,8 @@ impl State {
         self.disk.as_mut().ok_or(Errno::ENODEV)
     }
 
-    fn end_write(&mut self, id: RequestId) -> Result<(), Errno> {
-        if self.fails(self.faults.write) {
+    fn end_write(&mut self, id: RequestId, sectors: Range<usize>) -> Result<(), Errno> {
+        if self.bad.range(sectors).next().is_some() || self.fails(self.faults.write) {
             self.disk()?.fail(id);
             return Err(Errno::EIO);
         }

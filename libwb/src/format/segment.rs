@@ -19,6 +19,8 @@ const MB_DIRTY_BITS: usize = 8;
 const MB_FLAGS: usize = 9;
 const MB_CRC: usize = 12;
 const HAS_CRC: u8 = 1;
+/// The block is lost: its data is not what was written, and its CRC is that of the data with all bits inverted.
+const IS_LOST: u8 = 2;
 
 /// Where the range that the checksum covers begins, in bytes from the start of the segment. It ends with the
 /// last valid data block.
@@ -66,8 +68,10 @@ pub struct Metablock {
     pub block: BlockNo,
     /// Its dirty sectors.
     pub dirty: DirtyBits,
-    /// Extension: CRC-32C of the whole data block, where it is kept.
+    /// Extension: CRC-32C of the whole data block, where it is kept. Of a lost one, all its bits are inverted.
     pub crc: Option<u32>,
+    /// Extension: the data is not what was written, and nothing else is left of that.
+    pub lost: bool,
 }
 
 /// What the first sector of a header says. A power cut leaves it whole.
@@ -257,8 +261,10 @@ fn decode_metablock(block: &[u8; BLOCK_BYTES], index: u8) -> Result<Metablock, H
     if !sector.0.is_multiple_of(SECTORS_PER_BLOCK) {
         return Err(HeaderFault::Unaligned { index, sector });
     }
-    let crc = (block[at + MB_FLAGS] & HAS_CRC != 0).then(|| LittleEndian::read_u32(&block[at + MB_CRC..]));
-    Ok(Metablock { block: sector.block(), dirty: DirtyBits(block[at + MB_DIRTY_BITS]), crc })
+    let flags = block[at + MB_FLAGS];
+    let crc = (flags & HAS_CRC != 0).then(|| LittleEndian::read_u32(&block[at + MB_CRC..]));
+    let lost = flags & IS_LOST != 0 && crc.is_some();
+    Ok(Metablock { block: sector.block(), dirty: DirtyBits(block[at + MB_DIRTY_BITS]), crc, lost })
 }
 
 fn checksum(header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> u32 {
@@ -281,14 +287,14 @@ pub fn encode_header(
         LittleEndian::write_u64(&mut block[at + MB_SECTOR..], metablock.block.sector().0);
         block[at + MB_DIRTY_BITS] = metablock.dirty.0;
         if let Some(crc) = metablock.crc {
-            block[at + MB_FLAGS] = HAS_CRC;
+            block[at + MB_FLAGS] = if metablock.lost { HAS_CRC | IS_LOST } else { HAS_CRC };
             LittleEndian::write_u32(&mut block[at + MB_CRC..], crc);
         }
     }
     let mut sum = Checksum::default().append(&block[HEADER_CHECKSUM_START..]);
     for (index, metablock) in metablocks.iter().enumerate() {
         sum = match metablock.crc {
-            Some(crc) => sum.append_block_crc(crc),
+            Some(crc) => sum.append_block_crc(if metablock.lost { !crc } else { crc }),
             None => sum.append(&data[index * BLOCK_BYTES..][..BLOCK_BYTES]),
         };
     }
@@ -327,6 +333,7 @@ mod tests {
             block: BlockNo(block),
             dirty: DirtyBits(dirty),
             crc: None,
+            lost: false,
         });
         prop::collection::vec(one, 0..=usize::from(PLACES))
     }
@@ -343,6 +350,7 @@ mod tests {
             block: BlockNo(u64::from(index % 5)),
             dirty: DirtyBits(1 | index),
             crc: Some(crc32c(&fill(index))),
+            lost: false,
         };
         let entries: Vec<_> = (0..second).map(entry).collect();
         let data: Vec<u8> = (0..second).flat_map(fill).collect();
@@ -409,7 +417,8 @@ mod tests {
     #[test]
     fn a_torn_header_of_the_base_format_is_closed_as_well() {
         let (data, entries) = (vec![7; 3 * BLOCK_BYTES], 3..6);
-        let entry = |block| Metablock { block: BlockNo(block), dirty: DirtyBits::ALL, crc: None };
+        let entry =
+            |block| Metablock { block: BlockNo(block), dirty: DirtyBits::ALL, crc: None, lost: false };
         let entries: Vec<_> = entries.map(entry).collect();
         let mut new = [0; BLOCK_BYTES];
         encode_header(&mut new, SegmentId(3), &entries, &data, None);

@@ -152,7 +152,7 @@ mod tests {
     use crate::format::{BlockNo, DirtyBits};
 
     fn entry(block: u64, dirty: u8) -> Metablock {
-        Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None }
+        Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None, lost: false }
     }
 
     #[test]

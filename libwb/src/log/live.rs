@@ -6,6 +6,7 @@ use super::scan::{BackingFacts, SlotFault, SlotState, Superblock, read_header, r
 use crate::device::Device;
 use crate::format::{BlockNo, DirtyBits, Geometry, Sector, SegmentHeader, SegmentId, Slot, to_u64};
 use futures_util::{StreamExt, TryStreamExt, stream};
+use std::collections::BTreeSet;
 use std::fmt::Display;
 
 /// Headers that are read at the same time; one block of memory each.
@@ -58,6 +59,8 @@ pub struct Totals {
     pub beyond: Vec<Beyond>,
     /// How many do.
     pub beyond_count: u64,
+    /// Blocks whose newest version is marked as lost.
+    pub lost: BTreeSet<BlockNo>,
 }
 
 /// Reads the headers of segments that a scan found valid, several at a time, and shows them in the order of `ids`. That of
@@ -94,6 +97,8 @@ pub struct Share {
     blocks: Box<[BlockNo]>,
     dirty: Box<[DirtyBits]>,
     clean: u8,
+    /// Which of the dirty entries are marked as lost, in their order.
+    lost: Box<[u8]>,
 }
 
 impl Share {
@@ -102,13 +107,15 @@ impl Share {
         let entries = || header.metablocks.iter().filter(|entry| !entry.dirty.is_clean());
         let blocks: Box<[BlockNo]> = entries().map(|entry| entry.block).collect();
         let clean = header.metablocks.len() - blocks.len();
+        let lost = (0..).zip(entries()).filter(|(_, entry)| entry.lost).map(|(nth, _)| nth).collect();
+        let dirty = entries().map(|entry| entry.dirty).collect();
         #[allow(clippy::cast_possible_truncation)] // at most PLACES
-        Share { blocks, dirty: entries().map(|entry| entry.dirty).collect(), clean: clean as u8 }
+        Share { blocks, dirty, clean: clean as u8, lost }
     }
 }
 
 impl Totals {
-    /// Adds up what segments hold, and finds entries that lie beyond a backing device of `backing_sectors` sectors, where
+    /// Adds up what segments hold, in the order of the log, and finds entries that lie beyond a backing device of `backing_sectors` sectors, where
     /// that is given.
     pub fn of<'a>(
         segments: impl IntoIterator<Item = (SegmentId, &'a Share)>,
@@ -126,6 +133,14 @@ impl Totals {
         self.clean_entries += u64::from(share.clean);
         self.dirty_entries += to_u64(share.blocks.len());
         blocks.extend(&share.blocks);
+        if !(self.lost.is_empty() && share.lost.is_empty()) {
+            for (nth, block) in (0..).zip(&share.blocks) {
+                match share.lost.contains(&nth) {
+                    true => self.lost.insert(*block),
+                    false => self.lost.remove(block),
+                };
+            }
+        }
         let Some(end) = end else { return };
         for (&block, &dirty) in share.blocks.iter().zip(&share.dirty) {
             if let Some(sector) = first_outside(block, dirty, end) {
@@ -214,7 +229,12 @@ mod tests {
         let size = SUPERBLOCK_REGION_BYTES + 2 * to_u64(SEGMENT_BYTES);
         let device: Device = Arc::new(MemDevice::new("cache", size));
         let geometry = Geometry::of_device(size).unwrap();
-        let entry = |block, dirty| Metablock { block: BlockNo(block), dirty: DirtyBits(dirty), crc: None };
+        let entry = |block, dirty| Metablock {
+            block: BlockNo(block),
+            dirty: DirtyBits(dirty),
+            crc: None,
+            lost: false,
+        };
         let segments = [vec![entry(1, 1), entry(2, 0)], vec![entry(1, 0xff), entry(u64::MAX / 8, 0x80)]];
         for (id, metablocks) in (1..).map(SegmentId).zip(segments) {
             let mut block = IoBuf::zeroed(BLOCK_BYTES);

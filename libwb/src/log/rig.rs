@@ -125,7 +125,7 @@ impl Log {
         let data: Vec<u8> = (0..LENGTH).flat_map(|nth| [stamp(id, nth); BLOCK_BYTES]).collect();
         let entry = |(nth, block)| {
             let crc = extended.then(|| crc32c(&data[nth * BLOCK_BYTES..][..BLOCK_BYTES]));
-            Metablock { block: BlockNo(block), dirty: DirtyBits::ALL, crc }
+            Metablock { block: BlockNo(block), dirty: DirtyBits::ALL, crc, lost: false }
         };
         let metablocks: Vec<_> = blocks.enumerate().map(entry).collect();
         let before = before.map(|length| {

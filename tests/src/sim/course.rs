@@ -1,7 +1,7 @@
 //! A simulated course of events: a volume is opened, used, and crashed, again and again, as a seed decides.
 
 use super::clients::{Client, Habits};
-use super::devices::{fresh_backing, fresh_cache, record_of, trouble};
+use super::devices::{fresh_backing, fresh_cache, record_of, spoil_some, trouble};
 use super::oracle::Oracle;
 use super::rot;
 use super::volume::{Engine, Taste, Volume};
@@ -111,6 +111,8 @@ struct Course<'a> {
     forgetful: bool,
     /// What the tunables may be.
     taste: Taste,
+    /// The engine at work, or the last one that was.
+    volume: Option<Arc<dyn Volume>>,
     /// The worst crash since the volume was last looked at.
     crashed: Option<Crash>,
     crashes: u32,
@@ -178,6 +180,7 @@ impl<'a> Course<'a> {
             extended,
             forgetful,
             taste,
+            volume: None,
             crashed: None,
             crashes: 0,
             settings,
@@ -228,7 +231,10 @@ impl<'a> Course<'a> {
         let taste = Taste { number: self.rng.u64(..), ..self.taste };
         let opening = self.engine.open(cache, backing, Arc::new(self.runtime().clone()), taste);
         Ok(match self.finish("opening", opening)? {
-            Life::Goes(Ok(volume)) => Life::Goes(volume),
+            Life::Goes(Ok(volume)) => {
+                self.volume = Some(volume.clone());
+                Life::Goes(volume)
+            }
             Life::Goes(Err(e)) => return Err(self.failed(&format!("opening failed: {e}"))),
             Life::Halted => Life::Halted,
         })
@@ -290,6 +296,9 @@ impl<'a> Course<'a> {
             }));
             ends.push(end);
         }
+        if self.faulty && self.later.u32(..3) == 0 {
+            spoil_some(&self.backing, &mut self.later);
+        }
         if self.faulty {
             let rng = self.rng.fork();
             let devices = [self.cache.clone(), self.backing.clone()];
@@ -305,6 +314,9 @@ impl<'a> Course<'a> {
     }
 
     fn close(&mut self, volume: Arc<dyn Volume>, drain: bool) -> Result<Life<()>, String> {
+        if drain {
+            self.backing.heal_bad();
+        }
         if drain && let Life::Halted = self.settle("drain", || volume.drain())? {
             return Ok(Life::Halted);
         }
@@ -407,6 +419,9 @@ impl<'a> Course<'a> {
 
     /// The backing device must do if the cache device is lost at this moment.
     fn judge_backing_alone(&self) {
+        if self.volume.as_ref().is_some_and(|volume| volume.has_moved_blocks()) {
+            self.oracle.lock().blocks_moved();
+        }
         // Before it is known what the last crash has left, segments may bear the numbers of some that it has lost.
         if self.crashed.is_some() {
             return;
@@ -421,6 +436,7 @@ impl<'a> Course<'a> {
     /// Without any more crash: the volume is right, and after a drain the backing device is the volume.
     fn last_life(&mut self) -> Result<(), String> {
         self.oracle.lock().note("the last life begins");
+        self.backing.heal_bad();
         let Life::Goes(volume) = self.open()? else { return Err(self.failed("halted for no reason")) };
         self.look(&volume)?;
         self.settle("drain", || volume.drain())?;

@@ -15,14 +15,14 @@ use std::time::Duration;
 use uuid::Uuid;
 
 /// A backing device as the first write leaves it.
-pub(super) fn fresh_backing(sectors: u64) -> Vec<u8> {
+pub fn fresh_backing(sectors: u64) -> Vec<u8> {
     let mut content = vec![0; to_usize(sectors) * SECTOR_BYTES];
     stamp::fill(&mut content, Sector(0), WriteId(0));
     content
 }
 
 /// A cache device as a fresh format leaves it.
-pub(super) fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
+pub fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
     let size = SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES);
     let mut content = vec![0; to_usize(size)];
     let first: &mut [u8; BLOCK_BYTES] = content.first_chunk_mut().expect("a cache device holds a block");
@@ -56,13 +56,23 @@ pub(super) async fn trouble(runtime: SimRuntime, devices: [Arc<SimDevice>; 2], r
         let chance = |rng: &mut Rng| rng.choice([0.0, 0.0, 0.01, 0.2, 1.0]).unwrap_or(0.0);
         let faults = Faults { read: chance(&mut rng), write: chance(&mut rng), flush: chance(&mut rng) };
         device.set_faults(faults);
-        if rot && rng.u32(..3) == 0 {
+        let rots = rot && rng.u32(..3) == 0;
+        if rots {
             rot_some(&cache, &mut rng);
         }
-        let trouble = rng.u64(1..5_000_000);
+        // What cannot be read for longer is given up.
+        let longest = if rots || Arc::ptr_eq(device, &cache) { 500_000 } else { 5_000_000 };
+        let trouble = rng.u64(1..longest);
         runtime.sleep(Duration::from_micros(trouble)).await;
         device.set_faults(Faults::default());
         cache.heal_rot();
+    }
+}
+
+/// Makes some sectors of a device refuse writes.
+pub(super) fn spoil_some(device: &SimDevice, rng: &mut Rng) {
+    for _ in 0..1 << rng.u32(..6) {
+        device.go_bad(rng.u64(..device.size()));
     }
 }
 

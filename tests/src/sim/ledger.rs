@@ -45,6 +45,8 @@ pub struct Ledger {
     flushes: Vec<(Moment, Moment)>,
     /// When the last drain was submitted that was acknowledged.
     drained: Moment,
+    /// The backing device may lack blocks although their segments are written back.
+    moved: bool,
 }
 
 impl Ledger {
@@ -56,7 +58,13 @@ impl Ledger {
             discarded: vec![false; to_usize(sectors)],
             flushes: Vec::new(),
             drained: 0,
+            moved: false,
         }
+    }
+
+    /// Blocks that the backing device did not take were moved to the end of the log.
+    pub fn blocks_moved(&mut self) {
+        self.moved = true;
     }
 
     /// A write or a discard begins.
@@ -127,8 +135,9 @@ impl Ledger {
             let shown = pasts.iter().find(shows).ok_or_else(|| {
                 format!("sector {sector} of the backing device shows {content:?}, which was lost")
             })?;
-            let must_be_there =
-                |past: &Past| past.acknowledged < self.drained || past.is_written_back(written_back);
+            let must_be_there = |past: &Past| {
+                past.acknowledged < self.drained || past.is_written_back(written_back) && !self.moved
+            };
             let lacks = |past: &&Past| must_be_there(past) && shown.acknowledged < past.submitted;
             if let Some(Past { write, .. }) = pasts.iter().find(lacks) {
                 return Err(format!(

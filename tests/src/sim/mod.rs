@@ -3,7 +3,7 @@
 
 pub mod clients;
 pub mod course;
-mod devices;
+pub mod devices;
 pub mod exhaustive;
 pub mod ledger;
 pub mod module;

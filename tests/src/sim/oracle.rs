@@ -130,6 +130,13 @@ impl Oracle {
         }
     }
 
+    /// Blocks that the backing device did not take were moved to the end of the log.
+    pub fn blocks_moved(&mut self) {
+        if let Some(ledger) = &mut self.ledger {
+            ledger.blocks_moved();
+        }
+    }
+
     /// Whether the backing device alone may hold this while the segments up to `written_back` are.
     ///
     /// # Errors

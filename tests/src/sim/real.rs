@@ -115,6 +115,10 @@ impl Volume for Open {
         self.0.status().newest
     }
 
+    fn has_moved_blocks(&self) -> bool {
+        self.0.status().statistics.counters.moved_blocks > 0
+    }
+
     fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf> {
         let cache = self.0.clone();
         Box::pin(async move { cache.read(sector, buf).await.map_err(|e| e.to_string()) })

@@ -32,6 +32,10 @@ pub trait Volume: Send + Sync {
     fn size(&self) -> u64;
     /// The newest segment of its log.
     fn newest(&self) -> SegmentId;
+    /// Whether it has moved blocks that could not be written back.
+    fn has_moved_blocks(&self) -> bool {
+        false
+    }
     /// Fills a buffer.
     fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf>;
     /// Writes.

@@ -313,7 +313,7 @@ mod tests {
             "free_bytes": (16 - newest) * MIB / 2, "dirty_bytes": 2 * MIB, "oldest_dirty_seconds": 61.0,
             "used_bytes": 3 * MIB, "places": 2032, "next_place": 0, "current_segment": newest + 1,
             "newest_segment": newest, "written_segment": newest, "durable_segment": newest,
-            "written_back_segment": 0, "failure": null, "paused": false, "writeback_error": null,
+            "written_back_segment": 0, "failure": null, "paused": false, "writeback_error": null, "stuck": null,
             "recovery_seconds": 0.0, "recovery_bytes": 0, "tunables": {}, "statistics": statistics,
             "counters": { "writes": 10 * seconds, "write_bytes": seconds * MIB },
         });

@@ -44,7 +44,7 @@ pub(crate) enum OpKind {
     /// fdatasync.
     Sync,
     /// fallocate.
-    PunchHole { offset: u64, length: u64 },
+    Zero { mode: i32, offset: u64, length: u64 },
     /// Nothing but time.
     Sleep(Box<types::Timespec>),
 }
@@ -469,9 +469,9 @@ fn entry(op: &mut Op) -> squeue::Entry {
             opcode::Writev::new(fd, addresses.0.as_ptr(), count).offset(*offset + to_u64(done)).build()
         }
         OpKind::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
-        OpKind::PunchHole { offset, length } => opcode::Fallocate::new(fd, *length)
+        OpKind::Zero { mode, offset, length } => opcode::Fallocate::new(fd, *length)
             .offset(*offset)
-            .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+            .mode(*mode | libc::FALLOC_FL_KEEP_SIZE)
             .build(),
         OpKind::Sleep(time) => opcode::Timeout::new(&raw const **time).build(),
     }

@@ -24,6 +24,13 @@ use std::sync::atomic::Ordering;
 const VISIT: u64 = 4096;
 const ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
+/// What becomes of the space of a range that is to read as zeros.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Space {
+    GivenUp,
+    Kept,
+}
+
 impl Cache {
     /// Makes `length` bytes from `sector` on read as zeros, and gives up their space. Durable when it returns.
     ///
@@ -32,11 +39,27 @@ impl Cache {
     /// `EOPNOTSUPP` then), the range is not within the volume, the cache is being closed, or a device fails: also when
     /// what a written-back segment holds of the range cannot be taken from it. Parts may have been discarded.
     pub async fn discard(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
+        self.clear(sector, length, Space::GivenUp).await
+    }
+
+    /// As [`Cache::discard`], but the range keeps its space on the backing device.
+    ///
+    /// # Errors
+    /// As [`Cache::discard`].
+    pub async fn zero(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
+        self.clear(sector, length, Space::Kept).await
+    }
+
+    async fn clear(&self, sector: Sector, length: u64, space: Space) -> Result<(), CacheError> {
         let inner = &self.inner;
         inner.check_range(sector, length)?;
         // What the backing device discards at once would be ahead of what strict order has yet to write back.
         let strict = inner.tunables.lock().writeback_order == WritebackOrder::Strict;
-        if strict || inner.cannot_discard.load(Ordering::Relaxed) {
+        let cannot = match space {
+            Space::GivenUp => &inner.cannot_discard,
+            Space::Kept => &inner.cannot_zero,
+        };
+        if strict || cannot.load(Ordering::Relaxed) {
             return Err(inner.no_discard(sector, length).into());
         }
         let end = Sector(sector.0 + length / to_u64(SECTOR_BYTES));
@@ -54,17 +77,17 @@ impl Cache {
             return self.flush().await;
         }
         let _fence = Fence::when_free(inner, blocks.clone()).await;
-        inner.cover(&blocks).await?;
+        inner.cover(&blocks, space).await?;
         if let Some(error) = inner.empty_what_was_forgotten(&blocks).await? {
             return Err(error.into());
         }
         if !inner.planted.has(Bug::DiscardAheadOfLog) {
             inner.flush_log().await?;
         }
-        let discarded = inner.discard_durably(&blocks).await;
+        let discarded = inner.discard_durably(&blocks, space).await;
         match &discarded {
             Err(DeviceError { operation: Operation::Discard, cause: Errno::EOPNOTSUPP, .. }) => {
-                inner.cannot_discard.store(true, Ordering::Relaxed);
+                cannot.store(true, Ordering::Relaxed);
             }
             Err(error) => inner.change_failed(error),
             Ok(()) => {}
@@ -74,10 +97,13 @@ impl Cache {
 }
 
 impl Inner {
-    async fn discard_durably(&self, blocks: &Range<BlockNo>) -> Result<(), DeviceError> {
+    async fn discard_durably(&self, blocks: &Range<BlockNo>, space: Space) -> Result<(), DeviceError> {
         let bytes = (blocks.end.0 - blocks.start.0) * to_u64(BLOCK_BYTES);
         let before = self.backing_flushes.failures();
-        self.backing.discard(blocks.start.bytes(), bytes).await?;
+        match space {
+            Space::GivenUp => self.backing.discard(blocks.start.bytes(), bytes).await?,
+            Space::Kept => self.backing.zero(blocks.start.bytes(), bytes).await?,
+        }
         self.counters.discarded_bytes.add(bytes);
         if self.planted.has(Bug::DiscardNotFlushed) {
             return Ok(());
@@ -86,14 +112,14 @@ impl Inner {
     }
 
     /// Makes the log hold nothing of some blocks but zeros.
-    async fn cover(&self, blocks: &Range<BlockNo>) -> Result<(), CacheError> {
+    async fn cover(&self, blocks: &Range<BlockNo>, space: Space) -> Result<(), CacheError> {
         let mut next = blocks.start;
         while next < blocks.end {
             let visited = next..BlockNo(blocks.end.0.min(next.0 + VISIT));
             let (reached, covered) = self.noticing(self.lock(), |state| {
                 // In the same visit: nothing may open a segment any more once the last one was sealed.
                 state.check_open()?;
-                Ok::<_, CacheError>(state.cover(visited))
+                Ok::<_, CacheError>(state.cover(visited, space))
             })?;
             next = reached;
             match covered {
@@ -122,7 +148,7 @@ impl Inner {
 impl State {
     /// Zeros over what the log holds of some blocks that is not written back, be it dirty or clean, and forgets the
     /// rest. Returns the block it has come to.
-    fn cover(&mut self, blocks: Range<BlockNo>) -> (BlockNo, Result<(), Wait>) {
+    fn cover(&mut self, blocks: Range<BlockNo>, space: Space) -> (BlockNo, Result<(), Wait>) {
         for block in (blocks.start.0..blocks.end.0).map(BlockNo) {
             if !self.planted.has(Bug::CellOutlivesDiscard) {
                 self.staging.cancel(block);
@@ -137,11 +163,15 @@ impl State {
             }
             if let Some(data) = self.overwrite(old.place, old.dirty, DirtyBits::ALL) {
                 data.fill(0);
-                continue;
+            } else {
+                match self.take_place(block, DirtyBits::ALL) {
+                    Ok(data) => data.fill(0),
+                    Err(wait) => return (block, Err(wait)),
+                }
             }
-            match self.take_place(block, DirtyBits::ALL) {
-                Ok(data) => data.fill(0),
-                Err(wait) => return (block, Err(wait)),
+            // Else write-back would fill again what the backing device has given up.
+            if let Some(zeros) = self.index.get(block).filter(|_| space == Space::GivenUp) {
+                self.index.set_discarded(zeros.place);
             }
         }
         self.seal_if_full();

@@ -27,6 +27,8 @@ pub(super) struct Index {
     /// Of which places that is known, a bit for each. Any number may be a CRC, and whoever chooses what is written can
     /// choose it, so that none of them can stand for "not known".
     known: Box<[u64]>,
+    /// Which places hold the zeros of a discard, a bit for each; empty until there is one.
+    discarded: Vec<u64>,
     /// Numbers of places.
     newest: Table,
     /// Nobody can choose blocks that meet in the table.
@@ -62,6 +64,7 @@ impl Index {
             places: held,
             crcs,
             known,
+            discarded: Vec::new(),
             newest: Table::new(places),
             secret: RandomState::new().hash_one(0),
         }
@@ -81,7 +84,7 @@ impl Index {
     /// The CRC-32C of what a place holds, if it is known.
     pub(super) fn crc(&self, place: Place) -> Option<u32> {
         self.at(place)?;
-        let (word, bit) = known_at(number(place));
+        let (word, bit) = bit_of(number(place));
         let known = self.known.get(word).is_some_and(|word| word & bit != 0);
         known.then(|| self.crcs[number(place) as usize])
     }
@@ -92,8 +95,30 @@ impl Index {
             && let Some(kept) = self.crcs.get_mut(number(place) as usize)
         {
             *kept = crc;
-            let (word, bit) = known_at(number(place));
+            let (word, bit) = bit_of(number(place));
             self.known[word] |= bit;
+        }
+    }
+
+    /// Notes that a place holds the zeros of a discard, until it holds something else.
+    pub(super) fn set_discarded(&mut self, place: Place) {
+        if self.discarded.is_empty() {
+            self.discarded = vec![0; self.places.len().div_ceil(64)];
+        }
+        let (word, bit) = bit_of(number(place));
+        self.discarded[word] |= bit;
+    }
+
+    /// Whether a place holds the zeros of a discard.
+    pub(super) fn is_discarded(&self, place: Place) -> bool {
+        let (word, bit) = bit_of(number(place));
+        self.discarded.get(word).is_some_and(|word| word & bit != 0)
+    }
+
+    fn not_discarded(&mut self, number: u32) {
+        let (word, bit) = bit_of(number);
+        if let Some(word) = self.discarded.get_mut(word) {
+            *word &= !bit;
         }
     }
 
@@ -109,7 +134,8 @@ impl Index {
         // An entry must not outlive what its place holds: the table asks the place for its hash.
         self.vacate(number);
         self.places[number as usize] = held(block, dirty);
-        let (word, bit) = known_at(number);
+        self.not_discarded(number);
+        let (word, bit) = bit_of(number);
         if let Some(word) = self.known.get_mut(word) {
             *word &= !bit;
         }
@@ -138,9 +164,10 @@ impl Index {
         Cached { place: place(number), dirty: DirtyBits(dirty) }
     }
 
-    /// Changes the dirty bits of a place that holds something.
+    /// Changes the dirty bits of a place that holds something, and is about to hold something else of the same block.
     pub(super) fn set_dirty(&mut self, place: Place, dirty: DirtyBits) {
         debug_assert!(self.at(place).is_some());
+        self.not_discarded(number(place));
         let [.., bits] = &mut self.places[number(place) as usize];
         *bits = dirty.0;
     }
@@ -181,8 +208,8 @@ impl Index {
     }
 }
 
-/// Where [`Index::known`] has a place: the word, and the bit in it.
-fn known_at(number: u32) -> (usize, u64) {
+/// Where a place has its bit: the word, and the bit in it.
+fn bit_of(number: u32) -> (usize, u64) {
     (number as usize / 64, 1 << (number % 64))
 }
 

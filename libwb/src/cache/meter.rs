@@ -158,4 +158,8 @@ impl BlockDevice for Metered {
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
         self.metered(self.device.discard(offset, length))
     }
+
+    fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
+        self.metered(self.device.zero(offset, length))
+    }
 }

@@ -198,6 +198,8 @@ struct Inner {
     emptying: AsyncMutex<()>,
     /// The backing device has refused a discard.
     cannot_discard: AtomicBool,
+    /// The same, of zeros for which it is to keep the space.
+    cannot_zero: AtomicBool,
     /// What the cache device carries beyond the base format, if it does.
     extension: Option<SuperblockExtension>,
     /// The generation of its newest page that is durable.

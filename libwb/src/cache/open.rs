@@ -151,6 +151,7 @@ impl Cache {
             recovery_bytes: bytes_read,
             emptying: AsyncMutex::default(),
             cannot_discard: AtomicBool::new(false),
+            cannot_zero: AtomicBool::new(false),
             digest: superblock.extension.as_ref().map(SuperblockExtension::digest),
             generation: superblock.extension.as_ref().map_or(0, |page| page.generation).into(),
             extension: grown.clone().or(superblock.extension),
@@ -280,7 +281,7 @@ impl Slots<'_> {
             if let Some(old) = self.index.link(block, place) {
                 let sectors = old.dirty.without(dirty);
                 if !sectors.is_clean() {
-                    leftovers.push(Item { block, place: old.place, sectors });
+                    leftovers.push(Item { block, place: old.place, sectors, discarded: false });
                 }
             }
         }

@@ -5,13 +5,15 @@ use super::stuck::{Failed, MOST_STUCK, Passage};
 use super::{CacheError, Inner};
 use crate::device::{BlockDevice, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, Record, SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, Record, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector,
+    SegmentId, to_u64, to_usize,
 };
 use crate::log::create::write_record;
 use crate::planted::Bug;
 use futures_lite::future::yield_now;
 use futures_util::StreamExt;
 use futures_util::stream::{self, FuturesUnordered};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// The longest single write to the backing device, in sectors.
@@ -31,6 +33,8 @@ pub(super) struct Item {
     pub(super) block: BlockNo,
     pub(super) place: Place,
     pub(super) sectors: DirtyBits,
+    /// These are the zeros of a discard.
+    pub(super) discarded: bool,
 }
 
 /// Why a batch was not written back, or only in part.
@@ -226,6 +230,11 @@ impl Inner {
         if self.lock().stopping {
             return Err(Fault::Closing);
         }
+        if run.pieces.iter().all(|piece| piece.discarded) && self.give_up(run).await {
+            let blocks = (run.end.0 - run.start.0) / SECTORS_PER_BLOCK;
+            self.lock().throttle.progressed(blocks, self.runtime.now());
+            return Ok(());
+        }
         let refused = |error| Fault::Device { error, lost: false };
         let offset = run.start.bytes();
         let length = to_usize((run.end.0 - run.start.0) * to_u64(SECTOR_BYTES));
@@ -255,6 +264,15 @@ impl Inner {
     }
 }
 
+impl Inner {
+    /// Discards what a run of zeros covers, so that it takes no space. Where that cannot be done, the zeros are written.
+    async fn give_up(&self, run: &Run) -> bool {
+        let length = (run.end.0 - run.start.0) * to_u64(SECTOR_BYTES);
+        let can = !run.has_gaps && !self.cannot_discard.load(Ordering::Relaxed);
+        can && self.writeback_device.discard(run.start.bytes(), length).await.is_ok()
+    }
+}
+
 impl State {
     /// What of a segment a batch that ends with `last` is to write back, and what it passes over.
     fn sort_out(
@@ -281,7 +299,8 @@ impl State {
             let (block, sectors) = self.index.at(place).filter(|(_, dirty)| !dirty.is_clean())?;
             let newest = self.index.get(block)?;
             if newest.place == place {
-                return Some(Item { block, place, sectors });
+                let discarded = self.index.is_discarded(place) && sectors.is_all();
+                return Some(Item { block, place, sectors, discarded });
             }
             // A newer version in this batch carries all that this one does. One beyond it must not stand for it: should the
             // cache device be lost before its turn, or a power cut undo it, the backing device would hold neither.
@@ -292,7 +311,7 @@ impl State {
             // What the newest version lacks was written back before that was made, though the record may not say so.
             // Something newer than this one may have been.
             let sectors = sectors.intersection(newest.dirty);
-            (!sectors.is_clean() && !superseded).then_some(Item { block, place, sectors })
+            (!sectors.is_clean() && !superseded).then_some(Item { block, place, sectors, discarded: false })
         };
         (0..PLACES).filter_map(item).collect()
     }
@@ -317,6 +336,8 @@ struct Piece {
     place: Place,
     /// The first sector within the block.
     first: usize,
+    /// The whole block is the zeros of a discard.
+    discarded: bool,
 }
 
 /// Chooses the newest version of each sector from items that are sorted by block, older versions first.
@@ -336,7 +357,8 @@ fn pieces_of(versions: &[Item]) -> Vec<Piece> {
     for same in newest.chunk_by(|a, b| a == b) {
         if let Some(place) = same[0] {
             let sector = Sector(versions[0].block.sector().0 + to_u64(at));
-            pieces.push(Piece { sector, sectors: same.len(), place, first: at });
+            let discarded = versions.last().is_some_and(|last| last.discarded && last.place == place);
+            pieces.push(Piece { sector, sectors: same.len(), place, first: at, discarded });
         }
         at += same.len();
     }
@@ -367,9 +389,11 @@ fn runs(pieces: impl Iterator<Item = Piece>, unit: u64, most: u64) -> impl Itera
         let first = pieces.next()?;
         let (start, mut end) = aligned(&first);
         let mut run = vec![first];
+        let discarded = first.discarded;
         while let Some(piece) = pieces.next_if(|piece| {
             let (from, to) = aligned(piece);
-            from < end || (from == end && to.0 - start.0 <= most)
+            let is_alike = piece.discarded == discarded;
+            from < end || (from == end && is_alike && to.0 - start.0 <= most)
         }) {
             end = end.max(aligned(&piece).1);
             run.push(piece);
@@ -404,7 +428,7 @@ fn loads(pieces: &[Piece]) -> Vec<Load> {
             load.sectors += piece.sectors;
             continue;
         }
-        let Piece { sector, sectors, place, first } = *piece;
+        let Piece { sector, sectors, place, first, .. } = *piece;
         loads.push(Load { place, blocks: 1, first, sector, sectors });
     }
     loads
@@ -417,7 +441,7 @@ mod tests {
 
     fn item(block: u64, id: u64, index: u8, sectors: u8) -> Item {
         let place = Place { slot: Slot(u32::try_from(id).expect("small")), index };
-        Item { block: BlockNo(block), place, sectors: DirtyBits(sectors) }
+        Item { block: BlockNo(block), place, sectors: DirtyBits(sectors), discarded: false }
     }
 
     fn runs_of(items: &[Item], unit: u64) -> Vec<Run> {

@@ -134,6 +134,11 @@ pub trait BlockDevice: Send + Sync + 'static {
 
     /// Makes a range read as zeros, and gives up its space where that can be done.
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()>;
+
+    /// Makes a range read as zeros, and keeps its space where that can be told.
+    fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
+        self.discard(offset, length)
+    }
 }
 
 /// Runs operations to their end, even after a failure, and gives the first error. An operation that is dropped goes on: who

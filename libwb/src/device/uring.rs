@@ -130,6 +130,12 @@ impl BlockDevice for UringDevice {
     }
 
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
-        Box::pin(unit(self.submit(Operation::Discard, offset, length, OpKind::PunchHole { offset, length })))
+        let mode = libc::FALLOC_FL_PUNCH_HOLE;
+        Box::pin(unit(self.submit(Operation::Discard, offset, length, OpKind::Zero { mode, offset, length })))
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
+        let mode = libc::FALLOC_FL_ZERO_RANGE;
+        Box::pin(unit(self.submit(Operation::Discard, offset, length, OpKind::Zero { mode, offset, length })))
     }
 }

@@ -387,17 +387,22 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         reply: ReplyEmpty,
     ) {
         const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
-        const READS_ZEROS: [i32; 2] = [libc::FALLOC_FL_PUNCH_HOLE, libc::FALLOC_FL_ZERO_RANGE];
-        if !READS_ZEROS.contains(&(mode & !KEEP_SIZE)) {
-            return reply.error(fuser::Errno::EOPNOTSUPP);
-        }
+        let keeps_space = match mode & !KEEP_SIZE {
+            libc::FALLOC_FL_PUNCH_HOLE => false,
+            libc::FALLOC_FL_ZERO_RANGE => true,
+            _ => return reply.error(fuser::Errno::EOPNOTSUPP),
+        };
         let sector = match sector(offset, to_usize(length)) {
             Ok(sector) => sector,
             Err(errno) => return reply.error(errno),
         };
         let volume = self.volume.clone();
         self.runtime.run_now(async move {
-            match volume.discard(sector, length).await {
+            let done = match keeps_space {
+                true => volume.zero(sector, length).await,
+                false => volume.discard(sector, length).await,
+            };
+            match done {
                 Ok(()) => reply.ok(),
                 Err(errno) => reply.error(to_fuse(errno)),
             }

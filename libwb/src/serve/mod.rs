@@ -105,6 +105,14 @@ pub trait Volume: Clone + Send + Sync + 'static {
     /// `EOPNOTSUPP` where it cannot discard, or what else the caller is to be told. Parts may have been discarded.
     fn discard(&self, sector: Sector, length: u64) -> impl Future<Output = Result<(), Errno>> + Send;
 
+    /// The same, but the range keeps its space.
+    ///
+    /// # Errors
+    /// As [`Volume::discard`].
+    fn zero(&self, sector: Sector, length: u64) -> impl Future<Output = Result<(), Errno>> + Send {
+        self.discard(sector, length)
+    }
+
     /// Makes everything acknowledged before durable.
     ///
     /// # Errors
@@ -134,6 +142,10 @@ impl Volume for Cache {
 
     async fn discard(&self, sector: Sector, length: u64) -> Result<(), Errno> {
         self.discard(sector, length).await.map_err(|error| error.errno())
+    }
+
+    async fn zero(&self, sector: Sector, length: u64) -> Result<(), Errno> {
+        self.zero(sector, length).await.map_err(|error| error.errno())
     }
 
     async fn flush(&self) -> Result<(), Errno> {

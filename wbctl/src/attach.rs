@@ -126,6 +126,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let (name, volume) = args.volume()?;
     // Before anything is touched.
     volume.tunables()?;
+    libwb::serve::refuse_without_root().map_err(anyhow::Error::msg)?;
     logging::to_stderr();
     libwb::serve::abort_on_panic();
     lock_for_life(&name)?;

@@ -66,6 +66,8 @@ PROGRAMS = wbctl wbformat wbcheck wbdump
 
 # The programs, the manual, completions, and what systemd and udev need; after `make build`.
 install:
+	@for file in $(PROGRAMS) share/man/man7/wb.7; do test -e "$(RELEASE)/$$file" || { \
+		echo "make install: there is no $(RELEASE)/$$file; first: make build" >&2; exit 1; }; done
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(addprefix $(RELEASE)/,$(PROGRAMS))
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man5 man/wb.5
 	cd $(RELEASE)/share && find . -type f -exec install -D -m 644 {} $(abspath $(DESTDIR)$(PREFIX))/share/{} \;

@@ -13,7 +13,7 @@ STRESS_SECONDS = 300
 
 # What the build needs (libblkid and what binds to it), and what the tests drive the volumes with.
 PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fsprogs xfsprogs fio zstd util-linux udev \
-	python3
+	python3 strace
 
 # A virtual machine with the real kernel module, and what builds the module for its kernel.
 VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod dmsetup dkms linux-image-amd64 linux-headers-amd64 \

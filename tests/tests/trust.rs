@@ -150,7 +150,8 @@ fn attach_with_limit(kib: u32, without: &str) -> (String, bool) {
     without_rights.envs(attach.get_envs().filter_map(|(key, value)| Some((key, value?))));
     let attached = volume.start(after(&limit, &without_rights));
     wb_tests::overwrite(&attached.device, 0, &wb_tests::noise(1, 4 * MIB));
-    let status = std::fs::read_to_string(format!("/proc/{}/status", attached.pid())).unwrap();
+    let status =
+        std::fs::read_to_string(format!("/proc/{}/status", attached.pid())).expect("a process that runs");
     let locked = status.lines().any(|line| line.starts_with("VmLck:") && !line.contains(" 0 kB"));
     let said = attached.stderr();
     attached.detach(&["--drain"]);

@@ -208,12 +208,15 @@ fn allocated(file: &Path) -> u64 {
 #[test]
 fn a_sparse_cache_file_is_allocated_unless_that_is_not_wanted() {
     let bytes = cache_bytes(16);
-    let make: [&dyn Fn(&Volume, &[&str]); 2] =
-        [&|volume, more| drop(volume.create(more)), &|volume, more| {
+    type Make = fn(&Volume, &[&str]);
+    let makes: [Make; 2] = [
+        |volume, more| drop(volume.create(more)),
+        |volume, more| {
             let formatted = wb_tests::run("wbformat", [&[text(&volume.cache)], more].concat());
             assert_eq!(formatted.code, 0, "{formatted:?}");
-        }];
-    for make in make {
+        },
+    ];
+    for make in makes {
         let volume = Volume::blank(16, 16 * MIB);
         make(&volume, &["--sparse"]);
         assert!(allocated(&volume.cache) < bytes, "as it was");

@@ -13,7 +13,7 @@ STRESS_SECONDS = 300
 
 # What the build needs (libblkid and what binds to it), and what the tests drive the volumes with.
 PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fsprogs xfsprogs fio zstd util-linux udev \
-	python3
+	python3 strace
 
 # A virtual machine with the real kernel module, and what builds the module for its kernel.
 VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod dmsetup dkms linux-image-amd64 linux-headers-amd64 \
@@ -66,6 +66,8 @@ PROGRAMS = wbctl wbformat wbcheck wbdump
 
 # The programs, the manual, completions, and what systemd and udev need; after `make build`.
 install:
+	@for file in $(PROGRAMS) share/man/man7/wb.7; do test -e "$(RELEASE)/$$file" || { \
+		echo "make install: there is no $(RELEASE)/$$file; first: make build" >&2; exit 1; }; done
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(addprefix $(RELEASE)/,$(PROGRAMS))
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man5 man/wb.5
 	cd $(RELEASE)/share && find . -type f -exec install -D -m 644 {} $(abspath $(DESTDIR)$(PREFIX))/share/{} \;

@@ -23,7 +23,7 @@ if [ "$passed" -le 0 ]; then echo "no test ran"; exit 1; fi
 
 # Each fuzz target for a moment. It counts as one test.
 if ! cargo fuzz --version >/dev/null 2>&1; then
-    echo "SKIPPED fuzz: needs cargo fuzz; `make tools` installs it"
+    echo 'SKIPPED fuzz: needs cargo fuzz; `make tools` installs it'
     skipped=$((skipped + 1))
 elif fuzz/run.sh 10; then
     passed=$((passed + 1))

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::fd::AsRawFd;
 
 mod ioctl {
+    nix::ioctl_read_bad!(blkroget, 0x125e, libc::c_int); // BLKROGET, linux/fs.h
     nix::ioctl_read_bad!(blksszget, 0x1268, libc::c_int); // BLKSSZGET, linux/fs.h
     nix::ioctl_read!(blkgetsize64, 0x12, 114, usize); // BLKGETSIZE64, linux/fs.h
 }
@@ -24,6 +25,22 @@ pub(crate) fn logical_block_size(device: &File) -> nix::Result<u32> {
     // SAFETY: the call writes one int to a live variable of that type.
     unsafe { ioctl::blksszget(device.as_raw_fd(), &raw mut bytes) }?;
     u32::try_from(bytes).map_err(|_| Errno::EINVAL)
+}
+
+/// Whether a block device takes no writes.
+pub(crate) fn is_read_only(device: &File) -> nix::Result<bool> {
+    let mut read_only: libc::c_int = 0;
+    // SAFETY: the call writes one int to a live variable of that type.
+    unsafe { ioctl::blkroget(device.as_raw_fd(), &raw mut read_only) }?;
+    Ok(read_only != 0)
+}
+
+/// From now on, a write beyond the limit for the size of files (`ulimit -f`) fails, and does not end the process.
+#[cfg(feature = "cli")]
+pub(crate) fn ignore_file_size_signal() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: no handler is installed, and none is replaced: nothing of this process handles the signal.
+    let _ = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
 }
 
 /// Asks for large pages for memory that is looked at in no order. Where there are none, it is as slow as before.

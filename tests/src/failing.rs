@@ -21,13 +21,15 @@ const FILE: INodeNo = INodeNo(2);
 /// How long the kernel may believe what it was told of the file, which never changes.
 const FOREVER: Duration = Duration::from_secs(1 << 31);
 
-/// What fails, with EIO. By default, nothing.
+/// What fails, with EIO unless it says otherwise. By default, nothing.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
     /// Reads of any byte in this range.
     pub reads: Range<u64>,
     /// All writes. None of their data arrives.
     pub writes: bool,
+    /// All writes too, but with ENOSPC, as of a sparse file on a full filesystem.
+    pub full: bool,
     /// All flushes.
     pub flushes: bool,
 }
@@ -145,7 +147,10 @@ impl Filesystem for Files {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let fails = self.faults.lock().writes;
+        let Faults { writes: fails, full, .. } = *self.faults.lock();
+        if full {
+            return reply.error(fuser::Errno::ENOSPC);
+        }
         match u32::try_from(data.len()) {
             Ok(length) if !fails && self.file.write_all_at(data, offset).is_ok() => reply.written(length),
             _ => reply.error(fuser::Errno::EIO),

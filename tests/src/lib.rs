@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -204,6 +205,46 @@ macro_rules! wb {
     };
 }
 
+/// The command `wbctl` of a volume, to be run by an ordinary user who owns nothing, or by who runs the test if that is not root.
+/// Where only root can get at the program, it is a copy of it beside the volume.
+///
+/// # Panics
+/// When it cannot be copied.
+pub fn as_nobody(volume: &Volume, args: &[&str]) -> Command {
+    let wanted = volume.command(args);
+    if !nix::unistd::geteuid().is_root() {
+        return wanted;
+    }
+    let can_run = |program: &Path| {
+        let mut version = Command::new(program);
+        version.arg("--version").uid(NOBODY).gid(NOBODY).stdout(Stdio::null());
+        version.status().is_ok_and(|status| status.success())
+    };
+    let mut program = bin("wbctl");
+    if !can_run(&program) {
+        program = volume.path("wbctl");
+        if !program.exists() {
+            let linked = std::fs::hard_link(bin("wbctl"), &program);
+            linked.or_else(|_| std::fs::copy(bin("wbctl"), &program).map(drop)).expect("room for a program");
+        }
+        // A process that another thread has just started may still have the copy open to write, which keeps it from being run.
+        assert!(wait_for(|| can_run(&program)), "{} cannot be run by others", program.display());
+    }
+    let mut command = Command::new(program);
+    command.envs(wanted.get_envs().filter_map(|(key, value)| Some((key, value?))));
+    command.args(args).uid(NOBODY).gid(NOBODY);
+    command
+}
+
+/// A command that first does something in the shell that runs it, such as to set a limit.
+pub fn after(shell: &str, command: &Command) -> Command {
+    let mut inside = Command::new("sh");
+    inside.args(["-c", &format!("{shell} && exec \"$@\""), "sh"]).arg(command.get_program());
+    inside.args(command.get_args());
+    inside.envs(command.get_envs().filter_map(|(key, value)| Some((key, value?))));
+    inside
+}
+
 /// Runs a program of the system; `None` when it is not there or fails.
 pub fn system(program: &str, args: &[&str]) -> Option<String> {
     let output = Command::new(program).args(args).stdin(Stdio::null()).output().ok()?;
@@ -336,7 +377,16 @@ pub struct LoopDevice {
 impl LoopDevice {
     /// Attaches a file. `None` where that is not possible: not root, or no loop devices.
     pub fn attach(file: &Path) -> Option<LoopDevice> {
-        let name = system("losetup", &["--find", "--show", file.to_str()?])?;
+        LoopDevice::attach_with(&[], file)
+    }
+
+    /// Attaches a file, to be read alone. (What `blockdev --setro` does to a loop device stays when it stands on another file.)
+    pub fn attach_read_only(file: &Path) -> Option<LoopDevice> {
+        LoopDevice::attach_with(&["--read-only"], file)
+    }
+
+    fn attach_with(options: &[&str], file: &Path) -> Option<LoopDevice> {
+        let name = system("losetup", &[options, &["--find", "--show", file.to_str()?]].concat())?;
         Some(LoopDevice { path: PathBuf::from(name.trim()) })
     }
 }

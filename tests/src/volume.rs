@@ -48,13 +48,14 @@ impl Volume {
         )
     }
 
-    /// A new volume, made by `wbctl create`.
+    /// A new volume, made by `wbctl create`, though its cache may be larger than its backing device.
     ///
     /// # Panics
     /// When wbctl fails.
     pub fn created(segments: u32, backing_bytes: u64) -> Volume {
         let volume = Volume::blank(segments, backing_bytes);
-        volume.create(&[]);
+        let is_smaller = backing_bytes < crate::cache_bytes(segments);
+        volume.create(if is_smaller { &["--force"] } else { &[] });
         volume
     }
 

@@ -98,6 +98,25 @@ fn what_make_installs_works_and_is_uninstalled_without_a_rest() {
     }
 }
 
+#[test]
+fn without_a_build_nothing_is_installed_and_what_to_do_is_said() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path().join("root");
+    let destination = format!("DESTDIR={}", root.display());
+    let says = |target: &Path, missing: &str| {
+        let refused = make(target, &["install", &destination]);
+        assert_ne!(refused.code, 0, "{refused:?}");
+        let file = target.join("release").join(missing);
+        let why = format!("make install: there is no {}; first: make build", file.display());
+        assert!(refused.stderr.contains(&why), "{refused:?}");
+        assert!(!root.exists(), "nothing is installed");
+    };
+    says(&dir.path().join("nothing"), "wbctl");
+    let target = target(&dir);
+    fs::remove_file(target.join("release/wbdump")).unwrap();
+    says(&target, "wbdump");
+}
+
 /// Runs dpkg on a system of its own below `root`.
 fn dpkg(root: &Path, args: &[&str]) -> Outcome {
     let mut dpkg = Command::new("dpkg");

@@ -4,23 +4,20 @@
 use libwb::format::{BlockNo, DirtyBits, Metablock};
 use nix::sys::signal::Signal;
 use std::os::unix::fs::{PermissionsExt, chown};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use wb_tests::{
-    GOLDEN, NOBODY, Outcome, Volume, golden_volume_sha256, needs_serving, overwrite, read_at, sha256,
-    sha256_direct, wb, write_segment,
+    GOLDEN, LoopDevice, NOBODY, Outcome, Volume, as_nobody, golden_volume_sha256, needs_serving, overwrite,
+    read_at, sha256, sha256_direct, wb, write_segment,
 };
 
 /// Runs wbctl as an ordinary user, who owns the volume's files.
 fn as_ordinary_user(volume: &Volume, args: &[&str]) -> Outcome {
-    let mut command = volume.command(args);
     if nix::unistd::geteuid().is_root() {
         for path in [volume.dir.path(), &volume.cache, &volume.backing] {
             chown(path, Some(NOBODY), Some(NOBODY)).expect("files to give away");
         }
-        command.uid(NOBODY).gid(NOBODY);
     }
-    Outcome::of(command)
+    Outcome::of(as_nobody(volume, args))
 }
 
 fn replay(volume: &Volume) -> Outcome {
@@ -112,6 +109,34 @@ fn a_file_that_may_only_be_read_is_refused_and_left_as_it_is() {
     assert!(outcome.stderr.contains("Permission denied"), "{outcome:?}");
     assert_eq!(volume.images(), before);
     assert!(Path::new(&volume.cache).exists());
+}
+
+#[test]
+fn a_dry_run_opens_for_reading_alone() {
+    let volume = Volume::golden("few-1");
+    let before = volume.images();
+    for path in [&volume.cache, &volume.backing] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444)).unwrap();
+    }
+    for more in [&[][..], &["--until", "5"]] {
+        let looked =
+            as_ordinary_user(&volume, &[&["replay", "--dry-run"], &volume.pair()[..], more].concat());
+        assert!(looked.code == 0 && looked.stdout.starts_with("would write back"), "{looked:?}");
+    }
+    assert_eq!(volume.images(), before);
+}
+
+#[test]
+fn a_dry_run_takes_block_devices_that_are_write_protected() {
+    needs_serving!();
+    let volume = Volume::golden("few-1");
+    let devices = [&volume.cache, &volume.backing]
+        .map(|file| LoopDevice::attach_read_only(file).expect("a loop device"));
+    let [cache, backing] = devices.each_ref().map(|device| device.path.to_str().unwrap());
+    let looked = wb!("wbctl", "replay", "--dry-run", "--cache", cache, "--backing", backing);
+    assert!(looked.code == 0 && looked.stdout.starts_with("would write back"), "{looked:?}");
+    let refused = wb!("wbctl", "replay", "--cache", cache, "--backing", backing);
+    assert!(refused.code == 1 && refused.stderr.contains("write-protected"), "{refused:?}");
 }
 
 /// A log of three segments. Block 0 is in all of them, and in the last in part; block 1 in the second alone.

@@ -114,10 +114,10 @@ fn a_cache_device_is_replaced_by_a_larger_one() {
     attached.detach(&["--drain"]);
     let name = volume.name.clone();
     volume.must(&["remove", &name]);
-    volume.cache = zeros(&volume.dir, "larger.img", cache_bytes(32));
+    volume.cache = zeros(&volume.dir, "larger.img", cache_bytes(28));
     volume.create(&[]);
     let attached = volume.attach_with(&[]);
-    assert_eq!(volume.status()["live"]["log_bytes"], 16 * MIB);
+    assert_eq!(volume.status()["live"]["log_bytes"], 14 * MIB);
     assert!(read_at(&attached.device, 4096, 3 * MIB) == noise(1, 3 * MIB));
     attached.detach(&[]);
 }

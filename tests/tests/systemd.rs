@@ -1,14 +1,15 @@
 //! What systemd sees of a volume: the unit, and what the daemon tells it.
 
 use nix::sys::signal::Signal;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
-use wb_tests::{Filesystem, MIB, Outcome, Volume, has_program, needs_serving, noise, skip, wait_for};
+use wb_tests::{Filesystem, MIB, Outcome, Volume, has_program, needs_serving, noise, skip, system, wait_for};
 
 /// Plays systemd: takes what is sent to `NOTIFY_SOCKET`, and notes each time whether the volume could be read.
 struct Systemd {
@@ -162,6 +163,166 @@ fn the_journal_gets_each_line_with_its_level() {
         assert!(said.lines().any(|line| line.starts_with(start)), "{said}");
         assert!(said.lines().all(|line| line.starts_with('<') == start.starts_with('<')), "{said}");
     }
+}
+
+/// The values of a setting of the unit, in their order.
+fn settings(unit: &str, key: &str) -> Vec<String> {
+    unit.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('=')).map(String::from).collect()
+}
+
+/// The system calls that systemd knows under a name, such as `@system-service`.
+fn system_calls(name: &str) -> BTreeSet<String> {
+    if !name.starts_with('@') {
+        return BTreeSet::from([name.into()]);
+    }
+    let mut analyze = Command::new("systemd-analyze");
+    let listed = Outcome::of({
+        analyze.args(["syscall-filter", name]);
+        analyze
+    });
+    assert_eq!(listed.code, 0, "{listed:?}");
+    let lines = listed.stdout.lines().skip(1).map(str::trim);
+    lines.filter(|line| !line.starts_with('#') && !line.is_empty()).flat_map(system_calls).collect()
+}
+
+#[test]
+fn the_daemon_gets_by_with_the_rights_that_the_unit_leaves_it() {
+    needs_serving!("systemd-analyze", "setpriv", "strace", "mkfs.ext4", "blkdiscard");
+    let unit = wb_tests::dist("systemd/wb@.service", &["wbctl"]);
+    let kept: Vec<String> = settings(&unit, "CapabilityBoundingSet")[0]
+        .split(' ')
+        .map(|name| name.trim_start_matches("CAP_").to_lowercase())
+        .collect();
+    let all = system("setpriv", &["--list-caps"]).expect("setpriv");
+    let dropped: Vec<String> =
+        all.lines().filter(|cap| !kept.iter().any(|it| it == cap)).map(|cap| format!("-{cap}")).collect();
+    assert!(kept.len() + dropped.len() == all.lines().count() && dropped.len() > 30, "{dropped:?}");
+
+    let volume = Volume::created(16, 32 * MIB);
+    let calls = volume.path("calls");
+    let attach = volume.command(&["attach", &volume.name]);
+    let mut limited = Command::new("setpriv");
+    limited.args(["--no-new-privs", "--bounding-set", &dropped.join(","), "strace", "-f", "-c", "-o"]);
+    limited.arg(&calls).arg(attach.get_program()).args(attach.get_args());
+    limited.envs(attach.get_envs().filter_map(|(key, value)| Some((key, value?))));
+    let umask = format!("umask {}", settings(&unit, "UMask")[0]);
+    let mut attached = volume.start(wb_tests::after(&umask, &limited));
+    Filesystem::Ext4.make(&attached.device);
+    let on = attached.mount();
+    std::fs::write(on.join("file"), noise(1, 12 * MIB)).unwrap();
+    attached.unmount();
+    system("blkdiscard", &["--offset", "8388608", "--length", "4194304", attached.device_str()]).unwrap();
+    volume.must(&["set", &volume.name, "writeback_threshold=50"]);
+    volume.must(&["pause", &volume.name]);
+    volume.must(&["resume", &volume.name]);
+    assert_eq!(volume.status()["state"], "attached");
+    assert!(std::fs::metadata("/dev/wb").unwrap().mode() & 0o005 == 0o005, "for everybody to look into");
+    attached.detach(&["--drain"]);
+
+    let mut allowed = BTreeSet::new();
+    for filter in settings(&unit, "SystemCallFilter") {
+        let (names, is_denied) = filter.strip_prefix('~').map_or((&*filter, false), |names| (names, true));
+        for call in names.split(' ').flat_map(system_calls) {
+            if is_denied {
+                allowed.remove(&call)
+            } else {
+                allowed.insert(call)
+            };
+        }
+    }
+    let table = std::fs::read_to_string(&calls).unwrap();
+    // Its last line is the sum.
+    let used: BTreeSet<&str> =
+        table.lines().skip(2).filter_map(|line| line.split_whitespace().last()).collect();
+    let used = used.into_iter().filter(|call| !call.starts_with('-') && *call != "total");
+    let (inside, beyond): (Vec<_>, Vec<_>) = used.partition(|call| allowed.contains(*call));
+    assert!(inside.contains(&"fsmount") && inside.contains(&"io_uring_enter"), "{table}");
+    assert!(beyond.is_empty(), "the filter of the unit lacks {beyond:?}");
+}
+
+#[test]
+fn the_unit_is_hardened_and_leaves_the_daemon_in_the_mounts_of_the_system() {
+    let unit = wb_tests::dist("systemd/wb@.service", &["wbctl"]);
+    // What systemd.exec(5) says to make a mount namespace, or a list of devices, which would lack those that come later.
+    for option in [
+        "BindPaths",
+        "BindReadOnlyPaths",
+        "DeviceAllow",
+        "DevicePolicy",
+        "DynamicUser",
+        "ExecPaths",
+        "InaccessiblePaths",
+        "MountAPIVFS",
+        "MountFlags",
+        "NoExecPaths",
+        "PrivateDevices",
+        "PrivateIPC",
+        "PrivateMounts",
+        "PrivateNetwork",
+        "PrivateTmp",
+        "PrivateUsers",
+        "ProcSubset",
+        "ProtectClock",
+        "ProtectControlGroups",
+        "ProtectHome",
+        "ProtectKernelLogs",
+        "ProtectKernelModules",
+        "ProtectKernelTunables",
+        "ProtectProc",
+        "ProtectSystem",
+        "ReadOnlyPaths",
+        "ReadWritePaths",
+        "RootDirectory",
+        "RootImage",
+        "TemporaryFileSystem",
+    ] {
+        assert_eq!(settings(&unit, option), Vec::<String>::new(), "{option}");
+    }
+    if !has_program("systemd-analyze") {
+        skip!("needs systemd-analyze");
+    }
+    let dir = tempfile::TempDir::new().unwrap();
+    let exposure = |unit: &str, most: &str| {
+        let path = dir.path().join("wb@.service");
+        std::fs::write(&path, unit).unwrap();
+        let mut command = Command::new("systemd-analyze");
+        command.args(["security", "--offline=true", "--threshold", most]).arg(path);
+        Outcome::of(command)
+    };
+    let rated = exposure(&unit, "45");
+    assert_eq!(rated.code, 0, "more than 4.5 of 10: {rated:?}");
+    let open = exposure(&unit.replace("CapabilityBoundingSet=", "#"), "45");
+    assert_ne!(open.code, 0, "what is open would be noticed: {open:?}");
+}
+
+/// The line for /etc/fstab in a text, as it is to be typed.
+fn fstab_line(text: &str) -> String {
+    let text = text.replace("\\-", "-").replace("\\:", "");
+    let line = text.lines().find(|line| line.starts_with("/dev/wb/data ")).expect("a line for /etc/fstab");
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[test]
+fn the_mount_that_the_manual_advises_belongs_to_the_unit() {
+    let advised = fstab_line(include_str!("../../README.md"));
+    assert_eq!(fstab_line(include_str!("../../manual/src/wb.7")), advised);
+    let generator = Path::new("/usr/lib/systemd/system-generators/systemd-fstab-generator");
+    if !generator.exists() {
+        skip!("needs {}", generator.display());
+    }
+    let dir = tempfile::TempDir::new().unwrap();
+    let (fstab, out) = (dir.path().join("fstab"), dir.path().join("out"));
+    std::fs::write(&fstab, advised + "\n").unwrap();
+    std::fs::create_dir(&out).unwrap();
+    let mut generate = Command::new(generator);
+    generate.args([&out, &out, &out]).env("SYSTEMD_FSTAB", &fstab);
+    assert_eq!(Outcome::of(generate).code, 0);
+    let mount = std::fs::read_to_string(out.join("srv.mount")).unwrap();
+    for dependency in ["Requires=wb@data.service", "After=wb@data.service"] {
+        assert!(mount.lines().any(|line| line == dependency), "{dependency}: {mount}");
+    }
+    assert!(out.join("wb@data.service.wants/srv.mount").is_symlink(), "it comes back with the volume");
+    assert!(!out.join("local-fs.target.requires/srv.mount").exists(), "the machine boots without it");
 }
 
 #[test]

@@ -3,11 +3,10 @@
 use libwb::format::{BlockNo, DirtyBits, Metablock};
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use wb_tests::{
-    Filesystem, MIB, NOBODY, Outcome, Volume, bin, cache_bytes, flip_bit, has_program, needs_serving,
+    Filesystem, MIB, Outcome, Volume, as_nobody, bin, cache_bytes, flip_bit, has_program, needs_serving,
     overwrite, segment_offset, sha256, skip, write_segment,
 };
 
@@ -38,7 +37,8 @@ fn all_refuse(volume: &Volume, why: &str) {
 
 fn create_refuses(volume: &Volume, more: &[&str], why: &str) {
     let args = [&["create", volume.name.as_str()], &volume.pair()[..], more].concat();
-    refuses(volume, &args, 1, why);
+    let refused = refuses(volume, &args, 1, why);
+    assert!(refused.stderr.starts_with("wbctl: "), "by the program that was typed: {refused:?}");
     assert!(!volume.record().exists(), "nothing is recorded");
 }
 
@@ -145,7 +145,7 @@ fn a_foreign_filesystem_is_not_formatted_over_unasked() {
     if !has_program("mkfs.ext4") {
         skip!("needs mkfs.ext4");
     }
-    let volume = Volume::blank(16, 8 * MIB);
+    let volume = Volume::blank(16, 16 * MIB);
     Filesystem::Ext4.make(&volume.cache);
     create_refuses(&volume, &[], "it holds: ext4");
     attach_and_replay_refuse(&volume, volume.cache.to_str().unwrap());
@@ -223,20 +223,12 @@ fn a_filter_of_the_log_that_makes_no_sense_is_told_of() {
 #[test]
 fn an_ordinary_user_is_not_told_that_an_attached_volume_is_detached() {
     needs_serving!();
-    let as_nobody = |mut command: Command| {
-        command.uid(NOBODY).gid(NOBODY);
-        command
-    };
-    let mut version = as_nobody(Command::new(bin("wbctl")));
-    if !version.arg("--version").output().is_ok_and(|output| output.status.success()) {
-        skip!("wbctl is built where only root can run it");
-    }
     let volume = Volume::created(4, 8 * MIB);
     std::fs::set_permissions(volume.dir.path(), Permissions::from_mode(0o755)).unwrap();
     let attached = volume.attach_with(&[]);
     let name = volume.name.as_str();
     for args in [&["status", name][..], &["get", name], &["list"], &["status"]] {
-        let refused = Outcome::of(as_nobody(volume.command(args)));
+        let refused = Outcome::of(as_nobody(&volume, args));
         assert_eq!((refused.code, refused.stdout.as_str()), (1, ""), "{refused:?}");
         assert!(refused.stderr.ends_with("(root is needed): Permission denied\n"), "{refused:?}");
     }
@@ -298,6 +290,11 @@ fn a_record_that_makes_no_sense_is_refused_by_line() {
         refuses(&volume, &["attach", &volume.name], 1, why);
         refuses(&volume, &["status", &volume.name], 1, record.to_str().unwrap());
     }
+    let nul = good.replacen("cache = \"", "cache = \"\\u0000", 1);
+    assert_ne!(nul, good);
+    std::fs::write(&record, nul).unwrap();
+    refuses(&volume, &["attach", &volume.name], 1, "is no path of a device: it has a NUL in it");
+    std::fs::write(&record, &good).unwrap();
     overwrite(&record, 0, b"\xff\xfe");
     refuses(&volume, &["attach", &volume.name], 1, record.to_str().unwrap());
 }

@@ -21,7 +21,9 @@ use libwb::log::scan::BackingFacts;
 use libwb::serve::ReadOnly;
 use libwb::serve::loopdev::{LoopDevice, Options, holders, users};
 use nix::sys::signal::Signal;
+use std::fs::Permissions;
 use std::io::{ErrorKind, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Mutex;
@@ -126,6 +128,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let (name, volume) = args.volume()?;
     // Before anything is touched.
     volume.tunables()?;
+    libwb::serve::refuse_without_root().map_err(anyhow::Error::msg)?;
     logging::to_stderr();
     libwb::serve::abort_on_panic();
     lock_for_life(&name)?;
@@ -275,7 +278,10 @@ fn link(name: &Name, device: &Path) {
     // In one step, so that a name that leads to the device before does not vanish meanwhile.
     let new = link.with_file_name(format!(".{name}"));
     let _ = std::fs::remove_file(&new);
-    let made = std::fs::create_dir_all(link.parent().unwrap_or(&link))
+    let folder = link.parent().unwrap_or(&link);
+    let made = std::fs::create_dir_all(folder)
+        // For everybody to look into, whatever the umask.
+        .and_then(|()| std::fs::set_permissions(folder, Permissions::from_mode(0o755)))
         .and_then(|()| std::os::unix::fs::symlink(device, &new))
         .and_then(|()| std::fs::rename(&new, &link));
     if let Err(e) = made {

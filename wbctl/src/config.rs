@@ -4,7 +4,7 @@ use crate::create::parse_sector_size;
 use crate::place::Name;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
-use libwb::cli::Recorded;
+use libwb::cli::{MAX_RECORD, Recorded, read_own};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -32,7 +32,7 @@ impl Volume {
     /// Reads the record of a volume; `None` when there is none.
     pub(crate) fn load(name: &Name) -> Result<Option<Volume>> {
         let path = name.config_file();
-        let text = match std::fs::read_to_string(&path) {
+        let text = match read_own(&path, MAX_RECORD) {
             Ok(text) => text,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
@@ -40,6 +40,9 @@ impl Volume {
         let volume: Volume =
             toml::from_str(&text).map_err(|e| anyhow!("{}: {}", path.display(), one_line(&e, &text)))?;
         volume.tunables().with_context(|| path.display().to_string())?;
+        for device in [&volume.cache, &volume.backing] {
+            refuse_nul(device).with_context(|| path.display().to_string())?;
+        }
         if let Some(size) = volume.sector_size {
             let checked = parse_sector_size(&size.to_string()).map_err(anyhow::Error::msg);
             checked.with_context(|| format!("{}: sector_size = {size}", path.display()))?;
@@ -80,6 +83,15 @@ impl Volume {
         tunables.check()?;
         Ok(tunables)
     }
+}
+
+/// Refuses a path that no file can have.
+pub(crate) fn refuse_nul(device: &Path) -> Result<()> {
+    let text = device.to_string_lossy();
+    if text.contains('\0') {
+        bail!("\"{}\" is no path of a device: it has a NUL in it", text.escape_debug());
+    }
+    Ok(())
 }
 
 /// Refuses a name that is taken.
@@ -137,7 +149,7 @@ pub(crate) fn edited(name: &Name, tunables: &BTreeMap<String, TunableValue>) -> 
     let path = name.config_file();
     let cannot = || format!("cannot change {}", path.display());
     let mut record: DocumentMut =
-        std::fs::read_to_string(&path).map_err(anyhow::Error::new)?.parse().with_context(cannot)?;
+        read_own(&path, MAX_RECORD).map_err(anyhow::Error::new)?.parse().with_context(cannot)?;
     // As a table or inline, both of which were read before.
     let table = record.entry("tunables").or_insert_with(toml_edit::table);
     let table = table.as_table_like_mut().with_context(cannot)?;

@@ -5,9 +5,12 @@ use crate::config::{Volume, parse_tunables, refuse_recorded, refuse_shared};
 use crate::place::Name;
 use anyhow::{Context, Result, bail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use libwb::cache::refuse_size;
 use libwb::cli::{Exit, Output};
+use libwb::device::fit::refuse_misfit;
 use libwb::device::probe::{self, Access, OpenError, Opened};
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -20,9 +23,14 @@ pub(crate) struct Args {
     /// Logical sector size of the loop device in bytes; by default that of the backing device
     #[arg(long, value_parser = sector_sizes(), hide_possible_values = true, value_name = "512|4096")]
     sector_size: Option<u32>,
-    /// Format the cache device although it holds a filesystem, a partition table or the like
+    /// Go on although the cache device holds a filesystem, a partition table or the like, or the backing device is a cache
+    /// device itself, or smaller than the cache device
     #[arg(long)]
     force: bool,
+    /// Leave a cache device that is a sparse file as it is, rather than have its filesystem set room aside for all of it.
+    /// Should there be no room later, the volume fails
+    #[arg(long)]
+    sparse: bool,
     /// Give up the dirty blocks of the cache that is on the cache device. They are lost for ever
     #[arg(long)]
     discard_dirty: bool,
@@ -62,17 +70,25 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
         tunables: parse_tunables(&args.tunables)?,
     };
     refuse_recorded(name)?;
-    let (_, backing) = open_pair(&args.pair)?;
+    let (cache, backing) = open_pair(&args.pair)?;
     refuse_shared(&volume)?;
+    refuse_size(&backing.path.to_string_lossy(), backing.size)?;
     sector_size(args.sector_size, &backing)?;
+    if !args.force {
+        refuse_misfit(&cache, &backing)?;
+    }
+    // wbformat is to have it.
+    drop(cache);
     let mut format = Command::new(wbformat()?);
-    format.arg(&args.pair.cache).stdout(Stdio::null());
+    // What is refused is refused by the program that was typed.
+    format.arg0("wbctl").arg(&args.pair.cache).stdout(Stdio::null());
     if args.compat {
         format.arg("--compat");
     } else {
         format.arg("--label").arg(name.to_string()).arg("--backing").arg(&args.pair.backing);
     }
     format.args(args.force.then_some("--force")).args(args.discard_dirty.then_some("--discard-dirty"));
+    format.args(args.sparse.then_some("--sparse"));
     match format.status().context("cannot run wbformat")? {
         status if status.success() => {}
         // It has said why.
@@ -96,6 +112,14 @@ pub(crate) fn sector_size(wanted: Option<u32>, backing: &Opened) -> Result<u32> 
             "{}: has blocks of {} bytes, so sectors of {wanted} bytes cannot be served; use --sector-size 4096",
             backing.path.display(),
             backing.block_size
+        );
+    }
+    if !backing.size.is_multiple_of(wanted.into()) {
+        bail!(
+            "{}: {} bytes are no multiple of {wanted}, so its end could not be served in sectors of {wanted} bytes; use \
+             --sector-size 512",
+            backing.path.display(),
+            backing.size
         );
     }
     Ok(wanted)

@@ -1,9 +1,9 @@
 //! `wbctl import`: take over the volumes of the script `writeboost` of the kernel module.
 //!
 //! Its table has a line for each volume: the name of the device-mapper device, the backing device, the cache device, and
-//! options of the module as KEY=VALUE with commas between them. Empty lines, and those that begin with `#`, say nothing.
+//! options of the module as KEY=VALUE with commas, or commas and blanks, between them. Empty lines, and those that begin with `#`, say nothing.
 
-use crate::config::{Volume, refuse_recorded, refuse_shared};
+use crate::config::{Volume, refuse_nul, refuse_recorded, refuse_shared};
 use crate::place::Name;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
@@ -127,24 +127,31 @@ fn parse_line(line: &str) -> Result<Entry> {
     let (Some(name), Some(backing), Some(cache)) = (fields.next(), fields.next(), fields.next()) else {
         bail!("must be: NAME BACKING CACHE [OPTION,…]");
     };
-    let options = fields.next().unwrap_or_default();
-    if let Some(more) = fields.next() {
-        bail!("'{more}' follows the options; must be: NAME BACKING CACHE [OPTION,…]");
-    }
+    let options = fields.collect::<Vec<_>>().join(" ");
     for device in [backing, cache] {
         if !device.starts_with('/') {
             bail!("'{device}' is no path of a device");
         }
+        refuse_nul(Path::new(device))?;
     }
     let mut tunables = Tunables::default();
     let mut left_out = Vec::new();
     let mut set = BTreeSet::new();
-    for option in options.split(',').filter(|option| !option.is_empty()) {
-        let (key, value) = option.split_once('=').unwrap_or((option, ""));
-        match tunables.set(key, value) {
-            Ok(()) => drop(set.insert(Tunables::name_of(key))),
-            Err(e) => left_out.push(format!("{option}: {e}")),
+    for option in options.split(',').map(str::trim).filter(|option| !option.is_empty()) {
+        if let Some((_, more)) = option.split_once(' ') {
+            bail!("'{more}' follows the options; must be: NAME BACKING CACHE [OPTION,…]");
         }
+        let why = match option.split_once('=') {
+            None | Some((_, "")) => "it has no value; must be KEY=VALUE".to_string(),
+            Some((key, value)) => match tunables.set(key, value) {
+                Ok(()) => {
+                    set.insert(Tunables::name_of(key));
+                    continue;
+                }
+                Err(e) => e.to_string(),
+            },
+        };
+        left_out.push(format!("{option}: {why}"));
     }
     let mut tunables = by_name(&tunables);
     tunables.retain(|key, _| set.contains(key.as_str()));
@@ -166,6 +173,8 @@ mod tests {
             "line 1: 'y' follows the options; must be: NAME BACKING CACHE [OPTION,…]"
         );
         assert_eq!(why("a /b c"), "line 1: 'c' is no path of a device");
+        let nul = why("a /b /c\0d");
+        assert_eq!(nul, "line 1: \"/c\\0d\" is no path of a device: it has a NUL in it");
         assert!(why("a+b /b /c").starts_with("line 1: 'a+b': a volume name is"));
         assert_eq!(why("a /b /c\na /d /e"), "line 2: the name 'a' is there twice");
     }
@@ -178,6 +187,20 @@ mod tests {
             entries[0].volume.tunables,
             [("nr_max_batched_writeback".into(), libwb::cache::TunableValue::Number(8))].into()
         );
+        let no_value = "nr_max_batched_writeback: it has no value; must be KEY=VALUE";
         assert_eq!(entries[0].left_out.len(), 2, "{entries:?}");
+        assert_eq!(entries[0].left_out[1], no_value);
+        assert_eq!(parse("a /b /c read_cache_threshold=").unwrap()[0].left_out.len(), 1);
+    }
+
+    #[test]
+    fn options_may_have_blanks_after_and_before_their_commas() {
+        for options in
+            ["=8,writeback_threshold=9", "=8, writeback_threshold=9", "=8 ,\twriteback_threshold=9 ,"]
+        {
+            let entries = parse(&format!("a /b /c nr_max_batched_writeback{options}")).unwrap();
+            assert!(entries[0].left_out.is_empty(), "{entries:?}");
+            assert_eq!(entries[0].volume.tunables.len(), 2, "{entries:?}");
+        }
     }
 }

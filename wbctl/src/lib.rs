@@ -29,6 +29,7 @@ mod upgrade;
 use anyhow::Result;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use libwb::cli::{self, Exit, Output};
+use nix::sys::stat::{Mode, umask};
 use place::Name;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -141,6 +142,9 @@ pub fn command() -> clap::Command {
 
 /// The program.
 pub fn main() -> ExitCode {
+    // Whatever it was: records, notes, links' folders and sockets are not for others to write to.
+    let before = umask(Mode::empty());
+    umask(before | Mode::S_IWGRP | Mode::S_IWOTH);
     let cli = Cli::parse();
     cli::run("wbctl", Exit::Failed, |out| run(cli.command, out))
 }

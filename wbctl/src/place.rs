@@ -1,12 +1,12 @@
 //! Names of volumes, and the folders and files that belong to them.
 
 use anyhow::{Context, Result, bail};
-use libwb::cli::{MAX_NAME, RECORD_SUFFIX, config_dir, is_volume_name};
+use libwb::cli::{MAX_NAME, RECORD_SUFFIX, config_dir, is_volume_name, open_no_link, refuse_others};
 use libwb::control::{SOCKET, run_dir};
 use nix::fcntl::{Flock, FlockArg};
 use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -78,12 +78,12 @@ impl Name {
             .mode(0o700)
             .create(&dir)
             .with_context(|| format!("cannot make the folder {} (root is needed)", dir.display()))?;
+        refuse_foreign_folder(&dir)?;
         let path = self.lock_file();
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false).mode(0o600);
+        let file = open_no_link(&path, &mut options)
+            .and_then(|file| refuse_others(&path, &file.metadata()?).map(|()| file))
             .with_context(|| format!("cannot open {}", path.display()))?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             // Somebody who held the lock may have cleared it away, and another may have made a new one.
@@ -119,6 +119,16 @@ impl Name {
         })?;
         Ok(is_there && self.lock()?.is_none())
     }
+}
+
+/// Refuses a run folder in which another user could put a socket or a lock of his own.
+fn refuse_foreign_folder(dir: &Path) -> Result<()> {
+    let refused = || format!("cannot use the folder {}", dir.display());
+    let meta = std::fs::symlink_metadata(dir).with_context(refused)?;
+    if !meta.is_dir() {
+        bail!("{}: it is no folder; remove it", refused());
+    }
+    refuse_others(dir, &meta).with_context(refused)
 }
 
 fn is_file_at(file: &File, path: &Path) -> bool {

@@ -83,8 +83,9 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
         )
     })?;
     let io = Io::start()?;
-    let for_cache = if args.until.is_some() { Access::Read } else { Access::Write };
-    let (cache, backing) = open_pair(&args.pair.cache, &args.pair.backing, [for_cache, Access::Write])?;
+    let to_write = |is_written| if is_written { Access::Write } else { Access::Read };
+    let access = [to_write(args.until.is_none() && !args.dry_run), to_write(!args.dry_run)];
+    let (cache, backing) = open_pair(&args.pair.cache, &args.pair.backing, access)?;
     let (cache, backing) = (io.serve(cache), io.serve(backing));
     let past = Past::look_up(&io, &cache, args.older, |why| cli::complain("wbctl", why))?;
     rival::refuse(&io, &args.pair.cache, past.uuid.as_deref(), &args.pair.backing)?;

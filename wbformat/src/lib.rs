@@ -2,8 +2,11 @@
 
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser};
+use libwb::cache::refuse_size;
 use libwb::cli::{self, Exit, Io, Output, Progress, Recorded, count, human_size, parse_label};
-use libwb::device::probe::{Access, open};
+use libwb::device::fit::refuse_misfit;
+use libwb::device::probe::{Access, OpenError, Opened, open};
+use libwb::device::sparse::SparseFile;
 use libwb::device::{Device, signatures};
 use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, to_u64};
 use libwb::log::Use;
@@ -21,7 +24,8 @@ use uuid::Uuid;
 /// Make a cache device: an empty log in the format of dm-writeboost.
 ///
 /// Refuses when the device is in use, too small, belongs to a recorded volume, holds a filesystem, partition table, LVM,
-/// RAID or other signature, or holds a cache with dirty blocks, which may be the only copy of that data.
+/// RAID or other signature, or holds a cache with dirty blocks, which may be the only copy of that data. A sparse file is
+/// allocated first, so that the cache has the room that it will need.
 #[derive(Parser)]
 #[command(name = "wbformat", version, after_help = cli::EXIT_CODES)]
 struct Args {
@@ -29,8 +33,8 @@ struct Args {
     #[arg(value_name = "CACHE")]
     cache: PathBuf,
 
-    /// Go on although the device holds a filesystem, a partition table or the like, or belongs to a recorded volume. Does not
-    /// give up dirty blocks
+    /// Go on although the device holds a filesystem, a partition table or the like, or belongs to a recorded volume, or the
+    /// backing device is a cache device itself, or smaller. Does not give up dirty blocks
     #[arg(long)]
     force: bool,
 
@@ -38,6 +42,10 @@ struct Args {
     /// ever
     #[arg(long)]
     discard_dirty: bool,
+
+    /// Leave a sparse file as it is, rather than have its filesystem set room aside for all of it
+    #[arg(long)]
+    sparse: bool,
 
     /// Pair the cache with this backing device: it will be refused in front of any other
     #[arg(long, value_name = "DEV")]
@@ -83,20 +91,35 @@ pub fn command() -> clap::Command {
 /// The program.
 pub fn main() -> ExitCode {
     let args = Args::parse();
-    cli::run("wbformat", Exit::Failed, |out| format(&args, out))
+    cli::run(&name(), Exit::Failed, |out| format(&args, out))
+}
+
+/// What this program was called as: another that runs it may give its own name, under which errors are told.
+fn name() -> String {
+    let path = std::env::args_os().next().map(PathBuf::from);
+    let name = path.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|| "wbformat".into())
 }
 
 fn format(args: &Args, out: &mut Output) -> Result<Exit> {
     let path = &args.cache;
     let io = Io::start()?;
     let opened = open(path, Access::Write)?;
+    let geometry = Geometry::of_device(opened.size).with_context(|| path.display().to_string())?;
+    let sparse = if args.sparse { None } else { SparseFile::of(&opened)? };
+    let backing = args.backing.as_deref().map(|backing| open_backing(args, &opened, backing)).transpose()?;
     let device = io.serve(opened);
-    let geometry = Geometry::of_device(device.size()).with_context(|| path.display().to_string())?;
     refuse_dirty(args, &io, &device)?;
     refuse_recorded(args)?;
     refuse_foreign(args)?;
-    let extension = if args.compat { None } else { Some(extension(args, &device)?) };
+    if let Some(sparse) = &sparse {
+        sparse.refuse_full()?;
+    }
+    let extension = if args.compat { None } else { Some(extension(args, &device, backing.as_ref())) };
     if !args.dry_run {
+        if let Some(sparse) = &sparse {
+            sparse.allocate()?;
+        }
         let mut progress = Progress::new("formatting", geometry.lap(), SEGMENT_BYTES);
         io.block_on(create(&device, extension.as_ref(), |done| progress.set(u64::from(done))))?;
     }
@@ -104,19 +127,31 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
+/// Opens the backing device that the cache is to be paired with. It may be in use.
+fn open_backing(args: &Args, cache: &Opened, path: &Path) -> Result<Opened> {
+    let backing = open(path, Access::ReadUnlocked)?;
+    if backing.identity == cache.identity {
+        bail!(OpenError::SameDevice { cache: cache.path.clone(), backing: path.into() });
+    }
+    refuse_size(&path.to_string_lossy(), backing.size)?;
+    if !args.force {
+        refuse_misfit(cache, &backing)?;
+    }
+    Ok(backing)
+}
+
 /// What is written beyond the base format.
-fn extension(args: &Args, device: &Device) -> Result<SuperblockExtension> {
+fn extension(args: &Args, device: &Device, backing: Option<&Opened>) -> SuperblockExtension {
     let uuid = args.uuid.unwrap_or_else(Uuid::new_v4);
     let mut extension = SuperblockExtension {
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         label: args.label.clone().unwrap_or_default(),
         ..SuperblockExtension::new(uuid, device.size())
     };
-    if let Some(path) = &args.backing {
-        let backing = open(path, Access::ReadUnlocked)?;
+    if let Some(backing) = backing {
         extension = extension.paired(backing.size / to_u64(SECTOR_BYTES), &backing.identity_text);
     }
-    Ok(extension)
+    extension
 }
 
 /// Refuses a device of a recorded volume. `wbctl create` records it only when it is formatted.

@@ -11,13 +11,18 @@ use crate::planted::Bug;
 use futures_util::StreamExt;
 use futures_util::future::{Either, join_all, select};
 use futures_util::stream::FuturesUnordered;
+use nix::errno::Errno;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How often a failed write of a segment is tried again before writes are refused. A failed flush never is.
 const RETRIES: u32 = 3;
-/// The pause before the first of them. It doubles each time.
+/// The same where the device has no room, as a sparse file on a full filesystem: somebody may make room. With the pauses that is
+/// some 20 seconds.
+const ROOM_RETRIES: u32 = 10;
+/// The pause before the first of them. It doubles each time, up to a limit.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
+const MAX_RETRY_PAUSE: Duration = Duration::from_secs(5);
 
 /// Segments that may be on the device without being durable before it is flushed, whether anybody waits or not: what a
 /// recovery has to read whole.
@@ -199,22 +204,30 @@ impl Inner {
     where
         F: Future<Output = Result<(), DeviceError>>,
     {
-        let mut pause = RETRY_PAUSE;
-        for _ in 0..RETRIES {
+        let (mut tries, mut pause) = (0, RETRY_PAUSE);
+        loop {
             match operation().await {
-                Ok(()) => return Ok(()),
-                Err(error) => tracing::warn!("{error}; trying again"),
+                Err(error) if tries < retries(&error) => tracing::warn!("{error}; trying again"),
+                done => return done,
             }
             self.runtime.sleep(pause).await;
-            pause *= 2;
+            tries += 1;
+            pause = (pause * 2).min(MAX_RETRY_PAUSE);
         }
-        operation().await
     }
 
     /// A background task is over.
     pub(super) fn task_ended(&self) {
         self.lock().tasks -= 1;
         self.events.changed.notify(usize::MAX);
+    }
+}
+
+/// How often it is tried again after an error.
+fn retries(error: &DeviceError) -> u32 {
+    match error.cause {
+        Errno::ENOSPC | Errno::EDQUOT => ROOM_RETRIES,
+        _ => RETRIES,
     }
 }
 

@@ -37,6 +37,7 @@ mod writeback;
 
 pub use access::{Access, Accesses};
 pub use latency::{Histogram, Latencies, Timed};
+pub use open::refuse_size;
 pub use purpose::Purpose;
 pub use statistics::{Counters, Statistics};
 pub use status::Status;

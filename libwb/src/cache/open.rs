@@ -216,11 +216,19 @@ fn grown(extension: Option<&SuperblockExtension>, backing: &Device) -> Option<Su
 
 /// The index must be able to name every block of the volume.
 fn check_size(backing: &Device) -> Result<(), CacheError> {
-    let (bytes, maximum) = (backing.size(), MAX_BLOCKS * to_u64(BLOCK_BYTES));
+    refuse_size(backing.name(), backing.size())
+}
+
+/// Refuses a size in bytes that a backing device of this name cannot have.
+///
+/// # Errors
+/// When it is too large.
+pub fn refuse_size(backing: &str, bytes: u64) -> Result<(), CacheError> {
+    let maximum = MAX_BLOCKS * to_u64(BLOCK_BYTES);
     if bytes <= maximum {
         return Ok(());
     }
-    Err(CacheError::TooLarge { backing: backing.name().to_string(), bytes, maximum })
+    Err(CacheError::TooLarge { backing: backing.into(), bytes, maximum })
 }
 
 /// What the slots hold, live or not, while they are read.

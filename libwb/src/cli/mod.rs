@@ -2,15 +2,17 @@
 //! interruption, the records of volumes, and opening devices.
 
 mod numbers;
+mod own;
 mod progress;
 mod recorded;
 mod table;
 mod workers;
 
 pub use numbers::{count, human_rate, human_size, human_time, parse_label, percent};
+pub use own::{open_no_link, read_own, refuse_others};
 pub use progress::Progress;
 pub use recorded::{
-    MAX_NAME, RECORD_SUFFIX, Recorded, config_dir, is_same_device, is_volume_name, read_text,
+    MAX_NAME, MAX_RECORD, RECORD_SUFFIX, Recorded, config_dir, is_same_device, is_volume_name, read_text,
 };
 pub use table::{Table, properties, table};
 
@@ -20,6 +22,7 @@ use crate::device::{Device, UringDevice};
 use crate::format::{Geometry, Slot};
 use crate::log::scan::{SlotContent, SlotState, scan_by};
 use crate::reactor::{Handle, Reactor};
+use crate::sys;
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
 use std::error::Error;
@@ -71,6 +74,7 @@ pub fn run<E: Display + AsRef<dyn Error + Send + Sync>>(
     on_error: Exit,
     body: impl FnOnce(&mut Output) -> Result<Exit, E>,
 ) -> ExitCode {
+    sys::ignore_file_size_signal();
     let mut output = Output { stdout: BufWriter::new(io::stdout().lock()), closed: false };
     let ended = body(&mut output);
     let flushed = output.flush();

@@ -1,5 +1,6 @@
 //! The records of volumes, as far as every program needs them: which devices belong to which volume.
 
+use super::own::read_own;
 use crate::device::probe::identity;
 use serde::Deserialize;
 use std::fs::File;
@@ -11,7 +12,7 @@ pub const MAX_NAME: usize = 64;
 /// How the name of a record's file goes on after the name of the volume.
 pub const RECORD_SUFFIX: &str = ".toml";
 /// The longest record that is read, in bytes.
-const MAX_RECORD: u64 = 1 << 20;
+pub const MAX_RECORD: u64 = 1 << 20;
 
 /// A recorded volume and its devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +56,7 @@ impl Recorded {
         if !is_volume_name(name) {
             return None;
         }
-        let Devices { cache, backing } = toml::from_str(&read_text(path, MAX_RECORD).ok()?).ok()?;
+        let Devices { cache, backing } = toml::from_str(&read_own(path, MAX_RECORD).ok()?).ok()?;
         Some(Recorded { name: name.into(), cache, backing })
     }
 

@@ -10,9 +10,12 @@ pub use statistics::{AccessCount, Latency, VolumeStatistics, hit_ratio, ratio};
 use crate::cache::{Status, StuckBlocks, TunableValue, Tunables};
 use crate::device::probe::identity;
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::unistd::{Uid, geteuid};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -246,6 +249,7 @@ pub fn serve(path: &Path, handle: impl Fn(Request, &mut Replies) + Send + Sync +
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     let handle = Arc::new(handle);
     let clients = Arc::new(AtomicUsize::new(0));
     std::thread::Builder::new().name("wb-control".into()).spawn(move || {
@@ -255,6 +259,10 @@ pub fn serve(path: &Path, handle: impl Fn(Request, &mut Replies) + Send + Sync +
                 std::thread::sleep(Duration::from_millis(100));
                 continue;
             };
+            if let Err(e) = refuse_stranger(&client) {
+                let _ = Replies(client).send(&Reply::Error { message: e.to_string() });
+                continue;
+            }
             if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
                 clients.fetch_sub(1, Ordering::SeqCst);
                 let message = format!("more than {MAX_CLIENTS} clients at a time");
@@ -272,6 +280,16 @@ pub fn serve(path: &Path, handle: impl Fn(Request, &mut Replies) + Send + Sync +
         }
     })?;
     Ok(())
+}
+
+/// Refuses who is neither root nor the user of this process at the other end of a socket.
+fn refuse_stranger(peer: &UnixStream) -> io::Result<()> {
+    let uid = Uid::from_raw(getsockopt(peer, PeerCredentials)?.uid());
+    if uid.is_root() || uid == geteuid() {
+        return Ok(());
+    }
+    let why = format!("refused: at the other end of the socket is user {uid}; only root may be there");
+    Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
 }
 
 /// Reads the request of one client and hands it over. What is no request is answered with an error.
@@ -329,9 +347,11 @@ impl Client {
     /// Connects to a daemon's socket.
     ///
     /// # Errors
-    /// When none listens there.
+    /// When none listens there, or somebody who is not to be believed.
     pub fn connect(path: &Path) -> io::Result<Client> {
-        Ok(Client(BufReader::new(UnixStream::connect(path)?)))
+        let daemon = UnixStream::connect(path)?;
+        refuse_stranger(&daemon)?;
+        Ok(Client(BufReader::new(daemon)))
     }
 
     /// Sends a request; shows progress to `progress`; returns the reply that ends the exchange.
@@ -341,7 +361,11 @@ impl Client {
     pub fn ask(&mut self, request: &Request, mut progress: impl FnMut(u64)) -> io::Result<Reply> {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
-        self.0.get_mut().write_all(&line)?;
+        match self.0.get_mut().write_all(&line) {
+            // Who is turned away may be told so before he has asked.
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {}
+            sent => sent?,
+        }
         loop {
             match serde_json::from_str(&read_line(&mut self.0)?)? {
                 Reply::Progress { dirty_bytes } => progress(dirty_bytes),

@@ -1,6 +1,8 @@
 //! What the cache stands on: block devices with owned, aligned buffers.
 
 mod buf;
+pub mod fit;
+mod held;
 mod mem;
 mod overlay;
 pub mod probe;
@@ -8,6 +10,7 @@ pub mod probe;
 pub mod signatures;
 #[cfg(feature = "sim")]
 pub mod sim;
+pub mod sparse;
 mod uring;
 
 pub use buf::{IoBuf, SharedBuf};
@@ -74,6 +77,8 @@ fn describe(cause: Errno) -> &'static str {
             "the data does not match its checksum; the device has altered it. Detach the volume, run wbcheck on its cache \
              device, then attach it with --salvage"
         }
+        Errno::ENOSPC => "No space left on device: the filesystem below it is full. Make room there",
+        Errno::EFBIG => "File too large for the limit of this process (ulimit -f)",
         other => other.desc(),
     }
 }

@@ -1,9 +1,11 @@
 //! Opening devices: what they are, how large, who else uses them.
 
+use super::held;
 use crate::format::{SECTOR_BYTES, to_u64};
 use crate::sys;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::sys::resource::{Resource, getrlimit};
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -45,6 +47,35 @@ pub enum OpenError {
     InUse {
         /// The device.
         path: PathBuf,
+    },
+    /// Somebody else uses it, and no lock shows that.
+    #[error("{path}: in use: {by}")]
+    Held {
+        /// The device.
+        path: PathBuf,
+        /// Who, and how to end that.
+        by: String,
+    },
+    /// It takes no writes, or nobody is to write to it.
+    #[error("{path}: write-protected, and wb must write to it: {how}")]
+    WriteProtected {
+        /// The device.
+        path: PathBuf,
+        /// By what, and how to end that.
+        how: String,
+    },
+    /// A file that this process may not write to its end.
+    #[error(
+        "{path}: {size} bytes, but this process may write files of {limit} bytes at most; raise the limit (ulimit -f, or \
+         LimitFSIZE= of a unit)"
+    )]
+    FileSizeLimit {
+        /// The device.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The limit in bytes.
+        limit: u64,
     },
     /// A file of an odd size.
     #[error("{path}: {size} bytes is no multiple of 512; was it truncated?")]
@@ -121,7 +152,7 @@ pub enum Identity {
 }
 
 impl Identity {
-    fn of(meta: &Metadata) -> Identity {
+    pub(super) fn of(meta: &Metadata) -> Identity {
         if meta.file_type().is_block_device() {
             Identity::BlockDevice(meta.rdev())
         } else {
@@ -155,7 +186,8 @@ const BRIEFLY: Duration = Duration::from_millis(400);
 /// Opens a block device or a regular file for direct I/O.
 ///
 /// A block device that is opened to write is claimed exclusively (it must not be mounted), and every device but an
-/// unlocked one is locked with `flock`, shared to read and exclusively to write.
+/// unlocked one is locked with `flock`, shared to read and exclusively to write. What is opened to write must not be used by a
+/// loop device or as swap either, nor be write-protected.
 ///
 /// # Errors
 /// Says which device, and what about it.
@@ -163,7 +195,9 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let started = Instant::now();
     loop {
         match open_at_once(path, access) {
-            Err(OpenError::InUse { .. }) if started.elapsed() < BRIEFLY => std::thread::sleep(BRIEFLY / 20),
+            Err(OpenError::InUse { .. } | OpenError::Held { .. }) if started.elapsed() < BRIEFLY => {
+                std::thread::sleep(BRIEFLY / 20)
+            }
             done => return done,
         }
     }
@@ -172,6 +206,7 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
 fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let system = |cause: io::Error| match cause.raw_os_error() {
         Some(libc::EBUSY) => OpenError::InUse { path: path.into() },
+        Some(libc::EROFS) => OpenError::WriteProtected { path: path.into(), how: in_words(&cause) },
         _ => OpenError::System { path: path.into(), cause },
     };
     let meta = std::fs::metadata(path).map_err(system)?;
@@ -211,11 +246,43 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
         Errno::EWOULDBLOCK => OpenError::InUse { path: path.into() },
         cause => system(cause.into()),
     })?;
+    if access == Access::Write {
+        refuse_unwritable(path, &file, &meta)?;
+        if let Some(by) = held::holder(path, &meta) {
+            return Err(OpenError::Held { path: path.into(), by });
+        }
+    }
     let sysfs = is_block.then(|| sysfs_folder(meta.rdev()));
     let identity_text = sysfs.as_deref().map_or_else(String::new, identity_text);
     let stat = sysfs.map(|folder| folder.join("stat"));
     let identity = Identity::of(&meta);
     Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
+}
+
+/// Refuses what the system lets us open to write, but that takes no writes or is not to.
+fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), OpenError> {
+    let (path, shown) = (path.to_path_buf(), path.display());
+    let protected = |how: String| Err(OpenError::WriteProtected { path: path.clone(), how });
+    if meta.file_type().is_block_device() {
+        let read_only = sys::is_read_only(file)
+            .map_err(|cause| OpenError::System { path: path.clone(), cause: cause.into() })?;
+        if read_only {
+            return protected(format!(
+                "the device is read-only. Unless that is a switch on it: blockdev --setrw {shown}"
+            ));
+        }
+        return Ok(());
+    }
+    // Root may write to it all the same, but somebody has said that nobody is to.
+    if meta.mode() & 0o222 == 0 {
+        return protected(format!("its mode lets nobody write. If that may change: chmod u+w {shown}"));
+    }
+    match getrlimit(Resource::RLIMIT_FSIZE) {
+        Ok((limit, _)) if limit < meta.len() => {
+            Err(OpenError::FileSizeLimit { path, size: meta.len(), limit })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Which device a path leads to, without opening it.
@@ -231,7 +298,7 @@ fn direct_io_fits_sectors(file: &File) -> bool {
     sys::direct_io_alignment(file).is_none_or(|n| n > 0 && to_u64(SECTOR_BYTES).is_multiple_of(u64::from(n)))
 }
 
-fn sysfs_folder(number: u64) -> PathBuf {
+pub(super) fn sysfs_folder(number: u64) -> PathBuf {
     let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
     PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
 }

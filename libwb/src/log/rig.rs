@@ -277,16 +277,27 @@ pub(super) fn in_sectors(writes: &[Write]) -> Vec<Write> {
 
 /// What lies on the device after a power cut: all writes up to a flush, and any of those after it.
 pub(super) fn after_power_cut(log: &Log, writes: &[Write], flushes: usize, any: u64) -> Log {
-    let mut log = log.clone();
+    with_survivors(log, writes, &survivors(writes, flushes, any))
+}
+
+/// Which writes survive: all up to a flush, and any of those after it.
+pub(super) fn survivors(writes: &[Write], flushes: usize, any: u64) -> Vec<bool> {
     let mut unflushed = 0;
-    for (offset, data, after) in writes {
+    let survives = |(.., after): &Write| {
         let kept = *after < flushes || (*after == flushes && any >> (unflushed % 64) & 1 == 1);
         unflushed += u32::from(*after == flushes);
-        if kept {
-            let at = to_usize(*offset);
-            log.image[at..at + data.len()].copy_from_slice(data);
-            log.unreadable.retain(|&bad| !(*offset <= bad && bad < offset + to_u64(data.len())));
-        }
+        kept
+    };
+    writes.iter().map(survives).collect()
+}
+
+/// What lies on the device when these writes have survived.
+pub(super) fn with_survivors(log: &Log, writes: &[Write], survivors: &[bool]) -> Log {
+    let mut log = log.clone();
+    for ((offset, data, _), _) in writes.iter().zip(survivors).filter(|(_, kept)| **kept) {
+        let at = to_usize(*offset);
+        log.image[at..at + data.len()].copy_from_slice(data);
+        log.unreadable.retain(|&bad| !(*offset <= bad && bad < offset + to_u64(data.len())));
     }
     log
 }

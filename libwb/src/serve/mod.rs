@@ -1,13 +1,15 @@
 //! Front ends: they turn requests into calls of a volume, and hold no policy.
 
 pub mod loopdev;
+mod rights;
+
+pub use rights::refuse_without_root;
 
 use crate::cache::{Cache, Timed};
 use crate::device::IoBuf;
 use crate::format::Sector;
 use crate::sys;
 use nix::errno::Errno;
-use nix::sys::mman::{MlockAllFlags, mlockall};
 use std::time::Duration;
 
 /// Prepares this process to serve a device that memory reclaim may wait for: its memory stays resident, and the
@@ -16,11 +18,11 @@ use std::time::Duration;
 /// # Errors
 /// Says what the system refused. The process can serve all the same, but may hang when memory is short.
 pub fn guard_against_reclaim() -> Result<(), String> {
-    let locked = mlockall(MlockAllFlags::MCL_CURRENT | MlockAllFlags::MCL_FUTURE)
-        .map_err(|cause| format!("memory cannot be locked: {}", cause.desc()));
+    let locked = rights::lock_memory();
     let flusher = sys::set_io_flusher()
         .map_err(|cause| format!("the process cannot be marked as an I/O flusher: {}", not_flusher(cause)));
-    locked.and(flusher)
+    let refused: Vec<String> = [locked, flusher].into_iter().filter_map(Result::err).collect();
+    if refused.is_empty() { Ok(()) } else { Err(refused.join("; ")) }
 }
 
 /// The kernel says only that it is not permitted.

@@ -1,0 +1,61 @@
+//! Files that say what a program is to do: only root's, and one's own, are believed.
+
+use nix::unistd::{Uid, geteuid};
+use std::fs::{File, Metadata, OpenOptions};
+use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+
+/// Refuses what another user owns, or others may change.
+///
+/// # Errors
+/// Says what is wrong with it, and what to do.
+pub fn refuse_others(path: &Path, meta: &Metadata) -> io::Result<()> {
+    let shown = path.display();
+    let refused = |why: String| Err(io::Error::new(ErrorKind::PermissionDenied, why));
+    let owner = Uid::from_raw(meta.uid());
+    if !owner.is_root() && owner != geteuid() {
+        return refused(format!(
+            "refused: it belongs to user {owner}, who could make wb do what it says. If all is well with it: chown root {shown}"
+        ));
+    }
+    if meta.mode() & 0o022 != 0 {
+        return refused(format!(
+            "refused: others may change it (mode {:o}). If all is well with it: chmod go-w {shown}",
+            meta.mode() & 0o7777
+        ));
+    }
+    Ok(())
+}
+
+/// Opens a file to use, but not through a symbolic link, and waits for nobody, as at a FIFO.
+///
+/// # Errors
+/// As [`OpenOptions::open`], and in clear words when it is a link.
+pub fn open_no_link(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).map_err(|e| match e.raw_os_error() {
+        Some(libc::ELOOP) => {
+            io::Error::new(ErrorKind::InvalidInput, "refused: it is a symbolic link; wb follows none here")
+        }
+        _ => e,
+    })
+}
+
+/// Reads the record of a volume. Its file is believed, so it must be root's or one's own, and no link.
+///
+/// # Errors
+/// When it cannot be read, is no text, is longer than so many bytes, or is not to be believed.
+pub fn read_own(path: &Path, most: u64) -> io::Result<String> {
+    let file = open_no_link(path, OpenOptions::new().read(true))?;
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        return Err(io::Error::new(ErrorKind::InvalidInput, "refused: it is no regular file"));
+    }
+    refuse_others(path, &meta)?;
+    let mut text = String::new();
+    file.take(most + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > most {
+        return Err(io::Error::new(ErrorKind::FileTooLarge, format!("longer than {most} bytes")));
+    }
+    Ok(text)
+}

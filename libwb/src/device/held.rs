@@ -1,0 +1,110 @@
+//! Who uses a device or a file in a way that neither exclusive opening nor a lock shows: loop devices and swap.
+
+use super::probe::{Identity, sysfs_folder};
+use std::ffi::{OsStr, OsString};
+use std::fs::Metadata;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// What is about to be opened.
+struct Wanted {
+    identity: Identity,
+    /// The last part of its path without symbolic links.
+    name: Option<OsString>,
+    links: u64,
+    /// Where sysfs has it, for a block device.
+    sysfs: Option<PathBuf>,
+}
+
+/// Who uses a device or file, and how to end that, in words.
+pub(super) fn holder(path: &Path, meta: &Metadata) -> Option<String> {
+    let identity = Identity::of(meta);
+    let wanted = Wanted {
+        identity,
+        name: path.canonicalize().ok().and_then(|path| path.file_name().map(OsStr::to_os_string)),
+        links: meta.nlink(),
+        sysfs: folder(identity),
+    };
+    loop_device(&wanted).or_else(|| swap(&wanted))
+}
+
+fn folder(identity: Identity) -> Option<PathBuf> {
+    match identity {
+        Identity::BlockDevice(number) => sysfs_folder(number).canonicalize().ok(),
+        Identity::File(..) => None,
+    }
+}
+
+fn loop_device(wanted: &Wanted) -> Option<String> {
+    std::fs::read_dir("/sys/block").ok()?.flatten().find_map(|entry| {
+        let mut file = std::fs::read(entry.path().join("loop/backing_file")).ok()?;
+        file.pop_if(|last| *last == b'\n');
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        wanted.is_at(Path::new(&OsString::from_vec(file))).then(|| {
+            format!(
+                "the loop device /dev/{name} stands on it. Unmount what is on that, then: losetup --detach /dev/{name}"
+            )
+        })
+    })
+}
+
+/// The kernel holds a block device that it swaps to, but not a file.
+fn swap(wanted: &Wanted) -> Option<String> {
+    let table = std::fs::read("/proc/swaps").ok()?;
+    table.split(|&byte| byte == b'\n').skip(1).find_map(|line| {
+        let field = line.split(|byte| byte.is_ascii_whitespace()).next()?;
+        let path = PathBuf::from(OsString::from_vec(unescaped(field)));
+        wanted
+            .is_at(&path)
+            .then(|| format!("the system swaps to it; to end that: swapoff {}", path.display()))
+    })
+}
+
+impl Wanted {
+    /// Whether another's path leads to what is wanted, or to a part of it, or to the whole of which it is a part.
+    fn is_at(&self, path: &Path) -> bool {
+        // A path may lead to a filesystem that does not answer, and so only those are followed that may be the one.
+        let may_be = match self.identity {
+            Identity::BlockDevice(_) => path.starts_with("/dev/"),
+            Identity::File(..) => self.links > 1 || path.file_name() == self.name.as_deref(),
+        };
+        let Some(other) = std::fs::metadata(path).ok().filter(|_| may_be) else { return false };
+        let other = Identity::of(&other);
+        // A partition's folder is in that of its disk.
+        let overlaps = |(ours, its): (&PathBuf, &PathBuf)| ours.starts_with(its) || its.starts_with(ours);
+        other == self.identity || self.sysfs.as_ref().zip(folder(other).as_ref()).is_some_and(overlaps)
+    }
+}
+
+/// The kernel writes a blank, a tab, a line feed and a backslash in a path as a backslash and three octal digits.
+fn unescaped(field: &[u8]) -> Vec<u8> {
+    let mut text = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, after)) = rest.split_first() {
+        let digits = after.get(..3).filter(|_| first == b'\\');
+        let digits = digits.and_then(|it| u8::from_str_radix(OsStr::from_bytes(it).to_str()?, 8).ok());
+        text.push(digits.unwrap_or(first));
+        rest = if digits.is_some() { &after[3..] } else { after };
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::unescaped;
+
+    #[test]
+    fn a_path_in_a_table_of_the_kernel_is_read_as_it_is() {
+        for (field, path) in [
+            (&b"/swap"[..], &b"/swap"[..]),
+            (br"/a\040b\011\134", b"/a b\t\\"),
+            (br"/a\9", br"/a\9"),
+            (br"/a\77", br"/a\77"),
+            (b"\xff\\", b"\xff\\"),
+        ] {
+            assert_eq!(unescaped(field), path);
+        }
+    }
+}

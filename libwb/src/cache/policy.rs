@@ -93,7 +93,7 @@ impl Inner {
             let listener = self.events.writeback.listen();
             load.observe(&self);
             match self.next_writeback(&load) {
-                Next::Batch { last } => match self.write_back(last).await {
+                Next::Batch { last } => match self.batch(last).await {
                     Ok(()) => {
                         self.counters.writeback_succeeded();
                         pause = PAUSE;
@@ -122,6 +122,14 @@ impl Inner {
             }
         }
         self.task_ended();
+    }
+
+    /// Writes a batch back, and tells those who wait for its end.
+    async fn batch(&self, last: SegmentId) -> Result<(), Stop> {
+        let written = self.write_back(last).await;
+        self.lock().rate.end(self.runtime.now());
+        self.events.changed.notify(usize::MAX);
+        written
     }
 
     /// Sleeps, but not through the end.
@@ -172,6 +180,10 @@ impl Inner {
         let mut state = self.lock();
         let next = self.choose(&mut state, load, &tunables);
         state.writing_back = matches!(next, Next::Batch { .. } | Next::Flush);
+        if matches!(next, Next::Batch { .. }) {
+            // Under the lock under which it was chosen: a pause comes before, or sees it.
+            state.rate.begin(self.runtime.now());
+        }
         next
     }
 

@@ -9,11 +9,13 @@ pub mod signatures;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod uring;
+mod watched;
 
 pub use buf::{IoBuf, SharedBuf};
 pub use mem::MemDevice;
 pub use overlay::Overlay;
 pub use uring::UringDevice;
+pub use watched::{Gone, Watched};
 
 use crate::format::to_u64;
 use futures_util::future::BoxFuture;

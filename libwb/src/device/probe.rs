@@ -46,6 +46,12 @@ pub enum OpenError {
         /// The device.
         path: PathBuf,
     },
+    /// While it was opened, its path came to lead elsewhere.
+    #[error("{path}: another file or device is being put in its place; try again when that is done")]
+    Replaced {
+        /// The device.
+        path: PathBuf,
+    },
     /// A file of an odd size.
     #[error("{path}: {size} bytes is no multiple of 512; was it truncated?")]
     Unaligned {
@@ -121,7 +127,7 @@ pub enum Identity {
 }
 
 impl Identity {
-    fn of(meta: &Metadata) -> Identity {
+    pub(super) fn of(meta: &Metadata) -> Identity {
         if meta.file_type().is_block_device() {
             Identity::BlockDevice(meta.rdev())
         } else {
@@ -163,7 +169,9 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let started = Instant::now();
     loop {
         match open_at_once(path, access) {
-            Err(OpenError::InUse { .. }) if started.elapsed() < BRIEFLY => std::thread::sleep(BRIEFLY / 20),
+            Err(OpenError::InUse { .. } | OpenError::Replaced { .. }) if started.elapsed() < BRIEFLY => {
+                std::thread::sleep(BRIEFLY / 20);
+            }
             done => return done,
         }
     }
@@ -211,10 +219,14 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
         Errno::EWOULDBLOCK => OpenError::InUse { path: path.into() },
         cause => system(cause.into()),
     })?;
+    // Before the lock was had, another may have been put in its place.
+    let identity = Identity::of(&file.metadata().map_err(system)?);
+    if self::identity(path).map_err(system)? != identity {
+        return Err(OpenError::Replaced { path: path.into() });
+    }
     let sysfs = is_block.then(|| sysfs_folder(meta.rdev()));
     let identity_text = sysfs.as_deref().map_or_else(String::new, identity_text);
     let stat = sysfs.map(|folder| folder.join("stat"));
-    let identity = Identity::of(&meta);
     Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
 }
 

@@ -65,6 +65,8 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     let (_, backing) = open_pair(&args.pair)?;
     refuse_shared(&volume)?;
     sector_size(args.sector_size, &backing)?;
+    // Before anything is formatted, so that what cannot be recorded is not.
+    let record = volume.prepare(name)?;
     let mut format = Command::new(wbformat()?);
     format.arg(&args.pair.cache).stdout(Stdio::null());
     if args.compat {
@@ -79,7 +81,7 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
         status if status.code() == Some(Exit::Failed as i32) => return Ok(Exit::Failed),
         status => bail!("volume '{name}' was not created: wbformat: {status}"),
     }
-    volume.save_new(name)?;
+    record.save().context("the cache is formatted, but the volume is not recorded")?;
     writeln!(
         out,
         "created '{name}', recorded in {}; start it with: wbctl attach {name}",

@@ -10,7 +10,7 @@ mod workers;
 pub use numbers::{count, human_rate, human_size, human_time, parse_label, percent};
 pub use progress::Progress;
 pub use recorded::{
-    MAX_NAME, RECORD_SUFFIX, Recorded, config_dir, is_same_device, is_volume_name, read_text,
+    MAX_NAME, RECORD_SUFFIX, Recorded, config_dir, is_same_device, is_volume_name, read_record, read_text,
 };
 pub use table::{Table, properties, table};
 
@@ -40,8 +40,12 @@ pub enum Exit {
     Failed = 1,
     /// The command line makes no sense.
     Usage = 2,
-    /// wbcheck: errors were found and are still there.
+    /// wbctl status: the volume is not attached.
+    NotAttached = 3,
+    /// wbcheck: errors were found and are still there; for wbctl status, [`Exit::VolumeFailed`].
     ErrorsLeft = 4,
+    /// wbctl status: the volume works, but something is wrong with it.
+    Degraded = 5,
     /// wbcheck: could not check.
     CouldNotCheck = 8,
 }
@@ -50,6 +54,9 @@ impl Exit {
     /// wbcheck: errors were found, and all repaired.
     #[allow(non_upper_case_globals)] // named as the others
     pub const Repaired: Exit = Exit::Failed;
+    /// wbctl status: the volume refuses writes, or its daemon does not answer.
+    #[allow(non_upper_case_globals)] // named as the others
+    pub const VolumeFailed: Exit = Exit::ErrorsLeft;
 }
 
 impl From<Exit> for ExitCode {

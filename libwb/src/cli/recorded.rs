@@ -4,6 +4,7 @@ use crate::device::probe::identity;
 use serde::Deserialize;
 use std::fs::File;
 use std::io::{self, ErrorKind, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 /// The longest name of a volume, so that the path of its socket fits what the system allows.
@@ -55,7 +56,7 @@ impl Recorded {
         if !is_volume_name(name) {
             return None;
         }
-        let Devices { cache, backing } = toml::from_str(&read_text(path, MAX_RECORD).ok()?).ok()?;
+        let Devices { cache, backing } = toml::from_str(&read_record(path).ok()?).ok()?;
         Some(Recorded { name: name.into(), cache, backing })
     }
 
@@ -81,13 +82,29 @@ pub fn is_same_device(a: &Path, b: &Path) -> bool {
     a == b || identity(a).is_ok_and(|a| identity(b).is_ok_and(|b| a == b))
 }
 
-/// Reads a text file.
+/// Reads the record of a volume. What is no regular file is not waited for.
+///
+/// # Errors
+/// When it cannot be read, is no regular file, no text, or too long for a record.
+pub fn read_record(path: &Path) -> io::Result<String> {
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(ErrorKind::InvalidInput, "it is no regular file"));
+    }
+    read_at_most(file, MAX_RECORD)
+}
+
+/// Reads a text file, or a pipe.
 ///
 /// # Errors
 /// When it cannot be read, is no text, or is longer than so many bytes.
 pub fn read_text(path: &Path, most: u64) -> io::Result<String> {
+    read_at_most(File::open(path)?, most)
+}
+
+fn read_at_most(file: File, most: u64) -> io::Result<String> {
     let mut text = String::new();
-    File::open(path)?.take(most + 1).read_to_string(&mut text)?;
+    file.take(most + 1).read_to_string(&mut text)?;
     if text.len() as u64 > most {
         return Err(io::Error::new(ErrorKind::FileTooLarge, format!("longer than {most} bytes")));
     }
@@ -127,7 +144,13 @@ mod tests {
         ] {
             assert_eq!(load(file, text), None, "{file}");
         }
-        assert_eq!(Recorded::load(Path::new("/dev/zero.toml")), None);
+        let load = |file: &str| Recorded::load(&dir.join(file));
+        nix::unistd::mkfifo(&dir.join("pipe.toml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::fs::create_dir(dir.join("folder.toml")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", dir.join("zero.toml")).unwrap();
+        assert_eq!([load("pipe.toml"), load("folder.toml"), load("zero.toml")], [None, None, None]);
+        let why = read_record(&dir.join("pipe.toml")).unwrap_err();
+        assert_eq!(why.to_string(), "it is no regular file");
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -351,7 +351,7 @@ fn a_create_that_is_refused_leaves_neither_a_record_nor_a_formatted_cache() {
     // There is no folder for records, and none can be made.
     let _ = std::fs::remove_dir(&config);
     std::fs::write(&config, "a file").unwrap();
-    assert!(create(&volume.backing).contains("cannot make the folder"));
+    assert!(create(&volume.backing).contains("Not a directory"));
     std::fs::remove_file(&config).unwrap();
     volume.create(&[]);
     assert_eq!(std::fs::read_dir(&config).unwrap().count(), 1, "the record alone");

@@ -141,12 +141,14 @@ impl Handle {
         runnable.run();
     }
 
-    /// Runs a future on the reactor, waits for its end, and calls `meanwhile` every so often. `None` when the reactor ends first.
+    /// Runs a future on the reactor, waits for its end, and calls `meanwhile` every so often.
+    /// `None` when the reactor ends first, or when `meanwhile` says that it is not to be waited for
+    /// any more: then it goes on.
     pub fn run_watched<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,
         every: Duration,
-        mut meanwhile: impl FnMut(),
+        mut meanwhile: impl FnMut() -> bool,
     ) -> Option<T> {
         let (done, result) = mpsc::channel();
         self.run_now(async move {
@@ -155,8 +157,8 @@ impl Handle {
         loop {
             match result.recv_timeout(every) {
                 Ok(output) => return Some(output),
-                Err(mpsc::RecvTimeoutError::Timeout) => meanwhile(),
-                Err(mpsc::RecvTimeoutError::Disconnected) => return None,
+                Err(mpsc::RecvTimeoutError::Timeout) if meanwhile() => {}
+                Err(_) => return None,
             }
         }
     }

@@ -6,7 +6,7 @@ use fuser::{
     LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
     WriteFlags,
 };
-use libwb::format::to_usize;
+use libwb::format::{to_u64, to_usize};
 use parking_lot::Mutex;
 use std::ffi::OsStr;
 use std::fs::File;
@@ -17,6 +17,8 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 const NAME: &str = "device.img";
+/// Requests that are answered at a time.
+const THREADS: usize = 8;
 const FILE: INodeNo = INodeNo(2);
 /// How long the kernel may believe what it was told of the file, which never changes.
 const FOREVER: Duration = Duration::from_secs(1 << 31);
@@ -32,6 +34,8 @@ pub struct Faults {
     pub full: bool,
     /// All flushes.
     pub flushes: bool,
+    /// Writes of any byte in this range do not fail but hang, until this range is another one.
+    pub hanging_writes: Range<u64>,
 }
 
 /// A file that fails on demand. Its mount goes away with this value.
@@ -53,7 +57,10 @@ impl FailingFile {
         std::fs::create_dir(on).expect("a new folder");
         let faults = Arc::<Mutex<Faults>>::default();
         let files = Files { file, size, faults: faults.clone() };
-        let session = fuser::spawn_mount(files, on, &Config::default()).expect("a FUSE mount");
+        let mut config = Config::default();
+        // One that hangs must not keep the others waiting.
+        config.n_threads = Some(THREADS);
+        let session = fuser::spawn_mount(files, on, &config).expect("a FUSE mount");
         FailingFile { path: on.join(NAME), faults, _session: session }
     }
 
@@ -62,9 +69,25 @@ impl FailingFile {
         *self.faults.lock() = faults;
     }
 
+    /// Writes of any byte in a range hang, until the value that this returns is dropped.
+    pub fn hang(&self, hanging_writes: Range<u64>) -> Hanging<'_> {
+        self.fail(Faults { hanging_writes, ..Faults::default() });
+        Hanging(self)
+    }
+
     /// Works from now on.
     pub fn heal(&self) {
         self.fail(Faults::default());
+    }
+}
+
+/// Writes hang as long as this lives. To be made after the daemon that it hangs, so that it goes
+/// away first.
+pub struct Hanging<'a>(&'a FailingFile);
+
+impl Drop for Hanging<'_> {
+    fn drop(&mut self) {
+        self.0.heal();
     }
 }
 
@@ -147,6 +170,13 @@ impl Filesystem for Files {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        let hangs = || {
+            let range = self.faults.lock().hanging_writes.clone();
+            offset < range.end && range.start < offset + to_u64(data.len())
+        };
+        while hangs() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let Faults { writes: fails, full, .. } = *self.faults.lock();
         if full {
             return reply.error(fuser::Errno::ENOSPC);

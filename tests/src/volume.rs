@@ -165,13 +165,14 @@ impl Volume {
         self.must(&[&["create", self.name.as_str()], &self.pair()[..], more].concat())
     }
 
-    /// The object that `wbctl status --json` prints.
+    /// The object that `wbctl status --json` prints, whatever it says of the volume.
     ///
     /// # Panics
     /// When wbctl fails.
     pub fn status(&self) -> serde_json::Value {
-        let text = self.must(&["status", &self.name, "--json"]);
-        serde_json::from_str(&text).expect("JSON")
+        let outcome = self.wbctl(&["status", &self.name, "--json"]);
+        assert!([0, 3, 4, 5].contains(&outcome.code), "{outcome:?}");
+        outcome.json()
     }
 
     /// Attaches the volume, named and with both devices, so that it need not be recorded.

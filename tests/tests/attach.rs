@@ -26,6 +26,20 @@ fn a_volume_lives_from_create_to_detach() {
 }
 
 #[test]
+fn a_new_cache_is_not_called_recovered() {
+    needs_serving!();
+    let volume = Volume::created(8, 16 * MIB);
+    let attached = volume.attach_with(&[]);
+    let said = attached.stderr();
+    assert!(said.contains("the cache is new") && !said.contains("recovered"), "{said}");
+    overwrite(&attached.device, 0, &noise(1, 4096));
+    attached.detach(&[]);
+    let attached = volume.attach_with(&[]);
+    assert!(attached.stderr().contains("recovered in"), "{}", attached.stderr());
+    attached.detach(&[]);
+}
+
+#[test]
 fn status_in_json_has_the_documented_keys() {
     needs_serving!();
     let volume = Volume::created(8, 16 * MIB);

@@ -58,8 +58,9 @@ fn write_back_waits_for_a_backing_device_without_room_and_goes_on_when_there_is(
         "{drained:?}"
     );
     assert!(wait_for(|| volume.status()["live"]["writeback_error"].is_string()), "{}", volume.status());
-    let shown = volume.must(&["status", &volume.name]);
-    assert!(shown.contains("does not get on, trying again"), "{shown}");
+    let shown = volume.wbctl(&["status", &volume.name]);
+    assert_eq!(shown.code, 5, "{shown:?}");
+    assert!(shown.stdout.contains("does not get on, trying again"), "{shown:?}");
     assert!(attached.is_running());
     assert!(read_at(&attached.device, 8 * MIB, 4 * MIB) == noise(1, 4 * MIB));
 

@@ -58,8 +58,16 @@ fn a_killed_daemon_leaves_no_mount_and_no_loop_device() {
     assert!(!mounts().contains(folder), "the daemon's mount is seen by nobody else");
     attached.kill();
     assert!(volume.is_gone() && !mounts().contains(folder));
-    assert_eq!(volume.status()["state"], "detached");
+    let status = volume.status();
+    assert!(status["state"] == "crashed" && status["live"].is_null(), "{status}");
+    for args in [&["list"][..], &["status"]] {
+        let shown = volume.must(args);
+        assert!(shown.contains("crashed") && shown.contains("its daemon was killed"), "{shown}");
+    }
+    let metrics = volume.must(&["status", "--prometheus"]);
+    assert!(metrics.contains(&format!("wb_state{{volume=\"{}\",state=\"crashed\"}} 1", volume.name)));
     volume.attach_with(&[]).detach(&[]);
+    assert_eq!(volume.status()["state"], "detached");
 }
 
 #[test]
@@ -71,6 +79,18 @@ fn a_loop_device_that_is_mounted_goes_once_it_is_unmounted() {
     let on = attached.mount();
     attached.kill();
     assert_eq!(volume.loop_devices(), [attached.device.as_path()], "the mount holds it");
+    let mounted =
+        format!("{} of an earlier daemon is still mounted on {}", attached.device_str(), on.display());
+    let is_shown = |state: &str| {
+        let status = volume.status();
+        assert_eq!(status["state"], state, "{status}");
+        for shown in
+            [status["message"].as_str().unwrap().into(), volume.must(&["list"]), volume.must(&["status"])]
+        {
+            assert!(shown.contains(&mounted), "{shown}");
+        }
+    };
+    is_shown("crashed");
     assert!(
         std::fs::write(on.join("x"), "x")
             .and_then(|()| std::fs::File::open(on.join("x"))?.sync_all())

@@ -180,7 +180,7 @@ fn what_the_cache_device_cannot_read_comes_from_the_backing_device_if_it_is_clea
     let status = volume.status();
     assert_eq!(
         (&status["state"], &status["live"]["dirty_bytes"]),
-        (&"attached".into(), &MIB.into()),
+        (&"degraded".into(), &MIB.into()),
         "{status}"
     );
     assert!(status["live"]["counters"]["cache_read_errors"].as_u64() > Some(1), "{status}");

@@ -2,8 +2,10 @@
 
 use serde_json::Value;
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use wb_tests::{MIB, Volume, needs_serving, noise};
 
 /// Writes past the page cache, and makes it durable.
@@ -211,4 +213,31 @@ fn metrics_for_prometheus_are_in_its_text_format_and_tell_of_detached_volumes() 
     let detached = volume.must(&["status", "--prometheus"]);
     assert!(detached.contains(&format!("wb_attached{{volume=\"{name}\"}} 0\n")), "{detached}");
     assert!(!detached.contains("wb_dirty_bytes{"), "{detached}");
+}
+
+#[test]
+fn promtool_is_content_with_the_metrics() {
+    needs_serving!("promtool");
+    let volume = Volume::created(8, 8 * MIB);
+    let check = |metrics: &str| {
+        let mut promtool = Command::new("promtool")
+            .args(["check", "metrics"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("promtool");
+        promtool.stdin.take().expect("a pipe").write_all(metrics.as_bytes()).expect("a reader");
+        let output = promtool.wait_with_output().expect("promtool");
+        let said = [output.stdout, output.stderr].concat();
+        assert!(output.status.success() && said.is_empty(), "{}", String::from_utf8_lossy(&said));
+    };
+    let metrics = || volume.must(&["status", "--prometheus"]);
+    check(&metrics());
+    let mut attached = volume.attach_with(&[]);
+    write(&attached.device, 0, MIB);
+    volume.must(&["drain", &volume.name]);
+    check(&metrics());
+    attached.kill();
+    check(&metrics());
 }

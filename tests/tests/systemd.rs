@@ -151,9 +151,9 @@ fn the_journal_gets_each_line_with_its_level() {
     File::create(&journal).unwrap();
     let meta = std::fs::metadata(&journal).unwrap();
     for (stream, start) in [
-        (format!("{}:{}", meta.dev(), meta.ino()), "<6>recovered in "),
+        (format!("{}:{}", meta.dev(), meta.ino()), "<6>the cache is new"),
         // It was redirected, as a shell does.
-        (format!("{}:{}", meta.dev(), meta.ino() + 1), " INFO recovered in "),
+        (format!("{}:{}", meta.dev(), meta.ino() + 1), " INFO the cache is new"),
     ] {
         let mut command = volume.command(&["attach", &volume.name]);
         command.env("JOURNAL_STREAM", stream);

@@ -1,7 +1,9 @@
 //! What wbctl refuses: with one clear line, the right exit code, and nothing changed on any device.
 
 use libwb::format::{BlockNo, DirtyBits, Metablock};
+use std::ffi::OsStr;
 use std::fs::Permissions;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
@@ -322,4 +324,32 @@ fn an_attached_volume_is_in_use() {
         assert!(refused.stderr.contains(&format!("in use: it is attached as volume '{}'", volume.name)));
     }
     attached.detach(&[]);
+}
+
+#[test]
+fn a_create_that_is_refused_leaves_neither_a_record_nor_a_formatted_cache() {
+    let volume = Volume::blank(4, 8 * MIB);
+    let before = sha256(&volume.cache);
+    let odd = volume.dir.path().join(OsStr::from_bytes(b"backing\xff"));
+    std::fs::copy(&volume.backing, &odd).unwrap();
+    let create = |backing: &Path| {
+        let mut create = volume.command(&["create", &volume.name, "--cache"]);
+        create.arg(&volume.cache).arg("--backing").arg(backing);
+        let refused = Outcome::of(create);
+        assert_eq!((refused.code, refused.stderr.lines().count()), (1, 1), "{refused:?}");
+        assert_eq!(sha256(&volume.cache), before, "{refused:?}");
+        refused.stderr
+    };
+    let why = create(&odd);
+    assert!(why.contains("cannot record it in") && why.contains("UTF-8"), "{why}");
+    let config = volume.path("config");
+    let left = std::fs::read_dir(&config).map_or(0, |entries| entries.count());
+    assert_eq!((left, volume.must(&["list"])), (0, "no volumes; see wbctl create\n".into()));
+    // There is no folder for records, and none can be made.
+    let _ = std::fs::remove_dir(&config);
+    std::fs::write(&config, "a file").unwrap();
+    assert!(create(&volume.backing).contains("Not a directory"));
+    std::fs::remove_file(&config).unwrap();
+    volume.create(&[]);
+    assert_eq!(std::fs::read_dir(&config).unwrap().count(), 1, "the record alone");
 }

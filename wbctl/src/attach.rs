@@ -3,19 +3,20 @@
 use crate::config::{Volume, not_recorded, parse_tunables};
 use crate::create::{absolute, sector_size, sector_sizes};
 use crate::daemon::{Daemon, End, SERVING};
+use crate::devices::Devices;
 use crate::keeper::Keeper;
 use crate::notes::About;
 use crate::notify::{self, Busy};
 use crate::older::Past;
 use crate::place::Name;
 use crate::{leftovers, logging, rival, salvage};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{Cache, CacheError, Purpose};
 use libwb::cli::{self, Io, Output, human_size};
 use libwb::control::{self, Reply};
 use libwb::device::Device;
 use libwb::device::probe::{self, Access, OpenError, Opened};
-use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
 use libwb::log::create::accept_growth;
 use libwb::log::scan::BackingFacts;
 use libwb::serve::ReadOnly;
@@ -146,6 +147,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     })?;
     let recovering = Busy::with("recovering");
 
+    let devices = Devices::of(&cache, &backing)?;
     let io = Io::start()?;
     let runtime = io.runtime();
     let (cache, backing) = (io.serve(cache), io.serve(backing));
@@ -155,7 +157,8 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     let close = || {
         let closed = if args.read_only { Ok(()) } else { io.block_on(cache.close()) };
         keeper.into_iter().for_each(|keeper| keeper.finish(closed.is_ok()));
-        Ok(closed?)
+        closed?;
+        devices.refuse_gone(cache.status().dirty_blocks)
     };
     let file = name.served_file();
     let options = Options { sector_size, read_only: args.read_only };
@@ -170,8 +173,10 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
             return Err(e.into());
         }
     };
+    devices.served_as(device.path());
     let daemon = Daemon {
         name: name.clone(),
+        devices: devices.clone(),
         volume,
         cache: cache.clone(),
         device: device.path().into(),
@@ -211,6 +216,10 @@ fn recover(io: &Io, args: &Args, volume: &Volume, cache: &Device, backing: &Devi
         tracing::warn!("the log was corrupt: {line}");
     }
     let status = cache.status();
+    if status.newest == SegmentId::NONE {
+        tracing::info!("the cache is new: there was nothing to recover");
+        return Ok(cache);
+    }
     tracing::info!(
         "recovered in {:.2} s, {} of the log read: {} in the cache are not written back yet",
         status.recovery_time.as_secs_f64(),
@@ -389,9 +398,11 @@ pub(crate) fn refuse_held(device: &Path, server: u32, force: bool) -> Result<()>
             std::thread::sleep(Duration::from_millis(50));
         }
     }
-    bail!(
-        "{} is {}; release it first, or use --force and let its users fail",
-        device.display(),
-        held.join(", ")
-    )
+    Err(still_held(device, &held))
+}
+
+/// That a device cannot be taken away from those who hold it.
+pub(crate) fn still_held(device: &Path, held: &[String]) -> anyhow::Error {
+    let (device, held) = (device.display(), held.join(", "));
+    anyhow!("{device} is {held}; release it first, or use --force and let its users fail")
 }

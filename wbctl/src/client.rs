@@ -1,18 +1,23 @@
 //! What is asked of a running daemon.
 
-use crate::attach::refuse_held;
+use crate::attach::still_held;
 use crate::config::Volume;
 use crate::leftovers;
 use crate::place::Name;
-use anyhow::{Context, Result, bail};
+use crate::show::ATTACHED;
+use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::TunableValue;
 use libwb::cli::{self, Output, Progress, human_size};
-use libwb::control::{Client, LiveStatus, Reply, Request, VolumeStatus};
+use libwb::control::{AskError, Client, LiveStatus, Remaining, Reply, Request, VolumeStatus};
+use libwb::serve::loopdev::holders;
 use std::collections::BTreeMap;
-use std::io::{ErrorKind, Write};
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long a daemon that has closed its volume may take to end.
+const LINGERING: Duration = Duration::from_secs(30);
 
 #[derive(clap::Args)]
 pub(crate) struct DetachArgs {
@@ -27,38 +32,72 @@ pub(crate) struct DetachArgs {
     force: bool,
 }
 
-fn connect(name: &Name) -> Result<Client> {
-    Client::connect(&name.socket()).map_err(|e| match e.kind() {
-        ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+/// What to tell people when a daemon's answer could not be had.
+fn explained(name: &Name, error: AskError) -> anyhow::Error {
+    match error {
+        AskError::NotThere => {
             let advice = match Volume::load(name) {
                 Ok(None) => "see wbctl list".into(),
                 _ => format!("attach it with: wbctl attach {name}"),
             };
-            anyhow::anyhow!("volume '{name}' is not attached; {advice}")
+            anyhow!("volume '{name}' is not attached; {advice}")
         }
-        _ => anyhow::Error::new(e).context(format!("cannot reach the daemon of '{name}'")),
-    })
+        AskError::Silent(pid) => anyhow!("volume '{name}': {}", silence(name, pid)),
+        AskError::System(cause) => {
+            anyhow::Error::new(cause).context(format!("cannot reach the daemon of '{name}'"))
+        }
+        error => anyhow!("volume '{name}': {error}"),
+    }
+}
+
+/// What to do about a daemon that does not answer.
+pub(crate) fn silence(name: &Name, pid: Option<i32>) -> String {
+    let kill = pid.map_or("kill it".into(), |pid| format!("kill -9 {pid}"));
+    format!(
+        "{}: it is stopped, or hangs; to give it up: {kill}, then: wbctl detach --force {name}",
+        AskError::Silent(pid)
+    )
 }
 
 fn ask(name: &Name, request: &Request) -> Result<Reply> {
     ask_with(name, request, |_| ())
 }
 
-fn ask_with(name: &Name, request: &Request, progress: impl FnMut(u64)) -> Result<Reply> {
-    let reply =
-        connect(name)?.ask(request, progress).with_context(|| format!("the daemon of '{name}' went away"))?;
-    match reply {
+fn ask_with(name: &Name, request: &Request, progress: impl FnMut(Remaining)) -> Result<Reply> {
+    let reply = Client::connect(&name.socket()).and_then(|mut client| client.ask(request, progress));
+    match reply.map_err(|e| explained(name, e))? {
         Reply::Error { message } => bail!("{message}"),
         reply => Ok(reply),
     }
 }
 
+/// The state of an attached volume, or why its daemon does not tell.
+pub(crate) fn look(name: &Name) -> Result<VolumeStatus, AskError> {
+    match Client::connect(&name.socket())?.ask(&Request::Status, |_| ())? {
+        Reply::Status(status) => Ok(completed(name, *status)),
+        Reply::Error { message } => Err(AskError::System(io::Error::other(message))),
+        other => Err(AskError::System(io::Error::other(format!("the daemon answers strangely: {other:?}")))),
+    }
+}
+
+/// With what is known without its daemon, should that not have told it.
+fn completed(name: &Name, mut status: VolumeStatus) -> VolumeStatus {
+    for (pointer, field, known) in [
+        ("/name", &mut status.name, name.to_string()),
+        // It answers.
+        ("/state", &mut status.state, ATTACHED.to_string()),
+    ] {
+        if status.untold.iter().any(|untold| untold == pointer) {
+            *field = known;
+            status.untold.retain(|untold| untold != pointer);
+        }
+    }
+    status
+}
+
 /// The state of an attached volume.
 pub(crate) fn status(name: &Name) -> Result<VolumeStatus> {
-    match ask(name, &Request::Status)? {
-        Reply::Status(status) => Ok(*status),
-        other => bail!("the daemon of '{name}' answers strangely: {other:?}"),
-    }
+    look(name).map_err(|e| explained(name, e))
 }
 
 /// What the daemon of an attached volume tells of it.
@@ -94,25 +133,30 @@ pub(crate) fn clear_stats(name: &Name, out: &mut Output) -> Result<()> {
 /// Asks for something that writes everything back, and shows how far that has got. When it is interrupted, the daemon goes
 /// on as before.
 fn ask_to_drain(name: &Name, request: &Request, go_on: &str) -> Result<Reply> {
-    let still = Arc::new(AtomicU64::new(u64::MAX));
-    let (told, go_on) = (still.clone(), format!("go on with: wbctl {go_on}"));
+    let dirty = Arc::new(AtomicU64::new(u64::MAX));
+    let (told, go_on) = (dirty.clone(), format!("go on with: wbctl {go_on}"));
     cli::on_interrupt("wbctl", move || match told.load(Ordering::Relaxed) {
         u64::MAX => format!("interrupted; {go_on}"),
         dirty => format!("interrupted: {} are still only in the cache; {go_on}", human_size(dirty)),
     })?;
     let mut bar: Option<(Progress, u64)> = None;
-    ask_with(name, request, |dirty| {
-        still.store(dirty, Ordering::Relaxed);
-        let (progress, most) = bar.get_or_insert_with(|| (Progress::new("writing back", dirty, 1), dirty));
-        progress.set(most.saturating_sub(dirty));
+    ask_with(name, request, |remaining| {
+        dirty.store(remaining.dirty, Ordering::Relaxed);
+        let left = remaining.left;
+        let (progress, most) = bar.get_or_insert_with(|| (Progress::new("writing back", left, 1), left));
+        progress.set(most.saturating_sub(left));
     })
 }
 
 pub(crate) fn pause(name: &Name, out: &mut Output) -> Result<()> {
     ask(name, &Request::Pause)?;
+    // A batch that takes long is not waited for.
+    let goes_on = look(name).is_ok_and(|status| status.live.is_some_and(|live| live.writing_back));
+    let still =
+        if goes_on { "; a batch that was begun before, or a drain, is still being finished" } else { "" };
     writeln!(
         out,
-        "write-back of '{name}' is paused, until the log is full; it goes on with: wbctl resume {name}"
+        "write-back of '{name}' is paused, until the log is full{still}; it goes on with: wbctl resume {name}"
     )?;
     Ok(())
 }
@@ -134,9 +178,8 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
     if args.force && !name.is_running()? {
         return leftovers::clear(name, out);
     }
-    // The daemon looks as well, but as a service it may not see the mounts that its users see.
-    if let VolumeStatus { device: Some(device), live: Some(live), .. } = status(name)? {
-        refuse_held(&device, live.pid, args.force)?;
+    if !args.force {
+        refuse_held_here(name)?;
     }
     let request = Request::Detach { drain: args.drain, force: args.force };
     match args.drain {
@@ -144,10 +187,28 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
         false => ask(name, &request)?,
     };
     // The daemon holds its lock as long as it lives.
+    let started = Instant::now();
     while name.is_running()? {
+        if started.elapsed() > LINGERING {
+            bail!("volume '{name}' is detached, but its daemon does not end, and holds the devices");
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
     let what = if args.drain { "; the backing device alone holds all data" } else { "" };
     writeln!(out, "detached '{name}'{what}")?;
     Ok(())
+}
+
+/// The daemon looks itself, but as a service it may not see the mounts that its users see. A daemon
+/// of another version need not tell of its device: there is the link.
+fn refuse_held_here(name: &Name) -> Result<()> {
+    let device = match look(name) {
+        Ok(VolumeStatus { device: Some(device), .. }) => Some(device),
+        Err(e @ (AskError::NotThere | AskError::Silent(_))) => return Err(explained(name, e)),
+        Ok(_) | Err(_) => std::fs::read_link(name.link()).ok(),
+    };
+    match device.map(|device| (holders(&device), device)) {
+        Some((held, device)) if !held.is_empty() => Err(still_held(&device, &held)),
+        _ => Ok(()),
+    }
 }

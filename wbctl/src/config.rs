@@ -7,10 +7,15 @@ use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::{MAX_RECORD, Recorded, read_own};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::fs::{File, Permissions};
+use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use tempfile::NamedTempFile;
 use toml_edit::DocumentMut;
+
+/// Who may do what with a record: its owner writes, all read.
+const MODE: u32 = 0o644;
 
 /// What is recorded of a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,26 +57,21 @@ impl Volume {
 
     /// Writes the record of a new volume.
     pub(crate) fn save_new(&self, name: &Name) -> Result<()> {
+        self.prepare(name)?.save()
+    }
+
+    /// Does all for the record of a new volume that can fail for want of something, but for giving
+    /// it its name.
+    pub(crate) fn prepare(&self, name: &Name) -> Result<NewRecord> {
         let path = name.config_file();
+        let cannot = || format!("cannot record it in {}", path.display());
+        let text = toml::to_string(self).with_context(cannot)?;
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir)
                 .with_context(|| format!("cannot make the folder {}", dir.display()))?;
         }
-        let mut file = match std::fs::OpenOptions::new().write(true).create_new(true).open(&path) {
-            Ok(file) => file,
-            Err(e) => {
-                if e.kind() == ErrorKind::AlreadyExists {
-                    refuse_recorded(name)?;
-                }
-                return Err(e).with_context(|| format!("cannot write {}", path.display()));
-            }
-        };
-        let written = file.write_all(toml::to_string(self)?.as_bytes()).and_then(|()| file.sync_all());
-        if written.is_err() {
-            // A record in part would stand in the way of the next try.
-            let _ = std::fs::remove_file(&path);
-        }
-        written.with_context(|| format!("cannot write {}", path.display()))
+        let file = written(&path, &text, Permissions::from_mode(MODE)).with_context(cannot)?;
+        Ok(NewRecord { name: name.clone(), file })
     }
 
     /// The tunables to attach with: the defaults, and what is recorded.
@@ -171,24 +171,50 @@ pub(crate) fn edited(name: &Name, tunables: &BTreeMap<String, TunableValue>) -> 
     Ok(record.to_string())
 }
 
+/// The record of a new volume, on the disk but without its name. Dropped, it goes away.
+pub(crate) struct NewRecord {
+    name: Name,
+    file: NamedTempFile,
+}
+
+impl NewRecord {
+    /// Gives it its name, unless that is taken.
+    pub(crate) fn save(self) -> Result<()> {
+        let path = self.name.config_file();
+        match self.file.persist_noclobber(&path) {
+            Ok(_) => sync_folder_of(&path),
+            Err(e) if e.error.kind() == ErrorKind::AlreadyExists => {
+                refuse_recorded(&self.name)?;
+                Err(e.error)
+            }
+            Err(e) => Err(e.error),
+        }
+        .with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
 /// Replaces a file so that, whatever happens, it is the old one or the new one.
 pub(crate) fn replace(path: &Path, text: &str) -> Result<()> {
-    let cannot = || format!("cannot write {}", path.display());
-    // No volume's record: those end in .toml.
-    let mut new = path.as_os_str().to_os_string();
-    new.push(".new");
-    let written = (|| {
-        let mut file = File::create(&new)?;
-        file.set_permissions(std::fs::metadata(path)?.permissions())?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        std::fs::rename(&new, path)?;
-        File::open(path.parent().unwrap_or(path))?.sync_all()
+    let replaced = (|| {
+        let new = written(path, text, std::fs::metadata(path)?.permissions())?;
+        new.persist(path).map_err(|e| e.error)?;
+        sync_folder_of(path)
     })();
-    if written.is_err() {
-        let _ = std::fs::remove_file(&new);
-    }
-    written.map_err(|e: std::io::Error| anyhow::Error::new(e).context(cannot()))
+    replaced.map_err(|e: io::Error| anyhow::Error::new(e).context(format!("cannot write {}", path.display())))
+}
+
+/// A new file beside this one, with a name that no volume's record has, on the disk.
+fn written(path: &Path, text: &str, permissions: Permissions) -> io::Result<NamedTempFile> {
+    let folder = path.parent().unwrap_or(path);
+    let mut file = tempfile::Builder::new().prefix(".").suffix(".new").tempfile_in(folder)?;
+    file.as_file().set_permissions(permissions)?;
+    file.write_all(text.as_bytes())?;
+    file.as_file().sync_all()?;
+    Ok(file)
+}
+
+fn sync_folder_of(path: &Path) -> io::Result<()> {
+    File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
 /// A TOML error without the excerpt that spreads over several lines.

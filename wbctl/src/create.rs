@@ -79,6 +79,8 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     }
     // wbformat is to have it.
     drop(cache);
+    // Before anything is formatted, so that what cannot be recorded is not.
+    let record = volume.prepare(name)?;
     let mut format = Command::new(wbformat()?);
     // What is refused is refused by the program that was typed.
     format.arg0("wbctl").arg(&args.pair.cache).stdout(Stdio::null());
@@ -95,7 +97,7 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
         status if status.code() == Some(Exit::Failed as i32) => return Ok(Exit::Failed),
         status => bail!("volume '{name}' was not created: wbformat: {status}"),
     }
-    volume.save_new(name)?;
+    record.save().context("the cache is formatted, but the volume is not recorded")?;
     writeln!(
         out,
         "created '{name}', recorded in {}; start it with: wbctl attach {name}",

@@ -2,11 +2,13 @@
 
 use crate::attach::refuse_held;
 use crate::config::Volume;
+use crate::devices::Devices;
 use crate::place::Name;
 use crate::{notify, show};
 use anyhow::{Context, Result, anyhow, bail};
-use futures_util::future::{Aborted, abortable};
-use libwb::cache::{Cache, TunableValue};
+use futures_util::future::abortable;
+use libwb::cache::{Cache, Status, StuckBlocks, TunableValue};
+use libwb::cli;
 use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::Handle;
@@ -14,13 +16,19 @@ use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
 
 /// What systemd is told the volume is doing.
 pub(crate) const SERVING: &str = "serving";
 /// How often a drain reports progress.
 const PROGRESS: Duration = Duration::from_millis(250);
+/// How often any other client is told that its request is being worked on, and it is noticed when
+/// it has gone. Far more often than a client loses its patience.
+const WORKING: Duration = Duration::from_secs(2);
+/// How long a pause waits for the batch under way.
+const BATCH: Duration = Duration::from_secs(10);
+const GONE: &str = "the client went away";
 
 /// Why the daemon is to end.
 pub(crate) enum End {
@@ -34,6 +42,7 @@ pub(crate) struct Daemon {
     pub(crate) name: Name,
     pub(crate) volume: Volume,
     pub(crate) cache: Cache,
+    pub(crate) devices: Devices,
     pub(crate) device: PathBuf,
     pub(crate) sector_size: u32,
     pub(crate) runtime: Handle,
@@ -52,7 +61,7 @@ impl Daemon {
                 Err(self.refusal())
             }
             Request::Status => Ok(Reply::Status(Box::new(self.status()))),
-            Request::Flush => self.run(None, |cache| async move { cache.flush().await }),
+            Request::Flush => self.run(replies, WORKING, |cache| async move { cache.flush().await }),
             Request::Drain => self.drain(replies),
             Request::Tunables => Ok(Reply::Tunables { tunables: control::by_name(&self.cache.tunables()) }),
             Request::ClearStats => {
@@ -60,11 +69,7 @@ impl Daemon {
                 Ok(Reply::Done)
             }
             Request::Set { tunables } => self.set(tunables),
-            Request::Pause => {
-                tracing::info!("write-back is paused");
-                self.cache.pause();
-                Ok(Reply::Done)
-            }
+            Request::Pause => Ok(self.pause(replies)),
             Request::Resume => {
                 tracing::info!("write-back goes on");
                 self.cache.resume();
@@ -81,21 +86,43 @@ impl Daemon {
 
     fn status(&self) -> VolumeStatus {
         let status = self.cache.status();
+        let troubles = self.troubles(&status);
         VolumeStatus {
             name: self.name.to_string(),
-            state: self.state(status.failure.is_some()).into(),
+            state: self.state(&status, &troubles).into(),
+            message: (!troubles.is_empty()).then(|| troubles.join("; ")),
             device: Some(self.device.clone()),
             cache: self.volume.cache.clone(),
             backing: self.volume.backing.clone(),
             live: Some(LiveStatus::new(&status, self.sector_size)),
+            untold: Vec::new(),
         }
     }
 
-    fn state(&self, has_failed: bool) -> &'static str {
-        match (has_failed, self.read_only) {
-            (true, _) => show::FAILED,
-            (false, true) => show::READ_ONLY,
-            (false, false) => show::ATTACHED,
+    /// What is wrong with the volume, a sentence each.
+    fn troubles(&self, status: &Status) -> Vec<String> {
+        let failure = status.failure.iter().map(|failure| format!("writes are refused: {failure}"));
+        let writeback =
+            status.writeback_error.iter().map(|error| format!("write-back does not get on: {error}"));
+        let stuck = status.stuck.iter().map(|stuck| {
+            let StuckBlocks { refused, lost, error, .. } = stuck;
+            format!(
+                "{} cannot be written back and {lost} cannot be read any more, the first because: {error}",
+                cli::count(*refused, "block")
+            )
+        });
+        failure.chain(writeback).chain(stuck).chain(self.devices.troubles()).collect()
+    }
+
+    fn state(&self, status: &Status, troubles: &[String]) -> &'static str {
+        if status.failure.is_some() {
+            show::FAILED
+        } else if !troubles.is_empty() {
+            show::DEGRADED
+        } else if self.read_only {
+            show::READ_ONLY
+        } else {
+            show::ATTACHED
         }
     }
 
@@ -108,9 +135,21 @@ impl Daemon {
 
     fn drain(&self, replies: &mut Replies) -> Result<Reply> {
         notify::status("draining");
-        let drained = self.run(Some(replies), |cache| async move { cache.drain().await });
+        let drained = self.run(replies, PROGRESS, |cache| async move { cache.drain().await });
         notify::status(SERVING);
         drained
+    }
+
+    /// Pauses write-back, and waits a while for the end of the batch under way.
+    fn pause(&self, replies: &mut Replies) -> Reply {
+        tracing::info!("write-back is paused");
+        self.cache.pause();
+        let (cache, started) = (self.cache.clone(), Instant::now());
+        let (ended, stop) = abortable(async move { cache.batch_ended().await });
+        let is_worth_it = || started.elapsed() < BATCH && replies.send(&self.progress()).is_ok();
+        let _ = self.runtime.run_watched(ended, WORKING, is_worth_it);
+        stop.abort();
+        Reply::Done
     }
 
     fn set(&self, wanted: &BTreeMap<String, TunableValue>) -> Result<Reply> {
@@ -128,41 +167,86 @@ impl Daemon {
         Ok(Reply::Done)
     }
 
-    /// Runs a request of the cache on the reactor, and reports progress meanwhile. A client that wants progress and goes
-    /// away ends the request.
-    fn run<F>(&self, mut progress: Option<&mut Replies>, work: impl FnOnce(Cache) -> F) -> Result<Reply>
+    /// Runs a request of the cache on the reactor, and reports progress meanwhile. A client that
+    /// goes away ends the request, and is not waited for, as where a device hangs.
+    fn run<F>(&self, replies: &mut Replies, every: Duration, work: impl FnOnce(Cache) -> F) -> Result<Reply>
     where
         F: Future<Output = Result<(), libwb::cache::CacheError>> + Send + 'static,
     {
         let (work, stop) = abortable(work(self.cache.clone()));
-        let ended = self.runtime.run_watched(work, PROGRESS, || {
-            if let Some(replies) = progress.as_mut() {
-                let dirty_bytes = self.cache.status().blocks_to_write_back * to_u64(BLOCK_BYTES);
-                // What it says of a client that has gone, the end of the work will tell.
-                let _ = replies.send(&Reply::Progress { dirty_bytes }).inspect_err(|_| stop.abort());
-            }
+        let mut is_gone = false;
+        let ended = self.runtime.run_watched(work, every, || {
+            is_gone = replies.send(&self.progress()).is_err();
+            !is_gone
         });
         match ended {
             Some(Ok(result)) => Ok(result.map(|()| Reply::Done)?),
-            Some(Err(Aborted)) => bail!("the client went away"),
-            None => bail!("the daemon is ending"),
+            _ if is_gone => {
+                stop.abort();
+                bail!("{GONE}")
+            }
+            _ => bail!("the daemon is ending"),
         }
+    }
+
+    /// Does something that the system may keep waiting in a thread of its own, and reports progress
+    /// meanwhile. A client that goes away does not end it, but is not waited for.
+    fn aside<T: Send + 'static>(
+        &self,
+        replies: &mut Replies,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T> {
+        let (done, result) = channel();
+        let run = move || {
+            let _ = done.send(work());
+        };
+        std::thread::Builder::new().spawn(run).context("cannot start a thread")?;
+        loop {
+            match result.recv_timeout(WORKING) {
+                Ok(done) => return Ok(done),
+                Err(RecvTimeoutError::Timeout) => replies.send(&self.progress()).context(GONE)?,
+                Err(RecvTimeoutError::Disconnected) => bail!("the daemon is ending"),
+            }
+        }
+    }
+
+    /// That the daemon is at work, and what is still to be written back.
+    fn progress(&self) -> Reply {
+        let status = self.cache.status();
+        Reply::Progress {
+            dirty_bytes: status.dirty_blocks * to_u64(BLOCK_BYTES),
+            left_bytes: Some(status.blocks_to_write_back * to_u64(BLOCK_BYTES)),
+        }
+    }
+
+    fn refuse_held(&self, force: bool, replies: &mut Replies) -> Result<()> {
+        let device = self.device.clone();
+        self.aside(replies, move || refuse_held(&device, std::process::id(), force))?
     }
 
     /// Makes the daemon end, which then replies itself.
     fn detach(&self, drain: bool, force: bool, replies: &mut Replies) -> Result<()> {
-        refuse_held(&self.device, std::process::id(), force)?;
+        self.refuse_held(force, replies)?;
         if drain && self.read_only {
             return Err(self.refusal());
         }
         if drain {
             // What programs wrote through the page cache of the device is to be drained as well.
-            std::fs::File::open(&self.device).and_then(|device| device.sync_all()).with_context(|| {
+            let device = self.device.clone();
+            let written = self
+                .aside(replies, move || std::fs::File::open(&device).and_then(|device| device.sync_all()))?;
+            written.with_context(|| {
                 format!("cannot write out {}; nothing was detached", self.device.display())
             })?;
             self.drain(replies)?;
-            refuse_held(&self.device, std::process::id(), force)?;
+            self.refuse_held(force, replies)?;
         }
-        self.end.send(End::Detach(replies.try_clone()?)).ok().context("the daemon is ending")
+        self.end.send(End::Detach(replies.clone())).ok().context("the daemon is ending")?;
+        while !replies.has_ended() {
+            std::thread::sleep(WORKING);
+            // A client that has gone is told nothing.
+            let _ = replies.send(&self.progress());
+        }
+        Ok(())
     }
 }

@@ -8,17 +8,41 @@ use libwb::serve::loopdev::holders;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// Loop devices of the volume that outlived the daemon that served them. To be called while no daemon runs.
-fn orphans(name: &Name) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/sys/class/block").into_iter().flatten().flatten() {
-        let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
-        if file.trim_end() == format!("/{}", name.served_file()) {
-            found.push(PathBuf::from("/dev").join(entry.file_name()));
+/// What is left of a daemon. To be looked at while none runs.
+pub(crate) struct Leftovers {
+    /// It has not put its files away: it was killed.
+    pub(crate) has_crashed: bool,
+    /// Loop devices of the volume that outlived the daemon that served them.
+    orphans: Vec<PathBuf>,
+}
+
+impl Leftovers {
+    pub(crate) fn of(name: &Name) -> Leftovers {
+        let has_crashed = name.socket().symlink_metadata().is_ok();
+        let mut orphans = Vec::new();
+        for entry in std::fs::read_dir("/sys/class/block").into_iter().flatten().flatten() {
+            let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
+            if file.trim_end() == format!("/{}", name.served_file()) {
+                orphans.push(PathBuf::from("/dev").join(entry.file_name()));
+            }
         }
+        orphans.sort();
+        Leftovers { has_crashed, orphans }
     }
-    found.sort();
-    found
+
+    /// What there is to say of it.
+    pub(crate) fn message(&self) -> Option<String> {
+        let killed =
+            "its daemon was killed; attach it again, or clear what is left with wbctl detach --force";
+        let killed = self.has_crashed.then(|| killed.to_string());
+        let said: Vec<String> = killed.into_iter().chain(self.held()).collect();
+        (!said.is_empty()).then(|| said.join("; "))
+    }
+
+    /// What only others can release, a sentence for each loop device.
+    fn held(&self) -> impl Iterator<Item = String> {
+        self.orphans.iter().map(|orphan| describe(orphan))
+    }
 }
 
 fn describe(orphan: &Path) -> String {
@@ -31,21 +55,21 @@ fn describe(orphan: &Path) -> String {
 
 /// Says what an earlier daemon has left that only others can release.
 pub(crate) fn warn(name: &Name) {
-    for orphan in orphans(name) {
-        tracing::warn!("{}", describe(&orphan));
+    for held in Leftovers::of(name).held() {
+        tracing::warn!("{held}");
     }
 }
 
 /// Clears what a killed daemon has left behind.
 pub(crate) fn clear(name: &Name, out: &mut Output) -> Result<()> {
-    let orphans = orphans(name);
+    let left = Leftovers::of(name);
     let Some(lock) = name.lock()? else { bail!("volume '{name}' is being attached") };
-    if !name.clear(lock)? && orphans.is_empty() {
+    if !name.clear(lock)? && left.orphans.is_empty() {
         bail!("volume '{name}' is not attached, and nothing was left behind; see wbctl list");
     }
     writeln!(out, "cleared what a daemon of '{name}' had left behind")?;
-    for orphan in orphans {
-        writeln!(out, "{}", describe(&orphan))?;
+    for held in left.held() {
+        writeln!(out, "{held}")?;
     }
     Ok(())
 }

@@ -5,6 +5,7 @@ mod client;
 mod config;
 mod create;
 mod daemon;
+mod devices;
 mod dm;
 mod import;
 mod interval;
@@ -61,7 +62,12 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show the state of volumes, or of all that are attached
+    /// Show the state of volumes, or of all that are attached or need attention
+    ///
+    /// With NAME, the exit code tells of the volume: 0 it is attached and healthy, 3 it is not
+    /// attached, 4 it has failed (writes are refused) or its daemon does not answer, 5 it is
+    /// degraded: it works, but something is wrong, such as write-back that fails. Of several
+    /// volumes, it tells the worst. 1 is for all else.
     Status(show::StatusArgs),
     /// Show what an attached volume does: requests, throughput, hits and latencies, a line for each interval
     ///
@@ -90,7 +96,8 @@ enum Command {
     /// Write nothing back from an attached volume, until `wbctl resume`, or until the volume is attached anew
     ///
     /// All writes stay in the cache meanwhile: for a quiet disk while something else needs it. A drain that is asked for, and
-    /// a log that is full, write back all the same.
+    /// a log that is full, write back all the same. Waits for up to 10 seconds for the batch that is being written back, and
+    /// says so if that takes longer.
     Pause {
         /// The volume
         name: Name,
@@ -155,7 +162,7 @@ fn run(command: Command, out: &mut Output) -> Result<Exit> {
         Command::Attach(args) => attach::attach(&args, out)?,
         Command::Detach(args) => client::detach(&args, out)?,
         Command::List { json } => show::list(json, out)?,
-        Command::Status(args) => show::status(&args, out)?,
+        Command::Status(args) => return show::status(&args, out),
         Command::Stat(args) => stat::stat(&args, out)?,
         Command::Flush { name } => client::flush(&name, out)?,
         Command::Drain { name } => client::drain(&name, out)?,

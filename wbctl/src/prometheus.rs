@@ -1,82 +1,112 @@
 //! `wbctl status --prometheus`: metrics in the text format of Prometheus, for node_exporter's textfile collector.
 
-use crate::show::FAILED;
+use crate::show::{FAILED, STATES};
 use libwb::cache::Counters;
 use libwb::control::{LiveStatus, VolumeStatus};
+use serde_json::Value;
 use std::fmt::Display;
 use std::io::{Result, Write};
 
-/// A number that goes up and down: its name, what it is, and where to find it.
-type Gauge = (&'static str, &'static str, fn(&LiveStatus) -> Option<f64>);
+/// A number that goes up and down: its name, what it is, and where it stands in the JSON of a
+/// volume. What is not known has no sample.
+type Gauge = (&'static str, &'static str, &'static str);
 
-const GAUGES: [Gauge; 16] = [
-    ("wb_volume_bytes", "Size of the volume.", |live| Some(live.volume_bytes as f64)),
-    ("wb_log_bytes", "Size of the log.", |live| Some(live.log_bytes as f64)),
-    ("wb_log_free_bytes", "Room in the log for new segments.", |live| Some(live.free_bytes as f64)),
-    ("wb_dirty_bytes", "Data that is only in the cache.", |live| Some(live.dirty_bytes as f64)),
-    ("wb_oldest_dirty_seconds", "For how long the oldest dirty data has been waiting.", |live| {
-        live.oldest_dirty_seconds
-    }),
-    ("wb_used_bytes", "Data in the cache, dirty or clean.", |live| Some(live.used_bytes as f64)),
-    ("wb_newest_segment", "Id of the newest segment.", |live| Some(live.newest_segment as f64)),
-    ("wb_durable_segment", "Segments up to this id survive a power cut.", |live| {
-        Some(live.durable_segment as f64)
-    }),
-    ("wb_written_back_segment", "Segments up to this id are written back.", |live| {
-        Some(live.written_back_segment as f64)
-    }),
-    ("wb_writeback_paused", "1 while write-back is paused.", |live| Some(f64::from(u8::from(live.paused)))),
-    ("wb_writeback_seconds_left", "How long write-back takes at its rate until nothing is dirty.", |live| {
-        live.statistics.writeback_seconds_left
-    }),
-    ("wb_writeback_failing", "1 while write-back does not get on.", |live| {
-        Some(f64::from(u8::from(live.writeback_error.is_some())))
-    }),
-    ("wb_refused_blocks", "Blocks that the backing device does not take; they stay in the cache.", |live| {
-        Some(live.stuck.as_ref().map_or(0, |stuck| stuck.refused) as f64)
-    }),
+const GAUGES: [Gauge; 15] = [
+    ("wb_volume_bytes", "Size of the volume.", "/live/volume_bytes"),
+    ("wb_log_bytes", "Size of the log.", "/live/log_bytes"),
+    ("wb_log_free_bytes", "Room in the log for new segments.", "/live/free_bytes"),
+    ("wb_dirty_bytes", "Data that is only in the cache.", "/live/dirty_bytes"),
+    (
+        "wb_oldest_dirty_seconds",
+        "For how long the oldest dirty data has been waiting.",
+        "/live/oldest_dirty_seconds",
+    ),
+    ("wb_used_bytes", "Data in the cache, dirty or clean.", "/live/used_bytes"),
+    ("wb_newest_segment", "Id of the newest segment.", "/live/newest_segment"),
+    ("wb_durable_segment", "Segments up to this id survive a power cut.", "/live/durable_segment"),
+    ("wb_written_back_segment", "Segments up to this id are written back.", "/live/written_back_segment"),
+    ("wb_writeback_paused", "1 while write-back is paused.", "/live/paused"),
+    (
+        "wb_writeback_seconds_left",
+        "How long write-back takes at its rate until nothing is dirty.",
+        "/live/statistics/writeback_seconds_left",
+    ),
+    (
+        "wb_refused_blocks",
+        "Blocks that the backing device does not take; they stay in the cache.",
+        "/live/stuck/refused",
+    ),
     (
         "wb_lost_blocks",
         "Blocks that the cache device has altered or cannot read; reads of them fail.",
-        |live| Some(live.stuck.as_ref().map_or(0, |stuck| stuck.lost) as f64),
+        "/live/stuck/lost",
     ),
-    ("wb_writeback_bytes_per_second", "How fast write-back frees the log while it works.", |live| {
-        live.statistics.writeback_bytes_per_second
-    }),
-    ("wb_recovery_seconds", "How long recovery took.", |live| Some(live.recovery_seconds)),
+    (
+        "wb_writeback_bytes_per_second",
+        "How fast write-back was in the last minute while it worked.",
+        "/live/statistics/writeback_bytes_per_second",
+    ),
+    ("wb_recovery_seconds", "How long recovery took.", "/live/recovery_seconds"),
 ];
 
 /// Writes the metrics of volumes.
 pub(crate) fn write(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
-    for (name, help, state) in [
-        ("wb_attached", "1 while the volume is attached.", None),
-        ("wb_failed", "1 when the volume refuses writes since its cache device failed.", Some(FAILED)),
-    ] {
-        head(out, name, "gauge", help)?;
-        for volume in volumes {
-            let so = state.map_or(volume.live.is_some(), |state| volume.state == state);
-            sample(out, name, &volume.name, "", u8::from(so))?;
-        }
-    }
+    states(volumes, out)?;
     let live: Vec<(&str, &LiveStatus)> =
         volumes.iter().filter_map(|volume| Some((volume.name.as_str(), volume.live.as_ref()?))).collect();
-    for (name, help, get) in GAUGES {
+    let json = volumes.iter().map(|volume| Ok((volume.name.as_str(), volume.to_json()?)));
+    let json: Vec<(&str, Value)> = json.collect::<Result<_>>()?;
+    for (name, help, pointer) in GAUGES {
         head(out, name, "gauge", help)?;
-        for (volume, live) in &live {
-            if let Some(value) = get(live) {
-                sample(out, name, volume, "", value)?;
+        for (volume, json) in &json {
+            match json.pointer(pointer) {
+                Some(Value::Number(number)) => sample(out, name, volume, "", number)?,
+                Some(Value::Bool(so)) => sample(out, name, volume, "", u8::from(*so))?,
+                _ => {}
             }
+        }
+    }
+    let name = "wb_writeback_failing";
+    head(out, name, "gauge", "1 while write-back does not get on.")?;
+    for volume in volumes.iter().filter(|volume| volume.tells("/live/writeback_error")) {
+        if let Some(live) = &volume.live {
+            sample(out, name, &volume.name, "", u8::from(live.writeback_error.is_some()))?;
         }
     }
     for (key, help, _) in Counters::default().iter() {
         let name = format!("wb_{key}_total");
         head(out, &name, "counter", help)?;
         for (volume, live) in &live {
-            sample(out, &name, volume, "", live.counters.get(key).unwrap_or(&0))?;
+            if let Some(count) = live.counters.get(key) {
+                sample(out, &name, volume, "", count)?;
+            }
         }
     }
     accesses(&live, out)?;
     latencies(&live, out)
+}
+
+/// In which state each volume is. Of one that does not answer, this is all.
+fn states(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
+    let name = "wb_attached";
+    head(out, name, "gauge", "1 while the volume is attached and its daemon answers.")?;
+    for volume in volumes {
+        sample(out, name, &volume.name, "", u8::from(volume.live.is_some()))?;
+    }
+    let name = "wb_failed";
+    head(out, name, "gauge", "1 when the volume refuses writes since its cache device failed.")?;
+    for volume in volumes {
+        sample(out, name, &volume.name, "", u8::from(volume.state == FAILED))?;
+    }
+    let name = "wb_state";
+    head(out, name, "gauge", "1 for the state that the volume is in, 0 for the others.")?;
+    for volume in volumes {
+        for state in STATES {
+            let label = format!(",state=\"{state}\"");
+            sample(out, name, &volume.name, &label, u8::from(volume.state == state))?;
+        }
+    }
+    Ok(())
 }
 
 fn accesses(volumes: &[(&str, &LiveStatus)], out: &mut impl Write) -> Result<()> {

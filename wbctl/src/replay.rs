@@ -238,6 +238,7 @@ fn drain(io: &Io, cache: &Cache, dirty_blocks: u64) -> Result<(), CacheError> {
     let draining = cache.clone();
     let drained = io.runtime().run_watched(async move { draining.drain().await }, PROGRESS, || {
         progress.set(dirty_blocks.saturating_sub(cache.status().blocks_to_write_back));
+        true
     });
     drained.unwrap_or(Err(CacheError::Closed))
 }

@@ -1,22 +1,33 @@
 //! `wbctl list` and `wbctl status`.
 
 use crate::config::{Volume, unknown};
+use crate::leftovers::Leftovers;
 use crate::place::{Name, all_names};
 use crate::{client, dm, prometheus};
 use anyhow::{Result, bail};
 use libwb::cache::{TunableValue, Tunables};
-use libwb::cli::{self, Output, human_rate, human_size, human_time, percent, properties, table};
-use libwb::control::{LiveStatus, VolumeStatus, ratio};
-use std::io::Write;
+use libwb::cli::{self, Exit, Output, human_rate, human_size, human_time, percent, properties, table};
+use libwb::control::{AskError, LiveStatus, VolumeStatus, ratio};
+use std::io::{ErrorKind, Write};
 
 /// States of a volume.
 pub(crate) const ATTACHED: &str = "attached";
 pub(crate) const READ_ONLY: &str = "attached read-only";
+/// It works, but something is wrong.
+pub(crate) const DEGRADED: &str = "degraded";
+/// It refuses writes.
 pub(crate) const FAILED: &str = "failed";
 const DETACHED: &str = "detached";
+/// Its daemon has ended without closing it.
+const CRASHED: &str = "crashed";
 const BUSY: &str = "starting or stopping";
 /// How many stuck blocks the status names.
 const NAMED: usize = 4;
+const SILENT: &str = "not answering";
+const UNREADABLE: &str = "unreadable record";
+/// All of them, as the metrics name them.
+pub(crate) const STATES: [&str; 9] =
+    [ATTACHED, READ_ONLY, DEGRADED, FAILED, DETACHED, CRASHED, BUSY, SILENT, UNREADABLE];
 
 #[derive(clap::Args)]
 pub(crate) struct StatusArgs {
@@ -34,33 +45,82 @@ pub(crate) struct StatusArgs {
     prometheus: bool,
 }
 
-/// The state of a volume, attached or not; `None` when nothing is known of it.
+/// The state of a volume, attached or not; `None` when nothing is known of it. What is wrong with
+/// one volume is its state, and keeps nobody from seeing the others.
 fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
-    let mut state = DETACHED;
-    if name.is_running()? {
+    let (mut state, mut message) = (DETACHED, None);
+    let is_running = match name.is_running() {
+        // An ordinary user cannot tell it of any volume.
+        Err(error) if is_forbidden(&error) => return Err(error),
+        Err(error) => {
+            (state, message) = (SILENT, Some(format!("{error:#}")));
+            None
+        }
+        Ok(is_running) => Some(is_running),
+    };
+    if is_running == Some(true) {
         // While the daemon recovers or ends, it does not answer.
-        match client::status(name) {
+        match client::look(name) {
             Ok(status) => return Ok(Some(status)),
-            Err(_) => state = BUSY,
+            Err(AskError::Silent(pid)) => (state, message) = (SILENT, Some(client::silence(name, pid))),
+            Err(AskError::NotThere | AskError::Gone) => state = BUSY,
+            Err(error) => (state, message) = (SILENT, Some(error.to_string())),
+        }
+    } else if is_running == Some(false) {
+        let left = Leftovers::of(name);
+        message = left.message();
+        if left.has_crashed {
+            state = CRASHED;
         }
     }
-    let recorded = Volume::load(name)?;
-    if recorded.is_none() && state == DETACHED {
+    let recorded = match Volume::load(name) {
+        Ok(recorded) => recorded,
+        Err(error) => {
+            if state == DETACHED {
+                state = UNREADABLE;
+            }
+            let why = format!("{error:#}");
+            message = Some(message.map_or(why.clone(), |message| format!("{message}; {why}")));
+            None
+        }
+    };
+    if recorded.is_none() && state == DETACHED && message.is_none() {
         return Ok(None);
     }
     let (cache, backing) = recorded.map(|volume| (volume.cache, volume.backing)).unwrap_or_default();
-    Ok(Some(VolumeStatus {
-        name: name.to_string(),
-        state: state.into(),
-        device: None,
-        cache,
-        backing,
-        live: None,
-    }))
+    let (name, state) = (name.to_string(), state.into());
+    Ok(Some(VolumeStatus { name, state, message, cache, backing, ..VolumeStatus::default() }))
 }
 
+fn is_forbidden(error: &anyhow::Error) -> bool {
+    let cause = error.root_cause().downcast_ref::<std::io::Error>();
+    cause.is_some_and(|cause| cause.kind() == ErrorKind::PermissionDenied)
+}
+
+/// All volumes. Their daemons are asked at the same time, so that those that do not answer take no
+/// longer than one.
 fn volumes() -> Result<Vec<VolumeStatus>> {
-    all_names()?.iter().filter_map(|name| volume(name).transpose()).collect()
+    let names = all_names()?;
+    let volumes: Vec<_> = std::thread::scope(|scope| {
+        let asked: Vec<_> = names.iter().map(|name| scope.spawn(|| volume(name))).collect();
+        asked.into_iter().map(|asked| asked.join().unwrap_or_else(|_| bail!("a thread failed"))).collect()
+    });
+    volumes.into_iter().filter_map(Result::transpose).collect()
+}
+
+/// What a daemon of another version does not tell must not pass for a 0.
+pub(crate) fn warn_of_untold(volumes: &[VolumeStatus]) {
+    for volume in volumes.iter().filter(|volume| !volume.untold.is_empty()) {
+        let untold: Vec<_> = volume.untold.iter().map(|it| it.trim_matches('/').replace('/', ".")).collect();
+        cli::complain(
+            "wbctl",
+            format!(
+                "the daemon of '{}' is of another version and does not tell {}: shown as 0 or not at all",
+                volume.name,
+                untold.join(", ")
+            ),
+        );
+    }
 }
 
 pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
@@ -68,57 +128,101 @@ pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
     if json {
         return print_json(&volumes, out);
     }
+    warn_of_untold(&volumes);
     if volumes.is_empty() {
         writeln!(out, "no volumes; see wbctl create")?;
         return Ok(());
     }
     let header = ["NAME", "STATE", "DEVICE", "SIZE", "DIRTY", "CACHE", "BACKING"];
     let mut table = table(header, &["NAME", "STATE", "DEVICE", "CACHE", "BACKING"]);
-    for v in volumes {
-        let size =
-            |of: fn(&LiveStatus) -> u64| v.live.as_ref().map_or("-".into(), |live| human_size(of(live)));
+    for v in &volumes {
+        let size = |pointer: &str, of: fn(&LiveStatus) -> u64| {
+            let told = v.live.as_ref().filter(|_| v.tells(pointer));
+            told.map_or("-".into(), |live| human_size(of(live)))
+        };
         table.row([
             v.name.clone(),
             v.state.clone(),
             v.device.as_ref().map_or("-".into(), |device| device.display().to_string()),
-            size(|live| live.volume_bytes),
-            size(|live| live.dirty_bytes),
+            size("/live/volume_bytes", |live| live.volume_bytes),
+            size("/live/dirty_bytes", |live| live.dirty_bytes),
             v.cache.display().to_string(),
             v.backing.display().to_string(),
         ]);
     }
     writeln!(out, "{table}")?;
+    for volume in &volumes {
+        if let Some(message) = &volume.message {
+            out.text(&format!("{}: {}: {message}", volume.name, volume.state), "  ")?;
+        }
+    }
     Ok(())
 }
 
 fn print_json(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
     for volume in volumes {
-        out.json(volume)?;
+        out.json(&volume.to_json()?)?;
     }
     Ok(())
 }
 
-pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<()> {
-    let mut volumes = match args.names.as_slice() {
-        [] => volumes()?,
-        names => names.iter().map(known).collect::<Result<_>>()?,
-    };
+/// Shows volumes. Of those that are named, the exit code tells the worst.
+pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<Exit> {
+    let volumes = asked(args)?;
     if args.prometheus {
-        return Ok(prometheus::write(&volumes, out)?);
-    }
-    if args.names.is_empty() {
-        volumes.retain(|volume| volume.live.is_some());
+        prometheus::write(&volumes, out)?;
+        return Ok(Exit::Done);
     }
     if args.dm {
-        return print_dm(&volumes, out);
+        print_dm(&volumes, out)?;
+    } else if args.json {
+        print_json(&volumes, out)?;
+    } else {
+        print_all(&volumes, args.names.is_empty(), out)?;
     }
-    if args.json {
-        return print_json(&volumes, out);
+    let worst = volumes.iter().map(|volume| exit_code(&volume.state)).max_by_key(|exit| match exit {
+        Exit::Done => 0,
+        Exit::NotAttached => 1,
+        Exit::Degraded => 2,
+        _ => 3,
+    });
+    Ok(if args.names.is_empty() { Exit::Done } else { worst.unwrap_or(Exit::Done) })
+}
+
+/// How `wbctl status NAME` ends.
+fn exit_code(state: &str) -> Exit {
+    match state {
+        FAILED | SILENT => Exit::VolumeFailed,
+        DEGRADED => Exit::Degraded,
+        DETACHED | CRASHED | BUSY => Exit::NotAttached,
+        UNREADABLE => Exit::Failed,
+        // A newer daemon may have other words.
+        _ => Exit::Done,
     }
+}
+
+/// The volumes that are named; else all, but for those of which there is nothing to say.
+fn asked(args: &StatusArgs) -> Result<Vec<VolumeStatus>> {
+    if !args.names.is_empty() {
+        return args.names.iter().map(known).collect();
+    }
+    let mut volumes = volumes()?;
+    if !args.prometheus {
+        volumes.retain(|volume| volume.state != DETACHED || volume.message.is_some());
+    }
+    Ok(volumes)
+}
+
+fn print_all(volumes: &[VolumeStatus], all: bool, out: &mut Output) -> Result<()> {
+    warn_of_untold(volumes);
     if volumes.is_empty() {
         writeln!(out, "no volume is attached; see wbctl list")?;
     }
     for (nth, volume) in volumes.iter().enumerate() {
+        match &volume.message {
+            Some(message) if volume.state == UNREADABLE && !all => bail!("{UNREADABLE}: {message}"),
+            _ => {}
+        }
         if nth > 0 {
             writeln!(out)?;
         }
@@ -132,6 +236,7 @@ fn known(name: &Name) -> Result<VolumeStatus> {
 }
 
 fn print_dm(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
+    warn_of_untold(volumes);
     for volume in volumes {
         match &volume.live {
             Some(live) => writeln!(out, "{}", dm::line(live))?,
@@ -146,6 +251,9 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
     let mut row = |key: &str, value: String| table.row([key.to_string(), value]);
     row("volume", volume.name.clone());
     row("state", volume.state.clone());
+    if let Some(message) = &volume.message {
+        row("why", message.clone());
+    }
     row("device", volume.device.as_ref().map_or("-".into(), |device| device.display().to_string()));
     row("cache device", volume.cache.display().to_string());
     row("backing device", volume.backing.display().to_string());
@@ -194,7 +302,10 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
     let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
     let state = match &live.writeback_error {
         Some(error) => format!("does not get on, trying again: {error}"),
-        None if live.paused => format!("paused; it goes on with: wbctl resume {name}"),
+        None if live.paused => {
+            let still = if live.writing_back { ", but a batch or a drain is being finished" } else { "" };
+            format!("paused{still}; it goes on with: wbctl resume {name}")
+        }
         None if live.dirty_bytes == 0 => "nothing to do".into(),
         None if live.tunables.get("writeback_threshold") == Some(&TunableValue::Number(0)) => {
             "off (writeback_threshold=0), until the log is nearly full".into()

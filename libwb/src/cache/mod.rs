@@ -21,6 +21,7 @@ mod meter;
 mod open;
 mod policy;
 mod purpose;
+mod rate;
 mod read;
 mod staging;
 mod state;
@@ -39,6 +40,7 @@ pub use access::{Access, Accesses};
 pub use latency::{Histogram, Latencies, Timed};
 pub use open::refuse_size;
 pub use purpose::Purpose;
+pub use rate::Pace;
 pub use statistics::{Counters, Statistics};
 pub use status::Status;
 pub use stuck::StuckBlocks;
@@ -268,6 +270,12 @@ impl Cache {
     /// Writes nothing back any more, but for a drain that is asked for, and when the log is full and writes wait.
     pub fn pause(&self) {
         self.inner.lock().paused = true;
+    }
+
+    /// Waits until no batch is being written back. After a [`Cache::pause`], that is the end of the
+    /// one under way, if there is one, and of drains that were asked for.
+    pub async fn batch_ended(&self) {
+        self.inner.wait(&self.inner.events.changed, |state| (!state.rate.is_working()).then_some(())).await;
     }
 
     /// Ends a [`Cache::pause`].

@@ -98,7 +98,7 @@ impl Inner {
             match self.next_writeback(&load) {
                 Next::Batch { last } => {
                     let before = self.lock().written_back;
-                    let stop = self.write_back(last).await.err();
+                    let stop = self.batch(last).await.err();
                     if stop.is_none() || self.lock().written_back > before {
                         failing_since = None;
                         self.lock().jammed = None;
@@ -153,6 +153,14 @@ impl Inner {
         *pause = (*pause * 2).min(MAX_PAUSE);
     }
 
+    /// Writes a batch back, and tells those who wait for its end.
+    async fn batch(&self, last: SegmentId) -> Result<(), Stop> {
+        let written = self.write_back(last).await;
+        self.lock().rate.end(self.runtime.now());
+        self.events.changed.notify(usize::MAX);
+        written
+    }
+
     /// Sleeps, but not through the end.
     async fn pause(&self, duration: Duration) {
         let ending = self.wait(&self.events.writeback, |state| state.stopping.then_some(()));
@@ -201,6 +209,10 @@ impl Inner {
         let mut state = self.lock();
         let next = self.choose(&mut state, load, &tunables);
         state.writing_back = matches!(next, Next::Batch { .. } | Next::Flush);
+        if matches!(next, Next::Batch { .. }) {
+            // Under the lock under which it was chosen: a pause comes before, or sees it.
+            state.rate.begin(self.runtime.now());
+        }
         next
     }
 

@@ -15,6 +15,7 @@ use super::age::Ages;
 use super::bypass::Bypass;
 use super::commits::{Commits, Lost, Position};
 use super::index::Index;
+use super::rate::Rate;
 use super::staging::Staging;
 use super::stuck::Stuck;
 use super::throttle::Throttle;
@@ -95,6 +96,7 @@ pub(super) struct State {
     /// Nothing is written back but for a drain, and when there is no choice.
     pub(super) paused: bool,
     pub(super) throttle: Throttle,
+    pub(super) rate: Rate,
     pub(super) ages: Ages,
     /// For each slot whether an epoch of the write history ends with its segment: whether a flush came after it.
     epoch_ends: Box<[bool]>,
@@ -163,6 +165,7 @@ impl State {
             drains: Vec::new(),
             paused: false,
             throttle: Throttle::default(),
+            rate: Rate::default(),
             ages: Ages::new(geometry.slots()),
             epoch_ends: vec![true; geometry.slots() as usize].into(),
             fenced: Vec::new(),

@@ -1,7 +1,7 @@
 //! What a cache says about itself.
 
 use super::state::State;
-use super::{Cache, Statistics, StuckBlocks, Tunables};
+use super::{Cache, Pace, Statistics, StuckBlocks, Tunables};
 use crate::device::BlockDevice;
 use crate::format::{PLACES, SEGMENT_BYTES, SegmentId, to_u64};
 use crate::log::reach::{Reach, Seen};
@@ -44,6 +44,8 @@ pub struct Status {
     pub oldest_dirty: Option<Duration>,
     /// Write-back is paused.
     pub paused: bool,
+    /// A batch is being written back.
+    pub writing_back: bool,
     /// Why writes are refused, if they are.
     pub failure: Option<String>,
     /// Why write-back does not get on, if it does not.
@@ -59,8 +61,8 @@ pub struct Status {
     /// Dirty blocks without those of the batch under way that have been written to the backing device. They count as dirty
     /// until all of the batch is durable there.
     pub blocks_to_write_back: u64,
-    /// How long write-back takes for a block while it works, as measured of late.
-    pub writeback_per_block: Option<Duration>,
+    /// How fast write-back was in the last minute while it worked; `None` while it does not get on.
+    pub writeback_pace: Option<Pace>,
     /// What was counted since the cache was opened, or since [`Cache::clear_statistics`].
     pub statistics: Statistics,
 }
@@ -70,8 +72,10 @@ impl Cache {
     pub fn status(&self) -> Status {
         let inner = &self.inner;
         let statistics = inner.statistics();
+        let writeback_error = inner.counters.last_writeback_error().map(|error| error.to_string());
         let mut state = inner.lock();
         let (current, next_place) = state.cursor();
+        let writeback_pace = state.rate.pace(inner.runtime.now()).filter(|_| writeback_error.is_none());
         Status {
             volume_bytes: inner.backing.size(),
             log_bytes: state.geometry.lap() * to_u64(SEGMENT_BYTES),
@@ -89,14 +93,15 @@ impl Cache {
             written_back: state.written_back,
             oldest_dirty: state.oldest_dirty(inner.runtime.wall_clock()),
             paused: state.paused,
+            writing_back: state.rate.is_working(),
             failure: state.failure.as_ref().map(ToString::to_string),
-            writeback_error: inner.counters.last_writeback_error().map(|error| error.to_string()),
+            writeback_error,
             stuck: state.stuck_blocks(),
             recovery_time: inner.recovery_time,
             recovery_bytes: inner.recovery_bytes,
             tunables: self.tunables(),
             blocks_to_write_back: state.dirty_blocks.saturating_sub(state.throttle.done()),
-            writeback_per_block: state.throttle.per_block(),
+            writeback_pace,
             statistics,
         }
     }

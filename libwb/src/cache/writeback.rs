@@ -259,7 +259,10 @@ impl Inner {
         drop(reads);
         self.writeback_device.write(offset, buf.into()).await.map_err(refused)?;
         self.counters.written_back_bytes.add(to_u64(length));
-        self.lock().throttle.progressed(to_u64(length.div_ceil(BLOCK_BYTES)), self.runtime.now());
+        let (blocks, now) = (to_u64(length.div_ceil(BLOCK_BYTES)), self.runtime.now());
+        let mut state = self.lock();
+        state.throttle.progressed(blocks, now);
+        state.rate.wrote(to_u64(length), blocks, now);
         Ok(())
     }
 }

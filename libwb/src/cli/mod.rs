@@ -43,8 +43,12 @@ pub enum Exit {
     Failed = 1,
     /// The command line makes no sense.
     Usage = 2,
-    /// wbcheck: errors were found and are still there.
+    /// wbctl status: the volume is not attached.
+    NotAttached = 3,
+    /// wbcheck: errors were found and are still there; for wbctl status, [`Exit::VolumeFailed`].
     ErrorsLeft = 4,
+    /// wbctl status: the volume works, but something is wrong with it.
+    Degraded = 5,
     /// wbcheck: could not check.
     CouldNotCheck = 8,
 }
@@ -53,6 +57,9 @@ impl Exit {
     /// wbcheck: errors were found, and all repaired.
     #[allow(non_upper_case_globals)] // named as the others
     pub const Repaired: Exit = Exit::Failed;
+    /// wbctl status: the volume refuses writes, or its daemon does not answer.
+    #[allow(non_upper_case_globals)] // named as the others
+    pub const VolumeFailed: Exit = Exit::ErrorsLeft;
 }
 
 impl From<Exit> for ExitCode {

@@ -82,13 +82,17 @@ pub fn is_same_device(a: &Path, b: &Path) -> bool {
     a == b || identity(a).is_ok_and(|a| identity(b).is_ok_and(|b| a == b))
 }
 
-/// Reads a text file.
+/// Reads a text file, or a pipe.
 ///
 /// # Errors
 /// When it cannot be read, is no text, or is longer than so many bytes.
 pub fn read_text(path: &Path, most: u64) -> io::Result<String> {
+    read_at_most(File::open(path)?, most)
+}
+
+fn read_at_most(file: File, most: u64) -> io::Result<String> {
     let mut text = String::new();
-    File::open(path)?.take(most + 1).read_to_string(&mut text)?;
+    file.take(most + 1).read_to_string(&mut text)?;
     if text.len() as u64 > most {
         return Err(io::Error::new(ErrorKind::FileTooLarge, format!("longer than {most} bytes")));
     }
@@ -128,7 +132,13 @@ mod tests {
         ] {
             assert_eq!(load(file, text), None, "{file}");
         }
-        assert_eq!(Recorded::load(Path::new("/dev/zero.toml")), None);
+        let load = |file: &str| Recorded::load(&dir.join(file));
+        nix::unistd::mkfifo(&dir.join("pipe.toml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::fs::create_dir(dir.join("folder.toml")).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", dir.join("zero.toml")).unwrap();
+        assert_eq!([load("pipe.toml"), load("folder.toml"), load("zero.toml")], [None, None, None]);
+        let why = read_own(&dir.join("pipe.toml"), MAX_RECORD).unwrap_err();
+        assert_eq!(why.to_string(), "refused: it is no regular file");
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

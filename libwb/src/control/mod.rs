@@ -1,20 +1,31 @@
 //! The daemon's control socket: requests and replies, one JSON object a line.
 //!
 //! A client sends one request and reads replies until one that ends the exchange: anything but
-//! [`Reply::Progress`].
+//! [`Reply::Progress`], which a daemon sends every other second at least while it is at work.
+//!
+//! A daemon outlives the installation of a newer version, so either side may be the older one. What
+//! a message lacks has a default, and what it has too much is passed over. What the other side must
+//! not pass over makes a new [`PROTOCOL`].
 
+mod client;
+mod line;
 mod statistics;
+mod status;
 
+pub use client::{AskError, Client, Remaining, volume_of};
 pub use statistics::{AccessCount, Latency, VolumeStatistics, hit_ratio, ratio};
+pub use status::{LiveStatus, Stuck, VolumeStatus, by_name};
 
-use crate::cache::{Status, StuckBlocks, TunableValue, Tunables};
-use crate::device::probe::identity;
-use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
+use crate::cache::TunableValue;
+use line::Lines;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::{Uid, geteuid};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -22,25 +33,26 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// The longest line that is read from a socket, in bytes.
-const MAX_LINE: u64 = 64 * 1024;
-/// Clients served at a time. More are turned away.
-const MAX_CLIENTS: usize = 32;
+/// The version of the protocol.
+pub const PROTOCOL: u32 = 1;
 
-/// How long a client may take to send its request, or to take a reply.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a daemon may take to answer where one can do without.
-const SOON: Duration = Duration::from_secs(2);
+/// Clients whose requests may wait for something, such as a device. More are turned away.
+const MAX_WAITING: usize = 32;
+/// Connections in all. What is beyond [`MAX_WAITING`] is for requests that are answered at once,
+/// and for those that end the daemon: a device that hangs must not keep anybody from them.
+const MAX_CONNECTIONS: usize = 128;
+/// How long a client may take for its request, in all, or to take a reply.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a client asks of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(tag = "request", rename_all = "kebab-case")]
 pub enum Request {
     /// For a [`Reply::Status`].
     Status,
     /// To make everything acknowledged durable.
     Flush,
-    /// To write everything back, with [`Reply::Progress`] meanwhile.
+    /// To write everything back.
     Drain,
     /// For [`Reply::Tunables`].
     Tunables,
@@ -49,19 +61,35 @@ pub enum Request {
     /// To change tunables, all of them or none.
     Set {
         /// Tunables by name.
+        #[serde(default)]
         tunables: BTreeMap<String, TunableValue>,
     },
-    /// To write nothing back any more, but for a drain, and when the log is full.
+    /// To write nothing back any more, but for a drain, and when the log is full. Waits a while for
+    /// what is being written back at that moment; a [`Reply::Status`] tells whether that has ended.
     Pause,
     /// To end a pause.
     Resume,
     /// To stop serving and exit.
     Detach {
-        /// Write everything back first, with [`Reply::Progress`] meanwhile.
+        /// Write everything back first.
+        #[serde(default)]
         drain: bool,
         /// Stop even while the device is held.
+        #[serde(default)]
         force: bool,
     },
+}
+
+impl Request {
+    /// Whether it may wait for long, without being a way to end that.
+    fn may_wait(&self) -> bool {
+        matches!(self, Request::Flush | Request::Drain | Request::Pause)
+    }
+
+    /// The version of the protocol that a daemon must speak to do what this asks.
+    fn needs(&self) -> u32 {
+        FIRST
+    }
 }
 
 /// What a daemon answers.
@@ -73,169 +101,115 @@ pub enum Reply {
     /// The tunables in force.
     Tunables {
         /// Tunables by name.
+        #[serde(default)]
         tunables: BTreeMap<String, TunableValue>,
     },
-    /// A drain is under way.
+    /// The daemon is at work on the request.
     Progress {
-        /// What is still to be written back.
+        /// Data that is only in the cache.
+        #[serde(default)]
         dirty_bytes: u64,
+        /// What is still to be written back of it: what has been written of the batch under way is
+        /// dirty until all of that is durable. Daemons of the first days do not tell.
+        #[serde(default)]
+        left_bytes: Option<u64>,
     },
     /// It is done.
     Done,
     /// It failed, or was refused.
     Error {
         /// Why, in a line.
+        #[serde(default)]
         message: String,
     },
+    /// Something of a newer version.
+    #[serde(other)]
+    Unknown,
 }
 
-/// A volume's state, as `wbctl status --json` prints it. Sizes are bytes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct VolumeStatus {
-    /// The volume's name.
-    pub name: String,
-    /// `attached`, `attached read-only`, `detached`, `starting or stopping`, or `failed` when writes are refused.
-    pub state: String,
-    /// The loop device, while attached.
-    pub device: Option<PathBuf>,
-    /// The cache device.
-    pub cache: PathBuf,
-    /// The backing device.
-    pub backing: PathBuf,
-    /// What only the daemon knows, while attached.
-    pub live: Option<LiveStatus>,
+/// The first version of the protocol, whose messages do not name it.
+const FIRST: u32 = 1;
+
+/// A request or a reply as it goes over the socket.
+#[derive(Serialize, Deserialize)]
+struct Message<T> {
+    /// Of a reply, the version of the protocol that its daemon speaks; of a request, the version
+    /// that it needs. Where it is missing, that is [`FIRST`]: daemons of the first days take no
+    /// request that names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    protocol: Option<u32>,
+    #[serde(flatten)]
+    body: T,
 }
 
-/// The part of a volume's state that its daemon knows. Sizes are bytes.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct LiveStatus {
-    /// The daemon's process id.
-    pub pid: u32,
-    /// Logical sector size of the loop device in bytes.
-    pub sector_size: u32,
-    /// Size of the volume.
-    pub volume_bytes: u64,
-    /// Size of the log: all its segments.
-    pub log_bytes: u64,
-    /// Room in the log for new segments, without waiting for write-back.
-    pub free_bytes: u64,
-    /// Data whose newest version is only in the cache: what the backing device lacks.
-    pub dirty_bytes: u64,
-    /// For how long the oldest of it has been waiting, in seconds; `None` where nobody knows.
-    pub oldest_dirty_seconds: Option<f64>,
-    /// Data that the cache holds a version of, dirty or clean.
-    pub used_bytes: u64,
-    /// How many places for blocks the log has.
-    pub places: u64,
-    /// The place that the next block takes, counted from the log's first slot.
-    pub next_place: u64,
-    /// The segment of that place.
-    pub current_segment: u64,
-    /// The newest segment of the log.
-    pub newest_segment: u64,
-    /// Every segment up to this one is on the cache device, perhaps in its volatile cache.
-    pub written_segment: u64,
-    /// Every segment up to this one survives a power cut.
-    pub durable_segment: u64,
-    /// Every segment up to this one is written back.
-    pub written_back_segment: u64,
-    /// Why writes are refused, if they are.
-    pub failure: Option<String>,
-    /// Write-back is paused.
-    pub paused: bool,
-    /// Why write-back does not get on, if it does not.
-    pub writeback_error: Option<String>,
-    /// Blocks that cannot be written back while others can.
-    pub stuck: Option<Stuck>,
-    /// How long recovery took, in seconds.
-    pub recovery_seconds: f64,
-    /// How many bytes of the log recovery read.
-    pub recovery_bytes: u64,
-    /// Tunables by name.
-    pub tunables: BTreeMap<String, TunableValue>,
-    /// What has happened since the volume was attached or `wbctl clear-stats`, by name.
-    pub counters: BTreeMap<String, u64>,
-    /// What else was counted in that time, and what follows from it.
-    pub statistics: VolumeStatistics,
-}
-
-impl LiveStatus {
-    /// What a cache says, in bytes and by name.
-    pub fn new(status: &Status, sector_size: u32) -> LiveStatus {
-        LiveStatus {
-            pid: std::process::id(),
-            sector_size,
-            volume_bytes: status.volume_bytes,
-            log_bytes: status.log_bytes,
-            free_bytes: status.free_segments * to_u64(SEGMENT_BYTES),
-            dirty_bytes: status.dirty_blocks * to_u64(BLOCK_BYTES),
-            oldest_dirty_seconds: status.oldest_dirty.map(|age| age.as_secs_f64()),
-            used_bytes: status.used_blocks * to_u64(BLOCK_BYTES),
-            places: status.places,
-            next_place: status.next_place,
-            current_segment: status.current.0,
-            newest_segment: status.newest.0,
-            written_segment: status.written.0,
-            durable_segment: status.durable.0,
-            written_back_segment: status.written_back.0,
-            failure: status.failure.clone(),
-            paused: status.paused,
-            writeback_error: status.writeback_error.clone(),
-            stuck: status.stuck.as_ref().map(Stuck::of),
-            recovery_bytes: status.recovery_bytes,
-            recovery_seconds: status.recovery_time.as_secs_f64(),
-            tunables: by_name(&status.tunables),
-            counters: status.statistics.counters.iter().map(|(key, _, value)| (key.into(), value)).collect(),
-            statistics: VolumeStatistics::new(status),
-        }
+impl<T> Message<T> {
+    fn protocol(&self) -> u32 {
+        self.protocol.unwrap_or(FIRST)
     }
 }
 
-/// Blocks of 4096 bytes that cannot be written back while others can.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Stuck {
-    /// How many the backing device does not take. They are kept in the cache.
-    pub refused: u64,
-    /// How many the cache device does not give back. Reads of them fail until they are written anew or discarded.
-    pub lost: u64,
-    /// Where the first of them lie on the volume, in bytes.
-    pub first: Vec<u64>,
-    /// Why the first one cannot be written back.
-    pub error: String,
-}
+/// Sends replies to one client. Once one has ended the exchange, no more are sent.
+#[derive(Clone)]
+pub struct Replies(Arc<Mutex<Exchange>>);
 
-impl Stuck {
-    fn of(stuck: &StuckBlocks) -> Stuck {
-        let StuckBlocks { refused, lost, first, error } = stuck;
-        Stuck { refused: *refused, lost: *lost, first: first.clone(), error: error.to_string() }
-    }
+struct Exchange {
+    socket: UnixStream,
+    has_ended: bool,
+    is_broken: bool,
 }
-
-/// Tunables by name.
-pub fn by_name(tunables: &Tunables) -> BTreeMap<String, TunableValue> {
-    tunables.pairs().map(|(key, value)| (key.into(), value)).collect()
-}
-
-/// Sends replies to one client.
-pub struct Replies(UnixStream);
 
 impl Replies {
+    fn to(socket: UnixStream) -> Replies {
+        Replies(Arc::new(Mutex::new(Exchange { socket, has_ended: false, is_broken: false })))
+    }
+
     /// Sends a reply.
     ///
     /// # Errors
-    /// When the client is gone.
+    /// When the client is gone, or does not read.
     pub fn send(&mut self, reply: &Reply) -> io::Result<()> {
-        let mut line = serde_json::to_vec(reply)?;
+        let mut line = serde_json::to_vec(&Message { protocol: Some(PROTOCOL), body: reply })?;
         line.push(b'\n');
-        self.0.write_all(&line)
+        let mut exchange = self.0.lock();
+        if exchange.is_broken {
+            return Err(ErrorKind::BrokenPipe.into());
+        }
+        if exchange.has_ended {
+            return Ok(());
+        }
+        exchange.has_ended = !matches!(reply, Reply::Progress { .. });
+        // A line that was cut off would spoil the next.
+        exchange.socket.write_all(&line).inspect_err(|_| exchange.is_broken = true)
     }
 
-    /// To reply to the same client from another thread.
-    ///
-    /// # Errors
-    /// When the process has too many files open.
-    pub fn try_clone(&self) -> io::Result<Replies> {
-        self.0.try_clone().map(Replies)
+    /// Whether the client has hung up. One that has only said that it sends no more has not.
+    fn is_hung_up(&self) -> bool {
+        let exchange = self.0.lock();
+        let mut events = [PollFd::new(exchange.socket.as_fd(), PollFlags::empty())];
+        let found = poll(&mut events, PollTimeout::ZERO);
+        found.is_ok() && events[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    }
+
+    /// Whether a reply has ended the exchange, or the client is gone.
+    pub fn has_ended(&self) -> bool {
+        let exchange = self.0.lock();
+        exchange.has_ended || exchange.is_broken
+    }
+}
+
+/// One of a number of places, until it is dropped.
+struct Place(Arc<AtomicUsize>);
+
+impl Place {
+    fn take(taken: &Arc<AtomicUsize>, most: usize) -> Option<Place> {
+        let place = Place(taken.clone());
+        (taken.fetch_add(1, Ordering::SeqCst) < most).then_some(place)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -245,13 +219,20 @@ impl Replies {
 /// When the socket cannot be made. A stale one of that name is replaced.
 pub fn serve(path: &Path, handle: impl Fn(Request, &mut Replies) + Send + Sync + 'static) -> io::Result<()> {
     match std::fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    let handle = Arc::new(handle);
-    let clients = Arc::new(AtomicUsize::new(0));
+    let waiting = Arc::<AtomicUsize>::default();
+    let handle = Arc::new(move |request: Request, replies: &mut Replies| {
+        let place = request.may_wait().then(|| Place::take(&waiting, MAX_WAITING));
+        match place {
+            Some(None) => turn_away(replies, MAX_WAITING),
+            _ => handle(request, replies),
+        }
+    });
+    let connections = Arc::<AtomicUsize>::default();
     std::thread::Builder::new().name("wb-control".into()).spawn(move || {
         for client in listener.incoming() {
             let Ok(client) = client else {
@@ -260,23 +241,19 @@ pub fn serve(path: &Path, handle: impl Fn(Request, &mut Replies) + Send + Sync +
                 continue;
             };
             if let Err(e) = refuse_stranger(&client) {
-                let _ = Replies(client).send(&Reply::Error { message: e.to_string() });
+                let _ = Replies::to(client).send(&Reply::Error { message: e.to_string() });
                 continue;
             }
-            if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
-                clients.fetch_sub(1, Ordering::SeqCst);
-                let message = format!("more than {MAX_CLIENTS} clients at a time");
-                let _ = Replies(client).send(&Reply::Error { message });
+            let Some(place) = Place::take(&connections, MAX_CONNECTIONS) else {
+                turn_away(&mut Replies::to(client), MAX_CONNECTIONS);
                 continue;
-            }
-            let (handle, done) = (handle.clone(), clients.clone());
-            let thread = std::thread::Builder::new().name("wb-client".into()).spawn(move || {
+            };
+            let handle = handle.clone();
+            // Without a thread, the client is hung up on.
+            let _ = std::thread::Builder::new().name("wb-client".into()).spawn(move || {
                 answer(client, &*handle);
-                done.fetch_sub(1, Ordering::SeqCst);
+                drop(place);
             });
-            if thread.is_err() {
-                clients.fetch_sub(1, Ordering::SeqCst);
-            }
         }
     })?;
     Ok(())
@@ -292,28 +269,38 @@ fn refuse_stranger(peer: &UnixStream) -> io::Result<()> {
     Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
 }
 
+fn turn_away(replies: &mut Replies, most: usize) {
+    let message = format!("more than {most} clients at a time");
+    let _ = replies.send(&Reply::Error { message });
+}
+
 /// Reads the request of one client and hands it over. What is no request is answered with an error.
+/// What a client asked for who did not wait, as while the daemon was stopped, is not done: they
+/// have been told that it failed.
 pub fn answer(client: UnixStream, handle: &impl Fn(Request, &mut Replies)) {
-    let limited = client.set_read_timeout(Some(PATIENCE)).and(client.set_write_timeout(Some(PATIENCE)));
-    let (Ok(()), Ok(replies)) = (limited, client.try_clone()) else { return };
-    let mut replies = Replies(replies);
-    match read_line(&mut BufReader::new(client)) {
-        Ok(line) => match serde_json::from_str(&line) {
-            Ok(request) => handle(request, &mut replies),
-            Err(e) => drop(replies.send(&Reply::Error { message: format!("not a request: {e}") })),
-        },
-        Err(e) => drop(replies.send(&Reply::Error { message: format!("not a request: {e}") })),
+    let (Ok(()), Ok(writer)) = (client.set_write_timeout(Some(PATIENCE)), client.try_clone()) else { return };
+    let mut replies = Replies::to(writer);
+    match request(client) {
+        Ok(_) if replies.is_hung_up() => {}
+        Ok(request) => handle(request, &mut replies),
+        Err(message) => drop(replies.send(&Reply::Error { message })),
     }
 }
 
-fn read_line(from: &mut impl BufRead) -> io::Result<String> {
-    let mut line = String::new();
-    from.take(MAX_LINE).read_line(&mut line)?;
-    if line.ends_with('\n') {
-        return Ok(line);
+/// What a client asks, or why that cannot be told.
+fn request(client: UnixStream) -> Result<Request, String> {
+    let line = Lines::of(client).next(PATIENCE).map_err(|e| format!("not a request: {e}"))?;
+    let asked: Message<serde_json::Value> =
+        serde_json::from_str(&line).map_err(|e| format!("not a request: {e}"))?;
+    if asked.protocol() > PROTOCOL {
+        let newer = asked.protocol();
+        return Err(format!(
+            "the volume's daemon is older than wbctl, and cannot do this (it speaks version {PROTOCOL} of the protocol, and \
+             {newer} is needed); detach the volume and attach it anew"
+        ));
     }
-    let what = if line.is_empty() { "the connection ended" } else { "the line is cut off or too long" };
-    Err(io::Error::new(io::ErrorKind::UnexpectedEof, what))
+    serde_json::from_value(asked.body)
+        .map_err(|e| format!("not a request that the volume's daemon knows: {e}"))
 }
 
 /// The folder that has one for each running daemon.
@@ -324,88 +311,109 @@ pub fn run_dir() -> PathBuf {
 /// The daemon's socket, in its folder of that.
 pub const SOCKET: &str = "socket";
 
-/// The attached volume that a device belongs to, as far as the daemons may be asked and answer soon.
-pub fn volume_of(device: &Path) -> Option<String> {
-    let wanted = identity(device).ok()?;
-    let is_wanted = |path: &Path| identity(path).is_ok_and(|found| found == wanted);
-    std::fs::read_dir(run_dir()).ok()?.flatten().find_map(|daemon| {
-        let mut client = Client::connect(&daemon.path().join(SOCKET)).ok()?;
-        client.0.get_mut().set_read_timeout(Some(SOON)).ok()?;
-        match client.ask(&Request::Status, |_| ()).ok()? {
-            Reply::Status(volume) if is_wanted(&volume.cache) || is_wanted(&volume.backing) => {
-                Some(volume.name)
-            }
-            _ => None,
-        }
-    })
-}
-
-/// A connection to a daemon.
-pub struct Client(BufReader<UnixStream>);
-
-impl Client {
-    /// Connects to a daemon's socket.
-    ///
-    /// # Errors
-    /// When none listens there, or somebody who is not to be believed.
-    pub fn connect(path: &Path) -> io::Result<Client> {
-        let daemon = UnixStream::connect(path)?;
-        refuse_stranger(&daemon)?;
-        Ok(Client(BufReader::new(daemon)))
-    }
-
-    /// Sends a request; shows progress to `progress`; returns the reply that ends the exchange.
-    ///
-    /// # Errors
-    /// When the daemon goes away before that.
-    pub fn ask(&mut self, request: &Request, mut progress: impl FnMut(u64)) -> io::Result<Reply> {
-        let mut line = serde_json::to_vec(request)?;
-        line.push(b'\n');
-        match self.0.get_mut().write_all(&line) {
-            // Who is turned away may be told so before he has asked.
-            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {}
-            sent => sent?,
-        }
-        loop {
-            match serde_json::from_str(&read_line(&mut self.0)?)? {
-                Reply::Progress { dirty_bytes } => progress(dirty_bytes),
-                reply => return Ok(reply),
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::io::{BufRead, BufReader};
 
-    #[test]
-    fn requests_are_what_they_are_documented_to_be() {
-        let parse = |text| serde_json::from_str::<Request>(text);
-        assert_eq!(parse(r#"{"request":"status"}"#).unwrap(), Request::Status);
-        let detach = Request::Detach { drain: true, force: false };
-        assert_eq!(parse(r#"{"request":"detach","drain":true,"force":false}"#).unwrap(), detach);
-        assert!(parse(r#"{"request":"detach","drain":true,"force":false,"colour":1}"#).is_err());
-        assert!(parse(r#"{"request":"explode"}"#).is_err());
-        let set = parse(r#"{"request":"set","tunables":{"nr_max_batched_writeback":64}}"#).unwrap();
-        assert_eq!(
-            set,
-            Request::Set { tunables: [("nr_max_batched_writeback".into(), TunableValue::Number(64))].into() }
-        );
-        assert!(parse(r#"{"request":"set","tunables":{"nr_max_batched_writeback":-1}}"#).is_err());
+    /// What a daemon makes of a line, and the line that it answers.
+    fn asked(line: &str) -> (Option<Request>, String) {
+        let (mut client, daemon) = UnixStream::pair().unwrap();
+        client.write_all(line.as_bytes()).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let request = Mutex::new(None);
+        answer(daemon, &|asked, replies| {
+            *request.lock() = Some(asked);
+            replies.send(&Reply::Done).unwrap();
+        });
+        let mut reply = String::new();
+        BufReader::new(client).read_line(&mut reply).unwrap();
+        (request.into_inner(), reply)
+    }
+
+    fn request_of(line: &str) -> Option<Request> {
+        asked(&format!("{line}\n")).0
     }
 
     #[test]
-    fn a_long_line_is_refused_without_being_read_whole() {
-        let mut endless = BufReader::new(io::repeat(b'a'));
-        assert!(read_line(&mut endless).is_err());
+    fn requests_are_what_they_are_documented_to_be() {
+        assert_eq!(request_of(r#"{"request":"status"}"#), Some(Request::Status));
+        let detach = Request::Detach { drain: true, force: false };
+        assert_eq!(request_of(r#"{"request":"detach","drain":true,"force":false}"#), Some(detach));
+        assert_eq!(request_of(r#"{"request":"explode"}"#), None);
+        let set =
+            Request::Set { tunables: [("nr_max_batched_writeback".into(), TunableValue::Number(64))].into() };
+        assert_eq!(request_of(r#"{"request":"set","tunables":{"nr_max_batched_writeback":64}}"#), Some(set));
+        assert_eq!(request_of(r#"{"request":"set","tunables":{"nr_max_batched_writeback":-1}}"#), None);
+    }
+
+    #[test]
+    fn a_request_of_another_version_is_taken_unless_it_says_that_it_must_not_be() {
+        let detach = Some(Request::Detach { drain: true, force: false });
+        for line in [
+            r#"{"request":"detach","drain":true,"force":false,"colour":1}"#,
+            r#"{"request":"detach","drain":true}"#,
+            r#"{"protocol":1,"request":"detach","drain":true}"#,
+        ] {
+            assert_eq!(request_of(line), detach, "{line}");
+        }
+        let (none, reply) = asked("{\"protocol\":2,\"request\":\"detach\",\"drain\":true}\n");
+        assert!(none.is_none() && reply.contains("is older than wbctl"), "{reply}");
+        assert!(asked("{\"request\":\"explode\"}\n").1.contains("unknown variant"));
+    }
+
+    #[test]
+    fn each_reply_names_the_version_and_nothing_follows_the_last_one() {
+        let (client, daemon) = UnixStream::pair().unwrap();
+        let mut replies = Replies::to(daemon);
+        let progress = Reply::Progress { dirty_bytes: 1, left_bytes: Some(1) };
+        for reply in [&progress, &Reply::Done, &progress] {
+            replies.send(reply).unwrap();
+        }
+        assert!(replies.has_ended());
+        drop(replies);
+        let lines: Vec<String> = BufReader::new(client).lines().map(Result::unwrap).collect();
+        assert_eq!(
+            lines,
+            [
+                r#"{"protocol":1,"reply":"progress","dirty_bytes":1,"left_bytes":1}"#,
+                r#"{"protocol":1,"reply":"done"}"#
+            ]
+        );
+    }
+
+    #[test]
+    fn a_client_that_has_hung_up_is_noticed() {
+        let (client, daemon) = UnixStream::pair().unwrap();
+        drop(client);
+        let mut replies = Replies::to(daemon);
+        let progress = Reply::Progress { dirty_bytes: 1, left_bytes: None };
+        assert!(replies.send(&progress).is_err() && replies.send(&Reply::Done).is_err());
+        assert!(replies.has_ended());
+    }
+
+    #[test]
+    fn what_was_asked_for_by_a_client_that_has_hung_up_is_not_done() {
+        let (mut client, daemon) = UnixStream::pair().unwrap();
+        client.write_all(b"{\"request\":\"detach\"}\n").unwrap();
+        drop(client);
+        answer(daemon, &|request, _| panic!("{request:?} was done"));
+    }
+
+    #[test]
+    fn a_place_is_free_again_when_it_is_dropped() {
+        let taken = Arc::default();
+        let first = Place::take(&taken, 1);
+        assert!(first.is_some() && Place::take(&taken, 1).is_none());
+        drop(first);
+        assert!(Place::take(&taken, 1).is_some());
     }
 
     proptest! {
         #[test]
         fn arbitrary_lines_never_panic(line in ".*") {
-            let _ = serde_json::from_str::<Request>(&line);
+            let _ = serde_json::from_str::<Message<Request>>(&line);
         }
     }
 }

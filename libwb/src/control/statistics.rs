@@ -1,14 +1,14 @@
 //! What a cache counts, as its daemon tells it.
 
 use crate::cache::{Accesses, Histogram, Statistics, Status, Timed};
-use crate::format::BLOCK_BYTES;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// What was counted since the volume was attached or `wbctl clear-stats`, and what follows from it. `None` where nothing
 /// is known yet.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct VolumeStatistics {
     /// How long was counted.
     pub seconds: f64,
@@ -18,7 +18,8 @@ pub struct VolumeStatistics {
     pub write_hit_ratio: Option<f64>,
     /// Bytes written to the cache device for each byte that was written to the volume.
     pub write_amplification: Option<f64>,
-    /// How fast write-back frees the log while it works, in bytes a second, as measured of late.
+    /// How fast write-back was in the last minute while it worked, in bytes a second; `None` while
+    /// it does not get on.
     pub writeback_bytes_per_second: Option<f64>,
     /// How long write-back takes at that rate until nothing is dirty.
     pub writeback_seconds_left: Option<f64>,
@@ -29,7 +30,8 @@ pub struct VolumeStatistics {
 }
 
 /// How many blocks were met in one way.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct AccessCount {
     /// `read` or `write`.
     pub request: String,
@@ -44,7 +46,8 @@ pub struct AccessCount {
 }
 
 /// How long requests of a kind took. A percentile is the limit of the bucket that it lies in.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Latency {
     /// How many requests.
     pub requests: u64,
@@ -84,7 +87,7 @@ impl VolumeStatistics {
     /// What a cache has counted.
     pub fn new(status: &Status) -> VolumeStatistics {
         let Statistics { time, counters, accesses, latencies } = &status.statistics;
-        let per_block = status.writeback_per_block.map(|time| time.as_secs_f64());
+        let pace = status.writeback_pace;
         let accesses = access_counts(accesses);
         let latency = |kind: Timed| (kind.name().to_string(), Latency::new(latencies.of(kind)));
         VolumeStatistics {
@@ -92,8 +95,9 @@ impl VolumeStatistics {
             read_hit_ratio: hit_ratio(&accesses, "read"),
             write_hit_ratio: hit_ratio(&accesses, "write"),
             write_amplification: ratio(counters.cache_write_bytes, counters.write_bytes),
-            writeback_bytes_per_second: per_block.map(|time| BLOCK_BYTES as f64 / time),
-            writeback_seconds_left: per_block.map(|time| time * status.blocks_to_write_back as f64),
+            writeback_bytes_per_second: pace.map(|pace| pace.bytes_per_second),
+            writeback_seconds_left: pace
+                .map(|pace| pace.per_block.as_secs_f64() * status.blocks_to_write_back as f64),
             accesses,
             latencies: Timed::ALL.map(latency).into(),
         }

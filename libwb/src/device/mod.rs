@@ -12,11 +12,13 @@ pub mod signatures;
 pub mod sim;
 pub mod sparse;
 mod uring;
+mod watched;
 
 pub use buf::{IoBuf, SharedBuf};
 pub use mem::MemDevice;
 pub use overlay::Overlay;
 pub use uring::UringDevice;
+pub use watched::{Gone, Watched};
 
 use crate::format::to_u64;
 use futures_util::future::BoxFuture;

@@ -77,6 +77,12 @@ pub enum OpenError {
         /// The limit in bytes.
         limit: u64,
     },
+    /// While it was opened, its path came to lead elsewhere.
+    #[error("{path}: another file or device is being put in its place; try again when that is done")]
+    Replaced {
+        /// The device.
+        path: PathBuf,
+    },
     /// A file of an odd size.
     #[error("{path}: {size} bytes is no multiple of 512; was it truncated?")]
     Unaligned {
@@ -195,8 +201,10 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let started = Instant::now();
     loop {
         match open_at_once(path, access) {
-            Err(OpenError::InUse { .. } | OpenError::Held { .. }) if started.elapsed() < BRIEFLY => {
-                std::thread::sleep(BRIEFLY / 20)
+            Err(OpenError::InUse { .. } | OpenError::Held { .. } | OpenError::Replaced { .. })
+                if started.elapsed() < BRIEFLY =>
+            {
+                std::thread::sleep(BRIEFLY / 20);
             }
             done => return done,
         }
@@ -252,10 +260,14 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
             return Err(OpenError::Held { path: path.into(), by });
         }
     }
+    // Before the lock was had, another may have been put in its place.
+    let identity = Identity::of(&file.metadata().map_err(system)?);
+    if self::identity(path).map_err(system)? != identity {
+        return Err(OpenError::Replaced { path: path.into() });
+    }
     let sysfs = is_block.then(|| sysfs_folder(meta.rdev()));
     let identity_text = sysfs.as_deref().map_or_else(String::new, identity_text);
     let stat = sysfs.map(|folder| folder.join("stat"));
-    let identity = Identity::of(&meta);
     Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
 }
 

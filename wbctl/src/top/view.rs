@@ -40,12 +40,14 @@ pub(super) struct View {
     points: VecDeque<Point>,
     /// Why there is nothing new, if there is not.
     gone: Option<String>,
+    /// What the daemon does not tell, if anything.
+    untold: Option<String>,
 }
 
 impl View {
     pub(super) fn new(is_coloured: bool, interval: Duration) -> View {
         let points = VecDeque::with_capacity(KEPT);
-        View { is_coloured, interval, volume: None, before: None, points, gone: None }
+        View { is_coloured, interval, volume: None, before: None, points, gone: None, untold: None }
     }
 
     /// Takes in what the daemon tells, or why it does not. What it told before stays, so that one sees how things stood.
@@ -58,6 +60,10 @@ impl View {
             }
         };
         self.gone = None;
+        self.untold = (!volume.untold.is_empty()).then(|| {
+            let untold: Vec<&str> = volume.untold.iter().filter_map(|it| it.rsplit('/').next()).collect();
+            format!("the daemon is of another version and does not tell {}", untold.join(", "))
+        });
         self.before = self.volume.take().and_then(|volume| volume.live);
         if let (Some(before), Some(now)) = (&self.before, &volume.live) {
             let interval = Interval::between(Some(before), now);
@@ -90,7 +96,7 @@ impl Widget for &View {
         let [title, banner, rest] =
             Layout::vertical([Constraint::Length(1), Constraint::Length(1), Constraint::Fill(1)]).areas(area);
         self.title(title, buf);
-        if let Some(why) = &self.gone {
+        if let Some(why) = self.gone.as_ref().or(self.untold.as_ref()) {
             let text = format!(" {why} ");
             let style = self.colour(Color::Red).add_modifier(Modifier::BOLD | Modifier::REVERSED);
             Paragraph::new(text).style(style).render(banner, buf);
@@ -362,6 +368,29 @@ mod tests {
         assert!(text.contains("2 MiB only in the cache"), "{text}");
         view.look(Ok(volume(11, 4)));
         assert!(!drawn(&view, 80, 24).contains("not attached"));
+    }
+
+    #[test]
+    fn what_a_daemon_of_another_version_leaves_out_is_told_and_all_else_is_shown() {
+        let whole = serde_json::to_value(volume(10, 4)).unwrap();
+        let left_out = |of: &str| -> Vec<String> {
+            let members = whole.pointer(of).and_then(|value| value.as_object()).unwrap();
+            members.keys().map(|key| format!("{of}/{key}")).collect()
+        };
+        for pointer in
+            ["", "/live", "/live/statistics", "/live/statistics/latencies/write"].map(left_out).concat()
+        {
+            let mut json = whole.clone();
+            let (of, key) = pointer.rsplit_once('/').unwrap();
+            json.pointer_mut(of).unwrap().as_object_mut().unwrap().remove(key);
+            let mut told: VolumeStatus = serde_json::from_value(json).unwrap();
+            told.untold.push(pointer.clone());
+            let mut view = View::new(true, Duration::from_secs(1));
+            view.look(Ok(told));
+            let text = drawn(&view, 100, 24);
+            assert!(text.contains(&format!("does not tell {key}")), "without {pointer}:\n{text}");
+            assert!(pointer == "/device" || text.contains("/dev/loop7"), "without {pointer}:\n{text}");
+        }
     }
 
     #[test]

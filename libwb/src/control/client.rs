@@ -1,0 +1,214 @@
+//! The side of the socket that asks. It waits for nobody without end: a daemon that is at work says
+//! so all the time.
+
+use super::line::Lines;
+use super::{FIRST, Message, PROTOCOL, Reply, Request, SOCKET, refuse_stranger, run_dir};
+use crate::device::probe::identity;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, setsockopt, socket, sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use serde::Deserialize;
+use serde_json::Value;
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+/// How long a daemon may say nothing, in seconds. One that is at work shows progress more than
+/// twice in that.
+const PATIENCE_SECONDS: u8 = 5;
+
+/// Why a daemon's answer could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// None listens.
+    #[error("no daemon listens there")]
+    NotThere,
+    /// It takes the request, or not even that, and says nothing.
+    #[error("its daemon{} does not answer", of_process(*.0))]
+    Silent(Option<i32>),
+    /// It ended the connection before the end.
+    #[error("its daemon went away")]
+    Gone,
+    /// What it says makes no sense to this version.
+    #[error("its daemon speaks version {protocol} of the protocol, and wbctl version {PROTOCOL}: {why}")]
+    Strange {
+        /// The version of the protocol that it speaks.
+        protocol: u32,
+        /// What makes no sense.
+        why: String,
+    },
+    /// The system said no.
+    #[error(transparent)]
+    System(#[from] io::Error),
+}
+
+fn of_process(pid: Option<i32>) -> String {
+    pid.map(|pid| format!(" (process {pid})")).unwrap_or_default()
+}
+
+/// How far a drain is, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Remaining {
+    /// What is still to be written back.
+    pub left: u64,
+    /// What counts as dirty: what is written back of the batch under way does so until all of that
+    /// is durable.
+    pub dirty: u64,
+}
+
+/// A connection to a daemon.
+pub struct Client {
+    lines: Lines,
+    pid: Option<i32>,
+}
+
+impl Client {
+    /// Connects to a daemon's socket.
+    ///
+    /// # Errors
+    /// When none listens there, it does not take connections, or somebody does who is not to be believed.
+    pub fn connect(path: &Path) -> Result<Client, AskError> {
+        let client = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
+            .map_err(io::Error::from)?;
+        // It limits the connecting, too, which waits when too many others do.
+        let limit = TimeVal::seconds(PATIENCE_SECONDS.into());
+        setsockopt(&client, sockopt::SendTimeout, &limit).map_err(io::Error::from)?;
+        let address = UnixAddr::new(path).map_err(io::Error::from)?;
+        match connect(client.as_raw_fd(), &address) {
+            Ok(()) => {}
+            Err(Errno::ENOENT | Errno::ECONNREFUSED | Errno::ENOTDIR) => return Err(AskError::NotThere),
+            Err(Errno::EAGAIN) => return Err(AskError::Silent(None)),
+            Err(cause) => return Err(AskError::System(cause.into())),
+        }
+        let pid = getsockopt(&client, sockopt::PeerCredentials).ok().map(|peer| peer.pid());
+        let client = UnixStream::from(client);
+        refuse_stranger(&client)?;
+        Ok(Client { lines: Lines::of(client), pid })
+    }
+
+    /// The process that listens, where the system knows it.
+    pub fn pid(&self) -> Option<i32> {
+        self.pid
+    }
+
+    /// Sends a request; shows progress to `progress`; returns the reply that ends the exchange.
+    ///
+    /// # Errors
+    /// When the daemon says nothing for seconds, or goes away before that.
+    pub fn ask(&mut self, request: &Request, mut progress: impl FnMut(Remaining)) -> Result<Reply, AskError> {
+        let needs = Some(request.needs()).filter(|&version| version > FIRST);
+        let mut line =
+            serde_json::to_vec(&Message { protocol: needs, body: request }).map_err(io::Error::from)?;
+        line.push(b'\n');
+        match self.lines.socket().write_all(&line) {
+            // It may have said why before it hung up.
+            Err(e) if e.kind() != ErrorKind::BrokenPipe => return Err(self.failed(e)),
+            _ => {}
+        }
+        let mut unknown = None;
+        loop {
+            let line = match self.lines.next(Duration::from_secs(PATIENCE_SECONDS.into())) {
+                Ok(line) => line,
+                Err(e) => return Err(unknown.unwrap_or_else(|| self.failed(e))),
+            };
+            let message = parse(&line)?;
+            let protocol = message.protocol();
+            match message.body {
+                Reply::Progress { dirty_bytes, left_bytes } => {
+                    progress(Remaining { left: left_bytes.unwrap_or(dirty_bytes), dirty: dirty_bytes });
+                }
+                // A newer daemon may tell more while it works.
+                Reply::Unknown => {
+                    unknown = Some(AskError::Strange { protocol, why: line.trim_end().into() });
+                }
+                reply => return Ok(reply),
+            }
+        }
+    }
+
+    fn failed(&self, error: io::Error) -> AskError {
+        match error.kind() {
+            ErrorKind::TimedOut | ErrorKind::WouldBlock => AskError::Silent(self.pid),
+            ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => AskError::Gone,
+            _ => AskError::System(error),
+        }
+    }
+}
+
+/// Reads a reply, and what it leaves out of a status.
+fn parse(line: &str) -> Result<Message<Reply>, AskError> {
+    let strange = |protocol| move |e: serde_json::Error| AskError::Strange { protocol, why: e.to_string() };
+    let Message { protocol, body } = serde_json::from_str::<Message<Value>>(line).map_err(strange(FIRST))?;
+    let mut reply = Reply::deserialize(&body).map_err(strange(protocol.unwrap_or(FIRST)))?;
+    if let Reply::Status(status) = &mut reply {
+        status.note_untold(&body);
+    }
+    Ok(Message { protocol, body: reply })
+}
+
+/// The attached volume that a device belongs to, as far as the daemons may be asked and answer
+/// soon.
+pub fn volume_of(device: &Path) -> Option<String> {
+    let wanted = identity(device).ok()?;
+    let is_wanted = |path: &Path| identity(path).is_ok_and(|found| found == wanted);
+    std::fs::read_dir(run_dir()).ok()?.flatten().find_map(|daemon| {
+        let mut client = Client::connect(&daemon.path().join(SOCKET)).ok()?;
+        match client.ask(&Request::Status, |_| ()).ok()? {
+            Reply::Status(volume) if is_wanted(&volume.cache) || is_wanted(&volume.backing) => {
+                Some(volume.name)
+            }
+            _ => None,
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A client, and the socket that a daemon would have.
+    fn pair() -> (Client, UnixStream) {
+        let (client, daemon) = UnixStream::pair().unwrap();
+        (Client { lines: Lines::of(client), pid: Some(7) }, daemon)
+    }
+
+    fn answered(lines: &str) -> Result<Reply, AskError> {
+        let (mut client, mut daemon) = pair();
+        daemon.write_all(lines.as_bytes()).unwrap();
+        daemon.shutdown(std::net::Shutdown::Write).unwrap();
+        client.ask(&Request::Flush, |_| ())
+    }
+
+    #[test]
+    fn what_a_newer_daemon_adds_is_passed_over() {
+        let lines = "{\"protocol\":9,\"reply\":\"mood\",\"colour\":1}\n{\"reply\":\"done\",\"taste\":[]}\n";
+        assert_eq!(answered(lines).unwrap(), Reply::Done);
+        let only = answered("{\"protocol\":9,\"reply\":\"mood\"}\n").unwrap_err();
+        assert!(matches!(only, AskError::Strange { protocol: 9, .. }), "{only:?}");
+        assert!(matches!(answered("").unwrap_err(), AskError::Gone));
+        assert!(matches!(answered("nonsense\n").unwrap_err(), AskError::Strange { .. }));
+    }
+
+    #[test]
+    fn a_daemon_of_the_first_days_tells_less_of_a_drain() {
+        let (mut client, mut daemon) = pair();
+        let lines = "{\"reply\":\"progress\",\"dirty_bytes\":5}\n\
+                     {\"reply\":\"progress\",\"dirty_bytes\":5,\"left_bytes\":3}\n{\"reply\":\"done\"}\n";
+        daemon.write_all(lines.as_bytes()).unwrap();
+        let mut seen = Vec::new();
+        client.ask(&Request::Drain, |remaining| seen.push((remaining.left, remaining.dirty))).unwrap();
+        assert_eq!(seen, [(5, 5), (3, 5)]);
+    }
+
+    #[test]
+    fn a_request_that_any_daemon_knows_names_no_version() {
+        let (mut client, daemon) = pair();
+        let asked = std::thread::spawn(move || Lines::of(daemon).next(Duration::from_secs(30)).unwrap());
+        let _ = client.ask(&Request::Detach { drain: false, force: true }, |_| ());
+        assert_eq!(asked.join().unwrap(), "{\"request\":\"detach\",\"drain\":false,\"force\":true}\n");
+    }
+}

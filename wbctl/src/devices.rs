@@ -1,0 +1,124 @@
+//! Notices that the files or devices of an attached volume were deleted or replaced: what is
+//! written to those that are open goes away with the daemon, and nothing else would say so.
+
+use anyhow::{Context, Result, bail};
+use libwb::cli::human_size;
+use libwb::device::probe::{Identity, Opened, identity};
+use libwb::device::{Gone, Watched};
+use libwb::format::{BLOCK_BYTES, to_u64};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+/// How long a filesystem may take to tell where a path leads. One that hangs must not keep the
+/// status from being told.
+const SOON: Duration = Duration::from_secs(1);
+/// Looks at a time, those included that hang.
+const MAX_LOOKS: usize = 64;
+
+/// The two devices of an attached volume.
+#[derive(Clone)]
+pub(crate) struct Devices(Arc<Both>);
+
+struct Both {
+    cache: Watched,
+    backing: Watched,
+    /// The loop device. A name by what a filesystem is called, such as /dev/disk/by-uuid, leads to
+    /// it while the volume is attached, and to the backing device again after that.
+    served: OnceLock<Identity>,
+    looks: AtomicUsize,
+}
+
+/// What has become of each, if anything.
+#[derive(Default)]
+struct Found {
+    cache: Option<Gone>,
+    backing: Option<Gone>,
+}
+
+impl Both {
+    fn gone(&self, device: &Watched) -> Option<Gone> {
+        let leads_to_itself = || identity(device.path()).is_ok_and(|found| self.served.get() == Some(&found));
+        device.gone().filter(|_| !leads_to_itself())
+    }
+}
+
+impl Devices {
+    pub(crate) fn of(cache: &Opened, backing: &Opened) -> Result<Devices> {
+        let watch = |device: &Opened| {
+            Watched::new(device).with_context(|| format!("cannot watch {}", device.path.display()))
+        };
+        let (cache, backing) = (watch(cache)?, watch(backing)?);
+        let (served, looks) = (OnceLock::new(), AtomicUsize::new(0));
+        Ok(Devices(Arc::new(Both { cache, backing, served, looks })))
+    }
+
+    /// Notes as which device the volume is served.
+    pub(crate) fn served_as(&self, device: &Path) {
+        if let Ok(served) = identity(device) {
+            let _ = self.0.served.set(served);
+        }
+    }
+
+    /// Looks at both. Where that cannot be told soon, nothing is found.
+    fn look(&self) -> Found {
+        let (both, (done, found)) = (self.0.clone(), channel());
+        if both.looks.fetch_add(1, Ordering::SeqCst) >= MAX_LOOKS {
+            both.looks.fetch_sub(1, Ordering::SeqCst);
+            return Found::default();
+        }
+        let look = move || {
+            let _ = done.send(Found { cache: both.gone(&both.cache), backing: both.gone(&both.backing) });
+            both.looks.fetch_sub(1, Ordering::SeqCst);
+        };
+        if std::thread::Builder::new().name("wb-look".into()).spawn(look).is_err() {
+            self.0.looks.fetch_sub(1, Ordering::SeqCst);
+        }
+        found.recv_timeout(SOON).unwrap_or_default()
+    }
+
+    /// What is wrong with them while they are in use, and what to do about it.
+    pub(crate) fn troubles(&self) -> Vec<String> {
+        let Found { cache, backing } = self.look();
+        let cache = cache.map(|gone| {
+            let path = self.0.cache.path().display();
+            format!(
+                "{path}: {gone} while the volume is attached: what is only in the cache is lost when the daemon ends; write it \
+                 back now (wbctl drain)"
+            )
+        });
+        let backing = backing.map(|gone| {
+            let path = self.0.backing.path().display();
+            format!(
+                "{path}: {gone} while the volume is attached: what is written back is lost when the daemon ends; copy all data \
+                 from the volume before you detach it"
+            )
+        });
+        cache.into_iter().chain(backing).collect()
+    }
+
+    /// At the end, when so many blocks are dirty: fails where what was written went to a file that
+    /// is gone.
+    pub(crate) fn refuse_gone(&self, dirty_blocks: u64) -> Result<()> {
+        let Found { cache, backing } = self.look();
+        let mut lost = Vec::new();
+        if let Some(gone) = cache {
+            let dirty = match dirty_blocks {
+                0 => "it held nothing that is not on the backing device".into(),
+                blocks => format!("with {} that were only there", human_size(blocks * to_u64(BLOCK_BYTES))),
+            };
+            let path = self.0.cache.path().display();
+            lost.push(format!("{path}: {gone}: what went to the cache is gone with it, {dirty}"));
+        }
+        if let Some(gone) = backing {
+            let path = self.0.backing.path().display();
+            lost.push(format!("{path}: {gone}: what was written back is gone with it"));
+        }
+        if lost.is_empty() {
+            return Ok(());
+        }
+        bail!("{}", lost.join("; "))
+    }
+}

@@ -4,7 +4,7 @@
 //! thread. I/O is handed to that thread in batches, so that the ring has one user and needs no lock.
 #![allow(unsafe_code)] // io_uring takes addresses; each use below says why its memory stays valid
 
-use crate::device::{IoBuf, SharedBuf};
+use crate::device::{InFlight, IoBuf, SharedBuf};
 use crate::format::to_u64;
 use crate::runtime::Runtime;
 use crate::sys::keep_freed_memory;
@@ -76,6 +76,8 @@ pub(crate) type OpResult = (Result<(), Errno>, Option<IoBuf>);
 struct Op {
     /// Keeps the descriptor open until the kernel is done with it.
     file: Option<Arc<File>>,
+    /// Counts it until the kernel is done with it, even if nobody waits any more.
+    in_flight: Option<InFlight>,
     kind: OpKind,
     /// Bytes that earlier, short completions have moved.
     progress: usize,
@@ -161,9 +163,14 @@ impl Handle {
         }
     }
 
-    pub(crate) async fn submit(&self, file: Option<Arc<File>>, kind: OpKind) -> OpResult {
+    pub(crate) async fn submit(
+        &self,
+        file: Option<Arc<File>>,
+        in_flight: Option<InFlight>,
+        kind: OpKind,
+    ) -> OpResult {
         let (done, result) = oneshot::channel();
-        self.0.post(|inbox| inbox.ops.push(Op { file, kind, progress: 0, done }));
+        self.0.post(|inbox| inbox.ops.push(Op { file, in_flight, kind, progress: 0, done }));
         result.await.unwrap_or((Err(Errno::ECANCELED), None))
     }
 }
@@ -208,7 +215,7 @@ impl Runtime for Handle {
         let handle = self.clone();
         let time = Box::new(types::Timespec::from(duration));
         Box::pin(async move {
-            let _ = handle.submit(None, OpKind::Sleep(time)).await;
+            let _ = handle.submit(None, None, OpKind::Sleep(time)).await;
         })
     }
 
@@ -399,6 +406,9 @@ impl Ring {
             let key = crate::format::to_usize(user_data);
             if let Some(outcome) = outcome(&mut self.ops[key], result) {
                 let op = self.ops.remove(key);
+                if let (Ok(()), Some(in_flight)) = (&outcome, &op.in_flight) {
+                    in_flight.succeeded();
+                }
                 let buf = match op.kind {
                     OpKind::Read { buf, .. } => Some(buf),
                     _ => None,

@@ -12,7 +12,10 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long a process may take to end that was detached by force. A device that hangs may keep it.
+const TO_END: Duration = Duration::from_secs(5);
 
 #[derive(clap::Args)]
 pub(crate) struct DetachArgs {
@@ -21,8 +24,8 @@ pub(crate) struct DetachArgs {
     /// Write everything back first, so that the backing device alone holds all data
     #[arg(long)]
     drain: bool,
-    /// Detach even while the device is mounted, held or open; its users get I/O errors. Also clears what a killed daemon
-    /// left behind
+    /// Detach even while the device is mounted, held or open; its users get I/O errors. Ends within seconds even if a device
+    /// hangs. Also clears what a killed daemon left behind
     #[arg(long)]
     force: bool,
 }
@@ -139,15 +142,27 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
         refuse_held(&device, live.pid, args.force)?;
     }
     let request = Request::Detach { drain: args.drain, force: args.force };
+    // The last that it says before it is done is how much is left.
+    let mut left = 0;
     match args.drain {
         true => ask_to_drain(name, &request, &format!("detach {name} --drain"))?,
-        false => ask(name, &request)?,
+        false => ask_with(name, &request, |dirty| left = dirty)?,
+    };
+    let what = match left {
+        _ if args.drain => "; the backing device alone holds all data".into(),
+        0 => String::new(),
+        left => format!("; {} stay only in the cache", human_size(left)),
     };
     // The daemon holds its lock as long as it lives.
+    let asked = Instant::now();
     while name.is_running()? {
+        if args.force && asked.elapsed() > TO_END {
+            let waits = "its process ends when the device that hangs answers";
+            writeln!(out, "detached '{name}'{what}; {waits}")?;
+            return Ok(());
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
-    let what = if args.drain { "; the backing device alone holds all data" } else { "" };
     writeln!(out, "detached '{name}'{what}")?;
     Ok(())
 }

@@ -1,39 +1,36 @@
 //! What an attached volume's daemon answers those who ask it over its socket.
 
+use crate::apart::{self, Task};
 use crate::attach::refuse_held;
 use crate::config::Volume;
+use crate::ending::End;
 use crate::place::Name;
 use crate::{notify, show};
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::{Aborted, abortable};
 use libwb::cache::{Cache, TunableValue};
 use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
+use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::Handle;
-use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What systemd is told the volume is doing.
 pub(crate) const SERVING: &str = "serving";
 /// How often a drain reports progress.
 const PROGRESS: Duration = Duration::from_millis(250);
 
-/// Why the daemon is to end.
-pub(crate) enum End {
-    Signal(Signal),
-    /// A client asked for it, and is told when all is done.
-    Detach(Replies),
-}
-
 /// What the control socket works on.
 pub(crate) struct Daemon {
     pub(crate) name: Name,
     pub(crate) volume: Volume,
     pub(crate) cache: Cache,
+    /// What the cache stands on: the cache device, and the backing device.
+    pub(crate) devices: [Device; 2],
     pub(crate) device: PathBuf,
     pub(crate) sector_size: u32,
     pub(crate) runtime: Handle,
@@ -87,7 +84,11 @@ impl Daemon {
             device: Some(self.device.clone()),
             cache: self.volume.cache.clone(),
             backing: self.volume.backing.clone(),
-            live: Some(LiveStatus::new(&status, self.sector_size)),
+            live: Some(LiveStatus::new(
+                &status,
+                self.sector_size,
+                self.devices.each_ref().map(|device| device.pending()),
+            )),
         }
     }
 
@@ -137,7 +138,7 @@ impl Daemon {
         let (work, stop) = abortable(work(self.cache.clone()));
         let ended = self.runtime.run_watched(work, PROGRESS, || {
             if let Some(replies) = progress.as_mut() {
-                let dirty_bytes = self.cache.status().blocks_to_write_back * to_u64(BLOCK_BYTES);
+                let dirty_bytes = self.bytes_to_write_back();
                 // What it says of a client that has gone, the end of the work will tell.
                 let _ = replies.send(&Reply::Progress { dirty_bytes }).inspect_err(|_| stop.abort());
             }
@@ -149,6 +150,25 @@ impl Daemon {
         }
     }
 
+    /// Writes out what is in the page cache of the device, as long as the client waits for it.
+    fn write_out(&self, replies: &mut Replies) -> Result<()> {
+        let mut told = Instant::now();
+        let written = apart::run(Task::WriteOut, &self.device, || {
+            if told.elapsed() < PROGRESS {
+                return true;
+            }
+            told = Instant::now();
+            replies.send(&Reply::Progress { dirty_bytes: self.bytes_to_write_back() }).is_ok()
+        });
+        written
+            .context("the client went away")?
+            .with_context(|| format!("cannot write out {}; nothing was detached", self.device.display()))
+    }
+
+    fn bytes_to_write_back(&self) -> u64 {
+        self.cache.status().blocks_to_write_back * to_u64(BLOCK_BYTES)
+    }
+
     /// Makes the daemon end, which then replies itself.
     fn detach(&self, drain: bool, force: bool, replies: &mut Replies) -> Result<()> {
         refuse_held(&self.device, std::process::id(), force)?;
@@ -157,12 +177,13 @@ impl Daemon {
         }
         if drain {
             // What programs wrote through the page cache of the device is to be drained as well.
-            std::fs::File::open(&self.device).and_then(|device| device.sync_all()).with_context(|| {
-                format!("cannot write out {}; nothing was detached", self.device.display())
-            })?;
+            self.write_out(replies)?;
             self.drain(replies)?;
             refuse_held(&self.device, std::process::id(), force)?;
         }
-        self.end.send(End::Detach(replies.try_clone()?)).ok().context("the daemon is ending")
+        self.end
+            .send(End::Detach { force, replies: replies.try_clone()? })
+            .ok()
+            .context("the daemon is ending")
     }
 }

@@ -9,7 +9,7 @@ use std::io::{Result, Write};
 /// A number that goes up and down: its name, what it is, and where to find it.
 type Gauge = (&'static str, &'static str, fn(&LiveStatus) -> Option<f64>);
 
-const GAUGES: [Gauge; 14] = [
+const GAUGES: [Gauge; 18] = [
     ("wb_volume_bytes", "Size of the volume.", |live| Some(live.volume_bytes as f64)),
     ("wb_log_bytes", "Size of the log.", |live| Some(live.log_bytes as f64)),
     ("wb_log_free_bytes", "Room in the log for new segments.", |live| Some(live.free_bytes as f64)),
@@ -35,6 +35,22 @@ const GAUGES: [Gauge; 14] = [
     ("wb_writeback_bytes_per_second", "How fast write-back frees the log while it works.", |live| {
         live.statistics.writeback_bytes_per_second
     }),
+    ("wb_cache_requests_in_flight", "Requests that the cache device has not answered yet.", |live| {
+        Some(live.cache_requests_in_flight as f64)
+    }),
+    (
+        "wb_cache_oldest_request_seconds",
+        "For how long the oldest request to the cache device has waited.",
+        |live| live.cache_oldest_request_seconds,
+    ),
+    ("wb_backing_requests_in_flight", "Requests that the backing device has not answered yet.", |live| {
+        Some(live.backing_requests_in_flight as f64)
+    }),
+    (
+        "wb_backing_oldest_request_seconds",
+        "For how long the oldest request to the backing device has waited.",
+        |live| live.backing_oldest_request_seconds,
+    ),
     ("wb_recovery_seconds", "How long recovery took.", |live| Some(live.recovery_seconds)),
 ];
 

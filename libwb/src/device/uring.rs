@@ -3,9 +3,8 @@
 use super::probe::Opened;
 use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, Pending, Requests, SharedBuf};
 use crate::format::to_u64;
-use crate::reactor::{Addresses, Handle, OpKind};
+use crate::reactor::{Addresses, Handle, OpKind, Target};
 use nix::errno::Errno;
-use std::fs::File;
 use std::future::ready;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -16,7 +15,7 @@ use std::time::Duration;
 pub struct UringDevice {
     handle: Handle,
     name: Arc<str>,
-    file: Arc<File>,
+    target: Target,
     size: u64,
     block_size: u32,
     identity: String,
@@ -36,7 +35,7 @@ impl UringDevice {
             identity: opened.identity_text,
             stat: opened.stat,
             requests: Arc::default(),
-            file: Arc::new(opened.file),
+            target: Target::new(opened.file),
         }
     }
 
@@ -47,7 +46,7 @@ impl UringDevice {
         length: u64,
         kind: OpKind,
     ) -> IoFuture<Option<IoBuf>> {
-        let (handle, file, device) = (self.handle.clone(), self.file.clone(), self.name.clone());
+        let (handle, target, device) = (self.handle.clone(), self.target.clone(), self.name.clone());
         let fits = offset.checked_add(length).is_some_and(|end| end <= self.size);
         let requests = self.requests.clone();
         Box::pin(async move {
@@ -55,7 +54,7 @@ impl UringDevice {
             if !fits {
                 return Err(fail(Errno::EINVAL));
             }
-            match handle.submit(Some(file), Some(requests.begin()), kind).await {
+            match handle.submit(Some(target), Some(requests.begin()), kind).await {
                 (Ok(()), buf) => Ok(buf),
                 (Err(cause), _) => Err(fail(cause)),
             }
@@ -111,7 +110,7 @@ impl BlockDevice for UringDevice {
             return self.read(offset, buf);
         };
         let in_flight = self.requests.begin();
-        let read = self.file.read_exact_at(&mut buf, offset);
+        let read = self.target.file().read_exact_at(&mut buf, offset);
         if read.is_ok() {
             in_flight.succeeded();
         }

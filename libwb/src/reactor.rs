@@ -78,8 +78,9 @@ pub(crate) type OpResult = (Result<(), Errno>, Option<IoBuf>);
 #[derive(Clone)]
 pub(crate) struct Target {
     file: Arc<File>,
-    /// The kernel may wait for the device while it takes the operation, as on FUSE. Then a thread of its own has to do that,
-    /// or one device that hangs would stop the reactor, and with it the other.
+    /// The kernel may wait for the device while it takes the operation, as on FUSE. Then a thread
+    /// of its own has to do that, or one device that hangs would stop the reactor, and with it the
+    /// other.
     may_block: bool,
 }
 
@@ -318,8 +319,9 @@ fn build_ring() -> io::Result<IoUring> {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::new(RING_ENTRIES),
         made => made,
     }?;
-    // The kernel's threads for what it cannot take without waiting: by default a few for each processor, all of which one
-    // device that hangs could keep. Where there is no such limit to be set, it stays.
+    // The kernel's threads for what it cannot take without waiting: by default a few for each
+    // processor, all of which one device that hangs could keep. Where there is no such limit to be
+    // set, it stays.
     let workers = u32::try_from(MAX_IN_FLIGHT).unwrap_or(u32::MAX);
     let _ = ring.submitter().register_iowq_max_workers(&mut [workers, 0]);
     Ok(ring)

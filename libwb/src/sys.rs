@@ -156,7 +156,8 @@ pub(crate) fn loop_configure(device: &OwnedFd, file: &File, block_size: u32) -> 
     Ok(())
 }
 
-/// Has a loop device show the partitions that its content describes, as long as it stands on its file.
+/// Has a loop device show the partitions that its content describes, as long as it stands on its
+/// file.
 pub(crate) fn loop_show_partitions(device: &File) -> nix::Result<()> {
     let mut info = loop_ioctl::Info::with_flags(0);
     // SAFETY: the call fills a live struct of the layout that the kernel expects.

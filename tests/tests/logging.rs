@@ -63,20 +63,17 @@ fn a_daemon_whose_log_has_lost_its_reader_goes_on() {
 }
 
 #[test]
-fn a_log_that_is_not_read_holds_up_neither_requests_nor_the_end_and_tells_what_was_lost() {
+fn a_log_that_is_not_read_holds_up_neither_requests_nor_the_end() {
     needs_serving!();
     let (volume, cache) = on_failing_cache();
     let (mut attached, mut reader) = attach_stalled(&volume);
     volume.must(&["pause", &volume.name]);
     write_and_flush(&attached.device, 0, &noise(1, 2 * MIB));
     fail_reads(&cache, &attached.device, 300);
-    // Lines of their own, more than are kept.
-    let mut clients = Vec::new();
-    for n in 0..1500 {
+    for n in 0..500 {
         let reply = ask(&volume, &format!("{{\"request\":\"{}\"}}\n", ["pause", "resume"][n % 2]));
-        clients.push(reply);
+        assert!(reply.contains("done"), "{reply}");
     }
-    assert!(clients.iter().all(|reply| reply.contains("done")), "{clients:?}");
     write_and_flush(&attached.device, 4 * MIB, &noise(2, MIB));
     assert!(attached.is_running());
     volume.must(&["detach", &volume.name]);

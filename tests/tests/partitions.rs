@@ -116,7 +116,8 @@ fn no_name_of_another_volume_leads_to_the_loop_device_that_an_attach_gets() {
     needs_serving!();
     let volume = Volume::created(16, 16 * MIB);
     std::fs::create_dir_all("/dev/wb").unwrap();
-    // As if daemons had been killed that had every one of the first loop devices, linked by them or by udev.
+    // As if daemons had been killed that had every one of the first loop devices, linked by them or
+    // by udev.
     let link = |n: u32| Path::new("/dev/wb").join(format!("{}-stale-{n}", volume.name));
     let links = Links((0..256).map(link).collect());
     for (n, link) in links.0.iter().enumerate() {

@@ -24,7 +24,8 @@ mknod "$2" b "$3" "$4"
 udevadm test --action=change "/sys/class/block/${2#/dev/}"
 "#;
 
-/// What udev makes of a block device with the rules, and with such daemons' files: the lines of its properties.
+/// What udev makes of a block device with the rules, and with such daemons' files: the lines of its
+/// properties.
 fn udev(rules: &Path, device: &Path, run: &Path) -> Option<Vec<String>> {
     let number = std::fs::metadata(device).expect("what the test needs").rdev();
     let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));

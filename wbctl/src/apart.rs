@@ -1,7 +1,8 @@
 //! What the daemon has another process do to its own device.
 //!
-//! A thread that waits for its own daemon's device cannot be killed: it waits for an answer, and the FUSE connection, whose
-//! end would be one, ends only when all threads have. A process apart gets an error instead as soon as the daemon is gone.
+//! A thread that waits for its own daemon's device cannot be killed: it waits for an answer, and
+//! the FUSE connection, whose end would be one, ends only when all threads have. A process apart
+//! gets an error instead as soon as the daemon is gone.
 
 use clap::ValueEnum;
 use libwb::cli::Exit;
@@ -46,7 +47,8 @@ pub(crate) fn carry_out(args: &Args) -> ! {
     std::process::exit(number.unwrap_or(Exit::Done as i32))
 }
 
-/// Has a process of its own do a task as long as `go_on` says so, which is asked again and again. `None` when it was given up.
+/// Has a process of its own do a task as long as `go_on` says so, which is asked again and again.
+/// `None` when it was given up.
 pub(crate) fn run(task: Task, device: &Path, mut go_on: impl FnMut() -> bool) -> Option<io::Result<()>> {
     let mut child = match start(task, device) {
         Ok(child) => child,
@@ -75,8 +77,8 @@ pub(crate) fn run(task: Task, device: &Path, mut go_on: impl FnMut() -> bool) ->
     }
 }
 
-/// The program itself: what is installed may be another version by now. It gets no descriptor of ours, and no signal of the
-/// terminal's, which are for the daemon.
+/// The program itself: what is installed may be another version by now. It gets no descriptor of
+/// ours, and no signal of the terminal's, which are for the daemon.
 fn start(task: Task, device: &Path) -> io::Result<Child> {
     let task = task.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default();
     Command::new("/proc/self/exe")

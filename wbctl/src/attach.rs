@@ -342,7 +342,8 @@ fn link(name: &Name, device: &Path) {
     unlink_others(&link, device);
 }
 
-/// Removes the links of other volumes that lead to a device. Their daemons were killed: it was theirs before.
+/// Removes the links of other volumes that lead to a device. Their daemons were killed: it was
+/// theirs before.
 fn unlink_others(own: &Path, device: &Path) {
     for entry in own.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten() {
         let link = entry.path();

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a process may take to end that was detached by force. A device that hangs may keep it.
-const TO_END: Duration = Duration::from_secs(5);
+const TO_END: Duration = Duration::from_secs(3);
 
 #[derive(clap::Args)]
 pub(crate) struct DetachArgs {
@@ -24,8 +24,8 @@ pub(crate) struct DetachArgs {
     /// Write everything back first, so that the backing device alone holds all data
     #[arg(long)]
     drain: bool,
-    /// Detach even while the device is mounted, held or open; its users get I/O errors. Ends within seconds even if a device
-    /// hangs. Also clears what a killed daemon left behind
+    /// Detach even while the device is mounted, held or open; its users get I/O errors. Ends within
+    /// seconds even if a device hangs. Also clears what a killed daemon left behind
     #[arg(long)]
     force: bool,
 }

@@ -1,8 +1,9 @@
-//! How a daemon ends: in order where that can be done, and within seconds where it must be, whatever hangs.
+//! How a daemon ends: in order where that can be done, and within seconds where it must be,
+//! whatever hangs.
 //!
-//! Every step that may wait for a device is done by a thread of its own or by another process. Once somebody has asked
-//! again, or by force, each may take [`URGENT`] at most; asked once more, none is waited for. What was flushed is in the log
-//! whatever happens.
+//! Every step that may wait for a device is done by a thread of its own or by another process. Once
+//! somebody has asked again, or by force, each may take [`URGENT`] at most; asked once more, none
+//! is waited for. What was flushed is in the log whatever happens.
 
 use crate::apart::{self, Task, holders};
 use crate::notify::{self, Busy};
@@ -24,7 +25,7 @@ use std::time::{Duration, Instant};
 /// How long the daemon, told to end by a signal, waits for the device to be released.
 const RELEASE: Duration = Duration::from_secs(60);
 /// How long a step may take when the end is urgent.
-const URGENT: Duration = Duration::from_secs(4);
+const URGENT: Duration = Duration::from_secs(3);
 /// How often it is looked whether somebody has asked again.
 const TICK: Duration = Duration::from_millis(100);
 /// How long clients may take to be told of an end that does not wait.
@@ -100,8 +101,8 @@ impl Callers<'_> {
         }
     }
 
-    /// When the system shuts down, filesystems on the device may be unmounted only after the daemon was told to end. So it
-    /// serves on while the device is held, up to a limit or a second signal.
+    /// When the system shuts down, filesystems on the device may be unmounted only after the daemon
+    /// was told to end. So it serves on while the device is held, up to a limit or a second signal.
     fn wait_until_released(&mut self, served: &Served) {
         let begun = Instant::now();
         let mut told = false;
@@ -120,8 +121,8 @@ impl Callers<'_> {
         }
     }
 
-    /// Writes out what programs wrote through the device's page cache. That takes for ever when the log is full and the
-    /// backing device fails.
+    /// Writes out what programs wrote through the device's page cache. That takes for ever when the
+    /// log is full and the backing device fails.
     fn write_out(&mut self, served: &Served) -> Result<()> {
         let begun = Instant::now();
         match apart::run(Task::WriteOut, &served.path, || !self.had_enough(begun)) {
@@ -167,14 +168,16 @@ pub(crate) fn serve_until_ended(
         served.cut_off();
     }
     let Some(detached) = callers.within(move || device.detach()) else {
-        served.end_now(callers, "the loop device could be taken down")
+        served.end_now(callers, "the loop device could be taken down", written_out.is_ok())
     };
     if let Err(e) = detached {
         tracing::warn!("{e}");
     }
     drop(closing);
     let _closing = Busy::with("closing", attach::done(&served.devices));
-    let Some(closed) = callers.within(close) else { served.end_now(callers, "the log was closed") };
+    let Some(closed) = callers.within(close) else {
+        served.end_now(callers, "the log was closed", written_out.is_ok())
+    };
     served.name.withdraw();
     let outcome = written_out.and(closed);
     served.tell(callers.clients, outcome.as_ref().map_err(describe));
@@ -214,7 +217,8 @@ impl Served {
         }
     }
 
-    /// Tells clients how it ended, and how much is only in the cache. Those that went away are told nothing.
+    /// Tells clients how it ended, and how much is only in the cache. Those that went away are told
+    /// nothing.
     fn tell(&self, clients: Vec<Replies>, outcome: Result<&(), String>) {
         let dirty_bytes = self.dirty_bytes();
         for mut client in clients {
@@ -226,13 +230,14 @@ impl Served {
         }
     }
 
-    /// Ends the process without an orderly end, before something was done. The kernel takes down what is left.
-    fn end_now(&self, callers: Callers<'_>, before: &str) -> ! {
+    /// Ends the process without an orderly end, before something was done. The kernel takes down
+    /// what is left. Whether all was written out says what became of the page cache.
+    fn end_now(&self, callers: Callers<'_>, before: &str, written_out: bool) -> ! {
         self.cut_off();
         let status = self.cache.status();
         let left = human_size(self.dirty_bytes());
         // Nobody writes any more, so what is durable now is all that was acknowledged.
-        let is_kept = status.durable == status.newest && status.failure.is_none();
+        let is_kept = written_out && status.durable == status.newest && status.failure.is_none();
         let lost = if is_kept { "nothing is lost" } else { "what was not flushed may be lost" };
         let message = format!(
             "ended before {before}, since a device does not answer: {left} stay only in the cache, and {lost}; \

@@ -54,9 +54,9 @@ enum Command {
     /// Recover a volume and serve it as a loop device, in the foreground
     ///
     /// Prints `ready /dev/loopN` when the volume can be used. On SIGTERM and SIGINT it serves on while the device is held, for
-    /// up to a minute or until a second signal; then it closes the log and ends. Dirty data stays in the cache. After a second
-    /// signal it ends within seconds, even if a device hangs; a third ends it at once. Other signals, such as SIGHUP and
-    /// SIGTSTP of a terminal, are ignored.
+    /// up to a minute or until a second signal; then it closes the log and ends. Dirty data stays
+    /// in the cache. After a second signal it ends within seconds, even if a device hangs; a third
+    /// ends it at once. Other signals, such as SIGHUP and SIGTSTP of a terminal, are ignored.
     Attach(attach::Args),
     /// Stop serving a volume, and wait until that is done
     Detach(client::DetachArgs),

@@ -1,7 +1,8 @@
 //! The daemon's log: one line per event on standard error. To the journal, each goes with its level.
 //!
-//! Whoever reads it may stall, go away, or stand on the volume itself. So a thread of its own writes the lines; nobody waits
-//! for it, what it cannot keep up with is counted and said, and what it cannot write is lost.
+//! Whoever reads it may stall, go away, or stand on the volume itself. So a thread of its own
+//! writes the lines; nobody waits for it, what it cannot keep up with is counted and said, and what
+//! it cannot write is lost.
 
 mod limits;
 
@@ -200,5 +201,25 @@ impl Write for Line {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, BufReader, pipe};
+    use std::os::fd::OwnedFd;
+
+    #[test]
+    fn what_there_is_no_room_for_is_counted_and_the_count_is_said_in_its_place() {
+        let (lines, waiting) = sync_channel(2);
+        let (lost, limits) = (AtomicU64::new(0), Mutex::default());
+        let queue: &Queue = Box::leak(Box::new(Queue { to_journal: true, lines, lost, limits }));
+        (0..5).for_each(|n| queue.push(queue.raw(Level::INFO, &format!("line {n}\n"))));
+        let (reader, writer) = pipe().expect("a pipe");
+        std::thread::spawn(move || write_lines(&waiting, queue, File::from(OwnedFd::from(writer))));
+        let written: Vec<String> = BufReader::new(reader).lines().take(3).map_while(Result::ok).collect();
+        let lost = "<4>3 lines of the log were lost here: it was not read fast enough";
+        assert_eq!(written, ["<6>line 0", lost, "<6>line 1"]);
     }
 }

@@ -1,7 +1,7 @@
 //! What systemd is told, as sd_notify(3) has it. Without systemd, none of it does anything.
 //!
-//! A device that hangs must not keep a system from shutting down, but a large log may take long. So more time is asked for
-//! as long as something gets done, and no longer.
+//! A device that hangs must not keep a system from shutting down, but a large log may take long. So
+//! more time is asked for as long as something gets done, and no longer.
 
 use sd_notify::NotifyState;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -31,8 +31,8 @@ pub(crate) fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
-/// Work of unknown length before the daemon is ready or has ended. As long as this value lives and the work gets on, systemd
-/// is asked for more time again and again.
+/// Work of unknown length before the daemon is ready or has ended. As long as this value lives and
+/// the work gets on, systemd is asked for more time again and again.
 pub(crate) struct Busy(#[expect(dead_code, reason = "closing it ends the thread")] Sender<()>);
 
 impl Busy {

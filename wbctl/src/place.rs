@@ -66,8 +66,8 @@ impl Name {
         format!("{self}.wb")
     }
 
-    /// Says which loop device the daemon has. udev's rule asks it before it names a device after the volume: a file of the
-    /// same name may stand under anybody's loop device.
+    /// Says which loop device the daemon has. udev's rule asks it before it names a device after
+    /// the volume: a file of the same name may stand under anybody's loop device.
     fn note(&self) -> PathBuf {
         self.run_dir().join("loop")
     }
@@ -78,7 +78,8 @@ impl Name {
         std::fs::write(self.note(), format!("{name}\n"))
     }
 
-    /// Removes what a daemon shows to others while its volume can be used. What cannot be removed is left.
+    /// Removes what a daemon shows to others while its volume can be used. What cannot be removed
+    /// is left.
     pub(crate) fn withdraw(&self) {
         for file in [self.link(), self.note(), self.socket()] {
             let _ = std::fs::remove_file(file);

@@ -1,4 +1,5 @@
-//! Signals to the daemon. Two of them end it; none of the others, which terminals and the like send, may take a volume away.
+//! Signals to the daemon. Two of them end it; none of the others, which terminals and the like
+//! send, may take a volume away.
 
 use crate::ending::End;
 use crate::logging;
@@ -27,7 +28,8 @@ const IGNORED: [Signal; 14] = [
     Signal::SIGTTIN,
     Signal::SIGTTOU,
 ];
-/// So many signals to end are the business of the volume's end. One more ends the process there and then.
+/// So many signals to end are the business of the volume's end. One more ends the process there and
+/// then.
 const ENOUGH: u32 = 3;
 
 /// How far the daemon is.

@@ -168,7 +168,8 @@ pub struct LiveStatus {
 }
 
 impl LiveStatus {
-    /// What a cache says, in bytes and by name, and what its cache device and its backing device have been asked.
+    /// What a cache says, in bytes and by name, and what its cache device and its backing device
+    /// have been asked.
     pub fn new(status: &Status, sector_size: u32, [cache, backing]: [Pending; 2]) -> LiveStatus {
         LiveStatus {
             pid: std::process::id(),

@@ -4,10 +4,11 @@
 //! however it ends. A mount namespace of the daemon's own would hide the mount as well, but keep every mount of the
 //! system that it was copied from in use where mounts are not shared, as in containers.
 //!
-//! The daemon holds its own loop device open, and whoever closes a block device last writes out its page cache. A
-//! process that is killed would write to itself there, and wait for ever. So the FUSE connection must end first:
-//! the requests then fail. When a process ends, the kernel takes its descriptors down from the highest number to
-//! the lowest; so the loop device has the lowest ([`Reserved`]).
+//! The daemon holds its own loop device open, and whoever closes a block device last writes out its
+//! page cache. A process that is killed would write to itself there, and wait for ever. So the FUSE
+//! connection must end first: the requests then fail. When a process ends, the kernel takes its
+//! descriptors down from the highest number to the lowest; so the loop device has the lowest
+//! ([`Reserved`]).
 
 use super::Volume;
 use crate::cache::Timed;
@@ -73,8 +74,8 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Serv
     move |cause| ServeError { what, cause: cause.into() }
 }
 
-/// A descriptor that the loop device is to get. Its number is the lowest that is free, and stays below all that are
-/// opened later.
+/// A descriptor that the loop device is to get. Its number is the lowest that is free, and stays
+/// below all that are opened later.
 pub struct Reserved(OwnedFd);
 
 impl Reserved {
@@ -122,8 +123,9 @@ pub struct LoopDevice {
 }
 
 impl LoopDevice {
-    /// Makes a FUSE file of that name, which shows as the loop device's backing file, and puts a loop device on it. Before
-    /// that, `announce` is told which one it will be; another may follow, where somebody else takes it first.
+    /// Makes a FUSE file of that name, which shows as the loop device's backing file, and puts a
+    /// loop device on it. Before that, `announce` is told which one it will be; another may follow,
+    /// where somebody else takes it first.
     ///
     /// # Errors
     /// Says which step failed.
@@ -176,7 +178,8 @@ impl LoopDevice {
         self.connection.clone()
     }
 
-    /// Takes the loop device down; what its page cache holds must have been written out before. If somebody still holds it, it fails for them once the volume is closed.
+    /// Takes the loop device down; what its page cache holds must have been written out before. If
+    /// somebody still holds it, it fails for them once the volume is closed.
     ///
     /// # Errors
     /// When the system refuses.
@@ -202,7 +205,8 @@ impl Connection {
         Ok(Connection { abort: abort.into() })
     }
 
-    /// Makes all requests fail that are under way, and all that come later, whatever the daemon's threads wait for.
+    /// Makes all requests fail that are under way, and all that come later, whatever the daemon's
+    /// threads wait for.
     ///
     /// # Errors
     /// When the system refuses.

@@ -33,8 +33,9 @@ fn not_flusher(cause: Errno) -> &'static str {
     }
 }
 
-/// Ends the process when any of its threads panics, after a `report` of that: a volume of which one thread is gone would
-/// hang whoever uses it, and what was acknowledged as durable is recovered when it is attached again.
+/// Ends the process when any of its threads panics, after a `report` of that: a volume of which one
+/// thread is gone would hang whoever uses it, and what was acknowledged as durable is recovered
+/// when it is attached again.
 pub fn abort_on_panic(report: impl Fn(&str) + Send + Sync + 'static) {
     std::panic::set_hook(Box::new(move |panic| {
         let trace = Backtrace::capture();

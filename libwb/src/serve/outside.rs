@@ -1,4 +1,5 @@
-//! A served block device from outside: who uses it, and what a process other than its server does with it.
+//! A served block device from outside: who uses it, and what a process other than its server does
+//! with it.
 
 use crate::sys;
 use std::fs::{DirEntry, File, OpenOptions};
@@ -6,7 +7,8 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Makes a loop device show its partitions, until it is taken down. Reads from it, and so must not be done by its server.
+/// Makes a loop device show its partitions, until it is taken down. Reads from it, and so must not
+/// be done by its server.
 ///
 /// # Errors
 /// When it is none, or cannot be opened.
@@ -14,8 +16,8 @@ pub fn show_partitions(device: &Path) -> io::Result<()> {
     Ok(sys::loop_show_partitions(&File::open(device)?)?)
 }
 
-/// Waits until all is durable that was written to a block device and its partitions through their page caches. Must not be
-/// done by its server.
+/// Waits until all is durable that was written to a block device and its partitions through their
+/// page caches. Must not be done by its server.
 ///
 /// # Errors
 /// When the device fails.
@@ -24,7 +26,8 @@ pub fn write_out(device: &Path) -> io::Result<()> {
     with_partitions(device).iter().rev().try_for_each(|path| File::open(path)?.sync_all())
 }
 
-/// Takes a block device for a moment as a filesystem does. May wait for the device, and so must not be done by its server.
+/// Takes a block device for a moment as a filesystem does. May wait for the device, and so must not
+/// be done by its server.
 ///
 /// # Errors
 /// Among others, when somebody holds it, or a partition of it.
@@ -47,7 +50,8 @@ fn in_sysfs(device: &Path) -> PathBuf {
     Path::new("/sys/class/block").join(device.file_name().unwrap_or_default())
 }
 
-/// Who holds a block device that cannot be claimed, or a partition of it: where it is mounted, and which devices stand on it.
+/// Who holds a block device that cannot be claimed, or a partition of it: where it is mounted, and
+/// which devices stand on it.
 pub fn holders(device: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
@@ -69,8 +73,9 @@ pub fn holders(device: &Path) -> Vec<String> {
     found
 }
 
-/// Which programs have a block device open, or a partition of it, without holding it, such as a virtual machine, or a target
-/// that exports it; but not its own `server`. To see those of others takes root.
+/// Which programs have a block device open, or a partition of it, without holding it, such as a
+/// virtual machine, or a target that exports it; but not its own `server`. To see those of others
+/// takes root.
 pub fn users(device: &Path, server: u32) -> Vec<String> {
     let number = |path: &PathBuf| std::fs::metadata(path).map(|found| found.rdev()).ok();
     let numbers: Vec<u64> = with_partitions(device).iter().filter_map(number).collect();

@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 const WINDOW: Duration = Duration::from_secs(1);
 /// How often the same line is said in that time.
 const SAME: u32 = 3;
-/// How many lines one place in the code says in that time, such as errors that differ by their address.
+/// How many lines one place in the code says in that time, such as errors that differ by their
+/// address.
 const ALIKE: u32 = 20;
 
-/// Counts what each place in the code says. Of what is too much, the last line is kept, to be said with its number.
+/// Counts what each place in the code says. Of what is too much, the last line is kept, to be said
+/// with its number.
 pub(super) struct Limits<P>(HashMap<P, Said>);
 
 /// What one place has said in the time since `since`.

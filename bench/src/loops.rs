@@ -11,7 +11,7 @@ use libwb::device::{Device, MemDevice};
 use libwb::format::to_usize;
 use libwb::reactor::Reactor;
 use libwb::serve::Volume;
-use libwb::serve::loopdev::{LoopDevice, Options as LoopOptions};
+use libwb::serve::loopdev::{LoopDevice, Options as LoopOptions, Reserved};
 use std::sync::Arc;
 
 /// What is served: few enough bytes that all of them fit the cache, so that reads are hits.
@@ -127,10 +127,13 @@ fn rows(
 }
 
 fn serve(volume: impl Volume, reactor: &Reactor) -> Result<LoopDevice> {
+    let reserved = Reserved::take()?;
     Ok(LoopDevice::attach(
         volume,
         reactor.handle(),
         "wb-bench",
         LoopOptions { sector_size: 512, read_only: false },
+        reserved,
+        |_| Ok(()),
     )?)
 }

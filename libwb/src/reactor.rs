@@ -4,7 +4,7 @@
 //! thread. I/O is handed to that thread in batches, so that the ring has one user and needs no lock.
 #![allow(unsafe_code)] // io_uring takes addresses; each use below says why its memory stays valid
 
-use crate::device::{IoBuf, SharedBuf};
+use crate::device::{InFlight, IoBuf, SharedBuf};
 use crate::format::to_u64;
 use crate::runtime::Runtime;
 use crate::sys::keep_freed_memory;
@@ -14,6 +14,7 @@ use futures_util::future::BoxFuture;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::statfs::{FUSE_SUPER_MAGIC, fstatfs};
 use parking_lot::Mutex;
 use slab::Slab;
 use std::collections::VecDeque;
@@ -73,9 +74,32 @@ impl Addresses {
 /// How an operation ended, with the buffer of a read.
 pub(crate) type OpResult = (Result<(), Errno>, Option<IoBuf>);
 
+/// What an operation is done to.
+#[derive(Clone)]
+pub(crate) struct Target {
+    file: Arc<File>,
+    /// The kernel may wait for the device while it takes the operation, as on FUSE. Then a thread
+    /// of its own has to do that, or one device that hangs would stop the reactor, and with it the
+    /// other.
+    may_block: bool,
+}
+
+impl Target {
+    pub(crate) fn new(file: File) -> Target {
+        let may_block = fstatfs(&file).is_ok_and(|found| found.filesystem_type() == FUSE_SUPER_MAGIC);
+        Target { file: Arc::new(file), may_block }
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+}
+
 struct Op {
     /// Keeps the descriptor open until the kernel is done with it.
-    file: Option<Arc<File>>,
+    target: Option<Target>,
+    /// Counts it until the kernel is done with it, even if nobody waits any more.
+    in_flight: Option<InFlight>,
     kind: OpKind,
     /// Bytes that earlier, short completions have moved.
     progress: usize,
@@ -163,9 +187,14 @@ impl Handle {
         }
     }
 
-    pub(crate) async fn submit(&self, file: Option<Arc<File>>, kind: OpKind) -> OpResult {
+    pub(crate) async fn submit(
+        &self,
+        target: Option<Target>,
+        in_flight: Option<InFlight>,
+        kind: OpKind,
+    ) -> OpResult {
         let (done, result) = oneshot::channel();
-        self.0.post(|inbox| inbox.ops.push(Op { file, kind, progress: 0, done }));
+        self.0.post(|inbox| inbox.ops.push(Op { target, in_flight, kind, progress: 0, done }));
         result.await.unwrap_or((Err(Errno::ECANCELED), None))
     }
 }
@@ -210,7 +239,7 @@ impl Runtime for Handle {
         let handle = self.clone();
         let time = Box::new(types::Timespec::from(duration));
         Box::pin(async move {
-            let _ = handle.submit(None, OpKind::Sleep(time)).await;
+            let _ = handle.submit(None, None, OpKind::Sleep(time)).await;
         })
     }
 
@@ -288,10 +317,16 @@ fn build_ring() -> io::Result<IoUring> {
         .setup_defer_taskrun()
         .setup_taskrun_flag()
         .build(RING_ENTRIES);
-    match deferred {
+    let ring = match deferred {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::new(RING_ENTRIES),
         made => made,
-    }
+    }?;
+    // The kernel's threads for what it cannot take without waiting: by default a few for each
+    // processor, all of which one device that hangs could keep. Where there is no such limit to be
+    // set, it stays.
+    let workers = u32::try_from(MAX_IN_FLIGHT).unwrap_or(u32::MAX);
+    let _ = ring.submitter().register_iowq_max_workers(&mut [workers, 0]);
+    Ok(ring)
 }
 
 struct AbortOnUnwind;
@@ -376,7 +411,10 @@ impl Ring {
         }
         while self.ops.len() - self.backlog.len() < MAX_IN_FLIGHT {
             let Some(key) = self.backlog.pop_front() else { return };
-            let entry = entry(&mut self.ops[key]).user_data(to_u64(key));
+            let op = &mut self.ops[key];
+            let may_block = op.target.as_ref().is_some_and(|target| target.may_block);
+            let flags = if may_block { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
+            let entry = entry(op).user_data(to_u64(key)).flags(flags);
             // SAFETY: `entry` points into the operation's own buffers. They stay in `ops` until the completion
             // has been reaped, and `finish` waits for that before `ops` is dropped.
             if unsafe { self.ring.submission().push(&entry) }.is_err() {
@@ -401,6 +439,9 @@ impl Ring {
             let key = crate::format::to_usize(user_data);
             if let Some(outcome) = outcome(&mut self.ops[key], result) {
                 let op = self.ops.remove(key);
+                if let (Ok(()), Some(in_flight)) = (&outcome, &op.in_flight) {
+                    in_flight.succeeded();
+                }
                 let buf = match op.kind {
                     OpKind::Read { buf, .. } => Some(buf),
                     _ => None,
@@ -442,7 +483,7 @@ impl Ring {
 }
 
 fn fd(op: &Op) -> types::Fd {
-    types::Fd(op.file.as_ref().map_or(-1, |file| file.as_raw_fd() as RawFd))
+    types::Fd(op.target.as_ref().map_or(-1, |target| target.file.as_raw_fd() as RawFd))
 }
 
 fn length(bytes: usize) -> u32 {

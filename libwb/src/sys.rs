@@ -3,7 +3,7 @@
 
 use nix::errno::Errno;
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 mod ioctl {
     nix::ioctl_read_bad!(blkroget, 0x125e, libc::c_int); // BLKROGET, linux/fs.h
@@ -109,30 +109,48 @@ pub(crate) fn direct_io_alignment(file: &File) -> Option<u32> {
 
 mod loop_ioctl {
     pub(super) const LOOP_CLR_FD: u16 = 0x4c01;
+    pub(super) const LOOP_SET_STATUS64: u16 = 0x4c04;
+    pub(super) const LOOP_GET_STATUS64: u16 = 0x4c05;
     pub(super) const LOOP_CONFIGURE: u16 = 0x4c0a;
     pub(super) const LOOP_CTL_GET_FREE: u16 = 0x4c82;
     pub(super) const LO_FLAGS_AUTOCLEAR: u32 = 4;
+    pub(super) const LO_FLAGS_PARTSCAN: u32 = 8;
     pub(super) const LO_FLAGS_DIRECT_IO: u32 = 16;
 
     nix::ioctl_none_bad!(clear, LOOP_CLR_FD);
     nix::ioctl_none_bad!(get_free, LOOP_CTL_GET_FREE);
     nix::ioctl_write_ptr_bad!(configure, LOOP_CONFIGURE, Config);
+    nix::ioctl_read_bad!(get_status, LOOP_GET_STATUS64, Info);
+    nix::ioctl_write_ptr_bad!(set_status, LOOP_SET_STATUS64, Info);
 
-    /// `struct loop_config` of linux/loop.h; `struct loop_info64` is what lies between `block_size` and `reserved`.
+    /// `struct loop_info64` of linux/loop.h.
     #[repr(C)]
-    pub(super) struct Config {
-        pub(super) fd: u32,
-        pub(super) block_size: u32,
-        pub(super) unused: [u64; 5],
+    pub(super) struct Info {
+        pub(super) places: [u64; 5],
         pub(super) number: u32,
         pub(super) encryption: [u32; 2],
         pub(super) flags: u32,
         pub(super) names_and_key: [u8; 64 + 64 + 32 + 16],
+    }
+
+    impl Info {
+        pub(super) fn with_flags(flags: u32) -> Info {
+            Info { places: [0; 5], number: 0, encryption: [0; 2], flags, names_and_key: [0; 176] }
+        }
+    }
+
+    /// `struct loop_config` of linux/loop.h.
+    #[repr(C)]
+    pub(super) struct Config {
+        pub(super) fd: u32,
+        pub(super) block_size: u32,
+        pub(super) info: Info,
         pub(super) reserved: [u64; 8],
     }
 
     const _: () = assert!(size_of::<Config>() == 304);
-    const _: () = assert!(std::mem::offset_of!(Config, flags) == 8 + 52);
+    const _: () = assert!(size_of::<Info>() == 232);
+    const _: () = assert!(std::mem::offset_of!(Info, flags) == 52);
 }
 
 /// The number of a loop device that is not in use at the moment.
@@ -143,15 +161,11 @@ pub(crate) fn loop_get_free(control: &File) -> nix::Result<u32> {
 }
 
 /// Puts a loop device on a file, with direct I/O, to be cleared when nobody has it open any more.
-pub(crate) fn loop_configure(device: &File, file: &File, block_size: u32) -> nix::Result<()> {
+pub(crate) fn loop_configure(device: &OwnedFd, file: &File, block_size: u32) -> nix::Result<()> {
     let config = loop_ioctl::Config {
         fd: u32::try_from(file.as_raw_fd()).map_err(|_| Errno::EBADF)?,
         block_size,
-        unused: [0; 5],
-        number: 0,
-        encryption: [0; 2],
-        flags: loop_ioctl::LO_FLAGS_AUTOCLEAR | loop_ioctl::LO_FLAGS_DIRECT_IO,
-        names_and_key: [0; 176],
+        info: loop_ioctl::Info::with_flags(loop_ioctl::LO_FLAGS_AUTOCLEAR | loop_ioctl::LO_FLAGS_DIRECT_IO),
         reserved: [0; 8],
     };
     // SAFETY: the call reads a live struct of the layout that the kernel expects.
@@ -159,8 +173,20 @@ pub(crate) fn loop_configure(device: &File, file: &File, block_size: u32) -> nix
     Ok(())
 }
 
+/// Has a loop device show the partitions that its content describes, as long as it stands on its
+/// file.
+pub(crate) fn loop_show_partitions(device: &File) -> nix::Result<()> {
+    let mut info = loop_ioctl::Info::with_flags(0);
+    // SAFETY: the call fills a live struct of the layout that the kernel expects.
+    unsafe { loop_ioctl::get_status(device.as_raw_fd(), &raw mut info) }?;
+    info.flags |= loop_ioctl::LO_FLAGS_PARTSCAN;
+    // SAFETY: the call reads a live struct of the layout that the kernel expects.
+    unsafe { loop_ioctl::set_status(device.as_raw_fd(), &raw const info) }?;
+    Ok(())
+}
+
 /// Takes a loop device off its file, now or when nobody has it open any more.
-pub(crate) fn loop_clear(device: &File) -> nix::Result<()> {
+pub(crate) fn loop_clear(device: &OwnedFd) -> nix::Result<()> {
     // SAFETY: the call takes no argument.
     unsafe { loop_ioctl::clear(device.as_raw_fd()) }?;
     Ok(())

@@ -1,5 +1,5 @@
 //! A device that fails for real, below a real daemon: a file in a FUSE mount of the test's own, whose reads, writes and
-//! flushes fail when the test says so. It needs no device mapper.
+//! flushes fail, or are not answered, when the test says so. It needs no device mapper.
 
 use fuser::{
     BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
@@ -7,7 +7,7 @@ use fuser::{
     WriteFlags,
 };
 use libwb::format::{to_u64, to_usize};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::ops::Range;
@@ -17,8 +17,6 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 const NAME: &str = "device.img";
-/// Requests that are answered at a time.
-const THREADS: usize = 8;
 const FILE: INodeNo = INodeNo(2);
 /// How long the kernel may believe what it was told of the file, which never changes.
 const FOREVER: Duration = Duration::from_secs(1 << 31);
@@ -36,14 +34,39 @@ pub struct Faults {
     pub flushes: bool,
     /// Writes of any byte in this range do not fail but hang, until this range is another one.
     pub hanging_writes: Range<u64>,
+    /// Writes and flushes are not answered before the fault is over.
+    pub hangs: bool,
 }
 
 /// A file that fails on demand. Its mount goes away with this value.
 pub struct FailingFile {
     /// The file, as the daemon is to open it.
     pub path: PathBuf,
-    faults: Arc<Mutex<Faults>>,
+    state: Arc<State>,
     _session: BackgroundSession,
+}
+
+/// Ends with this value. Made after a daemon, it ends before that is waited for.
+pub struct Hang<'a>(&'a FailingFile);
+
+impl Drop for Hang<'_> {
+    fn drop(&mut self) {
+        self.0.heal();
+    }
+}
+
+#[derive(Default)]
+struct State {
+    faults: Mutex<Faults>,
+    /// The faults are others.
+    changed: Condvar,
+}
+
+impl Drop for FailingFile {
+    fn drop(&mut self) {
+        // Nothing that hangs may keep the mount.
+        self.heal();
+    }
 }
 
 impl FailingFile {
@@ -55,24 +78,28 @@ impl FailingFile {
         let file = File::options().read(true).write(true).open(content).expect("a file");
         let size = file.metadata().expect("a file").len();
         std::fs::create_dir(on).expect("a new folder");
-        let faults = Arc::<Mutex<Faults>>::default();
-        let files = Files { file, size, faults: faults.clone() };
-        let mut config = Config::default();
-        // One that hangs must not keep the others waiting.
-        config.n_threads = Some(THREADS);
-        let session = fuser::spawn_mount(files, on, &config).expect("a FUSE mount");
-        FailingFile { path: on.join(NAME), faults, _session: session }
+        let state = Arc::<State>::default();
+        let files = Files { file: Arc::new(file), size, state: state.clone() };
+        let session = fuser::spawn_mount(files, on, &Config::default()).expect("a FUSE mount");
+        FailingFile { path: on.join(NAME), state, _session: session }
     }
 
     /// Fails from now on, and in no other way.
     pub fn fail(&self, faults: Faults) {
-        *self.faults.lock() = faults;
+        *self.state.faults.lock() = faults;
+        self.state.changed.notify_all();
     }
 
-    /// Writes of any byte in a range hang, until the value that this returns is dropped.
-    pub fn hang(&self, hanging_writes: Range<u64>) -> Hanging<'_> {
+    /// Answers neither writes nor flushes, as long as the value lives.
+    pub fn hang(&self) -> Hang<'_> {
+        self.fail(Faults { hangs: true, ..Faults::default() });
+        Hang(self)
+    }
+
+    /// Writes of any byte in a range hang, as long as the value lives.
+    pub fn hang_writes(&self, hanging_writes: Range<u64>) -> Hang<'_> {
         self.fail(Faults { hanging_writes, ..Faults::default() });
-        Hanging(self)
+        Hang(self)
     }
 
     /// Works from now on.
@@ -81,23 +108,34 @@ impl FailingFile {
     }
 }
 
-/// Writes hang as long as this lives. To be made after the daemon that it hangs, so that it goes
-/// away first.
-pub struct Hanging<'a>(&'a FailingFile);
-
-impl Drop for Hanging<'_> {
-    fn drop(&mut self) {
-        self.0.heal();
-    }
-}
-
 struct Files {
-    file: File,
+    file: Arc<File>,
     size: u64,
-    faults: Arc<Mutex<Faults>>,
+    state: Arc<State>,
 }
 
 impl Files {
+    /// Answers now, or when this does not hang any more.
+    fn answer(
+        &self,
+        hangs: impl Fn(&Faults) -> bool + Send + 'static,
+        answer: impl FnOnce(&Faults) + Send + 'static,
+    ) {
+        let faults = self.state.faults.lock().clone();
+        if !hangs(&faults) {
+            return answer(&faults);
+        }
+        let state = self.state.clone();
+        std::thread::spawn(move || {
+            let mut faults = state.faults.lock();
+            while hangs(&faults) {
+                state.changed.wait(&mut faults);
+            }
+            let faults = faults.clone();
+            answer(&faults);
+        });
+    }
+
     fn attributes(&self, ino: INodeNo) -> FileAttr {
         let is_folder = ino == INodeNo::ROOT;
         FileAttr {
@@ -149,7 +187,7 @@ impl Filesystem for Files {
         reply: ReplyData,
     ) {
         let length = u64::from(size).min(self.size.saturating_sub(offset));
-        let bad = self.faults.lock().reads.clone();
+        let bad = self.state.faults.lock().reads.clone();
         let mut data = vec![0; to_usize(length)];
         let fails = offset < bad.end && bad.start < offset + length;
         if fails || self.file.read_exact_at(&mut data, offset).is_err() {
@@ -170,24 +208,21 @@ impl Filesystem for Files {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let hangs = || {
-            let range = self.faults.lock().hanging_writes.clone();
-            offset < range.end && range.start < offset + to_u64(data.len())
-        };
-        while hangs() {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        let Faults { writes: fails, full, .. } = *self.faults.lock();
-        if full {
-            return reply.error(fuser::Errno::ENOSPC);
-        }
-        match u32::try_from(data.len()) {
-            Ok(length) if !fails && self.file.write_all_at(data, offset).is_ok() => reply.written(length),
+        let (file, data) = (self.file.clone(), data.to_vec());
+        let end = offset + to_u64(data.len());
+        let overlaps = move |range: &Range<u64>| offset < range.end && range.start < end;
+        let hangs = move |faults: &Faults| faults.hangs || overlaps(&faults.hanging_writes);
+        self.answer(hangs, move |faults| match u32::try_from(data.len()) {
+            _ if faults.full => reply.error(fuser::Errno::ENOSPC),
+            Ok(length) if !faults.writes && file.write_all_at(&data, offset).is_ok() => reply.written(length),
             _ => reply.error(fuser::Errno::EIO),
-        }
+        });
     }
 
     fn fsync(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        if self.faults.lock().flushes { reply.error(fuser::Errno::EIO) } else { reply.ok() }
+        self.answer(
+            |faults| faults.hangs,
+            |faults| if faults.flushes { reply.error(fuser::Errno::EIO) } else { reply.ok() },
+        );
     }
 }

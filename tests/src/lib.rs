@@ -28,7 +28,7 @@ pub mod rot;
 pub mod sim;
 mod volume;
 
-pub use failing::{FailingFile, Faults, Hanging};
+pub use failing::{FailingFile, Faults, Hang};
 pub use filesystem::{Filesystem, Writer, check_files, fio_verify, has_program, succeeds, unmount};
 pub use volume::{Attached, PATIENCE, Volume};
 

@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::channel;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 /// Against hanging only: nothing that is waited for should take a tenth of it.
@@ -195,14 +195,18 @@ impl Volume {
     ///
     /// # Panics
     /// When it does not get ready.
-    pub fn start(&self, mut command: Command) -> Attached<'_> {
-        let stderr = self.path("stderr");
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(File::create(&stderr).expect("a new file"))
-            .spawn()
-            .expect("wbctl");
+    pub fn start(&self, command: Command) -> Attached<'_> {
+        let stderr = File::create(self.path("stderr")).expect("a new file");
+        self.start_with(command, stderr.into())
+    }
+
+    /// Runs a command that attaches this volume, with such a standard error.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    pub fn start_with(&self, mut command: Command, stderr: Stdio) -> Attached<'_> {
+        let mut child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).spawn().expect("wbctl");
         let stdout = child.stdout.take().expect("a pipe");
         let mut attached = Attached { device: PathBuf::new(), volume: self, child, mounts: Vec::new() };
         attached.device = first_line(stdout)
@@ -306,6 +310,21 @@ impl Attached<'_> {
         self.child.id()
     }
 
+    /// How the daemon ended, when it has within a time.
+    ///
+    /// # Panics
+    /// When the system does not say.
+    pub fn ended_within(&mut self, limit: Duration) -> Option<ExitStatus> {
+        let started = Instant::now();
+        loop {
+            let status = self.child.try_wait().expect("a child");
+            if status.is_some() || started.elapsed() > limit {
+                return status;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
     /// Waits until the daemon has ended.
     ///
     /// # Panics
@@ -344,6 +363,19 @@ impl Attached<'_> {
         self.wait();
     }
 
+    /// Ends the FUSE connection of a daemon that cannot be killed.
+    fn abort(&self) {
+        let shown = crate::system("losetup", &["-l", "-n", "-O", "BACK-MAJ:MIN", self.device_str()]);
+        let Some(number) = shown.as_deref().and_then(|shown| Some(shown.trim().split_once(':')?.1)) else {
+            return;
+        };
+        let on = self.volume.path("fusectl");
+        let _ = std::fs::create_dir_all(&on);
+        let _ = Command::new("mount").args(["-t", "fusectl", "wb-test"]).arg(&on).status();
+        let _ = std::fs::write(on.join(number).join("abort"), "1");
+        crate::unmount(&on);
+    }
+
     /// Detaches with `wbctl detach` and options, and checks that the daemon ends well.
     ///
     /// # Panics
@@ -380,7 +412,9 @@ impl Attached<'_> {
             self.signal(Signal::SIGTERM);
             let child = &mut self.child;
             if !wait_for(|| child.try_wait().is_ok_and(|status| status.is_some())) {
-                self.kill();
+                let _ = self.child.kill();
+                self.abort();
+                self.wait();
             }
         }
     }

@@ -128,7 +128,7 @@ fn while_a_device_hangs_status_and_detach_have_their_places_and_clients_that_han
     needs_serving!();
     let (volume, cache) = on_hanging_cache();
     let mut attached = volume.attach_with(&[]);
-    let hanging = cache.hang(0..u64::MAX);
+    let hanging = cache.hang_writes(0..u64::MAX);
     write_block(&attached.device);
     let mut waiting: Vec<Asking> = (0..32).map(|_| Asking::of(&volume, "\"flush\"")).collect();
     for asking in &mut waiting {
@@ -153,7 +153,7 @@ fn a_request_that_takes_long_is_not_taken_for_a_daemon_that_hangs() {
     needs_serving!();
     let (volume, cache) = on_hanging_cache();
     let attached = volume.attach_with(&[]);
-    let hanging = cache.hang(0..u64::MAX);
+    let hanging = cache.hang_writes(0..u64::MAX);
     write_block(&attached.device);
     let flushed = std::thread::scope(|scope| {
         let flush = scope.spawn(|| volume.wbctl(&["flush", &volume.name]));

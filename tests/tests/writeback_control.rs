@@ -115,7 +115,7 @@ fn a_pause_waits_for_the_batch_under_way_and_after_it_nothing_is_written_back() 
     let (volume, backing) = on_failing_backing();
     let name = volume.name.as_str();
     let attached = volume.attach_with(&[]);
-    let hanging = backing.hang(0..u64::MAX);
+    let hanging = backing.hang_writes(0..u64::MAX);
     write(&volume, &attached.device, MIB);
     assert!(wait_for(|| volume.status()["live"]["writing_back"] == true), "{}", volume.status());
     // Longer than a pause waits, or until the batch is done.
@@ -157,7 +157,7 @@ fn an_interrupted_drain_says_the_number_that_list_says() {
     let attached = volume.attach_with(&["writeback_threshold=0"]);
     // Two runs, of which the second hangs, so that the batch is half written.
     write(&volume, &attached.device, 2 * MIB);
-    let hanging = backing.hang(MIB..2 * MIB);
+    let hanging = backing.hang_writes(MIB..2 * MIB);
     let mut drain = volume.command(&["drain", name]).stderr(Stdio::piped()).spawn().expect("wbctl");
     assert!(wait_for(|| catches_signals(&mut drain)), "wbctl does not look after its signals");
     let written = || volume.status()["live"]["counters"]["written_back_bytes"].clone();

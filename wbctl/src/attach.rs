@@ -1,34 +1,37 @@
 //! `wbctl attach`: the daemon. Recovers a volume and serves it in the foreground.
 
+use crate::apart::{self, Task, holders};
 use crate::config::{Volume, not_recorded, parse_tunables};
 use crate::create::{absolute, sector_size, sector_sizes};
-use crate::daemon::{Daemon, End, SERVING};
+use crate::daemon::{Daemon, SERVING};
 use crate::devices::Devices;
+use crate::ending::{End, Served, serve_until_ended};
 use crate::keeper::Keeper;
 use crate::notes::About;
 use crate::notify::{self, Busy};
 use crate::older::Past;
 use crate::place::Name;
-use crate::{leftovers, logging, rival, salvage};
+use crate::signals::{self, Stage, Stages};
+use crate::{leftovers, logging, rival, salvage, watch};
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{Cache, CacheError, Purpose};
-use libwb::cli::{self, Io, Output, human_size};
-use libwb::control::{self, Reply};
+use libwb::cli::{self, Exit, Io, Output, human_size};
+use libwb::control;
 use libwb::device::Device;
 use libwb::device::probe::{self, Access, OpenError, Opened};
 use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
 use libwb::log::create::accept_growth;
 use libwb::log::scan::BackingFacts;
 use libwb::serve::ReadOnly;
-use libwb::serve::loopdev::{LoopDevice, Options, holders, users};
-use nix::sys::signal::Signal;
+use libwb::serve::loopdev::{LoopDevice, Options, Reserved};
+use libwb::serve::outside::users;
 use std::fs::Permissions;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 /// How long a device that is in use is tried again.
@@ -39,8 +42,8 @@ const PATIENCE_AFTER_KILL: Duration = Duration::from_secs(15);
 const BRIEFLY: Duration = Duration::from_millis(500);
 /// How long a device may stay open before that counts.
 const BRIEFLY_OPEN: Duration = Duration::from_secs(1);
-/// How long the daemon, told to end by a signal, waits for the device to be released.
-const RELEASE: Duration = Duration::from_secs(60);
+/// How long the kernel may take to look for partitions.
+const TO_SHOW: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -125,13 +128,40 @@ impl Args {
     }
 }
 
-pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
+pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<Exit> {
+    // Before anything else is opened.
+    let reserved = Reserved::take().context("cannot open /dev/null")?;
     let (name, volume) = args.volume()?;
     // Before anything is touched.
     volume.tunables()?;
     libwb::serve::refuse_without_root().map_err(anyhow::Error::msg)?;
-    logging::to_stderr();
-    libwb::serve::abort_on_panic();
+    // Before other threads are started.
+    let (end, ended) = channel();
+    let stages = signals::take(end.clone())?;
+    logging::to_stderr()?;
+    libwb::serve::abort_on_panic(|report| {
+        logging::line(report);
+        logging::finish();
+    });
+    let attached = serve(args, name, volume, reserved, (end, &ended), &stages, out);
+    if let Err(e) = &attached {
+        // Whoever reads the log may have stalled; to write to it oneself could take for ever.
+        logging::line(&format!("wbctl: {}", cli::explain(e)));
+    }
+    logging::finish();
+    Ok(if attached.is_ok() { Exit::Done } else { Exit::Failed })
+}
+
+/// Serves a volume until it is told to end.
+fn serve(
+    args: &Args,
+    name: Name,
+    volume: Volume,
+    reserved: Reserved,
+    (end, ended): (Sender<End>, &Receiver<End>),
+    stages: &Stages,
+    out: &mut Output,
+) -> Result<()> {
     lock_for_life(&name)?;
     leftovers::warn(&name);
     let (cache, backing) =
@@ -140,31 +170,31 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
     if let Err(why) = libwb::serve::guard_against_reclaim() {
         tracing::warn!("{why}: the volume may hang when memory is short");
     }
-    let (end, ended) = channel();
-    let told = end.clone();
-    cli::on_signals([Signal::SIGTERM, Signal::SIGINT], move |signal| {
-        let _ = told.send(End::Signal(signal));
-    })?;
-    let recovering = Busy::with("recovering");
+    stages.reach(Stage::Recovering);
 
-    let devices = Devices::of(&cache, &backing)?;
+    let watched = Devices::of(&cache, &backing)?;
     let io = Io::start()?;
     let runtime = io.runtime();
-    let (cache, backing) = (io.serve(cache), io.serve(backing));
-    let cache = recover(&io, args, &volume, &cache, &backing)?;
+    let devices = [io.serve(cache), io.serve(backing)];
+    watch::start(devices.clone());
+    let recovering = Busy::with("recovering", done(&devices));
+    let cache = recover(&io, args, &volume, &devices[0], &devices[1])?;
     drop(recovering);
     let keeper = if args.read_only { None } else { Keeper::start(cache.clone(), About::of(&name, &volume)) };
-    let close = || {
-        let closed = if args.read_only { Ok(()) } else { io.block_on(cache.close()) };
+    let read_only = args.read_only;
+    let (to_close, to_look_at) = (cache.clone(), watched.clone());
+    let close = move || {
+        let closed = if read_only { Ok(()) } else { io.block_on(to_close.close()) };
         keeper.into_iter().for_each(|keeper| keeper.finish(closed.is_ok()));
         closed?;
-        devices.refuse_gone(cache.status().dirty_blocks)
+        to_look_at.refuse_gone(to_close.status().dirty_blocks)
     };
     let file = name.served_file();
-    let options = Options { sector_size, read_only: args.read_only };
-    let served = match args.read_only {
-        true => LoopDevice::attach(ReadOnly(cache.clone()), &runtime, &file, options),
-        false => LoopDevice::attach(cache.clone(), &runtime, &file, options),
+    let options = Options { sector_size, read_only };
+    let note = |device: &Path| name.note_loop(device);
+    let served = match read_only {
+        true => LoopDevice::attach(ReadOnly(cache.clone()), &runtime, &file, options, reserved, note),
+        false => LoopDevice::attach(cache.clone(), &runtime, &file, options, reserved, note),
     };
     let device = match served {
         Ok(device) => device,
@@ -173,25 +203,53 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<()> {
             return Err(e.into());
         }
     };
-    devices.served_as(device.path());
+    watched.served_as(device.path());
+    show_partitions(device.path());
+    let served = Served {
+        name: name.clone(),
+        cache: cache.clone(),
+        devices: devices.clone(),
+        connection: device.connection(),
+        path: device.path().into(),
+    };
     let daemon = Daemon {
         name: name.clone(),
-        devices: devices.clone(),
+        watched,
         volume,
-        cache: cache.clone(),
+        cache,
+        devices,
         device: device.path().into(),
         sector_size,
         runtime: (*runtime).clone(),
-        read_only: args.read_only,
+        read_only,
         setting: Mutex::default(),
         end,
     };
     if let Err(e) = announce(&name, daemon, out) {
+        name.withdraw();
         let _ = device.detach();
         let _ = close();
         return Err(e);
     }
-    serve_until_ended(&ended, &name, device, close)
+    stages.reach(Stage::Serving);
+    serve_until_ended(&served, device, ended, close)
+}
+
+/// A number that changes as long as the devices get something done.
+pub(crate) fn done(devices: &[Device; 2]) -> impl FnMut() -> u64 + Send + 'static {
+    let devices = devices.clone();
+    move || devices.iter().map(|device| device.pending().done).sum()
+}
+
+/// Has the kernel look for partitions, for as long as that may take where a device hangs.
+fn show_partitions(device: &Path) {
+    let begun = Instant::now();
+    let why = match apart::run(Task::ShowPartitions, device, || begun.elapsed() < TO_SHOW) {
+        Some(Ok(())) => return,
+        Some(Err(e)) => e.to_string(),
+        None => "it does not answer".into(),
+    };
+    tracing::warn!("partitions of {} may not be shown: {why}", device.display());
 }
 
 /// Opens the cache, unless there is something that speaks against using it.
@@ -296,86 +354,20 @@ fn link(name: &Name, device: &Path) {
     if let Err(e) = made {
         tracing::warn!("cannot make the link {}: {e}", link.display());
     }
+    unlink_others(&link, device);
 }
 
-fn serve_until_ended(
-    ended: &Receiver<End>,
-    name: &Name,
-    device: LoopDevice,
-    close: impl FnOnce() -> Result<()>,
-) -> Result<()> {
-    let end = ended.recv();
-    notify::stopping();
-    let _closing = Busy::with("closing");
-    match &end {
-        Ok(End::Signal(signal)) => {
-            tracing::info!("{signal}: closing the log");
-            wait_until_released(&device, ended);
-        }
-        Ok(End::Detach(_)) | Err(_) => tracing::info!("detaching"),
-    }
-    let held = holders(device.path());
-    if !held.is_empty() {
-        tracing::warn!("{} is still {}: it fails from now on", device.path().display(), held.join(", "));
-    }
-    let synced = write_out(&device, ended);
-    if let Err(e) = device.detach() {
-        tracing::warn!("{e}");
-    }
-    let closed = close();
-    for file in [name.link(), name.socket()] {
-        let _ = std::fs::remove_file(file);
-    }
-    let outcome = synced.and(closed);
-    if let Ok(End::Detach(mut replies)) = end {
-        let message = |e: &anyhow::Error| match e.downcast_ref() {
-            Some(CacheError::NotHandedOver(_)) => format!("detached; {e:#}"),
-            _ => format!("detached, but not all data could be kept: {e:#}"),
-        };
-        let reply = outcome.as_ref().map_or_else(|e| Reply::Error { message: message(e) }, |()| Reply::Done);
-        // A client that went away is told nothing.
-        let _ = replies.send(&reply);
-    }
-    outcome
-}
-
-/// When the system shuts down, filesystems on the device may be unmounted only after the daemon was told to end. So it
-/// serves on while the device is held, up to a limit or a second signal.
-fn wait_until_released(device: &LoopDevice, ended: &Receiver<End>) {
-    let started = Instant::now();
-    let mut told = false;
-    while started.elapsed() < RELEASE {
-        let held = holders(device.path());
-        if held.is_empty() {
-            return;
-        }
-        if !told {
-            tracing::warn!("waiting: {} is still {}", device.path().display(), held.join(", "));
-            told = true;
-        }
-        if ended.recv_timeout(Duration::from_millis(100)).is_ok() {
-            return;
-        }
-    }
-}
-
-/// Writes out what programs wrote through the device's page cache. That can take for ever when the log is full and the
-/// backing device fails, so a second signal gives up on it.
-fn write_out(device: &LoopDevice, ended: &Receiver<End>) -> Result<()> {
-    let (done, result) = channel();
-    let path = device.path().to_path_buf();
-    std::thread::spawn(move || {
-        let _ = done.send(std::fs::File::open(&path).and_then(|file| file.sync_all()));
-    });
-    loop {
-        match result.recv_timeout(BRIEFLY) {
-            Ok(synced) => {
-                return synced.with_context(|| format!("cannot write out {}", device.path().display()));
-            }
-            Err(_) if matches!(ended.try_recv(), Ok(End::Signal(_))) => {
-                bail!("{}: ended by a second signal before all was written out", device.path().display())
-            }
-            Err(_) => {}
+/// Removes the links of other volumes that lead to a device. Their daemons were killed: it was
+/// theirs before.
+fn unlink_others(own: &Path, device: &Path) {
+    for entry in own.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten() {
+        let link = entry.path();
+        if link != own && std::fs::canonicalize(&link).is_ok_and(|to| to == device) {
+            tracing::warn!(
+                "{} is of a daemon that was killed, and would lead to this volume: removed",
+                link.display()
+            );
+            let _ = std::fs::remove_file(&link);
         }
     }
 }

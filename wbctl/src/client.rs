@@ -1,5 +1,6 @@
 //! What is asked of a running daemon.
 
+use crate::apart::holders;
 use crate::attach::still_held;
 use crate::config::Volume;
 use crate::leftovers;
@@ -9,7 +10,6 @@ use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::TunableValue;
 use libwb::cli::{self, Output, Progress, human_size};
 use libwb::control::{AskError, Client, LiveStatus, Remaining, Reply, Request, VolumeStatus};
-use libwb::serve::loopdev::holders;
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 
 /// How long a daemon that has closed its volume may take to end.
 const LINGERING: Duration = Duration::from_secs(30);
+/// How long a process may take to end that was detached by force. A device that hangs may keep it.
+const TO_END: Duration = Duration::from_secs(3);
 
 #[derive(clap::Args)]
 pub(crate) struct DetachArgs {
@@ -26,8 +28,8 @@ pub(crate) struct DetachArgs {
     /// Write everything back first, so that the backing device alone holds all data
     #[arg(long)]
     drain: bool,
-    /// Detach even while the device is mounted, held or open; its users get I/O errors. Also clears what a killed daemon
-    /// left behind
+    /// Detach even while the device is mounted, held or open; its users get I/O errors. Ends within
+    /// seconds even if a device hangs. Also clears what a killed daemon left behind
     #[arg(long)]
     force: bool,
 }
@@ -182,19 +184,30 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
         refuse_held_here(name)?;
     }
     let request = Request::Detach { drain: args.drain, force: args.force };
+    // The last that it says before it is done is how much is left.
+    let mut left = 0;
     match args.drain {
         true => ask_to_drain(name, &request, &format!("detach {name} --drain"))?,
-        false => ask(name, &request)?,
+        false => ask_with(name, &request, |remaining| left = remaining.dirty)?,
+    };
+    let what = match left {
+        _ if args.drain => "; the backing device alone holds all data".into(),
+        0 => String::new(),
+        left => format!("; {} stay only in the cache", human_size(left)),
     };
     // The daemon holds its lock as long as it lives.
-    let started = Instant::now();
+    let asked = Instant::now();
     while name.is_running()? {
-        if started.elapsed() > LINGERING {
+        if args.force && asked.elapsed() > TO_END {
+            let waits = "its process ends when the device that hangs answers";
+            writeln!(out, "detached '{name}'{what}; {waits}")?;
+            return Ok(());
+        }
+        if asked.elapsed() > LINGERING {
             bail!("volume '{name}' is detached, but its daemon does not end, and holds the devices");
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    let what = if args.drain { "; the backing device alone holds all data" } else { "" };
     writeln!(out, "detached '{name}'{what}")?;
     Ok(())
 }

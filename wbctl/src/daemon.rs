@@ -1,8 +1,10 @@
 //! What an attached volume's daemon answers those who ask it over its socket.
 
+use crate::apart::{self, Task};
 use crate::attach::refuse_held;
 use crate::config::Volume;
 use crate::devices::Devices;
+use crate::ending::End;
 use crate::place::Name;
 use crate::{notify, show};
 use anyhow::{Context, Result, anyhow, bail};
@@ -10,9 +12,9 @@ use futures_util::future::abortable;
 use libwb::cache::{Cache, Status, StuckBlocks, TunableValue};
 use libwb::cli;
 use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
+use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::Handle;
-use nix::sys::signal::Signal;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -30,19 +32,15 @@ const WORKING: Duration = Duration::from_secs(2);
 const BATCH: Duration = Duration::from_secs(10);
 const GONE: &str = "the client went away";
 
-/// Why the daemon is to end.
-pub(crate) enum End {
-    Signal(Signal),
-    /// A client asked for it, and is told when all is done.
-    Detach(Replies),
-}
-
 /// What the control socket works on.
 pub(crate) struct Daemon {
     pub(crate) name: Name,
     pub(crate) volume: Volume,
     pub(crate) cache: Cache,
-    pub(crate) devices: Devices,
+    /// Whether their files are still there.
+    pub(crate) watched: Devices,
+    /// What the cache stands on: the cache device, and the backing device.
+    pub(crate) devices: [Device; 2],
     pub(crate) device: PathBuf,
     pub(crate) sector_size: u32,
     pub(crate) runtime: Handle,
@@ -94,7 +92,11 @@ impl Daemon {
             device: Some(self.device.clone()),
             cache: self.volume.cache.clone(),
             backing: self.volume.backing.clone(),
-            live: Some(LiveStatus::new(&status, self.sector_size)),
+            live: Some(LiveStatus::new(
+                &status,
+                self.sector_size,
+                self.devices.each_ref().map(|device| device.pending()),
+            )),
             untold: Vec::new(),
         }
     }
@@ -111,7 +113,7 @@ impl Daemon {
                 cli::count(*refused, "block")
             )
         });
-        failure.chain(writeback).chain(stuck).chain(self.devices.troubles()).collect()
+        failure.chain(writeback).chain(stuck).chain(self.watched.troubles()).collect()
     }
 
     fn state(&self, status: &Status, troubles: &[String]) -> &'static str {
@@ -224,6 +226,21 @@ impl Daemon {
         self.aside(replies, move || refuse_held(&device, std::process::id(), force))?
     }
 
+    /// Writes out what is in the page cache of the device, as long as the client waits for it.
+    fn write_out(&self, replies: &mut Replies) -> Result<()> {
+        let mut told = Instant::now();
+        let written = apart::run(Task::WriteOut, &self.device, || {
+            if told.elapsed() < WORKING {
+                return true;
+            }
+            told = Instant::now();
+            replies.send(&self.progress()).is_ok()
+        });
+        written
+            .context(GONE)?
+            .with_context(|| format!("cannot write out {}; nothing was detached", self.device.display()))
+    }
+
     /// Makes the daemon end, which then replies itself.
     fn detach(&self, drain: bool, force: bool, replies: &mut Replies) -> Result<()> {
         self.refuse_held(force, replies)?;
@@ -232,16 +249,14 @@ impl Daemon {
         }
         if drain {
             // What programs wrote through the page cache of the device is to be drained as well.
-            let device = self.device.clone();
-            let written = self
-                .aside(replies, move || std::fs::File::open(&device).and_then(|device| device.sync_all()))?;
-            written.with_context(|| {
-                format!("cannot write out {}; nothing was detached", self.device.display())
-            })?;
+            self.write_out(replies)?;
             self.drain(replies)?;
             self.refuse_held(force, replies)?;
         }
-        self.end.send(End::Detach(replies.clone())).ok().context("the daemon is ending")?;
+        self.end
+            .send(End::Detach { force, replies: replies.clone() })
+            .ok()
+            .context("the daemon is ending")?;
         while !replies.has_ended() {
             std::thread::sleep(WORKING);
             // A client that has gone is told nothing.

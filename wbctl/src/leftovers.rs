@@ -1,10 +1,10 @@
 //! What a daemon that was killed leaves behind: its link, its socket, its run folder, and, while somebody holds it, its
 //! loop device, which fails and goes away by itself when it is released.
 
+use crate::apart::holders;
 use crate::place::Name;
 use anyhow::{Result, bail};
 use libwb::cli::Output;
-use libwb::serve::loopdev::holders;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 

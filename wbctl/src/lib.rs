@@ -1,5 +1,6 @@
 //! `wbctl`: creates, attaches, detaches, replays and upgrades caches.
 
+mod apart;
 mod attach;
 mod client;
 mod config;
@@ -7,6 +8,7 @@ mod create;
 mod daemon;
 mod devices;
 mod dm;
+mod ending;
 mod import;
 mod interval;
 mod keeper;
@@ -22,10 +24,12 @@ mod replay;
 mod rival;
 mod salvage;
 mod show;
+mod signals;
 mod stat;
 mod top;
 mod tune;
 mod upgrade;
+mod watch;
 
 use anyhow::Result;
 use clap::{Args, CommandFactory, Parser, Subcommand};
@@ -52,7 +56,9 @@ enum Command {
     /// Recover a volume and serve it as a loop device, in the foreground
     ///
     /// Prints `ready /dev/loopN` when the volume can be used. On SIGTERM and SIGINT it serves on while the device is held, for
-    /// up to a minute or until a second signal; then it closes the log and ends. Dirty data stays in the cache.
+    /// up to a minute or until a second signal; then it closes the log and ends. Dirty data stays
+    /// in the cache. After a second signal it ends within seconds, even if a device hangs; a third
+    /// ends it at once. Other signals, such as SIGHUP and SIGTSTP of a terminal, are ignored.
     Attach(attach::Args),
     /// Stop serving a volume, and wait until that is done
     Detach(client::DetachArgs),
@@ -129,6 +135,9 @@ enum Command {
     /// That is an identity, a pairing with the backing device, so that a wrong one is refused, and from then on a CRC of
     /// every block that is written. What is in the cache stays as it is, and the kernel module can still read it.
     Upgrade(upgrade::Args),
+    /// What a daemon has another process do
+    #[command(hide = true)]
+    Apart(apart::Args),
 }
 
 /// A cache and a backing device.
@@ -159,7 +168,7 @@ pub fn main() -> ExitCode {
 fn run(command: Command, out: &mut Output) -> Result<Exit> {
     match command {
         Command::Create(args) => return create::create(&args, out),
-        Command::Attach(args) => attach::attach(&args, out)?,
+        Command::Attach(args) => return attach::attach(&args, out),
         Command::Detach(args) => client::detach(&args, out)?,
         Command::List { json } => show::list(json, out)?,
         Command::Status(args) => return show::status(&args, out),
@@ -176,6 +185,7 @@ fn run(command: Command, out: &mut Output) -> Result<Exit> {
         Command::Import(args) => import::import(&args, out)?,
         Command::Replay(args) => replay::replay(&args, out)?,
         Command::Upgrade(args) => upgrade::upgrade(&args, out)?,
+        Command::Apart(args) => apart::carry_out(&args),
     }
     Ok(Exit::Done)
 }

@@ -66,6 +66,26 @@ impl Name {
         format!("{self}.wb")
     }
 
+    /// Says which loop device the daemon has. udev's rule asks it before it names a device after
+    /// the volume: a file of the same name may stand under anybody's loop device.
+    fn note(&self) -> PathBuf {
+        self.run_dir().join("loop")
+    }
+
+    /// Notes which loop device the daemon is going to have.
+    pub(crate) fn note_loop(&self, device: &Path) -> std::io::Result<()> {
+        let name = device.file_name().unwrap_or_default().to_string_lossy();
+        std::fs::write(self.note(), format!("{name}\n"))
+    }
+
+    /// Removes what a daemon shows to others while its volume can be used. What cannot be removed
+    /// is left.
+    pub(crate) fn withdraw(&self) {
+        for file in [self.link(), self.note(), self.socket()] {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+
     fn lock_file(&self) -> PathBuf {
         self.run_dir().join("lock")
     }
@@ -97,7 +117,7 @@ impl Name {
     /// Removes all files of a daemon, which must not run: `lock` is its lock. True when it had not removed them itself.
     pub(crate) fn clear(&self, lock: Flock<File>) -> Result<bool> {
         let mut was_left = false;
-        for file in [self.link(), self.socket()] {
+        for file in [self.link(), self.note(), self.socket()] {
             was_left |= remove(&file)?;
         }
         remove(&self.lock_file())?;

@@ -11,7 +11,7 @@ use std::io::{Result, Write};
 /// volume. What is not known has no sample.
 type Gauge = (&'static str, &'static str, &'static str);
 
-const GAUGES: [Gauge; 15] = [
+const GAUGES: [Gauge; 19] = [
     ("wb_volume_bytes", "Size of the volume.", "/live/volume_bytes"),
     ("wb_log_bytes", "Size of the log.", "/live/log_bytes"),
     ("wb_log_free_bytes", "Room in the log for new segments.", "/live/free_bytes"),
@@ -45,6 +45,26 @@ const GAUGES: [Gauge; 15] = [
         "wb_writeback_bytes_per_second",
         "How fast write-back was in the last minute while it worked.",
         "/live/statistics/writeback_bytes_per_second",
+    ),
+    (
+        "wb_cache_requests_in_flight",
+        "Requests that the cache device has not answered yet.",
+        "/live/cache_requests_in_flight",
+    ),
+    (
+        "wb_cache_oldest_request_seconds",
+        "For how long the oldest request to the cache device has waited.",
+        "/live/cache_oldest_request_seconds",
+    ),
+    (
+        "wb_backing_requests_in_flight",
+        "Requests that the backing device has not answered yet.",
+        "/live/backing_requests_in_flight",
+    ),
+    (
+        "wb_backing_oldest_request_seconds",
+        "For how long the oldest request to the backing device has waited.",
+        "/live/backing_oldest_request_seconds",
     ),
     ("wb_recovery_seconds", "How long recovery took.", "/live/recovery_seconds"),
 ];

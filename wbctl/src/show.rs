@@ -340,6 +340,14 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
     };
     let reads = cli::count(count("cache_read_errors"), "read");
     row("errors", format!("{batches} of write-back, {reads} of the cache device"));
+    let asked = [
+        ("cache", live.cache_requests_in_flight, live.cache_oldest_request_seconds),
+        ("backing", live.backing_requests_in_flight, live.backing_oldest_request_seconds),
+    ];
+    for (device, requests, oldest) in asked {
+        let oldest = oldest.map(|age| format!(", the oldest for {}", human_time(age))).unwrap_or_default();
+        row(&format!("requests to {device}"), format!("{requests} in flight{oldest}"));
+    }
     if let Some(failure) = &live.failure {
         row("FAILED", format!("writes are refused: {failure}"));
     }

@@ -85,16 +85,21 @@ pub fn run<E: Display + AsRef<dyn Error + Send + Sync>>(
     let mut output = Output { stdout: BufWriter::new(io::stdout().lock()), closed: false };
     let ended = body(&mut output);
     let flushed = output.flush();
-    // The alternate form gives an error's causes as well.
     let (exit, message) = match (ended, flushed) {
         (Ok(exit), Ok(())) => (exit, None),
         (Ok(_), Err(e)) => (on_error, Some(format!("cannot write the output: {e}"))),
-        (Err(e), _) => (on_error, Some(with_holder(format!("{e:#}"), e.as_ref()))),
+        (Err(e), _) => (on_error, Some(explain(&e))),
     };
     if let Some(message) = message {
         complain(program, without_numbers(&message));
     }
     exit.into()
+}
+
+/// What [`run`] says of an error.
+pub fn explain<E: Display + AsRef<dyn Error + Send + Sync>>(error: &E) -> String {
+    // The alternate form gives an error's causes as well.
+    without_numbers(&with_holder(format!("{error:#}"), error.as_ref()))
 }
 
 /// The message of an error, which says of a device in use by which volume, where one has it.

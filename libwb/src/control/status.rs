@@ -2,6 +2,7 @@
 
 use super::VolumeStatistics;
 use crate::cache::{Counters, Status, StuckBlocks, TunableValue, Tunables};
+use crate::device::Pending;
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -119,6 +120,14 @@ pub struct LiveStatus {
     pub durable_segment: u64,
     /// Every segment up to this one is written back.
     pub written_back_segment: u64,
+    /// Requests that the cache device has not answered yet.
+    pub cache_requests_in_flight: u64,
+    /// For how long the oldest of them has been waiting, in seconds.
+    pub cache_oldest_request_seconds: Option<f64>,
+    /// Requests that the backing device has not answered yet.
+    pub backing_requests_in_flight: u64,
+    /// For how long the oldest of them has been waiting, in seconds.
+    pub backing_oldest_request_seconds: Option<f64>,
     /// Why writes are refused, if they are.
     pub failure: Option<String>,
     /// Write-back is paused.
@@ -143,8 +152,8 @@ pub struct LiveStatus {
 }
 
 impl LiveStatus {
-    /// What a cache says, in bytes and by name.
-    pub fn new(status: &Status, sector_size: u32) -> LiveStatus {
+    /// What a cache says, in bytes and by name, and what its cache device and its backing device have been asked.
+    pub fn new(status: &Status, sector_size: u32, [cache, backing]: [Pending; 2]) -> LiveStatus {
         LiveStatus {
             pid: std::process::id(),
             sector_size,
@@ -161,6 +170,10 @@ impl LiveStatus {
             written_segment: status.written.0,
             durable_segment: status.durable.0,
             written_back_segment: status.written_back.0,
+            cache_requests_in_flight: cache.requests,
+            cache_oldest_request_seconds: cache.oldest.map(|age| age.as_secs_f64()),
+            backing_requests_in_flight: backing.requests,
+            backing_oldest_request_seconds: backing.oldest.map(|age| age.as_secs_f64()),
             failure: status.failure.clone(),
             paused: status.paused,
             writing_back: status.writing_back,

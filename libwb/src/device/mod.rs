@@ -5,6 +5,7 @@ pub mod fit;
 mod held;
 mod mem;
 mod overlay;
+mod pending;
 pub mod probe;
 #[cfg(feature = "blkid")]
 pub mod signatures;
@@ -17,6 +18,8 @@ mod watched;
 pub use buf::{IoBuf, SharedBuf};
 pub use mem::MemDevice;
 pub use overlay::Overlay;
+pub use pending::Pending;
+pub(crate) use pending::{InFlight, Requests};
 pub use uring::UringDevice;
 pub use watched::{Gone, Watched};
 
@@ -110,6 +113,11 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// For how long it was busy since the system started, whoever used it; none where nobody knows.
     fn busy(&self) -> Option<Duration> {
         None
+    }
+
+    /// The requests that it has not answered yet; nothing where nobody counts them.
+    fn pending(&self) -> Pending {
+        Pending::default()
     }
 
     /// Fills the whole buffer from `offset` on.

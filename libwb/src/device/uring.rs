@@ -1,11 +1,10 @@
 //! Files and block devices through io_uring.
 
 use super::probe::Opened;
-use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
+use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, Pending, Requests, SharedBuf};
 use crate::format::to_u64;
-use crate::reactor::{Addresses, Handle, OpKind};
+use crate::reactor::{Addresses, Handle, OpKind, Target};
 use nix::errno::Errno;
-use std::fs::File;
 use std::future::ready;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -16,12 +15,13 @@ use std::time::Duration;
 pub struct UringDevice {
     handle: Handle,
     name: Arc<str>,
-    file: Arc<File>,
+    target: Target,
     size: u64,
     block_size: u32,
     identity: String,
     /// Where the system counts the time during which a block device is busy.
     stat: Option<PathBuf>,
+    requests: Arc<Requests>,
 }
 
 impl UringDevice {
@@ -34,7 +34,8 @@ impl UringDevice {
             block_size: opened.block_size,
             identity: opened.identity_text,
             stat: opened.stat,
-            file: Arc::new(opened.file),
+            requests: Arc::default(),
+            target: Target::new(opened.file),
         }
     }
 
@@ -45,14 +46,15 @@ impl UringDevice {
         length: u64,
         kind: OpKind,
     ) -> IoFuture<Option<IoBuf>> {
-        let (handle, file, device) = (self.handle.clone(), self.file.clone(), self.name.clone());
+        let (handle, target, device) = (self.handle.clone(), self.target.clone(), self.name.clone());
         let fits = offset.checked_add(length).is_some_and(|end| end <= self.size);
+        let requests = self.requests.clone();
         Box::pin(async move {
             let fail = |cause| DeviceError { device: device.clone(), operation, offset, length, cause };
             if !fits {
                 return Err(fail(Errno::EINVAL));
             }
-            match handle.submit(Some(file), kind).await {
+            match handle.submit(Some(target), Some(requests.begin()), kind).await {
                 (Ok(()), buf) => Ok(buf),
                 (Err(cause), _) => Err(fail(cause)),
             }
@@ -87,6 +89,10 @@ impl BlockDevice for UringDevice {
         text.split_whitespace().nth(9)?.parse().ok().map(Duration::from_millis)
     }
 
+    fn pending(&self) -> Pending {
+        self.requests.pending()
+    }
+
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
         let length = to_u64(buf.len());
         let handle = self.handle.clone();
@@ -103,7 +109,12 @@ impl BlockDevice for UringDevice {
         let Some(_reading) = self.handle.reading_alone().filter(|_| fits) else {
             return self.read(offset, buf);
         };
-        let read = self.file.read_exact_at(&mut buf, offset).map(|()| buf).map_err(|error| DeviceError {
+        let in_flight = self.requests.begin();
+        let read = self.target.file().read_exact_at(&mut buf, offset);
+        if read.is_ok() {
+            in_flight.succeeded();
+        }
+        let read = read.map(|()| buf).map_err(|error| DeviceError {
             device: self.name.clone(),
             operation: Operation::Read,
             offset,

@@ -3,6 +3,12 @@
 //! The mount stands in no folder and the loop device is set to clear itself, so that neither outlives the daemon,
 //! however it ends. A mount namespace of the daemon's own would hide the mount as well, but keep every mount of the
 //! system that it was copied from in use where mounts are not shared, as in containers.
+//!
+//! The daemon holds its own loop device open, and whoever closes a block device last writes out its
+//! page cache. A process that is killed would write to itself there, and wait for ever. So the FUSE
+//! connection must end first: the requests then fail. When a process ends, the kernel takes its
+//! descriptors down from the highest number to the lowest; so the loop device has the lowest
+//! ([`Reserved`]).
 
 use super::Volume;
 use crate::cache::Timed;
@@ -17,18 +23,20 @@ use fuser::{
 };
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, fstat, minor};
+use rustix::io::{DupFlags, dup3};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
 };
 use std::ffi::OsStr;
-use std::fs::{DirEntry, File, OpenOptions};
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant, UNIX_EPOCH};
 
+const FUSE: &str = "/dev/fuse";
 /// The largest request that the kernel sends, in bytes.
 const MAX_REQUEST: u32 = 1 << 20;
 /// Requests that the kernel keeps under way at a time.
@@ -66,17 +74,58 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Serv
     move |cause| ServeError { what, cause: cause.into() }
 }
 
+/// A descriptor that the loop device is to get. Its number is the lowest that is free, and stays
+/// below all that are opened later.
+pub struct Reserved(OwnedFd);
+
+impl Reserved {
+    /// Takes the number. To be called before anything else is opened that stays open.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left.
+    pub fn take() -> io::Result<Reserved> {
+        Ok(Reserved(File::open("/dev/null")?.into()))
+    }
+
+    /// Has the number stand for another file from now on.
+    fn become_file(&mut self, file: &File) -> io::Result<()> {
+        Ok(dup3(file, &mut self.0, DupFlags::CLOEXEC)?)
+    }
+
+    /// Refuses to go on where the kernel would take this descriptor down before one of `others`.
+    fn check_below(&self, others: &[RawFd]) -> io::Result<()> {
+        match others.iter().all(|&other| self.0.as_raw_fd() < other) {
+            true => Ok(()),
+            false => Err(io::Error::other("its descriptor is above that of the FUSE connection")),
+        }
+    }
+}
+
+/// The descriptors of this process that lead to FUSE connections.
+fn connections() -> io::Result<Vec<RawFd>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd")?.flatten() {
+        if std::fs::read_link(entry.path()).is_ok_and(|file| file == Path::new(FUSE)) {
+            found.extend(entry.file_name().to_str().and_then(|name| name.parse::<RawFd>().ok()));
+        }
+    }
+    Ok(found)
+}
+
 /// A loop device that serves a volume.
 pub struct LoopDevice {
     path: PathBuf,
-    device: File,
+    device: Reserved,
+    connection: Option<Arc<Connection>>,
     /// Both last as long as the device: the mount, and the threads that answer it.
     _mount: OwnedFd,
     _session: BackgroundSession,
 }
 
 impl LoopDevice {
-    /// Makes a FUSE file of that name, which shows as the loop device's backing file, and puts a loop device on it.
+    /// Makes a FUSE file of that name, which shows as the loop device's backing file, and puts a
+    /// loop device on it. Before that, `announce` is told which one it will be; another may follow,
+    /// where somebody else takes it first.
     ///
     /// # Errors
     /// Says which step failed.
@@ -85,12 +134,15 @@ impl LoopDevice {
         runtime: &Handle,
         name: &str,
         options: Options,
+        reserved: Reserved,
+        announce: impl FnMut(&Path) -> io::Result<()>,
     ) -> Result<LoopDevice, ServeError> {
+        let others = connections().map_err(failed("cannot look for FUSE connections"))?;
         let fuse = OpenOptions::new()
             .read(true)
             .write(true)
-            .open("/dev/fuse")
-            .map_err(failed("cannot open /dev/fuse"))?;
+            .open(FUSE)
+            .map_err(failed(format!("cannot open {FUSE}")))?;
         let mount = mount(&fuse).map_err(failed("cannot make a FUSE mount (root is needed)"))?;
         let mut config = Config::default();
         config.n_threads = Some(THREADS);
@@ -104,8 +156,16 @@ impl LoopDevice {
         let flags = access | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
         let file = openat(&mount, name, flags, Mode::empty())
             .map_err(failed(format!("cannot open the FUSE file '{name}'")))?;
-        let (path, device) = configure_loop_device(&File::from(file), options.sector_size)?;
-        Ok(LoopDevice { path, device, _mount: mount, _session: session })
+        let (path, device) =
+            configure_loop_device(&File::from(file), options.sector_size, reserved, announce)?;
+        // The file could be opened, so that the session has all its connections.
+        let mut own = connections().map_err(failed("cannot look for FUSE connections"))?;
+        own.retain(|number| !others.contains(number));
+        device.check_below(&own).map_err(failed(format!("cannot serve {}", path.display())))?;
+        // Without it, the device ends as long as nothing hangs.
+        let connection = Connection::of(&mount).inspect_err(|e| tracing::warn!("no control of FUSE: {e}"));
+        let connection = connection.ok().map(Arc::new);
+        Ok(LoopDevice { path, device, connection, _mount: mount, _session: session })
     }
 
     /// The loop device's path.
@@ -113,13 +173,45 @@ impl LoopDevice {
         &self.path
     }
 
-    /// Takes the loop device down. If somebody still holds it, it fails for them once the volume is closed.
+    /// What ends the device whatever its threads do, where the system has it.
+    pub fn connection(&self) -> Option<Arc<Connection>> {
+        self.connection.clone()
+    }
+
+    /// Takes the loop device down; what its page cache holds must have been written out before. If
+    /// somebody still holds it, it fails for them once the volume is closed.
     ///
     /// # Errors
     /// When the system refuses.
     pub fn detach(self) -> Result<(), ServeError> {
         // The mount and its session end with their last user, which may be after this.
-        sys::loop_clear(&self.device).map_err(failed(format!("cannot clear {}", self.path.display())))
+        sys::loop_clear(&self.device.0).map_err(failed(format!("cannot clear {}", self.path.display())))
+    }
+}
+
+/// A FUSE connection, as the kernel lets it be controlled.
+pub struct Connection {
+    abort: File,
+}
+
+impl Connection {
+    fn of(mount: &OwnedFd) -> io::Result<Connection> {
+        let number = minor(fstat(mount)?.st_dev);
+        let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_create(&context)?;
+        let control = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+        let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        let abort = openat(&control, format!("{number}/abort").as_str(), flags, Mode::empty())?;
+        Ok(Connection { abort: abort.into() })
+    }
+
+    /// Makes all requests fail that are under way, and all that come later, whatever the daemon's
+    /// threads wait for.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn abort(&self) -> io::Result<()> {
+        (&self.abort).write_all(b"1")
     }
 }
 
@@ -142,19 +234,26 @@ fn mount(fuse: &File) -> rustix::io::Result<OwnedFd> {
     fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
 }
 
-fn configure_loop_device(file: &File, sector_size: u32) -> Result<(PathBuf, File), ServeError> {
+fn configure_loop_device(
+    file: &File,
+    sector_size: u32,
+    mut reserved: Reserved,
+    mut announce: impl FnMut(&Path) -> io::Result<()>,
+) -> Result<(PathBuf, Reserved), ServeError> {
     let control = File::open("/dev/loop-control").map_err(failed("cannot open /dev/loop-control"))?;
     let mut last = Errno::EBUSY;
     for _ in 0..ATTEMPTS {
         let number = sys::loop_get_free(&control).map_err(failed("no loop device is free"))?;
         let path = PathBuf::from(format!("/dev/loop{number}"));
-        let device = OpenOptions::new()
+        OpenOptions::new()
             .read(true)
             .write(true)
             .open(&path)
+            .and_then(|device| reserved.become_file(&device))
             .map_err(failed(format!("cannot open {}", path.display())))?;
-        match sys::loop_configure(&device, file, sector_size) {
-            Ok(()) => return Ok((path, device)),
+        announce(&path).map_err(failed(format!("cannot announce {}", path.display())))?;
+        match sys::loop_configure(&reserved.0, file, sector_size) {
+            Ok(()) => return Ok((path, reserved)),
             // Another program took it first.
             Err(Errno::EBUSY) => {}
             Err(cause) => return Err(failed(format!("cannot set up {}", path.display()))(cause)),
@@ -162,54 +261,6 @@ fn configure_loop_device(file: &File, sector_size: u32) -> Result<(PathBuf, File
         last = Errno::EBUSY;
     }
     Err(failed("no loop device could be had")(last))
-}
-
-/// Who holds a block device: where it is mounted, and which devices stand on it. Empty when it is free.
-pub fn holders(device: &Path) -> Vec<String> {
-    let free = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device);
-    if !free.is_err_and(|e| e.raw_os_error() == Some(libc::EBUSY)) {
-        return Vec::new();
-    }
-    let mut found = Vec::new();
-    let name = device.to_string_lossy();
-    for line in std::fs::read_to_string("/proc/mounts").unwrap_or_default().lines() {
-        let mut fields = line.split(' ');
-        if fields.next() == Some(name.as_ref()) {
-            found.extend(fields.next().map(|place| format!("mounted on {place}")));
-        }
-    }
-    let sys_dir = Path::new("/sys/class/block").join(device.file_name().unwrap_or_default()).join("holders");
-    for holder in std::fs::read_dir(sys_dir).into_iter().flatten().flatten() {
-        found.push(format!("held by {}", holder.file_name().to_string_lossy()));
-    }
-    if found.is_empty() {
-        found.push("held by another program".into());
-    }
-    found
-}
-
-/// Which programs have a block device open without holding it, such as a virtual machine, or a target that exports it; but
-/// not its own `server`. To see those of others takes root.
-pub fn users(device: &Path, server: u32) -> Vec<String> {
-    let Ok(number) = std::fs::metadata(device).map(|found| found.rdev()) else { return Vec::new() };
-    let is_device = |open: &DirEntry| {
-        // A file elsewhere may be on a filesystem that does not answer.
-        std::fs::read_link(open.path()).is_ok_and(|path| path.starts_with("/dev/"))
-            && std::fs::metadata(open.path())
-                .is_ok_and(|found| found.file_type().is_block_device() && found.rdev() == number)
-    };
-    let mut found = Vec::new();
-    for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
-            continue;
-        };
-        let files = std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-        if pid != server && files.into_iter().any(|open| is_device(&open)) {
-            let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-            found.push(format!("open in {} (process {pid})", name.trim_end()));
-        }
-    }
-    found
 }
 
 /// The file that the loop device stands on, alone in its folder.

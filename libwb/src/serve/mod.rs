@@ -1,6 +1,7 @@
 //! Front ends: they turn requests into calls of a volume, and hold no policy.
 
 pub mod loopdev;
+pub mod outside;
 mod rights;
 
 pub use rights::refuse_without_root;
@@ -10,6 +11,7 @@ use crate::device::IoBuf;
 use crate::format::Sector;
 use crate::sys;
 use nix::errno::Errno;
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::time::Duration;
 
 /// Prepares this process to serve a device that memory reclaim may wait for: its memory stays resident, and the
@@ -33,12 +35,16 @@ fn not_flusher(cause: Errno) -> &'static str {
     }
 }
 
-/// Ends the process when any of its threads panics: a volume of which one thread is gone would hang whoever uses it, and
-/// what was acknowledged as durable is recovered when it is attached again.
-pub fn abort_on_panic() {
-    let report = std::panic::take_hook();
+/// Ends the process when any of its threads panics, after a `report` of that: a volume of which one
+/// thread is gone would hang whoever uses it, and what was acknowledged as durable is recovered
+/// when it is attached again.
+pub fn abort_on_panic(report: impl Fn(&str) + Send + Sync + 'static) {
     std::panic::set_hook(Box::new(move |panic| {
-        report(panic);
+        let trace = Backtrace::capture();
+        match trace.status() {
+            BacktraceStatus::Captured => report(&format!("{panic}\n{trace}")),
+            _ => report(&panic.to_string()),
+        }
         std::process::abort();
     }));
 }

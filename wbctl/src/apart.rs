@@ -1,0 +1,102 @@
+//! What the daemon has another process do to its own device.
+//!
+//! A thread that waits for its own daemon's device cannot be killed: it waits for an answer, and
+//! the FUSE connection, whose end would be one, ends only when all threads have. A process apart
+//! gets an error instead as soon as the daemon is gone.
+
+use clap::ValueEnum;
+use libwb::cli::Exit;
+use libwb::serve::outside;
+use nix::errno::Errno;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// How often it is looked whether the process has ended, at first and later.
+const OFTEN: Duration = Duration::from_millis(1);
+const SELDOM: Duration = Duration::from_millis(100);
+/// How long a device may take to be opened. One that hangs may take for ever.
+const TO_OPEN: Duration = Duration::from_secs(5);
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum Task {
+    /// Make durable what was written through the page cache.
+    WriteOut,
+    /// See whether somebody holds it.
+    Claim,
+    /// Show its partitions.
+    ShowPartitions,
+}
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    task: Task,
+    device: PathBuf,
+}
+
+/// Does the task, and ends with the number of the error, if there is one.
+pub(crate) fn carry_out(args: &Args) -> ! {
+    let done = match args.task {
+        Task::WriteOut => outside::write_out(&args.device),
+        Task::Claim => outside::claim(&args.device),
+        Task::ShowPartitions => outside::show_partitions(&args.device),
+    };
+    let number = done.err().map(|e| e.raw_os_error().unwrap_or(Errno::EIO as i32));
+    std::process::exit(number.unwrap_or(Exit::Done as i32))
+}
+
+/// Has a process of its own do a task as long as `go_on` says so, which is asked again and again.
+/// `None` when it was given up.
+pub(crate) fn run(task: Task, device: &Path, mut go_on: impl FnMut() -> bool) -> Option<io::Result<()>> {
+    let mut child = match start(task, device) {
+        Ok(child) => child,
+        Err(e) => return Some(Err(e)),
+    };
+    let mut pause = OFTEN;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => {
+                return Some(match status.code() {
+                    Some(0) => Ok(()),
+                    Some(number) => Err(io::Error::from_raw_os_error(number)),
+                    None => Err(io::Error::other("the process that does it was killed")),
+                });
+            }
+            Ok(None) => {}
+            Err(e) => return Some(Err(e)),
+        }
+        if !go_on() {
+            // It may take the signal only when the device answers, or is gone.
+            let _ = child.kill();
+            return None;
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(SELDOM);
+    }
+}
+
+/// The program itself: what is installed may be another version by now. It gets no descriptor of
+/// ours, and no signal of the terminal's, which are for the daemon.
+fn start(task: Task, device: &Path) -> io::Result<Child> {
+    let task = task.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default();
+    Command::new("/proc/self/exe")
+        .args(["apart", &task])
+        .arg(device)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .process_group(0)
+        .spawn()
+}
+
+/// Who holds a block device. Empty when it is free.
+pub(crate) fn holders(device: &Path) -> Vec<String> {
+    let started = Instant::now();
+    match run(Task::Claim, device, || started.elapsed() < TO_OPEN) {
+        Some(Err(e)) if e.raw_os_error() == Some(Errno::EBUSY as i32) => outside::holders(device),
+        Some(_) => Vec::new(),
+        None => vec!["not answering".into()],
+    }
+}

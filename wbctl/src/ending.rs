@@ -1,0 +1,261 @@
+//! How a daemon ends: in order where that can be done, and within seconds where it must be,
+//! whatever hangs.
+//!
+//! Every step that may wait for a device is done by a thread of its own or by another process. Once
+//! somebody has asked again, or by force, each may take [`URGENT`] at most; asked once more, none
+//! is waited for. What was flushed is in the log whatever happens.
+
+use crate::apart::{self, Task, holders};
+use crate::notify::{self, Busy};
+use crate::place::Name;
+use crate::{attach, logging};
+use anyhow::{Result, anyhow};
+use libwb::cache::{Cache, CacheError};
+use libwb::cli::{Exit, human_size};
+use libwb::control::{Replies, Reply};
+use libwb::device::Device;
+use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::serve::loopdev::{Connection, LoopDevice};
+use nix::sys::signal::Signal;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+/// How long the daemon, told to end by a signal, waits for the device to be released.
+const RELEASE: Duration = Duration::from_secs(60);
+/// How long a step may take when the end is urgent.
+const URGENT: Duration = Duration::from_secs(3);
+/// How often it is looked whether somebody has asked again.
+const TICK: Duration = Duration::from_millis(100);
+/// How long clients may take to be told of an end that does not wait.
+const TO_TELL: Duration = Duration::from_secs(1);
+
+/// Why the daemon is to end.
+pub(crate) enum End {
+    Signal(Signal),
+    /// A client asked for it, and is told when all is done.
+    Detach {
+        force: bool,
+        replies: Replies,
+    },
+}
+
+/// A volume that is being served.
+pub(crate) struct Served {
+    pub(crate) name: Name,
+    pub(crate) cache: Cache,
+    pub(crate) devices: [Device; 2],
+    pub(crate) connection: Option<Arc<Connection>>,
+    pub(crate) path: PathBuf,
+}
+
+/// Those who want the daemon to end.
+struct Callers<'a> {
+    ended: &'a Receiver<End>,
+    /// How often somebody has asked again, or asked by force, and since when.
+    urged: u32,
+    since: Instant,
+    clients: Vec<Replies>,
+}
+
+impl Callers<'_> {
+    fn hear(&mut self, end: End) {
+        let urges = match end {
+            End::Signal(_) => true,
+            End::Detach { force, replies } => {
+                self.clients.push(replies);
+                force
+            }
+        };
+        if urges {
+            self.urged += 1;
+            self.since = Instant::now();
+        }
+    }
+
+    /// Whether a step that was begun then is to be waited for no longer.
+    fn had_enough(&mut self, begun: Instant) -> bool {
+        while let Ok(end) = self.ended.try_recv() {
+            self.hear(end);
+        }
+        match self.urged {
+            0 => false,
+            1 => begun.max(self.since).elapsed() > URGENT,
+            _ => true,
+        }
+    }
+
+    /// Has a thread do something. `None` when it was not waited for any longer.
+    fn within<T: Send + 'static>(&mut self, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        let (done, result) = channel();
+        let begun = Instant::now();
+        std::thread::spawn(move || done.send(work()));
+        loop {
+            if let Ok(output) = result.recv_timeout(TICK) {
+                return Some(output);
+            }
+            if self.had_enough(begun) {
+                return None;
+            }
+        }
+    }
+
+    /// When the system shuts down, filesystems on the device may be unmounted only after the daemon
+    /// was told to end. So it serves on while the device is held, up to a limit or a second signal.
+    fn wait_until_released(&mut self, served: &Served) {
+        let begun = Instant::now();
+        let mut told = false;
+        while begun.elapsed() < RELEASE && self.urged == 0 {
+            let held = holders(&served.path);
+            if held.is_empty() {
+                return;
+            }
+            if !told {
+                tracing::warn!("waiting: {} is still {}", served.path.display(), held.join(", "));
+                told = true;
+            }
+            if let Ok(end) = self.ended.recv_timeout(TICK) {
+                self.hear(end);
+            }
+        }
+    }
+
+    /// Writes out what programs wrote through the device's page cache. That takes for ever when the
+    /// log is full and the backing device fails.
+    fn write_out(&mut self, served: &Served) -> Result<()> {
+        let begun = Instant::now();
+        match apart::run(Task::WriteOut, &served.path, || !self.had_enough(begun)) {
+            Some(Ok(())) => Ok(()),
+            Some(Err(e)) => Err(anyhow!("cannot write out {}: {e}", served.path.display())),
+            None => Err(anyhow!(
+                "{}: there was no time to write out what programs had written and not flushed",
+                served.path.display()
+            )),
+        }
+    }
+}
+
+/// Serves until it is told to end, and ends. `close` closes the log.
+pub(crate) fn serve_until_ended(
+    served: &Served,
+    device: LoopDevice,
+    ended: &Receiver<End>,
+    close: impl FnOnce() -> Result<()> + Send + 'static,
+) -> Result<()> {
+    let mut callers = Callers { ended, urged: 0, since: Instant::now(), clients: Vec::new() };
+    let end = ended.recv();
+    notify::stopping();
+    let closing = Busy::with("closing", served.writing());
+    match end {
+        Ok(End::Signal(signal)) => {
+            tracing::info!("{signal}: closing the log");
+            callers.wait_until_released(served);
+        }
+        Ok(detach) => {
+            tracing::info!("detaching");
+            callers.hear(detach);
+        }
+        Err(_) => {}
+    }
+    let held = holders(&served.path);
+    if !held.is_empty() {
+        tracing::warn!("{} is still {}: it fails from now on", served.path.display(), held.join(", "));
+    }
+    let written_out = callers.write_out(served);
+    if written_out.is_err() {
+        // Whoever waits for the device is told; nothing of the rest is to come late.
+        served.cut_off();
+    }
+    let Some(detached) = callers.within(move || device.detach()) else {
+        served.end_now(callers, "the loop device could be taken down", written_out.is_ok())
+    };
+    if let Err(e) = detached {
+        tracing::warn!("{e}");
+    }
+    drop(closing);
+    let _closing = Busy::with("closing", attach::done(&served.devices));
+    let Some(closed) = callers.within(close) else {
+        served.end_now(callers, "the log was closed", written_out.is_ok())
+    };
+    served.name.withdraw();
+    let outcome = written_out.and(closed);
+    served.tell(callers.clients, outcome.as_ref().map_err(describe));
+    outcome
+}
+
+/// What clients are told of an end that went wrong.
+fn describe(error: &anyhow::Error) -> String {
+    match error.downcast_ref() {
+        Some(CacheError::NotHandedOver(_)) => format!("detached; {error:#}"),
+        _ => format!("detached, but not all data could be kept: {error:#}"),
+    }
+}
+
+impl Served {
+    /// A number that changes as long as the volume takes writes, or makes room for them.
+    fn writing(&self) -> impl FnMut() -> u64 + Send + 'static {
+        let cache = self.cache.clone();
+        // A batch that fails and begins anew makes no room: only the lowest number counts.
+        let mut lowest = u64::MAX;
+        move || {
+            let status = cache.status();
+            lowest = lowest.min(status.blocks_to_write_back);
+            let written = status.statistics.counters.write_bytes;
+            written.wrapping_add(status.durable.0).wrapping_add(status.written_back.0).wrapping_sub(lowest)
+        }
+    }
+
+    fn dirty_bytes(&self) -> u64 {
+        self.cache.status().dirty_blocks * to_u64(BLOCK_BYTES)
+    }
+
+    /// Ends all requests to the device: who waits for it gets an error.
+    fn cut_off(&self) {
+        if let Some(Err(e)) = self.connection.as_ref().map(|connection| connection.abort()) {
+            tracing::warn!("the requests to {} cannot be ended: {e}", self.path.display());
+        }
+    }
+
+    /// Tells clients how it ended, and how much is only in the cache. Those that went away are told
+    /// nothing.
+    fn tell(&self, clients: Vec<Replies>, outcome: Result<&(), String>) {
+        let dirty_bytes = self.dirty_bytes();
+        for mut client in clients {
+            let last = match &outcome {
+                Ok(()) => Reply::Done,
+                Err(message) => Reply::Error { message: message.clone() },
+            };
+            let _ = client
+                .send(&Reply::Progress { dirty_bytes, left_bytes: None })
+                .and_then(|()| client.send(&last));
+        }
+    }
+
+    /// Ends the process without an orderly end, before something was done. The kernel takes down
+    /// what is left. Whether all was written out says what became of the page cache.
+    fn end_now(&self, callers: Callers<'_>, before: &str, written_out: bool) -> ! {
+        self.cut_off();
+        let status = self.cache.status();
+        let left = human_size(self.dirty_bytes());
+        // Nobody writes any more, so what is durable now is all that was acknowledged.
+        let is_kept = written_out && status.durable == status.newest && status.failure.is_none();
+        let lost = if is_kept { "nothing is lost" } else { "what was not flushed may be lost" };
+        let message = format!(
+            "ended before {before}, since a device does not answer: {left} stay only in the cache, and {lost}; \
+             the next attach recovers the log"
+        );
+        tracing::error!("{message}");
+        self.name.withdraw();
+        let outcome = if is_kept { Ok(&()) } else { Err(message) };
+        std::thread::scope(|scope| {
+            let telling = scope.spawn(|| self.tell(callers.clients, outcome));
+            let begun = Instant::now();
+            while !telling.is_finished() && begun.elapsed() < TO_TELL {
+                std::thread::sleep(TICK / 10);
+            }
+            logging::finish();
+            std::process::exit(Exit::Failed as i32)
+        })
+    }
+}

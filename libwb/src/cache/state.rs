@@ -249,7 +249,8 @@ impl State {
         self.all_free_slots().saturating_sub(reserve)
     }
 
-    fn all_free_slots(&self) -> u64 {
+    /// The same with the reserve.
+    pub(super) fn all_free_slots(&self) -> u64 {
         self.geometry.lap() - self.newest.since(self.written_back)
     }
 

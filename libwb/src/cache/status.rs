@@ -80,7 +80,7 @@ impl Cache {
             volume_bytes: inner.backing.size(),
             log_bytes: state.geometry.lap() * to_u64(SEGMENT_BYTES),
             segments: state.geometry.lap(),
-            free_segments: state.free_slots(),
+            free_segments: state.all_free_slots(),
             dirty_segments: state.dirty_segments(),
             dirty_blocks: state.dirty_blocks,
             used_blocks: to_u64(state.index.len()),

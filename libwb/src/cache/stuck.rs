@@ -26,6 +26,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) const MOST_MOVED: usize = 127;
 /// Where so many fail in one batch, the device fails, and not some blocks of it.
 pub(super) const MOST_STUCK: usize = 512;
+/// The same while nothing else of the batch can be written.
+pub(super) const MOST_ALONE: usize = 16;
 /// The time after which a moved block is tried again; it doubles with each move.
 const SHORTEST_PAUSE: Duration = Duration::from_secs(1);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);

@@ -1,7 +1,7 @@
 //! The way back to the disk: oldest segments first, many at a time, sorted and merged.
 
 use super::state::State;
-use super::stuck::{Failed, MOST_STUCK, Passage};
+use super::stuck::{Failed, MOST_ALONE, MOST_STUCK, Passage};
 use super::{CacheError, Inner};
 use crate::device::{BlockDevice, DeviceError, IoBuf};
 use crate::format::{
@@ -190,7 +190,7 @@ impl Inner {
         if let Some((_, error)) = suspects.first().filter(|_| runs.next().is_some()) {
             return Err(Stop::Device(error.clone()));
         }
-        let failed = self.write_one_by_one(suspects, unit).await?;
+        let failed = self.write_one_by_one(suspects, unit, written).await?;
         {
             let mut state = self.lock();
             let is_written = |item: &&Item| failed.binary_search_by_key(&item.block, |it| it.block).is_err();
@@ -203,18 +203,22 @@ impl Inner {
         Ok(failed)
     }
 
-    /// Tries each block of some writes that failed by itself. Returns those that fail again, sorted.
+    /// Tries each block of some writes that failed by itself; so many did not. Returns those that fail again, sorted.
     async fn write_one_by_one(
         &self,
         suspects: Vec<(Run, DeviceError)>,
         unit: u64,
+        mut written: usize,
     ) -> Result<Vec<Failed>, Stop> {
         let mut failed: Vec<Failed> = Vec::new();
         for (run, _) in suspects {
             for single in runs(run.pieces.into_iter(), unit, 1) {
-                let Err(fault) = self.write_run(&single).await else { continue };
+                let Err(fault) = self.write_run(&single).await else {
+                    written += 1;
+                    continue;
+                };
                 let Fault::Device { error, lost } = fault else { return Err(Stop::Closing) };
-                if failed.len() >= MOST_STUCK {
+                if failed.len() >= if written > 0 { MOST_STUCK } else { MOST_ALONE } {
                     return Err(Stop::Device(error));
                 }
                 for pieces in single.pieces.chunk_by(|a, b| a.sector.block() == b.sector.block()) {

@@ -226,9 +226,9 @@ impl Served {
                 Ok(()) => Reply::Done,
                 Err(message) => Reply::Error { message: message.clone() },
             };
-            let _ = client
-                .send(&Reply::Progress { dirty_bytes, left_bytes: None })
-                .and_then(|()| client.send(&last));
+            let left = Reply::Progress { dirty_bytes, left_bytes: None };
+            let told = if dirty_bytes > 0 { client.send(&left) } else { Ok(()) };
+            let _ = told.and_then(|()| client.send(&last));
         }
     }
 

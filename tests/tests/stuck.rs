@@ -33,6 +33,8 @@ struct Rig {
     /// The version of each block that must survive, and the newest.
     flushed: BTreeMap<u64, u64>,
     newest: BTreeMap<u64, u64>,
+    /// The newest version of [`REFUSED`].
+    refused: u64,
     lost: bool,
 }
 
@@ -51,6 +53,7 @@ impl Rig {
             backing: Arc::new(backing),
             flushed: BTreeMap::new(),
             newest: BTreeMap::new(),
+            refused: 1,
             lost: false,
         }
     }
@@ -120,6 +123,12 @@ impl Rig {
         for version in 1..=3 {
             for nth in 0..SEGMENTS * 127 {
                 self.write(cache, BlockNo(100 + nth * 7 % (BLOCKS - 100)), version)?;
+                if nth % 50 == 0 {
+                    // That is looked at, and written anew, at any moment.
+                    let _ = cache.status();
+                    self.refused += 1;
+                    self.write(cache, REFUSED, self.refused)?;
+                }
                 if nth % 200 == 0 {
                     self.flush(cache)?;
                 }
@@ -171,8 +180,9 @@ impl Rig {
         assert_eq!(cache.status().stuck.map(|stuck| stuck.first), None);
         let content = self.backing.durable();
         for block in [ROTTEN, REFUSED] {
-            let wanted = data(block, self.newest[&block.0]);
-            assert!(content[to_usize(block.bytes())..][..BLOCK_BYTES] == wanted, "block {block}");
+            let found = &content[to_usize(block.bytes())..][..BLOCK_BYTES];
+            let version = u64::from_le_bytes(found[8..16].try_into().unwrap());
+            assert!(found == data(block, version) && version >= self.newest[&block.0], "block {block}");
         }
         Ok(())
     }

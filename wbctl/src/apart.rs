@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 /// How often it is looked whether the process has ended, at first and later.
 const OFTEN: Duration = Duration::from_millis(1);
 const SELDOM: Duration = Duration::from_millis(100);
+/// How long it is tried to start the process.
+const TO_START: Duration = Duration::from_secs(5);
 /// How long a device may take to be opened. One that hangs may take for ever.
 const TO_OPEN: Duration = Duration::from_secs(5);
 
@@ -50,9 +52,14 @@ pub(crate) fn carry_out(args: &Args) -> ! {
 /// Has a process of its own do a task as long as `go_on` says so, which is asked again and again.
 /// `None` when it was given up.
 pub(crate) fn run(task: Task, device: &Path, mut go_on: impl FnMut() -> bool) -> Option<io::Result<()>> {
-    let mut child = match start(task, device) {
-        Ok(child) => child,
-        Err(e) => return Some(Err(e)),
+    let begun = Instant::now();
+    let mut child = loop {
+        match start(task, device) {
+            Ok(child) => break child,
+            // For want of memory or processes, which may pass.
+            Err(_) if begun.elapsed() < TO_START && go_on() => std::thread::sleep(SELDOM),
+            Err(e) => return Some(Err(e)),
+        }
     };
     let mut pause = OFTEN;
     loop {
@@ -70,6 +77,7 @@ pub(crate) fn run(task: Task, device: &Path, mut go_on: impl FnMut() -> bool) ->
         if !go_on() {
             // It may take the signal only when the device answers, or is gone.
             let _ = child.kill();
+            let _ = std::thread::Builder::new().spawn(move || child.wait());
             return None;
         }
         std::thread::sleep(pause);
@@ -95,8 +103,13 @@ fn start(task: Task, device: &Path) -> io::Result<Child> {
 pub(crate) fn holders(device: &Path) -> Vec<String> {
     let started = Instant::now();
     match run(Task::Claim, device, || started.elapsed() < TO_OPEN) {
-        Some(Err(e)) if e.raw_os_error() == Some(Errno::EBUSY as i32) => outside::holders(device),
-        Some(_) => Vec::new(),
+        Some(Ok(())) => Vec::new(),
+        Some(Err(e)) => match e.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EBUSY) => outside::holders(device),
+            // It is gone, or nobody can use it any more.
+            Some(Errno::ENXIO | Errno::ENODEV | Errno::ENOENT | Errno::EIO) => Vec::new(),
+            _ => vec![format!("perhaps in use (that cannot be told: {e})")],
+        },
         None => vec!["not answering".into()],
     }
 }

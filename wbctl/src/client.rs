@@ -37,6 +37,9 @@ pub(crate) struct DetachArgs {
 /// What to tell people when a daemon's answer could not be had.
 fn explained(name: &Name, error: AskError) -> anyhow::Error {
     match error {
+        AskError::NotThere if name.is_running().unwrap_or(false) => {
+            anyhow!("volume '{name}' is starting or stopping; try again")
+        }
         AskError::NotThere => {
             let advice = match Volume::load(name) {
                 Ok(None) => "see wbctl list".into(),
@@ -132,22 +135,24 @@ pub(crate) fn clear_stats(name: &Name, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// Asks for something that writes everything back, and shows how far that has got. When it is interrupted, the daemon goes
-/// on as before.
-fn ask_to_drain(name: &Name, request: &Request, go_on: &str) -> Result<Reply> {
+/// Asks for something that writes everything back, and shows how far that has got. Returns how many bytes were dirty when
+/// the daemon last said so. When it is interrupted, the daemon goes on as before.
+fn ask_to_drain(name: &Name, request: &Request, go_on: &str) -> Result<u64> {
     let dirty = Arc::new(AtomicU64::new(u64::MAX));
     let (told, go_on) = (dirty.clone(), format!("go on with: wbctl {go_on}"));
     cli::on_interrupt("wbctl", move || match told.load(Ordering::Relaxed) {
         u64::MAX => format!("interrupted; {go_on}"),
         dirty => format!("interrupted: {} are still only in the cache; {go_on}", human_size(dirty)),
     })?;
+    let last = dirty.clone();
     let mut bar: Option<(Progress, u64)> = None;
     ask_with(name, request, |remaining| {
         dirty.store(remaining.dirty, Ordering::Relaxed);
         let left = remaining.left;
         let (progress, most) = bar.get_or_insert_with(|| (Progress::new("writing back", left, 1), left));
         progress.set(most.saturating_sub(left));
-    })
+    })?;
+    Ok(last.load(Ordering::Relaxed)).map(|dirty| if dirty == u64::MAX { 0 } else { dirty })
 }
 
 pub(crate) fn pause(name: &Name, out: &mut Output) -> Result<()> {
@@ -187,19 +192,22 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
     // The last that it says before it is done is how much is left.
     let mut left = 0;
     match args.drain {
-        true => ask_to_drain(name, &request, &format!("detach {name} --drain"))?,
-        false => ask_with(name, &request, |remaining| left = remaining.dirty)?,
-    };
+        true => left = ask_to_drain(name, &request, &format!("detach {name} --drain"))?,
+        false => drop(ask_with(name, &request, |remaining| left = remaining.dirty)?),
+    }
     let what = match left {
-        _ if args.drain => "; the backing device alone holds all data".into(),
+        0 if args.drain => "; the backing device alone holds all data".into(),
         0 => String::new(),
+        left if args.drain => {
+            format!("; {} were written after the drain, and stay only in the cache", human_size(left))
+        }
         left => format!("; {} stay only in the cache", human_size(left)),
     };
     // The daemon holds its lock as long as it lives.
     let asked = Instant::now();
     while name.is_running()? {
         if args.force && asked.elapsed() > TO_END {
-            let waits = "its process ends when the device that hangs answers";
+            let waits = "its process has not ended yet; it may wait for a device";
             writeln!(out, "detached '{name}'{what}; {waits}")?;
             return Ok(());
         }

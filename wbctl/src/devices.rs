@@ -105,12 +105,14 @@ impl Devices {
         let Found { cache, backing } = self.look();
         let mut lost = Vec::new();
         if let Some(gone) = cache {
-            let dirty = match dirty_blocks {
-                0 => "it held nothing that is not on the backing device".into(),
-                blocks => format!("with {} that were only there", human_size(blocks * to_u64(BLOCK_BYTES))),
-            };
             let path = self.0.cache.path().display();
-            lost.push(format!("{path}: {gone}: what went to the cache is gone with it, {dirty}"));
+            match dirty_blocks {
+                0 => tracing::warn!("{path}: {gone}; nothing was only there"),
+                blocks => lost.push(format!(
+                    "{path}: {gone}: what went to the cache is gone with it, with {} that were only there",
+                    human_size(blocks * to_u64(BLOCK_BYTES))
+                )),
+            }
         }
         if let Some(gone) = backing {
             let path = self.0.backing.path().display();

@@ -74,11 +74,16 @@ impl Callers<'_> {
         }
     }
 
-    /// Whether a step that was begun then is to be waited for no longer.
-    fn had_enough(&mut self, begun: Instant) -> bool {
+    /// Hears all who have asked by now.
+    fn hear_all(&mut self) {
         while let Ok(end) = self.ended.try_recv() {
             self.hear(end);
         }
+    }
+
+    /// Whether a step that was begun then is to be waited for no longer.
+    fn had_enough(&mut self, begun: Instant) -> bool {
+        self.hear_all();
         match self.urged {
             0 => false,
             1 => begun.max(self.since).elapsed() > URGENT,
@@ -180,6 +185,7 @@ pub(crate) fn serve_until_ended(
     };
     served.name.withdraw();
     let outcome = written_out.and(closed);
+    callers.hear_all();
     served.tell(callers.clients, outcome.as_ref().map_err(describe));
     outcome
 }
@@ -227,14 +233,15 @@ impl Served {
                 Err(message) => Reply::Error { message: message.clone() },
             };
             let left = Reply::Progress { dirty_bytes, left_bytes: None };
-            let told = if dirty_bytes > 0 { client.send(&left) } else { Ok(()) };
+            // What it was told before may have been written back since.
+            let told = if dirty_bytes > 0 || client.has_begun() { client.send(&left) } else { Ok(()) };
             let _ = told.and_then(|()| client.send(&last));
         }
     }
 
     /// Ends the process without an orderly end, before something was done. The kernel takes down
     /// what is left. Whether all was written out says what became of the page cache.
-    fn end_now(&self, callers: Callers<'_>, before: &str, written_out: bool) -> ! {
+    fn end_now(&self, mut callers: Callers<'_>, before: &str, written_out: bool) -> ! {
         self.cut_off();
         let status = self.cache.status();
         let left = human_size(self.dirty_bytes());
@@ -247,6 +254,7 @@ impl Served {
         );
         tracing::error!("{message}");
         self.name.withdraw();
+        callers.hear_all();
         let outcome = if is_kept { Ok(&()) } else { Err(message) };
         std::thread::scope(|scope| {
             let telling = scope.spawn(|| self.tell(callers.clients, outcome));

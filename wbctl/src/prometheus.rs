@@ -2,7 +2,7 @@
 
 use crate::show::{FAILED, STATES};
 use libwb::cache::Counters;
-use libwb::control::{LiveStatus, VolumeStatus};
+use libwb::control::{LiveStatus, Stuck, VolumeStatus};
 use serde_json::Value;
 use std::fmt::Display;
 use std::io::{Result, Write};
@@ -11,7 +11,7 @@ use std::io::{Result, Write};
 /// volume. What is not known has no sample.
 type Gauge = (&'static str, &'static str, &'static str);
 
-const GAUGES: [Gauge; 19] = [
+const GAUGES: [Gauge; 17] = [
     ("wb_volume_bytes", "Size of the volume.", "/live/volume_bytes"),
     ("wb_log_bytes", "Size of the log.", "/live/log_bytes"),
     ("wb_log_free_bytes", "Room in the log for new segments.", "/live/free_bytes"),
@@ -30,16 +30,6 @@ const GAUGES: [Gauge; 19] = [
         "wb_writeback_seconds_left",
         "How long write-back takes at its rate until nothing is dirty.",
         "/live/statistics/writeback_seconds_left",
-    ),
-    (
-        "wb_refused_blocks",
-        "Blocks that the backing device does not take; they stay in the cache.",
-        "/live/stuck/refused",
-    ),
-    (
-        "wb_lost_blocks",
-        "Blocks that the cache device has altered or cannot read; reads of them fail.",
-        "/live/stuck/lost",
     ),
     (
         "wb_writeback_bytes_per_second",
@@ -93,6 +83,7 @@ pub(crate) fn write(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()
             sample(out, name, &volume.name, "", u8::from(live.writeback_error.is_some()))?;
         }
     }
+    stuck(volumes, out)?;
     for (key, help, _) in Counters::default().iter() {
         let name = format!("wb_{key}_total");
         head(out, &name, "counter", help)?;
@@ -124,6 +115,29 @@ fn states(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
         for state in STATES {
             let label = format!(",state=\"{state}\"");
             sample(out, name, &volume.name, &label, u8::from(volume.state == state))?;
+        }
+    }
+    Ok(())
+}
+
+/// Blocks that cannot be written back while others can.
+fn stuck(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
+    let kinds: [(_, _, fn(&Stuck) -> u64); 2] = [
+        (
+            "wb_refused_blocks",
+            "Blocks that the backing device does not take; they stay in the cache.",
+            |stuck| stuck.refused,
+        ),
+        ("wb_lost_blocks", "Blocks that the cache device does not give back; reads of them fail.", |stuck| {
+            stuck.lost
+        }),
+    ];
+    for (name, help, get) in kinds {
+        head(out, name, "gauge", help)?;
+        for volume in volumes.iter().filter(|volume| volume.tells("/live/stuck")) {
+            if let Some(live) = &volume.live {
+                sample(out, name, &volume.name, "", live.stuck.as_ref().map_or(0, get))?;
+            }
         }
     }
     Ok(())

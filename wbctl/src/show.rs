@@ -94,7 +94,8 @@ fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
 
 fn is_forbidden(error: &anyhow::Error) -> bool {
     let cause = error.root_cause().downcast_ref::<std::io::Error>();
-    cause.is_some_and(|cause| cause.kind() == ErrorKind::PermissionDenied)
+    // Who is not believed is another matter, and no errno.
+    cause.is_some_and(|cause| cause.kind() == ErrorKind::PermissionDenied && cause.raw_os_error().is_some())
 }
 
 /// All volumes. Their daemons are asked at the same time, so that those that do not answer take no

@@ -61,7 +61,11 @@ impl Inner {
         };
         if last > written_back {
             // Staged before the cache was opened.
-            self.drain_to(last).await?;
+            match self.drain_to(last).await {
+                // What is stuck lies in newer segments now.
+                Ok(()) | Err(CacheError::Stuck { .. }) => {}
+                Err(error) => return Err(error),
+            }
         }
         segments.extend((first.0..=last.0).map(SegmentId));
         let failed = self.empty_segments(segments).await?;

@@ -326,6 +326,12 @@ impl Cache {
         self.inner.events.wake_all();
         self.inner.wait(&self.inner.events.changed, |state| (state.tasks == 0).then_some(())).await;
         flushed?;
+        let lost = self.inner.lock().stuck_blocks().map_or(0, |stuck| stuck.lost);
+        if lost > 0 {
+            tracing::warn!(
+                "{lost} blocks are lost; the kernel module would not know, and take what is left of them for data"
+            );
+        }
         if let Err(error) = self.inner.retrying(|| self.inner.hand_over()).await {
             // It may have been closed in order before, at the same segment.
             let _ = self.inner.mark(None).await;

@@ -99,7 +99,9 @@ impl Inner {
                 Next::Batch { last } => {
                     let before = self.lock().written_back;
                     let stop = self.batch(last).await.err();
-                    if stop.is_none() || self.lock().written_back > before {
+                    // Where blocks were only moved, the log is as full as before.
+                    let has_room = |state: &State| state.written_back > before && state.free_slots() > 0;
+                    if stop.is_none() || has_room(&self.lock()) {
                         failing_since = None;
                         self.lock().jammed = None;
                     }
@@ -244,9 +246,9 @@ impl Inner {
         if self.is_strict(tunables) {
             last = state.first_flush_within(last);
         } else {
-            last = last.max(state.replacement(reached).unwrap_or_default());
             let before_stuck = state.before_stuck(self.runtime.now()).filter(|_| !state.is_pressed());
             last = last.min(before_stuck.unwrap_or(last));
+            last = last.max(state.replacement(reached).unwrap_or_default());
         }
         if last > state.written_back {
             return Next::Batch { last };

@@ -92,7 +92,7 @@ counters! {
     cache_read_errors,
     /// Batches of write-back that failed, in whole or in part; each is tried again.
     writeback_errors,
-    /// Blocks that could not be written back, each time that they were moved to the end of the log.
+    /// Blocks that could not be written back, each time that they were kept in the log beyond their segment's turn.
     moved_blocks,
 }
 

@@ -11,10 +11,11 @@
 //! Two kinds are not moved, and stop write-back at their segment. In strict order, nothing is: what is written back later
 //! must not be there without what came before. And without the extension, what is lost is not: there is no CRC to say so.
 
+use super::index::Cached;
 use super::state::{Reserve, State, Wait};
 use super::{CacheError, Inner};
 use crate::device::{DeviceError, IoBuf};
-use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, SegmentId, to_u64};
+use crate::format::{BLOCK_BYTES, BlockNo, PLACES, Place, SegmentId, crc32c, to_u64};
 use crate::planted::Bug;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -52,6 +53,11 @@ struct StuckBlock {
 }
 
 impl StuckBlock {
+    /// It fails in another way than before, or is another version.
+    fn begin_anew(&mut self, lost: bool, now: Duration) {
+        (self.lost, self.since, self.attempts, self.moved) = (lost, now, 0, false);
+    }
+
     fn may_be_moved(&self, now: Duration) -> bool {
         self.moved || self.attempts >= ATTEMPTS && now.saturating_sub(self.since) >= PATIENCE
     }
@@ -86,21 +92,24 @@ const NAMED: usize = 16;
 pub(super) struct Passage {
     /// The last segment that counts as written back once these blocks are moved.
     pub(super) up_to: SegmentId,
-    pub(super) moves: Vec<BlockNo>,
+    pub(super) moves: Vec<(SegmentId, BlockNo)>,
     /// Why it goes no further, and whether it will in time.
     pub(super) obstacle: Option<(DeviceError, bool)>,
 }
 
 impl State {
-    /// Forgets those that were written anew, discarded, or are written back.
+    /// Forgets those that are written back or discarded, and what was lost and is written anew. What the backing device does
+    /// not take of one version of a block, it does not take of the next.
     pub(super) fn prune_stuck(&mut self) {
         if self.stuck.blocks.is_empty() {
             return;
         }
         let State { stuck, index, geometry, newest, written_back, .. } = self;
         stuck.blocks.retain(|&block, stuck| {
-            let is_newest = index.get(block).is_some_and(|cached| cached.place == stuck.place);
-            is_newest && geometry.id_in_slot(stuck.place.slot, *newest) > *written_back
+            let is_live = |it: &Cached| geometry.id_in_slot(it.place.slot, *newest) > *written_back;
+            let Some(Cached { place, .. }) = index.get(block).filter(is_live) else { return false };
+            let is_same = std::mem::replace(&mut stuck.place, place) == place;
+            is_same || !stuck.lost
         });
         if stuck.blocks.is_empty() {
             stuck.pause = Duration::ZERO;
@@ -163,23 +172,28 @@ impl State {
                 attempts: 0,
                 moved: false,
             });
-            if stuck.lost != lost {
-                (stuck.since, stuck.attempts, stuck.lost) = (now, 0, lost);
+            if stuck.lost != lost || lost && stuck.place != newest.place {
+                stuck.begin_anew(lost, now);
             }
             (stuck.place, stuck.error) = (newest.place, error);
             stuck.attempts += 1;
         }
         in_the_way.sort_unstable();
+        let places = self.geometry.lap() * u64::from(PLACES);
+        let too_many = to_u64(self.stuck.blocks.len()) > places / 4;
         let mut passage = Passage { up_to: last, moves: Vec::new(), obstacle: None };
         for (id, block) in in_the_way {
-            let Some(stuck) = self.stuck.blocks.get(&block) else { continue };
-            let may_ever = movable(stuck.lost);
-            if !may_ever || !stuck.may_be_moved(now) || passage.moves.len() == MOST_MOVED {
+            let stuck = self.stuck.blocks.get(&block);
+            // A log that is full of such blocks has no room for others.
+            let may_ever = stuck.is_none_or(|stuck| movable(stuck.lost) && (stuck.moved || !too_many));
+            let may_now = may_ever && stuck.is_none_or(|stuck| stuck.may_be_moved(now));
+            if !may_now || passage.moves.len() == MOST_MOVED {
                 passage.up_to = id.minus(1);
-                passage.obstacle = Some((stuck.error.clone(), may_ever));
+                passage.obstacle = stuck.map(|stuck| (stuck.error.clone(), may_ever));
                 break;
             }
-            passage.moves.push(block);
+            // Of one that is not known any more, something newer stands.
+            passage.moves.push((id, block));
         }
         passage
     }
@@ -200,100 +214,155 @@ impl State {
         found
     }
 
-    /// Writes a block to the end of the log once more, if `place` holds its newest version still.
-    fn move_block(
-        &mut self,
-        block: BlockNo,
-        place: Place,
-        dirty: DirtyBits,
-        data: &[u8; BLOCK_BYTES],
-        lost: Option<&DeviceError>,
-    ) -> Result<(), Wait> {
-        if self.index.get(block).is_none_or(|newest| newest.place != place) {
-            return Ok(());
+    /// Writes a block to the end of the log once more, if what was read of it is its newest version still. Returns whether.
+    fn move_block(&mut self, copy: &Copy) -> Result<bool, Wait> {
+        let Copy { block, from, data, lost } = copy;
+        if self.index.get(*block) != Some(*from) {
+            return Ok(false);
         }
-        if self.is_fenced(block) {
-            return Err(Wait::Fence(block));
-        }
-        self.take_place_of(block, dirty, Reserve::Use)?.copy_from_slice(data);
+        // Be it fenced or not: the data stays the same. A discard that waits for a slot would wait for this.
+        self.take_place_of(*block, from.dirty, Reserve::Use)?.copy_from_slice(data.block_at(0));
         let trusted = self.planted.has(Bug::LostTrusted);
         if let Some(open) = self.open.as_mut().filter(|_| lost.is_some() && !trusted) {
             open.lost.add(open.length - 1);
         }
-        if let (Some(newest), Some(stuck)) = (self.index.get(block), self.stuck.blocks.get_mut(&block)) {
-            stuck.place = newest.place;
-            stuck.moved = true;
+        if let (Some(newest), Some(stuck)) = (self.index.get(*block), self.stuck.blocks.get_mut(block)) {
+            (stuck.place, stuck.moved, stuck.lost) = (newest.place, true, lost.is_some());
             if let Some(error) = lost {
-                (stuck.lost, stuck.error) = (true, error.clone());
+                stuck.error = error.clone();
             }
         }
-        Ok(())
+        Ok(true)
     }
 }
 
+impl Stuck {
+    fn error_of(&self, block: BlockNo) -> Option<DeviceError> {
+        self.blocks.get(&block).map(|stuck| stuck.error.clone())
+    }
+
+    /// A block cannot be read where it is to be moved from. Returns whether it is known to be lost; else it is tried again
+    /// for a while, as all are.
+    fn cannot_be_read(&mut self, block: BlockNo, error: &DeviceError, now: Duration) -> bool {
+        let Some(stuck) = self.blocks.get_mut(&block) else { return false };
+        if !stuck.lost {
+            stuck.begin_anew(true, now);
+            stuck.error = error.clone();
+            return false;
+        }
+        true
+    }
+}
+
+/// A block that is to be moved, as it was read.
+struct Copy {
+    block: BlockNo,
+    from: Cached,
+    data: IoBuf,
+    /// Why it is lost, if it is.
+    lost: Option<DeviceError>,
+}
+
 impl Inner {
-    /// Moves blocks of segments up to `last`. It is durable afterwards.
+    /// Moves blocks of segments up to `last`, in their order, as many as can be. Returns how many that are, and why not all. It
+    /// is durable after a flush of the log.
     ///
     /// # Errors
-    /// When there is no room for them, or the cache fails or is being closed.
-    pub(super) async fn move_stuck(&self, blocks: Vec<BlockNo>, last: SegmentId) -> Result<(), CacheError> {
-        if blocks.is_empty() {
-            return Ok(());
+    /// When the cache has failed, or is being closed.
+    pub(super) async fn move_stuck(
+        &self,
+        moves: &[(SegmentId, BlockNo)],
+        last: SegmentId,
+    ) -> Result<(usize, Option<DeviceError>), CacheError> {
+        let (mut copies, mut why) = (Vec::new(), None);
+        for &(_, block) in moves {
+            match self.copy_of(block, last).await {
+                Ok(copy) => copies.push(copy),
+                Err(error) => {
+                    why = Some(error);
+                    break;
+                }
+            }
         }
-        for block in blocks {
-            self.move_on(block, last).await?;
-            self.counters.moved_blocks.add(1);
+        let (mut done, mut moved) = (0, 0);
+        while done < copies.len() {
+            // As many as possible in one visit, or other writes could take what room there is in the reserve.
+            let stopped = self.noticing(self.lock(), |state| {
+                // In the same visit: nothing may open a segment any more once the last one was sealed.
+                state.check_open()?;
+                while let Some(copy) = copies.get(done) {
+                    match copy.as_ref().map_or(Ok(false), |copy| state.move_block(copy)) {
+                        Ok(is_moved) => (done, moved) = (done + 1, moved + usize::from(is_moved)),
+                        Err(wait) => return Ok(Some(wait)),
+                    }
+                }
+                Ok::<_, CacheError>(None)
+            })?;
+            match stopped {
+                None => {}
+                Some(Wait::Slot) => {
+                    let block = copies[done].as_ref().map(|copy| copy.block);
+                    let stuck = block.and_then(|block| self.lock().stuck.error_of(block));
+                    why = why.or(stuck);
+                    break;
+                }
+                Some(wait) => self.wait_for(wait).await?,
+            }
         }
-        {
+        self.counters.moved_blocks.add(to_u64(done));
+        if moved > 0 {
             let mut state = self.lock();
             let pause = (state.stuck.pause * 2).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
             state.stuck.pause = pause;
             state.stuck.retry_at = self.runtime.now() + pause;
         }
-        if self.planted.has(Bug::MovedNotDurable) {
-            return Ok(());
-        }
-        self.flush_log().await
+        Ok((done, why))
     }
 
-    async fn move_on(&self, block: BlockNo, last: SegmentId) -> Result<(), CacheError> {
-        loop {
-            let newest = {
-                let state = self.lock();
-                state.check_open()?;
-                let newest = state.index.get(block).filter(|newest| state.is_live(newest.place));
-                // A newer version stands for it, as soon as that is durable.
-                newest.filter(|newest| state.id_of(newest.place.slot) <= last)
-            };
-            let Some(newest) = newest else { return Ok(()) };
-            let read = self.read_places(newest.place, IoBuf::zeroed(BLOCK_BYTES)).await;
-            let (data, error) = match read {
-                Ok(data) => (data, None),
-                Err(error) if self.digest.is_none() => return Err(error.into()),
-                Err(error) => (self.what_is_left(newest.place).await, Some(error)),
-            };
-            let moved = self.noticing(self.lock(), |state| {
-                state.move_block(block, newest.place, newest.dirty, data.block_at(0), error.as_ref())
-            });
-            match moved {
-                Ok(()) => {
-                    let what =
-                        if error.is_some() { "lost until it is written anew" } else { "kept in the cache" };
-                    tracing::warn!("the block at byte {} of the volume is {what}", block.bytes());
-                }
-                Err(Wait::Slot) => {
-                    let stuck = self.lock().stuck.blocks.get(&block).map(|stuck| stuck.error.clone());
-                    return Err(stuck.map_or(CacheError::Closed, CacheError::Full));
-                }
-                Err(wait) => self.wait_for(wait).await?,
+    /// Reads the newest version of a block. `None` when that lies beyond `last`, or nothing of it is to be written back: it
+    /// stands for the others as soon as it is durable.
+    ///
+    /// # Errors
+    /// When it cannot be read, and is not known to be lost.
+    async fn copy_of(&self, block: BlockNo, last: SegmentId) -> Result<Option<Copy>, DeviceError> {
+        let from = {
+            let state = self.lock();
+            let newest = state.index.get(block).filter(|newest| state.is_live(newest.place));
+            newest.filter(|newest| state.id_of(newest.place.slot) <= last)
+        };
+        let Some(from) = from else { return Ok(None) };
+        let error = match self.read_places(from.place, IoBuf::zeroed(BLOCK_BYTES)).await {
+            Ok(data) => return Ok(Some(Copy { block, from, data, lost: None })),
+            Err(error) => error,
+        };
+        let is_lost = self.lock().stuck.cannot_be_read(block, &error, self.runtime.now());
+        if !is_lost || self.digest.is_none() {
+            return Err(error);
+        }
+        let (data, is_whole) = self.what_is_left(from.place).await;
+        let lost = (!is_whole).then(|| {
+            tracing::warn!(
+                "the block at byte {} of the volume is lost until it is written anew",
+                block.bytes()
+            );
+            error
+        });
+        Ok(Some(Copy { block, from, data, lost }))
+    }
+
+    /// The data of a block that cannot be read right, as far as the device still gives it: somebody may make something of it.
+    /// And whether it is right after all.
+    async fn what_is_left(&self, place: Place) -> (IoBuf, bool) {
+        let (offset, crc) = {
+            let state = self.lock();
+            (state.geometry.place_offset(place), state.index.crc(place))
+        };
+        match self.cache.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await {
+            Ok(data) => {
+                let is_whole = crc == Some(crc32c(&data));
+                (data, is_whole)
             }
+            Err(_) => (IoBuf::zeroed(BLOCK_BYTES), false),
         }
-    }
-
-    /// The data of a block that is lost, as far as the device still gives it: somebody may make something of it.
-    async fn what_is_left(&self, place: Place) -> IoBuf {
-        let offset = self.lock().geometry.place_offset(place);
-        let read = self.cache.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await;
-        read.unwrap_or_else(|_| IoBuf::zeroed(BLOCK_BYTES))
     }
 }

@@ -1,8 +1,8 @@
 //! The way back to the disk: oldest segments first, many at a time, sorted and merged.
 
+use super::Inner;
 use super::state::State;
 use super::stuck::{Failed, MOST_ALONE, MOST_STUCK, Passage};
-use super::{CacheError, Inner};
 use crate::device::{BlockDevice, DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, Record, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector,
@@ -107,17 +107,23 @@ impl Inner {
         if let Some(failed) = failed.first().filter(|_| self.reaches_further_than(last)) {
             return Err(Stop::Device(failed.error.clone()));
         }
+        let any = !failed.is_empty() || !passed_over.is_empty();
         let (is_strict, has_crcs) = (self.is_strict(&self.tunables.lock()), self.digest.is_some());
         let movable = |lost: bool| !is_strict && (has_crcs || !lost);
         let passage = self.lock().passage(last, failed, passed_over, movable, self.runtime.now());
-        let Passage { mut up_to, moves, obstacle } = passage;
+        let Passage { mut up_to, moves, mut obstacle } = passage;
         if self.planted.has(Bug::StuckLeftBehind) {
-            up_to = last;
-        } else {
-            match self.move_stuck(moves, up_to).await {
-                Ok(()) => {}
-                Err(CacheError::Full(error) | CacheError::Device(error)) => return Err(Stop::Device(error)),
-                Err(_) => return Err(Stop::Closing),
+            (up_to, obstacle) = (last, None);
+        } else if any {
+            let moved = self.move_stuck(&moves, up_to).await;
+            let (done, why) = moved.map_err(|_| Stop::Closing)?;
+            if let Some((id, _)) = moves.get(done) {
+                up_to = id.minus(1);
+                obstacle = why.map(|error| (error, false)).or(obstacle);
+            }
+            // What was moved, and newer versions that stand for what was not: all that the record relies on.
+            if !self.planted.has(Bug::MovedNotDurable) {
+                self.flush_log().await.map_err(|_| Stop::Closing)?;
             }
         }
         if up_to > self.lock().written_back {
@@ -227,6 +233,12 @@ impl Inner {
             }
         }
         failed.sort_by_key(|failed| failed.block);
+        // Parts of one block may have failed one by one.
+        failed.dedup_by(|next, first| {
+            let is_same = next.block == first.block;
+            first.lost |= is_same && next.lost;
+            is_same
+        });
         Ok(failed)
     }
 

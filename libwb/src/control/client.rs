@@ -85,6 +85,8 @@ impl Client {
             Err(cause) => return Err(AskError::System(cause.into())),
         }
         let pid = getsockopt(&client, sockopt::PeerCredentials).ok().map(|peer| peer.pid());
+        // In another namespace, it has none here.
+        let pid = pid.filter(|&pid| pid > 0);
         let client = UnixStream::from(client);
         refuse_stranger(&client)?;
         Ok(Client { lines: Lines::of(client), pid })

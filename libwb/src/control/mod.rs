@@ -154,13 +154,19 @@ pub struct Replies(Arc<Mutex<Exchange>>);
 
 struct Exchange {
     socket: UnixStream,
+    has_begun: bool,
     has_ended: bool,
     is_broken: bool,
 }
 
 impl Replies {
     fn to(socket: UnixStream) -> Replies {
-        Replies(Arc::new(Mutex::new(Exchange { socket, has_ended: false, is_broken: false })))
+        Replies(Arc::new(Mutex::new(Exchange {
+            socket,
+            has_begun: false,
+            has_ended: false,
+            is_broken: false,
+        })))
     }
 
     /// Sends a reply.
@@ -177,6 +183,7 @@ impl Replies {
         if exchange.has_ended {
             return Ok(());
         }
+        exchange.has_begun = true;
         exchange.has_ended = !matches!(reply, Reply::Progress { .. });
         // A line that was cut off would spoil the next.
         exchange.socket.write_all(&line).inspect_err(|_| exchange.is_broken = true)
@@ -188,6 +195,11 @@ impl Replies {
         let mut events = [PollFd::new(exchange.socket.as_fd(), PollFlags::empty())];
         let found = poll(&mut events, PollTimeout::ZERO);
         found.is_ok() && events[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+    }
+
+    /// Whether the client was sent anything.
+    pub fn has_begun(&self) -> bool {
+        self.0.lock().has_begun
     }
 
     /// Whether a reply has ended the exchange, or the client is gone.

@@ -1,6 +1,7 @@
 //! Blocks that cannot be written back: one that the backing device does not take, and one that the cache device has altered.
 //! All others are written back and take no harm, the log goes on for many laps, and power cuts change nothing of that.
 
+use byteorder::{ByteOrder, LittleEndian};
 use libwb::cache::{Cache, CacheError, Tunables};
 use libwb::device::sim::{Crash, SimDevice, Simulation};
 use libwb::device::{Device, IoBuf};
@@ -23,6 +24,10 @@ const REFUSED: BlockNo = BlockNo(20);
 fn data(block: BlockNo, version: u64) -> Vec<u8> {
     [block.0, version, 0x77].map(u64::to_le_bytes).concat().repeat(BLOCK_BYTES / 24 + 1)[..BLOCK_BYTES]
         .to_vec()
+}
+
+fn version_of(data: &[u8]) -> u64 {
+    LittleEndian::read_u64(&data[8..])
 }
 
 struct Rig {
@@ -106,11 +111,11 @@ impl Rig {
         for (&block, &flushed) in &self.flushed {
             let (block, read) = (BlockNo(block), self.read(cache, BlockNo(block))?);
             if block == ROTTEN && self.lost {
-                assert!(read.is_err(), "what is lost reads as {:?}", &read.unwrap()[..24]);
+                assert!(read.is_err(), "what is lost reads as {:?}", read.map(|data| data[..24].to_vec()));
                 continue;
             }
             let read = read.unwrap_or_else(|e| panic!("block {block}: {e}"));
-            let version = u64::from_le_bytes(read[8..16].try_into().unwrap());
+            let version = version_of(&read);
             assert_eq!(read[..], data(block, version)[..], "block {block}");
             let least = if newest { self.newest[&block.0] } else { flushed };
             assert!(version >= least, "block {block} shows version {version}, and had {least}");
@@ -181,7 +186,7 @@ impl Rig {
         let content = self.backing.durable();
         for block in [ROTTEN, REFUSED] {
             let found = &content[to_usize(block.bytes())..][..BLOCK_BYTES];
-            let version = u64::from_le_bytes(found[8..16].try_into().unwrap());
+            let version = version_of(found);
             assert!(found == data(block, version) && version >= self.newest[&block.0], "block {block}");
         }
         Ok(())

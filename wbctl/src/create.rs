@@ -27,8 +27,8 @@ pub(crate) struct Args {
     /// device itself, or smaller than the cache device
     #[arg(long)]
     force: bool,
-    /// Leave a cache device that is a sparse file as it is, rather than have its filesystem set room aside for all of it.
-    /// Should there be no room later, the volume fails
+    /// Do not allocate a cache device that is a sparse file. If its filesystem is full later, writes are tried again for some
+    /// 20 seconds; then the volume fails
     #[arg(long)]
     sparse: bool,
     /// Give up the dirty blocks of the cache that is on the cache device. They are lost for ever

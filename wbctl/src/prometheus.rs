@@ -122,7 +122,8 @@ fn states(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
 
 /// Blocks that cannot be written back while others can.
 fn stuck(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
-    let kinds: [(_, _, fn(&Stuck) -> u64); 2] = [
+    type Get = fn(&Stuck) -> u64;
+    let kinds: [(&str, &str, Get); 2] = [
         (
             "wb_refused_blocks",
             "Blocks that the backing device does not take; they stay in the cache.",

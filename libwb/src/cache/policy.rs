@@ -110,7 +110,8 @@ impl Inner {
                             self.counters.writeback_succeeded();
                             pause = PAUSE;
                         }
-                        Some(Stop::Closing) => {}
+                        // No more may be moved, and the log is being closed first.
+                        Some(Stop::Closing) => self.pause(PAUSE).await,
                         Some(Stop::Device(_)) if self.reaches_further_than(last) => {}
                         Some(Stop::Device(error)) => {
                             self.lock().stops += 1;

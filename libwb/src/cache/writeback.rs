@@ -13,6 +13,7 @@ use crate::planted::Bug;
 use futures_lite::future::yield_now;
 use futures_util::StreamExt;
 use futures_util::stream::{self, FuturesUnordered};
+use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -81,8 +82,10 @@ impl Inner {
         }
         self.lock().throttle.begin(started, to_u64(items.len()));
         let written = async {
+            let tried = items.iter().map(|item| item.block).collect::<BTreeSet<_>>().len();
             let failed = self.write_items(items).await?;
-            self.pass(last, failed, passed_over).await
+            let wrote = tried > failed.len();
+            self.pass(last, failed, passed_over, wrote).await
         };
         let written = written.await;
         self.lock().throttle.end(self.runtime.now(), written.as_ref().is_ok_and(|(_, stop)| stop.is_none()));
@@ -97,12 +100,13 @@ impl Inner {
     }
 
     /// What was not written back is moved where that may be. Records how far the log is written back then, and says that,
-    /// and why no further.
+    /// and why no further, or why to wait before the next batch: when this one `wrote` nothing.
     async fn pass(
         &self,
         last: SegmentId,
         failed: Vec<Failed>,
         passed_over: Vec<(SegmentId, BlockNo)>,
+        wrote: bool,
     ) -> Result<(SegmentId, Option<Stop>), Stop> {
         if let Some(failed) = failed.first().filter(|_| self.reaches_further_than(last)) {
             return Err(Stop::Device(failed.error.clone()));
@@ -125,6 +129,11 @@ impl Inner {
             if !self.planted.has(Bug::MovedNotDurable) {
                 self.flush_log().await.map_err(|_| Stop::Closing)?;
             }
+        }
+        if any && !wrote {
+            // With nothing but such blocks in the log, they would be moved on and on.
+            let stuck = self.lock().stuck_blocks();
+            obstacle = obstacle.or(stuck.map(|stuck| (stuck.error, true)));
         }
         if up_to > self.lock().written_back {
             self.write_record(up_to).await?;

@@ -54,8 +54,6 @@ pub enum Bug {
     DiscardNotFlushed,
     /// A discard leaves dirty data in the log.
     DiscardLeavesDirty,
-    /// A block that is written over the zeros of a discard is still taken for them.
-    DiscardOutlivesWrite,
     /// A discard takes effect before earlier writes are durable.
     DiscardAheadOfLog,
     /// A segment that is to be emptied and cannot be read is left as it is, and counts as emptied.

@@ -64,7 +64,8 @@ fn a_daemon_that_is_told_to_end_by_a_signal_fails_too() {
     needs_serving!();
     for which in BOTH {
         let volume = Volume::created(16, 16 * MIB);
-        let mut attached = volume.attach_with(&[]);
+        let mut attached = volume.attach_with(&["writeback_threshold=0"]);
+        overwrite(&attached.device, 0, &noise(1, MIB));
         std::fs::remove_file(which(&volume)).unwrap();
         attached.signal(Signal::SIGTERM);
         assert_eq!(attached.wait().code(), Some(1));

@@ -2,7 +2,8 @@
 //! to the scripts that crash at every moment: `FenceIgnored` needs a write in the midst of a discard, `CommitOverUndurable`
 //! a header that is torn in the short time between two commits, `RecordNotDurable` a slot that is reused just before a power
 //! cut, and `DroppedNotErased` a log that grows up to what an earlier power cut had cut off. `UnreadableLeft` and
-//! `HalfEmptiedTrusted` need a device that fails in the midst of a discard: `handover.rs`.
+//! `HalfEmptiedTrusted` need a device that fails in the midst of a discard: `handover.rs`. Those of blocks that cannot be
+//! written back are in `stuck.rs`.
 
 use libwb::planted::Bug;
 use std::panic::catch_unwind;
@@ -34,7 +35,6 @@ const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
     (Bug::DiscardNotFlushed, 0, 200),
     (Bug::DiscardLeavesDirty, 0, 100),
     (Bug::DiscardAheadOfLog, 0, 200),
-    (Bug::DiscardOutlivesWrite, 0, 1000),
     (Bug::DirectOverLogged, 0, 500),
     (Bug::DirectNotFlushed, 0, 500),
     (Bug::DirectAheadOfLog, 300, 1000),

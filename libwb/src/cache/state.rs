@@ -313,11 +313,7 @@ impl State {
             return None;
         }
         self.dirty_blocks += u64::from(old.is_clean() && !dirty.is_clean());
-        let outlives = self.planted.has(Bug::DiscardOutlivesWrite) && self.index.is_discarded(place);
         self.index.set_dirty(place, old.union(dirty));
-        if outlives {
-            self.index.set_discarded(place);
-        }
         Some(open.buf.block_at_mut(BLOCK_BYTES * (1 + usize::from(place.index))))
     }
 

@@ -54,6 +54,8 @@ pub enum Bug {
     DiscardNotFlushed,
     /// A discard leaves dirty data in the log.
     DiscardLeavesDirty,
+    /// A place that has held the zeros of a discard still counts as that when its slot is used again.
+    DiscardOutlivesSlot,
     /// A discard takes effect before earlier writes are durable.
     DiscardAheadOfLog,
     /// A segment that is to be emptied and cannot be read is left as it is, and counts as emptied.

@@ -4,8 +4,8 @@ use crate::cache_bytes;
 use fastrand::Rng;
 use libwb::format::{
     BLOCK_BYTES, BlockNo, Commit, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock, RECORD_BLOCK_OFFSET,
-    Reason, Record, SEGMENT_BYTES, SegmentExtension, SegmentId, SuperblockExtension, crc32c, encode_header,
-    encode_record_block, encode_superblock_block, to_u64, to_usize,
+    Reason, Record, SEGMENT_BYTES, SegmentExtension, SegmentHeader, SegmentId, SuperblockExtension, crc32c,
+    encode_header, encode_record_block, encode_superblock_block, to_u64, to_usize,
 };
 use uuid::Uuid;
 
@@ -95,6 +95,19 @@ impl Log {
         let checksum = u32::from_le_bytes(header[8..12].try_into().expect("four bytes"));
         let before = Some(Commit { length: first, checksum });
         log.put_blocks(id, all, Some(durable), reason, before)
+    }
+
+    /// Marks a block as lost.
+    fn lose(mut self, id: u64, block: usize) -> Log {
+        let at = self.at(id);
+        let mut header =
+            SegmentHeader::decode(self.image[at..].first_chunk().expect("a block")).expect("sound");
+        let entry = &mut header.metablocks[block];
+        (entry.lost, entry.crc) = (true, entry.crc.map(|crc| !crc));
+        let data = self.image[at + BLOCK_BYTES..][..header.data_bytes()].to_vec();
+        let first = self.image[at..].first_chunk_mut().expect("a block");
+        encode_header(first, header.id, &header.metablocks, &data, header.extension.as_ref());
+        self
     }
 
     /// Flips a bit of a data block.
@@ -237,6 +250,9 @@ fn with_evidence() -> Vec<(&'static str, Log)> {
         ("a record of the module", new(9).record_with(Record { id: SegmentId(4), digest: None })),
         ("a record of another cache", new(9).record_with(Record { id: SegmentId(4), digest: Some(4) })),
         ("a record that is damaged", new(9).record(4).rot_record()),
+        ("a block that is lost", new(9).lose(5, 2)),
+        ("a block that was lost and written anew", new(9).lose(5, 1)),
+        ("a block that is lost, and rot", new(9).lose(9, 3).rot(5, 1)),
         ("closed in order", new(9).mark(Some(9))),
         ("closed in order, the newest two rotten", new(9).mark(Some(9)).rot(8, 2).rot(9, 4)),
         (

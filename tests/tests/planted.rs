@@ -35,6 +35,7 @@ const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
     (Bug::DiscardNotFlushed, 0, 200),
     (Bug::DiscardLeavesDirty, 0, 100),
     (Bug::DiscardAheadOfLog, 0, 200),
+    (Bug::DiscardOutlivesSlot, 0, 500),
     (Bug::DirectOverLogged, 0, 500),
     (Bug::DirectNotFlushed, 0, 500),
     (Bug::DirectAheadOfLog, 300, 1000),

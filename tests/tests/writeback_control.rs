@@ -145,7 +145,6 @@ fn a_pause_waits_for_the_batch_under_way_and_after_it_nothing_is_written_back() 
 }
 
 #[test]
-#[ignore = "beside the other tests of this file it hangs; alone it passes: cargo test --test writeback_control -- --ignored"]
 fn an_interrupted_drain_says_the_number_that_list_says() {
     needs_serving!();
     let mut volume = Volume::blank(32, 32 * MIB);

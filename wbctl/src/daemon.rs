@@ -9,8 +9,7 @@ use crate::place::Name;
 use crate::{notify, show};
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::abortable;
-use libwb::cache::{Cache, Status, StuckBlocks, TunableValue};
-use libwb::cli;
+use libwb::cache::{Cache, Status, TunableValue};
 use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
 use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
@@ -106,13 +105,7 @@ impl Daemon {
         let failure = status.failure.iter().map(|failure| format!("writes are refused: {failure}"));
         let writeback =
             status.writeback_error.iter().map(|error| format!("write-back does not get on: {error}"));
-        let stuck = status.stuck.iter().map(|stuck| {
-            let StuckBlocks { refused, lost, error, .. } = stuck;
-            format!(
-                "{} cannot be written back and {lost} cannot be read any more, the first because: {error}",
-                cli::count(*refused, "block")
-            )
-        });
+        let stuck = status.stuck.iter().map(ToString::to_string);
         failure.chain(writeback).chain(stuck).chain(self.watched.troubles()).collect()
     }
 

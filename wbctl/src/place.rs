@@ -92,6 +92,10 @@ impl Name {
 
     /// Takes the lock that a daemon holds as long as it lives; `None` when one does. Makes the folder.
     pub(crate) fn lock(&self) -> Result<Option<Flock<File>>> {
+        self.lock_by(FlockArg::LockExclusiveNonblock)
+    }
+
+    fn lock_by(&self, how: FlockArg) -> Result<Option<Flock<File>>> {
         let dir = self.run_dir();
         DirBuilder::new()
             .recursive(true)
@@ -105,9 +109,9 @@ impl Name {
         let file = open_no_link(&path, &mut options)
             .and_then(|file| refuse_others(&path, &file.metadata()?).map(|()| file))
             .with_context(|| format!("cannot open {}", path.display()))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        match Flock::lock(file, how) {
             // Somebody who held the lock may have cleared it away, and another may have made a new one.
-            Ok(lock) if !is_file_at(&lock, &path) => self.lock(),
+            Ok(lock) if !is_file_at(&lock, &path) => self.lock_by(how),
             Ok(lock) => Ok(Some(lock)),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
             Err((_, cause)) => bail!("cannot lock {}: {}", path.display(), cause.desc()),
@@ -137,7 +141,8 @@ impl Name {
                 path.display()
             )
         })?;
-        Ok(is_there && self.lock()?.is_none())
+        // Shared: two who look at the same time must not take each other for a daemon.
+        Ok(is_there && self.lock_by(FlockArg::LockSharedNonblock)?.is_none())
     }
 }
 

@@ -12,8 +12,9 @@ use std::sync::mpsc::Sender;
 
 const ENDING: [Signal; 2] = [Signal::SIGTERM, Signal::SIGINT];
 /// Those that would end the process, or stop it, though nothing is wrong with it.
-const IGNORED: [Signal; 14] = [
+const IGNORED: [Signal; 15] = [
     Signal::SIGHUP,
+    Signal::SIGQUIT,
     Signal::SIGUSR1,
     Signal::SIGUSR2,
     Signal::SIGALRM,

@@ -63,7 +63,7 @@ impl Inner {
             // Staged before the cache was opened.
             match self.drain_to(last).await {
                 // What is stuck lies in newer segments now.
-                Ok(()) | Err(CacheError::Stuck { .. }) => {}
+                Ok(()) | Err(CacheError::Stuck(_)) => {}
                 Err(error) => return Err(error),
             }
         }

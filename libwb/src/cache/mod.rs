@@ -90,18 +90,8 @@ pub enum CacheError {
     #[error("the log is full, and write-back does not get on: {0}")]
     Full(DeviceError),
     /// All that could be written back was.
-    #[error(
-        "{refused} blocks stay in the cache, for the backing device does not take them, and {lost} are lost, for the cache \
-         device does not give them back; all else is written back. The first: {error}"
-    )]
-    Stuck {
-        /// How many blocks the backing device does not take.
-        refused: u64,
-        /// How many the cache device does not give back.
-        lost: u64,
-        /// Why the first of them cannot be written back.
-        error: DeviceError,
-    },
+    #[error("all else is written back, but {0}")]
+    Stuck(StuckBlocks),
     /// The request does not lie within the volume.
     #[error("request of {length} bytes at sector {sector} is unaligned or outside the volume")]
     OutOfRange {
@@ -142,7 +132,7 @@ impl CacheError {
             | CacheError::Device(_)
             | CacheError::Failed(_)
             | CacheError::Full(_)
-            | CacheError::Stuck { .. }
+            | CacheError::Stuck(_)
             | CacheError::NotHandedOver(_) => Errno::EIO,
             CacheError::TooLarge { .. } => Errno::EFBIG,
         }
@@ -386,9 +376,7 @@ impl Inner {
             Some(failure) => Some(Err(CacheError::Failed(failure.clone()))),
             None if state.written_back >= target => Some(match state.stuck_blocks() {
                 None => Ok(()),
-                Some(StuckBlocks { refused, lost, error, .. }) => {
-                    Err(CacheError::Stuck { refused, lost, error })
-                }
+                Some(stuck) => Err(CacheError::Stuck(stuck)),
             }),
             None if state.stops > stops => {
                 self.counters.last_writeback_error().map(|error| Err(CacheError::Device(error)))

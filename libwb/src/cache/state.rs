@@ -290,7 +290,11 @@ impl State {
         let open = self.open.as_mut().expect("opened above");
         let place = Place { slot: self.geometry.slot_of(open.id), index: open.length };
         open.length += 1;
+        let outlives = self.planted.has(Bug::DiscardOutlivesSlot) && self.index.is_discarded(place);
         self.index.insert(block, dirty, place);
+        if outlives {
+            self.index.set_discarded(place);
+        }
         if open.length < PLACES {
             prefetch_to_write(open.buf.block_at_mut(BLOCK_BYTES * (1 + usize::from(open.length))));
         }

@@ -18,13 +18,14 @@ use crate::device::{DeviceError, IoBuf};
 use crate::format::{BLOCK_BYTES, BlockNo, PLACES, Place, SegmentId, crc32c, to_u64};
 use crate::planted::Bug;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
 /// How often, and for how long, a block is tried before it is moved.
 const ATTEMPTS: u32 = 4;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Blocks that are moved at a time: as many as one slot takes.
-pub(super) const MOST_MOVED: usize = 127;
+const MOST_MOVED: usize = 127;
 /// Where so many fail in one batch, the device fails, and not some blocks of it.
 pub(super) const MOST_STUCK: usize = 512;
 /// The same while nothing else of the batch can be written.
@@ -81,8 +82,30 @@ pub struct StuckBlocks {
     pub lost: u64,
     /// Where some of them lie on the volume, in bytes, in order.
     pub first: Vec<u64>,
-    /// Why the first of them cannot be written back.
+    /// Why the first of them cannot be written back: of those that the backing device does not take, if there are any.
     pub error: DeviceError,
+}
+
+impl fmt::Display for StuckBlocks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let StuckBlocks { refused, lost, error, .. } = self;
+        let blocks = |n: u64| if n == 1 { "1 block".into() } else { format!("{n} blocks") };
+        if *refused > 0 {
+            write!(f, "{} cannot be written to the backing device: {error}", blocks(*refused))?;
+        }
+        if *refused > 0 && *lost > 0 {
+            f.write_str("; and ")?;
+        }
+        if *lost > 0 {
+            write!(
+                f,
+                "{} cannot be read from the cache device any more: reads of the volume fail there until it is written anew or \
+                 discarded",
+                blocks(*lost)
+            )?;
+        }
+        Ok(())
+    }
 }
 
 /// How many [`StuckBlocks::first`] names.
@@ -121,7 +144,8 @@ impl State {
     pub(super) fn stuck_blocks(&mut self) -> Option<StuckBlocks> {
         self.prune_stuck();
         let blocks = &self.stuck.blocks;
-        let error = blocks.values().next()?.error.clone();
+        let first = blocks.values().find(|stuck| !stuck.lost).or(blocks.values().next());
+        let error = first?.error.clone();
         let lost = to_u64(blocks.values().filter(|stuck| stuck.lost).count());
         let first = blocks.keys().take(NAMED).map(|block| block.bytes()).collect();
         Some(StuckBlocks { refused: to_u64(blocks.len()) - lost, lost, first, error })

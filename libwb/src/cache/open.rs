@@ -387,8 +387,8 @@ impl Inner {
         self.backing.flush().await?;
         match self.write_items(leftovers).await {
             Err(Stop::Device(error) | Stop::Stuck(error)) => return Err(error.into()),
-            Ok(failed) => {
-                if let Some(failed) = failed.into_iter().next() {
+            Ok(written) => {
+                if let Some(failed) = written.failed.into_iter().next() {
                     return Err(failed.error.into());
                 }
             }

@@ -163,14 +163,16 @@ impl State {
 
     /// Whether a block is to be moved on without being tried.
     pub(super) fn is_passed_over(&self, block: BlockNo, now: Duration) -> bool {
-        let insists = self.drain_to() > self.written_back;
-        let early = now < self.stuck.retry_at && !insists;
-        self.stuck.blocks.get(&block).is_some_and(|stuck| stuck.moved && (stuck.lost || early))
+        let insists = || self.drain_to() > self.written_back;
+        let early = || now < self.stuck.retry_at && !insists();
+        self.stuck.blocks.get(&block).is_some_and(|stuck| stuck.moved && (stuck.lost || early()))
     }
 
-    /// Blocks of a batch are on the backing device.
-    pub(super) fn not_stuck(&mut self, block: BlockNo) {
-        self.stuck.blocks.remove(&block);
+    /// These blocks of a batch are on the backing device.
+    pub(super) fn not_stuck(&mut self, blocks: impl Iterator<Item = BlockNo>) {
+        if !self.stuck.blocks.is_empty() {
+            blocks.for_each(|block| drop(self.stuck.blocks.remove(&block)));
+        }
     }
 
     /// Notes what has failed in a batch that ends with `last`, and says how far it can go all the same. `passed_over` are

@@ -13,7 +13,6 @@ use crate::planted::Bug;
 use futures_lite::future::yield_now;
 use futures_util::StreamExt;
 use futures_util::stream::{self, FuturesUnordered};
-use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -46,6 +45,15 @@ pub(super) enum Stop {
     Stuck(DeviceError),
     /// The cache is being closed.
     Closing,
+}
+
+/// What became of a batch.
+#[derive(Default)]
+pub(super) struct Written {
+    /// The blocks that could not be written, sorted.
+    pub(super) failed: Vec<Failed>,
+    /// Whether any could.
+    any: bool,
 }
 
 /// Why a write of a batch failed.
@@ -82,10 +90,8 @@ impl Inner {
         }
         self.lock().throttle.begin(started, to_u64(items.len()));
         let written = async {
-            let tried = items.iter().map(|item| item.block).collect::<BTreeSet<_>>().len();
-            let failed = self.write_items(items).await?;
-            let wrote = tried > failed.len();
-            self.pass(last, failed, passed_over, wrote).await
+            let written = self.write_items(items).await?;
+            self.pass(last, written, passed_over).await
         };
         let written = written.await;
         self.lock().throttle.end(self.runtime.now(), written.as_ref().is_ok_and(|(_, stop)| stop.is_none()));
@@ -100,13 +106,12 @@ impl Inner {
     }
 
     /// What was not written back is moved where that may be. Records how far the log is written back then, and says that,
-    /// and why no further, or why to wait before the next batch: when this one `wrote` nothing.
+    /// and why no further, or why to wait before the next batch: when this one has written nothing.
     async fn pass(
         &self,
         last: SegmentId,
-        failed: Vec<Failed>,
+        Written { failed, any: wrote }: Written,
         passed_over: Vec<(SegmentId, BlockNo)>,
-        wrote: bool,
     ) -> Result<(SegmentId, Option<Stop>), Stop> {
         if let Some(failed) = failed.first().filter(|_| self.reaches_further_than(last)) {
             return Err(Stop::Device(failed.error.clone()));
@@ -166,13 +171,13 @@ impl Inner {
     }
 
     /// Writes sectors from the cache device to the backing device, the newest version of each, and flushes it. Of versions
-    /// of the same block, the older one comes first. Returns the blocks that could not be written.
+    /// of the same block, the older one comes first.
     ///
     /// # Errors
     /// When too many cannot be for it to be a matter of some blocks, or the flush fails.
-    pub(super) async fn write_items(&self, mut items: Vec<Item>) -> Result<Vec<Failed>, Stop> {
+    pub(super) async fn write_items(&self, mut items: Vec<Item>) -> Result<Written, Stop> {
         if items.is_empty() {
-            return Ok(Vec::new());
+            return Ok(Written::default());
         }
         let before = self.backing_flushes.failures();
         // Stable, so that versions of the same block stay in their order.
@@ -206,16 +211,13 @@ impl Inner {
             return Err(Stop::Device(error.clone()));
         }
         let failed = self.write_one_by_one(suspects, unit, written).await?;
-        {
-            let mut state = self.lock();
-            let is_written = |item: &&Item| failed.binary_search_by_key(&item.block, |it| it.block).is_err();
-            items.iter().filter(is_written).for_each(|item| state.not_stuck(item.block));
+        let is_written = |item: &&Item| failed.binary_search_by_key(&item.block, |it| it.block).is_err();
+        let any = items.iter().any(|item| is_written(&item));
+        self.lock().not_stuck(items.iter().filter(is_written).map(|item| item.block));
+        if !self.planted.has(Bug::BackingNotFlushed) {
+            self.backing_flushes.flush(&self.writeback_device, before).await?;
         }
-        if self.planted.has(Bug::BackingNotFlushed) {
-            return Ok(failed);
-        }
-        self.backing_flushes.flush(&self.writeback_device, before).await?;
-        Ok(failed)
+        Ok(Written { failed, any })
     }
 
     /// Tries each block of some writes that failed by itself; so many did not. Returns those that fail again, sorted.

@@ -134,6 +134,11 @@ fn a_record_that_cannot_be_read_is_told_of_and_hides_no_other() {
         both_are_shown(&volume, [&broken, &volume.name], "unreadable record", why);
         let named = volume.wbctl(&["status", &broken]);
         assert!(named.code == 1 && named.stderr.contains(why), "{named:?}");
+        let both = volume.wbctl(&["status", &broken, "nobody-at-all", &volume.name]);
+        assert!(both.code == 1 && both.stderr.contains(why), "{both:?}");
+        assert!(both.stderr.contains("nobody-at-all") && both.stdout.contains("attached"), "{both:?}");
+        let dm = volume.wbctl(&["status", "--dm", "nobody-at-all", &volume.name]);
+        assert!(dm.code == 1 && dm.stdout.lines().count() == 1, "{dm:?}");
         for args in [&["attach", &broken][..], &["get", &broken], &["remove", &broken]] {
             let refused = volume.wbctl(args);
             assert!(refused.code == 1 && refused.stderr.contains(record.to_str().unwrap()), "{refused:?}");

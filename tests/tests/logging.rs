@@ -32,6 +32,14 @@ fn read(device: &Path, at: u64, bytes: u64) -> io::Result<()> {
     file.read_exact_at(&mut IoBuf::zeroed(to_usize(bytes)), at)
 }
 
+/// Two writes, one after the other: the first MiB is on the cache device, and not in memory, when
+/// the second is.
+fn fill(device: &Path) {
+    for at in [0, MIB] {
+        write_and_flush(device, at, &noise(1, MIB));
+    }
+}
+
 fn write_and_flush(device: &Path, at: u64, data: &[u8]) {
     overwrite(device, at, data);
     File::open(device).and_then(|device| device.sync_all()).expect("a volume that goes on");
@@ -68,7 +76,7 @@ fn a_log_that_is_not_read_holds_up_neither_requests_nor_the_end() {
     let (volume, cache) = on_failing_cache();
     let (mut attached, mut reader) = attach_stalled(&volume);
     volume.must(&["pause", &volume.name]);
-    write_and_flush(&attached.device, 0, &noise(1, 2 * MIB));
+    fill(&attached.device);
     fail_reads(&cache, &attached.device, 300);
     for n in 0..500 {
         let reply = ask(&volume, &format!("{{\"request\":\"{}\"}}\n", ["pause", "resume"][n % 2]));
@@ -100,7 +108,7 @@ fn what_comes_thousands_of_times_is_said_a_few_times_and_counted() {
     let (volume, cache) = on_failing_cache();
     let attached = volume.attach_with(&[]);
     volume.must(&["pause", &volume.name]);
-    write_and_flush(&attached.device, 0, &noise(1, 2 * MIB));
+    fill(&attached.device);
     fail_reads(&cache, &attached.device, 3000);
     assert!(wb_tests::wait_for(|| attached.stderr().contains(" more like it)")), "{}", attached.stderr());
     let said = attached.stderr();

@@ -109,18 +109,27 @@ impl Devices {
             match dirty_blocks {
                 0 => tracing::warn!("{path}: {gone}; nothing was only there"),
                 blocks => lost.push(format!(
-                    "{path}: {gone}: what went to the cache is gone with it, with {} that were only there",
+                    "{path}: {gone}: what went to the cache {}, with {} that were only there",
+                    fate(gone),
                     human_size(blocks * to_u64(BLOCK_BYTES))
                 )),
             }
         }
         if let Some(gone) = backing {
             let path = self.0.backing.path().display();
-            lost.push(format!("{path}: {gone}: what was written back is gone with it"));
+            lost.push(format!("{path}: {gone}: what was written back {}", fate(gone)));
         }
         if lost.is_empty() {
             return Ok(());
         }
         bail!("{}", lost.join("; "))
+    }
+}
+
+/// What becomes of what was written to it.
+fn fate(gone: Gone) -> &'static str {
+    match gone {
+        Gone::Deleted => "is gone with it",
+        Gone::Replaced(_) | Gone::Moved(_) => "is in the one that was open, and only there",
     }
 }

@@ -184,7 +184,10 @@ pub(crate) fn serve_until_ended(
         served.end_now(callers, "the log was closed", written_out.is_ok())
     };
     served.name.withdraw();
-    let outcome = written_out.and(closed);
+    let outcome = match (written_out, closed) {
+        (Err(one), Err(other)) => Err(anyhow!("{one:#}; {other:#}")),
+        (written_out, closed) => written_out.and(closed),
+    };
     callers.hear_all();
     served.tell(callers.clients, outcome.as_ref().map_err(describe));
     outcome
@@ -248,8 +251,13 @@ impl Served {
         // Nobody writes any more, so what is durable now is all that was acknowledged.
         let is_kept = written_out && status.durable == status.newest && status.failure.is_none();
         let lost = if is_kept { "nothing is lost" } else { "what was not flushed may be lost" };
+        let why = if callers.urged > 1 {
+            "as it was told to end at once"
+        } else {
+            "since a device does not answer"
+        };
         let message = format!(
-            "ended before {before}, since a device does not answer: {left} stay only in the cache, and {lost}; \
+            "ended before {before}, {why}: {left} stay only in the cache, and {lost}; \
              the next attach recovers the log"
         );
         tracing::error!("{message}");

@@ -169,10 +169,10 @@ fn print_json(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
 
 /// Shows volumes. Of those that are named, the exit code tells the worst.
 pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<Exit> {
-    let volumes = asked(args)?;
+    let (volumes, all_known) = asked(args)?;
     if args.prometheus {
         prometheus::write(&volumes, out)?;
-        return Ok(Exit::Done);
+        return Ok(if all_known { Exit::Done } else { Exit::Failed });
     }
     if args.dm {
         print_dm(&volumes, out)?;
@@ -181,13 +181,19 @@ pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<Exit> {
     } else {
         print_all(&volumes, args.names.is_empty(), out)?;
     }
-    let worst = volumes.iter().map(|volume| exit_code(&volume.state)).max_by_key(|exit| match exit {
+    if args.names.is_empty() {
+        return Ok(Exit::Done);
+    }
+    let unknown = (!all_known).then_some(Exit::Failed);
+    let exits = volumes.iter().map(|volume| exit_code(&volume.state)).chain(unknown);
+    let worst = exits.max_by_key(|exit| match exit {
         Exit::Done => 0,
         Exit::NotAttached => 1,
         Exit::Degraded => 2,
-        _ => 3,
+        Exit::VolumeFailed => 3,
+        _ => 4,
     });
-    Ok(if args.names.is_empty() { Exit::Done } else { worst.unwrap_or(Exit::Done) })
+    Ok(worst.unwrap_or(Exit::Done))
 }
 
 /// How `wbctl status NAME` ends.
@@ -202,28 +208,42 @@ fn exit_code(state: &str) -> Exit {
     }
 }
 
-/// The volumes that are named; else all, but for those of which there is nothing to say.
-fn asked(args: &StatusArgs) -> Result<Vec<VolumeStatus>> {
+/// The volumes that are named, and whether all of these are known: what is wrong with one name is
+/// said, and keeps nobody from seeing the others. Without names all volumes, except those without
+/// anything to tell.
+fn asked(args: &StatusArgs) -> Result<(Vec<VolumeStatus>, bool)> {
+    let (mut named, mut all_known) = (Vec::new(), true);
+    for name in &args.names {
+        match volume(name)? {
+            Some(volume) => named.push(volume),
+            None => {
+                cli::complain("wbctl", format!("{:#}", unknown(name)));
+                all_known = false;
+            }
+        }
+    }
     if !args.names.is_empty() {
-        return args.names.iter().map(known).collect();
+        return Ok((named, all_known));
     }
     let mut volumes = volumes()?;
     if !args.prometheus {
         volumes.retain(|volume| volume.state != DETACHED || volume.message.is_some());
     }
-    Ok(volumes)
+    Ok((volumes, true))
 }
 
 fn print_all(volumes: &[VolumeStatus], all: bool, out: &mut Output) -> Result<()> {
     warn_of_untold(volumes);
-    if volumes.is_empty() {
+    if volumes.is_empty() && all {
         writeln!(out, "no volume is attached; see wbctl list")?;
     }
-    for (nth, volume) in volumes.iter().enumerate() {
-        match &volume.message {
-            Some(message) if volume.state == UNREADABLE && !all => bail!("{UNREADABLE}: {message}"),
-            _ => {}
-        }
+    // Of a record that was asked for and cannot be read there is no more to show than why.
+    let is_error = |volume: &VolumeStatus| !all && volume.state == UNREADABLE;
+    for volume in volumes.iter().filter(|volume| is_error(volume)) {
+        let why = volume.message.as_deref().unwrap_or_default();
+        cli::complain("wbctl", format!("{UNREADABLE}: {why}"));
+    }
+    for (nth, volume) in volumes.iter().filter(|volume| !is_error(volume)).enumerate() {
         if nth > 0 {
             writeln!(out)?;
         }
@@ -232,16 +252,15 @@ fn print_all(volumes: &[VolumeStatus], all: bool, out: &mut Output) -> Result<()
     Ok(())
 }
 
-fn known(name: &Name) -> Result<VolumeStatus> {
-    volume(name)?.ok_or_else(|| unknown(name))
-}
-
 fn print_dm(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
     warn_of_untold(volumes);
     for volume in volumes {
         match &volume.live {
             Some(live) => writeln!(out, "{}", dm::line(live))?,
-            None => bail!("volume '{0}' is not attached; attach it with: wbctl attach {0}", volume.name),
+            None => cli::complain(
+                "wbctl",
+                format!("volume '{0}' is not attached; attach it with: wbctl attach {0}", volume.name),
+            ),
         }
     }
     Ok(())

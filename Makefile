@@ -2,7 +2,8 @@
 
 .PHONY: demo test sim soak stress fuzz test-vm bench deps tools build install uninstall deb package deny advisories fmt
 
-# How many courses of work and crashes `make sim` simulates, and `make soak`; the first seed of the latter.
+# How many courses of work and crashes `make sim` simulates, and `make soak`; the first seed of the
+# latter.
 SIM_SEEDS = 2000
 SEEDS = 20000
 FIRST = 0
@@ -41,7 +42,8 @@ sim: deps
 soak: deps
 	cargo run --release -p wb-tests --bin soak -- $(SEEDS) $(FIRST)
 
-# A volume under load while everything that can be set is, for minutes; `make test` does so for seconds.
+# A volume under load while everything that can be set is, for minutes; `make test` does so for
+# seconds.
 stress: deps
 	cargo build --workspace --all-features --bins
 	WB_STRESS_SECONDS=$(STRESS_SECONDS) cargo test -p wb-tests --all-features --test everyday -- under_load

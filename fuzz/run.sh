@@ -1,6 +1,6 @@
 #!/bin/bash
-# run.sh SECONDS [TARGET...] fuzzes each target for so long, and closes with a line for each. What it finds stays in
-# fuzz/artifacts, and what it learns in fuzz/corpus.
+# run.sh SECONDS [TARGET...] fuzzes each target for so long, and closes with a line for each. What
+# it finds stays in fuzz/artifacts, and what it learns in fuzz/corpus.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:?"how many seconds for each target?"}
@@ -11,8 +11,8 @@ targets=("$@")
 cargo run --quiet -p wb-tests --bin fuzz-seeds -- fuzz/seeds || exit 1
 # The same versions of everything as in the workspace.
 cp Cargo.lock fuzz/Cargo.lock
-# Nothing unsafe is in reach of the targets, so that no sanitizer is needed. What cargo fuzz asks of the compiler
-# besides is for nightly ones, which a stable one is told to allow.
+# Nothing unsafe is in reach of the targets, so that no sanitizer is needed. What cargo fuzz asks of
+# the compiler besides is for nightly ones, which a stable one is told to allow.
 export RUSTC_BOOTSTRAP=1
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/fuzz
 cargo fuzz build --sanitizer none || exit 1

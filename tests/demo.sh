@@ -1,6 +1,6 @@
 #!/bin/bash
-# A write cache in front of a "disk", a crash in the midst of writing, and every file whole afterwards.
-# usage: demo.sh FOLDER_OF_PROGRAMS
+# A write cache in front of a "disk", a crash in the midst of writing, and every file whole
+# afterwards. usage: demo.sh FOLDER_OF_PROGRAMS
 set -euo pipefail
 bin=$(cd "$1" && pwd)
 if [ "$(id -u)" != 0 ]; then exec sudo "$0" "$bin"; fi

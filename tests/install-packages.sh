@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs those of the named Debian packages that are missing. Does nothing on a machine without dpkg.
+# Installs those of the named Debian packages that are missing. Does nothing on a machine without
+# dpkg.
 set -eu
 command -v dpkg-query >/dev/null || { echo "not a Debian machine: install by hand: $*"; exit 0; }
 missing=

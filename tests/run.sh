@@ -1,5 +1,6 @@
 #!/bin/bash
-# Runs all tests, and closes with how many passed, failed and were skipped. Skipped tests are listed with the reason.
+# Runs all tests, and closes with how many passed, failed and were skipped. Skipped tests are listed
+# with the reason.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p target

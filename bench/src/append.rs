@@ -1,4 +1,5 @@
-//! Random writes into the engine on a real file, against sequential writes of whole segments to the same file.
+//! Random writes into the engine on a real file, against sequential writes of whole segments to the
+//! same file.
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
@@ -19,7 +20,8 @@ const VOLUME_BYTES: u64 = 256 << 20;
 /// Writes between two looks for a signal.
 const BURST: u64 = 4096;
 
-/// Writes the same number of bytes to the file in both ways, in turn, each time until they are durable.
+/// Writes the same number of bytes to the file in both ways, in turn, each time until they are
+/// durable.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     rig::lock_memory();
     let reactor = Reactor::start()?;
@@ -34,7 +36,10 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
         })
         .collect::<Result<_>>()?;
     Ok(vec![Table {
-        title: format!("Append: the cache device is a file with direct I/O in {}", options.dir.display()),
+        title: format!(
+            "Append: the cache device is a file with direct I/O in {}",
+            options.dir.display()
+        ),
         unit: "MB per second, with the final flush",
         baseline: "sequential writes of 512 KiB to that file, 8 in flight",
         rows: vec![Row::new("4 KiB random write", Goal::AtLeast(0.97), rounds)],

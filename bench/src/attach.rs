@@ -1,4 +1,5 @@
-//! Attaching a cache of 64 GiB that is full of dirty blocks: what is read, how long it takes, and what stays in memory.
+//! Attaching a cache of 64 GiB that is full of dirty blocks: what is read, how long it takes, and
+//! what stays in memory.
 
 use crate::disk::ModelDisk;
 use crate::full_log::{self, Data, VOLUME_BLOCKS};
@@ -29,7 +30,8 @@ struct Attached {
 /// What is read, and the time.
 pub(crate) fn recovery(options: &Options) -> Result<Vec<Table>> {
     let Attached { read, seconds, .. } = attach(options)?;
-    let title = |what| format!("Recovery of a full cache of 64 GiB after a crash, {what}; a sparse file");
+    let title =
+        |what| format!("Recovery of a full cache of 64 GiB after a crash, {what}; a sparse file");
     Ok(vec![
         Table {
             title: title("what is read"),
@@ -73,7 +75,8 @@ fn attach(options: &Options) -> Result<Attached> {
     let device = rig::sparse_file(&reactor, &options.dir, "cache", CACHE_BYTES)?;
     // Nothing is read from it or written back to it.
     let runtime = Arc::new(reactor.handle().clone());
-    let backing: Device = Arc::new(ModelDisk::new(runtime.clone(), VOLUME_BLOCKS * to_u64(BLOCK_BYTES)));
+    let backing: Device =
+        Arc::new(ModelDisk::new(runtime.clone(), VOLUME_BLOCKS * to_u64(BLOCK_BYTES)));
     // Nothing is written back.
     let tunables = Tunables { writeback_threshold: 0, ..Tunables::default() };
     reactor.block_on(async {
@@ -95,7 +98,8 @@ fn attach(options: &Options) -> Result<Attached> {
 fn resident_bytes() -> Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")).context("/proc has no RssAnon")?;
+    let kib =
+        line.and_then(|line| line.trim().strip_suffix(" kB")).context("/proc has no RssAnon")?;
     Ok(kib.trim().parse::<u64>()? * 1024)
 }
 

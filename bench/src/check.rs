@@ -26,15 +26,18 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
         rounds.push(Round { baseline, cache: megabytes_per_second(|| wbcheck(&path))? });
     }
     Ok(vec![Table {
-        title: format!("Check of a full cache of 8 GiB: a file with direct I/O in {}", options.dir.display()),
+        title: format!(
+            "Check of a full cache of 8 GiB: a file with direct I/O in {}",
+            options.dir.display()
+        ),
         unit: "MB per second",
         baseline: "reading the file, 1 MiB at a time, 8 in flight",
         rows: vec![Row::new("wbcheck", Goal::AtLeast(0.9), rounds)],
     }])
 }
 
-// The reactor lets go of a file some time after its last use; wbcheck wants it to itself. So each use has a reactor, which
-// has let go of all when it ends.
+// The reactor lets go of a file some time after its last use; wbcheck wants it to itself. So each
+// use has a reactor, which has let go of all when it ends.
 
 fn full_cache(dir: &Path) -> Result<TempPath> {
     let reactor = Reactor::start()?;
@@ -61,7 +64,10 @@ fn megabytes_per_second(work: impl FnOnce() -> Result<()>) -> Result<f64> {
 async fn read(device: &Device) -> Result<()> {
     let reads = (0..CACHE_BYTES / to_u64(READ_BYTES))
         .map(|nth| device.read(nth * to_u64(READ_BYTES), IoBuf::zeroed(READ_BYTES)));
-    stream::iter(reads).buffer_unordered(rig::SEGMENTS_IN_FLIGHT).try_for_each(async |_| Ok(())).await?;
+    stream::iter(reads)
+        .buffer_unordered(rig::SEGMENTS_IN_FLIGHT)
+        .try_for_each(async |_| Ok(()))
+        .await?;
     Ok(())
 }
 
@@ -70,8 +76,9 @@ fn wbcheck(path: &Path) -> Result<()> {
     let program = std::env::current_exe()?.with_file_name("wbcheck");
     let mut command = Command::new(&program);
     command.arg("--quiet").arg(path).stdin(Stdio::null()).stdout(Stdio::null());
-    let status =
-        command.status().with_context(|| format!("cannot run {}; build it first", program.display()))?;
+    let status = command
+        .status()
+        .with_context(|| format!("cannot run {}; build it first", program.display()))?;
     ensure!(status.success(), "wbcheck found fault with the cache");
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Processor time per write into the engine, all of its background work included, on devices in memory.
+//! Processor time per write into the engine, all of its background work included, on devices in
+//! memory.
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
@@ -20,7 +21,8 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The volume, and of the same size the memory that writes come from: larger than the processor's caches.
+/// The volume, and of the same size the memory that writes come from: larger than the processor's
+/// caches.
 const VOLUME_BYTES: usize = 128 << 20;
 /// Writes in a round for each second that a figure is to take.
 const WRITES_PER_SECOND: u64 = 100_000;
@@ -44,7 +46,9 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
         short.push(round(&source, writes, Log::Short)?);
     }
     Ok(vec![Table {
-        title: "Engine: everything on one thread; devices in memory, which is one more copy for each write to them".into(),
+        title: "Engine: everything on one thread; devices in memory, which is one more copy for \
+                each write to them"
+            .into(),
         unit: "ns of processor time per 4 KiB",
         baseline: "copying 4 KiB and its CRC-32C",
         rows: vec![
@@ -116,7 +120,8 @@ fn nanoseconds_each(started: Duration, count: u64) -> f64 {
     processor_time().saturating_sub(started).as_secs_f64() * 1e9 / count as f64
 }
 
-/// Runs all tasks on the thread that waits for one of them. Sleeps do not end: nothing here is idle.
+/// Runs all tasks on the thread that waits for one of them. Sleeps do not end: nothing here is
+/// idle.
 struct ThisThread {
     tasks: Arc<Mutex<VecDeque<Runnable>>>,
     started: Instant,
@@ -127,8 +132,8 @@ impl ThisThread {
         ThisThread { tasks: Arc::default(), started: Instant::now() }
     }
 
-    /// Polls a future, and runs the tasks that are ready in between, until it ends. Everything here is either ready
-    /// or waits for another task, so there is no need to sleep.
+    /// Polls a future, and runs the tasks that are ready in between, until it ends. Everything here
+    /// is either ready or waits for another task, so there is no need to sleep.
     fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         let mut future = std::pin::pin!(future);
         futures_lite::future::block_on(async {
@@ -147,7 +152,8 @@ impl ThisThread {
 impl Runtime for ThisThread {
     fn spawn(&self, task: BoxFuture<'static, ()>) {
         let tasks = self.tasks.clone();
-        let (runnable, task) = async_task::spawn(task, move |runnable| tasks.lock().push_back(runnable));
+        let (runnable, task) =
+            async_task::spawn(task, move |runnable| tasks.lock().push_back(runnable));
         task.detach();
         runnable.schedule();
     }

@@ -1,7 +1,8 @@
 //! A hard disk, as far as time goes: it keeps nothing.
 //!
-//! 7200 revolutions a minute, tracks of 1 MiB, a seek of 0.5 ms to the next track and 14 ms over all of them; one head, the
-//! same angle on every track, no cache. Of up to 32 requests in its queue it takes the one that it gets to first.
+//! 7200 revolutions a minute, tracks of 1 MiB, a seek of 0.5 ms to the next track and 14 ms over
+//! all of them; one head, the same angle on every track, no cache. Of up to 32 requests in its
+//! queue it takes the one that it gets to first.
 
 use futures_channel::oneshot;
 use libwb::device::{BlockDevice, IoBuf, IoFuture, SharedBuf};
@@ -18,7 +19,8 @@ const TRACK_BYTES: u64 = 1 << 20;
 /// Seconds.
 const REVOLUTION: f64 = 60.0 / 7200.0;
 const SHORTEST_SEEK: f64 = 0.0005;
-/// What a seek over a part of the disk takes on top: the root of it, up to a tenth; from there on, straight on.
+/// What a seek over a part of the disk takes on top: the root of it, up to a tenth; from there on,
+/// straight on.
 const SEEK_OF_ROOT: f64 = 0.016;
 const SEEK_OF_REST: f64 = 0.0093;
 
@@ -95,7 +97,8 @@ impl ModelDisk {
         };
         let angle = fraction(to % TRACK_BYTES, TRACK_BYTES);
         let turn = (angle - (now + seek) / REVOLUTION).rem_euclid(1.0);
-        // The clock counts nanoseconds: what comes next under the head is there, not a revolution away.
+        // The clock counts nanoseconds: what comes next under the head is there, not a revolution
+        // away.
         seek + if turn > 1.0 - 1e-4 { 0.0 } else { turn * REVOLUTION }
     }
 }

@@ -38,7 +38,9 @@ struct Direction {
 pub(crate) fn run(device: &Path, load: Load, seconds: u32) -> Result<f64> {
     let mut command = command(device, load.pattern, 4096, load.depth);
     // A short run-up, so that neither side is measured while it starts.
-    command.args(["--time_based", "--norandommap", "--ramp_time=500ms"]).arg(format!("--runtime={seconds}"));
+    command
+        .args(["--time_based", "--norandommap", "--ramp_time=500ms"])
+        .arg(format!("--runtime={seconds}"));
     let job = finish(command)?;
     Ok(job.read.iops + job.write.iops)
 }
@@ -51,7 +53,13 @@ pub(crate) fn fill(device: &Path) -> Result<()> {
 fn command(device: &Path, pattern: &str, bytes: u32, depth: u32) -> Command {
     let mut command = Command::new("fio");
     command
-        .args(["--name=wb-bench", "--ioengine=io_uring", "--direct=1", "--thread", "--randrepeat=0"])
+        .args([
+            "--name=wb-bench",
+            "--ioengine=io_uring",
+            "--direct=1",
+            "--thread",
+            "--randrepeat=0",
+        ])
         .arg(format!("--filename={}", device.display()))
         .arg(format!("--rw={pattern}"))
         .arg(format!("--bs={bytes}"))

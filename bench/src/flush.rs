@@ -1,4 +1,5 @@
-//! Small writes that are flushed one by one: how long each takes, and what it costs the cache device.
+//! Small writes that are flushed one by one: how long each takes, and what it costs the cache
+//! device.
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
@@ -35,7 +36,12 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     let mut bytes = Vec::new();
     let rows = [
         (1, "write and flush, 1 at a time", "log used, 1 at a time", "bytes written, 1 at a time"),
-        (16, "write and flush, 16 at a time", "log used, 16 at a time", "bytes written, 16 at a time"),
+        (
+            16,
+            "write and flush, 16 at a time",
+            "log used, 16 at a time",
+            "bytes written, 16 at a time",
+        ),
     ];
     for (depth, name, log_name, bytes_name) in rows {
         let (mut times, mut log, mut written) = (Vec::new(), Vec::new(), Vec::new());
@@ -52,8 +58,9 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
         bytes.push(Row::new(log_name, Goal::AtMost(MOST_KIB / SEGMENT_KIB), log));
         bytes.push(Row::new(bytes_name, Goal::AtMost(MOST_KIB / SEGMENT_KIB), written));
     }
-    let title =
-        |what| format!("{what}: the cache device is a file with direct I/O in {}", options.dir.display());
+    let title = |what| {
+        format!("{what}: the cache device is a file with direct I/O in {}", options.dir.display())
+    };
     Ok(vec![
         Table {
             title: title("Flush, latency of a random 4 KiB write and a flush"),
@@ -70,8 +77,13 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     ])
 }
 
-/// Does something over and over, several at a time. Returns the mean time in microseconds, and how often it was done.
-async fn repeat(depth: u64, length: Duration, once: impl AsyncFn(u64) -> Result<()>) -> Result<(f64, f64)> {
+/// Does something over and over, several at a time. Returns the mean time in microseconds, and how
+/// often it was done.
+async fn repeat(
+    depth: u64,
+    length: Duration,
+    once: impl AsyncFn(u64) -> Result<()>,
+) -> Result<(f64, f64)> {
     let started = Instant::now();
     let total = Cell::new((Duration::ZERO, 0_u32));
     try_join_all((0..depth).map(async |_| {

@@ -1,5 +1,5 @@
-//! Writes from an empty cache to a full one, over a backing device that is much slower. In virtual time, so that what is
-//! seen is the policy, and not what else the machine does.
+//! Writes from an empty cache to a full one, over a backing device that is much slower. In virtual
+//! time, so that what is seen is the policy, and not what else the machine does.
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
@@ -101,9 +101,13 @@ fn tables(seen: &Seen, took: Duration) -> Vec<Table> {
     let phases = seen.phases.each_ref().map(sorted);
     let written = (phases[3].len() * BLOCK_BYTES) as f64 / took.as_secs_f64();
     let title = |what| {
-        format!("Full cache over a backing device of 64 MiB/s, 4 KiB random writes, 8 at a time: {what}")
+        format!(
+            "Full cache over a backing device of 64 MiB/s, 4 KiB random writes, 8 at a time: \
+             {what}"
+        )
     };
-    let throughput = Round { baseline: RATE / f64::from(1 << 20), cache: written / f64::from(1 << 20) };
+    let throughput =
+        Round { baseline: RATE / f64::from(1 << 20), cache: written / f64::from(1 << 20) };
     let rows = phases.iter().zip(PHASES).flat_map(|(figures, (p50, p99, p999))| {
         let goal = if p50.starts_with("full") { Goal::AtMost(10.0) } else { Goal::None };
         let row = |name, goal, per_mille| {

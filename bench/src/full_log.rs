@@ -4,8 +4,8 @@ use anyhow::Result;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, PLACES, Reason, SEGMENT_BYTES, SegmentExtension,
-    SegmentId, Slot, SuperblockExtension, crc32c, encode_header,
+    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, PLACES, Reason, SEGMENT_BYTES,
+    SegmentExtension, SegmentId, Slot, SuperblockExtension, crc32c, encode_header,
 };
 
 /// Blocks of the volume: 1 TiB.
@@ -22,7 +22,11 @@ pub(crate) enum Data {
 }
 
 /// Fills the log of a formatted device.
-pub(crate) async fn fill(device: &Device, extension: &SuperblockExtension, data: Data) -> Result<()> {
+pub(crate) async fn fill(
+    device: &Device,
+    extension: &SuperblockExtension,
+    data: Data,
+) -> Result<()> {
     let geometry = Geometry::of_device(device.size())?;
     let (bytes, depth, byte) = match data {
         Data::Holes => (BLOCK_BYTES, 64, 0),
@@ -47,7 +51,12 @@ fn header(block: &mut [u8; BLOCK_BYTES], slot: Slot, digest: u32, crc: u32, payl
     let block_at = |place: u64| BlockNo(place.wrapping_mul(0x9e37_79b9_7f4a_7c15) % VOLUME_BLOCKS);
     let first = u64::from(slot.0) * u64::from(PLACES);
     let metablocks: Vec<_> = (first..first + u64::from(PLACES))
-        .map(|place| Metablock { block: block_at(place), dirty: DirtyBits::ALL, crc: Some(crc), lost: false })
+        .map(|place| Metablock {
+            block: block_at(place),
+            dirty: DirtyBits::ALL,
+            crc: Some(crc),
+            lost: false,
+        })
         .collect();
     let id = SegmentId(u64::from(slot.0) + 1);
     let extension = SegmentExtension {

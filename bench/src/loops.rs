@@ -1,5 +1,5 @@
-//! A loop device over a cache, against the same front end without one: over plain memory where the cache device is memory,
-//! and over a file where it is a file.
+//! A loop device over a cache, against the same front end without one: over plain memory where the
+//! cache device is memory, and over a file where it is a file.
 
 use crate::fio::{self, Load};
 use crate::memory::{Memory, Plain};
@@ -40,8 +40,9 @@ fn log_bytes(options: &Options) -> u64 {
 fn in_memory(options: &Options) -> Result<Table> {
     let reactor = Reactor::start()?;
     // Not zeros, which are given memory as late as they are written.
-    let memory =
-        |name, bytes| -> Device { Arc::new(MemDevice::with_content(name, vec![0xa5; to_usize(bytes)])) };
+    let memory = |name, bytes| -> Device {
+        Arc::new(MemDevice::with_content(name, vec![0xa5; to_usize(bytes)]))
+    };
     let (device, backing) = (memory("cache", log_bytes(options)), memory("backing", VOLUME_BYTES));
     Ok(Table {
         title: "Loop device: cache and backing device are in memory".into(),
@@ -123,7 +124,10 @@ fn rows(
             });
         }
     }
-    Ok(rounds.into_iter().map(|(load, rounds)| Row::new(load.name, Goal::AtLeast(0.85), rounds)).collect())
+    Ok(rounds
+        .into_iter()
+        .map(|(load, rounds)| Row::new(load.name, Goal::AtLeast(0.85), rounds))
+        .collect())
 }
 
 fn serve(volume: impl Volume, reactor: &Reactor) -> Result<LoopDevice> {

@@ -1,6 +1,7 @@
-//! `wb-bench`: what wb costs. Each figure is measured beside the thing that it is compared with, in the same run and
-//! in turn with it, and the ratio is the median over rounds: the machine may be slower tomorrow, the ratio is not. Some, such as
-//! bytes of memory, are held against a fixed figure that they name.
+//! `wb-bench`: what wb costs. Each figure is measured beside the thing that it is compared with, in
+//! the same run and in turn with it, and the ratio is the median over rounds: the machine may be
+//! slower tomorrow, the ratio is not. Some, such as bytes of memory, are held against a fixed
+//! figure that they name.
 
 mod append;
 mod attach;
@@ -59,7 +60,8 @@ enum What {
     Cpu,
     /// Random writes into the engine on a file, against sequential writes to that file
     Append,
-    /// Writes that are flushed one by one, against a plain write and fdatasync; what that takes of the cache device
+    /// Writes that are flushed one by one, against a plain write and fdatasync; what that takes of
+    /// the cache device
     Flush,
     /// Attaching a full cache of 64 GiB: what is read, and how long it takes
     Recovery,

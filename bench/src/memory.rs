@@ -1,4 +1,5 @@
-//! Volumes without a cache: in plain memory, which is the least that the front end can have to do, and on a plain device.
+//! Volumes without a cache: in plain memory, which is the least that the front end can have to do,
+//! and on a plain device.
 
 use libwb::device::{Device, IoBuf, SharedBuf};
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
@@ -18,10 +19,13 @@ impl Memory {
     /// A volume of at least `bytes` bytes, all of them resident.
     pub(crate) fn new(bytes: u64) -> Memory {
         let shards = to_usize(bytes).div_ceil(SHARD_BYTES);
-        Memory((0..shards).map(|_| Mutex::new(vec![0xa5; SHARD_BYTES].into_boxed_slice())).collect())
+        Memory(
+            (0..shards).map(|_| Mutex::new(vec![0xa5; SHARD_BYTES].into_boxed_slice())).collect(),
+        )
     }
 
-    /// Visits the range of memory that belongs to a request, shard by shard: `part` gets the place in the request.
+    /// Visits the range of memory that belongs to a request, shard by shard: `part` gets the place
+    /// in the request.
     fn visit(
         &self,
         sector: Sector,
@@ -51,7 +55,9 @@ impl Volume for Memory {
     }
 
     fn write_ready(&self, sector: Sector, data: &[u8]) -> Result<usize, Errno> {
-        self.visit(sector, data.len(), |at, bytes| bytes.copy_from_slice(&data[at..at + bytes.len()]))?;
+        self.visit(sector, data.len(), |at, bytes| {
+            bytes.copy_from_slice(&data[at..at + bytes.len()])
+        })?;
         Ok(data.len())
     }
 

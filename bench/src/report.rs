@@ -96,14 +96,19 @@ fn median(figures: impl Iterator<Item = f64>) -> f64 {
 
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{}\nfigures are {}; the baseline is {}\n", self.title, self.unit, self.baseline)?;
+        writeln!(
+            f,
+            "{}\nfigures are {}; the baseline is {}\n",
+            self.title, self.unit, self.baseline
+        )?;
         writeln!(
             f,
             "{:<36} {:>10} {:>10} {:>7}  {:<16} each round",
             "", "baseline", "wb", "ratio", "must be"
         )?;
         for row in &self.rows {
-            let ratios: Vec<_> = row.rounds.iter().map(|r| format!("{:.2}", r.cache / r.baseline)).collect();
+            let ratios: Vec<_> =
+                row.rounds.iter().map(|r| format!("{:.2}", r.cache / r.baseline)).collect();
             let goal = match (row.goal, row.reached) {
                 (Goal::None, _) => String::new(),
                 (goal, true) => goal.to_string(),

@@ -1,6 +1,6 @@
-//! What the measurements stand on. Nothing that takes space outlives the program, however it ends: files lose their
-//! names as soon as they are open (but for one that wbcheck opens, which a SIGKILL leaves), and mounts and loop devices go
-//! away with their last user.
+//! What the measurements stand on. Nothing that takes space outlives the program, however it ends:
+//! files lose their names as soon as they are open (but for one that wbcheck opens, which a SIGKILL
+//! leaves), and mounts and loop devices go away with their last user.
 
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -34,7 +34,8 @@ pub(crate) fn watch_signals() -> Result<()> {
     Ok(cli::on_signals(signals, |_| SIGNALLED.store(true, Ordering::Relaxed))?)
 }
 
-/// Makes memory resident from the beginning, as the daemon does, or its first use is measured as well.
+/// Makes memory resident from the beginning, as the daemon does, or its first use is measured as
+/// well.
 pub(crate) fn lock_memory() {
     if let Err(why) = guard_against_reclaim() {
         eprintln!("wb-bench: {why}; the figures may be less than the daemon's");
@@ -47,9 +48,11 @@ pub(crate) fn check_signals() -> Result<()> {
     Ok(())
 }
 
-/// Makes a file of `bytes` bytes of allocated, written space, as a device has it, and opens it for direct I/O.
+/// Makes a file of `bytes` bytes of allocated, written space, as a device has it, and opens it for
+/// direct I/O.
 ///
-/// The first write to a hole or to preallocated space is a change of the file's metadata; that would be measured.
+/// The first write to a hole or to preallocated space is a change of the file's metadata; that
+/// would be measured.
 pub(crate) fn file(reactor: &Reactor, dir: &Path, name: &str, bytes: u64) -> Result<Device> {
     let file = unnamed_file(dir, name, bytes)?;
     let device: Device = Arc::new(UringDevice::new(reactor.handle(), file));

@@ -1,4 +1,5 @@
-//! A runtime on one thread whose time passes only when nothing is left to do: a model of a disk takes no real time.
+//! A runtime on one thread whose time passes only when nothing is left to do: a model of a disk
+//! takes no real time.
 
 use async_task::Runnable;
 use futures_lite::future::poll_once;
@@ -75,7 +76,8 @@ impl Runtime for VirtualTime {
             if state.now >= timer.0 {
                 return Poll::Ready(());
             }
-            // One timer, however often it is polled: where futures are polled together, each that fired would add to all.
+            // One timer, however often it is polled: where futures are polled together, each that
+            // fired would add to all.
             state.timers.insert(timer, context.waker().clone());
             Poll::Pending
         }))

@@ -28,7 +28,11 @@ impl Watched {
     }
 
     /// A device that writes only so many bytes in a second, one request after the other.
-    pub(crate) fn throttled(device: Device, runtime: Arc<dyn Runtime>, bytes_per_second: f64) -> Watched {
+    pub(crate) fn throttled(
+        device: Device,
+        runtime: Arc<dyn Runtime>,
+        bytes_per_second: f64,
+    ) -> Watched {
         let until = Mutex::new(runtime.now());
         Watched { pace: Some(Pace { runtime, bytes_per_second, until }), ..Watched::new(device) }
     }

@@ -1,5 +1,6 @@
-//! The time that a hard disk, as modelled, takes to get what is dirty, under the engine's policy and under the kernel
-//! module's, which is modelled here: the oldest 32 segments at a time, sorted, neighbours merged.
+//! The time that a hard disk, as modelled, takes to get what is dirty, under the engine's policy
+//! and under the kernel module's, which is modelled here: the oldest 32 segments at a time, sorted,
+//! neighbours merged.
 
 use crate::Options;
 use crate::disk::{ModelDisk, QUEUE};
@@ -44,11 +45,12 @@ pub(crate) fn measure(_options: &Options) -> Result<Vec<Table>> {
         rows.push(Row::new(name, goal, vec![Round { baseline, cache: engine(&writes)? }]));
     }
     Ok(vec![Table {
-        title:
-            "Write-back of 1 GiB of 4 KiB writes to a modelled disk of 1 TiB with 7200 revolutions a minute"
-                .into(),
+        title: "Write-back of 1 GiB of 4 KiB writes to a modelled disk of 1 TiB with 7200 \
+                revolutions a minute"
+            .into(),
         unit: "seconds of the disk's time",
-        baseline: "the kernel module's policy, modelled: the oldest 32 segments at a time, sorted and merged",
+        baseline: "the kernel module's policy, modelled: the oldest 32 segments at a time, sorted \
+                   and merged",
         rows,
     }])
 }
@@ -80,8 +82,11 @@ fn module(writes: &[BlockNo]) -> Result<f64> {
     let time = VirtualTime::default();
     let disk = ModelDisk::new(Arc::new(time.clone()), DISK_BYTES);
     let segments = segments(writes);
-    let newest: HashMap<BlockNo, usize> =
-        segments.iter().zip(0..).flat_map(|(blocks, nth)| blocks.iter().map(move |&b| (b, nth))).collect();
+    let newest: HashMap<BlockNo, usize> = segments
+        .iter()
+        .zip(0..)
+        .flat_map(|(blocks, nth)| blocks.iter().map(move |&b| (b, nth)))
+        .collect();
     let run = async {
         for (batch, first) in segments.chunks(MODULE_BATCH).zip((0..).step_by(MODULE_BATCH)) {
             let of_batch = batch.iter().zip(first..).flat_map(|(blocks, nth)| {
@@ -103,7 +108,8 @@ fn module(writes: &[BlockNo]) -> Result<f64> {
     Ok(time.now().as_secs_f64())
 }
 
-/// Which blocks each segment holds. One that is written again while its segment is open takes no second place.
+/// Which blocks each segment holds. One that is written again while its segment is open takes no
+/// second place.
 fn segments(writes: &[BlockNo]) -> Vec<HashSet<BlockNo>> {
     let mut segments = vec![HashSet::new()];
     for &block in writes {
@@ -120,7 +126,9 @@ fn merged(blocks: &[BlockNo]) -> Vec<(BlockNo, usize)> {
     let mut runs: Vec<(BlockNo, u64)> = Vec::new();
     for &block in blocks {
         match runs.last_mut() {
-            Some((start, count)) if start.0 + *count == block.0 && *count < RUN_BLOCKS => *count += 1,
+            Some((start, count)) if start.0 + *count == block.0 && *count < RUN_BLOCKS => {
+                *count += 1
+            }
             _ => runs.push((block, 1)),
         }
     }
@@ -132,7 +140,8 @@ fn uniform(count: u64) -> Vec<BlockNo> {
     (0..count).map(|_| BlockNo(random.u64(..DISK_BLOCKS))).collect()
 }
 
-/// The nth most frequent block is written as often as 1/n; neighbours in frequency are none on the disk.
+/// The nth most frequent block is written as often as 1/n; neighbours in frequency are none on the
+/// disk.
 #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a model
 fn zipf(count: u64) -> Vec<BlockNo> {
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -145,13 +154,14 @@ fn zipf(count: u64) -> Vec<BlockNo> {
     (0..count).map(|_| one()).collect()
 }
 
-/// Sixteen files grow at a time, 64 KiB by 64 KiB, each in a free stretch of one of 256 groups; a journal of 128 MiB goes
-/// round; the group's bitmap and an inode block are written each time.
+/// Sixteen files grow at a time, 64 KiB by 64 KiB, each in a free stretch of one of 256 groups; a
+/// journal of 128 MiB goes round; the group's bitmap and an inode block are written each time.
 fn filesystem(count: u64) -> Vec<BlockNo> {
     files(count, false)
 }
 
-/// And one write in ten goes into a database of 4 GiB, anywhere: to get these few alone takes longer than all else.
+/// And one write in ten goes into a database of 4 GiB, anywhere: to get these few alone takes
+/// longer than all else.
 fn filesystem_with_database(count: u64) -> Vec<BlockNo> {
     files(count, true)
 }

@@ -1,9 +1,9 @@
 //! A log-structured write cache for block devices, in user space.
 //!
-//! `libwb` holds the on-disk format of dm-writeboost, the devices that a cache stands on, the log, the cache
-//! engine, and the front end that serves a cached volume. ARCHITECTURE.md describes how they fit together.
-//! Units are types (see [`format`]); a plain `u64` or `usize` is bytes unless its name or
-//! documentation says what it counts.
+//! `libwb` holds the on-disk format of dm-writeboost, the devices that a cache stands on, the log,
+//! the cache engine, and the front end that serves a cached volume. ARCHITECTURE.md describes how
+//! they fit together. Units are types (see [`format`]); a plain `u64` or `usize` is bytes unless
+//! its name or documentation says what it counts.
 
 pub mod cache;
 #[cfg(feature = "cli")]

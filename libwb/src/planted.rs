@@ -1,9 +1,12 @@
 //! Known bugs that the simulator's tests plant, to prove that it finds each of them.
 //!
-//! Where a bug can be planted, the code asks [`Planted::has`]. Without the feature `sim` the answer is a constant, and
-//! nothing of this is left.
+//! Where a bug can be planted, the code asks [`Planted::has`]. Without the feature `sim` the answer
+//! is a constant, and nothing of this is left.
 
-#![cfg_attr(not(feature = "sim"), allow(unreachable_pub, reason = "exported with the feature alone"))]
+#![cfg_attr(
+    not(feature = "sim"),
+    allow(unreachable_pub, reason = "exported with the feature alone")
+)]
 
 /// A bug that can be planted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +27,8 @@ pub enum Bug {
     VolatileWrittenBack,
     /// Write-back leaves out versions of which a newer one exists, in the same batch or not.
     SupersededLeftOut,
-    /// Write-back leaves out versions of which a newer one is durable, though that is not in the same batch.
+    /// Write-back leaves out versions of which a newer one is durable, though that is not in the
+    /// same batch.
     DurableSupersedes,
     /// Segments that recovery dropped stay on the device.
     DroppedNotErased,
@@ -34,7 +38,8 @@ pub enum Bug {
     CommitOverUndurable,
     /// A block that belongs to a commit is overwritten in place.
     CommittedOverwritten,
-    /// What was written by the end of a flush of the device counts as durable, not what was by its beginning.
+    /// What was written by the end of a flush of the device counts as durable, not what was by its
+    /// beginning.
     CommitCountedLate,
     /// A segment of which only a commit was found stays as it is when the log goes on.
     OpenEndLeft,
@@ -54,13 +59,15 @@ pub enum Bug {
     DiscardNotFlushed,
     /// A discard leaves dirty data in the log.
     DiscardLeavesDirty,
-    /// A place that has held the zeros of a discard still counts as that when its slot is used again.
+    /// A place that has held the zeros of a discard still counts as that when its slot is used
+    /// again.
     DiscardOutlivesSlot,
     /// A discard takes effect before earlier writes are durable.
     DiscardAheadOfLog,
     /// A segment that is to be emptied and cannot be read is left as it is, and counts as emptied.
     UnreadableLeft,
-    /// A segment that reads as empty counts as emptied, though the write or the flush of that failed.
+    /// A segment that reads as empty counts as emptied, though the write or the flush of that
+    /// failed.
     HalfEmptiedTrusted,
     /// Strict order takes more than one epoch at a time.
     EpochsMixed,
@@ -86,7 +93,8 @@ pub enum Bug {
     StuckLeftBehind,
     /// A block that is lost is moved as if its data were right.
     LostTrusted,
-    /// Recovery takes rot for the work of a power cut. The engine knows nothing of it; the check of flipped bits does.
+    /// Recovery takes rot for the work of a power cut. The engine knows nothing of it; the check of
+    /// flipped bits does.
     RotForgiven,
 }
 

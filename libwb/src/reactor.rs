@@ -1,7 +1,8 @@
 //! The runtime of the programs: one thread that owns an io_uring and runs the background tasks.
 //!
-//! Any thread may start a task and poll it the first time itself; what is left of it then runs on the reactor's
-//! thread. I/O is handed to that thread in batches, so that the ring has one user and needs no lock.
+//! Any thread may start a task and poll it the first time itself; what is left of it then runs on
+//! the reactor's thread. I/O is handed to that thread in batches, so that the ring has one user and
+//! needs no lock.
 #![allow(unsafe_code)] // io_uring takes addresses; each use below says why its memory stays valid
 
 use crate::device::{InFlight, IoBuf, SharedBuf};
@@ -29,7 +30,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Entries of the submission queue; the completion queue has twice as many.
 const RING_ENTRIES: u32 = 256;
-/// Operations handed to the kernel at a time, so that the completion queue cannot overflow. The rest wait.
+/// Operations handed to the kernel at a time, so that the completion queue cannot overflow. The
+/// rest wait.
 const MAX_IN_FLIGHT: usize = 2 * RING_ENTRIES as usize - 1;
 /// The `user_data` of the poll that wakes the reactor up.
 const WAKE: u64 = u64::MAX;
@@ -54,7 +56,8 @@ pub(crate) enum OpKind {
 #[derive(Default)]
 pub(crate) struct Addresses(Vec<libc::iovec>);
 
-// SAFETY: they point into buffers that the operation owns beside them, and are read by the kernel alone.
+// SAFETY: they point into buffers that the operation owns beside them, and are read by the kernel
+// alone.
 unsafe impl Send for Addresses {}
 
 impl Addresses {
@@ -65,7 +68,10 @@ impl Addresses {
             let rest = &part[skip.min(part.len())..];
             skip -= part.len() - rest.len();
             if !rest.is_empty() {
-                self.0.push(libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() });
+                self.0.push(libc::iovec {
+                    iov_base: rest.as_ptr().cast_mut().cast(),
+                    iov_len: rest.len(),
+                });
             }
         }
     }
@@ -86,7 +92,8 @@ pub(crate) struct Target {
 
 impl Target {
     pub(crate) fn new(file: File) -> Target {
-        let may_block = fstatfs(&file).is_ok_and(|found| found.filesystem_type() == FUSE_SUPER_MAGIC);
+        let may_block =
+            fstatfs(&file).is_ok_and(|found| found.filesystem_type() == FUSE_SUPER_MAGIC);
         Target { file: Arc::new(file), may_block }
     }
 
@@ -141,8 +148,10 @@ impl Shared {
         // Dropped, operations fail; and not under the lock, which they may want.
         drop(ops);
         if !tasks.is_empty() {
-            // Whoever wakes a task may hold a lock that the task takes as it is dropped. So another thread drops it.
-            let _ = std::thread::Builder::new().name("wb-late-tasks".into()).spawn(move || drop(tasks));
+            // Whoever wakes a task may hold a lock that the task takes as it is dropped. So another
+            // thread drops it.
+            let _ =
+                std::thread::Builder::new().name("wb-late-tasks".into()).spawn(move || drop(tasks));
         }
         if self.parked.swap(false, Ordering::SeqCst) {
             // Nobody reads the counter. At a million a second it overflows in half a million years.
@@ -151,16 +160,19 @@ impl Shared {
     }
 }
 
-/// Starts tasks and I/O on a reactor. Cheap to clone; outlives the reactor harmlessly (I/O then fails).
+/// Starts tasks and I/O on a reactor. Cheap to clone; outlives the reactor harmlessly (I/O then
+/// fails).
 #[derive(Clone)]
 pub struct Handle(Arc<Shared>);
 
 impl Handle {
-    /// Polls a future once on this thread; if it is not done then, the reactor's thread takes it over.
+    /// Polls a future once on this thread; if it is not done then, the reactor's thread takes it
+    /// over.
     pub fn run_now(&self, future: impl Future<Output = ()> + Send + 'static) {
         let shared = self.0.clone();
-        let (runnable, task) =
-            async_task::spawn(future, move |runnable| shared.post(|inbox| inbox.tasks.push_back(runnable)));
+        let (runnable, task) = async_task::spawn(future, move |runnable| {
+            shared.post(|inbox| inbox.tasks.push_back(runnable))
+        });
         task.detach();
         runnable.run();
     }
@@ -215,8 +227,8 @@ impl Handle {
         Reading(self.0.clone())
     }
 
-    /// As [`Handle::reading`], for a read that this thread would wait for itself: `None` when others are under way, or this is
-    /// the reactor's thread, which never waits.
+    /// As [`Handle::reading`], for a read that this thread would wait for itself: `None` when
+    /// others are under way, or this is the reactor's thread, which never waits.
     pub(crate) fn reading_alone(&self) -> Option<Reading> {
         if self.0.thread.get() == Some(&std::thread::current().id()) {
             return None;
@@ -229,8 +241,9 @@ impl Handle {
 impl Runtime for Handle {
     fn spawn(&self, task: BoxFuture<'static, ()>) {
         let shared = self.0.clone();
-        let (runnable, task) =
-            async_task::spawn(task, move |runnable| shared.post(|inbox| inbox.tasks.push_back(runnable)));
+        let (runnable, task) = async_task::spawn(task, move |runnable| {
+            shared.post(|inbox| inbox.tasks.push_back(runnable))
+        });
         task.detach();
         runnable.schedule();
     }
@@ -285,7 +298,9 @@ impl Reactor {
             }
         };
         let thread = std::thread::Builder::new().name("wb-reactor".into()).spawn(run)?;
-        result.recv().unwrap_or_else(|_| Err(io::Error::other("the reactor's thread has ended")))?;
+        result
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the reactor's thread has ended")))?;
         Ok(Reactor { handle: Handle(shared), thread: Some(thread) })
     }
 
@@ -309,8 +324,8 @@ impl Drop for Reactor {
     }
 }
 
-/// Makes an io_uring that runs what completes only when it is asked to, where the kernel can do that (6.1); it costs the
-/// least.
+/// Makes an io_uring that runs what completes only when it is asked to, where the kernel can do
+/// that (6.1); it costs the least.
 fn build_ring() -> io::Result<IoUring> {
     let deferred = IoUring::builder()
         .setup_single_issuer()
@@ -343,7 +358,8 @@ impl Drop for AbortOnUnwind {
 struct Ring {
     shared: Arc<Shared>,
     ring: IoUring,
-    /// Operations that the kernel knows or that are in the backlog. Their memory stays here until they are done.
+    /// Operations that the kernel knows or that are in the backlog. Their memory stays here until
+    /// they are done.
     ops: Slab<Op>,
     /// Keys of operations that are still to be handed to the kernel.
     backlog: VecDeque<usize>,
@@ -377,7 +393,8 @@ impl Ring {
         }
     }
 
-    /// Hands operations to the kernel, and waits for a completion or a wake-up, unless something is there already.
+    /// Hands operations to the kernel, and waits for a completion or a wake-up, unless something is
+    /// there already.
     fn park(&mut self) {
         self.shared.parked.store(true, Ordering::SeqCst);
         let nothing_to_do = {
@@ -396,8 +413,10 @@ impl Ring {
         drop(submission);
         match self.ring.submit_and_wait(want) {
             Ok(_) => {}
-            // Interrupted, or the kernel is short of memory or of room for completions: reap and come again.
-            Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
+            // Interrupted, or the kernel is short of memory or of room for completions: reap and
+            // come again.
+            Err(e)
+                if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
             Err(e) => panic!("io_uring_enter failed: {e}"),
         }
     }
@@ -415,8 +434,8 @@ impl Ring {
             let may_block = op.target.as_ref().is_some_and(|target| target.may_block);
             let flags = if may_block { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
             let entry = entry(op).user_data(to_u64(key)).flags(flags);
-            // SAFETY: `entry` points into the operation's own buffers. They stay in `ops` until the completion
-            // has been reaped, and `finish` waits for that before `ops` is dropped.
+            // SAFETY: `entry` points into the operation's own buffers. They stay in `ops` until the
+            // completion has been reaped, and `finish` waits for that before `ops` is dropped.
             if unsafe { self.ring.submission().push(&entry) }.is_err() {
                 self.backlog.push_front(key);
                 self.enter(0);
@@ -453,8 +472,8 @@ impl Ring {
         }
     }
 
-    /// Lets I/O that the kernel knows end before its memory goes away. Sleeps own nothing that the kernel
-    /// still reads, and are left.
+    /// Lets I/O that the kernel knows end before its memory goes away. Sleeps own nothing that the
+    /// kernel still reads, and are left.
     fn finish(mut self, tasks: VecDeque<Runnable>) {
         for key in std::mem::take(&mut self.backlog) {
             self.ops.remove(key);
@@ -503,13 +522,17 @@ fn entry(op: &mut Op) -> squeue::Entry {
         }
         OpKind::Write { offset, data } => {
             let rest = &data[done..];
-            opcode::Write::new(fd, rest.as_ptr(), length(rest.len())).offset(*offset + to_u64(done)).build()
+            opcode::Write::new(fd, rest.as_ptr(), length(rest.len()))
+                .offset(*offset + to_u64(done))
+                .build()
         }
         OpKind::WriteParts { offset, parts, addresses } => {
             addresses.note(parts, done);
             // There are a few.
             let count = u32::try_from(addresses.0.len()).unwrap_or(u32::MAX);
-            opcode::Writev::new(fd, addresses.0.as_ptr(), count).offset(*offset + to_u64(done)).build()
+            opcode::Writev::new(fd, addresses.0.as_ptr(), count)
+                .offset(*offset + to_u64(done))
+                .build()
         }
         OpKind::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
         OpKind::Zero { mode, offset, length } => opcode::Fallocate::new(fd, *length)

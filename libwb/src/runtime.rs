@@ -1,5 +1,5 @@
-//! What the engine needs from whatever runs it: tasks and time. The daemon runs on [`crate::reactor`], the
-//! simulator on a seeded executor with a virtual clock.
+//! What the engine needs from whatever runs it: tasks and time. The daemon runs on
+//! [`crate::reactor`], the simulator on a seeded executor with a virtual clock.
 
 use futures_util::future::BoxFuture;
 use std::time::Duration;

@@ -35,36 +35,42 @@ pub(crate) fn is_read_only(device: &File) -> nix::Result<bool> {
     Ok(read_only != 0)
 }
 
-/// From now on, a write beyond the limit for the size of files (`ulimit -f`) fails, and does not end the process.
+/// From now on, a write beyond the limit for the size of files (`ulimit -f`) fails, and does not
+/// end the process.
 #[cfg(feature = "cli")]
 pub(crate) fn ignore_file_size_signal() {
     use nix::sys::signal::{SigHandler, Signal, signal};
-    // SAFETY: no handler is installed, and none is replaced: nothing of this process handles the signal.
+    // SAFETY: no handler is installed, and none is replaced: nothing of this process handles the
+    // signal.
     let _ = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
 }
 
-/// Asks for large pages for memory that is looked at in no order. Where there are none, it is as slow as before.
+/// Asks for large pages for memory that is looked at in no order. Where there are none, it is as
+/// slow as before.
 pub(crate) fn prefer_huge_pages<T>(memory: &[T]) {
     // Smaller ones have none.
     const PAGE: usize = 2 << 20;
     let start = memory.as_ptr().cast::<u8>();
     let skip = start.align_offset(PAGE);
-    let Some(rest) = size_of_val(memory).checked_sub(skip).map(|rest| rest / PAGE * PAGE) else { return };
+    let Some(rest) = size_of_val(memory).checked_sub(skip).map(|rest| rest / PAGE * PAGE) else {
+        return;
+    };
     if rest > 0 {
         // SAFETY: the range lies within the slice, and the advice changes nothing of what it holds.
         unsafe { libc::madvise(start.add(skip).cast_mut().cast(), rest, libc::MADV_HUGEPAGE) };
     }
 }
 
-/// Has the processor fetch memory that is written next: a copy into memory that no cache holds waits for it line by line.
-/// Where there is no such instruction, it does nothing.
+/// Has the processor fetch memory that is written next: a copy into memory that no cache holds
+/// waits for it line by line. Where there is no such instruction, it does nothing.
 pub(crate) fn prefetch_to_write(memory: &mut [u8]) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
         const LINE: usize = 64;
         for line in memory.chunks(LINE) {
-            // SAFETY: a prefetch reads and changes nothing that a program sees, whatever its address.
+            // SAFETY: a prefetch reads and changes nothing that a program sees, whatever its
+            // address.
             unsafe { _mm_prefetch::<_MM_HINT_ET0>(line.as_ptr().cast()) };
         }
     }
@@ -72,8 +78,8 @@ pub(crate) fn prefetch_to_write(memory: &mut [u8]) {
     let _ = memory;
 }
 
-/// Has the allocator keep some megabytes of what is freed. By itself it gives a buffer of a segment back to the system at once,
-/// and to get the next one, page by page, takes longer than to read it.
+/// Has the allocator keep some megabytes of what is freed. By itself it gives a buffer of a segment
+/// back to the system at once, and to get the next one, page by page, takes longer than to read it.
 pub(crate) fn keep_freed_memory() {
     #[cfg(target_env = "gnu")]
     {
@@ -89,7 +95,8 @@ pub(crate) fn keep_freed_memory() {
     }
 }
 
-/// Locks a file for as long as it is open, `exclusive`ly or shared with other readers. Does not wait.
+/// Locks a file for as long as it is open, `exclusive`ly or shared with other readers. Does not
+/// wait.
 pub(crate) fn lock(file: &File, exclusive: bool) -> nix::Result<()> {
     let kind = if exclusive { libc::LOCK_EX } else { libc::LOCK_SH };
     // SAFETY: the call takes two integers and touches no memory of ours.
@@ -102,7 +109,13 @@ pub(crate) fn direct_io_alignment(file: &File) -> Option<u32> {
     let mut stat: libc::statx = unsafe { std::mem::zeroed() };
     // SAFETY: the call fills the live struct that it is given; the empty path is NUL-terminated.
     let done = unsafe {
-        libc::statx(file.as_raw_fd(), c"".as_ptr(), libc::AT_EMPTY_PATH, libc::STATX_DIOALIGN, &raw mut stat)
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut stat,
+        )
     };
     (done == 0 && stat.stx_mask & libc::STATX_DIOALIGN != 0).then_some(stat.stx_dio_offset_align)
 }
@@ -165,7 +178,9 @@ pub(crate) fn loop_configure(device: &OwnedFd, file: &File, block_size: u32) -> 
     let config = loop_ioctl::Config {
         fd: u32::try_from(file.as_raw_fd()).map_err(|_| Errno::EBADF)?,
         block_size,
-        info: loop_ioctl::Info::with_flags(loop_ioctl::LO_FLAGS_AUTOCLEAR | loop_ioctl::LO_FLAGS_DIRECT_IO),
+        info: loop_ioctl::Info::with_flags(
+            loop_ioctl::LO_FLAGS_AUTOCLEAR | loop_ioctl::LO_FLAGS_DIRECT_IO,
+        ),
         reserved: [0; 8],
     };
     // SAFETY: the call reads a live struct of the layout that the kernel expects.
@@ -192,7 +207,8 @@ pub(crate) fn loop_clear(device: &OwnedFd) -> nix::Result<()> {
     Ok(())
 }
 
-/// Tells the kernel that this thread, and those that it starts, serve I/O that memory reclaim may wait for.
+/// Tells the kernel that this thread, and those that it starts, serve I/O that memory reclaim may
+/// wait for.
 pub(crate) fn set_io_flusher() -> nix::Result<()> {
     const PR_SET_IO_FLUSHER: libc::c_int = 57;
     const PR_GET_IO_FLUSHER: libc::c_int = 58;

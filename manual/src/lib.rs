@@ -1,5 +1,5 @@
-//! The manual and the shell completions, made from the command lines that the programs parse, and from what is written
-//! about them in this folder.
+//! The manual and the shell completions, made from the command lines that the programs parse, and
+//! from what is written about them in this folder.
 
 mod page;
 
@@ -72,7 +72,8 @@ pub fn write(folder: &Path) -> Result<()> {
     put(&folder.join("man/man7/wb.7"), include_bytes!("wb.7"))
 }
 
-/// A completion for bash that also knows the option before an `=`, which is a word of its own to bash.
+/// A completion for bash that also knows the option before an `=`, which is a word of its own to
+/// bash.
 fn behind_equals(text: String) -> Result<String> {
     const PREVIOUS: &str = "    prev=\"$3\"\n";
     const BEHIND: &str = "    [[ \"$prev\" == \"=\" ]] && prev=\"${COMP_WORDS[COMP_CWORD-2]}\"\n";

@@ -22,7 +22,8 @@ pub(super) fn page(program: &Program) -> Result<Vec<u8>> {
         writeln!(page, ".SH COMMANDS")?;
         writeln!(
             page,
-            "Every command also has \\fB\\-\\-help\\fR, as the program itself does, which has \\fB\\-\\-version\\fR, too."
+            "Every command also has \\fB\\-\\-help\\fR, as the program itself does, which has \
+             \\fB\\-\\-version\\fR, too."
         )?;
         for verb in verbs {
             page.extend(section(verb)?);
@@ -62,7 +63,8 @@ fn section(verb: &Command) -> Result<Vec<u8>> {
     Ok(section)
 }
 
-/// How it is called, in the words of its help: those of clap_mangen leave out the values of options.
+/// How it is called, in the words of its help: those of clap_mangen leave out the values of
+/// options.
 fn usage(command: &Command) -> String {
     let usage = command.clone().render_usage().to_string();
     let usage = usage.trim_start_matches("Usage:").trim_start();

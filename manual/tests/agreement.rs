@@ -1,5 +1,5 @@
-//! Help, man pages and completions come from the same command lines, render without warnings, and what is written beside
-//! them speaks of commands and options that there are.
+//! Help, man pages and completions come from the same command lines, render without warnings, and
+//! what is written beside them speaks of commands and options that there are.
 
 use clap_complete::Shell;
 use manual::{Program, SHELLS, completion, programs, with_verbs};
@@ -18,7 +18,8 @@ fn written() -> TempDir {
 fn pages(folder: &TempDir) -> Vec<PathBuf> {
     let mut pages = vec![PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../man/wb.5"))];
     for section in ["man7", "man8"] {
-        let found = fs::read_dir(folder.path().join("man").join(section)).expect("a folder to write to");
+        let found =
+            fs::read_dir(folder.path().join("man").join(section)).expect("a folder to write to");
         pages.extend(found.map(|entry| entry.expect("a folder to write to").path()));
     }
     pages
@@ -39,7 +40,10 @@ fn every_page_renders_without_warnings() {
     let pages = pages(&folder);
     assert_eq!(pages.len(), 6, "{pages:?}");
     for page in pages {
-        let groff = Command::new("groff").args(["-man", "-Tutf8", "-Kutf8", "-ww", "-z"]).arg(&page).output();
+        let groff = Command::new("groff")
+            .args(["-man", "-Tutf8", "-Kutf8", "-ww", "-z"])
+            .arg(&page)
+            .output();
         let output = groff.expect("groff, of the package groff-base");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && said.is_empty(), "{}: {said}", page.display());
@@ -52,9 +56,11 @@ fn each_command_and_option_is_in_help_page_and_completions() {
     for program in programs() {
         let name = program.command.get_name();
         let page = fs::read_to_string(folder.path().join(format!("man/man8/{name}.8"))).unwrap();
-        let page = page.replace("\\-", "-").replace("\\fR", "").replace("\\fB", "").replace("\\fI", "");
-        let completions = SHELLS
-            .map(|shell| (shell, fs::read_to_string(folder.path().join(completion(shell, name))).unwrap()));
+        let page =
+            page.replace("\\-", "-").replace("\\fR", "").replace("\\fB", "").replace("\\fI", "");
+        let completions = SHELLS.map(|shell| {
+            (shell, fs::read_to_string(folder.path().join(completion(shell, name))).unwrap())
+        });
         for verb in with_verbs(&program.command) {
             let help = verb.clone().render_long_help().to_string();
             for argument in verb.get_arguments().filter(|argument| !argument.is_hide_set()) {
@@ -68,7 +74,11 @@ fn each_command_and_option_is_in_help_page_and_completions() {
             }
         }
         for verb in &with_verbs(&program.command)[1..] {
-            assert!(page.contains(&format!(".SS {}\n", verb.get_name())), "{name}(8): {}", verb.get_name());
+            assert!(
+                page.contains(&format!(".SS {}\n", verb.get_name())),
+                "{name}(8): {}",
+                verb.get_name()
+            );
             for (shell, text) in &completions {
                 assert!(text.contains(verb.get_name()), "{name}, {shell}: {}", verb.get_name());
             }
@@ -100,12 +110,13 @@ fn what_is_written_names_commands_and_options_that_there_are() {
             // What is to be typed: "wbctl VERB ...".
             let mut words = line.split_whitespace();
             let name = words.next().unwrap_or_default();
-            let Some(program) = programs.iter().find(|program| program.command.get_name() == name) else {
+            let Some(program) = programs.iter().find(|program| program.command.get_name() == name)
+            else {
                 continue;
             };
             let Some(verb) = words.next() else { continue };
-            let is_known =
-                !program.command.has_subcommands() || program.command.find_subcommand(verb).is_some();
+            let is_known = !program.command.has_subcommands()
+                || program.command.find_subcommand(verb).is_some();
             assert!(is_known, "no such command: {line}");
         }
     }
@@ -116,7 +127,8 @@ fn bash_takes_the_completions() {
     let folder = written();
     for program in programs() {
         let path = folder.path().join(completion(Shell::Bash, program.command.get_name()));
-        let status = Command::new("bash").arg("-n").arg(&path).stdin(Stdio::null()).status().expect("bash");
+        let status =
+            Command::new("bash").arg("-n").arg(&path).stdin(Stdio::null()).status().expect("bash");
         assert!(status.success(), "{}", path.display());
     }
 }
@@ -154,11 +166,18 @@ fn an_option_of_few_values_is_completed_with_them_and_a_device_with_paths() {
         let name = program.command.get_name();
         for shell in SHELLS {
             let text = fs::read_to_string(folder.path().join(completion(shell, name))).unwrap();
-            for argument in with_verbs(&program.command).iter().flat_map(|verb| verb.get_arguments()) {
-                for value in
-                    argument.get_possible_values().iter().filter(|_| argument.get_action().takes_values())
+            for argument in
+                with_verbs(&program.command).iter().flat_map(|verb| verb.get_arguments())
+            {
+                for value in argument
+                    .get_possible_values()
+                    .iter()
+                    .filter(|_| argument.get_action().takes_values())
                 {
-                    assert!(text.contains(value.get_name()), "{name}, {shell}: {argument}, {value:?}");
+                    assert!(
+                        text.contains(value.get_name()),
+                        "{name}, {shell}: {argument}, {value:?}"
+                    );
                 }
             }
         }
@@ -171,13 +190,19 @@ fn a_synopsis_is_the_usage_that_help_shows() {
     for program in programs() {
         let name = program.command.get_name();
         let page = folder.path().join(format!("man/man8/{name}.8"));
-        let groff =
-            Command::new("groff").args(["-man", "-Tascii", "-P-cbou", "-rLL=200n"]).arg(&page).output();
-        let text = String::from_utf8(groff.expect("groff, of the package groff-base").stdout).unwrap();
+        let groff = Command::new("groff")
+            .args(["-man", "-Tascii", "-P-cbou", "-rLL=200n"])
+            .arg(&page)
+            .output();
+        let text =
+            String::from_utf8(groff.expect("groff, of the package groff-base").stdout).unwrap();
         for verb in with_verbs(&program.command) {
             let usage = verb.clone().render_usage().to_string();
             let usage = usage.trim_start_matches("Usage: ");
-            assert!(text.lines().any(|line| line.trim() == usage), "{name}(8) lacks: {usage}\n{text}");
+            assert!(
+                text.lines().any(|line| line.trim() == usage),
+                "{name}(8) lacks: {usage}\n{text}"
+            );
         }
     }
 }
@@ -192,9 +217,9 @@ fn every_tunable_is_in_the_manual() {
 
 #[test]
 fn what_a_power_cut_leaves_is_said_in_the_same_words_everywhere() {
-    let promise = "the volume is the state after some prefix of the acknowledged writes, at or after the last \
-                   acknowledged flush. The unit is the 4 KiB block: an unflushed request of several blocks may be \
-                   cut between two.";
+    let promise = "the volume is the state after some prefix of the acknowledged writes, at or \
+                   after the last acknowledged flush. The unit is the 4 KiB block: an unflushed \
+                   request of several blocks may be cut between two.";
     for (name, text) in [
         ("README.md", include_str!("../../README.md")),
         ("ARCHITECTURE.md", include_str!("../../ARCHITECTURE.md")),

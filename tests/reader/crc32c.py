@@ -9,8 +9,9 @@ for value in range(256):
         value = value >> 1 ^ (POLYNOMIAL if value & 1 else 0)
     TABLE.append(value)
 
-# Multiples of the polynomial that have few terms: x^5685 + x^1362 + x^426 + 1, and so on. With one, all bits of a
-# message above x^5685 are moved down at once, many hundred at a time, which Python does faster than byte by byte.
+# Multiples of the polynomial that have few terms: x^5685 + x^1362 + x^426 + 1, and so on. With one,
+# all bits of a message above x^5685 are moved down at once, many hundred at a time, which Python
+# does faster than byte by byte.
 FOLDS = ((5685, 1362, 426), (1160, 544, 452, 428, 128), (290, 136, 113, 107, 32))
 
 
@@ -38,8 +39,8 @@ def crc32c(data):
     return register(data, 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
-# What each bit of a CRC becomes when a block of zeros follows. The CRC of A and then a block B is that of A, moved past a
-# block of zeros, xor that of B.
+# What each bit of a CRC becomes when a block of zeros follows. The CRC of A and then a block B is
+# that of A, moved past a block of zeros, xor that of B.
 PAST_BLOCK = [register(bytes(BLOCK), 1 << bit) for bit in range(32)]
 
 

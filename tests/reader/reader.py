@@ -26,7 +26,8 @@ PLACES = 127
 LARGEST_ID = 1 << 56
 LAST_SANE_ID = 1 << 55
 
-# --- Layout ----------------------------------------------------------------------------------------------------------
+# --- Layout
+# ----------------------------------------------------------------------------------------------------------
 
 
 def u32(data, at):
@@ -157,7 +158,8 @@ class Slot:
         return self.device.read(self.offset + BLOCK * (1 + index), BLOCK)
 
 
-# --- Recovery --------------------------------------------------------------------------------------------------------
+# --- Recovery
+# --------------------------------------------------------------------------------------------------------
 
 
 class Device:
@@ -249,7 +251,8 @@ class Log:
                 self.last.add(segment)
         for segment in self.last:
             if segment <= self.durable or highest - segment >= self.window() or segment < modules:
-                # Why it lacks blocks does not matter here; what explains a torn one explains it as well.
+                # Why it lacks blocks does not matter here; what explains a torn one explains it as
+                # well.
                 self.slot_of(segment).kind = "torn"
 
     def window(self):
@@ -301,7 +304,8 @@ class Log:
         return 0 < held < self.start
 
 
-# --- The volume ------------------------------------------------------------------------------------------------------
+# --- The volume
+# ------------------------------------------------------------------------------------------------------
 
 
 def volume(log, backing):

@@ -3,9 +3,10 @@
 use crate::cache_bytes;
 use fastrand::Rng;
 use libwb::format::{
-    BLOCK_BYTES, BlockNo, Commit, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock, RECORD_BLOCK_OFFSET,
-    Reason, Record, SEGMENT_BYTES, SegmentExtension, SegmentHeader, SegmentId, SuperblockExtension, crc32c,
-    encode_header, encode_record_block, encode_superblock_block, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, Commit, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock,
+    RECORD_BLOCK_OFFSET, Reason, Record, SEGMENT_BYTES, SegmentExtension, SegmentHeader, SegmentId,
+    SuperblockExtension, crc32c, encode_header, encode_record_block, encode_superblock_block,
+    to_u64, to_usize,
 };
 use uuid::Uuid;
 
@@ -170,7 +171,8 @@ pub fn devices() -> Vec<(String, Vec<u8>)> {
     let mut all: Vec<(String, Log)> = Vec::new();
     for extended in [false, true] {
         let kind = if extended { "extended" } else { "base format" };
-        let named = damaged(extended).into_iter().map(|(what, log)| (format!("{kind}, {what}"), log));
+        let named =
+            damaged(extended).into_iter().map(|(what, log)| (format!("{kind}, {what}"), log));
         all.extend(named);
     }
     all.extend(with_evidence().into_iter().map(|(what, log)| (what.into(), log)));
@@ -226,7 +228,10 @@ fn with_evidence() -> Vec<(&'static str, Log)> {
         ("rot in the commit before", commits().rot(1, 3)),
         ("an entry of the commit before", commits().flip(1, 512 + 16 * 3)),
         ("an entry of the newest commit", commits().flip(1, 512 + 16 * 19)),
-        ("an address of the newest commit that is no block", commits().fill(1, 512 + 16 * 19, 1, 3)),
+        (
+            "an address of the newest commit that is no block",
+            commits().fill(1, 512 + 16 * 19, 1, 3),
+        ),
         ("two commits after others", later()),
         ("rot in the commit before, after others", later().rot(10, 1)),
         ("rot in the newest commit, after others", later().rot(10, 5)),
@@ -248,7 +253,10 @@ fn with_evidence() -> Vec<(&'static str, Log)> {
             Log::new(16, 16, true).record(3).mark(Some(16)).flip(1, 2),
         ),
         ("a record of the module", new(9).record_with(Record { id: SegmentId(4), digest: None })),
-        ("a record of another cache", new(9).record_with(Record { id: SegmentId(4), digest: Some(4) })),
+        (
+            "a record of another cache",
+            new(9).record_with(Record { id: SegmentId(4), digest: Some(4) }),
+        ),
         ("a record that is damaged", new(9).record(4).rot_record()),
         ("a block that is lost", new(9).lose(5, 2)),
         ("a block that was lost and written anew", new(9).lose(5, 1)),
@@ -264,7 +272,8 @@ fn with_evidence() -> Vec<(&'static str, Log)> {
         ("the module has gone on after an open segment", later().put(11, false)),
         ("segments of another cache", {
             let mut other = new(9);
-            other.extension = Some(SuperblockExtension::new(Uuid::from_u128(8), cache_bytes(SLOTS)));
+            other.extension =
+                Some(SuperblockExtension::new(Uuid::from_u128(8), cache_bytes(SLOTS)));
             other.mark(None).put(10, true)
         }),
         ("one page gone", new(9).pages(1, |page| page.fill(0))),

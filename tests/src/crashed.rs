@@ -73,7 +73,8 @@ impl Course {
     fn open(&self, order: WritebackOrder) -> Cache {
         let runtime = Arc::new(self.simulation.runtime().clone());
         let tunables = Tunables { writeback_order: order, ..Tunables::default() };
-        self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, tunables)).expect("a cache")
+        self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, tunables))
+            .expect("a cache")
     }
 
     fn write(&self, cache: &Cache, sector: u64, sectors: u64) {

@@ -1,10 +1,11 @@
-//! A device that fails for real, below a real daemon: a file in a FUSE mount of the test's own, whose reads, writes and
-//! flushes fail, or are not answered, when the test says so. It needs no device mapper.
+//! A device that fails for real, below a real daemon: a file in a FUSE mount of the test's own,
+//! whose reads, writes and flushes fail, or are not answered, when the test says so. It needs no
+//! device mapper.
 
 use fuser::{
-    BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request,
-    WriteFlags,
+    BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen,
+    ReplyWrite, Request, WriteFlags,
 };
 use libwb::format::{to_u64, to_usize};
 use parking_lot::{Condvar, Mutex};
@@ -216,12 +217,21 @@ impl Filesystem for Files {
         let hangs = move |faults: &Faults| faults.hangs || overlaps(&faults.hanging_writes);
         self.answer(hangs, move |faults| match u32::try_from(data.len()) {
             _ if faults.full => reply.error(fuser::Errno::ENOSPC),
-            Ok(length) if !faults.writes && file.write_all_at(&data, offset).is_ok() => reply.written(length),
+            Ok(length) if !faults.writes && file.write_all_at(&data, offset).is_ok() => {
+                reply.written(length)
+            }
             _ => reply.error(fuser::Errno::EIO),
         });
     }
 
-    fn fsync(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsync(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
         self.answer(
             |faults| faults.hangs,
             |faults| if faults.flushes { reply.error(fuser::Errno::EIO) } else { reply.ok() },

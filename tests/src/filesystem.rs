@@ -1,4 +1,5 @@
-//! Filesystems on a volume: making, mounting and checking them, and a writer whose files can be told to be whole.
+//! Filesystems on a volume: making, mounting and checking them, and a writer whose files can be
+//! told to be whole.
 
 use crate::{LoopDevice, system, volume::Attached};
 use std::fs::File;
@@ -93,7 +94,8 @@ pub fn has_program(name: &str) -> bool {
     system("sh", &["-c", &format!("command -v {name}")]).is_some()
 }
 
-/// A thread that writes files with known content and makes each durable, until it fails or is stopped.
+/// A thread that writes files with known content and makes each durable, until it fails or is
+/// stopped.
 pub struct Writer {
     thread: JoinHandle<()>,
     /// Files that are durable.
@@ -162,13 +164,14 @@ fn content(n: u32) -> Vec<u8> {
 /// When one is not.
 pub fn check_files(dir: &Path, count: u32) {
     for n in 0..count {
-        let found = std::fs::read(file_name(dir, n)).unwrap_or_else(|e| panic!("file {n} of {count}: {e}"));
+        let found =
+            std::fs::read(file_name(dir, n)).unwrap_or_else(|e| panic!("file {n} of {count}: {e}"));
         assert!(found == content(n), "file {n} of {count} is not whole");
     }
 }
 
-/// Runs fio with data that verifies itself: writes in random order, of one sector to 1 MiB, 32 at a time, and reads
-/// it all again.
+/// Runs fio with data that verifies itself: writes in random order, of one sector to 1 MiB, 32 at a
+/// time, and reads it all again.
 ///
 /// # Panics
 /// When it finds a difference.

@@ -23,8 +23,8 @@ use std::sync::Arc;
 /// Three sectors are written here.
 const WRITTEN: Sector = Sector(13);
 
-/// Any bytes as a recipe of a cache device: all that the programs read of it is read, without panic and without
-/// end.
+/// Any bytes as a recipe of a cache device: all that the programs read of it is read, without panic
+/// and without end.
 ///
 /// # Panics
 /// When that does not hold.
@@ -55,15 +55,17 @@ pub fn read_everything(image: Vec<u8>) {
         };
         let recovery = recover(&superblock.or_no_record(), &states);
         assert!(recovery.live_count() <= geometry.lap());
-        block_on(live_totals(&device, geometry, &recovery, Some(32768))).expect("live segments are there");
+        block_on(live_totals(&device, geometry, &recovery, Some(32768)))
+            .expect("live segments are there");
         for version in history.into_versions() {
-            block_on(read_version(&device, geometry, &version)).expect("versions lie on the device");
+            block_on(read_version(&device, geometry, &version))
+                .expect("versions lie on the device");
         }
     }
 }
 
-/// Any bytes as a recipe of a cache device, which the engine opens. Where all that is wrong with it is a bit of a crashed
-/// cache, that loses nothing in silence that the device can prove.
+/// Any bytes as a recipe of a cache device, which the engine opens. Where all that is wrong with it
+/// is a bit of a crashed cache, that loses nothing in silence that the device can prove.
 ///
 /// # Panics
 /// When that does not hold; and as [`serve`].
@@ -75,12 +77,17 @@ pub fn recovery(bytes: &[u8]) {
     {
         let (cache, backing) = (crashed.cache.clone(), crashed.backing.clone());
         let outcome = Subject::new(cache, backing, recover).expect("a sound log").judge(at, bit);
-        assert!(!matches!(outcome, Outcome::Wrong(_)), "{}, byte {at}, bit {bit}: {outcome:?}", crashed.name);
+        assert!(
+            !matches!(outcome, Outcome::Wrong(_)),
+            "{}, byte {at}, bit {bit}: {outcome:?}",
+            crashed.name
+        );
     }
 }
 
-/// Serves an image as the daemon does, if it is fit for that: the volume is what the live segments make of the backing
-/// device, and stays the same over a write, a drain and another start. An image that is refused is left as it was.
+/// Serves an image as the daemon does, if it is fit for that: the volume is what the live segments
+/// make of the backing device, and stays the same over a write, a drain and another start. An image
+/// that is refused is left as it was.
 ///
 /// # Panics
 /// When that does not hold.
@@ -126,8 +133,9 @@ pub fn serve(image: &[u8]) {
     let is_back = |(&block, data): (&BlockNo, &Vec<u8>)| rig.written_back(block)[..] == data[..];
     assert!(!drained || volume.iter().all(is_back), "not what was served");
     let again = rig.open().expect("a cache that was closed in order");
-    let is_same =
-        |(&block, data): (&BlockNo, &Vec<u8>)| rig.read(&again, block).is_some_and(|served| served == *data);
+    let is_same = |(&block, data): (&BlockNo, &Vec<u8>)| {
+        rig.read(&again, block).is_some_and(|served| served == *data)
+    };
     assert!(volume.iter().all(is_same), "not what was served before");
 }
 
@@ -144,11 +152,16 @@ impl Rig {
 
     fn open(&self) -> Result<Cache, CacheError> {
         let runtime = Arc::new(self.simulation.runtime().clone());
-        self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, Tunables::default()))
+        self.run(Cache::open(
+            self.cache.clone(),
+            self.backing.clone(),
+            runtime,
+            Tunables::default(),
+        ))
     }
 
-    /// What the live segments, applied in order, make of the backing device: of all blocks that any header names, and
-    /// the one that is written later.
+    /// What the live segments, applied in order, make of the backing device: of all blocks that any
+    /// header names, and the one that is written later.
     fn applied(&self) -> BTreeMap<BlockNo, Vec<u8>> {
         let device: Device = self.cache.clone();
         let mut volume = BTreeMap::from([(WRITTEN.block(), vec![0; BLOCK_BYTES])]);
@@ -157,7 +170,11 @@ impl Rig {
         // As the engine does: rot in old data is left to whoever reads it.
         let mut headers = HashMap::new();
         let states = block_on(scan_trusting(&device, &superblock, |slot, content| {
-            let named = content.header.iter().flat_map(|header| &header.metablocks).map(|entry| entry.block);
+            let named = content
+                .header
+                .iter()
+                .flat_map(|header| &header.metablocks)
+                .map(|entry| entry.block);
             let inside = named.filter(|block| block.0 < VOLUME_BYTES / to_u64(BLOCK_BYTES));
             volume.extend(inside.map(|block| (block, vec![0; BLOCK_BYTES])));
             headers.insert(slot, content.header.clone());
@@ -166,7 +183,8 @@ impl Rig {
             let header = headers[&slot].as_ref().expect("a live segment");
             for (index, entry) in (0..).zip(&header.metablocks) {
                 let place = geometry.place_offset(Place { slot, index });
-                let data = block_on(device.read(place, IoBuf::zeroed(BLOCK_BYTES))).expect("a block inside");
+                let data = block_on(device.read(place, IoBuf::zeroed(BLOCK_BYTES)))
+                    .expect("a block inside");
                 let Some(block) = volume.get_mut(&entry.block) else { continue };
                 for (first, count) in entry.dirty.runs() {
                     let sectors = first * SECTOR_BYTES..(first + count) * SECTOR_BYTES;
@@ -185,11 +203,13 @@ impl Rig {
 
     /// A block of the backing device.
     fn written_back(&self, block: BlockNo) -> IoBuf {
-        block_on(self.backing.read(block.bytes(), IoBuf::zeroed(BLOCK_BYTES))).expect("a block inside")
+        block_on(self.backing.read(block.bytes(), IoBuf::zeroed(BLOCK_BYTES)))
+            .expect("a block inside")
     }
 }
 
-/// Any bytes as what a client sends to the control socket: one reply, whatever it was; and as what a daemon replies.
+/// Any bytes as what a client sends to the control socket: one reply, whatever it was; and as what
+/// a daemon replies.
 ///
 /// # Panics
 /// When that does not hold.
@@ -197,7 +217,10 @@ pub fn control(bytes: &[u8]) {
     let _ = serde_json::from_slice::<Reply>(bytes);
     let (mut client, daemon) = UnixStream::pair().expect("two sockets");
     let asked = RefCell::new(None);
-    client.write_all(bytes).and_then(|()| client.shutdown(Shutdown::Write)).expect("room for a request");
+    client
+        .write_all(bytes)
+        .and_then(|()| client.shutdown(Shutdown::Write))
+        .expect("room for a request");
     answer(daemon, &|request, replies| {
         asked.replace(Some(request));
         replies.send(&Reply::Done).expect("a client");

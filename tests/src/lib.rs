@@ -4,8 +4,8 @@
 
 use libwb::device::IoBuf;
 use libwb::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, SUPERBLOCK_REGION_BYTES, SegmentId, encode_header,
-    to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, SUPERBLOCK_REGION_BYTES, SegmentId,
+    encode_header, to_u64, to_usize,
 };
 use sha2::{Digest, Sha256};
 use std::fs::{File, OpenOptions};
@@ -51,8 +51,8 @@ pub const GOLDEN: [&str; 9] = [
 /// The number of a user and a group that own nothing.
 pub const NOBODY: u32 = 65534;
 
-/// Ends the test as skipped: prints `SKIPPED test-name: reason` on standard error, and appends that line to the
-/// file that `WB_SKIP_LOG` names.
+/// Ends the test as skipped: prints `SKIPPED test-name: reason` on standard error, and appends that
+/// line to the file that `WB_SKIP_LOG` names.
 #[macro_export]
 macro_rules! skip {
     ($($reason:tt)*) => {{
@@ -68,13 +68,17 @@ pub fn note_skip(reason: &str) {
     // The handle, unlike eprint!, is not captured by the test runner.
     let _ = std::io::stderr().write_all(line.as_bytes());
     if let Some(log) = std::env::var_os("WB_SKIP_LOG") {
-        let mut log =
-            OpenOptions::new().append(true).create(true).open(log).expect("the file in WB_SKIP_LOG");
+        let mut log = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(log)
+            .expect("the file in WB_SKIP_LOG");
         log.write_all(line.as_bytes()).expect("writing to the file in WB_SKIP_LOG");
     }
 }
 
-/// Ends the test as skipped unless volumes can be served here and the programs that are named are there.
+/// Ends the test as skipped unless volumes can be served here and the programs that are named are
+/// there.
 #[macro_export]
 macro_rules! needs_serving {
     ($($program:expr),* $(,)?) => {
@@ -89,7 +93,8 @@ pub fn what_is_missing(programs: &[&str]) -> Option<String> {
     if !nix::unistd::geteuid().is_root() {
         return Some("needs root".into());
     }
-    let device = ["/dev/fuse", "/dev/loop-control"].into_iter().find(|path| File::open(path).is_err());
+    let device =
+        ["/dev/fuse", "/dev/loop-control"].into_iter().find(|path| File::open(path).is_err());
     let program = programs.iter().find(|program| !has_program(program));
     device.or(program.copied()).map(|missing| format!("needs {missing}"))
 }
@@ -100,7 +105,10 @@ pub fn how_to_repeat() -> String {
     let file = exe.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let target = file.rsplit_once('-').map_or(file.as_str(), |(target, _hash)| target);
     let thread = std::thread::current();
-    format!("cargo test -p wb-tests --test {target} {} -- --exact --nocapture", thread.name().unwrap_or(""))
+    format!(
+        "cargo test -p wb-tests --test {target} {} -- --exact --nocapture",
+        thread.name().unwrap_or("")
+    )
 }
 
 /// Waits until something is so; false when it has not become so within [`PATIENCE`].
@@ -115,8 +123,8 @@ pub fn wait_for(mut so: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// The path of one of the workspace's programs, which `cargo test --workspace` and `cargo build --workspace` put beside
-/// the test programs. Testing this package alone does not build them again.
+/// The path of one of the workspace's programs, which `cargo test --workspace` and `cargo build
+/// --workspace` put beside the test programs. Testing this package alone does not build them again.
 ///
 /// # Panics
 /// When it has not been built.
@@ -128,7 +136,8 @@ pub fn bin(name: &str) -> PathBuf {
     program
 }
 
-/// A file of the folder `dist`, with each program where the workspace has built it instead of where it is installed.
+/// A file of the folder `dist`, with each program where the workspace has built it instead of where
+/// it is installed.
 ///
 /// # Panics
 /// When it does not name the program.
@@ -197,7 +206,8 @@ pub fn run<A: AsRef<std::ffi::OsStr>>(program: &str, args: impl IntoIterator<Ite
     Outcome::of(command)
 }
 
-/// Runs one of the programs to its end, as [`run`], with arguments that may be texts or references to paths.
+/// Runs one of the programs to its end, as [`run`], with arguments that may be texts or references
+/// to paths.
 #[macro_export]
 macro_rules! wb {
     ($program:expr $(, $arg:expr)* $(,)?) => {
@@ -205,8 +215,9 @@ macro_rules! wb {
     };
 }
 
-/// The command `wbctl` of a volume, to be run by an ordinary user who owns nothing, or by who runs the test if that is not root.
-/// Where only root can get at the program, it is a copy of it beside the volume.
+/// The command `wbctl` of a volume, to be run by an ordinary user who owns nothing, or by who runs
+/// the test if that is not root. Where only root can get at the program, it is a copy of it beside
+/// the volume.
 ///
 /// # Panics
 /// When it cannot be copied.
@@ -225,9 +236,12 @@ pub fn as_nobody(volume: &Volume, args: &[&str]) -> Command {
         program = volume.path("wbctl");
         if !program.exists() {
             let linked = std::fs::hard_link(bin("wbctl"), &program);
-            linked.or_else(|_| std::fs::copy(bin("wbctl"), &program).map(drop)).expect("room for a program");
+            linked
+                .or_else(|_| std::fs::copy(bin("wbctl"), &program).map(drop))
+                .expect("room for a program");
         }
-        // A process that another thread has just started may still have the copy open to write, which keeps it from being run.
+        // A process that another thread has just started may still have the copy open to write,
+        // which keeps it from being run.
         assert!(wait_for(|| can_run(&program)), "{} cannot be run by others", program.display());
     }
     let mut command = Command::new(program);
@@ -279,7 +293,10 @@ pub fn golden(name: &str) -> Golden {
 /// # Panics
 /// When it is not there.
 pub fn golden_bytes(name: &str, which: &str) -> Vec<u8> {
-    let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name).join(format!("{which}.zst"));
+    let packed = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("golden")
+        .join(name)
+        .join(format!("{which}.zst"));
     let packed = File::open(&packed).unwrap_or_else(|e| panic!("{}: {e}", packed.display()));
     zstd::stream::decode_all(packed).expect("an image packed with zstd")
 }
@@ -326,7 +343,9 @@ pub fn overwrite(path: &Path, offset: u64, bytes: &[u8]) {
 pub fn flip_bit(path: &Path, offset: u64) {
     let mut file = OpenOptions::new().read(true).write(true).open(path).expect("a file to write");
     let mut byte = [0];
-    file.seek(SeekFrom::Start(offset)).and_then(|_| file.read_exact(&mut byte)).expect("a byte to flip");
+    file.seek(SeekFrom::Start(offset))
+        .and_then(|_| file.read_exact(&mut byte))
+        .expect("a byte to flip");
     file.write_all_at(&[byte[0] ^ 1], offset).expect("writing to a file");
 }
 
@@ -380,7 +399,8 @@ impl LoopDevice {
         LoopDevice::attach_with(&[], file)
     }
 
-    /// Attaches a file, to be read alone. (What `blockdev --setro` does to a loop device stays when it stands on another file.)
+    /// Attaches a file, to be read alone. (What `blockdev --setro` does to a loop device stays when
+    /// it stands on another file.)
     pub fn attach_read_only(file: &Path) -> Option<LoopDevice> {
         LoopDevice::attach_with(&["--read-only"], file)
     }
@@ -430,8 +450,11 @@ pub fn golden_volume_sha256(name: &str) -> String {
 /// # Panics
 /// When it cannot be read.
 pub fn sha256_direct(device: &Path) -> String {
-    let mut file =
-        OpenOptions::new().read(true).custom_flags(nix::libc::O_DIRECT).open(device).expect("a device");
+    let mut file = OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_DIRECT)
+        .open(device)
+        .expect("a device");
     let mut hasher = Sha256::new();
     let mut buf = IoBuf::zeroed(1 << 20);
     loop {

@@ -1,4 +1,5 @@
-//! What recovery makes of a cache device: whether it refuses it, and which version of each block counts.
+//! What recovery makes of a cache device: whether it refuses it, and which version of each block
+//! counts.
 
 use futures_lite::future::block_on;
 use libwb::device::{Device, IoBuf};
@@ -54,7 +55,8 @@ impl Outlook {
     /// # Errors
     /// When that refuses it; says why.
     pub fn of(device: &Device, reading: Reading) -> Result<Outlook, String> {
-        let superblock = block_on(read_superblock(device, Use::Write)).map_err(|e| e.to_string())?;
+        let superblock =
+            block_on(read_superblock(device, Use::Write)).map_err(|e| e.to_string())?;
         Outlook::with(device, &superblock, reading, recover)
     }
 
@@ -99,8 +101,8 @@ impl Outlook {
         Ok(Outlook { recovery, blocks, live, slots, geometry })
     }
 
-    /// A block of the volume as the engine serves it; none where it refuses that, for the data is not what was
-    /// written.
+    /// A block of the volume as the engine serves it; none where it refuses that, for the data is
+    /// not what was written.
     ///
     /// # Panics
     /// When the block lies outside.
@@ -123,7 +125,8 @@ impl Outlook {
 
     fn data(&self, cache: &Device, place: Place, crc: Option<u32>) -> Option<IoBuf> {
         let at = self.geometry.place_offset(place);
-        let data = block_on(cache.read(at, IoBuf::zeroed(BLOCK_BYTES))).expect("a place on the device");
+        let data =
+            block_on(cache.read(at, IoBuf::zeroed(BLOCK_BYTES))).expect("a place on the device");
         crc.is_none_or(|crc| crc == crc32c(&data)).then_some(data)
     }
 }

@@ -1,4 +1,5 @@
-//! Images of cache devices, sound and damaged, in a form so short that a fuzzer can change it byte by byte.
+//! Images of cache devices, sound and damaged, in a form so short that a fuzzer can change it byte
+//! by byte.
 
 use crate::crashed::{CRASHED, Crashed};
 use crate::{GOLDEN, cache_bytes, golden_bytes, noise};
@@ -6,8 +7,8 @@ use libwb::cache::{Cache, Tunables};
 use libwb::device::sim::Simulation;
 use libwb::device::{Device, MemDevice};
 use libwb::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, HEADER_CHECKSUM_START, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
-    SuperblockExtension, crc32c, to_usize,
+    BLOCK_BYTES, EXTENSION_OFFSETS, HEADER_CHECKSUM_START, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES,
+    Sector, SuperblockExtension, crc32c, to_usize,
 };
 use libwb::log::create::create;
 use std::sync::{Arc, LazyLock};
@@ -15,7 +16,8 @@ use uuid::Uuid;
 
 /// Size of the volumes that the images belong to.
 pub const VOLUME_BYTES: u64 = 16 << 20;
-/// Images that a recipe may start from: the golden ones, an empty one, two that wb wrote, and those of crashed caches.
+/// Images that a recipe may start from: the golden ones, an empty one, two that wb wrote, and those
+/// of crashed caches.
 pub const BASES: usize = GOLDEN.len() + 3 + CRASHED_BASES;
 /// So many of [`CRASHED`], whose segments are small.
 pub const CRASHED_BASES: usize = 4;
@@ -127,7 +129,9 @@ impl Change {
             2 => Change::ResealPage { second: take(1)?[0] % 2 == 1 },
             3 => Change::Copy { from: take(1)?[0], to: take(1)?[0] },
             4 => Change::Cut { sectors: u16::from_le_bytes(take(2)?.try_into().ok()?) },
-            _ => Change::Flip { at: u32::from_le_bytes(take(4)?.try_into().ok()?), bit: take(1)?[0] },
+            _ => {
+                Change::Flip { at: u32::from_le_bytes(take(4)?.try_into().ok()?), bit: take(1)?[0] }
+            }
         })
     }
 
@@ -233,7 +237,8 @@ static IMAGES: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
         .collect()
 });
 
-/// A small cache device as wb leaves it: with the extension or without, and after writes, closed in order or not.
+/// A small cache device as wb leaves it: with the extension or without, and after writes, closed in
+/// order or not.
 fn written_by_wb(extended: bool, closed: Option<bool>) -> Vec<u8> {
     let size = cache_bytes(SEGMENTS);
     let memory = Arc::new(MemDevice::new("cache", size));
@@ -245,7 +250,8 @@ fn written_by_wb(extended: bool, closed: Option<bool>) -> Vec<u8> {
     let work = async {
         create(&device, extension.as_ref(), |_| ()).await.expect("a cache");
         let Some(closed) = closed else { return };
-        let cache = Cache::open(device, backing, runtime, Tunables::default()).await.expect("a cache");
+        let cache =
+            Cache::open(device, backing, runtime, Tunables::default()).await.expect("a cache");
         // Blocks written whole and in part, over and over, for more than a lap.
         for round in 0..9 {
             for nth in 0..20 {
@@ -268,7 +274,8 @@ pub fn seeds() -> Vec<Recipe> {
     let region = u32::try_from(SUPERBLOCK_REGION_BYTES).unwrap_or_default();
     let segment = u32::try_from(SEGMENT_BYTES).unwrap_or_default();
     let write = |at, bytes: &[u8]| Change::Write { at, bytes: bytes.to_vec() };
-    let in_slot = |slot: u8, at, bytes: &[u8]| write(region + u32::from(slot) * segment + at, bytes);
+    let in_slot =
+        |slot: u8, at, bytes: &[u8]| write(region + u32::from(slot) * segment + at, bytes);
     let seal = |slot| Change::Reseal { slot, blocks: false };
     let mut seeds = Vec::new();
     for base in (0u8..).take(BASES) {
@@ -300,17 +307,20 @@ pub fn seeds() -> Vec<Recipe> {
     seeds
 }
 
-/// A byte of each field: of the newest segment and its first and last entry and block, of those in the first two slots, of
-/// the record, and of a page. The offsets stand in wb(5).
+/// A byte of each field: of the newest segment and its first and last entry and block, of those in
+/// the first two slots, of the record, and of a page. The offsets stand in wb(5).
 fn flips(image: &[u8]) -> Vec<u32> {
     const HEADER: [usize; 17] = [0, 7, 8, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 57, 60, 64, 200];
     const ENTRY: [usize; 4] = [0, 8, 9, 12];
     const RECORD: [usize; 5] = [0, 8, 16, 20, 30];
     const PAGE: [usize; 12] = [0, 8, 16, 20, 28, 32, 48, 64, 128, 200, 300, 4092];
-    let id = |slot: &u8| u64::from_le_bytes(image[slot_range(*slot)][..8].try_into().unwrap_or_default());
+    let id = |slot: &u8| {
+        u64::from_le_bytes(image[slot_range(*slot)][..8].try_into().unwrap_or_default())
+    };
     let slots = (0u8..).take(SEGMENTS as usize);
     let newest = slots.max_by_key(id).unwrap_or_default();
-    let mut flips: Vec<usize> = RECORD.map(|at| to_usize(SUPERBLOCK_REGION_BYTES) - 512 + at).to_vec();
+    let mut flips: Vec<usize> =
+        RECORD.map(|at| to_usize(SUPERBLOCK_REGION_BYTES) - 512 + at).to_vec();
     flips.extend(PAGE.map(|at| to_usize(EXTENSION_OFFSETS[1]) + at));
     for slot in [0, 1, newest] {
         let start = slot_range(slot).start;
@@ -345,7 +355,10 @@ mod tests {
                 let mut again = image[slot_range(slot)].to_vec();
                 reseal(&mut again, false);
                 // An empty slot has no checksum.
-                assert!(again[..8] == [0; 8] || again == image[slot_range(slot)], "image {at}, slot {slot}");
+                assert!(
+                    again[..8] == [0; 8] || again == image[slot_range(slot)],
+                    "image {at}, slot {slot}"
+                );
             }
         }
     }

@@ -4,9 +4,9 @@ use crate::outlook::{Outlook, Reading, Recover};
 use futures_lite::future::block_on;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, FirstSector, Geometry, Place, RECORD_BLOCK_OFFSET, SECTOR_BYTES,
-    SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentId, Slot, SuperblockExtension, decode_record, to_u64,
-    to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, FirstSector, Geometry, Place, RECORD_BLOCK_OFFSET,
+    SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentId, Slot, SuperblockExtension,
+    decode_record, to_u64, to_usize,
 };
 use libwb::log::Use;
 use libwb::log::scan::{Superblock, read_superblock};
@@ -20,8 +20,8 @@ pub enum Outcome {
     Whole,
     /// The cache is refused, or blocks of it when they are read.
     Refused,
-    /// Blocks have fallen back, in silence, to what they were before: all that nothing on the device proves was durable,
-    /// or the end of that.
+    /// Blocks have fallen back, in silence, to what they were before: all that nothing on the
+    /// device proves was durable, or the end of that.
     UnprovenLost,
     /// Anything else.
     Wrong(String),
@@ -58,7 +58,8 @@ impl Subject {
     pub fn new(image: Vec<u8>, mut backing: Vec<u8>, recover: Recover) -> Result<Subject, String> {
         backing.resize(backing.len().next_multiple_of(BLOCK_BYTES), 0);
         let device: Device = Arc::new(MemDevice::with_content("cache", image.clone()));
-        let superblock = block_on(read_superblock(&device, Use::Write)).map_err(|e| e.to_string())?;
+        let superblock =
+            block_on(read_superblock(&device, Use::Write)).map_err(|e| e.to_string())?;
         let outlook = Outlook::with(&device, &superblock, Reading::Trusting, recover)?;
         if outlook.blocks.keys().any(|block| block.bytes() >= to_u64(backing.len())) {
             return Err("data beyond the end of the backing device".into());
@@ -94,7 +95,9 @@ impl Subject {
     /// Whether the superblock record proves itself.
     pub fn has_proved_record(&self) -> bool {
         let block = self.image[to_usize(RECORD_BLOCK_OFFSET)..].first_chunk();
-        block.and_then(|block| decode_record(block).ok()).is_some_and(|record| record.digest.is_some())
+        block
+            .and_then(|block| decode_record(block).ok())
+            .is_some_and(|record| record.digest.is_some())
     }
 
     /// The device, in which a bit is flipped while one is judged.
@@ -111,7 +114,8 @@ impl Subject {
         self.volume.get(&block).map_or_else(backing, Vec::as_slice)
     }
 
-    /// The first sector of the header in a slot, if its own CRC proves that it was written for this cache, and there.
+    /// The first sector of the header in a slot, if its own CRC proves that it was written for this
+    /// cache, and there.
     pub fn header(&self, slot: Slot) -> Option<FirstSector> {
         let at = to_usize(self.superblock.geometry.slot_offset(slot));
         let header = FirstSector::decode(self.image[at..].first_chunk()?).ok()?;
@@ -120,16 +124,19 @@ impl Subject {
         (is_ours && self.superblock.geometry.slot_of(header.id) == slot).then_some(header)
     }
 
-    /// Lists the entries of live segments, and counts those that some header or the clean mark proves.
+    /// Lists the entries of live segments, and counts those that some header or the clean mark
+    /// proves.
     fn read_log(&mut self) {
         let geometry = self.superblock.geometry;
-        let mut durable = self.superblock.extension.as_ref().and_then(|page| page.clean).unwrap_or_default();
+        let mut durable =
+            self.superblock.extension.as_ref().and_then(|page| page.clean).unwrap_or_default();
         for header in geometry.all_slots().filter_map(|slot| self.header(slot)) {
             let claim = header.extension.map(|extension| extension.durable).unwrap_or_default();
             durable = durable.max(if claim < header.id { claim } else { SegmentId::NONE });
         }
         for header in &self.outlook.live {
-            let before = header.extension.and_then(|extension| extension.before).map_or(0, |it| it.length);
+            let before =
+                header.extension.and_then(|extension| extension.before).map_or(0, |it| it.length);
             for (index, entry) in (0..).zip(&header.metablocks) {
                 let place = Place { slot: geometry.slot_of(header.id), index };
                 self.entries.push(Entry { place, block: entry.block, dirty: entry.dirty });
@@ -154,7 +161,8 @@ impl Subject {
     /// When it lies outside.
     pub fn flip(&self, at: u64, bit: u8) {
         let sector = at - at % to_u64(SECTOR_BYTES);
-        let mut data = block_on(self.device.read(sector, IoBuf::zeroed(SECTOR_BYTES))).expect("a sector");
+        let mut data =
+            block_on(self.device.read(sector, IoBuf::zeroed(SECTOR_BYTES))).expect("a sector");
         data[to_usize(at - sector)] ^= 1 << bit;
         block_on(self.device.write(sector, data.into())).expect("a sector");
     }
@@ -169,7 +177,9 @@ impl Subject {
         }
         let is_outside = |block: &BlockNo| block.bytes() >= to_u64(self.backing.len());
         match Outlook::with(&self.device, &superblock, Reading::Trusting, self.recover) {
-            Ok(found) if !found.blocks.keys().any(is_outside) => self.compare(&found, self.place_of(at)),
+            Ok(found) if !found.blocks.keys().any(is_outside) => {
+                self.compare(&found, self.place_of(at))
+            }
             _ => Outcome::Refused,
         }
     }
@@ -178,7 +188,10 @@ impl Subject {
     fn place_of(&self, at: u64) -> Option<Place> {
         let at = to_usize(at.checked_sub(SUPERBLOCK_REGION_BYTES)?);
         let block = (at % SEGMENT_BYTES / BLOCK_BYTES).checked_sub(1)?;
-        Some(Place { slot: Slot(u32::try_from(at / SEGMENT_BYTES).ok()?), index: u8::try_from(block).ok()? })
+        Some(Place {
+            slot: Slot(u32::try_from(at / SEGMENT_BYTES).ok()?),
+            index: u8::try_from(block).ok()?,
+        })
     }
 
     fn compare(&self, found: &Outlook, touched: Option<Place>) -> Outcome {
@@ -197,13 +210,16 @@ impl Subject {
             .chain(unproven)
             .map(|block| (block, found.read(&self.device, &self.backing, block)))
             .collect();
-        let is_lost =
-            |block: &&BlockNo| served[*block].as_ref().is_some_and(|data| data != self.block(**block));
+        let is_lost = |block: &&BlockNo| {
+            served[*block].as_ref().is_some_and(|data| data != self.block(**block))
+        };
         let lost: Vec<_> = suspects.iter().filter(is_lost).collect();
         match lost.first() {
             None if served.values().any(Option::is_none) => Outcome::Refused,
             None => Outcome::Whole,
-            Some(_) if (self.proven..=self.entries.len()).any(|cut| self.is_state(cut, &served)) => {
+            Some(_)
+                if (self.proven..=self.entries.len()).any(|cut| self.is_state(cut, &served)) =>
+            {
                 Outcome::UnprovenLost
             }
             Some(first) => Outcome::Wrong(format!(
@@ -217,7 +233,9 @@ impl Subject {
 
     /// Whether these blocks are what they were when the log had come to so many entries.
     fn is_state(&self, cut: usize, served: &BTreeMap<BlockNo, Option<Vec<u8>>>) -> bool {
-        served.iter().all(|(&block, data)| data.as_ref().is_none_or(|data| *data == self.state(cut, block)))
+        served
+            .iter()
+            .all(|(&block, data)| data.as_ref().is_none_or(|data| *data == self.state(cut, block)))
     }
 
     fn state(&self, cut: usize, block: BlockNo) -> Vec<u8> {

@@ -1,6 +1,9 @@
-//! A volume of a test's own: its devices, configuration and run folders, and the daemon that serves it.
+//! A volume of a test's own: its devices, configuration and run folders, and the daemon that serves
+//! it.
 
-use crate::{Outcome, bin, flip_bit, golden, noise, overwrite, segment_offset, sha256, wait_for, zeros};
+use crate::{
+    Outcome, bin, flip_bit, golden, noise, overwrite, segment_offset, sha256, wait_for, zeros,
+};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::File;
@@ -16,8 +19,8 @@ use tempfile::TempDir;
 /// Against hanging only: nothing that is waited for should take a tenth of it.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A volume: a cache device and a backing device, both files, and the folders that wbctl keeps its own files in. Its
-/// name is unique on this machine. All files go away with this value.
+/// A volume: a cache device and a backing device, both files, and the folders that wbctl keeps its
+/// own files in. Its name is unique on this machine. All files go away with this value.
 pub struct Volume {
     /// The volume's name.
     pub name: String,
@@ -32,7 +35,10 @@ pub struct Volume {
 }
 
 impl Volume {
-    fn with(cache: impl FnOnce(&TempDir) -> PathBuf, backing: impl FnOnce(&TempDir) -> PathBuf) -> Volume {
+    fn with(
+        cache: impl FnOnce(&TempDir) -> PathBuf,
+        backing: impl FnOnce(&TempDir) -> PathBuf,
+    ) -> Volume {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let dir = TempDir::with_prefix("wb-test-").expect("a temporary folder");
         let name = format!("test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::SeqCst));
@@ -48,7 +54,8 @@ impl Volume {
         )
     }
 
-    /// A new volume, made by `wbctl create`, though its cache may be larger than its backing device.
+    /// A new volume, made by `wbctl create`, though its cache may be larger than its backing
+    /// device.
     ///
     /// # Panics
     /// When wbctl fails.
@@ -59,8 +66,8 @@ impl Volume {
         volume
     }
 
-    /// A new volume of at least 3 MiB whose daemon was killed with dirty data in the cache, of which the header of a
-    /// segment is rotten.
+    /// A new volume of at least 3 MiB whose daemon was killed with dirty data in the cache, of
+    /// which the header of a segment is rotten.
     ///
     /// # Panics
     /// When it cannot be made.
@@ -123,7 +130,8 @@ impl Volume {
     /// # Panics
     /// When a path is not UTF-8.
     pub fn pair(&self) -> [&str; 4] {
-        let [cache, backing] = [&self.cache, &self.backing].map(|path| path.to_str().expect("UTF-8"));
+        let [cache, backing] =
+            [&self.cache, &self.backing].map(|path| path.to_str().expect("UTF-8"));
         ["--cache", cache, "--backing", backing]
     }
 
@@ -205,10 +213,15 @@ impl Volume {
     /// # Panics
     /// When it does not get ready.
     pub fn start_with(&self, mut command: Command, stderr: Stdio) -> Attached<'_> {
-        let mut child =
-            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(stderr).spawn().expect("wbctl");
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(stderr)
+            .spawn()
+            .expect("wbctl");
         let stdout = child.stdout.take().expect("a pipe");
-        let mut attached = Attached { device: PathBuf::new(), volume: self, child, mounts: Vec::new() };
+        let mut attached =
+            Attached { device: PathBuf::new(), volume: self, child, mounts: Vec::new() };
         attached.device = first_line(stdout)
             .and_then(|line| line.strip_prefix("ready ").map(PathBuf::from))
             .unwrap_or_else(|| panic!("{command:?} is not ready:\n{}", attached.stderr()));
@@ -222,7 +235,11 @@ impl Volume {
     /// When another thread panicked over it.
     pub fn loop_devices(&self) -> Vec<PathBuf> {
         let served = self.served.lock().expect("a lock");
-        served.iter().filter(|served| served.is_there()).map(|served| served.device.clone()).collect()
+        served
+            .iter()
+            .filter(|served| served.is_there())
+            .map(|served| served.device.clone())
+            .collect()
     }
 
     /// Waits until no loop device stands on this volume.
@@ -245,7 +262,9 @@ impl Served {
     /// A number that the kernel gives to each new use of a block device.
     fn sequence(device: &Path) -> Option<String> {
         let dir = Path::new("/sys/class/block").join(device.file_name()?);
-        dir.join("loop").exists().then(|| std::fs::read_to_string(dir.join("diskseq")).unwrap_or_default())
+        dir.join("loop")
+            .exists()
+            .then(|| std::fs::read_to_string(dir.join("diskseq")).unwrap_or_default())
     }
 
     fn is_there(&self) -> bool {
@@ -272,8 +291,8 @@ fn first_line(from: impl std::io::Read + Send + 'static) -> Option<String> {
     line.recv_timeout(PATIENCE).ok()
 }
 
-/// A running daemon. When this value goes away, what was mounted through it is unmounted, the daemon is ended, and
-/// its loop device is made sure to be gone.
+/// A running daemon. When this value goes away, what was mounted through it is unmounted, the
+/// daemon is ended, and its loop device is made sure to be gone.
 pub struct Attached<'a> {
     /// The loop device.
     pub device: PathBuf,
@@ -365,8 +384,10 @@ impl Attached<'_> {
 
     /// Ends the FUSE connection of a daemon that cannot be killed.
     fn abort(&self) {
-        let shown = crate::system("losetup", &["-l", "-n", "-O", "BACK-MAJ:MIN", self.device_str()]);
-        let Some(number) = shown.as_deref().and_then(|shown| Some(shown.trim().split_once(':')?.1)) else {
+        let shown =
+            crate::system("losetup", &["-l", "-n", "-O", "BACK-MAJ:MIN", self.device_str()]);
+        let Some(number) = shown.as_deref().and_then(|shown| Some(shown.trim().split_once(':')?.1))
+        else {
             return;
         };
         let on = self.volume.path("fusectl");

@@ -1,8 +1,9 @@
-//! Every tool makes the same of a device, whatever is wrong with it: whether it is fit for use, where its log ends, and
-//! what is kept.
+//! Every tool makes the same of a device, whatever is wrong with it: whether it is fit for use,
+//! where its log ends, and what is kept.
 //!
-//! One difference is meant: attach reads the headers alone of what later headers say was durable. Rot in the *data* of
-//! such a segment does not keep it from attaching; the block fails when it is read.
+//! One difference is meant: attach reads the headers alone of what later headers say was durable.
+//! Rot in the *data* of such a segment does not keep it from attaching; the block fails when it is
+//! read.
 
 use futures_lite::future::block_on;
 use libwb::cache::{Cache, Tunables};
@@ -13,7 +14,8 @@ use libwb::log::live::{dirty_blocks, live_totals};
 use libwb::log::recovery::Recovery;
 use libwb::log::salvage::{Scanned, Way};
 use libwb::log::scan::{
-    SlotFault, SlotState, examine_superblock, read_slot, read_superblock, scan, scan_headers, scan_trusting,
+    SlotFault, SlotState, examine_superblock, read_slot, read_superblock, scan, scan_headers,
+    scan_trusting,
 };
 use libwb::log::{LogError, Use};
 use serde_json::{Value, json};
@@ -40,15 +42,22 @@ struct Subject {
 }
 
 fn subjects() -> Vec<Subject> {
-    let crafted =
-        crafted::devices().into_iter().map(|(what, image)| Subject { what, image, by_programs: true });
+    let crafted = crafted::devices().into_iter().map(|(what, image)| Subject {
+        what,
+        image,
+        by_programs: true,
+    });
     let recipes = seeds().into_iter().map(|recipe| (format!("{recipe:?}"), recipe.build()));
-    let random = (0..RANDOM).map(|seed| (format!("random damage, seed {seed}"), crafted::random(seed)));
+    let random =
+        (0..RANDOM).map(|seed| (format!("random damage, seed {seed}"), crafted::random(seed)));
     let flips = CRASHED.iter().flat_map(|crashed| {
         let size = crashed.cache.len();
         (0..24).map(move |nth| {
             // In the headers and the first blocks of all slots.
-            let at = (1 << 20) + nth % 6 * (512 << 10) + [9, 33, 520, 530, 4100, 9000][nth / 4 % 6] + nth;
+            let at = (1 << 20)
+                + nth % 6 * (512 << 10)
+                + [9, 33, 520, 530, 4100, 9000][nth / 4 % 6]
+                + nth;
             let mut image = crashed.cache.clone();
             image[at % size] ^= 1;
             (format!("{}, byte {at}, bit 0", crashed.name), image)
@@ -79,7 +88,11 @@ enum Verdict {
 }
 
 fn kept(recovery: &Recovery, dirty_blocks: u64) -> Verdict {
-    Verdict::Kept { point: recovery.point.0, live: recovery.live().map(|id| id.0).collect(), dirty_blocks }
+    Verdict::Kept {
+        point: recovery.point.0,
+        live: recovery.live().map(|id| id.0).collect(),
+        dirty_blocks,
+    }
 }
 
 /// As wbcheck and wbdump look at it.
@@ -90,8 +103,8 @@ fn checked(cache: &Device, scanned: &Result<Scanned, LogError>) -> Verdict {
         return Verdict::Refused;
     }
     let sectors = Some(VOLUME_BYTES / 512);
-    let live =
-        block_on(live_totals(cache, scanned.superblock.geometry, &recovery, sectors)).expect("live segments");
+    let live = block_on(live_totals(cache, scanned.superblock.geometry, &recovery, sectors))
+        .expect("live segments");
     if live.beyond_count > 0 { Verdict::Refused } else { kept(&recovery, live.dirty_blocks) }
 }
 
@@ -103,7 +116,8 @@ fn examined(cache: &Device) -> Verdict {
     }
 }
 
-/// As attach does: the point and how many dirty blocks there are, and which of these blocks cannot be read.
+/// As attach does: the point and how many dirty blocks there are, and which of these blocks cannot
+/// be read.
 struct Attached {
     point: u64,
     segments: u64,
@@ -115,7 +129,8 @@ fn attached(image: &[u8], outlook: Option<&Outlook>) -> Option<Attached> {
     let simulation = Simulation::new(1);
     let runtime = Arc::new(simulation.runtime().clone());
     let work = async {
-        let cache = Cache::open(device(image), backing(), runtime, Tunables::default()).await.ok()?;
+        let cache =
+            Cache::open(device(image), backing(), runtime, Tunables::default()).await.ok()?;
         cache.pause();
         let status = cache.status();
         let mut unreadable = Vec::new();
@@ -139,35 +154,42 @@ fn is_rot_of_data(cache: &Device, scanned: &Scanned, slot: Slot) -> bool {
     let geometry = scanned.superblock.geometry;
     let content = block_on(read_slot(cache, geometry, slot));
     let is_rotten = |header: &SegmentHeader| {
-        let crcs = (0..).zip(&header.metablocks).map(|(index, entry)| (Place { slot, index }, entry.crc));
+        let crcs =
+            (0..).zip(&header.metablocks).map(|(index, entry)| (Place { slot, index }, entry.crc));
         let mut rotten = crcs.filter(|(place, crc)| {
-            let data = block_on(cache.read(geometry.place_offset(*place), IoBuf::zeroed(BLOCK_BYTES)));
+            let data =
+                block_on(cache.read(geometry.place_offset(*place), IoBuf::zeroed(BLOCK_BYTES)));
             *crc != Some(crc32c(&data.expect("a place on the device")))
         });
         header.is_whole && rotten.next().is_some()
     };
     // Of one that is cut short, the header that is shown lacks the entries that do not stand.
-    let block =
-        block_on(cache.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES))).expect("a header");
+    let block = block_on(cache.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)))
+        .expect("a header");
     let header = SegmentHeader::decode(block.block_at(0));
     let is_damaged = match content.state {
-        SlotState::Invalid { fault: SlotFault::Checksum { .. } | SlotFault::Commit { .. }, .. } => true,
+        SlotState::Invalid {
+            fault: SlotFault::Checksum { .. } | SlotFault::Commit { .. }, ..
+        } => true,
         SlotState::Valid { cut_short, .. } => cut_short,
         _ => false,
     };
     is_damaged && header.is_ok_and(|header| is_rotten(&header))
 }
 
-/// The one difference that is meant. Where attach takes another view of some slots than a scan of everything, it is rot
-/// of their data alone that it does not see.
+/// The one difference that is meant. Where attach takes another view of some slots than a scan of
+/// everything, it is rot of their data alone that it does not see.
 fn differs_by_rot_of_data(cache: &Device, scanned: &Scanned) -> Result<(), String> {
     let superblock = block_on(read_superblock(cache, Use::Write)).map_err(|e| e.to_string())?;
     let trusted = block_on(scan_trusting(cache, &superblock, |_, _| ()));
     let whole = block_on(scan(cache, superblock.geometry, |_, _| ()));
     let describe = |state: &SlotState| format!("{state:?}");
-    for (slot, (trusted, whole)) in superblock.geometry.all_slots().zip(trusted.iter().zip(&whole)) {
+    for (slot, (trusted, whole)) in superblock.geometry.all_slots().zip(trusted.iter().zip(&whole))
+    {
         if describe(trusted) != describe(whole) && !is_rot_of_data(cache, scanned, slot) {
-            return Err(format!("attach takes slot {slot} for {trusted:?}, a whole scan for {whole:?}"));
+            return Err(format!(
+                "attach takes slot {slot} for {trusted:?}, a whole scan for {whole:?}"
+            ));
         }
     }
     Ok(())
@@ -186,7 +208,9 @@ fn compare(image: &[u8]) -> Result<(), String> {
     let attached = attached(image, outlook.as_ref());
     match (&checked, &attached) {
         (Verdict::Refused, None) => {}
-        (Verdict::Kept { .. }, None) => return Err(format!("wbcheck: {checked:?}; attach refuses")),
+        (Verdict::Kept { .. }, None) => {
+            return Err(format!("wbcheck: {checked:?}; attach refuses"));
+        }
         (verdict, Some(attached)) => {
             let (Ok(scanned), Some(outlook)) = (&scanned, &outlook) else {
                 return Err("attach opens what is refused".into());
@@ -211,7 +235,9 @@ fn compare_attached(
     let found = (attached.point, attached.segments, attached.dirty_blocks);
     let wanted = (point, segments, outlook.blocks.len() as u64);
     if found != wanted {
-        return Err(format!("attach has point, segments and dirty blocks {found:?}, recovery {wanted:?}"));
+        return Err(format!(
+            "attach has point, segments and dirty blocks {found:?}, recovery {wanted:?}"
+        ));
     }
     if let Verdict::Kept { point, live, dirty_blocks } = verdict
         && (*point, live.len() as u64, *dirty_blocks) != found
@@ -219,15 +245,21 @@ fn compare_attached(
         return Err(format!("attach has {found:?}; wbcheck: {verdict:?}"));
     }
     let backing = vec![0; to_usize(VOLUME_BYTES)];
-    let rotten = outlook.blocks.keys().filter(|block| outlook.read(cache, &backing, **block).is_none());
+    let rotten =
+        outlook.blocks.keys().filter(|block| outlook.read(cache, &backing, **block).is_none());
     let rotten: Vec<u64> = rotten.map(|block| block.0).collect();
     if rotten != attached.unreadable {
-        return Err(format!("blocks {rotten:?} are rotten, {:?} cannot be read", attached.unreadable));
+        return Err(format!(
+            "blocks {rotten:?} are rotten, {:?} cannot be read",
+            attached.unreadable
+        ));
     }
     let superblock = block_on(read_superblock(cache, Use::Write)).map_err(|e| e.to_string())?;
     match block_on(dirty_blocks(cache, &superblock, |_| ())) {
         Ok(dirty) if dirty == attached.dirty_blocks => Ok(()),
-        other => Err(format!("attach has {} dirty blocks, wbformat {other:?}", attached.dirty_blocks)),
+        other => {
+            Err(format!("attach has {} dirty blocks, wbformat {other:?}", attached.dirty_blocks))
+        }
     }
 }
 
@@ -245,9 +277,12 @@ fn compare_salvage(image: &[u8], scanned: &Scanned) -> Result<(), String> {
         let attached = attached(&content, None);
         match &verdict {
             Verdict::Kept { point, dirty_blocks, .. } if *point == plan.point.0 => {
-                let same = attached.is_some_and(|it| (it.point, it.dirty_blocks) == (*point, *dirty_blocks));
+                let same = attached
+                    .is_some_and(|it| (it.point, it.dirty_blocks) == (*point, *dirty_blocks));
                 if !same {
-                    return Err(format!("after --salvage={way}, wbcheck: {verdict:?}; attach differs"));
+                    return Err(format!(
+                        "after --salvage={way}, wbcheck: {verdict:?}; attach differs"
+                    ));
                 }
             }
             // What is kept does not fit on the backing device.
@@ -284,7 +319,8 @@ impl Files {
     }
 
     fn replay(&self, cache: &Path, backing: &Path, option: &str) -> Outcome {
-        let devices = ["--cache".as_ref(), cache.as_os_str(), "--backing".as_ref(), backing.as_os_str()];
+        let devices =
+            ["--cache".as_ref(), cache.as_os_str(), "--backing".as_ref(), backing.as_os_str()];
         run("wbctl", ["replay", "--json", option].map(OsStr::new).into_iter().chain(devices))
     }
 }
@@ -308,7 +344,11 @@ fn compare_programs(image: &[u8]) -> Result<(), String> {
         match &verdict {
             Verdict::Kept { point, live, dirty_blocks } => {
                 let wanted = [json!(point), json!(live.len()), json!(dirty_blocks)];
-                if found == wanted { Ok(()) } else { Err(format!("{what}: {found:?}; wanted {wanted:?}")) }
+                if found == wanted {
+                    Ok(())
+                } else {
+                    Err(format!("{what}: {found:?}; wanted {wanted:?}"))
+                }
             }
             Verdict::Refused => Ok(()),
         }
@@ -322,8 +362,13 @@ fn compare_programs(image: &[u8]) -> Result<(), String> {
     }
     let shown = files.run("wbdump", &["super", "--json"]).json();
     says("wbdump super", &shown, ["recovery_point", "live_segments", "dirty_blocks"])?;
-    for name in ["recovery_point", "live_segments", "newest_segment", "written_back_segment", "slots_damaged"]
-    {
+    for name in [
+        "recovery_point",
+        "live_segments",
+        "newest_segment",
+        "written_back_segment",
+        "slots_damaged",
+    ] {
         if shown[name] != json[name] {
             return Err(format!("{name}: wbdump {}, wbcheck {}", shown[name], json[name]));
         }
@@ -336,17 +381,24 @@ fn compare_programs(image: &[u8]) -> Result<(), String> {
 /// wbdump lists the segments that wbcheck counts as live.
 fn compare_live(files: &Files, check: &Value) -> Result<(), String> {
     let listed = files.run("wbdump", &["segments", "--live", "--json"]);
-    let ids =
-        listed.stdout.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON")["id"].as_u64());
+    let ids = listed
+        .stdout
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect("JSON")["id"].as_u64());
     let ids: Vec<Option<u64>> = ids.collect();
     let point = check["recovery_point"].as_u64().unwrap_or_default();
     let count = check["live_segments"].as_u64().unwrap_or_default();
     let wanted: Vec<Option<u64>> = (point + 1 - count..=point).map(Some).collect();
-    if ids == wanted { Ok(()) } else { Err(format!("wbdump lists {ids:?} as live, wbcheck {wanted:?}")) }
+    if ids == wanted {
+        Ok(())
+    } else {
+        Err(format!("wbdump lists {ids:?} as live, wbcheck {wanted:?}"))
+    }
 }
 
-/// What is said of a slot is the same when a segment is asked for alone. Of the others, only the headers are read then: where
-/// the data of others is rotten, the log may end elsewhere, and a damaged slot be explained otherwise.
+/// What is said of a slot is the same when a segment is asked for alone. Of the others, only the
+/// headers are read then: where the data of others is rotten, the log may end elsewhere, and a
+/// damaged slot be explained otherwise.
 fn compare_each_segment(files: &Files, image: &[u8], check: &Value) -> Result<(), String> {
     let number = |name: &str| check[name].as_u64().unwrap_or_default();
     let [newest, point, written_back] =
@@ -357,7 +409,8 @@ fn compare_each_segment(files: &Files, image: &[u8], check: &Value) -> Result<()
         damaged.chain([1, written_back, point, point + 1, newest]).filter(|id| *id > 0).collect();
     for id in ids {
         let one = files.run("wbcheck", &["--json", "--segment", &id.to_string()]);
-        let verdict = if one.code == 8 { json!("not there") } else { one.json()["verdict"].clone() };
+        let verdict =
+            if one.code == 8 { json!("not there") } else { one.json()["verdict"].clone() };
         let slot = (id - 1) % number("slots");
         let of_slot = damage.iter().find(|damage| damage["slot"] == slot);
         let is_any = |verdicts: &[&str]| verdicts.iter().any(|one| verdict == *one);
@@ -373,7 +426,9 @@ fn compare_each_segment(files: &Files, image: &[u8], check: &Value) -> Result<()
             None => is_any(&["sound-after-power-cut", "not there"]),
         };
         if !agrees {
-            return Err(format!("segment {id}: wbcheck --segment says {verdict}, wbcheck {of_slot:?}"));
+            return Err(format!(
+                "segment {id}: wbcheck --segment says {verdict}, wbcheck {of_slot:?}"
+            ));
         }
     }
     Ok(())
@@ -385,7 +440,8 @@ fn is_data_rotten_elsewhere(image: &[u8], but: u64) -> bool {
     let geometry = block_on(examine_superblock(&cache)).expect("a superblock").geometry;
     let whole = block_on(scan(&cache, geometry, |_, _| ()));
     let headers = block_on(scan_headers(&cache, geometry, |_, _| ()));
-    let differs = |(whole, header): (&SlotState, &SlotState)| format!("{whole:?}") != format!("{header:?}");
+    let differs =
+        |(whole, header): (&SlotState, &SlotState)| format!("{whole:?}") != format!("{header:?}");
     (0..).zip(whole.iter().zip(&headers)).any(|(slot, states)| slot != but && differs(states))
 }
 
@@ -398,7 +454,11 @@ fn is_same_but_for_the_name(one: &Value, other: &Value) -> bool {
 /// How many blocks of a cache wbcheck says are lost.
 fn lost_blocks(cache: &Path) -> usize {
     let found = run("wbcheck", ["--json".as_ref(), cache.as_os_str()]);
-    assert_eq!((found.code, found.json()["verdict"].clone()), (4, "blocks-lost".into()), "{found:?}");
+    assert_eq!(
+        (found.code, found.json()["verdict"].clone()),
+        (4, "blocks-lost".into()),
+        "{found:?}"
+    );
     found.json()["lost_blocks"].as_array().map_or(0, Vec::len)
 }
 
@@ -407,7 +467,8 @@ fn compare_replays(files: &Files, check: &Value) -> Result<(), String> {
     let ways = check["salvage"].as_array().expect("a list");
     for way in Way::ALL {
         let plan = ways.iter().find(|plan| plan["way"] == way.to_string());
-        let (cache, backing) = (files.dir.path().join("copy"), zeros(&files.dir, "other", VOLUME_BYTES));
+        let (cache, backing) =
+            (files.dir.path().join("copy"), zeros(&files.dir, "other", VOLUME_BYTES));
         std::fs::copy(&files.cache, &cache).expect("room for an image");
         let done = files.replay(&cache, &backing, &format!("--salvage={way}"));
         match plan {
@@ -421,7 +482,9 @@ fn compare_replays(files: &Files, check: &Value) -> Result<(), String> {
                     && lost_blocks(&cache) > 0 => {}
             None if done.code != 0 => {}
             // It is the same as the other.
-            None if ways.iter().any(|plan| is_same_but_for_the_name(plan, &done.json()["salvage"])) => {}
+            None if ways
+                .iter()
+                .any(|plan| is_same_but_for_the_name(plan, &done.json()["salvage"])) => {}
             _ => return Err(format!("--salvage={way}: wbcheck plans {plan:?}, replay: {done:?}")),
         }
     }
@@ -434,8 +497,11 @@ fn every_tool_makes_the_same_of_every_device() {
     let next = std::sync::atomic::AtomicUsize::new(0);
     let work = || {
         let mut differences = Vec::new();
-        while let Some(subject) = subjects.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
-            let programs = || if subject.by_programs { compare_programs(&subject.image) } else { Ok(()) };
+        while let Some(subject) =
+            subjects.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
+        {
+            let programs =
+                || if subject.by_programs { compare_programs(&subject.image) } else { Ok(()) };
             if let Err(difference) = compare(&subject.image).and_then(|()| programs()) {
                 differences.push(format!("{}: {difference}", subject.what));
             }
@@ -449,5 +515,10 @@ fn every_tool_makes_the_same_of_every_device() {
         differences
     });
     let count = subjects.len();
-    assert!(differences.is_empty(), "{} of {count}:\n{}", differences.len(), differences.join("\n"));
+    assert!(
+        differences.is_empty(),
+        "{} of {count}:\n{}",
+        differences.len(),
+        differences.join("\n")
+    );
 }

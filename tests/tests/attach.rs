@@ -4,7 +4,8 @@ use nix::sys::signal::Signal;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use wb_tests::{
-    Filesystem, MIB, Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct, wait_for,
+    Filesystem, MIB, Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct,
+    wait_for,
 };
 
 #[test]
@@ -60,7 +61,9 @@ fn status_in_json_has_the_documented_keys() {
     assert_eq!(live["volume_bytes"], 16 * MIB);
     assert_eq!(live["log_bytes"], 4 * MIB);
     assert_eq!(live["counters"]["write_bytes"], MIB);
-    for key in ["free_bytes", "dirty_bytes", "used_bytes", "newest_segment", "durable_segment", "pid"] {
+    for key in
+        ["free_bytes", "dirty_bytes", "used_bytes", "newest_segment", "durable_segment", "pid"]
+    {
         assert!(live[key].is_u64(), "{key}: {status}");
     }
     assert_eq!(volume.must(&["list", "--json"]).lines().count(), 1);
@@ -158,7 +161,8 @@ fn detach_refuses_while_another_program_holds_the_device() {
     needs_serving!();
     let volume = Volume::created(16, 32 * MIB);
     let mut attached = volume.attach_with(&[]);
-    let held = libwb::device::probe::open(&attached.device, libwb::device::probe::Access::Write).unwrap();
+    let held =
+        libwb::device::probe::open(&attached.device, libwb::device::probe::Access::Write).unwrap();
     let refused = volume.wbctl(&["detach", &volume.name]);
     assert_eq!(refused.code, 1, "{refused:?}");
     assert!(refused.stderr.contains("is held by another program"), "{refused:?}");
@@ -174,7 +178,8 @@ fn detach_refuses_while_a_program_has_the_device_open_and_says_which() {
     let volume = Volume::created(16, 32 * MIB);
     let mut attached = volume.attach_with(&[]);
     let device = File::open(&attached.device).unwrap();
-    let mut program = std::process::Command::new("sleep").arg("1000").stdin(device).spawn().unwrap();
+    let mut program =
+        std::process::Command::new("sleep").arg("1000").stdin(device).spawn().unwrap();
     let refused = [&[][..], &["--drain"]]
         .map(|options| volume.wbctl(&[&["detach", volume.name.as_str()], options].concat()));
     program.kill().unwrap();
@@ -210,7 +215,8 @@ fn tunables_are_taken_shown_and_kept() {
     needs_serving!();
     let volume = Volume::blank(8, 16 * MIB);
     volume.create(&["nr_max_batched_writeback=7"]);
-    let key = |volume: &Volume| volume.status()["live"]["tunables"]["nr_max_batched_writeback"].clone();
+    let key =
+        |volume: &Volume| volume.status()["live"]["tunables"]["nr_max_batched_writeback"].clone();
     let attached = volume.attach_with(&[]);
     assert_eq!(key(&volume), 7);
     let shown = volume.must(&["status", &volume.name]);
@@ -261,7 +267,8 @@ fn a_program_that_has_the_device_open_does_not_keep_the_daemon_from_ending() {
 fn a_tunable_may_follow_the_devices_where_no_name_is_given() {
     needs_serving!();
     let volume = Volume::created(8, 16 * MIB);
-    let args = [&["attach"], &volume.pair()[..], &["nr_max_batched_writeback=7", "colour=red"]].concat();
+    let args =
+        [&["attach"], &volume.pair()[..], &["nr_max_batched_writeback=7", "colour=red"]].concat();
     let refused = volume.wbctl(&args);
     assert_eq!(refused.code, 1);
     assert!(refused.stderr.contains("unknown tunable 'colour'"), "{refused:?}");

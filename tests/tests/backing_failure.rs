@@ -1,4 +1,5 @@
-//! A backing device that fails below the daemon: no block is lost, status says so, and it goes on once it can.
+//! A backing device that fails below the daemon: no block is lost, status says so, and it goes on
+//! once it can.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -14,7 +15,9 @@ impl Tmpfs {
         let on = volume.path("tmpfs");
         std::fs::create_dir(&on).expect("a new folder");
         succeeds(
-            Command::new("mount").args(["-t", "tmpfs", "-o", &format!("size={size}"), "wb-test"]).arg(&on),
+            Command::new("mount")
+                .args(["-t", "tmpfs", "-o", &format!("size={size}"), "wb-test"])
+                .arg(&on),
         );
         Tmpfs(on)
     }
@@ -42,7 +45,9 @@ fn on_full_filesystem() -> (Volume, Tmpfs) {
 
 fn write_through(device: &std::path::Path, at: u64, data: &[u8]) {
     let file = File::options().write(true).open(device).expect("a device");
-    file.write_all_at(data, at).and_then(|()| file.sync_all()).expect("a write that the cache takes");
+    file.write_all_at(data, at)
+        .and_then(|()| file.sync_all())
+        .expect("a write that the cache takes");
 }
 
 #[test]
@@ -57,7 +62,11 @@ fn write_back_waits_for_a_backing_device_without_room_and_goes_on_when_there_is(
         drained.stderr.contains("backing.img") && drained.stderr.contains("No space left"),
         "{drained:?}"
     );
-    assert!(wait_for(|| volume.status()["live"]["writeback_error"].is_string()), "{}", volume.status());
+    assert!(
+        wait_for(|| volume.status()["live"]["writeback_error"].is_string()),
+        "{}",
+        volume.status()
+    );
     let shown = volume.wbctl(&["status", &volume.name]);
     assert_eq!(shown.code, 5, "{shown:?}");
     assert!(shown.stdout.contains("does not get on, trying again"), "{shown:?}");
@@ -101,7 +110,9 @@ fn the_cache_outlives_a_truncated_backing_file() {
     // What is on neither device cannot be read, and that is all.
     let mut buf = [0; 4096];
     assert!(
-        File::open(&attached.device).and_then(|device| device.read_exact_at(&mut buf, 20 * MIB)).is_err()
+        File::open(&attached.device)
+            .and_then(|device| device.read_exact_at(&mut buf, 20 * MIB))
+            .is_err()
     );
     assert!(attached.is_running());
     assert_eq!(volume.status()["state"], "attached");

@@ -1,13 +1,14 @@
-//! One bit of a cache flips whose process was killed when all that was written had been flushed. The volume is whole, or
-//! it is refused; or the flip is one of which nothing on the device tells: then only the newest commit of the newest
-//! segment is lost, of which nothing says that it was durable.
+//! One bit of a cache flips whose process was killed when all that was written had been flushed.
+//! The volume is whole, or it is refused; or the flip is one of which nothing on the device tells:
+//! then only the newest commit of the newest segment is lost, of which nothing says that it was
+//! durable.
 
 use libwb::cache::{Cache, Purpose, Tunables};
 use libwb::device::sim::Simulation;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{
-    BLOCK_BYTES, BlockNo, EXTENSION_OFFSETS, Geometry, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, SegmentHeader,
-    Slot, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, EXTENSION_OFFSETS, Geometry, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES,
+    SegmentHeader, Slot, to_u64, to_usize,
 };
 use libwb::log::recovery::recover;
 use std::collections::BTreeMap;
@@ -89,7 +90,8 @@ fn fields(names: &[(usize, &'static str)], size: usize, at: u64, part: &'static 
 /// All that is flipped of a device; of the unused bytes of pages, only some unless it `is_first`.
 fn all_fields(crashed: &Crashed, sound: &Outlook, is_first: bool) -> Vec<Field> {
     let geometry = Geometry::of_device(to_u64(crashed.cache.len())).expect("a cache");
-    let mut all = fields(&RECORD, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES - to_u64(SECTOR_BYTES), "record");
+    let mut all =
+        fields(&RECORD, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES - to_u64(SECTOR_BYTES), "record");
     for at in EXTENSION_OFFSETS {
         all.extend(fields(&PAGE, BLOCK_BYTES, at, "page"));
     }
@@ -120,15 +122,24 @@ fn all_fields(crashed: &Crashed, sound: &Outlook, is_first: bool) -> Vec<Field> 
 }
 
 /// The entries of a segment and their data.
-fn of_blocks(geometry: Geometry, slot: Slot, header: &SegmentHeader, part: &'static str) -> Vec<Field> {
+fn of_blocks(
+    geometry: Geometry,
+    slot: Slot,
+    header: &SegmentHeader,
+    part: &'static str,
+) -> Vec<Field> {
     let at = geometry.slot_offset(slot);
-    let before = header.extension.and_then(|extension| extension.before).map_or(0, |commit| commit.length);
+    let before =
+        header.extension.and_then(|extension| extension.before).map_or(0, |commit| commit.length);
     let mut all = Vec::new();
     let is_edge = |index| index + 1 == before || index == before || index + 1 == header.length();
-    let is_tried = |index: &u8| header.length() <= MANY || index.is_multiple_of(16) || is_edge(*index);
+    let is_tried =
+        |index: &u8| header.length() <= MANY || index.is_multiple_of(16) || is_edge(*index);
     for index in (0..header.length()).filter(is_tried) {
         let (entry, data) = match part {
-            "newest segment" if index < before => ("entry of the commit before", "data of the commit before"),
+            "newest segment" if index < before => {
+                ("entry of the commit before", "data of the commit before")
+            }
             "newest segment" => ("entry of the newest commit", "data of the newest commit"),
             _ => ("entry", "data"),
         };
@@ -148,7 +159,8 @@ impl Field {
     fn flips(&self) -> impl Iterator<Item = (u64, u8)> {
         let (step, bits) = (self.step, self.bits);
         // Not always at the same place of a sector.
-        let within = move |at: u64| if step == SECTOR_BYTES { at + at / 512 * 37 % 512 } else { at };
+        let within =
+            move |at: u64| if step == SECTOR_BYTES { at + at / 512 * 37 % 512 } else { at };
         let places = self.at.clone().step_by(step).map(within);
         places.flat_map(move |at| (0..bits).map(move |bit| (at, bit)))
     }
@@ -182,15 +194,24 @@ impl Counts {
 }
 
 /// A cache, opened by the engine, which reads these blocks; none where it refuses one.
-fn served_by_engine(cache: &Device, backing: &[u8], blocks: &[BlockNo]) -> Option<Vec<Option<Vec<u8>>>> {
+fn served_by_engine(
+    cache: &Device,
+    backing: &[u8],
+    blocks: &[BlockNo],
+) -> Option<Vec<Option<Vec<u8>>>> {
     let simulation = Simulation::new(1);
     let backing: Device = Arc::new(MemDevice::with_content("backing", backing.to_vec()));
     let runtime = Arc::new(simulation.runtime().clone());
     let work = async {
-        let cache =
-            Cache::open_for(cache.clone(), backing, runtime, Tunables::default(), Purpose::read_only())
-                .await
-                .ok()?;
+        let cache = Cache::open_for(
+            cache.clone(),
+            backing,
+            runtime,
+            Tunables::default(),
+            Purpose::read_only(),
+        )
+        .await
+        .ok()?;
         let mut served = Vec::new();
         for block in blocks {
             let read = cache.read(block.sector(), IoBuf::zeroed(BLOCK_BYTES)).await;
@@ -202,7 +223,12 @@ fn served_by_engine(cache: &Device, backing: &[u8], blocks: &[BlockNo]) -> Optio
 }
 
 /// Whether the engine makes of a flipped bit what was judged.
-fn is_judged_right(subject: &Subject, crashed: &Crashed, (at, bit): (u64, u8), judged: &Outcome) -> bool {
+fn is_judged_right(
+    subject: &Subject,
+    crashed: &Crashed,
+    (at, bit): (u64, u8),
+    judged: &Outcome,
+) -> bool {
     let blocks: Vec<BlockNo> = subject.outlook().blocks.keys().copied().collect();
     subject.flip(at, bit);
     let served = served_by_engine(subject.device(), &crashed.backing, &blocks);
@@ -212,23 +238,27 @@ fn is_judged_right(subject: &Subject, crashed: &Crashed, (at, bit): (u64, u8), j
         data.as_ref().is_some_and(|data| data[..] != *subject.block(*block))
     };
     match judged {
-        Outcome::Whole => served
-            .iter()
-            .zip(&blocks)
-            .all(|(data, block)| data.as_ref().is_some_and(|data| data[..] == *subject.block(*block))),
-        Outcome::Refused => served.iter().any(Option::is_none) && !served.iter().zip(&blocks).any(is_lost),
+        Outcome::Whole => served.iter().zip(&blocks).all(|(data, block)| {
+            data.as_ref().is_some_and(|data| data[..] == *subject.block(*block))
+        }),
+        Outcome::Refused => {
+            served.iter().any(Option::is_none) && !served.iter().zip(&blocks).any(is_lost)
+        }
         Outcome::UnprovenLost | Outcome::Wrong(_) => served.iter().zip(&blocks).any(is_lost),
     }
 }
 
 type Table = BTreeMap<(&'static str, &'static str), Counts>;
 
-/// What the flips of one cache come to, and what is wrong with that: of each field, how often and an example.
+/// What the flips of one cache come to, and what is wrong with that: of each field, how often and
+/// an example.
 fn flip_all(crashed: &Crashed, is_first: bool) -> (Table, Vec<String>) {
-    let subject = Subject::new(crashed.cache.clone(), crashed.backing.clone(), recover).expect("a sound log");
+    let subject =
+        Subject::new(crashed.cache.clone(), crashed.backing.clone(), recover).expect("a sound log");
     let blocks = to_u64(crashed.volume.len() / BLOCK_BYTES);
-    let is_served =
-        |block: BlockNo| *subject.block(block) == crashed.volume[to_usize(block.bytes())..][..BLOCK_BYTES];
+    let is_served = |block: BlockNo| {
+        *subject.block(block) == crashed.volume[to_usize(block.bytes())..][..BLOCK_BYTES]
+    };
     assert!((0..blocks).map(BlockNo).all(is_served), "{}: not what was flushed", crashed.name);
     let mut table = Table::new();
     let mut faults: BTreeMap<(&str, &str, String), (u64, String)> = BTreeMap::new();
@@ -267,7 +297,10 @@ fn a_flipped_bit_costs_nothing_in_silence_that_the_device_can_prove() {
     for (field, counts) in done.iter().flat_map(|(table, _)| table) {
         table.entry(*field).or_default().add_all(counts);
     }
-    println!("{:<30}{:<32}{:>9}{:>9}{:>9}{:>9}", "part", "field", "whole", "refused", "unproven", "WRONG");
+    println!(
+        "{:<30}{:<32}{:>9}{:>9}{:>9}{:>9}",
+        "part", "field", "whole", "refused", "unproven", "WRONG"
+    );
     for ((part, field), Counts { whole, refused, lost, wrong }) in &table {
         println!("{part:<30}{field:<32}{whole:>9}{refused:>9}{lost:>9}{wrong:>9}");
     }

@@ -1,5 +1,6 @@
-//! What the backing device alone holds on the day the cache device dies: all that was written back, and of the batch that
-//! was on its way any part. The simulator looks at that after every crash (tests/src/sim/ledger.rs).
+//! What the backing device alone holds on the day the cache device dies: all that was written back,
+//! and of the batch that was on its way any part. The simulator looks at that after every crash
+//! (tests/src/sim/ledger.rs).
 
 use std::fs::File;
 use std::path::Path;
@@ -27,11 +28,14 @@ fn the_backing_device_alone_holds_what_was_written_back_and_of_what_was_on_its_w
     assert_eq!(status["written_back_segment"], status["newest_segment"], "{status}");
     let after = noise(2, 8 * MIB);
     write(&attached.device, 4 * MIB, &after);
-    // As if the cache device died now: nothing of it is needed for what was drained, and nothing newer is there.
+    // As if the cache device died now: nothing of it is needed for what was drained, and nothing
+    // newer is there.
     assert!(read_at(&volume.backing, 0, 16 * MIB) == before);
     // The cache device dies while all this is being written back.
-    let written_back =
-        || volume.status()["live"]["counters"]["written_back_bytes"].as_u64().expect("a number") > 16 * MIB;
+    let written_back = || {
+        volume.status()["live"]["counters"]["written_back_bytes"].as_u64().expect("a number")
+            > 16 * MIB
+    };
     volume.must(&["resume", name]);
     assert!(wait_for(written_back), "{}", volume.status());
     attached.kill();
@@ -43,7 +47,10 @@ fn the_backing_device_alone_holds_what_was_written_back_and_of_what_was_on_its_w
     let sectors = |data: &[u8]| data.chunks(SECTOR).map(<[u8]>::to_vec).collect::<Vec<_>>();
     let all = sectors(&left).into_iter().zip(sectors(&before)).zip(sectors(&newer));
     for (sector, ((left, before), newer)) in all.enumerate() {
-        assert!(left == before || left == newer, "sector {sector} holds neither its old nor its new data");
+        assert!(
+            left == before || left == newer,
+            "sector {sector} holds neither its old nor its new data"
+        );
     }
     assert!(left != before, "something was written back");
 }

@@ -46,7 +46,11 @@ fn garbage_gets_an_error() {
     ];
     for bytes in garbage {
         let line = send(&volume, bytes);
-        assert!(is_error(&line), "{:?} got {line:?}", String::from_utf8_lossy(&bytes[..bytes.len().min(40)]));
+        assert!(
+            is_error(&line),
+            "{:?} got {line:?}",
+            String::from_utf8_lossy(&bytes[..bytes.len().min(40)])
+        );
     }
     for seed in 0..50 {
         send(&volume, &noise(seed, seed * 3000));
@@ -119,7 +123,11 @@ fn on_hanging_cache() -> (Volume, FailingFile) {
 
 /// Writes a block, of which the volume's page cache keeps nothing.
 fn write_block(device: &std::path::Path) {
-    let file = File::options().write(true).custom_flags(nix::libc::O_DIRECT).open(device).expect("a device");
+    let file = File::options()
+        .write(true)
+        .custom_flags(nix::libc::O_DIRECT)
+        .open(device)
+        .expect("a device");
     file.write_all_at(&libwb::device::IoBuf::copy_of(&noise(1, 4096)), 0).expect("a write");
 }
 
@@ -135,7 +143,10 @@ fn while_a_device_hangs_status_and_detach_have_their_places_and_clients_that_han
         assert_eq!(asking.next()["reply"], "progress");
     }
     let refused = volume.wbctl(&["flush", &volume.name]);
-    assert_eq!((refused.code, refused.stderr.as_str()), (1, "wbctl: more than 32 clients at a time\n"));
+    assert_eq!(
+        (refused.code, refused.stderr.as_str()),
+        (1, "wbctl: more than 32 clients at a time\n")
+    );
     assert_eq!(volume.status()["state"], "attached");
     // They go away, and that is noticed though the device still hangs.
     drop(waiting);

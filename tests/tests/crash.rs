@@ -1,12 +1,19 @@
-//! A daemon that is killed without warning leaves nothing behind, and loses nothing that was durable.
+//! A daemon that is killed without warning leaves nothing behind, and loses nothing that was
+//! durable.
 
 use std::path::Path;
 use wb_tests::{
-    Attached, Filesystem, MIB, Volume, Writer, check_files, needs_serving, noise, overwrite, wait_for,
+    Attached, Filesystem, MIB, Volume, Writer, check_files, needs_serving, noise, overwrite,
+    wait_for,
 };
 
 /// Kills the daemon while a writer is at work on `filesystem`; returns how many files were durable.
-fn kill_in_mid_write(attached: &mut Attached, filesystem: Filesystem, on: &Path, files: u32) -> u32 {
+fn kill_in_mid_write(
+    attached: &mut Attached,
+    filesystem: Filesystem,
+    on: &Path,
+    files: u32,
+) -> u32 {
     let writer = Writer::start(on);
     assert!(wait_for(|| writer.durable() >= files), "{filesystem:?}: {}", attached.stderr());
     attached.kill();
@@ -65,7 +72,9 @@ fn a_killed_daemon_leaves_no_mount_and_no_loop_device() {
         assert!(shown.contains("crashed") && shown.contains("its daemon was killed"), "{shown}");
     }
     let metrics = volume.must(&["status", "--prometheus"]);
-    assert!(metrics.contains(&format!("wb_state{{volume=\"{}\",state=\"crashed\"}} 1", volume.name)));
+    assert!(
+        metrics.contains(&format!("wb_state{{volume=\"{}\",state=\"crashed\"}} 1", volume.name))
+    );
     volume.attach_with(&[]).detach(&[]);
     assert_eq!(volume.status()["state"], "detached");
 }
@@ -79,14 +88,19 @@ fn a_loop_device_that_is_mounted_goes_once_it_is_unmounted() {
     let on = attached.mount();
     attached.kill();
     assert_eq!(volume.loop_devices(), [attached.device.as_path()], "the mount holds it");
-    let mounted =
-        format!("{} of an earlier daemon is still mounted on {}", attached.device_str(), on.display());
+    let mounted = format!(
+        "{} of an earlier daemon is still mounted on {}",
+        attached.device_str(),
+        on.display()
+    );
     let is_shown = |state: &str| {
         let status = volume.status();
         assert_eq!(status["state"], state, "{status}");
-        for shown in
-            [status["message"].as_str().unwrap().into(), volume.must(&["list"]), volume.must(&["status"])]
-        {
+        for shown in [
+            status["message"].as_str().unwrap().into(),
+            volume.must(&["list"]),
+            volume.must(&["status"]),
+        ] {
             assert!(shown.contains(&mounted), "{shown}");
         }
     };
@@ -125,7 +139,8 @@ fn a_second_daemon_for_a_volume_is_refused() {
     let attached = volume.attach_with(&[]);
     overwrite(&attached.device, 0, &noise(2, MIB));
     let refused = volume.wbctl(&["attach", &volume.name]);
-    let expected = format!("wbctl: volume '{0}' is attached already; see wbctl status {0}\n", volume.name);
+    let expected =
+        format!("wbctl: volume '{0}' is attached already; see wbctl status {0}\n", volume.name);
     assert_eq!((refused.code, refused.stderr), (1, expected));
 
     let other = format!("{}-other", volume.name);
@@ -152,7 +167,11 @@ fn detach_by_force_clears_what_a_killed_daemon_left() {
     let refused = volume.wbctl(&["detach", &volume.name]);
     assert!(refused.code == 1 && refused.stderr.contains("is not attached"), "{refused:?}");
     let cleared = volume.must(&["detach", "--force", &volume.name]);
-    let held = format!("{} of an earlier daemon is still mounted on {}", attached.device_str(), on.display());
+    let held = format!(
+        "{} of an earlier daemon is still mounted on {}",
+        attached.device_str(),
+        on.display()
+    );
     assert!(cleared.starts_with("cleared what") && cleared.contains(&held), "{cleared}");
     assert!(!volume.link().is_symlink() && !volume.path("run").join(&volume.name).exists());
     attached.unmount();

@@ -4,8 +4,8 @@ use libwb::cache::WriteMode;
 use libwb::planted::Bug;
 use std::sync::Arc;
 use wb_tests::sim::exhaustive::Step::{
-    self, Batch, Caching, Cut, Discard, DiscardBehind, Drain, Flush, FlushBehind, Mode, Read, Reopen, Sleep,
-    Slow, Write, WriteFua,
+    self, Batch, Caching, Cut, Discard, DiscardBehind, Drain, Flush, FlushBehind, Mode, Read,
+    Reopen, Sleep, Slow, Write, WriteFua,
 };
 use wb_tests::sim::exhaustive::{Left, Script, Tally, explore};
 use wb_tests::sim::real::WriteCache;
@@ -69,8 +69,9 @@ const DRAINS: &[Step] = &[
     Drain,
 ];
 
-/// Several commits of one segment, with parts of blocks written again between them, flushes that share one, a commit torn in
-/// its header or its data, and a second crash after that; then the segment is closed, and the log goes around.
+/// Several commits of one segment, with parts of blocks written again between them, flushes that
+/// share one, a commit torn in its header or its data, and a second crash after that; then the
+/// segment is closed, and the log goes around.
 const COMMITS: &[Step] = &[
     Write(0, 8),
     Flush,
@@ -102,7 +103,8 @@ const COMMITS: &[Step] = &[
     WriteFua(11, 1),
 ];
 
-/// A segment with commits that fills up, with the next one on its way while its rest is not written.
+/// A segment with commits that fills up, with the next one on its way while its rest is not
+/// written.
 const OVERFLOWS: &[Step] = &[
     Write(0, SEGMENT - 16),
     Flush,
@@ -152,8 +154,8 @@ const CUTS: &[Step] = &[
     Drain,
 ];
 
-/// Discards of what is dirty in RAM and on the cache device, of what is written back, of parts of blocks, and with writes
-/// that come between.
+/// Discards of what is dirty in RAM and on the cache device, of what is written back, of parts of
+/// blocks, and with writes that come between.
 const DISCARDS: &[Step] = &[
     Write(0, 24),
     Flush,
@@ -192,8 +194,8 @@ const FENCES: &[Step] = &[
     Read(0, 64),
 ];
 
-/// Writes around the log, of blocks that it holds, held, or never held, with a change of mode in between and writes that
-/// come meanwhile.
+/// Writes around the log, of blocks that it holds, held, or never held, with a change of mode in
+/// between and writes that come meanwhile.
 const AROUND: &[Step] = &[
     Write(0, 24),
     Write(41, 3),
@@ -228,7 +230,8 @@ const AROUND: &[Step] = &[
     Flush,
 ];
 
-/// Blocks that are cached for reads, with writes and discards before their cells are put into the log, and after that.
+/// Blocks that are cached for reads, with writes and discards before their cells are put into the
+/// log, and after that.
 const CACHED: &[Step] = &[
     Write(0, 12),
     Drain,
@@ -271,8 +274,8 @@ const CACHED: &[Step] = &[
     Drain,
 ];
 
-/// Whole segments, several on their way, of which the oldest is lost: what is above the gap is dropped, and the log
-/// grows up to it again.
+/// Whole segments, several on their way, of which the oldest is lost: what is above the gap is
+/// dropped, and the log grows up to it again.
 const GAPS: &[Step] = &[
     Write(0, 3 * SEGMENT),
     Sleep(100),
@@ -285,8 +288,8 @@ const GAPS: &[Step] = &[
     Flush,
 ];
 
-/// The same blocks in several segments, which are written back a few at a time: what is written back stands on the backing
-/// device alone, whatever lies in later segments.
+/// The same blocks in several segments, which are written back a few at a time: what is written
+/// back stands on the backing device alone, whatever lies in later segments.
 const BATCHES: &[Step] = &[
     Batch(1),
     Write(0, SEGMENT),
@@ -300,7 +303,8 @@ const BATCHES: &[Step] = &[
     Drain,
 ];
 
-/// More than the log holds, so that writers wait for slots, and slots are reused as soon as they are free.
+/// More than the log holds, so that writers wait for slots, and slots are reused as soon as they
+/// are free.
 const FULL: &[Step] = &[
     Write(0, 3 * SEGMENT),
     Write(8, 3 * SEGMENT - 8),
@@ -312,7 +316,8 @@ const FULL: &[Step] = &[
 
 /// The volume is as small as the steps allow.
 fn script(name: &'static str, segments: u64, steps: &'static [Step]) -> Script {
-    let blocks = if steps.iter().any(|step| matches!(step, Write(_, SEGMENT..))) { 3 * 127 } else { 16 };
+    let blocks =
+        if steps.iter().any(|step| matches!(step, Write(_, SEGMENT..))) { 3 * 127 } else { 16 };
     Script { name, segments, blocks, steps }
 }
 
@@ -323,7 +328,8 @@ fn engine() -> Arc<dyn Engine> {
 fn everywhere(name: &'static str, sizes: &[u64], steps: &'static [Step]) {
     let mut all = Tally::default();
     for &segments in sizes {
-        for (extended, seed) in [false, true].into_iter().flat_map(|e| (0..SEEDS).map(move |seed| (e, seed)))
+        for (extended, seed) in
+            [false, true].into_iter().flat_map(|e| (0..SEEDS).map(move |seed| (e, seed)))
         {
             let tally = explore(&engine(), &script(name, segments, steps), extended, seed);
             let tally = tally.unwrap_or_else(|text| panic!("{text}"));

@@ -1,5 +1,6 @@
-//! Nothing that stands on a device may make a reader of the log, or the engine that opens it, panic, loop, or run out
-//! of memory. The fuzzer (`make fuzz`) looks for such things with the same functions.
+//! Nothing that stands on a device may make a reader of the log, or the engine that opens it,
+//! panic, loop, or run out of memory. The fuzzer (`make fuzz`) looks for such things with the same
+//! functions.
 
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_usize};
 use proptest::prelude::*;
@@ -13,11 +14,13 @@ fn write() -> impl Strategy<Value = Change> {
         0..16usize,
         region - 512..region - 500,
         (0..14usize, 0..64usize).prop_map(move |(slot, at)| region + slot * SEGMENT_BYTES + at),
-        (0..14usize, 512..BLOCK_BYTES).prop_map(move |(slot, at)| region + slot * SEGMENT_BYTES + at),
+        (0..14usize, 512..BLOCK_BYTES)
+            .prop_map(move |(slot, at)| region + slot * SEGMENT_BYTES + at),
         0..8usize << 20,
     ];
     let at = at.prop_map(|at| u32::try_from(at).expect("less than 4 GiB"));
-    (at, prop::collection::vec(any::<u8>(), 1..40)).prop_map(|(at, bytes)| Change::Write { at, bytes })
+    (at, prop::collection::vec(any::<u8>(), 1..40))
+        .prop_map(|(at, bytes)| Change::Write { at, bytes })
 }
 
 /// As [`write`], and in the superblock extension, of one bit.
@@ -64,7 +67,9 @@ fn what_the_fuzzer_starts_from_holds() {
 /// Not when the log comes up to it, either.
 #[test]
 fn a_flipped_bit_of_a_header_that_is_written_back_costs_nothing() {
-    for (base, slot) in (BASES - CRASHED_BASES..BASES).flat_map(|base| (0..6).map(move |slot| (base, slot))) {
+    for (base, slot) in
+        (BASES - CRASHED_BASES..BASES).flat_map(|base| (0..6).map(move |slot| (base, slot)))
+    {
         let base = u8::try_from(base).expect("a byte");
         let at = (1 << 20) + slot * (512 << 10);
         fuzzed::recovery(&Recipe { base, changes: vec![Change::Flip { at, bit: 0 }] }.encode());

@@ -8,7 +8,8 @@ use std::process::Command;
 
 fn allowed() -> BTreeSet<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deny.toml");
-    let rules: toml::Table = std::fs::read_to_string(path).expect("deny.toml").parse().expect("TOML");
+    let rules: toml::Table =
+        std::fs::read_to_string(path).expect("deny.toml").parse().expect("TOML");
     let allow = rules["licenses"]["allow"].as_array().expect("a list");
     allow.iter().map(|licence| licence.as_str().expect("a licence").to_string()).collect()
 }
@@ -37,8 +38,8 @@ fn every_dependency_has_a_licence_that_is_allowed_and_comes_from_the_one_registr
     for package in &packages {
         let name = &package["name"];
         let Some(licence) = package["license"].as_str() else { panic!("{name} names no licence") };
-        let licence =
-            Expression::parse_mode(licence, ParseMode::LAX).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let licence = Expression::parse_mode(licence, ParseMode::LAX)
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
         let mut is_allowed = |wanted: &spdx::LicenseReq| {
             let wanted = wanted.to_string();
             let is_allowed = allowed.contains(&wanted);
@@ -47,10 +48,14 @@ fn every_dependency_has_a_licence_that_is_allowed_and_comes_from_the_one_registr
             }
             is_allowed
         };
-        assert!(licence.evaluate(&mut is_allowed), "{name}: {licence} is not among those of deny.toml");
+        assert!(
+            licence.evaluate(&mut is_allowed),
+            "{name}: {licence} is not among those of deny.toml"
+        );
         sources.extend(package["source"].as_str());
     }
-    let is_one_registry = sources.len() == 1 && sources.iter().all(|source| source.starts_with("registry+"));
+    let is_one_registry =
+        sources.len() == 1 && sources.iter().all(|source| source.starts_with("registry+"));
     assert!(is_one_registry, "{sources:?}");
     assert_eq!(needed, allowed, "deny.toml allows what nothing needs");
 }

@@ -1,4 +1,5 @@
-//! Space given back: discard, write-zeroes and fstrim reach the backing device, and nothing old comes back.
+//! Space given back: discard, write-zeroes and fstrim reach the backing device, and nothing old
+//! comes back.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -113,7 +114,11 @@ fn fstrim_gives_back_the_space_of_deleted_files() {
     std::fs::remove_file(dir.join("goes")).unwrap();
     succeeds(Command::new("sync").arg("-f").arg(&dir));
     succeeds(Command::new("fstrim").arg(&dir));
-    assert!(space(&volume.backing) + 24 * MIB < full, "{} of {full} bytes are left", space(&volume.backing));
+    assert!(
+        space(&volume.backing) + 24 * MIB < full,
+        "{} of {full} bytes are left",
+        space(&volume.backing)
+    );
     assert!(std::fs::read(dir.join("stays")).unwrap() == noise(1, 4 * MIB));
     attached.unmount();
     Filesystem::Ext4.check(&attached.device);
@@ -127,10 +132,13 @@ fn on_a_backing_device_that_cannot_discard_zeros_are_written_where_they_are_dema
     let mut volume = Volume::blank(16, 0);
     let ramfs = Ramfs::new(&volume);
     volume.backing = ramfs.0.join("backing.img");
-    File::create(&volume.backing).and_then(|file| file.write_all_at(&noise(1, 16 * MIB), 0)).unwrap();
+    File::create(&volume.backing)
+        .and_then(|file| file.write_all_at(&noise(1, 16 * MIB), 0))
+        .unwrap();
     volume.create(&[]);
     let attached = volume.attach_with(&[]);
-    // A discard is a hint, and the kernel takes no offence; a demand for zeros it meets by writing them.
+    // A discard is a hint, and the kernel takes no offence; a demand for zeros it meets by writing
+    // them.
     blkdiscard(&attached.device, 0, 16 * MIB, &[]);
     assert!(read_at(&attached.device, 0, 16 * MIB) == noise(1, 16 * MIB));
     blkdiscard(&attached.device, MIB, MIB, &["--zeroout"]);

@@ -21,8 +21,12 @@ fn create_another(volume: &Volume) -> String {
 
 /// What `list --json` or `status --json` prints of a volume.
 fn of(name: &str, outcome: &Outcome) -> Value {
-    let lines = outcome.stdout.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
-    lines.into_iter().find(|volume| volume["name"] == name).unwrap_or_else(|| panic!("{name}: {outcome:?}"))
+    let lines =
+        outcome.stdout.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    lines
+        .into_iter()
+        .find(|volume| volume["name"] == name)
+        .unwrap_or_else(|| panic!("{name}: {outcome:?}"))
 }
 
 /// Checks what all volumes are said to be, in each form: the first in `state`, because of `why`;
@@ -32,7 +36,11 @@ fn both_are_shown(volume: &Volume, names: [&str; 2], state: &str, why: &str) {
         let json = volume.wbctl(&[verb, "--json"]);
         assert_eq!(json.code, 0, "{json:?}");
         let [first, second] = names.map(|name| of(name, &json));
-        assert_eq!((&first["state"], &second["state"]), (&state.into(), &"attached".into()), "{json:?}");
+        assert_eq!(
+            (&first["state"], &second["state"]),
+            (&state.into(), &"attached".into()),
+            "{json:?}"
+        );
         assert!(first["message"].as_str().is_some_and(|said| said.contains(why)), "{first}");
         let text = volume.must(&[verb]);
         assert!(text.contains(state) && text.contains(why) && text.contains(names[1]), "{text}");
@@ -59,7 +67,12 @@ fn a_daemon_that_does_not_answer_is_told_of_and_holds_nobody_up() {
     let attached = volume.attach_with(&[]);
     let other = volume.start(volume.command(&["attach", &second]));
     attached.signal(Signal::SIGSTOP);
-    both_are_shown(&volume, [name, &second], "not answering", &format!("kill -9 {}", attached.pid()));
+    both_are_shown(
+        &volume,
+        [name, &second],
+        "not answering",
+        &format!("kill -9 {}", attached.pid()),
+    );
     let status = volume.wbctl(&["status", name]);
     assert!(status.code == 4 && status.stdout.contains("not answering"), "{status:?}");
     let requests = [
@@ -136,12 +149,18 @@ fn a_record_that_cannot_be_read_is_told_of_and_hides_no_other() {
         assert!(named.code == 1 && named.stderr.contains(why), "{named:?}");
         let both = volume.wbctl(&["status", &broken, "nobody-at-all", &volume.name]);
         assert!(both.code == 1 && both.stderr.contains(why), "{both:?}");
-        assert!(both.stderr.contains("nobody-at-all") && both.stdout.contains("attached"), "{both:?}");
+        assert!(
+            both.stderr.contains("nobody-at-all") && both.stdout.contains("attached"),
+            "{both:?}"
+        );
         let dm = volume.wbctl(&["status", "--dm", "nobody-at-all", &volume.name]);
         assert!(dm.code == 1 && dm.stdout.lines().count() == 1, "{dm:?}");
         for args in [&["attach", &broken][..], &["get", &broken], &["remove", &broken]] {
             let refused = volume.wbctl(args);
-            assert!(refused.code == 1 && refused.stderr.contains(record.to_str().unwrap()), "{refused:?}");
+            assert!(
+                refused.code == 1 && refused.stderr.contains(record.to_str().unwrap()),
+                "{refused:?}"
+            );
         }
         if record.is_dir() {
             std::fs::remove_dir(&record).unwrap();

@@ -10,7 +10,8 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 use wb_tests::{
-    Attached, FailingFile, MIB, Outcome, PATIENCE, Volume, needs_serving, noise, overwrite, read_at, wait_for,
+    Attached, FailingFile, MIB, Outcome, PATIENCE, Volume, needs_serving, noise, overwrite,
+    read_at, wait_for,
 };
 
 /// A new volume of 64 MiB, one of whose devices can fail.
@@ -52,7 +53,11 @@ impl Drop for Client {
 }
 
 fn must_have_ended(attached: &mut Attached<'_>) {
-    assert!(attached.ended_within(PATIENCE / 2).is_some(), "it does not end: {}", attached.stderr());
+    assert!(
+        attached.ended_within(PATIENCE / 2).is_some(),
+        "it does not end: {}",
+        attached.stderr()
+    );
 }
 
 #[test]
@@ -107,7 +112,8 @@ fn a_signal_that_is_not_to_end_it_neither_ends_nor_stops_a_daemon() {
 }
 
 #[test]
-fn a_second_signal_ends_a_daemon_whose_cache_device_hangs_and_a_later_attach_finds_what_was_flushed() {
+fn a_second_signal_ends_a_daemon_whose_cache_device_hangs_and_a_later_attach_finds_what_was_flushed()
+ {
     needs_serving!("losetup");
     let (volume, cache) = on_failing(true);
     let mut attached = volume.attach_with(&[]);
@@ -118,10 +124,18 @@ fn a_second_signal_ends_a_daemon_whose_cache_device_hangs_and_a_later_attach_fin
     write(&device, 8 * MIB, &noise(2, MIB)).unwrap();
     let waits = std::thread::spawn(move || flush(&device));
     attached.signal(Signal::SIGTERM);
-    assert!(wait_for(|| attached.stderr().contains("SIGTERM: closing the log")), "{}", attached.stderr());
+    assert!(
+        wait_for(|| attached.stderr().contains("SIGTERM: closing the log")),
+        "{}",
+        attached.stderr()
+    );
     attached.signal(Signal::SIGTERM);
     // The device hangs all the time; who waits for the volume is told all the same.
-    assert!(wait_for(|| attached.stderr().contains("stay only in the cache")), "{}", attached.stderr());
+    assert!(
+        wait_for(|| attached.stderr().contains("stay only in the cache")),
+        "{}",
+        attached.stderr()
+    );
     assert!(wait_for(|| waits.is_finished()), "a flush still waits: {}", attached.stderr());
     assert!(waits.join().unwrap().is_err());
     assert!(!volume.link().is_symlink() && !volume.socket().exists());
@@ -143,7 +157,11 @@ fn a_daemon_that_is_killed_while_it_writes_out_to_a_device_that_hangs_is_gone_wh
     let hang = cache.hang();
     overwrite(&attached.device, 0, &noise(1, 4 * MIB));
     attached.signal(Signal::SIGTERM);
-    assert!(wait_for(|| attached.stderr().contains("SIGTERM: closing the log")), "{}", attached.stderr());
+    assert!(
+        wait_for(|| attached.stderr().contains("SIGTERM: closing the log")),
+        "{}",
+        attached.stderr()
+    );
     std::thread::sleep(Duration::from_millis(500));
     attached.signal(Signal::SIGKILL);
     std::thread::sleep(Duration::from_millis(500));
@@ -164,7 +182,11 @@ fn a_detach_by_force_ends_while_write_back_hangs_and_says_what_is_left() {
     flush(&attached.device).expect("a flush needs the cache device alone");
     let _drain = Client::start(&volume, &["drain", &volume.name]);
     let live = |key: &str| volume.status()["live"][key].clone();
-    assert!(wait_for(|| live("backing_requests_in_flight").as_u64() > Some(0)), "{}", volume.status());
+    assert!(
+        wait_for(|| live("backing_requests_in_flight").as_u64() > Some(0)),
+        "{}",
+        volume.status()
+    );
     let age = || live("backing_oldest_request_seconds").as_f64();
     let before = age();
     assert!(before.is_some() && wait_for(|| age() > before), "{}", volume.status());

@@ -9,7 +9,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use tempfile::TempDir;
 use wb_tests::{
-    Outcome, Volume, bin, cache_bytes, flip_bit, golden, needs_serving, run, segment_offset, wb, zeros,
+    Outcome, Volume, bin, cache_bytes, flip_bit, golden, needs_serving, run, segment_offset, wb,
+    zeros,
 };
 
 /// A program, how it is given a cache device, and its exit code for one that it cannot work on.
@@ -36,7 +37,8 @@ impl Tool {
         run(self.name, before.chain([cache.into()]).chain(after))
     }
 
-    /// Runs it on something that it must refuse, with one line that names the device and says `why`.
+    /// Runs it on something that it must refuse, with one line that names the device and says
+    /// `why`.
     fn refuses(&self, cache: &Path, why: &str) {
         let outcome = self.run(cache);
         assert_eq!(outcome.code, self.refusal, "{} {:?}: {outcome:?}", self.name, self.before);
@@ -139,14 +141,19 @@ fn a_reader_that_goes_away_early_is_no_error() {
     ] {
         let script = format!("set -o pipefail; {command} | true");
         let output = assert_cmd::Command::new("bash").args(["-c", &script]).output().unwrap();
-        assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0), "{command}: {output:?}");
+        assert_eq!(
+            (output.status.code(), output.stderr.len()),
+            (Some(0), 0),
+            "{command}: {output:?}"
+        );
     }
 }
 
 #[test]
 fn a_full_disk_under_the_output_is_an_error() {
     let pair = golden("few-1");
-    let script = format!("{} segments {} > /dev/full", bin("wbdump").display(), pair.cache.display());
+    let script =
+        format!("{} segments {} > /dev/full", bin("wbdump").display(), pair.cache.display());
     let output = assert_cmd::Command::new("bash").args(["-c", &script]).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
 }
@@ -171,18 +178,21 @@ const COMMANDS: [(&str, &[&str]); 2] = [
     ("wbdump", &["super", "segments", "segment", "blocks", "block"]),
 ];
 
-/// What is written of the JSON that a program prints, as lines: that of a command is what stands before the first command,
-/// and below each line that names it.
+/// What is written of the JSON that a program prints, as lines: that of a command is what stands
+/// before the first command, and below each line that names it.
 fn page_of(program: &str, command: &str) -> String {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../manual/src/{program}.roff"));
     let page = std::fs::read_to_string(page).expect("what is written of a program");
-    let end = page.find(".SH JSON OUTPUT").and_then(|at| Some(at + 1 + page[at + 1..].find("\n.SH ")?));
-    let (_, commands) = COMMANDS.into_iter().find(|(name, _)| *name == program).unwrap_or(("", &[]));
+    let end =
+        page.find(".SH JSON OUTPUT").and_then(|at| Some(at + 1 + page[at + 1..].find("\n.SH ")?));
+    let (_, commands) =
+        COMMANDS.into_iter().find(|(name, _)| *name == program).unwrap_or(("", &[]));
     let mut text = String::new();
     let (mut counts, mut is_heading) = (true, false);
     for line in page[..end.expect("a section about JSON")].lines() {
         let words = line.strip_prefix(".BR ").or(line.strip_prefix(".B ")).unwrap_or_default();
-        let words: Vec<&str> = words.split([' ', '"']).filter(|word| !["", "and"].contains(word)).collect();
+        let words: Vec<&str> =
+            words.split([' ', '"']).filter(|word| !["", "and"].contains(word)).collect();
         if is_heading && !words.is_empty() && words.iter().all(|word| commands.contains(word)) {
             counts = words.contains(&command);
         }
@@ -195,10 +205,12 @@ fn page_of(program: &str, command: &str) -> String {
     text
 }
 
-/// Checks that the manual of a program has a word for each member of the JSON that a command of it has printed.
+/// Checks that the manual of a program has a word for each member of the JSON that a command of it
+/// has printed.
 fn is_documented(program: &str, command: &str, outcome: &Outcome) {
     let page = page_of(program, command);
-    let words: BTreeSet<&str> = page.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').collect();
+    let words: BTreeSet<&str> =
+        page.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').collect();
     let mut found = BTreeSet::new();
     for line in outcome.stdout.lines() {
         names(&serde_json::from_str(line).expect("a line of JSON"), &mut found);
@@ -220,7 +232,10 @@ fn is_as_documented(program: &str, command: &str, outcome: &Outcome) {
         named.flat_map(|line| line.split([' ', '"', ','])).filter(|w| !w.is_empty()).collect();
     assert!(named.len() > 3, "{named:?} of {program} {command}");
     let missing: Vec<_> = named.iter().filter(|name| !is_there(name)).collect();
-    assert!(missing.is_empty(), "{missing:?} of {program}.roff is not in {command} --json: {outcome:?}");
+    assert!(
+        missing.is_empty(),
+        "{missing:?} of {program}.roff is not in {command} --json: {outcome:?}"
+    );
 }
 
 #[test]
@@ -231,15 +246,21 @@ fn the_manual_tells_of_each_member_of_the_json() {
     is_as_documented("wbdump", "super", &wb!("wbdump", "super", "--json", &new));
     let pair = golden("few-1");
     let block =
-        wb!("wbdump", "segment", "--json", &pair.cache, "7").json()["metablocks"][0]["block"].to_string();
+        wb!("wbdump", "segment", "--json", &pair.cache, "7").json()["metablocks"][0]["block"]
+            .to_string();
     is_documented("wbdump", "segment", &wb!("wbdump", "segment", "--json", &pair.cache, "7"));
     is_as_documented("wbdump", "segments", &wb!("wbdump", "segments", "--json", &pair.cache));
     is_as_documented("wbdump", "blocks", &wb!("wbdump", "blocks", "--json", &pair.cache));
-    is_as_documented("wbdump", "block", &wb!("wbdump", "block", "--json", "--data", &pair.cache, block));
+    is_as_documented(
+        "wbdump",
+        "block",
+        &wb!("wbdump", "block", "--json", "--data", &pair.cache, block),
+    );
     is_documented("wbcheck", "", &wb!("wbcheck", "--json", "--segment", "7", &pair.cache));
     let devices = [Path::new("--cache"), &pair.cache, Path::new("--backing"), &pair.backing];
     for command in ["replay", "upgrade"] {
-        let outcome = run("wbctl", [command, "--json", "--dry-run"].map(Path::new).iter().chain(&devices));
+        let outcome =
+            run("wbctl", [command, "--json", "--dry-run"].map(Path::new).iter().chain(&devices));
         is_as_documented("wbctl", command, &outcome);
     }
     let table = dir.path().join("table");
@@ -248,7 +269,10 @@ fn the_manual_tells_of_each_member_of_the_json() {
     // A log that is corrupt has more to tell, and so has its repair.
     flip_bit(&pair.cache, segment_offset(&pair.cache, 3) + 4096);
     let corrupt = wb!("wbcheck", "--json", &pair.cache);
-    assert!(corrupt.code == 4 && !corrupt.json()["salvage"].as_array().unwrap().is_empty(), "{corrupt:?}");
+    assert!(
+        corrupt.code == 4 && !corrupt.json()["salvage"].as_array().unwrap().is_empty(),
+        "{corrupt:?}"
+    );
     is_documented("wbcheck", "", &corrupt);
     is_documented("wbcheck", "", &wb!("wbcheck", "--json", "--repair", "--salvage", &pair.cache));
 }

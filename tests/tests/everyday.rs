@@ -4,8 +4,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use wb_tests::{
-    Attached, Filesystem, MIB, Volume, how_to_repeat, needs_serving, sha256, sha256_direct, skip, succeeds,
-    system,
+    Attached, Filesystem, MIB, Volume, how_to_repeat, needs_serving, sha256, sha256_direct, skip,
+    succeeds, system,
 };
 
 /// How long the stress goes on, in seconds, where `WB_STRESS_SECONDS` does not say.
@@ -76,7 +76,8 @@ impl Drop for Fio {
     }
 }
 
-/// What is done to the volume under load, over and over. The daemon may refuse a discard, never the others.
+/// What is done to the volume under load, over and over. The daemon may refuse a discard, never the
+/// others.
 fn meddle(volume: &Volume, attached: &Attached<'_>, nth: usize) {
     let name = volume.name.as_str();
     let steps: &[&[&str]] = &[
@@ -100,7 +101,8 @@ fn meddle(volume: &Volume, attached: &Attached<'_>, nth: usize) {
     volume.must(steps[nth % steps.len()]);
     // The last quarter belongs to nobody else.
     let offset = (192 + nth as u64 % 60) * MIB + 4096 * (nth as u64 % 7);
-    let range = ["--offset", &offset.to_string(), "--length", &(MIB + 512).to_string()].map(String::from);
+    let range =
+        ["--offset", &offset.to_string(), "--length", &(MIB + 512).to_string()].map(String::from);
     let zero = if nth.is_multiple_of(2) { &["--zeroout"][..] } else { &[] };
     let _ = Command::new("blkdiscard").args(zero).args(range).arg(&attached.device).output();
 }
@@ -108,14 +110,16 @@ fn meddle(volume: &Volume, attached: &Attached<'_>, nth: usize) {
 #[test]
 fn a_volume_under_load_stands_drains_discards_and_new_tunables() {
     needs_serving!("fio", "blkdiscard");
-    let seconds =
-        std::env::var("WB_STRESS_SECONDS").map_or(STRESS_SECONDS, |text| text.parse().expect("seconds"));
+    let seconds = std::env::var("WB_STRESS_SECONDS")
+        .map_or(STRESS_SECONDS, |text| text.parse().expect("seconds"));
     let volume = Volume::created(40, 256 * MIB);
     let attached = volume.attach_with(&[]);
     let device = attached.device_str();
-    let wide = ["--name=wide", "--rw=randwrite", "--bsrange=512-256k", "--blockalign=512", "--iodepth=16"];
+    let wide =
+        ["--name=wide", "--rw=randwrite", "--bsrange=512-256k", "--blockalign=512", "--iodepth=16"];
     let wide = [&wide[..], &["--offset=0", "--size=96m", "--fsync=100"]].concat();
-    let narrow = ["--name=narrow", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--offset=96m", "--size=96m"];
+    let narrow =
+        ["--name=narrow", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--offset=96m", "--size=96m"];
     let mut jobs = [Fio::start(device, seconds, &wide), Fio::start(device, seconds, &narrow)];
     let mut nth = 0;
     while jobs.iter_mut().any(Fio::runs) {

@@ -1,5 +1,5 @@
-//! Devices that fail below a real daemon: what cannot be kept is never acknowledged, what is on the other device is
-//! still read, and the daemon goes on.
+//! Devices that fail below a real daemon: what cannot be kept is never acknowledged, what is on the
+//! other device is still read, and the daemon goes on.
 
 use libwb::device::IoBuf;
 use libwb::format::to_usize;
@@ -59,9 +59,10 @@ fn on_failing_cache(is_block: bool) -> (Volume, FailingFile, Option<LoopDevice>)
 #[test]
 fn write_back_that_fails_keeps_the_data_dirty_and_goes_on_later() {
     needs_serving!();
-    for faults in
-        [Faults { writes: true, ..Faults::default() }, Faults { flushes: true, ..Faults::default() }]
-    {
+    for faults in [
+        Faults { writes: true, ..Faults::default() },
+        Faults { flushes: true, ..Faults::default() },
+    ] {
         let (volume, backing) = on_failing_backing();
         let mut attached = volume.attach_with(&[]);
         backing.fail(faults);
@@ -72,7 +73,11 @@ fn write_back_that_fails_keeps_the_data_dirty_and_goes_on_later() {
         let says = ["device.img", "I/O error"];
         assert!(says.iter().all(|part| drained.stderr.contains(part)), "{drained:?}");
         let live = &volume.status()["live"];
-        assert_eq!((&live["dirty_bytes"], &live["failure"]), (&(2 * MIB).into(), &().into()), "{live}");
+        assert_eq!(
+            (&live["dirty_bytes"], &live["failure"]),
+            (&(2 * MIB).into(), &().into()),
+            "{live}"
+        );
         assert!(live["writeback_error"].is_string(), "{live}");
         assert!(attached.is_running());
         assert_eq!(read(&attached.device, 8 * MIB, 2 * MIB).unwrap(), noise(1, 2 * MIB));
@@ -80,7 +85,11 @@ fn write_back_that_fails_keeps_the_data_dirty_and_goes_on_later() {
         backing.heal();
         volume.must(&["drain", &volume.name]);
         let live = &volume.status()["live"];
-        assert_eq!((&live["dirty_bytes"], &live["writeback_error"]), (&0.into(), &().into()), "{live}");
+        assert_eq!(
+            (&live["dirty_bytes"], &live["writeback_error"]),
+            (&0.into(), &().into()),
+            "{live}"
+        );
         assert!(read_at(&volume.backing, 8 * MIB, 2 * MIB) == noise(1, 2 * MIB));
         attached.detach(&["--drain"]);
     }
@@ -111,7 +120,8 @@ fn a_bad_sector_of_the_backing_device_fails_reads_of_it_alone_and_only_while_it_
     attached.detach(&["--drain"]);
 }
 
-/// Writes are refused from now on, and reads of what is on the cache device and on the backing device go on.
+/// Writes are refused from now on, and reads of what is on the cache device and on the backing
+/// device go on.
 fn only_reads_go_on(volume: &Volume, attached: &mut Attached<'_>, kept: &[u8]) {
     let device = attached.device.clone();
     assert_eq!(errno(&write(&device, 0, &noise(9, 4096))), EIO);
@@ -145,7 +155,8 @@ fn a_cache_device_that_fails_writes_or_flushes_acknowledges_nothing_more_and_rea
         write(&attached.device, 4 * MIB, &kept).unwrap();
         flush(&attached.device).unwrap();
         cache.fail(faults);
-        // In memory, it is acknowledged as by any disk with a volatile write cache. The flush tells.
+        // In memory, it is acknowledged as by any disk with a volatile write cache. The flush
+        // tells.
         write(&attached.device, 8 * MIB, &noise(4, 64 * 1024)).unwrap();
         assert_eq!(errno(&flush(&attached.device)), EIO);
         // The device works again, but what it has lost by the failure nobody knows.
@@ -161,7 +172,8 @@ fn a_cache_device_that_fails_writes_or_flushes_acknowledges_nothing_more_and_rea
 }
 
 #[test]
-fn what_the_cache_device_cannot_read_comes_from_the_backing_device_if_it_is_clean_and_fails_if_it_is_dirty() {
+fn what_the_cache_device_cannot_read_comes_from_the_backing_device_if_it_is_clean_and_fails_if_it_is_dirty()
+ {
     needs_serving!();
     let (volume, cache, _block) = on_failing_cache(false);
     let mut attached = volume.attach_with(&[]);
@@ -174,7 +186,11 @@ fn what_the_cache_device_cannot_read_comes_from_the_backing_device_if_it_is_clea
     flush(&device).unwrap();
     // Written back again and again in vain; meanwhile it is in the cache alone.
     assert_eq!(read(&device, 4 * MIB, MIB).unwrap(), noise(5, MIB));
-    assert!(wait_for(|| volume.status()["live"]["writeback_error"].is_string()), "{}", volume.status());
+    assert!(
+        wait_for(|| volume.status()["live"]["writeback_error"].is_string()),
+        "{}",
+        volume.status()
+    );
     assert_eq!(errno(&read(&device, 8 * MIB, 4096)), EIO);
     assert!(attached.is_running());
     let status = volume.status();

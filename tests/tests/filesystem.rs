@@ -1,4 +1,5 @@
-//! Filesystems on a volume whose cache is far smaller than what is written, so that write-back runs all the time.
+//! Filesystems on a volume whose cache is far smaller than what is written, so that write-back runs
+//! all the time.
 
 use wb_tests::{Filesystem, MIB, Volume, Writer, check_files, fio_verify, needs_serving, wait_for};
 

@@ -51,9 +51,16 @@ fn status_tells_of_a_file_that_is_gone_and_detach_does_not_report_success() {
             assert!(shown.code == 5 && shown.stdout.contains(what), "{shown:?}");
             let refused = volume.wbctl(&["detach", &volume.name]);
             assert!(refused.code == 1 && refused.stdout.is_empty(), "{refused:?}");
-            assert!(refused.stderr.contains(&said) && refused.stderr.contains("gone"), "{refused:?}");
+            assert!(
+                refused.stderr.contains(&said) && refused.stderr.contains("gone"),
+                "{refused:?}"
+            );
             let has_dirty = path == volume.cache;
-            assert_eq!(refused.stderr.contains("2 MiB that were only there"), has_dirty, "{refused:?}");
+            assert_eq!(
+                refused.stderr.contains("2 MiB that were only there"),
+                has_dirty,
+                "{refused:?}"
+            );
             assert_eq!(attached.wait().code(), Some(1), "{}", attached.stderr());
         }
     }

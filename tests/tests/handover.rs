@@ -1,12 +1,13 @@
-//! A cache device that fails while written-back segments are to be emptied: what was discarded, or written around the log,
-//! does not come back when the kernel module gets the cache, and what cannot be emptied keeps nothing else waiting.
+//! A cache device that fails while written-back segments are to be emptied: what was discarded, or
+//! written around the log, does not come back when the kernel module gets the cache, and what
+//! cannot be emptied keeps nothing else waiting.
 
 use libwb::cache::{Cache, CacheError, Tunables, WriteMode};
 use libwb::device::sim::{Crash, Faults, SimDevice, Simulation};
 use libwb::device::{BlockDevice, Device, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
 use libwb::format::{
-    BLOCK_BYTES, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension, to_u64,
-    to_usize,
+    BLOCK_BYTES, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension,
+    to_u64, to_usize,
 };
 use libwb::log::Use;
 use libwb::log::create::create;
@@ -129,8 +130,13 @@ impl Rig {
     fn open(&self) -> Cache {
         let runtime = Arc::new(self.simulation.runtime().clone());
         let tunables = Tunables { writeback_threshold: 0, ..Tunables::default() };
-        let opening =
-            Cache::open_planted(self.cache(), self.backing.clone(), runtime, tunables, self.planted);
+        let opening = Cache::open_planted(
+            self.cache(),
+            self.backing.clone(),
+            runtime,
+            tunables,
+            self.planted,
+        );
         self.run(opening).expect("a sound cache")
     }
 
@@ -174,7 +180,8 @@ impl Rig {
     }
 
     fn clean_mark(&self) -> Option<u64> {
-        let superblock = self.run(read_superblock(&self.cache(), Use::Read)).expect("a sound superblock");
+        let superblock =
+            self.run(read_superblock(&self.cache(), Use::Read)).expect("a sound superblock");
         superblock.extension.expect("an extended cache").clean.map(|id| id.0)
     }
 }
@@ -228,12 +235,17 @@ fn failure(course: Course, planted: Planted) -> Option<String> {
 
 #[test]
 fn what_is_discarded_does_not_come_back_whatever_fails_meanwhile() {
-    let courses: [(Course, Bug); 2] =
-        [(discards_what_cannot_be_read, Bug::UnreadableLeft), (discards_again, Bug::HalfEmptiedTrusted)];
+    let courses: [(Course, Bug); 2] = [
+        (discards_what_cannot_be_read, Bug::UnreadableLeft),
+        (discards_again, Bug::HalfEmptiedTrusted),
+    ];
     for (course, bug) in courses {
         assert_eq!(failure(course, Planted::default()), None);
         let text = failure(course, Planted::new(bug));
-        assert!(text.as_ref().is_some_and(|text| text.contains("the module shows")), "{bug:?}: {text:?}");
+        assert!(
+            text.as_ref().is_some_and(|text| text.contains("the module shows")),
+            "{bug:?}: {text:?}"
+        );
     }
 }
 
@@ -321,8 +333,9 @@ fn the_newest_segment_is_never_written_without_reading_it() {
     }
 }
 
-/// A cache that has crashed with versions of a block that the kernel module would mistake for newer ones: of block 0 a whole and a
-/// partial one that are written back; of block 1 the same, in one segment, and partial ones that are not written back.
+/// A cache that has crashed with versions of a block that the kernel module would mistake for newer
+/// ones: of block 0 a whole and a partial one that are written back; of block 1 the same, in one
+/// segment, and partial ones that are not written back.
 fn crashed(extended: bool) -> Rig {
     let mut rig = Rig::new(extended, 1, Planted::default());
     let cache = rig.open();
@@ -377,18 +390,24 @@ fn a_power_cut_at_any_moment_of_a_repair_is_harmless() {
     {
         let rig = crashed(extended);
         let (content, backing) = (rig.cache.device().content(), rig.backing.content());
-        let planned = rig
-            .run(async { Scanned::read(&rig.cache(), Use::Write, |_| ()).await?.repair(&rig.cache()).await });
+        let planned = rig.run(async {
+            Scanned::read(&rig.cache(), Use::Write, |_| ()).await?.repair(&rig.cache()).await
+        });
         let plan = planned.unwrap().expect("something to repair");
         let is_done = (0..).find(|&moment| {
             let simulation = Simulation::new(seed);
-            let cache = Arc::new(SimDevice::new(simulation.runtime(), "cache", content.clone(), 512));
+            let cache =
+                Arc::new(SimDevice::new(simulation.runtime(), "cache", content.clone(), 512));
             let device: Device = cache.clone();
             simulation.runtime().halt_after_io(moment);
             let is_done = simulation.block_on(plan.apply(&device)).is_ok();
             let left = cache.crash(Crash::PowerCut).content();
             let again = module::volume_after_repair(left, backing.clone()).unwrap();
-            assert_eq!(shown(&again), AFTER_CRASH, "extended: {extended}, seed {seed}, moment {moment}");
+            assert_eq!(
+                shown(&again),
+                AFTER_CRASH,
+                "extended: {extended}, seed {seed}, moment {moment}"
+            );
             is_done
         });
         assert!(is_done > Some(5), "{is_done:?}");

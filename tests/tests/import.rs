@@ -17,7 +17,10 @@ fn refuses(volume: &Volume, text: &str, why: &str) -> Outcome {
     let before = records(volume);
     let refused = volume.wbctl(&["import", &table(volume, text)]);
     assert_eq!((refused.code, refused.stdout.as_str()), (1, ""), "{text:?}: {refused:?}");
-    assert!(refused.stderr.contains(why) && refused.stderr.lines().count() == 1, "{text:?}: {refused:?}");
+    assert!(
+        refused.stderr.contains(why) && refused.stderr.lines().count() == 1,
+        "{text:?}: {refused:?}"
+    );
     assert_eq!(records(volume), before, "{text:?}");
     refused
 }
@@ -29,8 +32,9 @@ fn a_volume_of_the_kernel_module_is_imported_and_attached() {
     let (cache, backing) = (volume.cache.display(), volume.backing.display());
     let before = volume.images();
     let text = format!(
-        "# comment\n\n  {}\t{backing}  {cache}\tnr_max_batched_writeback=8,colour=red,nr_max_batched_writeback=9999\n\
-         other /dev/disk/by-id/x /dev/disk/by-id/y write_around_mode\n",
+        "# comment\n\n  {}\t{backing}  \
+         {cache}\tnr_max_batched_writeback=8,colour=red,nr_max_batched_writeback=9999\nother \
+         /dev/disk/by-id/x /dev/disk/by-id/y write_around_mode\n",
         volume.name
     );
     let table = table(&volume, &text);
@@ -41,7 +45,8 @@ fn a_volume_of_the_kernel_module_is_imported_and_attached() {
     for part in [
         format!("imported '{}': {backing} with the cache {cache}\n", volume.name),
         "left out: colour=red: unknown tunable 'colour'".into(),
-        "left out: nr_max_batched_writeback=9999: nr_max_batched_writeback=9999: must be a number from 1"
+        "left out: nr_max_batched_writeback=9999: nr_max_batched_writeback=9999: must be a number \
+         from 1"
             .into(),
         "left out: write_around_mode: ".into(),
         "dmsetup remove NAME".into(),
@@ -64,12 +69,19 @@ fn nothing_is_imported_of_a_table_that_makes_no_sense() {
     let volume = Volume::blank(8, 8 << 20);
     refuses(&volume, "", "lists no volume");
     refuses(&volume, "good /dev/a /dev/b\nbad /dev/c\n", "line 2: must be: NAME BACKING CACHE");
-    refuses(&volume, "good /dev/a /dev/b\n../x /dev/c /dev/d\n", "line 2: '../x': a volume name is");
+    refuses(
+        &volume,
+        "good /dev/a /dev/b\n../x /dev/c /dev/d\n",
+        "line 2: '../x': a volume name is",
+    );
     refuses(&volume, "good /dev/a /dev/b x=1 y=2\n", "line 1: 'y=2' follows the options");
     refuses(&volume, "good /dev/a b\n", "'b' is no path of a device");
     refuses(&volume, &"x".repeat(2 << 20), "longer than 1048576 bytes");
     let missing = volume.wbctl(&["import", "/no/such/table"]);
-    assert!(missing.code == 1 && missing.stderr.contains("cannot read /no/such/table"), "{missing:?}");
+    assert!(
+        missing.code == 1 && missing.stderr.contains("cannot read /no/such/table"),
+        "{missing:?}"
+    );
 }
 
 #[test]
@@ -85,9 +97,13 @@ fn a_name_that_exists_is_not_imported_again() {
 fn a_device_of_another_volume_is_not_imported() {
     let volume = Volume::created(8, 8 << 20);
     let (cache, backing) = (volume.cache.display(), volume.backing.display());
-    let why =
-        format!("belongs to the volume '{0}'; if you give that up, first: wbctl remove {0}; ", volume.name);
-    for devices in [format!("/dev/a {cache}"), format!("{backing} /dev/b"), format!("{cache} /dev/b")] {
+    let why = format!(
+        "belongs to the volume '{0}'; if you give that up, first: wbctl remove {0}; ",
+        volume.name
+    );
+    for devices in
+        [format!("/dev/a {cache}"), format!("{backing} /dev/b"), format!("{cache} /dev/b")]
+    {
         let refused = refuses(&volume, &format!("other /dev/c /dev/d\nnew {devices}\n"), &why);
         assert!(refused.stderr.contains("take the line of 'new' out of"), "{refused:?}");
     }

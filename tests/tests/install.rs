@@ -84,7 +84,8 @@ fn what_make_installs_works_and_is_uninstalled_without_a_rest() {
             let mode = fs::metadata(root.join(&file)).unwrap().permissions().mode() & 0o777;
             assert_eq!(mode, if file.contains("/bin/") { 0o755 } else { 0o644 }, "{file}");
         }
-        let version = Command::new(root.join(prefix).join("bin/wbctl")).arg("--version").output().unwrap();
+        let version =
+            Command::new(root.join(prefix).join("bin/wbctl")).arg("--version").output().unwrap();
         assert!(version.status.success(), "{version:?}");
         let unit = fs::read_to_string(root.join("usr/lib/systemd/system/wb@.service")).unwrap();
         assert!(unit.contains(&format!("ExecStart=/{prefix}/bin/wbctl attach")), "{unit}");
@@ -121,7 +122,9 @@ fn without_a_build_nothing_is_installed_and_what_to_do_is_said() {
 fn dpkg(root: &Path, args: &[&str]) -> Outcome {
     let mut dpkg = Command::new("dpkg");
     // The libraries that it depends on are those of this machine.
-    dpkg.arg(format!("--root={}", root.display())).args(["--force-depends", "--force-not-root"]).args(args);
+    dpkg.arg(format!("--root={}", root.display()))
+        .args(["--force-depends", "--force-not-root"])
+        .args(args);
     // It asks for programs that need not be in the path of a user.
     dpkg.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
     Outcome::of(dpkg)
@@ -129,7 +132,9 @@ fn dpkg(root: &Path, args: &[&str]) -> Outcome {
 
 #[test]
 fn the_debian_package_is_installed_and_removed_without_a_rest() {
-    if let Some(program) = ["cargo-deb", "dpkg", "strip"].into_iter().find(|program| !has_program(program)) {
+    if let Some(program) =
+        ["cargo-deb", "dpkg", "strip"].into_iter().find(|program| !has_program(program))
+    {
         skip!("needs {program}; `make deb` installs cargo-deb");
     }
     let dir = TempDir::new().unwrap();

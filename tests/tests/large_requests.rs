@@ -3,7 +3,8 @@
 use libwb::cache::{Cache, Tunables};
 use libwb::device::{BlockDevice, Device, IoBuf, IoFuture, MemDevice, SharedBuf};
 use libwb::format::{
-    BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, encode_superblock_block, to_u64, to_usize,
+    BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, encode_superblock_block, to_u64,
+    to_usize,
 };
 use libwb::reactor::Reactor;
 use parking_lot::Mutex;
@@ -22,7 +23,11 @@ struct Noted {
 
 impl Noted {
     fn new(device: MemDevice) -> Arc<Noted> {
-        Arc::new(Noted { device: Arc::new(device), reads: Mutex::default(), writes: Mutex::default() })
+        Arc::new(Noted {
+            device: Arc::new(device),
+            reads: Mutex::default(),
+            writes: Mutex::default(),
+        })
     }
 
     /// The reads and writes of the data that there were since the last time.
@@ -83,7 +88,8 @@ fn a_large_request_is_one_write_or_read_for_each_piece_that_it_lies_in() {
     let backing = Noted::new(MemDevice::new("backing", to_u64(2 * REQUEST_BYTES)));
     let (cache, backing_device): (Device, Device) = (cache_device.clone(), backing.clone());
     let runtime = Arc::new(reactor.handle().clone());
-    let cache = reactor.block_on(Cache::open(cache, backing_device, runtime, Tunables::default())).unwrap();
+    let cache =
+        reactor.block_on(Cache::open(cache, backing_device, runtime, Tunables::default())).unwrap();
     cache.pause();
     let data: Vec<u8> = (0..=250u8).cycle().flat_map(|of| [of; 512]).take(REQUEST_BYTES).collect();
     cache_device.take(0);
@@ -92,12 +98,19 @@ fn a_large_request_is_one_write_or_read_for_each_piece_that_it_lies_in() {
     reactor.block_on(cache.flush()).unwrap();
     let slot = |nth: usize| SUPERBLOCK_REGION_BYTES + to_u64(nth * SEGMENT_BYTES);
     let segments: Vec<_> = (0..SEGMENTS).map(|nth| (slot(nth), SEGMENT_BYTES)).collect();
-    assert_eq!(cache_device.take(SUPERBLOCK_REGION_BYTES), [vec![], segments], "a segment is one write");
+    assert_eq!(
+        cache_device.take(SUPERBLOCK_REGION_BYTES),
+        [vec![], segments],
+        "a segment is one write"
+    );
 
-    let read = |sector| reactor.block_on(cache.read(Sector(sector), IoBuf::zeroed(REQUEST_BYTES))).unwrap();
+    let read = |sector| {
+        reactor.block_on(cache.read(Sector(sector), IoBuf::zeroed(REQUEST_BYTES))).unwrap()
+    };
     assert!(read(0)[..] == data[..]);
-    let blocks: Vec<_> =
-        (0..SEGMENTS).map(|nth| (slot(nth) + to_u64(BLOCK_BYTES), SEGMENT_BYTES - BLOCK_BYTES)).collect();
+    let blocks: Vec<_> = (0..SEGMENTS)
+        .map(|nth| (slot(nth) + to_u64(BLOCK_BYTES), SEGMENT_BYTES - BLOCK_BYTES))
+        .collect();
     assert_eq!(cache_device.take(SUPERBLOCK_REGION_BYTES)[0], blocks, "and one read");
     assert_eq!(backing.take(0), [vec![], vec![]]);
 

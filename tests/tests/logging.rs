@@ -8,7 +8,9 @@ use std::io::{self, PipeReader, Write, pipe};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Stdio;
-use wb_tests::{Attached, FailingFile, Faults, MIB, PATIENCE, Volume, needs_serving, noise, overwrite};
+use wb_tests::{
+    Attached, FailingFile, Faults, MIB, PATIENCE, Volume, needs_serving, noise, overwrite,
+};
 
 /// A new volume of 32 MiB, on a cache device that can fail.
 fn on_failing_cache() -> (Volume, FailingFile) {
@@ -59,7 +61,8 @@ fn a_daemon_whose_log_has_lost_its_reader_goes_on() {
     needs_serving!();
     let volume = Volume::created(16, 32 * MIB);
     let (reader, writer) = pipe().unwrap();
-    let mut attached = volume.start_with(volume.command(&["attach", &volume.name]), Stdio::from(writer));
+    let mut attached =
+        volume.start_with(volume.command(&["attach", &volume.name]), Stdio::from(writer));
     drop(reader);
     for _ in 0..3 {
         volume.must(&["pause", &volume.name]);
@@ -94,11 +97,13 @@ fn a_log_that_is_not_read_holds_up_neither_requests_nor_the_end() {
 
 /// Asks a daemon over its socket.
 fn ask(volume: &Volume, request: &str) -> String {
-    let mut socket = std::os::unix::net::UnixStream::connect(volume.socket()).expect("a daemon that listens");
+    let mut socket =
+        std::os::unix::net::UnixStream::connect(volume.socket()).expect("a daemon that listens");
     socket.set_read_timeout(Some(PATIENCE)).expect("a socket");
     socket.write_all(request.as_bytes()).expect("a daemon that reads");
     let mut line = String::new();
-    io::BufRead::read_line(&mut io::BufReader::new(socket), &mut line).expect("a daemon that answers");
+    io::BufRead::read_line(&mut io::BufReader::new(socket), &mut line)
+        .expect("a daemon that answers");
     line
 }
 
@@ -110,12 +115,18 @@ fn what_comes_thousands_of_times_is_said_a_few_times_and_counted() {
     volume.must(&["pause", &volume.name]);
     fill(&attached.device);
     fail_reads(&cache, &attached.device, 3000);
-    assert!(wb_tests::wait_for(|| attached.stderr().contains(" more like it)")), "{}", attached.stderr());
+    assert!(
+        wb_tests::wait_for(|| attached.stderr().contains(" more like it)")),
+        "{}",
+        attached.stderr()
+    );
     let said = attached.stderr();
     assert!(said.lines().count() < 1000, "{} lines", said.lines().count());
     let held_back: u64 = said
         .lines()
-        .filter_map(|line| line.split_once("(the last of ")?.1.split(' ').next()?.parse::<u64>().ok())
+        .filter_map(|line| {
+            line.split_once("(the last of ")?.1.split(' ').next()?.parse::<u64>().ok()
+        })
         .sum();
     assert!(held_back > 1000, "{said}");
     attached.detach(&[]);

@@ -1,7 +1,9 @@
-//! A volume while memory is short: programs that write to it wait for pages that only the daemon can clean.
+//! A volume while memory is short: programs that write to it wait for pages that only the daemon
+//! can clean.
 //!
-//! The daemon has a group of its own, as systemd gives each service. In one group with the programs that write, and without
-//! the right to mark itself as an I/O flusher (CAP_SYS_RESOURCE), it hangs: its own allocations then wait for their pages.
+//! The daemon has a group of its own, as systemd gives each service. In one group with the programs
+//! that write, and without the right to mark itself as an I/O flusher (CAP_SYS_RESOURCE), it hangs:
+//! its own allocations then wait for their pages.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -65,14 +67,16 @@ const KILLED: u32 = 10;
 
 /// Writes far more than the memory of `group` to a folder, and makes it durable.
 ///
-/// In a group of version 1 the kernel does not slow down who dirties pages, and an allocation for XFS may not wait for pages to
-/// be cleaned (GFP_NOFS). Where it comes first, the kernel kills the program, whatever is below the filesystem. So such a file
-/// is written again, when what was dirty is on the volume. What the test is about is that no program hangs.
+/// In a group of version 1 the kernel does not slow down who dirties pages, and an allocation for
+/// XFS may not wait for pages to be cleaned (GFP_NOFS). Where it comes first, the kernel kills the
+/// program, whatever is below the filesystem. So such a file is written again, when what was dirty
+/// is on the volume. What the test is about is that no program hangs.
 fn write_all(group: &Cgroup, source: &Path, on: &Path) {
     let mut copy = Command::new("sh");
     // Of the shell and cp, the kernel is to choose cp. 137: killed.
     let script = format!(
-        "copy() {{ sh -c 'echo 1000 > /proc/$$/oom_score_adj; exec cp \"$0\" \"$1\"' \"$1\" \"$2\"; }}
+        "copy() {{ sh -c 'echo 1000 > /proc/$$/oom_score_adj; exec cp \"$0\" \"$1\"' \"$1\" \
+         \"$2\"; }}
          for i in $(seq {FILES}); do
              left={KILLED}
              until copy \"$0\" \"$1/$i\"; do
@@ -100,7 +104,8 @@ fn write_all(group: &Cgroup, source: &Path, on: &Path) {
 
 fn fill(filesystem: Filesystem) {
     let volume = Volume::blank(64, 1024 * MIB);
-    let group = |what: &str, bytes| Cgroup::with_limit(&format!("wb-{}-{what}", volume.name), bytes);
+    let group =
+        |what: &str, bytes| Cgroup::with_limit(&format!("wb-{}-{what}", volume.name), bytes);
     let (Some(daemon), Some(writers)) = (group("daemon", DAEMON), group("writers", WRITERS)) else {
         skip!("needs cgroups with a memory limit")
     };
@@ -143,19 +148,30 @@ fn the_daemon_is_kept_from_waiting_for_itself_or_says_so() {
     let process = Path::new("/proc").join(attached.pid().to_string());
     let locked = std::fs::read_to_string(process.join("status")).unwrap();
     let locked = locked.lines().any(|line| line.starts_with("VmLck:") && !line.contains(" 0 kB"));
-    assert!(locked || attached.stderr().contains("memory cannot be locked"), "{}", attached.stderr());
+    assert!(
+        locked || attached.stderr().contains("memory cannot be locked"),
+        "{}",
+        attached.stderr()
+    );
 
     // linux/sched.h
     const PF_MEMALLOC_NOIO: u64 = 0x0008_0000;
     let is_flusher = |thread: PathBuf| {
         let stat = std::fs::read_to_string(thread.join("stat")).unwrap_or_default();
         // The name, in parentheses, may hold spaces; six fields after it come the flags.
-        let flags =
-            stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
+        let flags = stat
+            .rsplit(')')
+            .next()
+            .and_then(|rest| rest.split_whitespace().nth(6)?.parse::<u64>().ok());
         flags.is_some_and(|flags| flags & PF_MEMALLOC_NOIO != 0)
     };
-    let threads = std::fs::read_dir(process.join("task")).unwrap().map(|thread| thread.unwrap().path());
+    let threads =
+        std::fs::read_dir(process.join("task")).unwrap().map(|thread| thread.unwrap().path());
     let all = threads.into_iter().all(is_flusher);
     let said = attached.stderr();
-    assert_ne!(all, said.contains("cannot be marked as an I/O flusher: it lacks CAP_SYS_RESOURCE"), "{said}");
+    assert_ne!(
+        all,
+        said.contains("cannot be marked as an I/O flusher: it lacks CAP_SYS_RESOURCE"),
+        "{said}"
+    );
 }

@@ -1,4 +1,5 @@
-//! An older copy of a cache is not put over newer data in silence, nor a second cache before what a first one still holds.
+//! An older copy of a cache is not put over newer data in silence, nor a second cache before what a
+//! first one still holds.
 
 use nix::sys::signal::Signal;
 use std::fs::{File, Permissions};
@@ -6,14 +7,16 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use wb_tests::{
-    Attached, MIB, Outcome, Volume, bin, cache_bytes, flip_bit, golden, needs_serving, overwrite, read_at,
-    sha256, wait_for, wb, zeros,
+    Attached, MIB, Outcome, Volume, bin, cache_bytes, flip_bit, golden, needs_serving, overwrite,
+    read_at, sha256, wait_for, wb, zeros,
 };
 
 /// Writes a block through an attached volume, so that it survives a power cut.
 fn write(attached: &Attached<'_>, block: u64, fill: u8) {
     overwrite(&attached.device, block * 4096, &[fill; 4096]);
-    File::open(&attached.device).and_then(|device| device.sync_all()).expect("a device that takes writes");
+    File::open(&attached.device)
+        .and_then(|device| device.sync_all())
+        .expect("a device that takes writes");
 }
 
 fn copy(volume: &Volume, name: &str) -> PathBuf {
@@ -84,10 +87,16 @@ fn a_copy_from_before_the_last_detach_is_refused_whatever_the_volume_is_called()
     is_refused(
         &volume,
         &copy,
-        &["is older than this cache was", "generation 2, and was of generation 3", &when, "--older"],
+        &[
+            "is older than this cache was",
+            "generation 2, and was of generation 3",
+            &when,
+            "--older",
+        ],
     );
     // Nothing is written when it is only looked at, but it would show old data.
-    let looked = volume.wbctl(&[&["attach", "other", "--read-only"], &pair(&copy, &volume)[..]].concat());
+    let looked =
+        volume.wbctl(&[&["attach", "other", "--read-only"], &pair(&copy, &volume)[..]].concat());
     assert!(looked.code == 1 && looked.stderr.contains("is older"), "{looked:?}");
     assert_eq!(read_at(&volume.backing, 0, 1), [2]);
     replays(&volume, &copy, &["--older", "--dry-run"]);
@@ -143,7 +152,10 @@ fn a_daemon_notes_now_and_again_how_far_its_cache_has_come() {
         (&first["volume"], &first["cache"]),
         (&volume.name.as_str().into(), &volume.cache.to_str().into())
     );
-    assert_eq!(first["uuid"], wb!("wbdump", "super", &volume.cache, "--json").json()["extension"]["uuid"]);
+    assert_eq!(
+        first["uuid"],
+        wb!("wbdump", "super", &volume.cache, "--json").json()["extension"]["uuid"]
+    );
     let mode = |path: &Path| std::fs::metadata(path).expect("a file").mode() & 0o777;
     assert_eq!([mode(&file), mode(&volume.path("state"))], [0o600, 0o755]);
     write(&attached, 0, 1);
@@ -152,7 +164,10 @@ fn a_daemon_notes_now_and_again_how_far_its_cache_has_come() {
     assert!(wait_for(|| note(&volume).0["written_back"] == 1), "{:?}", note(&volume));
     assert_eq!(note(&volume).0["closed"], false);
     attached.detach(&[]);
-    assert_eq!((&note(&volume).0["closed"], &note(&volume).0["durable"]), (&true.into(), &1.into()));
+    assert_eq!(
+        (&note(&volume).0["closed"], &note(&volume).0["durable"]),
+        (&true.into(), &1.into())
+    );
 }
 
 #[test]
@@ -254,8 +269,11 @@ fn a_second_cache_is_refused_while_the_recorded_one_is_dirty() {
     drop(attached);
     let second = zeros(&volume.dir, "second.img", cache_bytes(16));
     assert_eq!(wb!("wbformat", &second, "--backing", &volume.backing).code, 0);
-    let whose =
-        format!("it belongs to the volume '{}', whose cache {} ", volume.name, volume.cache.display());
+    let whose = format!(
+        "it belongs to the volume '{}', whose cache {} ",
+        volume.name,
+        volume.cache.display()
+    );
     let remove = format!("wbctl remove --force {}", volume.name);
     is_refused(&volume, &second, &[&format!("{whose}holds 1 dirty block, "), &remove]);
     let anyway = volume.wbctl(&[&["replay", "--older"], &pair(&second, &volume)[..]].concat());
@@ -271,7 +289,11 @@ fn a_second_cache_is_refused_while_the_recorded_one_is_dirty() {
     // Its device is not there, but it was seen.
     let away = volume.path("away.img");
     std::fs::rename(&volume.cache, &away).unwrap();
-    is_refused(&volume, &second, &[&format!("{whose}is not there, and may hold dirty data (it was seen 2")]);
+    is_refused(
+        &volume,
+        &second,
+        &[&format!("{whose}is not there, and may hold dirty data (it was seen 2")],
+    );
     // What is there is the same cache, by another name.
     replays(&volume, &away, &[]);
     assert_eq!(read_at(&volume.backing, 0, 1), [1]);

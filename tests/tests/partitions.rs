@@ -17,7 +17,8 @@ fn partition_table() -> Vec<u8> {
 
 fn partitions(device: &Path) -> Vec<PathBuf> {
     let name = device.file_name().expect("a device").to_str().expect("UTF-8");
-    let found = std::fs::read_dir(Path::new("/sys/class/block").join(name)).into_iter().flatten().flatten();
+    let found =
+        std::fs::read_dir(Path::new("/sys/class/block").join(name)).into_iter().flatten().flatten();
     let is_partition = |path: &PathBuf| path.join("partition").exists();
     found.map(|entry| entry.path()).filter(is_partition).collect()
 }
@@ -26,8 +27,10 @@ fn partitions(device: &Path) -> Vec<PathBuf> {
 fn is_read_by_the_kernel(image: &Path) -> bool {
     let device = LoopDevice::attach(image).expect("a loop device");
     let _ = Command::new("partx").arg("--delete").arg(&device.path).output();
-    let scanned = Command::new("losetup").args(["--find", "--show", "--partscan"]).arg(image).output();
-    let path = PathBuf::from(String::from_utf8(scanned.expect("losetup").stdout).expect("UTF-8").trim());
+    let scanned =
+        Command::new("losetup").args(["--find", "--show", "--partscan"]).arg(image).output();
+    let path =
+        PathBuf::from(String::from_utf8(scanned.expect("losetup").stdout).expect("UTF-8").trim());
     let found = !partitions(&path).is_empty();
     succeeds(Command::new("losetup").arg("--detach").arg(&path));
     found
@@ -42,7 +45,8 @@ fn the_partitions_of_a_volume_are_shown_and_none_stays_behind() {
     for is_killed in [false, true] {
         let mut attached = volume.attach_with(&[]);
         let device = attached.device.clone();
-        let shows = Path::new("/sys/class/block").join(device.file_name().unwrap()).join("loop/partscan");
+        let shows =
+            Path::new("/sys/class/block").join(device.file_name().unwrap()).join("loop/partscan");
         assert_eq!(std::fs::read_to_string(shows).unwrap().trim(), "1");
         if by_kernel {
             assert_eq!(partitions(&device).len(), 1, "the kernel reads the table");
@@ -121,11 +125,13 @@ fn no_name_of_another_volume_leads_to_the_loop_device_that_an_attach_gets() {
     let link = |n: u32| Path::new("/dev/wb").join(format!("{}-stale-{n}", volume.name));
     let links = Links((0..256).map(link).collect());
     for (n, link) in links.0.iter().enumerate() {
-        let to = if n % 2 == 0 { format!("/dev/loop{}", n / 2) } else { format!("../loop{}", n / 2) };
+        let to =
+            if n % 2 == 0 { format!("/dev/loop{}", n / 2) } else { format!("../loop{}", n / 2) };
         std::os::unix::fs::symlink(to, link).unwrap();
     }
     let attached = volume.attach_with(&[]);
-    let leads_here = |link: &&PathBuf| std::fs::canonicalize(link).is_ok_and(|to| to == attached.device);
+    let leads_here =
+        |link: &&PathBuf| std::fs::canonicalize(link).is_ok_and(|to| to == attached.device);
     assert_eq!(links.0.iter().filter(leads_here).collect::<Vec<_>>(), Vec::<&PathBuf>::new());
     assert_eq!(std::fs::canonicalize(volume.link()).unwrap(), attached.device);
     // What leads elsewhere stays.

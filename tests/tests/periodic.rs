@@ -3,7 +3,9 @@
 use libwb::cache::{Cache, Tunables};
 use libwb::device::sim::{SimDevice, Simulation};
 use libwb::device::{BlockDevice, IoBuf};
-use libwb::format::{SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, encode_superblock_block, to_usize};
+use libwb::format::{
+    SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, encode_superblock_block, to_usize,
+};
 use libwb::runtime::Runtime;
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +30,10 @@ fn left_after(time: Duration, sync_data_interval: u32) -> Vec<u8> {
     let device = |name, content| Arc::new(SimDevice::new(simulation.runtime(), name, content, 512));
     let devices = [device("cache", log), device("backing", vec![0; 1 << 20])];
     let cache = open(&simulation, &devices, sync_data_interval);
-    simulation.block_on(cache.write(Sector(8), &[7; BYTES])).expect("an end").expect("sound devices");
+    simulation
+        .block_on(cache.write(Sector(8), &[7; BYTES]))
+        .expect("an end")
+        .expect("sound devices");
     let runtime = simulation.runtime();
     let end = runtime.now() + time;
     // In small steps: simulated time passes while tasks still have something to do.

@@ -1,9 +1,10 @@
-//! The simulator finds bugs: each of those that can be planted shows within a few seeds. Some that few seeds come to are left
-//! to the scripts that crash at every moment: `FenceIgnored` needs a write in the midst of a discard, `CommitOverUndurable`
-//! a header that is torn in the short time between two commits, `RecordNotDurable` a slot that is reused just before a power
-//! cut, and `DroppedNotErased` a log that grows up to what an earlier power cut had cut off. `UnreadableLeft` and
-//! `HalfEmptiedTrusted` need a device that fails in the midst of a discard: `handover.rs`. Those of blocks that cannot be
-//! written back are in `stuck.rs`.
+//! The simulator finds bugs: each of those that can be planted shows within a few seeds. Some that
+//! few seeds come to are left to the scripts that crash at every moment: `FenceIgnored` needs a
+//! write in the midst of a discard, `CommitOverUndurable` a header that is torn in the short time
+//! between two commits, `RecordNotDurable` a slot that is reused just before a power cut, and
+//! `DroppedNotErased` a log that grows up to what an earlier power cut had cut off.
+//! `UnreadableLeft` and `HalfEmptiedTrusted` need a device that fails in the midst of a discard:
+//! `handover.rs`. Those of blocks that cannot be written back are in `stuck.rs`.
 
 use libwb::planted::Bug;
 use std::panic::catch_unwind;
@@ -11,9 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use wb_tests::sim::real::WriteCache;
 use wb_tests::sim::run;
 
-/// Where each bug is looked for: the first seed, and how many may be needed from there. Where the first one that shows
-/// it is far from 0, the search begins shortly before. A change of the engine changes what each seed comes to, so
-/// that there is room for more.
+/// Where each bug is looked for: the first seed, and how many may be needed from there. Where the
+/// first one that shows it is far from 0, the search begins shortly before. A change of the engine
+/// changes what each seed comes to, so that there is room for more.
 const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
     (Bug::FlushAcknowledgedEarly, 0, 100),
     (Bug::BackingNotFlushed, 0, 20),
@@ -48,10 +49,13 @@ const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
     (Bug::RotForgiven, 0, 50),
 ];
 
-/// What the simulator says of a seed, if it finds fault with it. An assertion in the engine counts as well.
+/// What the simulator says of a seed, if it finds fault with it. An assertion in the engine counts
+/// as well.
 fn verdict(bug: Bug, seed: u64) -> Option<String> {
     match catch_unwind(|| run(&WriteCache::with(bug), seed)) {
-        Ok(result) => result.err().map(|failure| failure.text.lines().next().unwrap_or_default().to_string()),
+        Ok(result) => {
+            result.err().map(|failure| failure.text.lines().next().unwrap_or_default().to_string())
+        }
         Err(_) => Some("a panic".into()),
     }
 }
@@ -60,7 +64,9 @@ fn verdict(bug: Bug, seed: u64) -> Option<String> {
 fn look_for(&(bug, first, seeds): &(Bug, u64, u64)) -> (String, bool) {
     let found = (first..first + seeds).find_map(|seed| verdict(bug, seed).map(|text| (seed, text)));
     let line = match &found {
-        Some((seed, text)) => format!("{bug:?}: seed {seed}, {} from {first} on: {text}", seed - first + 1),
+        Some((seed, text)) => {
+            format!("{bug:?}: seed {seed}, {} from {first} on: {text}", seed - first + 1)
+        }
         None => format!("{bug:?} goes unnoticed by the {seeds} seeds from {first} on"),
     };
     (line, found.is_some())

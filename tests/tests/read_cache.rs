@@ -1,12 +1,12 @@
-//! What is read lies in RAM, on the cache device or on the backing device, sector by sector, and what is read again and
-//! again comes to lie on the cache device.
+//! What is read lies in RAM, on the cache device or on the backing device, sector by sector, and
+//! what is read again and again comes to lie on the cache device.
 
 use libwb::cache::{Cache, Counters, Tunables};
 use libwb::device::IoBuf;
 use libwb::device::sim::{Faults, SimDevice, Simulation};
 use libwb::format::{
-    BLOCK_BYTES, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, encode_superblock_block,
-    to_u64, to_usize,
+    BLOCK_BYTES, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
+    encode_superblock_block, to_u64, to_usize,
 };
 use libwb::planted::{Bug, Planted};
 use libwb::runtime::Runtime;
@@ -46,14 +46,16 @@ impl Rig {
     fn planted(segments: u64, blocks: u64, tunables: Tunables, planted: Planted) -> Rig {
         let simulation = Simulation::new(1);
         let runtime = simulation.runtime().clone();
-        let mut log = vec![0; to_usize(SUPERBLOCK_REGION_BYTES) + to_usize(segments) * SEGMENT_BYTES];
+        let mut log =
+            vec![0; to_usize(SUPERBLOCK_REGION_BYTES) + to_usize(segments) * SEGMENT_BYTES];
         encode_superblock_block(log.first_chunk_mut().expect("a block"));
         let mut content = vec![0; to_usize(blocks) * BLOCK_BYTES];
         stamp::fill(&mut content, Sector(0), WriteId(OLD));
         let cache_device = Arc::new(SimDevice::new(&runtime, "cache", log, 512));
         let backing = Arc::new(SimDevice::new(&runtime, "backing", content, 512));
         let devices = (cache_device.clone(), backing.clone());
-        let opening = Cache::open_planted(devices.0, devices.1, Arc::new(runtime), tunables, planted);
+        let opening =
+            Cache::open_planted(devices.0, devices.1, Arc::new(runtime), tunables, planted);
         let cache = simulation.block_on(opening).expect("an end").expect("a fresh cache");
         let shows = vec![OLD; to_usize(blocks * BLOCK)];
         Rig { simulation, cache_device, backing, cache, shows }
@@ -72,7 +74,8 @@ impl Rig {
     }
 
     fn write(&mut self, first: u64, count: u64, write: u64) {
-        self.run(self.cache.write(Sector(first), &Rig::data(first, count, write))).expect("sound devices");
+        self.run(self.cache.write(Sector(first), &Rig::data(first, count, write)))
+            .expect("sound devices");
         self.shows[to_usize(first)..to_usize(first + count)].fill(write);
     }
 
@@ -185,8 +188,8 @@ fn a_read_takes_each_sector_from_where_its_newest_version_lies() {
     rig.end();
 }
 
-/// Each block has its own of the ways in which each of eight sectors lies in RAM, on the cache device or on the backing
-/// device.
+/// Each block has its own of the ways in which each of eight sectors lies in RAM, on the cache
+/// device or on the backing device.
 #[test]
 fn a_read_composes_ram_cache_and_backing_per_sector_in_every_combination() {
     const WAYS: u64 = 3u64.pow(8);
@@ -199,12 +202,14 @@ fn a_read_composes_ram_cache_and_backing_per_sector_in_every_combination() {
         for (write, place) in [(1, 1), (2, 2)] {
             for block in blocks.clone() {
                 let lies = |sector: u32| block / 3u64.pow(sector) % 3 == place;
-                let pattern =
-                    (0..8).filter(|&sector| lies(sector)).fold(0, |bits, sector| bits | 1 << sector);
+                let pattern = (0..8)
+                    .filter(|&sector| lies(sector))
+                    .fold(0, |bits, sector| bits | 1 << sector);
                 rig.write_pattern(block, pattern, write);
             }
             if place == 1 {
-                // On a device without the extension, this closes the segment, so that nothing of it is left in RAM.
+                // On a device without the extension, this closes the segment, so that nothing of it
+                // is left in RAM.
                 rig.flush();
             }
         }
@@ -254,12 +259,20 @@ fn what_is_read_twice_is_cached_and_is_neither_dirty_nor_written_back() {
     rig.cache.set_tunables(Tunables::default());
     assert_eq!(rig.backing_reads(|| rig.check(0, blocks)), 63 * 4096);
     rig.flush();
-    assert_eq!(rig.backing_reads(|| rig.check(0, blocks)), 63 * 4096, "the rest lies on the cache device");
+    assert_eq!(
+        rig.backing_reads(|| rig.check(0, blocks)),
+        63 * 4096,
+        "the rest lies on the cache device"
+    );
     rig.run(rig.cache.drain()).expect("sound devices");
     let counters = rig.counters();
     assert_eq!((rig.cache.status().dirty_blocks, counters.written_back_bytes), (0, 0));
     for _ in 0..3 {
-        assert_eq!(rig.backing_reads(|| rig.check(200 * BLOCK, blocks)), 127 * 4096, "switched off");
+        assert_eq!(
+            rig.backing_reads(|| rig.check(200 * BLOCK, blocks)),
+            127 * 4096,
+            "switched off"
+        );
     }
     assert_eq!(rig.counters().staged_blocks, 64);
     rig.end();
@@ -373,7 +386,11 @@ fn errors_of_either_device_surface_in_reads_that_need_it_and_go_away_again() {
     rig.check(9 * BLOCK, 2);
     for (first, count) in [(8 * BLOCK, BLOCK), (9 * BLOCK, BLOCK), (9 * BLOCK + 2, 1)] {
         let read = rig.read(first, count);
-        assert!(read.as_ref().is_err_and(|e| e.contains("cache")), "{first}: {:?}", read.map(|_| ()));
+        assert!(
+            read.as_ref().is_err_and(|e| e.contains("cache")),
+            "{first}: {:?}",
+            read.map(|_| ())
+        );
     }
     rig.cache_device.set_faults(Faults::default());
     rig.check_parts(0..64);
@@ -411,8 +428,10 @@ fn read_caching_is_switched_on_and_off_while_the_volume_is_attached() {
     // Past the page cache, 4 KiB at a time and none next to the other.
     let read_some = || {
         use std::os::unix::fs::{FileExt, OpenOptionsExt};
-        let device =
-            std::fs::File::options().read(true).custom_flags(nix::libc::O_DIRECT).open(&attached.device);
+        let device = std::fs::File::options()
+            .read(true)
+            .custom_flags(nix::libc::O_DIRECT)
+            .open(&attached.device);
         let device = device.expect("the volume");
         for at in (0..64).map(|nth| nth * 32768) {
             let mut buf = IoBuf::zeroed(BLOCK_BYTES);

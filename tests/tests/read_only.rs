@@ -1,10 +1,11 @@
-//! A volume that is attached read-only: reads show what a recovery would leave, and no byte of either device changes.
+//! A volume that is attached read-only: reads show what a recovery would leave, and no byte of
+//! either device changes.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use wb_tests::{
-    GOLDEN, MIB, Volume, golden_volume_sha256, needs_serving, noise, overwrite, read_at, sha256_direct,
-    wait_for,
+    GOLDEN, MIB, Volume, golden_volume_sha256, needs_serving, noise, overwrite, read_at,
+    sha256_direct, wait_for,
 };
 
 #[test]
@@ -28,15 +29,19 @@ fn a_volume_with_dirty_data_takes_no_write_and_nothing_that_leads_to_one() {
     let mut attached = volume.attach_with(&[]);
     volume.must(&["pause", name]);
     overwrite(&attached.device, 4096, &noise(5, 3 * MIB));
-    File::open(&attached.device).and_then(|device| device.sync_all()).expect("a device that takes writes");
+    File::open(&attached.device)
+        .and_then(|device| device.sync_all())
+        .expect("a device that takes writes");
     attached.kill();
     drop(attached);
     let before = volume.images();
     let attached = volume.attach_with(&["--read-only"]);
     assert_eq!(volume.status()["state"], "attached read-only");
     assert!(read_at(&attached.device, 4096, 3 * MIB) == noise(5, 3 * MIB));
-    let written =
-        File::options().write(true).open(&attached.device).and_then(|file| file.write_all_at(&[1; 512], 0));
+    let written = File::options()
+        .write(true)
+        .open(&attached.device)
+        .and_then(|file| file.write_all_at(&[1; 512], 0));
     assert!(written.is_err(), "the device takes a write");
     for refused in [
         &["flush", name][..],

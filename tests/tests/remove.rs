@@ -62,7 +62,8 @@ fn a_cache_that_cannot_be_judged_is_only_forgotten_by_force() {
     flip_bit(&damaged.cache, segment_offset(&damaged.cache, 3) + 100_000);
     refuses(
         &damaged,
-        "it cannot be told whether the cache of 'golden' is clean (--force forgets it all the same)",
+        "it cannot be told whether the cache of 'golden' is clean (--force forgets it all the \
+         same)",
     );
     let gone = Volume::created(8, 8 * MIB);
     std::fs::remove_file(&gone.cache).unwrap();

@@ -9,22 +9,26 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use wb_tests::sim::module;
 use wb_tests::{
-    GOLDEN, MIB, Outcome, Volume, flip_bit, golden_volume_sha256, needs_serving, noise, overwrite, read_at,
-    segment_offset, sha256, wb, write_record, write_segment,
+    GOLDEN, MIB, Outcome, Volume, flip_bit, golden_volume_sha256, needs_serving, noise, overwrite,
+    read_at, segment_offset, sha256, wb, write_record, write_segment,
 };
 
 fn check(cache: &Path) -> Outcome {
     wb!("wbcheck", cache)
 }
 
-/// Repairs a device that needs it, and checks that nothing is left to do, and that the volume is the same.
+/// Repairs a device that needs it, and checks that nothing is left to do, and that the volume is
+/// the same.
 fn repairs(volume: &Volume, written: &str) {
     let twin = Volume::blank(1, 1 << 20);
     std::fs::copy(&volume.cache, &twin.cache).expect("room for an image");
     std::fs::copy(&volume.backing, &twin.backing).expect("room for an image");
     let outcome = wb!("wbcheck", &volume.cache, "--repair");
     assert_eq!(outcome.code, 1, "{outcome:?}");
-    assert_eq!(outcome.first_line(), format!("{}: repaired, and sound now", volume.cache.display()));
+    assert_eq!(
+        outcome.first_line(),
+        format!("{}: repaired, and sound now", volume.cache.display())
+    );
     assert!(outcome.stdout.contains(written), "{written:?} is not in {outcome:?}");
     assert_eq!(check(&volume.cache).first_line(), format!("{}: sound", volume.cache.display()));
     let repaired = sha256(&volume.cache);
@@ -116,12 +120,17 @@ fn a_damaged_copy_of_the_superblock_extension_is_found_and_restored() {
         let volume = Volume::created(8, 4 << 20);
         flip_bit(&volume.cache, copy + 70);
         let found = check(&volume.cache);
-        assert_eq!((found.code, found.stdout.contains("one of the two copies")), (4, true), "{found:?}");
+        assert_eq!(
+            (found.code, found.stdout.contains("one of the two copies")),
+            (4, true),
+            "{found:?}"
+        );
         repairs(&volume, "the damaged copy of the superblock extension");
     }
 }
 
-/// As a power cut leaves a page whose write was under way at detach: its first sector is the old one or the new.
+/// As a power cut leaves a page whose write was under way at detach: its first sector is the old
+/// one or the new.
 #[test]
 fn a_torn_copy_of_the_superblock_extension_is_no_error_and_is_restored() {
     for first_is_new in [false, true] {
@@ -134,10 +143,15 @@ fn a_torn_copy_of_the_superblock_extension_is_no_error_and_is_restored() {
         let part = if first_is_new { 0..512 } else { 512..4096 };
         overwrite(&volume.cache, EXTENSION_OFFSETS[0] + to_u64(part.start), &block[part]);
         let found = check(&volume.cache);
-        assert_eq!((found.code, found.stdout.contains("extension is torn")), (0, true), "{found:?}");
+        assert_eq!(
+            (found.code, found.stdout.contains("extension is torn")),
+            (0, true),
+            "{found:?}"
+        );
         assert!(found.first_line().contains("sound after a power cut"), "{found:?}");
         let json = wb!("wbcheck", &volume.cache, "--json").json();
-        let [damaged, torn] = ["superblock_copy_damaged", "superblock_copy_torn"].map(|name| &json[name]);
+        let [damaged, torn] =
+            ["superblock_copy_damaged", "superblock_copy_torn"].map(|name| &json[name]);
         assert_eq!((damaged, torn), (&false.into(), &true.into()), "{json}");
         let shown = wb!("wbdump", "super", &volume.cache);
         assert!(shown.stderr.contains("torn by a power cut"), "{shown:?}");
@@ -164,8 +178,13 @@ fn a_segment_that_is_cut_short_is_closed_with_the_last_commit_that_stands() {
     assert!(found.code == 0 && found.stdout.contains("Segment 1 is cut short"), "{found:?}");
     let one = wb!("wbcheck", &volume.cache, "--segment", "1");
     assert!(one.code == 0 && one.stdout.contains("up to the last flush"), "{one:?}");
-    for shown in [wb!("wbdump", "segments", &volume.cache), wb!("wbdump", "segment", &volume.cache, "1")] {
-        assert!(shown.stdout.contains("up to its last flush; what came after is torn"), "{shown:?}");
+    for shown in
+        [wb!("wbdump", "segments", &volume.cache), wb!("wbdump", "segment", &volume.cache, "1")]
+    {
+        assert!(
+            shown.stdout.contains("up to its last flush; what came after is torn"),
+            "{shown:?}"
+        );
     }
     repairs(&volume, "the header of segment 1, which ends with the last flush");
     let kept = read_at(&volume.backing, 0, 5 * 4096);
@@ -173,7 +192,8 @@ fn a_segment_that_is_cut_short_is_closed_with_the_last_commit_that_stands() {
     assert!(kept[4 * 4096..] == [0; 4096]);
 }
 
-/// What the kernel module would make of the devices, were it not for the repair, would be older than what was flushed.
+/// What the kernel module would make of the devices, were it not for the repair, would be older
+/// than what was flushed.
 #[test]
 fn after_a_crash_the_kernel_module_reads_the_volume_from_what_a_repair_leaves() {
     needs_serving!();
@@ -181,7 +201,8 @@ fn after_a_crash_the_kernel_module_reads_the_volume_from_what_a_repair_leaves() 
     let mut attached = volume.attach();
     // Past the page cache, which would make whole blocks of it.
     let write = |device: &Path, seed, bytes| {
-        let device = std::fs::File::options().write(true).custom_flags(O_DIRECT).open(device).unwrap();
+        let device =
+            std::fs::File::options().write(true).custom_flags(O_DIRECT).open(device).unwrap();
         device.write_all_at(&IoBuf::copy_of(&noise(seed, bytes)), 0).unwrap();
         device.sync_all().unwrap();
         volume.must(&["drain", &volume.name]);
@@ -192,17 +213,25 @@ fn after_a_crash_the_kernel_module_reads_the_volume_from_what_a_repair_leaves() 
     attached.kill();
     drop(attached);
     let for_module = || {
-        let [cache, backing] = [&volume.cache, &volume.backing].map(|path| std::fs::read(path).unwrap());
+        let [cache, backing] =
+            [&volume.cache, &volume.backing].map(|path| std::fs::read(path).unwrap());
         module::volume(&cache, backing).unwrap()[..4096] == want
     };
     assert!(!for_module());
     let found = check(&volume.cache);
     assert_eq!(found.first_line(), format!("{}: sound", volume.cache.display()), "{found:?}");
-    assert!(found.stdout.contains("From segment 1, the kernel module may take old data"), "{found:?}");
-    assert_eq!(wb!("wbcheck", &volume.cache, "--json").json()["misleading_segments"], serde_json::json!([1]));
+    assert!(
+        found.stdout.contains("From segment 1, the kernel module may take old data"),
+        "{found:?}"
+    );
+    assert_eq!(
+        wb!("wbcheck", &volume.cache, "--json").json()["misleading_segments"],
+        serde_json::json!([1])
+    );
     let outcome = wb!("wbcheck", &volume.cache, "--repair");
     assert!(
-        outcome.code == 1 && outcome.stdout.contains("empty segments in the places of segment 1, from"),
+        outcome.code == 1
+            && outcome.stdout.contains("empty segments in the places of segment 1, from"),
         "{outcome:?}"
     );
     assert!(for_module());
@@ -213,7 +242,10 @@ fn after_a_crash_the_kernel_module_reads_the_volume_from_what_a_repair_leaves() 
     write(&attached.device, 3, 512);
     attached.detach(&[]);
     let before = sha256(&volume.cache);
-    assert_eq!((wb!("wbcheck", &volume.cache, "--repair").code, sha256(&volume.cache)), (0, before));
+    assert_eq!(
+        (wb!("wbcheck", &volume.cache, "--repair").code, sha256(&volume.cache)),
+        (0, before)
+    );
 }
 
 #[test]
@@ -227,7 +259,11 @@ fn a_corrupt_log_needs_salvage_and_is_left_as_it_is_without() {
     let report = wb!("wbcheck", &volume.cache, "--repair", "--salvage=stop", "--json");
     let json = report.json();
     assert_eq!((report.code, &json["verdict"]), (1, &"sound".into()), "{json}");
-    assert_eq!(json["repair"]["salvage"]["segments_given_up"], serde_json::json!([3, 4, 5, 6, 7]), "{json}");
+    assert_eq!(
+        json["repair"]["salvage"]["segments_given_up"],
+        serde_json::json!([3, 4, 5, 6, 7]),
+        "{json}"
+    );
     assert_eq!(json["repair"]["verdict_before"], "corrupt", "{json}");
     volume.must(&[&["replay"], &volume.pair()[..]].concat());
 }
@@ -235,13 +271,17 @@ fn a_corrupt_log_needs_salvage_and_is_left_as_it_is_without() {
 #[test]
 fn with_quiet_the_verdict_alone_is_printed_when_errors_are_left() {
     let volume = Volume::created(8, 4 << 20);
-    let beyond = Metablock { block: BlockNo(1 << 20), dirty: DirtyBits(0xff), crc: None, lost: false };
+    let beyond =
+        Metablock { block: BlockNo(1 << 20), dirty: DirtyBits(0xff), crc: None, lost: false };
     write_segment(&volume.cache, 1, &[beyond], 1);
     flip_bit(&volume.cache, EXTENSION_OFFSETS[0] + 70);
     let outcome = wb!("wbcheck", "--repair", "--quiet", &volume.cache);
     assert_eq!((outcome.code, outcome.stdout.lines().count()), (4, 1), "{outcome:?}");
     assert!(outcome.stdout.contains("CORRUPT: segment 1 holds data for sector"), "{outcome:?}");
-    assert!(!check(&volume.cache).stdout.contains("one of the two copies"), "the copy was repaired");
+    assert!(
+        !check(&volume.cache).stdout.contains("one of the two copies"),
+        "the copy was repaired"
+    );
 }
 
 #[test]
@@ -250,7 +290,11 @@ fn a_record_that_is_garbage_is_salvaged_without_loss() {
     write_record(&volume.cache, u64::MAX);
     assert_eq!(wb!("wbcheck", &volume.cache, "--repair").code, 4);
     let outcome = wb!("wbcheck", &volume.cache, "--repair", "--salvage");
-    assert_eq!((outcome.code, outcome.stdout.contains("It gives up nothing")), (1, true), "{outcome:?}");
+    assert_eq!(
+        (outcome.code, outcome.stdout.contains("It gives up nothing")),
+        (1, true),
+        "{outcome:?}"
+    );
     volume.must(&[&["replay"], &volume.pair()[..]].concat());
     assert_eq!(sha256(&volume.backing), golden_volume_sha256("few-1"));
 }

@@ -1,13 +1,13 @@
-//! `wbctl replay` and `wbctl attach` on devices that the kernel module wrote: the volume is the one that the module
-//! itself recovers.
+//! `wbctl replay` and `wbctl attach` on devices that the kernel module wrote: the volume is the one
+//! that the module itself recovers.
 
 use libwb::format::{BlockNo, DirtyBits, Metablock};
 use nix::sys::signal::Signal;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 use wb_tests::{
-    GOLDEN, LoopDevice, NOBODY, Outcome, Volume, as_nobody, golden_volume_sha256, needs_serving, overwrite,
-    read_at, sha256, sha256_direct, wb, write_segment,
+    GOLDEN, LoopDevice, NOBODY, Outcome, Volume, as_nobody, golden_volume_sha256, needs_serving,
+    overwrite, read_at, sha256, sha256_direct, wb, write_segment,
 };
 
 /// Runs wbctl as an ordinary user, who owns the volume's files.
@@ -49,7 +49,10 @@ fn a_second_replay_changes_no_byte() {
         assert_eq!(replay(&volume).code, 0, "{name}");
         let before = volume.images();
         let again = replay(&volume);
-        assert_eq!(again.stdout, "nothing to write back: the cache is clean\n", "{name}: {again:?}");
+        assert_eq!(
+            again.stdout, "nothing to write back: the cache is clean\n",
+            "{name}: {again:?}"
+        );
         assert_eq!(volume.images(), before, "{name}");
     }
 }
@@ -61,7 +64,11 @@ fn attaching_serves_the_volume_that_the_kernel_module_recovers() {
         let volume = Volume::golden(name);
         let attached = volume.attach();
         assert_eq!(sha256_direct(&attached.device), golden_volume_sha256(name), "{name}");
-        assert_eq!(sha256(&attached.device), golden_volume_sha256(name), "{name}, through the page cache");
+        assert_eq!(
+            sha256(&attached.device),
+            golden_volume_sha256(name),
+            "{name}, through the page cache"
+        );
         attached.end(Signal::SIGTERM);
         is_sound(&volume);
         assert_eq!(replay(&volume).code, 0, "{name}");
@@ -79,9 +86,17 @@ fn a_report_in_json_counts_what_was_written_back() {
     assert_eq!(report["written_back_bytes"], dirty * 4096, "only whole blocks are in it: {report}");
     assert_eq!(report["cache"], volume.cache.to_str().unwrap());
     assert_eq!(report["backing"], volume.backing.to_str().unwrap());
-    assert_eq!((&report["segments"], &report["recovery_point"]), (&7.into(), &7.into()), "{report}");
+    assert_eq!(
+        (&report["segments"], &report["recovery_point"]),
+        (&7.into(), &7.into()),
+        "{report}"
+    );
     let again = volume.wbctl(&args).json();
-    assert_eq!((&again["dirty_blocks"], &again["written_back_bytes"]), (&0.into(), &0.into()), "{again}");
+    assert_eq!(
+        (&again["dirty_blocks"], &again["written_back_bytes"]),
+        (&0.into(), &0.into()),
+        "{again}"
+    );
 }
 
 #[test]
@@ -91,7 +106,11 @@ fn a_replayed_cache_gives_the_same_volume_over_a_backing_device_that_was_written
     volume.must(&[&["replay"], &volume.pair()[..]].concat());
     overwrite(&volume.backing, 0, &[7; 1 << 20]);
     let attached = volume.attach();
-    assert_eq!(sha256_direct(&attached.device), sha256(&volume.backing), "no block of the cache is stale");
+    assert_eq!(
+        sha256_direct(&attached.device),
+        sha256(&volume.backing),
+        "no block of the cache is stale"
+    );
 }
 
 #[test]
@@ -101,7 +120,8 @@ fn a_file_that_may_only_be_read_is_refused_and_left_as_it_is() {
     let readable = std::fs::Permissions::from_mode(0o444);
     std::fs::set_permissions(&volume.backing, readable).unwrap();
     if nix::unistd::geteuid().is_root() {
-        std::fs::set_permissions(volume.dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+        std::fs::set_permissions(volume.dir.path(), std::fs::Permissions::from_mode(0o755))
+            .unwrap();
     }
     let outcome = replay(&volume);
     assert_eq!(outcome.code, 1, "{outcome:?}");
@@ -119,8 +139,10 @@ fn a_dry_run_opens_for_reading_alone() {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o444)).unwrap();
     }
     for more in [&[][..], &["--until", "5"]] {
-        let looked =
-            as_ordinary_user(&volume, &[&["replay", "--dry-run"], &volume.pair()[..], more].concat());
+        let looked = as_ordinary_user(
+            &volume,
+            &[&["replay", "--dry-run"], &volume.pair()[..], more].concat(),
+        );
         assert!(looked.code == 0 && looked.stdout.starts_with("would write back"), "{looked:?}");
     }
     assert_eq!(volume.images(), before);
@@ -139,7 +161,8 @@ fn a_dry_run_takes_block_devices_that_are_write_protected() {
     assert!(refused.code == 1 && refused.stderr.contains("write-protected"), "{refused:?}");
 }
 
-/// A log of three segments. Block 0 is in all of them, and in the last in part; block 1 in the second alone.
+/// A log of three segments. Block 0 is in all of them, and in the last in part; block 1 in the
+/// second alone.
 fn three_segments() -> Volume {
     let volume = Volume::blank(8, 64 << 10);
     assert_eq!(wb!("wbformat", &volume.cache, "--compat").code, 0);
@@ -179,13 +202,19 @@ fn a_log_is_replayed_until_an_earlier_point_and_stays_as_it_is_for_the_rest() {
     }
     is_sound(&volume);
     let all = replay(&volume);
-    assert!(all.code == 0 && all.stdout.contains("2 dirty blocks"), "the cache was still dirty: {all:?}");
+    assert!(
+        all.code == 0 && all.stdout.contains("2 dirty blocks"),
+        "the cache was still dirty: {all:?}"
+    );
     assert_eq!(holds(&volume), [3, 2, 2]);
     // All is written back now, so there is nothing earlier left.
     let before = volume.images();
     let refused = replay_until(&volume, "2", &[]);
     assert_eq!(refused.code, 1, "{refused:?}");
-    assert!(refused.stderr.contains("give one from 3, up to which all is written back, to 3"), "{refused:?}");
+    assert!(
+        refused.stderr.contains("give one from 3, up to which all is written back, to 3"),
+        "{refused:?}"
+    );
     assert_eq!(volume.images(), before);
 }
 
@@ -209,8 +238,10 @@ fn a_point_that_the_log_does_not_reach_is_refused_and_a_salvage_until_it_is_sens
 fn every_device_of_the_kernel_module_can_be_replayed_in_two_steps() {
     for name in GOLDEN {
         let volume = Volume::golden(name);
-        let json =
-            as_ordinary_user(&volume, &[&["replay", "--dry-run", "--json"], &volume.pair()[..]].concat());
+        let json = as_ordinary_user(
+            &volume,
+            &[&["replay", "--dry-run", "--json"], &volume.pair()[..]].concat(),
+        );
         let last = json.json()["recovery_point"].as_u64().expect("a number");
         let segments = json.json()["segments"].as_u64().expect("a number");
         let cache = sha256(&volume.cache);
@@ -239,8 +270,11 @@ fn a_replay_until_an_earlier_point_than_the_last_is_refused_and_told_to_be_a_mix
     for options in [&[][..], &["--dry-run"]] {
         let refused = replay_until(&volume, "1", options);
         assert_eq!((refused.code, refused.stderr.lines().count()), (1, 1), "{refused:?}");
-        for why in ["holds what segment 2 wrote already, which comes after 1", "a mixture of both", "--older"]
-        {
+        for why in [
+            "holds what segment 2 wrote already, which comes after 1",
+            "a mixture of both",
+            "--older",
+        ] {
             assert!(refused.stderr.contains(why), "{refused:?}");
         }
     }
@@ -252,7 +286,11 @@ fn a_replay_until_an_earlier_point_than_the_last_is_refused_and_told_to_be_a_mix
     assert!(mixed.code == 0 && mixed.stdout.contains(said), "{mixed:?}");
     assert_eq!(holds(&volume), [1, 1, 2]);
     let json = replay_until(&volume, "0", &["--older", "--json"]).json();
-    assert_eq!((&json["mixed_with_segment"], &json["dirty_blocks"]), (&1.into(), &0.into()), "{json}");
+    assert_eq!(
+        (&json["mixed_with_segment"], &json["dirty_blocks"]),
+        (&1.into(), &0.into()),
+        "{json}"
+    );
     // To its end, the log can be replayed at any time.
     assert_eq!(replay(&volume).code, 0);
     assert_eq!(holds(&volume), [3, 2, 2]);

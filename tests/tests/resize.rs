@@ -1,12 +1,19 @@
-//! Devices of another size: a backing device that grows or shrinks, a cache device that is replaced by a larger one.
+//! Devices of another size: a backing device that grows or shrinks, a cache device that is replaced
+//! by a larger one.
 
 use std::fs::File;
 use std::path::Path;
 use std::process::Command;
-use wb_tests::{Filesystem, MIB, Volume, cache_bytes, needs_serving, noise, overwrite, read_at, wb, zeros};
+use wb_tests::{
+    Filesystem, MIB, Volume, cache_bytes, needs_serving, noise, overwrite, read_at, wb, zeros,
+};
 
 fn resize(path: &Path, bytes: u64) {
-    File::options().write(true).open(path).and_then(|file| file.set_len(bytes)).expect("a file to resize");
+    File::options()
+        .write(true)
+        .open(path)
+        .and_then(|file| file.set_len(bytes))
+        .expect("a file to resize");
 }
 
 fn recorded_sectors(volume: &Volume) -> u64 {
@@ -49,7 +56,10 @@ fn a_backing_device_that_has_grown_is_served_whole_and_may_not_shrink_again() {
     drop(attached);
 
     resize(&volume.backing, 24 * MIB + 512);
-    refuses(&volume, "this one has 49153; if it is the same and has grown, attach the volume with --grown");
+    refuses(
+        &volume,
+        "this one has 49153; if it is the same and has grown, attach the volume with --grown",
+    );
     assert_eq!(recorded_sectors(&volume), 32768);
     let attached = volume.attach_with(&["--grown"]);
     assert_eq!(volume.status()["live"]["volume_bytes"], 24 * MIB + 512);

@@ -13,8 +13,8 @@ use std::collections::HashSet;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Arc;
 use wb_tests::{
-    GOLDEN, MIB, Volume, flip_bit, golden_bytes, golden_volume_sha256, needs_serving, noise, overwrite,
-    read_at, segment_offset, sha256, sha256_direct, wait_for, wb,
+    GOLDEN, MIB, Volume, flip_bit, golden_bytes, golden_volume_sha256, needs_serving, noise,
+    overwrite, read_at, segment_offset, sha256, sha256_direct, wait_for, wb,
 };
 
 /// A golden volume with rot in its second segment.
@@ -52,8 +52,10 @@ fn a_corrupt_log_is_refused_with_both_ways_on_and_nothing_is_changed() {
         for part in [
             "segment 2 is missing or damaged",
             "Neither device was changed. Copy the cache device",
-            "--salvage=skip keeps every valid segment; lost blocks fall back to older versions. It gives up segment 2: 123 dirty blocks",
-            "--salvage=stop goes back to segment 1, the last consistent point. It gives up segments 2 to 7: 334 dirty blocks",
+            "--salvage=skip keeps every valid segment; lost blocks fall back to older versions. \
+             It gives up segment 2: 123 dirty blocks",
+            "--salvage=stop goes back to segment 1, the last consistent point. It gives up \
+             segments 2 to 7: 334 dirty blocks",
         ] {
             assert!(outcome.stderr.contains(part), "{part:?} is not in {outcome:?}");
         }
@@ -67,7 +69,11 @@ fn a_corrupt_log_is_refused_with_both_ways_on_and_nothing_is_changed() {
     );
     let json = wb!("wbcheck", &volume.cache, "--json").json();
     assert_eq!(json["salvage"][0]["dirty_blocks_given_up"], 123, "{json}");
-    assert_eq!(json["salvage"][1]["segments_given_up"], serde_json::json!([2, 3, 4, 5, 6, 7]), "{json}");
+    assert_eq!(
+        json["salvage"][1]["segments_given_up"],
+        serde_json::json!([2, 3, 4, 5, 6, 7]),
+        "{json}"
+    );
     assert_eq!(volume.images(), before);
 }
 
@@ -78,7 +84,10 @@ fn skip_loses_nothing_but_the_blocks_it_names() {
     whole.must(&[&["replay"], &whole.pair()[..]].concat());
     let report = replay(&volume, &["--salvage", "--json"]).json();
     let salvage = &report["salvage"];
-    assert_eq!((&salvage["way"], &salvage["segments_given_up"]), (&"skip".into(), &serde_json::json!([2])));
+    assert_eq!(
+        (&salvage["way"], &salvage["segments_given_up"]),
+        (&"skip".into(), &serde_json::json!([2]))
+    );
     let [with, without] = [&volume, &whole].map(|v| std::fs::read(&v.backing).unwrap());
     let lost = numbers(&salvage["blocks_given_up"]);
     let different = different_blocks(&with, &without);
@@ -98,7 +107,11 @@ fn stop_gives_the_volume_of_the_log_before_the_damage() {
     }
     before.must(&[&["replay"], &before.pair()[..]].concat());
     let outcome = replay(&volume, &["--salvage=stop"]);
-    assert_eq!((outcome.code, outcome.stdout.contains("gives up segments 2 to 7")), (0, true), "{outcome:?}");
+    assert_eq!(
+        (outcome.code, outcome.stdout.contains("gives up segments 2 to 7")),
+        (0, true),
+        "{outcome:?}"
+    );
     assert_eq!(sha256(&volume.backing), sha256(&before.backing));
     let again = replay(&volume, &["--salvage=stop"]);
     assert_eq!(again.stdout, "nothing to write back: the cache is clean\n");
@@ -165,17 +178,24 @@ fn of_a_volume_of_wb_a_rotten_block_is_all_that_skip_loses() {
     assert!(volume.is_gone());
     // The newest version of the third block that is only in the cache.
     let dump = wb!("wbdump", "segments", &volume.cache, "--live", "--json").stdout;
-    let live: serde_json::Value = serde_json::from_str(dump.lines().next().expect("a live segment")).unwrap();
+    let live: serde_json::Value =
+        serde_json::from_str(dump.lines().next().expect("a live segment")).unwrap();
     let id = live["id"].as_u64().unwrap_or_else(|| panic!("{live}"));
     let block = read_at(&volume.cache, segment_offset(&volume.cache, id) + 512 + 2 * 16, 8);
     let lost = u64::from_le_bytes(block.try_into().unwrap()) / 8;
     flip_bit(&volume.cache, segment_offset(&volume.cache, id) + 3 * 4096 + 100);
 
     let refused = volume.wbctl(&[&["replay", "--dry-run"], &volume.pair()[..]].concat());
-    assert_eq!((refused.code, refused.stderr.contains("1 dirty block (126 more")), (1, true), "{refused:?}");
-    // Attach looks at the headers alone. The block cannot be read, all others can, and status says what to do.
+    assert_eq!(
+        (refused.code, refused.stderr.contains("1 dirty block (126 more")),
+        (1, true),
+        "{refused:?}"
+    );
+    // Attach looks at the headers alone. The block cannot be read, all others can, and status says
+    // what to do.
     let attached = volume.attach_with(&volume.pair());
-    let direct = std::fs::File::options().read(true).custom_flags(O_DIRECT).open(&attached.device).unwrap();
+    let direct =
+        std::fs::File::options().read(true).custom_flags(O_DIRECT).open(&attached.device).unwrap();
     let mut block = IoBuf::zeroed(BLOCK_BYTES);
     assert!(direct.read_exact_at(&mut block, lost * to_u64(BLOCK_BYTES)).is_err());
     direct.read_exact_at(&mut block, (lost ^ 1) * to_u64(BLOCK_BYTES)).unwrap();
@@ -204,7 +224,8 @@ fn damage() -> impl Strategy<Value = (usize, Vec<u8>)> {
     let at = prop_oneof![
         region - 512..region - 500,
         (0..14usize, 0..16usize).prop_map(move |(slot, at)| region + slot * SEGMENT_BYTES + at),
-        (0..14usize, 512..BLOCK_BYTES).prop_map(move |(slot, at)| region + slot * SEGMENT_BYTES + at),
+        (0..14usize, 512..BLOCK_BYTES)
+            .prop_map(move |(slot, at)| region + slot * SEGMENT_BYTES + at),
         region..8usize << 20,
     ];
     (at, prop::collection::vec(any::<u8>(), 1..40))

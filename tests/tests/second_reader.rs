@@ -1,5 +1,6 @@
-//! A second reader of the format, which was written from wb(5) alone (`tests/reader`), and libwb make the same of every
-//! device there is: whether it is refused, which segments count, and what the volume is.
+//! A second reader of the format, which was written from wb(5) alone (`tests/reader`), and libwb
+//! make the same of every device there is: whether it is refused, which segments count, and what
+//! the volume is.
 
 use fastrand::Rng;
 use futures_lite::future::block_on;
@@ -7,8 +8,8 @@ use libwb::cache::{Cache, CacheError, Purpose, Tunables};
 use libwb::device::sim::{SimDevice, Simulation};
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{
-    BLOCK_BYTES, BlockNo, RECORD_BLOCK_OFFSET, Record, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
-    SegmentHeader, SegmentId, SuperblockExtension, decode_record, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, RECORD_BLOCK_OFFSET, Record, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES,
+    Sector, SegmentHeader, SegmentId, SuperblockExtension, decode_record, to_u64, to_usize,
 };
 use libwb::log::Use;
 use libwb::log::recovery::recover;
@@ -57,7 +58,10 @@ impl Reader {
         let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("reader/reader.py");
         let mut command = Command::new("python3");
         // Without a folder for compiled files beside it.
-        command.args(["-B".as_ref(), program.as_os_str()]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        command
+            .args(["-B".as_ref(), program.as_os_str()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
         let mut child = command.spawn().expect("python3");
         let (questions, answers) = (child.stdin.take(), child.stdout.take().expect("a pipe"));
         let dir = TempDir::new().expect("a temporary folder");
@@ -88,7 +92,8 @@ impl Reader {
         let mut ours = made_by_libwb(cache, backing);
         let reasons = theirs["refused"].as_array().expect("a list of reasons").clone();
         theirs["refused"] = json!(!reasons.is_empty());
-        if ours["unreadable"] == "at open" && theirs["unreadable"].as_array().is_some_and(|it| !it.is_empty())
+        if ours["unreadable"] == "at open"
+            && theirs["unreadable"].as_array().is_some_and(|it| !it.is_empty())
         {
             // That some block cannot be read, libwb has noticed earlier.
             ours["unreadable"] = theirs["unreadable"].clone();
@@ -139,7 +144,8 @@ fn made_by_libwb(cache: &[u8], backing: &[u8]) -> Value {
         let simulation = Simulation::new(1);
         let backing = Arc::new(MemDevice::with_content("backing", backing.to_vec()));
         let runtime = Arc::new(simulation.runtime().clone());
-        let opening = Cache::open_for(device, backing, runtime, Tunables::default(), Purpose::read_only());
+        let opening =
+            Cache::open_for(device, backing, runtime, Tunables::default(), Purpose::read_only());
         match simulation.block_on(opening).expect("an end") {
             Err(CacheError::Log(_)) => found["refused"] = true.into(),
             Err(CacheError::Device(_)) => found["unreadable"] = "at open".into(),
@@ -154,7 +160,10 @@ fn read_volume(simulation: &Simulation, cache: &Cache, found: &mut Value) {
     const CHUNK: u64 = 1 << 20;
     let read = |at: u64, bytes: u64| {
         let buffer = IoBuf::zeroed(to_usize(bytes.min(cache.size() - at)));
-        simulation.block_on(cache.read(Sector(at / to_u64(SECTOR_BYTES)), buffer)).expect("an end").ok()
+        simulation
+            .block_on(cache.read(Sector(at / to_u64(SECTOR_BYTES)), buffer))
+            .expect("an end")
+            .ok()
     };
     let mut hasher = Sha256::new();
     let mut unreadable = Vec::new();
@@ -165,7 +174,8 @@ fn read_volume(simulation: &Simulation, cache: &Cache, found: &mut Value) {
         }
         let end = cache.size().min(at + CHUNK);
         let blocks = (at..end).step_by(BLOCK_BYTES).map(|at| BlockNo(at / to_u64(BLOCK_BYTES)));
-        unreadable.extend(blocks.filter(|b| read(b.bytes(), to_u64(BLOCK_BYTES)).is_none()).map(|b| b.0));
+        unreadable
+            .extend(blocks.filter(|b| read(b.bytes(), to_u64(BLOCK_BYTES)).is_none()).map(|b| b.0));
     }
     if unreadable.is_empty() {
         found["sha256"] = hash(hasher).into();
@@ -203,7 +213,11 @@ fn a_second_reader_reads_crafted_devices() {
         reader.compare(&name, &cache, &backing);
     }
     for seed in 0..CRAFTED {
-        reader.compare(&format!("crafted at random, seed {seed}"), &crafted::random(seed), &backing);
+        reader.compare(
+            &format!("crafted at random, seed {seed}"),
+            &crafted::random(seed),
+            &backing,
+        );
     }
     for recipe in seeds() {
         reader.compare(&format!("{recipe:?}"), &recipe.build(), &backing);
@@ -211,7 +225,8 @@ fn a_second_reader_reads_crafted_devices() {
     reader.end();
 }
 
-/// Damage of two kinds at once, which hardly any seed has: to the newest segment of a cache that was not closed.
+/// Damage of two kinds at once, which hardly any seed has: to the newest segment of a cache that
+/// was not closed.
 #[test]
 fn a_second_reader_reads_what_is_torn_and_damaged() {
     const HEADER: u32 = (1 << 20) + 2 * (512 << 10);
@@ -264,7 +279,8 @@ fn a_second_reader_reads_ids_that_no_log_reaches() {
 fn a_second_reader_reads_damaged_devices() {
     let mut reader = reader!();
     let backing = noise(1, VOLUME_BYTES);
-    let number = |name, default| std::env::var(name).map_or(default, |text| text.parse().expect("a number"));
+    let number =
+        |name, default| std::env::var(name).map_or(default, |text| text.parse().expect("a number"));
     let first = number("WB_READER_FIRST", 0);
     for seed in first..first + number("WB_READER_DEVICES", DAMAGED) {
         let recipe = damaged(&mut Rng::with_seed(seed));
@@ -292,7 +308,8 @@ fn content(device: &SimDevice) -> Vec<u8> {
     device.content()
 }
 
-/// A device with some damage, most of it where the format has meaning, and much of it in one slot. Half of them wb wrote.
+/// A device with some damage, most of it where the format has meaning, and much of it in one slot.
+/// Half of them wb wrote.
 fn damaged(rng: &mut Rng) -> Recipe {
     let first = if rng.bool() { GOLDEN.len() + 1 } else { 0 };
     let base = u8::try_from(rng.usize(first..BASES)).unwrap_or_default();
@@ -305,18 +322,23 @@ fn damaged(rng: &mut Rng) -> Recipe {
         let mut one_of = |fields: &[u32]| rng.choice(fields.iter().copied()).unwrap_or_default();
         let (at, seal) = match one_of(&[0, 0, 0, 0, 1, 1, 2, 3, 4, 5]) {
             0 => {
-                let at = one_of(&[0, 1, 8, 12, 13, 16, 16, 20, 24, 28, 32, 40, 48, 56, 57, 60, 64, 300]);
+                let at =
+                    one_of(&[0, 1, 8, 12, 13, 16, 16, 20, 24, 28, 32, 40, 48, 56, 57, 60, 64, 300]);
                 (header + at, Some(Change::Reseal { slot, blocks: rng.bool() }))
             }
             1 => {
-                let entry = 512 + 16 * one_of(&[0, 1, 2, 3, 5, 8, 13, 20, 40]) + one_of(&[0, 1, 8, 9, 12]);
+                let entry =
+                    512 + 16 * one_of(&[0, 1, 2, 3, 5, 8, 13, 20, 40]) + one_of(&[0, 1, 8, 9, 12]);
                 (header + entry, Some(Change::Reseal { slot, blocks: rng.u32(0..4) > 0 }))
             }
             2 => (header + rng.u32(4096..65_536), Some(Change::Reseal { slot, blocks: false })),
             3 => {
                 let at = one_of(&[0, 8, 16, 20, 24, 28, 32, 48, 128, 136, 200, 4092]);
                 let second = rng.bool();
-                (at + if second { 128 << 10 } else { 64 << 10 }, Some(Change::ResealPage { second }))
+                (
+                    at + if second { 128 << 10 } else { 64 << 10 },
+                    Some(Change::ResealPage { second }),
+                )
             }
             4 => ((1 << 20) - 512 + one_of(&[0, 1, 8, 16, 20, 100]), None),
             _ => {
@@ -368,8 +390,8 @@ fn worked_example(page: &str, bytes: usize) -> Vec<u8> {
 #[test]
 fn the_worked_example_of_the_manual_is_a_device_and_means_what_the_manual_says() {
     let image = worked_example(include_str!("../../man/wb.5"), 8 << 20);
-    let page =
-        SuperblockExtension::decode(image[64 << 10..].first_chunk().unwrap()).expect("a CRC that holds");
+    let page = SuperblockExtension::decode(image[64 << 10..].first_chunk().unwrap())
+        .expect("a CRC that holds");
     assert_eq!((page.generation, page.clean, page.label.as_str()), (2, Some(SegmentId(1)), "data"));
     let record = decode_record(image[to_usize(RECORD_BLOCK_OFFSET)..].first_chunk().unwrap());
     assert_eq!(record, Ok(Record { id: SegmentId(0), digest: Some(0x1785_2f76) }));

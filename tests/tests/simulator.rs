@@ -1,6 +1,7 @@
 //! Courses of work and crashes on simulated devices, one for each seed.
 //!
-//! `WB_SIM_SEED` chooses the seed of `one_seed`; `WB_SIM_FIRST_SEED` and `WB_SIM_SEEDS` those of `many_seeds`.
+//! `WB_SIM_SEED` chooses the seed of `one_seed`; `WB_SIM_FIRST_SEED` and `WB_SIM_SEEDS` those of
+//! `many_seeds`.
 
 use libwb::cache::{Cache, Purpose, Tunables};
 use libwb::device::sim::{Crash, SimDevice, Simulation};
@@ -24,7 +25,9 @@ const DEFAULT_SEEDS: u64 = 100;
 const SHOWN: usize = 3;
 
 fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable).ok().map(|text| text.parse().unwrap_or_else(|e| panic!("{variable}={text}: {e}")))
+    std::env::var(variable)
+        .ok()
+        .map(|text| text.parse().unwrap_or_else(|e| panic!("{variable}={text}: {e}")))
 }
 
 /// Runs seeds on two threads, and panics with the failures.
@@ -69,7 +72,10 @@ fn one_seed() {
 #[test]
 fn many_seeds() {
     let first = number("WB_SIM_FIRST_SEED").unwrap_or(0);
-    run_seeds(&WriteCache::default(), first..first + number("WB_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS));
+    run_seeds(
+        &WriteCache::default(),
+        first..first + number("WB_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS),
+    );
 }
 
 #[test]
@@ -127,8 +133,8 @@ fn a_hang_is_caught() {
     assert!(text.contains("deadlock") || text.contains("stuck"), "{text}");
 }
 
-/// What a killed daemon has left in the volatile cache of the cache device must not be lost any more once the backing device
-/// has it: what is durable of the log would be replayed over it.
+/// What a killed daemon has left in the volatile cache of the cache device must not be lost any
+/// more once the backing device has it: what is durable of the log would be replayed over it.
 #[test]
 fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
     let simulation = Simulation::new(1);
@@ -140,8 +146,9 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
         .block_on(async {
             let (cache, backing): (Device, Device) = (cache.clone(), backing.clone());
             create(&cache, None, |_| ()).await.expect("an empty cache");
-            let cache =
-                Cache::open(cache, backing, runtime.clone(), Tunables::default()).await.expect("open");
+            let cache = Cache::open(cache, backing, runtime.clone(), Tunables::default())
+                .await
+                .expect("open");
             cache.pause();
             cache.write(Sector(0), &[1; BLOCK_BYTES]).await.expect("written");
             cache.flush().await.expect("durable");
@@ -157,7 +164,8 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
         .block_on(async {
             let (cache, backing): (Device, Device) = (cache.clone(), backing.clone());
             let purpose = Purpose::replay_until(SegmentId(2));
-            let opening = Cache::open_for(cache, backing, runtime.clone(), Tunables::default(), purpose);
+            let opening =
+                Cache::open_for(cache, backing, runtime.clone(), Tunables::default(), purpose);
             let cache = opening.await.expect("open");
             cache.drain().await.expect("written back");
         })
@@ -167,7 +175,8 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
     let [cache, backing] = [("cache", cache), ("backing", backing)]
         .map(|(name, before)| device(name, before.snapshot().image(|_, _| false)));
     let volume = simulation.block_on(async {
-        let cache = Cache::open(cache, backing, runtime.clone(), Tunables::default()).await.expect("open");
+        let cache =
+            Cache::open(cache, backing, runtime.clone(), Tunables::default()).await.expect("open");
         cache.read(Sector(0), IoBuf::zeroed(BLOCK_BYTES * PLACES as usize)).await.expect("read")
     });
     let volume = volume.expect("no crash");

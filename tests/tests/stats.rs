@@ -10,7 +10,11 @@ use wb_tests::{MIB, Volume, needs_serving, noise};
 
 /// Writes past the page cache, and makes it durable.
 fn write(device: &Path, at: u64, bytes: u64) {
-    let file = File::options().write(true).custom_flags(nix::libc::O_DIRECT).open(device).expect("a device");
+    let file = File::options()
+        .write(true)
+        .custom_flags(nix::libc::O_DIRECT)
+        .open(device)
+        .expect("a device");
     let data = libwb::device::IoBuf::copy_of(&noise(at, bytes));
     file.write_all_at(&data, at).and_then(|()| file.sync_all()).expect("a write");
 }
@@ -22,7 +26,8 @@ fn statistics(volume: &Volume) -> Value {
 /// How many whole blocks were written of which the cache held a version, or none.
 fn written_blocks(volume: &Volume, hit: bool) -> u64 {
     let accesses = statistics(volume)["accesses"].as_array().expect("a list").clone();
-    let is_meant = |met: &&Value| met["request"] == "write" && met["hit"] == hit && met["whole"] == true;
+    let is_meant =
+        |met: &&Value| met["request"] == "write" && met["hit"] == hit && met["whole"] == true;
     accesses.iter().filter(is_meant).map(|met| met["blocks"].as_u64().expect("a number")).sum()
 }
 
@@ -96,11 +101,19 @@ impl DmLine {
     fn parse(text: &str) -> DmLine {
         let line = text.strip_suffix('\n').expect("a line");
         let words: Vec<&str> = line.split(' ').collect();
-        let numbers: Vec<u64> = words[..25].iter().map(|word| word.parse().expect("a number")).collect();
-        let tunables: Vec<(String, u64)> =
-            words[25..].chunks(2).map(|pair| (pair[0].into(), pair[1].parse().expect("a number"))).collect();
+        let numbers: Vec<u64> =
+            words[..25].iter().map(|word| word.parse().expect("a number")).collect();
+        let tunables: Vec<(String, u64)> = words[25..]
+            .chunks(2)
+            .map(|pair| (pair[0].into(), pair[1].parse().expect("a number")))
+            .collect();
         assert_eq!(numbers[24], 2 * tunables.len() as u64, "{line}");
-        DmLine { log: numbers[..7].into(), accesses: numbers[7..23].into(), partial: numbers[23], tunables }
+        DmLine {
+            log: numbers[..7].into(),
+            accesses: numbers[7..23].into(),
+            partial: numbers[23],
+            tunables,
+        }
     }
 }
 
@@ -162,7 +175,10 @@ fn stat_prints_a_line_for_all_time_or_for_each_interval() {
     let idle = stat(&volume, &["0.05", "3"]);
     assert_eq!(idle.len(), 3);
     for line in &idle {
-        assert_eq!((cell(line, "w/s"), cell(line, "w50us"), cell(line, "f/s")), (Some(0.0), None, Some(0.0)));
+        assert_eq!(
+            (cell(line, "w/s"), cell(line, "w50us"), cell(line, "f/s")),
+            (Some(0.0), None, Some(0.0))
+        );
     }
     for (interval, code) in [("0", 2), ("-1", 2), ("nan", 2), ("1e99", 2)] {
         assert_eq!(volume.wbctl(&["stat", &volume.name, "--", interval]).code, code, "{interval}");
@@ -188,15 +204,23 @@ fn metrics_for_prometheus_are_in_its_text_format_and_tell_of_detached_volumes() 
             assert!(matches!(words[0], "HELP" | "TYPE") && words.len() == 3, "{line}");
             typed = words[1].into();
             let counter = typed.strip_prefix("wb_").and_then(|name| name.strip_suffix("_total"));
-            let is_written =
-                [Some(typed.as_str()), counter].into_iter().flatten().any(|name| page.contains(name));
+            let is_written = [Some(typed.as_str()), counter]
+                .into_iter()
+                .flatten()
+                .any(|name| page.contains(name));
             assert!(is_written, "{typed} is not in wbctl.roff");
             continue;
         }
         let (metric, value) = line.rsplit_once(' ').expect("a value");
         let (metric, labels) = metric.split_once('{').expect("labels");
-        assert!(metric.starts_with(&typed) && metric.starts_with("wb_"), "{line} is not of {typed}");
-        assert!(labels.starts_with(&format!("volume=\"{name}\"")) && labels.ends_with("\"}"), "{line}");
+        assert!(
+            metric.starts_with(&typed) && metric.starts_with("wb_"),
+            "{line} is not of {typed}"
+        );
+        assert!(
+            labels.starts_with(&format!("volume=\"{name}\"")) && labels.ends_with("\"}"),
+            "{line}"
+        );
         assert!(value.parse::<f64>().is_ok_and(|value| value >= 0.0), "{line}");
     }
     let has = |line: String| assert!(text.lines().any(|found| found == line), "{line}: {text}");
@@ -207,7 +231,9 @@ fn metrics_for_prometheus_are_in_its_text_format_and_tell_of_detached_volumes() 
     let whole = "request=\"write\",hit=\"false\",in_ram=\"false\",whole=\"true\"";
     has(format!("wb_blocks_total{{volume=\"{name}\",{whole}}} 256"));
     let writes = volume.status()["live"]["counters"]["writes"].clone();
-    has(format!("wb_request_seconds_bucket{{volume=\"{name}\",request=\"write\",le=\"+Inf\"}} {writes}"));
+    has(format!(
+        "wb_request_seconds_bucket{{volume=\"{name}\",request=\"write\",le=\"+Inf\"}} {writes}"
+    ));
     has(format!("wb_request_seconds_count{{volume=\"{name}\",request=\"write\"}} {writes}"));
     attached.detach(&[]);
     let detached = volume.must(&["status", "--prometheus"]);

@@ -1,5 +1,6 @@
-//! Blocks that cannot be written back: one that the backing device does not take, and one that the cache device has altered.
-//! All others are written back and take no harm, the log goes on for many laps, and power cuts change nothing of that.
+//! Blocks that cannot be written back: one that the backing device does not take, and one that the
+//! cache device has altered. All others are written back and take no harm, the log goes on for many
+//! laps, and power cuts change nothing of that.
 
 use byteorder::{ByteOrder, LittleEndian};
 use libwb::cache::{Cache, CacheError, Tunables};
@@ -22,7 +23,8 @@ const REFUSED: BlockNo = BlockNo(20);
 
 /// What a block holds in a version: nothing else on either device.
 fn data(block: BlockNo, version: u64) -> Vec<u8> {
-    [block.0, version, 0x77].map(u64::to_le_bytes).concat().repeat(BLOCK_BYTES / 24 + 1)[..BLOCK_BYTES]
+    [block.0, version, 0x77].map(u64::to_le_bytes).concat().repeat(BLOCK_BYTES / 24 + 1)
+        [..BLOCK_BYTES]
         .to_vec()
 }
 
@@ -50,7 +52,8 @@ impl Rig {
     fn new(seed: u64, planted: Planted) -> Rig {
         let simulation = Simulation::new(seed);
         let cache = SimDevice::new(simulation.runtime(), "cache", fresh_cache(SEGMENTS, true), 512);
-        let backing = SimDevice::new(simulation.runtime(), "backing", fresh_backing(8 * BLOCKS), 512);
+        let backing =
+            SimDevice::new(simulation.runtime(), "backing", fresh_backing(8 * BLOCKS), 512);
         Rig {
             simulation,
             planted,
@@ -70,13 +73,15 @@ impl Rig {
     fn open(&self) -> Result<Cache, Cut> {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
         let runtime = Arc::new(self.simulation.runtime().clone());
-        let opened = Cache::open_planted(cache, backing, runtime, Tunables::default(), self.planted);
+        let opened =
+            Cache::open_planted(cache, backing, runtime, Tunables::default(), self.planted);
         self.finish(opened).map(|opened| opened.expect("a sound cache"))
     }
 
     fn write(&mut self, cache: &Cache, block: BlockNo, version: u64) -> Result<(), Cut> {
         self.newest.insert(block.0, version);
-        self.finish(cache.write(block.sector(), &data(block, version)))?.expect("a write that is taken");
+        self.finish(cache.write(block.sector(), &data(block, version)))?
+            .expect("a write that is taken");
         Ok(())
     }
 
@@ -111,7 +116,11 @@ impl Rig {
         for (&block, &flushed) in &self.flushed {
             let (block, read) = (BlockNo(block), self.read(cache, BlockNo(block))?);
             if block == ROTTEN && self.lost {
-                assert!(read.is_err(), "what is lost reads as {:?}", read.map(|data| data[..24].to_vec()));
+                assert!(
+                    read.is_err(),
+                    "what is lost reads as {:?}",
+                    read.map(|data| data[..24].to_vec())
+                );
                 continue;
             }
             let read = read.unwrap_or_else(|e| panic!("block {block}: {e}"));
@@ -166,10 +175,12 @@ impl Rig {
         self.flush(&cache)
     }
 
-    /// Everything can be written back once the backing device takes it, and what was lost is written anew.
+    /// Everything can be written back once the backing device takes it, and what was lost is
+    /// written anew.
     fn end(&mut self) -> Result<(), Cut> {
         let cache = self.open()?;
-        // Rot is on the media, and a crash does not mend it. Before, recovery might have had to read it.
+        // Rot is on the media, and a crash does not mend it. Before, recovery might have had to
+        // read it.
         if self.cache.content().chunks(BLOCK_BYTES).any(|held| held == data(ROTTEN, 1)) {
             self.rot(ROTTEN, 1);
         }
@@ -189,7 +200,10 @@ impl Rig {
         for block in [ROTTEN, REFUSED] {
             let found = &content[to_usize(block.bytes())..][..BLOCK_BYTES];
             let version = version_of(found);
-            assert!(found == data(block, version) && version >= self.newest[&block.0], "block {block}");
+            assert!(
+                found == data(block, version) && version >= self.newest[&block.0],
+                "block {block}"
+            );
         }
         Ok(())
     }
@@ -253,7 +267,9 @@ fn where_nothing_can_be_written_back_writes_fail_when_the_log_is_full() {
     assert!(matches!(refused, Some(CacheError::Full(_))), "{refused:?}");
     rig.backing.heal_bad();
     let healed = rig.simulation.runtime().clone();
-    rig.finish(libwb::runtime::Runtime::sleep(&healed, Duration::from_secs(60))).ok().expect("no cut");
+    rig.finish(libwb::runtime::Runtime::sleep(&healed, Duration::from_secs(60)))
+        .ok()
+        .expect("no cut");
     rig.write(&cache, BlockNo(BLOCKS - 1), 2).ok().expect("a write");
     rig.finish(cache.drain()).ok().expect("no cut").expect("a drain");
 }

@@ -9,9 +9,12 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
-use wb_tests::{Filesystem, MIB, Outcome, Volume, has_program, needs_serving, noise, skip, system, wait_for};
+use wb_tests::{
+    Filesystem, MIB, Outcome, Volume, has_program, needs_serving, noise, skip, system, wait_for,
+};
 
-/// Plays systemd: takes what is sent to `NOTIFY_SOCKET`, and notes each time whether the volume could be read.
+/// Plays systemd: takes what is sent to `NOTIFY_SOCKET`, and notes each time whether the volume
+/// could be read.
 struct Systemd {
     socket: PathBuf,
     told: Arc<Mutex<Vec<(String, bool)>>>,
@@ -20,14 +23,16 @@ struct Systemd {
 impl Systemd {
     fn of(volume: &Volume) -> Systemd {
         let socket = volume.path("notify");
-        let (receiver, told) =
-            (UnixDatagram::bind(&socket).expect("what the test needs"), Arc::new(Mutex::new(Vec::new())));
+        let (receiver, told) = (
+            UnixDatagram::bind(&socket).expect("what the test needs"),
+            Arc::new(Mutex::new(Vec::new())),
+        );
         let (device, all) = (volume.link(), told.clone());
         std::thread::spawn(move || {
             let mut buf = [0; 4096];
             while let Ok(n) = receiver.recv(&mut buf) {
-                let can_be_read =
-                    File::open(&device).is_ok_and(|mut file| file.read_exact(&mut [0; 512]).is_ok());
+                let can_be_read = File::open(&device)
+                    .is_ok_and(|mut file| file.read_exact(&mut [0; 512]).is_ok());
                 let text = String::from_utf8_lossy(&buf[..n]).into_owned();
                 all.lock().expect("what the test needs").push((text, can_be_read));
             }
@@ -77,7 +82,11 @@ fn systemd_is_told_that_a_volume_is_ready_when_it_can_be_used() {
     volume.must(&["drain", &volume.name]);
     assert!(systemd.is_told("STATUS=draining"));
     attached.end(Signal::SIGTERM);
-    assert!(systemd.is_told("STOPPING=1") && systemd.is_told("STATUS=closing"), "{:?}", systemd.told());
+    assert!(
+        systemd.is_told("STOPPING=1") && systemd.is_told("STATUS=closing"),
+        "{:?}",
+        systemd.told()
+    );
 }
 
 #[test]
@@ -167,7 +176,10 @@ fn the_journal_gets_each_line_with_its_level() {
 
 /// The values of a setting of the unit, in their order.
 fn settings(unit: &str, key: &str) -> Vec<String> {
-    unit.lines().filter_map(|line| line.strip_prefix(key)?.strip_prefix('=')).map(String::from).collect()
+    unit.lines()
+        .filter_map(|line| line.strip_prefix(key)?.strip_prefix('='))
+        .map(String::from)
+        .collect()
 }
 
 /// The system calls that systemd knows under a name, such as `@system-service`.
@@ -194,15 +206,26 @@ fn the_daemon_gets_by_with_the_rights_that_the_unit_leaves_it() {
         .map(|name| name.trim_start_matches("CAP_").to_lowercase())
         .collect();
     let all = system("setpriv", &["--list-caps"]).expect("setpriv");
-    let dropped: Vec<String> =
-        all.lines().filter(|cap| !kept.iter().any(|it| it == cap)).map(|cap| format!("-{cap}")).collect();
+    let dropped: Vec<String> = all
+        .lines()
+        .filter(|cap| !kept.iter().any(|it| it == cap))
+        .map(|cap| format!("-{cap}"))
+        .collect();
     assert!(kept.len() + dropped.len() == all.lines().count() && dropped.len() > 30, "{dropped:?}");
 
     let volume = Volume::created(16, 32 * MIB);
     let calls = volume.path("calls");
     let attach = volume.command(&["attach", &volume.name]);
     let mut limited = Command::new("setpriv");
-    limited.args(["--no-new-privs", "--bounding-set", &dropped.join(","), "strace", "-f", "-c", "-o"]);
+    limited.args([
+        "--no-new-privs",
+        "--bounding-set",
+        &dropped.join(","),
+        "strace",
+        "-f",
+        "-c",
+        "-o",
+    ]);
     limited.arg(&calls).arg(attach.get_program()).args(attach.get_args());
     limited.envs(attach.get_envs().filter_map(|(key, value)| Some((key, value?))));
     let umask = format!("umask {}", settings(&unit, "UMask")[0]);
@@ -211,17 +234,22 @@ fn the_daemon_gets_by_with_the_rights_that_the_unit_leaves_it() {
     let on = attached.mount();
     std::fs::write(on.join("file"), noise(1, 12 * MIB)).unwrap();
     attached.unmount();
-    system("blkdiscard", &["--offset", "8388608", "--length", "4194304", attached.device_str()]).unwrap();
+    system("blkdiscard", &["--offset", "8388608", "--length", "4194304", attached.device_str()])
+        .unwrap();
     volume.must(&["set", &volume.name, "writeback_threshold=50"]);
     volume.must(&["pause", &volume.name]);
     volume.must(&["resume", &volume.name]);
     assert_eq!(volume.status()["state"], "attached");
-    assert!(std::fs::metadata("/dev/wb").unwrap().mode() & 0o005 == 0o005, "for everybody to look into");
+    assert!(
+        std::fs::metadata("/dev/wb").unwrap().mode() & 0o005 == 0o005,
+        "for everybody to look into"
+    );
     attached.detach(&["--drain"]);
 
     let mut allowed = BTreeSet::new();
     for filter in settings(&unit, "SystemCallFilter") {
-        let (names, is_denied) = filter.strip_prefix('~').map_or((&*filter, false), |names| (names, true));
+        let (names, is_denied) =
+            filter.strip_prefix('~').map_or((&*filter, false), |names| (names, true));
         for call in names.split(' ').flat_map(system_calls) {
             if is_denied {
                 allowed.remove(&call)
@@ -243,7 +271,8 @@ fn the_daemon_gets_by_with_the_rights_that_the_unit_leaves_it() {
 #[test]
 fn the_unit_is_hardened_and_leaves_the_daemon_in_the_mounts_of_the_system() {
     let unit = wb_tests::dist("systemd/wb@.service", &["wbctl"]);
-    // What systemd.exec(5) says to make a mount namespace, or a list of devices, which would lack those that come later.
+    // What systemd.exec(5) says to make a mount namespace, or a list of devices, which would lack
+    // those that come later.
     for option in [
         "BindPaths",
         "BindReadOnlyPaths",
@@ -298,7 +327,8 @@ fn the_unit_is_hardened_and_leaves_the_daemon_in_the_mounts_of_the_system() {
 /// The line for /etc/fstab in a text, as it is to be typed.
 fn fstab_line(text: &str) -> String {
     let text = text.replace("\\-", "-").replace("\\:", "");
-    let line = text.lines().find(|line| line.starts_with("/dev/wb/data ")).expect("a line for /etc/fstab");
+    let line =
+        text.lines().find(|line| line.starts_with("/dev/wb/data ")).expect("a line for /etc/fstab");
     line.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
@@ -321,8 +351,14 @@ fn the_mount_that_the_manual_advises_belongs_to_the_unit() {
     for dependency in ["Requires=wb@data.service", "After=wb@data.service"] {
         assert!(mount.lines().any(|line| line == dependency), "{dependency}: {mount}");
     }
-    assert!(out.join("wb@data.service.wants/srv.mount").is_symlink(), "it comes back with the volume");
-    assert!(!out.join("local-fs.target.requires/srv.mount").exists(), "the machine boots without it");
+    assert!(
+        out.join("wb@data.service.wants/srv.mount").is_symlink(),
+        "it comes back with the volume"
+    );
+    assert!(
+        !out.join("local-fs.target.requires/srv.mount").exists(),
+        "the machine boots without it"
+    );
 }
 
 #[test]

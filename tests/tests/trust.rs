@@ -127,31 +127,39 @@ fn a_socket_of_another_user_is_not_taken_for_a_daemon() {
     std::fs::create_dir_all(run).unwrap();
     set_permissions(volume.dir.path(), Permissions::from_mode(0o755)).unwrap();
     chown(run, Some(NOBODY), None).unwrap();
-    let listen = "import socket,sys,time; s=socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); time.sleep(300)";
+    let listen = "import socket,sys,time; s=socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); \
+                  s.listen(); time.sleep(300)";
     let mut python = Command::new("python3");
     python.args(["-c", listen]).arg(&socket).uid(NOBODY).gid(NOBODY).stdin(Stdio::null());
     let mut python = python.spawn().expect("python3");
-    let is_there =
-        wait_for(|| std::fs::metadata(&socket).is_ok_and(|it: Metadata| it.file_type().is_socket()));
+    let is_there = wait_for(|| {
+        std::fs::metadata(&socket).is_ok_and(|it: Metadata| it.file_type().is_socket())
+    });
     let outcome = volume.wbctl(&["flush", &volume.name]);
     python.kill().and_then(|()| python.wait()).expect("a process of ours");
     assert!(is_there && std::fs::metadata(&socket).unwrap().uid() == NOBODY);
-    is_refused(&outcome, &["cannot reach the daemon", "at the other end of the socket is user 65534"]);
+    is_refused(
+        &outcome,
+        &["cannot reach the daemon", "at the other end of the socket is user 65534"],
+    );
 }
 
-/// What the daemon says of its memory, and whether any of it is locked, where it may lock this many KiB and lacks capabilities.
+/// What the daemon says of its memory, and whether any of it is locked, where it may lock this many
+/// KiB and lacks capabilities.
 fn attach_with_limit(kib: u32, without: &str) -> (String, bool) {
     let volume = Volume::created(16, 16 * MIB);
     let limit = format!("ulimit -l {kib}");
     let attach = volume.command(&["attach", &volume.name]);
     let mut without_rights = Command::new("setpriv");
-    without_rights.args(["--bounding-set", without, "--inh-caps", without]).arg(attach.get_program());
+    without_rights
+        .args(["--bounding-set", without, "--inh-caps", without])
+        .arg(attach.get_program());
     without_rights.args(attach.get_args());
     without_rights.envs(attach.get_envs().filter_map(|(key, value)| Some((key, value?))));
     let attached = volume.start(after(&limit, &without_rights));
     wb_tests::overwrite(&attached.device, 0, &wb_tests::noise(1, 4 * MIB));
-    let status =
-        std::fs::read_to_string(format!("/proc/{}/status", attached.pid())).expect("a process that runs");
+    let status = std::fs::read_to_string(format!("/proc/{}/status", attached.pid()))
+        .expect("a process that runs");
     let locked = status.lines().any(|line| line.starts_with("VmLck:") && !line.contains(" 0 kB"));
     let said = attached.stderr();
     attached.detach(&["--drain"]);
@@ -180,9 +188,13 @@ fn little_locked_memory_keeps_no_volume_from_being_served() {
 fn an_ordinary_user_is_told_that_root_is_needed_before_anything_is_touched() {
     let volume = Volume::created(4, 8 * MIB);
     if nix::unistd::geteuid().is_root() {
-        for path in
-            [volume.dir.path(), &volume.path("config"), &volume.record(), &volume.cache, &volume.backing]
-        {
+        for path in [
+            volume.dir.path(),
+            &volume.path("config"),
+            &volume.record(),
+            &volume.cache,
+            &volume.backing,
+        ] {
             chown(path, Some(NOBODY), Some(NOBODY)).unwrap();
         }
     }

@@ -19,7 +19,8 @@ fn an_attached_volume_takes_a_tunable_at_once_and_keeps_it_when_asked_to() {
     volume.must(&["set", "--save", name, &format!("{KEY}=6")]);
     attached.detach(&[]);
     let _attached = volume.attach_with(&[]);
-    let json: serde_json::Value = serde_json::from_str(&volume.must(&["get", name, "--json"])).unwrap();
+    let json: serde_json::Value =
+        serde_json::from_str(&volume.must(&["get", name, "--json"])).unwrap();
     assert_eq!(json[KEY], 6);
 }
 
@@ -72,7 +73,11 @@ fn saving_keeps_the_rest_of_the_record_and_works_on_a_detached_volume() {
         assert_eq!(std::fs::read_to_string(volume.record()).unwrap(), expected);
         assert_eq!(volume.must(&["get", name, KEY]), format!("{KEY}=11\n"));
     }
-    assert_eq!(std::fs::read_dir(volume.path("config")).unwrap().count(), 1, "no other file is left");
+    assert_eq!(
+        std::fs::read_dir(volume.path("config")).unwrap().count(),
+        1,
+        "no other file is left"
+    );
 }
 
 #[test]
@@ -82,8 +87,14 @@ fn what_cannot_be_got_or_set_is_said() {
     for (args, why) in [
         (&["get", "nobody"][..], "no volume 'nobody' is attached or recorded"),
         (&["get", name, "colour"], "unknown tunable 'colour'; known: "),
-        (&["set", name, "nr_max_batched_writeback=5"], "is not attached; with --save, it is recorded"),
-        (&["set", "nobody", "nr_max_batched_writeback=5", "--save"], "no volume 'nobody' is recorded in"),
+        (
+            &["set", name, "nr_max_batched_writeback=5"],
+            "is not attached; with --save, it is recorded",
+        ),
+        (
+            &["set", "nobody", "nr_max_batched_writeback=5", "--save"],
+            "no volume 'nobody' is recorded in",
+        ),
     ] {
         let refused = volume.wbctl(args);
         assert_eq!((refused.code, refused.stdout.as_str()), (1, ""), "{refused:?}");

@@ -33,7 +33,8 @@ fn udev(rules: &Path, device: &Path, run: &Path) -> Option<Vec<String>> {
     command.args(["--mount", "--propagation=private", "sh", "-c", TRY_RULES, "sh"]);
     command.arg(rules).arg(device).args([major.to_string(), minor.to_string()]).arg(run);
     let outcome = Outcome::of(command);
-    (outcome.code == 0).then(|| [outcome.stdout, outcome.stderr].concat().lines().map(String::from).collect())
+    (outcome.code == 0)
+        .then(|| [outcome.stdout, outcome.stderr].concat().lines().map(String::from).collect())
 }
 
 fn links(properties: &[String]) -> &str {
@@ -59,12 +60,17 @@ fn udev_names_a_volume_and_knows_a_cache_device() {
     let found = udev(&rules, &cache.path, &run).unwrap();
     let uuid = wb!("wbdump", "super", &volume.cache, "--json").json()["extension"]["uuid"].clone();
     let uuid = uuid.as_str().unwrap();
-    for line in
-        ["ID_FS_TYPE=wb_cache", &format!("ID_FS_UUID={uuid}"), &format!("ID_FS_LABEL={}", volume.name)]
-    {
+    for line in [
+        "ID_FS_TYPE=wb_cache",
+        &format!("ID_FS_UUID={uuid}"),
+        &format!("ID_FS_LABEL={}", volume.name),
+    ] {
         assert!(found.iter().any(|found| found == line), "{line} is not in {found:#?}");
     }
-    assert!(links(&found).split(' ').any(|found| found == format!("/dev/disk/by-uuid/{uuid}")), "{found:#?}");
+    assert!(
+        links(&found).split(' ').any(|found| found == format!("/dev/disk/by-uuid/{uuid}")),
+        "{found:#?}"
+    );
 
     let other = LoopDevice::attach(&volume.backing).unwrap();
     let found = udev(&rules, &other.path, &run).unwrap();
@@ -92,11 +98,15 @@ fn udev_does_not_name_a_loop_device_after_a_volume_that_is_not_the_daemons() {
     let run = volume.path("run");
     std::fs::create_dir_all(&run).unwrap();
     let file = file_at_the_root_of_a_mount(&format!("{}.wb", volume.name));
-    let forged =
-        LoopDevice::attach(Path::new(&format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd())));
+    let forged = LoopDevice::attach(Path::new(&format!(
+        "/proc/{}/fd/{}",
+        std::process::id(),
+        file.as_raw_fd()
+    )));
     let forged = forged.expect("a loop device");
-    let shows =
-        Path::new("/sys/class/block").join(forged.path.file_name().unwrap()).join("loop/backing_file");
+    let shows = Path::new("/sys/class/block")
+        .join(forged.path.file_name().unwrap())
+        .join("loop/backing_file");
     assert_eq!(std::fs::read_to_string(&shows).unwrap(), format!("/{}.wb\n", volume.name));
     let Some(found) = udev(&rules, &forged.path, &run) else {
         skip!("needs udevadm test in a mount namespace")
@@ -132,7 +142,10 @@ fn identity_tells_caches_from_other_files() {
     assert!(shown.stdout.contains(&format!("\nID_FS_LABEL={}\n", volume.name)), "{shown:?}");
     // A cache of the kernel module has no identity, but is one.
     let module = wb!("wbdump", "identity", &Volume::golden("few-1").cache);
-    assert_eq!((module.code, module.stdout.as_str()), (0, "ID_FS_TYPE=wb_cache\nID_FS_USAGE=other\n"));
+    assert_eq!(
+        (module.code, module.stdout.as_str()),
+        (0, "ID_FS_TYPE=wb_cache\nID_FS_USAGE=other\n")
+    );
     let empty = volume.path("empty");
     File::create(&empty).unwrap();
     for (other, why) in [

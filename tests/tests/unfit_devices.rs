@@ -1,5 +1,5 @@
-//! Devices that cannot work, or that somebody else uses, are refused before anything is written: with a line that says what,
-//! where, and what to do.
+//! Devices that cannot work, or that somebody else uses, are refused before anything is written:
+//! with a line that says what, where, and what to do.
 
 use libwb::device::IoBuf;
 use nix::libc::O_DIRECT;
@@ -53,8 +53,8 @@ fn wbformat_refuses(device: &Path, says: &[&str]) {
 
 /// A volume on loop devices over its files.
 fn on_loop_devices(mut volume: Volume) -> (Volume, [LoopDevice; 2]) {
-    let devices =
-        [&volume.cache, &volume.backing].map(|file| LoopDevice::attach(file).expect("a loop device"));
+    let devices = [&volume.cache, &volume.backing]
+        .map(|file| LoopDevice::attach(file).expect("a loop device"));
     [volume.cache, volume.backing] = devices.each_ref().map(|device| device.path.clone());
     (volume, devices)
 }
@@ -163,7 +163,8 @@ fn a_cache_device_is_no_backing_device_unless_that_is_insisted_on() {
 #[test]
 fn a_backing_device_smaller_than_its_cache_is_refused_unless_that_is_insisted_on() {
     let volume = Volume::blank(16, 8 * MIB);
-    let says = [text(&volume.backing), "has 8388608 bytes, and its cache device 9437184", "--force"];
+    let says =
+        [text(&volume.backing), "has 8388608 bytes, and its cache device 9437184", "--force"];
     create_refuses(&volume, &[], &says);
     is_refusal(&wb!("wbformat", &volume.cache, "--backing", &volume.backing), "wbformat", &says);
     volume.create(&["--force"]);
@@ -193,7 +194,8 @@ fn a_backing_device_that_could_not_be_attached_is_refused_when_the_volume_is_cre
 #[test]
 fn sectors_of_4096_bytes_need_a_backing_device_that_ends_with_one() {
     let volume = Volume::blank(4, 8 * MIB + 512);
-    let says = [text(&volume.backing), "8389120 bytes are no multiple of 4096", "--sector-size 512"];
+    let says =
+        [text(&volume.backing), "8389120 bytes are no multiple of 4096", "--sector-size 512"];
     create_refuses(&volume, &["--sector-size", "4096"], &says);
     volume.create(&[]);
     if nix::unistd::geteuid().is_root() {
@@ -242,8 +244,12 @@ fn a_sparse_cache_file_that_its_filesystem_has_no_room_for_is_refused() {
     let unmounted = Unmount(&on);
     volume.cache = on.join("cache.img");
     File::create(&volume.cache).and_then(|file| file.set_len(32 * MIB)).unwrap();
-    let says =
-        [text(&volume.cache), "33554432 bytes of this file are not allocated", "has room for", "--sparse"];
+    let says = [
+        text(&volume.cache),
+        "33554432 bytes of this file are not allocated",
+        "has room for",
+        "--sparse",
+    ];
     create_refuses(&volume, &[], &says);
     assert_eq!(allocated(&volume.cache), 0, "none of the room is taken");
     wbformat_refuses(&volume.cache, &says);
@@ -271,7 +277,8 @@ fn a_cache_device_that_is_full_for_a_while_costs_nothing() {
     cache.fail(Faults { full: true, ..Faults::default() });
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| {
-            let device = File::options().write(true).custom_flags(O_DIRECT).open(&attached.device)?;
+            let device =
+                File::options().write(true).custom_flags(O_DIRECT).open(&attached.device)?;
             device.write_all_at(&IoBuf::copy_of(&noise(1, 2 * MIB)), MIB)?;
             device.sync_all()
         });

@@ -3,8 +3,8 @@
 use libwb::format::{BlockNo, DirtyBits, Metablock};
 use std::os::unix::fs::FileExt;
 use wb_tests::{
-    GOLDEN, Outcome, Volume, flip_bit, golden_volume_sha256, needs_serving, noise, overwrite, segment_offset,
-    sha256, sha256_direct, wb, write_segment, zeros,
+    GOLDEN, Outcome, Volume, flip_bit, golden_volume_sha256, needs_serving, noise, overwrite,
+    segment_offset, sha256, sha256_direct, wb, write_segment, zeros,
 };
 
 fn upgrade(volume: &Volume, more: &[&str]) -> Outcome {
@@ -14,7 +14,11 @@ fn upgrade(volume: &Volume, more: &[&str]) -> Outcome {
 fn refuses(volume: &Volume, why: &str) {
     let before = volume.images();
     let outcome = upgrade(volume, &[]);
-    assert_eq!((outcome.code, outcome.stderr.contains(why)), (1, true), "{why:?} is not in {outcome:?}");
+    assert_eq!(
+        (outcome.code, outcome.stderr.contains(why)),
+        (1, true),
+        "{why:?} is not in {outcome:?}"
+    );
     assert_eq!(volume.images(), before);
 }
 
@@ -27,7 +31,10 @@ fn every_device_of_the_kernel_module_can_be_upgraded_and_keeps_its_volume() {
         assert_eq!((dry.code, sha256(&volume.cache)), (0, before), "{name}: {dry:?}");
         let outcome = upgrade(&volume, &["--label", "attic"]);
         assert_eq!(outcome.code, 0, "{name}: {outcome:?}");
-        assert!(outcome.stdout.contains("paired with a backing device of 32768 sectors"), "{outcome:?}");
+        assert!(
+            outcome.stdout.contains("paired with a backing device of 32768 sectors"),
+            "{outcome:?}"
+        );
         let check = wb!("wbcheck", &volume.cache, "--backing", &volume.backing);
         assert_eq!(
             (check.code, check.first_line()),
@@ -73,7 +80,8 @@ fn what_is_corrupt_or_does_not_fit_is_refused() {
     flip_bit(&corrupt.cache, segment_offset(&corrupt.cache, 3) + 4096);
     refuses(&corrupt, "salvage it first");
     let far = Volume::golden("fresh");
-    let entry = Metablock { block: BlockNo(1 << 40), dirty: DirtyBits(0xff), crc: None, lost: false };
+    let entry =
+        Metablock { block: BlockNo(1 << 40), dirty: DirtyBits(0xff), crc: None, lost: false };
     write_segment(&far.cache, 1, &[entry], 1);
     refuses(&far, "is it the right backing device?");
     refuses(&Volume::created(4, 4 << 20), "nothing to upgrade");

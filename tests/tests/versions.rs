@@ -52,7 +52,9 @@ impl Daemon {
         let mut lock = self.lock.lock().expect("a lock");
         if lock.is_none() {
             let file = File::create(self.run.join("lock")).expect("a file");
-            *lock = Some(Flock::lock(file, FlockArg::LockExclusiveNonblock).expect("a lock that is free"));
+            *lock = Some(
+                Flock::lock(file, FlockArg::LockExclusiveNonblock).expect("a lock that is free"),
+            );
         }
     }
 }
@@ -120,7 +122,10 @@ fn whatever_a_daemon_leaves_out_the_rest_is_shown_and_detach_works() {
         for args in [&["list", "--json"], &["status", "--json"]] {
             let shown = volume.wbctl(args);
             let json = shown.json();
-            assert!(json["name"] == name && json["state"] == "attached", "without {pointer}: {shown:?}");
+            assert!(
+                json["name"] == name && json["state"] == "attached",
+                "without {pointer}: {shown:?}"
+            );
             // What nobody told is null, never a number that looks true.
             let there = json.pointer(&pointer).filter(|value| !value.is_null());
             let is_known = ["/name", "/state"].contains(&pointer.as_str());
@@ -130,7 +135,8 @@ fn whatever_a_daemon_leaves_out_the_rest_is_shown_and_detach_works() {
             );
         }
         let metrics = volume.wbctl(&["status", "--prometheus"]);
-        let says = metrics.stdout.contains(&format!("wb_state{{volume=\"{name}\",state=\"attached\"}} 1"));
+        let says =
+            metrics.stdout.contains(&format!("wb_state{{volume=\"{name}\",state=\"attached\"}} 1"));
         assert!(metrics.code == 0 && says, "without {pointer}: {metrics:?}");
         if pointer == "/live/dirty_bytes" {
             assert!(!metrics.stdout.contains("wb_dirty_bytes{"), "{metrics:?}");

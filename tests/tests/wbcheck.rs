@@ -4,8 +4,9 @@ use std::fs::OpenOptions;
 use std::path::Path;
 use tempfile::TempDir;
 use wb_tests::{
-    GOLDEN, Golden, MIB, Outcome, Volume, cache_bytes, entry, flip_bit, golden, needs_serving, noise,
-    overwrite, run, segment_offset, sha256, skip, system, wb, write_record, write_segment, zeros,
+    GOLDEN, Golden, MIB, Outcome, Volume, cache_bytes, entry, flip_bit, golden, needs_serving,
+    noise, overwrite, run, segment_offset, sha256, skip, system, wb, write_record, write_segment,
+    zeros,
 };
 
 /// Checks a device as text and as JSON, and makes sure that neither changed it and both agree.
@@ -101,13 +102,17 @@ fn what_follows_a_hole_is_dropped_and_reported() {
     let outcome = check(&cache);
     assert_eq!(outcome.code, 0);
     assert!(outcome.stdout.contains("After a gap stand segments 6 to 7"), "{outcome:?}");
-    assert_eq!(wb!("wbcheck", &cache, "--json").json()["dropped_segments"], serde_json::json!([6, 7]));
+    assert_eq!(
+        wb!("wbcheck", &cache, "--json").json()["dropped_segments"],
+        serde_json::json!([6, 7])
+    );
 }
 
 #[test]
 fn a_torn_overwrite_of_the_oldest_segment_is_what_a_power_cut_leaves() {
     let pair = golden("lapped-1");
-    // Segment 48 was being written over segment 34, and its first sector had not reached the device.
+    // Segment 48 was being written over segment 34, and its first sector had not reached the
+    // device.
     overwrite(&pair.cache, segment_offset(&pair.cache, 34) + 512, &[0x5a; 9000]);
     let outcome = check(&pair.cache);
     assert_eq!(outcome.code, 0, "{outcome:?}");
@@ -130,7 +135,10 @@ fn rot_in_the_middle_of_the_log_is_an_error_that_names_the_blocks_at_risk() {
     }
     let report = wb!("wbcheck", &pair.cache, "--json").json();
     let damage = &report["damage"][0];
-    assert_eq!((&damage["data_at_risk"], &damage["explanation"]), (&true.into(), &"unexplained".into()));
+    assert_eq!(
+        (&damage["data_at_risk"], &damage["explanation"]),
+        (&true.into(), &"unexplained".into())
+    );
     assert!(!damage["blocks_at_risk"].as_array().unwrap().is_empty());
 }
 
@@ -183,7 +191,8 @@ fn a_device_that_was_cut_short_is_noticed() {
 fn data_beyond_the_end_of_the_backing_device_is_an_error() {
     let dir = TempDir::new().unwrap();
     let cache = formatted(&dir, 14);
-    // The last block there can be, of which only the first sectors are dirty; and a clean block, which does not matter.
+    // The last block there can be, of which only the first sectors are dirty; and a clean block,
+    // which does not matter.
     write_segment(&cache, 1, &[entry(3, 0x0f), entry(1 << 40, 0)], 1);
     let exact = zeros(&dir, "exact", (3 * 8 + 4) * 512);
     let short = zeros(&dir, "short", (3 * 8 + 3) * 512);
@@ -197,7 +206,11 @@ fn data_beyond_the_end_of_the_backing_device_is_an_error() {
     let outcome = wb!("wbcheck", &cache, "--backing", &exact);
     assert!(outcome.stdout.contains(&format!("sector {}", u64::MAX)), "{outcome:?}");
     assert_eq!(wb!("wbcheck", &cache, "--segment", "2", "--backing", &exact).code, 4);
-    assert_eq!(wb!("wbcheck", &cache).code, 0, "without a backing device there is nothing to compare with");
+    assert_eq!(
+        wb!("wbcheck", &cache).code,
+        0,
+        "without a backing device there is nothing to compare with"
+    );
 }
 
 #[test]
@@ -210,10 +223,17 @@ fn every_tool_names_the_same_sector_beyond_the_end() {
     let pair = |verb: &'static str| {
         run(
             "wbctl",
-            [verb.as_ref(), "--cache".as_ref(), cache.as_os_str(), "--backing".as_ref(), backing.as_ref()],
+            [
+                verb.as_ref(),
+                "--cache".as_ref(),
+                cache.as_os_str(),
+                "--backing".as_ref(),
+                backing.as_ref(),
+            ],
         )
     };
-    for outcome in [wb!("wbcheck", &cache, "--backing", &backing), pair("replay"), pair("upgrade")] {
+    for outcome in [wb!("wbcheck", &cache, "--backing", &backing), pair("replay"), pair("upgrade")]
+    {
         let says = format!("{}{}", outcome.stdout, outcome.stderr);
         assert!(
             outcome.code != 0 && says.contains("segment 1 holds data for sector 27, but "),
@@ -231,7 +251,11 @@ fn one_segment_is_checked_in_the_light_of_the_others() {
     assert_eq!((sound.code, sound.stdout.contains("): sound: ")), (0, true), "{sound:?}");
 
     let absent = wb!("wbcheck", cache, "--segment", "9");
-    assert_eq!((absent.code, absent.stderr.contains("segment 9 is not in the log")), (8, true), "{absent:?}");
+    assert_eq!(
+        (absent.code, absent.stderr.contains("segment 9 is not in the log")),
+        (8, true),
+        "{absent:?}"
+    );
 
     flip_bit(cache, segment_offset(cache, 7) + 4096);
     let torn = wb!("wbcheck", cache, "--segment", "7");
@@ -272,7 +296,11 @@ fn what_is_no_cache_device_cannot_be_checked() {
     let dir = TempDir::new().unwrap();
     let file = zeros(&dir, "disk", 8 << 20);
     let outcome = run("wbcheck", [&file]);
-    assert_eq!((outcome.code, outcome.stderr.contains("not a cache device")), (8, true), "{outcome:?}");
+    assert_eq!(
+        (outcome.code, outcome.stderr.contains("not a cache device")),
+        (8, true),
+        "{outcome:?}"
+    );
     let cache = formatted(&dir, 3);
     overwrite(&cache, 0, &[0; 512]);
     let was_one = wb!("wbcheck", &cache);

@@ -8,8 +8,8 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use wb_tests::{
-    Filesystem, MIB, Outcome, Volume, as_nobody, bin, cache_bytes, flip_bit, has_program, needs_serving,
-    overwrite, segment_offset, sha256, skip, write_segment,
+    Filesystem, MIB, Outcome, Volume, as_nobody, bin, cache_bytes, flip_bit, has_program,
+    needs_serving, overwrite, segment_offset, sha256, skip, write_segment,
 };
 
 fn content(volume: &Volume) -> [Option<String>; 2] {
@@ -59,8 +59,11 @@ fn resize(path: &Path, bytes: u64) {
 #[test]
 fn a_device_that_is_not_there_or_no_device_is_refused() {
     for bad in ["/no/such/file", "/tmp", "/dev/null"] {
-        let why =
-            if bad.starts_with("/no") { "No such file" } else { "neither a block device nor a regular file" };
+        let why = if bad.starts_with("/no") {
+            "No such file"
+        } else {
+            "neither a block device nor a regular file"
+        };
         let why = format!("{bad}: {why}").replace(": No", ": cannot open: No");
         let mut volume = Volume::blank(4, 8 * MIB);
         volume.cache = bad.into();
@@ -93,7 +96,8 @@ fn a_wrapped_log_on_a_device_that_was_cut_off_is_refused() {
 
 #[test]
 fn a_backing_device_of_no_whole_sectors_or_none_is_refused() {
-    for (bytes, why) in [(8 * MIB + 1, "is no multiple of 512"), (0, "the backing device is empty")] {
+    for (bytes, why) in [(8 * MIB + 1, "is no multiple of 512"), (0, "the backing device is empty")]
+    {
         let volume = Volume::golden("few-1");
         resize(&volume.backing, bytes);
         all_refuse(&volume, why);
@@ -177,9 +181,14 @@ fn a_name_cannot_lead_out_of_its_folder() {
 #[test]
 fn a_senseless_command_line_is_a_usage_error() {
     let volume = Volume::blank(4, 8 * MIB);
-    for args in
-        [&[][..], &["explode"], &["create", "x"], &["replay"], &["attach"], &["attach", "--cache", "x"]]
-    {
+    for args in [
+        &[][..],
+        &["explode"],
+        &["create", "x"],
+        &["replay"],
+        &["attach"],
+        &["attach", "--cache", "x"],
+    ] {
         let outcome = volume.wbctl(args);
         assert_eq!((outcome.code, outcome.stdout.as_str()), (2, ""), "{args:?}: {outcome:?}");
     }
@@ -206,7 +215,12 @@ fn how_to_attach_a_recorded_volume_is_said() {
     let advice = format!("is not attached; attach it with: wbctl attach {}", volume.name);
     refuses(&volume, &["flush", &volume.name], 1, &advice);
     refuses(&volume, &["status", "--dm", &volume.name], 3, &advice);
-    refuses(&volume, &["set", &volume.name, "writeback_threshold=0"], 1, "is not attached; with --save");
+    refuses(
+        &volume,
+        &["set", &volume.name, "writeback_threshold=0"],
+        1,
+        "is not attached; with --save",
+    );
 }
 
 #[test]
@@ -240,14 +254,22 @@ fn an_ordinary_user_is_not_told_that_an_attached_volume_is_detached() {
 fn a_tunable_that_is_unknown_or_out_of_range_is_refused() {
     let volume = Volume::golden("fresh");
     for (pair, why) in [
-        ("colour=red", "unknown tunable 'colour'; known: writeback_threshold, nr_max_batched_writeback"),
+        (
+            "colour=red",
+            "unknown tunable 'colour'; known: writeback_threshold, nr_max_batched_writeback",
+        ),
         ("nr_max_batched_writeback=0", "must be a number from 1 to"),
         ("nr_max_batched_writeback=-1", "must be a number from 1 to"),
         ("nr_max_batched_writeback=99999999999999999999", "must be a number from 1 to"),
         ("nr_max_batched_writeback", "must be KEY=VALUE"),
     ] {
         create_refuses(&volume, &["--", pair], why);
-        refuses(&volume, &[&["attach", &volume.name], &volume.pair()[..], &["--", pair]].concat(), 1, why);
+        refuses(
+            &volume,
+            &[&["attach", &volume.name], &volume.pair()[..], &["--", pair]].concat(),
+            1,
+            why,
+        );
     }
 }
 
@@ -263,9 +285,12 @@ fn a_device_of_another_volume_is_refused_until_that_is_removed() {
     let volume = Volume::created(4, 8 * MIB);
     let spare = volume.cache.with_file_name("spare");
     std::fs::copy(&volume.cache, &spare).unwrap();
-    let [cache, backing, spare] = [&volume.cache, &volume.backing, &spare].map(|path| path.to_str().unwrap());
-    let why =
-        format!("belongs to the volume '{0}'; if you give that up, first: wbctl remove {0}", volume.name);
+    let [cache, backing, spare] =
+        [&volume.cache, &volume.backing, &spare].map(|path| path.to_str().unwrap());
+    let why = format!(
+        "belongs to the volume '{0}'; if you give that up, first: wbctl remove {0}",
+        volume.name
+    );
     for [cache, backing] in [[spare, backing], [cache, spare]] {
         refuses(&volume, &["create", "other", "--cache", cache, "--backing", backing], 1, &why);
     }
@@ -313,14 +338,19 @@ fn an_attached_volume_is_in_use() {
     ] {
         let outcome = volume.wbctl(&args);
         assert_eq!((outcome.code, outcome.stderr.lines().count()), (1, 1), "{args:?}: {outcome:?}");
-        let whose = format!("it is attached as volume '{0}'; to release it: wbctl detach {0}\n", volume.name);
+        let whose = format!(
+            "it is attached as volume '{0}'; to release it: wbctl detach {0}\n",
+            volume.name
+        );
         assert!(outcome.stderr.ends_with(&whose), "{outcome:?}");
     }
     for program in ["wbcheck", "wbformat"] {
         let mut command = Command::new(bin(program));
         command.arg(&volume.cache).env("WB_RUN_DIR", volume.path("run"));
         let refused = Outcome::of(command);
-        assert!(refused.stderr.contains(&format!("in use: it is attached as volume '{}'", volume.name)));
+        assert!(
+            refused.stderr.contains(&format!("in use: it is attached as volume '{}'", volume.name))
+        );
     }
     attached.detach(&[]);
 }

@@ -1,14 +1,16 @@
 //! Looking into the log.
 
 use libwb::device::{Device, MemDevice};
-use libwb::format::{EXTENSION_OFFSETS, MAGIC, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SuperblockExtension};
+use libwb::format::{
+    EXTENSION_OFFSETS, MAGIC, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SuperblockExtension,
+};
 use libwb::log::scan::{BackingFacts, check_pairing};
 use std::path::Path;
 use std::sync::Arc;
 use tempfile::TempDir;
 use wb_tests::{
-    FailingFile, Faults, Volume, cache_bytes, entry, flip_bit, golden, needs_serving, overwrite, read_at,
-    segment_offset, sha256, wb, write_record, write_segment, zeros,
+    FailingFile, Faults, Volume, cache_bytes, entry, flip_bit, golden, needs_serving, overwrite,
+    read_at, segment_offset, sha256, wb, write_record, write_segment, zeros,
 };
 
 fn json_lines(text: &str) -> Vec<serde_json::Value> {
@@ -61,14 +63,24 @@ fn texts_that_stand_on_a_device_are_shown_without_harm() {
     let shown = wb!("wbdump", "super", &volume.cache).stdout;
     assert_eq!((shown.matches(SHOWN).count(), shown.contains('\u{1b}')), (2, false), "{shown:?}");
     let json = wb!("wbdump", "super", "--json", &volume.cache).json();
-    assert_eq!((&json["extension"]["label"], &json["extension"]["backing_id"]), (&TEXT.into(), &TEXT.into()));
+    assert_eq!(
+        (&json["extension"]["label"], &json["extension"]["backing_id"]),
+        (&TEXT.into(), &TEXT.into())
+    );
     let identity = wb!("wbdump", "identity", &volume.cache).stdout;
-    assert!(identity.ends_with("\nID_FS_LABEL_ENC=a\\x1b\\x5b31m\\x0ab\\xe2\\x80\\xaec\n"), "{identity:?}");
+    assert!(
+        identity.ends_with("\nID_FS_LABEL_ENC=a\\x1b\\x5b31m\\x0ab\\xe2\\x80\\xaec\n"),
+        "{identity:?}"
+    );
     assert!(identity.contains("\nID_FS_LABEL=a_1b_5b31m_0ab_e2_80_aec\n"), "{identity:?}");
     let device: Device = Arc::new(MemDevice::new("cache", 0));
-    let backing = BackingFacts { name: "backing", sectors: page.backing_sectors, identity: "b\u{9b}2J" };
+    let backing =
+        BackingFacts { name: "backing", sectors: page.backing_sectors, identity: "b\u{9b}2J" };
     let refused = check_pairing(&device, &page, &backing).expect_err("another device").to_string();
-    assert!(refused.ends_with(&format!("made for '{SHOWN}', this one is 'b\\u{{9b}}2J'")), "{refused:?}");
+    assert!(
+        refused.ends_with(&format!("made for '{SHOWN}', this one is 'b\\u{{9b}}2J'")),
+        "{refused:?}"
+    );
 }
 
 #[test]
@@ -86,7 +98,11 @@ fn empty_slots_are_counted_and_come_last_in_json() {
     let dir = TempDir::new().unwrap();
     let cache = small_log(&dir);
     let text = wb!("wbdump", "segments", &cache).stdout;
-    assert_eq!((text.lines().count(), text.lines().last()), (1 + 3 + 1, Some("5 empty slots")), "{text}");
+    assert_eq!(
+        (text.lines().count(), text.lines().last()),
+        (1 + 3 + 1, Some("5 empty slots")),
+        "{text}"
+    );
     let rows = json_lines(&wb!("wbdump", "segments", &cache, "--json").stdout);
     let slots: Vec<_> = rows.iter().map(|row| row["slot"].as_u64().unwrap()).collect();
     assert_eq!(slots, (0..8).collect::<Vec<_>>());
@@ -116,7 +132,9 @@ fn live_and_bad_choose_rows() {
     let cache = small_log(&dir);
     let states = |option: &str| -> Vec<(u64, String)> {
         let rows = json_lines(&wb!("wbdump", "segments", &cache, "--json", option).stdout);
-        rows.iter().map(|r| (r["id"].as_u64().unwrap(), r["state"].as_str().unwrap().into())).collect()
+        rows.iter()
+            .map(|r| (r["id"].as_u64().unwrap(), r["state"].as_str().unwrap().into()))
+            .collect()
     };
     assert_eq!(states("--live"), [(1, "live".into()), (2, "live".into())]);
     assert_eq!(states("--bad"), [(3, "damaged".into())]);
@@ -135,12 +153,24 @@ fn a_segment_is_shown_with_its_metablocks_even_when_it_is_damaged() {
     assert_eq!(json["metablocks"][1]["sector"], 56);
 
     let other_lap = wb!("wbdump", "segment", &cache, "9");
-    assert_eq!((other_lap.code, other_lap.stderr.contains("holds segment 1")), (1, true), "{other_lap:?}");
+    assert_eq!(
+        (other_lap.code, other_lap.stderr.contains("holds segment 1")),
+        (1, true),
+        "{other_lap:?}"
+    );
     let unwritten = wb!("wbdump", "segment", &cache, "5");
-    assert_eq!((unwritten.code, unwritten.stderr.contains("never written")), (1, true), "{unwritten:?}");
+    assert_eq!(
+        (unwritten.code, unwritten.stderr.contains("never written")),
+        (1, true),
+        "{unwritten:?}"
+    );
     overwrite(&cache, segment_offset(&cache, 3) + 12, &[200]);
     let garbage = wb!("wbdump", "segment", &cache, "3");
-    assert_eq!((garbage.code, garbage.stderr.contains("garbage length 200")), (1, true), "{garbage:?}");
+    assert_eq!(
+        (garbage.code, garbage.stderr.contains("garbage length 200")),
+        (1, true),
+        "{garbage:?}"
+    );
 }
 
 #[test]
@@ -150,7 +180,13 @@ fn every_version_of_a_block_is_listed_oldest_first() {
     let rows = json_lines(&wb!("wbdump", "block", &cache, "7", "--json").stdout);
     let got: Vec<_> = rows
         .iter()
-        .map(|r| (r["id"].as_u64().unwrap(), r["dirty_bits"].as_u64().unwrap(), r["state"].as_str().unwrap()))
+        .map(|r| {
+            (
+                r["id"].as_u64().unwrap(),
+                r["dirty_bits"].as_u64().unwrap(),
+                r["state"].as_str().unwrap(),
+            )
+        })
         .collect();
     assert_eq!(got, [(1, 1, "live"), (2, 3, "live"), (3, 255, "damaged")]);
     let text = wb!("wbdump", "block", &cache, "7", "--data");
@@ -241,7 +277,9 @@ fn dirty_blocks_are_listed_with_their_newest_live_version() {
     let rows = json_lines(&wb!("wbdump", "blocks", &cache, "--json").stdout);
     let shown: Vec<_> = rows
         .iter()
-        .map(|r| [&r["block"], &r["id"], &r["dirty_bits"], &r["versions"]].map(|n| n.as_u64().unwrap()))
+        .map(|r| {
+            [&r["block"], &r["id"], &r["dirty_bits"], &r["versions"]].map(|n| n.as_u64().unwrap())
+        })
         .collect();
     assert_eq!(shown, [[7, 2, 3, 2], [9, 1, 255, 1]]);
     let text = wb!("wbdump", "blocks", &cache);
@@ -272,7 +310,8 @@ fn the_map_and_the_totals_mean_the_same_by_the_same_word() {
     let cache = small_log(&dir);
     write_segment(&cache, 4, &[entry(9, 0xff)], b'd');
     let totals = wb!("wbdump", "super", &cache);
-    let rows: Vec<Vec<&str>> = totals.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
+    let rows: Vec<Vec<&str>> =
+        totals.stdout.lines().map(|line| line.split_whitespace().collect()).collect();
     for row in [["newest", "segment", "4"], ["recovery", "point", "2"]] {
         assert!(rows.iter().any(|words| words[..] == row), "{totals:?}");
     }

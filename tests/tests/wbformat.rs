@@ -5,8 +5,8 @@ use std::path::Path;
 use std::process::Command;
 use tempfile::TempDir;
 use wb_tests::{
-    LoopDevice, MIB, Outcome, Volume, bin, cache_bytes, flip_bit, golden, golden_bytes, noise, overwrite,
-    run, segment_offset, sha256, skip, system, wb, write_record, zeros,
+    LoopDevice, MIB, Outcome, Volume, bin, cache_bytes, flip_bit, golden, golden_bytes, noise,
+    overwrite, run, segment_offset, sha256, skip, system, wb, write_record, zeros,
 };
 
 #[test]
@@ -16,7 +16,9 @@ fn a_new_cache_of_the_base_format_is_bit_for_bit_what_the_kernel_module_makes() 
     let file = zeros(&dir, "cache", u64::try_from(want.len()).unwrap());
     let outcome = wb!("wbformat", &file, "--compat");
     assert_eq!(outcome.code, 0, "{outcome:?}");
-    assert!(outcome.first_line().ends_with("formatted as a cache of 7 MiB (14 segments of 512 KiB)"));
+    assert!(
+        outcome.first_line().ends_with("formatted as a cache of 7 MiB (14 segments of 512 KiB)")
+    );
     assert!(std::fs::read(&file).unwrap() == want);
 }
 
@@ -27,7 +29,8 @@ fn the_extension_changes_nothing_that_the_kernel_module_reads() {
     let file = zeros(&dir, "cache", u64::try_from(want.len()).unwrap());
     assert_eq!(run("wbformat", [&file]).code, 0);
     let content = std::fs::read(&file).unwrap();
-    // The kernel module reads the first block, the first eight bytes of the record's sector, and the segments.
+    // The kernel module reads the first block, the first eight bytes of the record's sector, and
+    // the segments.
     let record = (1 << 20) - 512;
     for range in [0..64 << 10, 132 << 10..record + 8, 1 << 20..want.len()] {
         assert!(content[range.clone()] == want[range]);
@@ -39,7 +42,8 @@ fn identity_and_pairing_are_kept_and_another_backing_device_is_refused() {
     let dir = TempDir::new().unwrap();
     let (cache, backing) = (zeros(&dir, "cache", 8 << 20), zeros(&dir, "backing", 16 << 20));
     let uuid = "6d3c2f52-7bb5-4a5e-9d3f-0123456789ab";
-    let outcome = wb!("wbformat", &cache, "--backing", &backing, "--label", "data", "--uuid", uuid, "--json");
+    let outcome =
+        wb!("wbformat", &cache, "--backing", &backing, "--label", "data", "--uuid", uuid, "--json");
     assert_eq!(outcome.json()["uuid"], uuid);
     let shown = wb!("wbdump", "super", &cache, "--json").json();
     let extension = &shown["extension"];
@@ -108,14 +112,20 @@ fn dirty_blocks_are_given_up_only_when_that_is_asked_for() {
 
 #[test]
 fn a_cache_too_damaged_to_tell_counts_as_dirty() {
-    let damage: [fn(&std::path::Path); 2] =
-        [|cache| flip_bit(cache, segment_offset(cache, 2) + 5000), |cache| write_record(cache, u64::MAX)];
+    let damage: [fn(&std::path::Path); 2] = [
+        |cache| flip_bit(cache, segment_offset(cache, 2) + 5000),
+        |cache| write_record(cache, u64::MAX),
+    ];
     for damage in damage {
         let pair = golden("few-1");
         damage(&pair.cache);
         let before = sha256(&pair.cache);
         let outcome = wb!("wbformat", &pair.cache, "--force");
-        assert_eq!((outcome.code, outcome.stderr.contains("too damaged to tell")), (1, true), "{outcome:?}");
+        assert_eq!(
+            (outcome.code, outcome.stderr.contains("too damaged to tell")),
+            (1, true),
+            "{outcome:?}"
+        );
         assert_eq!(sha256(&pair.cache), before);
         assert_eq!(wb!("wbformat", &pair.cache, "--discard-dirty").code, 0);
     }
@@ -129,7 +139,11 @@ fn a_cache_whose_first_bytes_are_damaged_is_not_taken_for_garbage() {
     flip_bit(&cache, 1);
     for options in [&[][..], &["--force"], &["--dry-run"]] {
         let outcome = run("wbformat", [&[cache.to_str().unwrap()], options].concat());
-        assert_eq!((outcome.code, outcome.stderr.contains("too damaged to tell")), (1, true), "{outcome:?}");
+        assert_eq!(
+            (outcome.code, outcome.stderr.contains("too damaged to tell")),
+            (1, true),
+            "{outcome:?}"
+        );
     }
     assert_eq!(wb!("wbformat", &cache, "--discard-dirty").code, 0);
 }
@@ -145,7 +159,10 @@ fn a_filesystem_is_formatted_over_only_by_force() {
     for options in [&[][..], &["--discard-dirty"], &["--dry-run"]] {
         let outcome = run("wbformat", [&[file.to_str().unwrap()], options].concat());
         assert_eq!(outcome.code, 1);
-        assert!(outcome.stderr.contains("it holds: ext4 filesystem labelled \"photos\""), "{outcome:?}");
+        assert!(
+            outcome.stderr.contains("it holds: ext4 filesystem labelled \"photos\""),
+            "{outcome:?}"
+        );
         assert!(outcome.stderr.contains("--force"), "{outcome:?}");
         assert_eq!(sha256(&file), before);
     }
@@ -161,7 +178,11 @@ fn a_partition_table_is_noticed() {
     overwrite(&file, 446, &[0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 0x20, 0, 0]);
     overwrite(&file, 510, &[0x55, 0xaa]);
     let outcome = run("wbformat", [&file]);
-    assert_eq!((outcome.code, outcome.stderr.contains("dos partition table")), (1, true), "{outcome:?}");
+    assert_eq!(
+        (outcome.code, outcome.stderr.contains("dos partition table")),
+        (1, true),
+        "{outcome:?}"
+    );
 }
 
 #[test]
@@ -175,7 +196,11 @@ fn several_signatures_at_once_are_refused_too() {
     overwrite(&file, 1024, &1u32.to_le_bytes());
     overwrite(&file, 4086, b"SWAPSPACE2");
     let outcome = run("wbformat", [&file]);
-    assert_eq!((outcome.code, outcome.stderr.contains("signatures of several")), (1, true), "{outcome:?}");
+    assert_eq!(
+        (outcome.code, outcome.stderr.contains("signatures of several")),
+        (1, true),
+        "{outcome:?}"
+    );
 }
 
 #[test]
@@ -184,7 +209,11 @@ fn a_dry_run_says_what_would_be_done_and_does_nothing() {
     let file = zeros(&dir, "cache", cache_bytes(3));
     let before = sha256(&file);
     let outcome = wb!("wbformat", &file, "--dry-run");
-    assert_eq!((outcome.code, outcome.stdout.contains("would be formatted")), (0, true), "{outcome:?}");
+    assert_eq!(
+        (outcome.code, outcome.stdout.contains("would be formatted")),
+        (0, true),
+        "{outcome:?}"
+    );
     assert_eq!(sha256(&file), before);
     let json = wb!("wbformat", &file, "--dry-run", "--json").json();
     assert_eq!((&json["formatted"], &json["segments"]), (&false.into(), &3.into()));
@@ -267,7 +296,10 @@ fn a_device_of_a_recorded_volume_is_formatted_only_by_force() {
 fn a_cache_whose_first_mib_was_zeroed_is_not_taken_for_garbage() {
     let region = usize::try_from(SUPERBLOCK_REGION_BYTES).unwrap();
     let extended = golden("few-1");
-    assert_eq!(wb!("wbctl", "upgrade", "--cache", &extended.cache, "--backing", &extended.backing).code, 0);
+    assert_eq!(
+        wb!("wbctl", "upgrade", "--cache", &extended.cache, "--backing", &extended.backing).code,
+        0
+    );
     for pair in [golden("few-1"), golden("lapped-1"), extended] {
         for fill in [0, 0xff] {
             overwrite(&pair.cache, 0, &vec![fill; region]);

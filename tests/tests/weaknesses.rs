@@ -1,11 +1,15 @@
-//! What a power cut, rot and accidents make of devices that the real kernel module wrote. Where the module itself drops
-//! the whole log, brings back old data or crashes, wb recovers exactly what a power cut left, and refuses the rest.
+//! What a power cut, rot and accidents make of devices that the real kernel module wrote. Where the
+//! module itself drops the whole log, brings back old data or crashes, wb recovers exactly what a
+//! power cut left, and refuses the rest.
 //!
-//! What the volume must be is computed here from the segments, by code that shares nothing with the library.
+//! What the volume must be is computed here from the segments, by code that shares nothing with the
+//! library.
 
 use std::fs::File;
 use std::ops::{Range, RangeInclusive};
-use wb_tests::{GOLDEN, Outcome, Volume, golden_bytes, golden_volume_sha256, noise, overwrite, sha256, wb};
+use wb_tests::{
+    GOLDEN, Outcome, Volume, golden_bytes, golden_volume_sha256, noise, overwrite, sha256, wb,
+};
 
 const SECTOR: usize = 512;
 const BLOCK: usize = 4096;
@@ -16,8 +20,8 @@ const SLOTS: u64 = 14;
 /// How many of the newest segments of such a device a power cut may cost.
 const WINDOW: u64 = 3;
 
-/// The golden devices with a log to recover; their newest segment; and the last one written back, by the module's
-/// status. The record of that is on the device of `sbrecord-1` alone.
+/// The golden devices with a log to recover; their newest segment; and the last one written back,
+/// by the module's status. The record of that is on the device of `sbrecord-1` alone.
 const DIRTY: [(&str, u64, u64); 6] = [
     ("few-1", 7, 0),
     ("partial-1", 24, 12),
@@ -26,7 +30,8 @@ const DIRTY: [(&str, u64, u64); 6] = [
     ("readcache-1", 20, 8),
     ("sbrecord-1", 8, 6),
 ];
-/// Those of them whose log has wrapped, so that every slot holds a segment. All that `readcache-1` holds is clean.
+/// Those of them whose log has wrapped, so that every slot holds a segment. All that `readcache-1`
+/// holds is clean.
 const WRAPPED: [&str; 4] = ["partial-1", "lapped-1", "unflushed-1", "readcache-1"];
 
 /// A golden pair as the kernel module left it.
@@ -40,7 +45,8 @@ struct Pair {
 
 impl Pair {
     fn of(name: &str) -> Pair {
-        let &(name, newest, written_back) = DIRTY.iter().find(|pair| pair.0 == name).expect("a dirty pair");
+        let &(name, newest, written_back) =
+            DIRTY.iter().find(|pair| pair.0 == name).expect("a dirty pair");
         let [cache, backing] = ["cache.img", "backing.img"].map(|which| golden_bytes(name, which));
         Pair { name, newest, written_back, cache, backing }
     }
@@ -65,8 +71,8 @@ impl Pair {
         volume
     }
 
-    /// The newest segments that a power cut may have cost: write-back may have begun with the first that is not
-    /// written back.
+    /// The newest segments that a power cut may have cost: write-back may have begun with the first
+    /// that is not written back.
     fn may_be_lost(&self) -> u64 {
         WINDOW.min(self.newest - self.written_back - 1)
     }
@@ -74,7 +80,9 @@ impl Pair {
     /// A segment with dirty data, the newest one up to `id`.
     fn with_data(&self, id: u64) -> u64 {
         let log = *self.log().start()..=id;
-        log.rev().find(|&id| last_dirty(&self.cache[place(id)]).is_some()).expect("a segment with dirty data")
+        log.rev()
+            .find(|&id| last_dirty(&self.cache[place(id)]).is_some())
+            .expect("a segment with dirty data")
     }
 }
 
@@ -96,7 +104,8 @@ fn covered(segment: &[u8]) -> usize {
 /// The last dirty sector of a segment, and whether it has any.
 fn last_dirty(segment: &[u8]) -> Option<u64> {
     let metablocks = segment[SECTOR..].chunks(16).take(usize::from(segment[12]));
-    let last = |m: &[u8]| (0..8).rev().find(|bit| m[8] >> bit & 1 == 1).map(|bit| u64_at(m, 0) + bit);
+    let last =
+        |m: &[u8]| (0..8).rev().find(|bit| m[8] >> bit & 1 == 1).map(|bit| u64_at(m, 0) + bit);
     metablocks.filter_map(last).max()
 }
 
@@ -106,7 +115,8 @@ fn apply(volume: &mut [u8], segment: &[u8]) {
         let data = &segment[BLOCK * (1 + nth)..][..BLOCK];
         let first = usize::try_from(u64_at(metablock, 0)).expect("a sector");
         for sector in (0..8).filter(|sector| metablock[8] >> sector & 1 == 1) {
-            volume[(first + sector) * SECTOR..][..SECTOR].copy_from_slice(&data[sector * SECTOR..][..SECTOR]);
+            volume[(first + sector) * SECTOR..][..SECTOR]
+                .copy_from_slice(&data[sector * SECTOR..][..SECTOR]);
         }
     }
 }
@@ -123,7 +133,8 @@ fn reseal(segment: &mut [u8]) {
     segment[8..12].copy_from_slice(&(!sum).to_le_bytes());
 }
 
-/// What a slot held the lap before its segment `id`: a sound segment whose data is on no other device.
+/// What a slot held the lap before its segment `id`: a sound segment whose data is on no other
+/// device.
 fn stale(pair: &Pair, id: u64, kept: u64) -> Vec<u8> {
     let mut segment = pair.cache[place(pair.with_data(kept))].to_vec();
     let data = BLOCK..covered(&segment) * SECTOR;
@@ -133,8 +144,8 @@ fn stale(pair: &Pair, id: u64, kept: u64) -> Vec<u8> {
     segment
 }
 
-/// What stood in the slot of segment `id` before, as far as a torn write shows it: a header's first sector, if the log
-/// has wrapped, over something.
+/// What stood in the slot of segment `id` before, as far as a torn write shows it: a header's first
+/// sector, if the log has wrapped, over something.
 fn before(id: u64) -> Vec<u8> {
     let mut segment = noise(id, SEGMENT as u64);
     segment[..SECTOR].fill(0);
@@ -175,18 +186,24 @@ fn recovers_as(verdict: &str, pair: &Pair, cache: &[u8], point: u64, what: &str)
     assert_eq!((replayed.code, replayed.stderr.as_str()), (0, ""), "{context}: {replayed:?}");
     let found = std::fs::read(&volume.backing).expect("a backing file");
     assert!(found == pair.volume_at(point), "{context}: not the volume up to segment {point}");
-    assert_eq!(wb!("wbcheck", &volume.cache, "--backing", &volume.backing).code, 0, "{context}, replayed");
+    assert_eq!(
+        wb!("wbcheck", &volume.cache, "--backing", &volume.backing).code,
+        0,
+        "{context}, replayed"
+    );
     assert!(replay(&volume).stdout.starts_with("nothing to write back"), "{context}, replayed");
 }
 
-/// A pair that is refused: wbcheck reports corruption, replay and attach say why, and no byte changes.
+/// A pair that is refused: wbcheck reports corruption, replay and attach say why, and no byte
+/// changes.
 fn refused(volume: &Volume, says: &str, what: &str) {
     refused_as([says, says], volume, what);
 }
 
 /// As [`refused`], where wbcheck says it in other words.
 fn refused_as([check_says, says]: [&str; 2], volume: &Volume, what: &str) {
-    let images = || [&volume.cache, &volume.backing].map(|path| std::fs::read(path).expect("a file"));
+    let images =
+        || [&volume.cache, &volume.backing].map(|path| std::fs::read(path).expect("a file"));
     let before = images();
     let check = wb!("wbcheck", &volume.cache, "--backing", &volume.backing);
     assert_eq!((check.code, check.stdout.contains(check_says)), (4, true), "{what}: {check:?}");
@@ -194,7 +211,8 @@ fn refused_as([check_says, says]: [&str; 2], volume: &Volume, what: &str) {
     for verb in ["replay", "attach"] {
         let outcome = volume.wbctl(&[&[verb], &volume.pair()[..]].concat());
         assert_eq!((outcome.code, outcome.stdout.as_str()), (1, ""), "{verb}, {what}: {outcome:?}");
-        // Where the system does not let it, a daemon warns first that it cannot guard against reclaim of memory.
+        // Where the system does not let it, a daemon warns first that it cannot guard against
+        // reclaim of memory.
         let mut lines = outcome.stderr.lines().filter(|line| !line.starts_with(" WARN "));
         let (line, more) = (lines.next().unwrap_or_default(), lines.next());
         assert!(line.starts_with("wbctl: ") && line.contains(says), "{verb}, {what}: {outcome:?}");
@@ -218,8 +236,9 @@ fn the_model_gives_the_volumes_that_the_kernel_module_recovers() {
     }
 }
 
-/// Tears a segment: what reached the device of it is its first sector, its header, all but its last sector, or all but
-/// its first. Returns whether that can be told from a slot that was never written.
+/// Tears a segment: what reached the device of it is its first sector, its header, all but its last
+/// sector, or all but its first. Returns whether that can be told from a slot that was never
+/// written.
 fn tear(cache: &mut [u8], id: u64, kind: &str) -> bool {
     let segment = &mut cache[place(id)];
     let sectors = covered(segment);
@@ -360,12 +379,17 @@ fn garbage_ids_are_refused() {
         cache[place(id)][..8].copy_from_slice(&far.to_le_bytes());
         let says = ["though valid segments reach up to", "which none reaches"];
         refused_as(says, &on_files(&pair, &cache), &format!("{name}, id {far}"));
-        // No power cut writes a sound segment to a wrong slot, not even where it may damage what is there.
+        // No power cut writes a sound segment to a wrong slot, not even where it may damage what is
+        // there.
         for id in [id, pair.newest] {
             let mut cache = pair.cache.clone();
             cache[place(id)][..8].copy_from_slice(&(id + 1).to_le_bytes());
             let check_says = format!("segment {} does not belong in this slot", id + 1);
-            let says = format!("slot {} holds segment {}, which belongs elsewhere", (id - 1) % SLOTS, id + 1);
+            let says = format!(
+                "slot {} holds segment {}, which belongs elsewhere",
+                (id - 1) % SLOTS,
+                id + 1
+            );
             let what = format!("{name}, segment {id} is {}", id + 1);
             refused_as([&check_says, &says], &on_files(&pair, &cache), &what);
         }
@@ -383,7 +407,11 @@ fn garbage_lengths_are_refused() {
         assert_eq!(found.code, 4, "{found:?}");
         assert!(found.stdout.contains(&format!("garbage length {length}")), "{found:?}");
         if length % 32 == 31 {
-            refused(&volume, &format!("segment {id} is missing or damaged"), &format!("length {length}"));
+            refused(
+                &volume,
+                &format!("segment {id} is missing or damaged"),
+                &format!("length {length}"),
+            );
         }
     }
 }
@@ -421,7 +449,9 @@ fn a_cache_device_cut_short_is_refused() {
         let pair = Pair::of(name);
         for slots in [13, 11, 9, 8] {
             let at_a_boundary = REGION + slots * SEGMENT;
-            for bytes in [at_a_boundary, at_a_boundary + 100 * SECTOR, at_a_boundary + SEGMENT - SECTOR] {
+            for bytes in
+                [at_a_boundary, at_a_boundary + 100 * SECTOR, at_a_boundary + SEGMENT - SECTOR]
+            {
                 let volume = on_files(&pair, &pair.cache[..bytes]);
                 // wbcheck tells a device that was resized from one with a few bad ids.
                 let says = ["belong", "belong"];

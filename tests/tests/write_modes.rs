@@ -1,9 +1,12 @@
-//! Where writes go first: to the log, to the backing device and the cache, or around the cache; and long sequences.
+//! Where writes go first: to the log, to the backing device and the cache, or around the cache; and
+//! long sequences.
 
 use libwb::format::to_usize;
 use std::fs::File;
 use std::process::Command;
-use wb_tests::{MIB, Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct, wait_for};
+use wb_tests::{
+    MIB, Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct, wait_for,
+};
 
 const BLOCK: u64 = 4096;
 
@@ -62,7 +65,11 @@ fn around_the_cache_a_write_is_on_the_backing_device_when_it_is_acknowledged() {
     write_direct(&attached.device, 8 * BLOCK, &data, BLOCK);
     assert_eq!(read_at(&volume.backing, 8 * BLOCK, 64 * BLOCK), data);
     let live = live(&volume);
-    assert_eq!((live["dirty_bytes"].as_u64(), live["used_bytes"].as_u64()), (Some(0), Some(0)), "{live}");
+    assert_eq!(
+        (live["dirty_bytes"].as_u64(), live["used_bytes"].as_u64()),
+        (Some(0), Some(0)),
+        "{live}"
+    );
     assert_eq!(counter(&volume, "direct_write_bytes"), 64 * BLOCK);
     // And a cache device that is lost then takes nothing with it.
     drop(attached);
@@ -74,14 +81,20 @@ fn around_the_cache_a_write_is_on_the_backing_device_when_it_is_acknowledged() {
 fn around_the_cache_what_was_cached_for_reads_is_used_until_it_is_written() {
     needs_serving!();
     let volume = Volume::created(8, 8 * MIB);
-    let attached =
-        volume.attach_with(&["write_mode=around", "read_cache_threshold=127", "nr_read_cache_cells=1"]);
+    let attached = volume.attach_with(&[
+        "write_mode=around",
+        "read_cache_threshold=127",
+        "nr_read_cache_cells=1",
+    ]);
     let old = noise(2, MIB);
     write_direct(&attached.device, 0, &old, MIB);
     // Not as one sequence, and again and again: what is read once is not cached.
     let read_all = || {
         for at in (0..40).rev().map(|nth| 2 * nth * BLOCK) {
-            assert_eq!(read_direct(&attached.device, at, BLOCK), old[to_usize(at)..][..to_usize(BLOCK)]);
+            assert_eq!(
+                read_direct(&attached.device, at, BLOCK),
+                old[to_usize(at)..][..to_usize(BLOCK)]
+            );
         }
     };
     assert!(
@@ -116,7 +129,10 @@ fn through_the_cache_a_write_is_on_both_devices() {
     assert_eq!(read_at(&volume.backing, 0, 2 * MIB), data);
     assert!(wait_for(|| counter(&volume, "injected_blocks") >= 4 * 127), "{}", live(&volume));
     let before = counter(&volume, "backing_read_bytes");
-    assert_eq!(read_direct(&attached.device, 0, 4 * 127 * BLOCK), data[..to_usize(4 * 127 * BLOCK)]);
+    assert_eq!(
+        read_direct(&attached.device, 0, 4 * 127 * BLOCK),
+        data[..to_usize(4 * 127 * BLOCK)]
+    );
     assert_eq!(counter(&volume, "backing_read_bytes"), before, "it is read from the cache");
     assert_eq!(live(&volume)["dirty_bytes"], 0);
 }
@@ -137,7 +153,11 @@ fn the_mode_changes_while_the_log_is_dirty_and_a_flush_then_empties_it() {
     write_direct(&attached.device, 10 * MIB, &new, 40 * BLOCK);
     assert_eq!(read_at(&volume.backing, 10 * MIB, 40 * BLOCK), new);
     volume.must(&["flush", &volume.name]);
-    assert_eq!(read_at(&volume.backing, 0, 4 * MIB), expected, "a flush leaves nothing to the cache alone");
+    assert_eq!(
+        read_at(&volume.backing, 0, 4 * MIB),
+        expected,
+        "a flush leaves nothing to the cache alone"
+    );
     assert_eq!(live(&volume)["dirty_bytes"], 0);
     set(&volume, &["write_mode=back"]);
     write_synced(&attached.device, 0, &new);
@@ -153,7 +173,8 @@ fn after_sigkill_in_any_mode_no_older_data_comes_back() {
     let volume = Volume::created(8, 8 * MIB);
     let mut expected = vec![0; to_usize(2 * MIB)];
     for (round, mode) in ["back", "around", "back", "through", "around"].into_iter().enumerate() {
-        let mut attached = volume.attach_with(&["writeback_threshold=0", &format!("write_mode={mode}")]);
+        let mut attached =
+            volume.attach_with(&["writeback_threshold=0", &format!("write_mode={mode}")]);
         // Each round overlaps what the others have written.
         let at = round * 50_000 / 512 * 512;
         let data = noise(10 + round as u64, MIB);

@@ -4,7 +4,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::process::{Child, Stdio};
 use wb_tests::{
-    FailingFile, Faults, LoopDevice, MIB, Volume, needs_serving, noise, overwrite, read_at, wait_for,
+    FailingFile, Faults, LoopDevice, MIB, Volume, needs_serving, noise, overwrite, read_at,
+    wait_for,
 };
 
 fn dirty(volume: &Volume) -> u64 {
@@ -14,17 +15,20 @@ fn dirty(volume: &Volume) -> u64 {
 /// Writes, and makes it durable on the cache device.
 fn write(volume: &Volume, device: &std::path::Path, bytes: u64) {
     overwrite(device, 0, &noise(1, bytes));
-    std::fs::File::open(device).and_then(|device| device.sync_all()).expect("a device that takes writes");
+    std::fs::File::open(device)
+        .and_then(|device| device.sync_all())
+        .expect("a device that takes writes");
     assert_eq!(dirty(volume), bytes);
 }
 
 /// Whether a process waits for signals.
 fn catches_signals(process: &mut Child) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap_or_default();
+    let status =
+        std::fs::read_to_string(format!("/proc/{}/status", process.id())).unwrap_or_default();
     // The threads that wait for signals have blocked them.
-    status
-        .lines()
-        .any(|line| line.strip_prefix("SigBlk:").is_some_and(|set| set.trim() != "0000000000000000"))
+    status.lines().any(|line| {
+        line.strip_prefix("SigBlk:").is_some_and(|set| set.trim() != "0000000000000000")
+    })
 }
 
 fn interrupt(process: &Child) {
@@ -53,10 +57,16 @@ fn a_paused_volume_writes_back_when_it_is_resumed_or_drained() {
     assert_eq!(live["paused"], true);
     assert!(live["oldest_dirty_seconds"].as_f64().is_some_and(|age| age < 3600.0), "{live}");
     let shown = volume.must(&["status", name]);
-    assert!(shown.contains("paused; it goes on with") && shown.contains("the oldest for"), "{shown}");
+    assert!(
+        shown.contains("paused; it goes on with") && shown.contains("the oldest for"),
+        "{shown}"
+    );
     let metrics = volume.must(&["status", "--prometheus", name]);
     assert!(metrics.contains(&format!("wb_writeback_paused{{volume=\"{name}\"}} 1")), "{metrics}");
-    assert!(metrics.contains(&format!("wb_oldest_dirty_seconds{{volume=\"{name}\"}}")), "{metrics}");
+    assert!(
+        metrics.contains(&format!("wb_oldest_dirty_seconds{{volume=\"{name}\"}}")),
+        "{metrics}"
+    );
     // A drain is what somebody wants now.
     volume.must(&["drain", name]);
     assert_eq!(dirty(&volume), 0);
@@ -136,7 +146,10 @@ fn a_pause_waits_for_the_batch_under_way_and_after_it_nothing_is_written_back() 
     std::fs::File::open(&attached.device).unwrap().sync_all().unwrap();
     volume.must(&["pause", name]);
     let after = volume.status()["live"].clone();
-    assert_eq!((&after["writing_back"], &after["counters"]["written_back_bytes"]), (&false.into(), written));
+    assert_eq!(
+        (&after["writing_back"], &after["counters"]["written_back_bytes"]),
+        (&false.into(), written)
+    );
     assert!(read_at(&volume.backing, 0, MIB) == content);
     volume.must(&["resume", name]);
     assert!(wait_for(|| dirty(&volume) == 0));
@@ -197,7 +210,10 @@ fn the_rate_of_write_back_is_not_shown_while_it_fails() {
     assert_eq!(volume.wbctl(&["drain", name]).code, 1);
     let status = volume.wbctl(&["status", name]);
     assert_eq!(status.code, 5, "{status:?}");
-    assert!(status.stdout.contains("degraded") && !status.stdout.contains("while it works"), "{status:?}");
+    assert!(
+        status.stdout.contains("degraded") && !status.stdout.contains("while it works"),
+        "{status:?}"
+    );
     let told = told();
     let hidden = [&told["writeback_bytes_per_second"], &told["writeback_seconds_left"]];
     assert!(hidden.iter().all(|number| number.is_null()), "{told}");

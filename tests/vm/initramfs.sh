@@ -1,7 +1,6 @@
 #!/bin/sh
-# Makes the initramfs of the VM: busybox, dmsetup, the program of volume.rs, and the modules for virtio disks, the share,
-# and dm-writeboost.
-# usage: initramfs.sh KERNEL VOLUME OUT
+# Makes the initramfs of the VM: busybox, dmsetup, the program of volume.rs, and the modules for
+# virtio disks, the share, and dm-writeboost. usage: initramfs.sh KERNEL VOLUME OUT
 set -eu
 kernel=$1 volume=$2 out=$3
 here=$(dirname "$(readlink -f "$0")")

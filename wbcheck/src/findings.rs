@@ -3,11 +3,15 @@
 use crate::{Args, Subject};
 use anyhow::Result;
 use libwb::cli::{Exit, Progress};
-use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, SuperblockFault, to_u64, to_usize};
+use libwb::format::{
+    BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, SuperblockFault, to_u64, to_usize,
+};
 use libwb::log::live::{Share, Totals};
 use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery};
 use libwb::log::salvage::{Plan, Scanned};
-use libwb::log::scan::{BackingFacts, SlotContent, SlotFault, SlotState, read_slot_header, scan_headers};
+use libwb::log::scan::{
+    BackingFacts, SlotContent, SlotFault, SlotState, read_slot_header, scan_headers,
+};
 use serde::Serialize;
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -26,7 +30,11 @@ pub(crate) struct Backing {
 
 impl Backing {
     pub(crate) fn facts<'a>(&'a self, name: &'a str) -> BackingFacts<'a> {
-        BackingFacts { name, sectors: self.sectors, identity: self.identity.as_deref().unwrap_or_default() }
+        BackingFacts {
+            name,
+            sectors: self.sectors,
+            identity: self.identity.as_deref().unwrap_or_default(),
+        }
     }
 }
 
@@ -67,7 +75,8 @@ pub(crate) struct Broken {
     pub(crate) misplaced: Option<SegmentId>,
     /// The device failed to read it. No power cut does that.
     pub(crate) unreadable: bool,
-    /// Where nothing explains the damage: the dirty blocks that the header lists, as far as it can be read.
+    /// Where nothing explains the damage: the dirty blocks that the header lists, as far as it can
+    /// be read.
     pub(crate) at_risk: Vec<BlockNo>,
 }
 
@@ -87,7 +96,8 @@ pub(crate) struct Findings {
     pub(crate) broken: Vec<Broken>,
     /// The ways on with a corrupt log.
     pub(crate) ways: Vec<Plan>,
-    /// Segments of a sound log that are written back, and from which the kernel module may take old data for new.
+    /// Segments of a sound log that are written back, and from which the kernel module may take old
+    /// data for new.
     pub(crate) misleading: Vec<SegmentId>,
     pub(crate) scanned: Scanned,
 }
@@ -104,7 +114,9 @@ impl Findings {
         let mut shares = vec![Share::default(); to_usize(geometry.lap())];
         let visit = |slot: Slot, content: &SlotContent| {
             progress.set(u64::from(slot.0));
-            if let Some(header) = content.header.as_ref().filter(|_| content.state.valid_id().is_some()) {
+            if let Some(header) =
+                content.header.as_ref().filter(|_| content.state.valid_id().is_some())
+            {
                 shares[to_usize(slot.0.into())] = Share::of(header);
             }
         };
@@ -120,11 +132,14 @@ impl Findings {
         let share = |id| (id, &shares[to_usize(geometry.slot_of(id).0.into())]);
         let live = Totals::of(recovery.live().map(share), sectors);
         let dropped = Totals::of(recovery.dropped.iter().copied().map(share), None);
-        let number =
-            |wanted: fn(&SlotState) -> bool| to_u64(slots.iter().filter(|&slot| wanted(slot)).count());
+        let number = |wanted: fn(&SlotState) -> bool| {
+            to_u64(slots.iter().filter(|&slot| wanted(slot)).count())
+        };
         let misleading = match scanned.is_corrupt() {
             true => Vec::new(),
-            false => io.block_on(scanned.repair(device))?.map(|plan| plan.misleading).unwrap_or_default(),
+            false => {
+                io.block_on(scanned.repair(device))?.map(|plan| plan.misleading).unwrap_or_default()
+            }
         };
         Ok(Findings {
             device: device.name().to_string(),
@@ -204,7 +219,8 @@ fn broken(subject: &Subject, recovery: &Recovery, slots: &[SlotState]) -> Vec<Br
     recovery.damage.iter().filter_map(one).collect()
 }
 
-/// The slots that show the corruption that recovery found. Whatever else might explain such a slot does not hold.
+/// The slots that show the corruption that recovery found. Whatever else might explain such a slot
+/// does not hold.
 pub(crate) struct Unexplained {
     slots: HashSet<Slot>,
     /// Up to here, no segment was being written when the power went.
@@ -220,9 +236,9 @@ impl Unexplained {
             Corruption::WrongSlot { slot, .. }
             | Corruption::Unexplained { slot }
             | Corruption::Unreadable { slot } => Some(*slot),
-            Corruption::RecordBeyondLog { .. } | Corruption::GarbageId { .. } | Corruption::PairingLost => {
-                None
-            }
+            Corruption::RecordBeyondLog { .. }
+            | Corruption::GarbageId { .. }
+            | Corruption::PairingLost => None,
         };
         let durable = |corruption: &Corruption| match corruption {
             Corruption::DurableMissing { durable, .. } => *durable,
@@ -235,13 +251,19 @@ impl Unexplained {
     }
 
     pub(crate) fn or_as_recovered(&self, damage: &Damage) -> Explanation {
-        let was_durable = damage.explanation == Explanation::PowerCut && damage.expected <= self.durable;
-        if was_durable || self.slots.contains(&damage.slot) { Explanation::None } else { damage.explanation }
+        let was_durable =
+            damage.explanation == Explanation::PowerCut && damage.expected <= self.durable;
+        if was_durable || self.slots.contains(&damage.slot) {
+            Explanation::None
+        } else {
+            damage.explanation
+        }
     }
 }
 
 fn dirty_blocks(subject: &Subject, slot: Slot) -> Vec<BlockNo> {
-    let content = subject.io.block_on(read_slot_header(&subject.device, subject.superblock.geometry, slot));
+    let content =
+        subject.io.block_on(read_slot_header(&subject.device, subject.superblock.geometry, slot));
     let entries = content.header.into_iter().flat_map(|header| header.metablocks);
     let mut blocks: Vec<_> = entries.filter(|e| !e.dirty.is_clean()).map(|e| e.block).collect();
     blocks.sort_unstable();

@@ -1,4 +1,5 @@
-//! `wbcheck`: reads a cache device and says whether it is sound. It changes nothing, unless it is told to repair.
+//! `wbcheck`: reads a cache device and says whether it is sound. It changes nothing, unless it is
+//! told to repair.
 
 mod findings;
 mod one_segment;
@@ -32,8 +33,8 @@ Exit codes:
 
 /// Check a cache device. Reads the whole device, and changes nothing but with --repair.
 ///
-/// The first line of the output is the verdict. What a power cut explains is no error; it is noted, and nothing that was
-/// acknowledged as durable is lost.
+/// The first line of the output is the verdict. What a power cut explains is no error; it is noted,
+/// and nothing that was acknowledged as durable is lost.
 #[derive(Parser)]
 #[command(name = "wbcheck", version, after_help = EXIT_CODES)]
 struct Args {
@@ -53,18 +54,21 @@ struct Args {
     #[arg(long, conflicts_with = "segment")]
     headers_only: bool,
 
-    /// Repair what can be without giving up any data that recovery would use: what a power cut has torn, what is
-    /// damaged but written back, a damaged copy of the superblock extension, the first bytes of a device that has one
+    /// Repair what can be without giving up any data that recovery would use: what a power cut has
+    /// torn, what is damaged but written back, a damaged copy of the superblock extension, the
+    /// first bytes of a device that has one
     ///
-    /// After that, the kernel module reads the same volume from the log as wb, as after a detach: no segment is left at which
-    /// it would stop, or that is written back and from which it would take old data for new. The device must not be attached.
+    /// After that, the kernel module reads the same volume from the log as wb, as after a detach:
+    /// no segment is left at which it would stop, or that is written back and from which it would
+    /// take old data for new. The device must not be attached.
     #[arg(long, conflicts_with_all = ["segment", "headers_only"])]
     repair: bool,
 
-    /// With --repair, go on with a corrupt log, and give up what has to be: with skip the damaged blocks alone, with stop
-    /// all that came after them
+    /// With --repair, go on with a corrupt log, and give up what has to be: with skip the damaged
+    /// blocks alone, with stop all that came after them
     ///
-    /// Without it, what each way would give up is shown. Copy the device first: what is given up is gone for ever.
+    /// Without it, what each way would give up is shown. Copy the device first: what is given up is
+    /// gone for ever.
     #[arg(
         long,
         value_name = "skip|stop",
@@ -181,18 +185,23 @@ fn prepare(args: &Args) -> Result<Subject> {
 }
 
 /// Refuses a device without the magic, unless it is a cache all the same and is to be repaired.
-fn refuse_other_than_damaged(args: &Args, superblock: &RawSuperblock, error: LogError) -> Result<()> {
+fn refuse_other_than_damaged(
+    args: &Args,
+    superblock: &RawSuperblock,
+    error: LogError,
+) -> Result<()> {
     let signature = signatures::find(&args.cache).ok().flatten();
     match (superblock.extension(), signature) {
         (None, None) => Err(error.into()),
         (None, Some(signature)) => bail!("{error}; it holds: {signature}"),
         (Some(_), Some(signature)) => bail!(
-            "{error}; it holds: {signature}. Yet it was formatted as a cache: if that is still needed, copy the device, wipe \
-             what was put on it (wipefs --all), then use wbcheck --repair"
+            "{error}; it holds: {signature}. Yet it was formatted as a cache: if that is still \
+             needed, copy the device, wipe what was put on it (wipefs --all), then use wbcheck \
+             --repair"
         ),
         (Some(_), None) if !args.repair => bail!(
-            "{error}; yet it was formatted as one, so its first bytes are damaged: copy it, then use wbcheck --repair, which \
-             writes them anew"
+            "{error}; yet it was formatted as one, so its first bytes are damaged: copy it, then \
+             use wbcheck --repair, which writes them anew"
         ),
         (Some(_), None) => Ok(()),
     }

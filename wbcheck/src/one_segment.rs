@@ -25,14 +25,23 @@ struct Report<'a> {
     entries_beyond_backing: Option<u64>,
 }
 
-pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Output) -> Result<Exit> {
+pub(crate) fn check(
+    subject: &Subject,
+    id: SegmentId,
+    args: &Args,
+    out: &mut Output,
+) -> Result<Exit> {
     let Subject { io, device, superblock, backing, .. } = subject;
     let geometry = superblock.geometry;
     let slot = geometry.slot_of(id);
-    let mut progress =
-        if args.quiet { Progress::none() } else { Progress::new("checking", geometry.lap(), SEGMENT_BYTES) };
+    let mut progress = if args.quiet {
+        Progress::none()
+    } else {
+        Progress::new("checking", geometry.lap(), SEGMENT_BYTES)
+    };
     let known = superblock.or_no_record();
-    let mut slots = io.block_on(scan_trusting(device, &known, |slot, _| progress.set(u64::from(slot.0))));
+    let mut slots =
+        io.block_on(scan_trusting(device, &known, |slot, _| progress.set(u64::from(slot.0))));
     drop(progress);
     let place = to_usize(u64::from(slot.0));
     slots[place] = io.block_on(read_slot(device, geometry, slot)).state;
@@ -49,7 +58,8 @@ pub(crate) fn check(subject: &Subject, id: SegmentId, args: &Args, out: &mut Out
         SlotState::Invalid { fault, .. } => {
             let damage = recovery.damage.iter().find(|damage| damage.slot == slot);
             let unexplained = Unexplained::of(&recovery, geometry);
-            let why = damage.map_or(Explanation::None, |damage| unexplained.or_as_recovered(damage));
+            let why =
+                damage.map_or(Explanation::None, |damage| unexplained.or_as_recovered(damage));
             invalid(why, &fault.to_string())
         }
         other if is_live_hole(&recovery, id) => {
@@ -104,8 +114,11 @@ fn valid(recovery: &Recovery, id: SegmentId, held: &Totals) -> (Verdict, String)
             format!("{many} beyond the end of the backing device; is it the right one?"),
         );
     }
-    let what =
-        format!("{}, {}", count(held.dirty_blocks, "dirty block"), count(held.clean_entries, "clean block"));
+    let what = format!(
+        "{}, {}",
+        count(held.dirty_blocks, "dirty block"),
+        count(held.clean_entries, "clean block")
+    );
     match recovery.standing(id) {
         Standing::Live if recovery.is_cut_short && id == recovery.point => (
             Verdict::SoundAfterPowerCut,
@@ -117,7 +130,10 @@ fn valid(recovery: &Recovery, id: SegmentId, held: &Totals) -> (Verdict, String)
         }
         Standing::Dropped if !recovery.corruption.is_empty() => (
             Verdict::Sound,
-            format!("{what}, but the log is corrupt after segment {}: see what wbcheck says", recovery.point),
+            format!(
+                "{what}, but the log is corrupt after segment {}: see what wbcheck says",
+                recovery.point
+            ),
         ),
         Standing::Dropped => (
             Verdict::SoundAfterPowerCut,
@@ -130,11 +146,15 @@ fn invalid(why: Explanation, fault: &str) -> (Verdict, String) {
     match why {
         Explanation::PowerCut => (
             Verdict::SoundAfterPowerCut,
-            format!("{fault}; it was being written when the power went, and nothing acknowledged is lost"),
+            format!(
+                "{fault}; it was being written when the power went, and nothing acknowledged is \
+                 lost"
+            ),
         ),
-        Explanation::WrittenBack => {
-            (Verdict::Damaged, format!("{fault}; its data had been written back, and none is at risk"))
-        }
+        Explanation::WrittenBack => (
+            Verdict::Damaged,
+            format!("{fault}; its data had been written back, and none is at risk"),
+        ),
         Explanation::None => (Verdict::Corrupt, format!("{fault}; its data may be lost")),
     }
 }

@@ -88,7 +88,9 @@ fn plan(subject: &Subject, findings: &Findings, args: &Args) -> Result<Option<Pl
         Some(way) => io.block_on(scanned.salvage(device, way))?,
         None => None,
     };
-    if let (Some(plan), Some(backing)) = (&mut plan, backing.as_ref().filter(|it| it.identity.is_some())) {
+    if let (Some(plan), Some(backing)) =
+        (&mut plan, backing.as_ref().filter(|it| it.identity.is_some()))
+    {
         let name = backing.path.display().to_string();
         plan.pair(&backing.facts(&name));
         if plan.way.is_some() {

@@ -69,7 +69,8 @@ struct Damaged<'a> {
 
 impl Report<'_> {
     pub(crate) fn of<'a>(f: &'a Findings, repaired: Option<&Repaired>) -> Report<'a> {
-        let mut corruption: Vec<_> = f.recovery.corruption.iter().map(ToString::to_string).collect();
+        let mut corruption: Vec<_> =
+            f.recovery.corruption.iter().map(ToString::to_string).collect();
         corruption.extend(f.record.err().map(|fault| fault.to_string()));
         Report {
             device: &f.device,
@@ -102,7 +103,11 @@ impl Report<'_> {
             repair: repaired.map(|repaired| Repair {
                 verdict_before: repaired.verdict,
                 written: repaired.written.clone(),
-                salvage: repaired.plan.as_ref().filter(|plan| plan.way.is_some()).map(Plan::summary),
+                salvage: repaired
+                    .plan
+                    .as_ref()
+                    .filter(|plan| plan.way.is_some())
+                    .map(Plan::summary),
             }),
         }
     }

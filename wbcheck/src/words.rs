@@ -1,5 +1,5 @@
-//! The findings in words: the verdict first, then what is on the device, then what is wrong, what that means for
-//! the data, and what to do.
+//! The findings in words: the verdict first, then what is on the device, then what is wrong, what
+//! that means for the data, and what to do.
 
 use crate::findings::{Broken, Findings, Verdict};
 use libwb::cli::{Output, count, human_size};
@@ -16,10 +16,15 @@ pub(crate) fn headline(f: &Findings) -> String {
     let device = &f.device;
     let errors = errors(f);
     match (f.verdict(), errors.first()) {
-        (Verdict::Sound, _) if f.headers_only => format!("{device}: sound, as far as the headers alone tell"),
+        (Verdict::Sound, _) if f.headers_only => {
+            format!("{device}: sound, as far as the headers alone tell")
+        }
         (Verdict::Sound, _) => format!("{device}: sound"),
         (Verdict::SoundAfterPowerCut, _) => {
-            format!("{device}: sound after a power cut; nothing that was acknowledged as durable is lost")
+            format!(
+                "{device}: sound after a power cut; nothing that was acknowledged as durable is \
+                 lost"
+            )
         }
         (Verdict::BlocksLost, _) => format!(
             "{device}: {} of the volume lost; the log is sound",
@@ -68,7 +73,8 @@ pub(crate) fn print(f: &Findings, out: &mut Output) -> io::Result<()> {
 
 fn summary(f: &Findings, out: &mut Output) -> io::Result<()> {
     let r = &f.recovery;
-    let mut line = |name: &str, value: String| out.text(&format!("  {name:<16}{value}"), &" ".repeat(18));
+    let mut line =
+        |name: &str, value: String| out.text(&format!("  {name:<16}{value}"), &" ".repeat(18));
     line(
         "segments",
         format!(
@@ -107,8 +113,12 @@ fn summary(f: &Findings, out: &mut Output) -> io::Result<()> {
     line("addresses", addresses)?;
     line(
         "data",
-        if f.headers_only { "not read (--headers-only)" } else { "read and compared with its checksums" }
-            .into(),
+        if f.headers_only {
+            "not read (--headers-only)"
+        } else {
+            "read and compared with its checksums"
+        }
+        .into(),
     )
 }
 
@@ -129,7 +139,8 @@ struct Problem {
 fn errors(f: &Findings) -> Vec<Problem> {
     let mut errors = Vec::new();
     if let Err(fault) = f.record {
-        let meaning = "What was written back is not known; every segment counts as not written back.".into();
+        let meaning =
+            "What was written back is not known; every segment counts as not written back.".into();
         errors.push(Problem { what: fault.to_string(), meaning });
     }
     errors.extend(f.recovery.corruption.iter().filter_map(|corruption| explained(f, corruption)));
@@ -149,7 +160,10 @@ fn errors(f: &Findings) -> Vec<Problem> {
     let hidden = f.broken.iter().filter(bad).count().saturating_sub(SHOWN);
     if hidden > 0 {
         let meaning = "--json lists them all.".into();
-        errors.push(Problem { what: format!("{} more like these", count(to_u64(hidden), "slot")), meaning });
+        errors.push(Problem {
+            what: format!("{} more like these", count(to_u64(hidden), "slot")),
+            meaning,
+        });
     }
     if let (Some(first), Some(backing)) = (f.live.beyond.first(), &f.backing) {
         errors.push(Problem {
@@ -158,10 +172,9 @@ fn errors(f: &Findings) -> Vec<Problem> {
                 first.in_words(backing.path.display(), backing.sectors),
                 f.live.beyond_count,
             ),
-            meaning:
-                "That data has no place there. Most likely it is not the backing device of this cache, or it \
-                      was made smaller."
-                    .into(),
+            meaning: "That data has no place there. Most likely it is not the backing device of \
+                      this cache, or it was made smaller."
+                .into(),
         });
     }
     errors
@@ -172,10 +185,14 @@ fn lost(f: &Findings) -> Option<Problem> {
     let shown: Vec<_> = lost.iter().take(SHOWN).map(|block| block.bytes().to_string()).collect();
     let more = if lost.len() > SHOWN { ", ..." } else { "" };
     (!lost.is_empty()).then(|| Problem {
-        what: format!("{} of the volume cannot be read any more", count(to_u64(lost.len()), "block")),
+        what: format!(
+            "{} of the volume cannot be read any more",
+            count(to_u64(lost.len()), "block")
+        ),
         meaning: format!(
-            "The cache device had altered what was written there before it was written back (4096 bytes each, at byte \
-             {}{more} of the volume). Reads of it fail until it is written anew or discarded.",
+            "The cache device had altered what was written there before it was written back (4096 \
+             bytes each, at byte {}{more} of the volume). Reads of it fail until it is written \
+             anew or discarded.",
             shown.join(", ")
         ),
     })
@@ -193,12 +210,12 @@ fn resized(f: &Findings) -> Option<Problem> {
     };
     Some(Problem {
         what: format!(
-            "slot {slot} holds segment {id}, which is sound but belongs elsewhere{others}; the device was truncated \
-             or resized"
+            "slot {slot} holds segment {id}, which is sound but belongs elsewhere{others}; the \
+             device was truncated or resized"
         ),
         meaning: format!(
-            "Which segments belong to the log cannot be told on a device of this size ({} bytes). At its former size \
-             the cache may be whole.",
+            "Which segments belong to the log cannot be told on a device of this size ({} bytes). \
+             At its former size the cache may be whole.",
             f.size
         ),
     })
@@ -217,22 +234,22 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
         Corruption::Gap { missing, .. }
         | Corruption::DurableMissing { missing, .. }
         | Corruption::WrittenPastHole { missing, .. } => format!(
-            "After it stand {} with {}, which may be nowhere else. They can be applied only if what segment \
-             {missing} held is given up.",
+            "After it stand {} with {}, which may be nowhere else. They can be applied only if \
+             what segment {missing} held is given up.",
             segments(&f.recovery.dropped),
             count(f.dropped.dirty_blocks, "dirty block"),
         ),
         Corruption::RecordBeyondLog { .. } | Corruption::GarbageId { .. } => {
-            "The newest part of the log is gone, or the record is wrong. Data that \
-                                               was not written back may be lost."
+            "The newest part of the log is gone, or the record is wrong. Data that was not written \
+             back may be lost."
                 .into()
         }
-        Corruption::PairingLost => {
-            "Nothing shows any more which backing device is the right one; on another, the log \
-                                    would destroy data."
-                .into()
-        }
-        Corruption::WrongSlot { .. } | Corruption::Unexplained { .. } | Corruption::Unreadable { .. } => {
+        Corruption::PairingLost => "Nothing shows any more which backing device is the right one; \
+                                    on another, the log would destroy data."
+            .into(),
+        Corruption::WrongSlot { .. }
+        | Corruption::Unexplained { .. }
+        | Corruption::Unreadable { .. } => {
             return None;
         }
     };
@@ -245,11 +262,9 @@ fn slot_error(f: &Findings, b: &Broken) -> Problem {
         Explanation::WrittenBack => {
             "Its data had been written back; none is at risk. The device may be wearing out.".into()
         }
-        Explanation::PowerCut => {
-            "Nothing that was acknowledged as durable can have been in it, but the device is \
-                                  failing."
-                .into()
-        }
+        Explanation::PowerCut => "Nothing that was acknowledged as durable can have been in it, \
+                                  but the device is failing."
+            .into(),
         Explanation::None if b.at_risk.is_empty() => {
             "What it held may be lost, and its header does not tell which blocks.".into()
         }
@@ -257,8 +272,8 @@ fn slot_error(f: &Findings, b: &Broken) -> Problem {
             let shown: Vec<_> = b.at_risk.iter().take(SHOWN).map(ToString::to_string).collect();
             let more = if b.at_risk.len() > SHOWN { ", ..." } else { "" };
             format!(
-                "At risk, as far as its header can be trusted: {} of the backing device ({}{more}; in units of 4096 \
-                 bytes).",
+                "At risk, as far as its header can be trusted: {} of the backing device \
+                 ({}{more}; in units of 4096 bytes).",
                 count(to_u64(b.at_risk.len()), "block"),
                 shown.join(", "),
             )
@@ -272,45 +287,52 @@ fn notes(f: &Findings) -> Vec<String> {
         .broken
         .iter()
         .filter(|b| b.explanation == Explanation::PowerCut && !b.unreadable)
-        .map(|b| format!("{}: {}. It was being written when the power went.", where_it_is(f, b), b.fault))
+        .map(|b| {
+            format!("{}: {}. It was being written when the power went.", where_it_is(f, b), b.fault)
+        })
         .take(SHOWN)
         .collect();
     let r = &f.recovery;
     if r.is_cut_short {
         notes.push(format!(
-            "Segment {} is cut short: it ends with the last flush, and what was written of it after that is torn. wb \
-             applies it up to there; the kernel module would drop it. --repair closes it there.",
+            "Segment {} is cut short: it ends with the last flush, and what was written of it \
+             after that is torn. wb applies it up to there; the kernel module would drop it. \
+             --repair closes it there.",
             r.point
         ));
     }
-    let breaks =
-        r.corruption.iter().any(|c| matches!(c, Corruption::Gap { .. } | Corruption::DurableMissing { .. }));
+    let breaks = r
+        .corruption
+        .iter()
+        .any(|c| matches!(c, Corruption::Gap { .. } | Corruption::DurableMissing { .. }));
     if !r.dropped.is_empty() && !breaks {
         notes.push(format!(
-            "After a gap stand {}, which will not be applied: the power went before anything in them was \
-             acknowledged as durable.",
+            "After a gap stand {}, which will not be applied: the power went before anything in \
+             them was acknowledged as durable.",
             segments(&r.dropped)
         ));
     }
     if f.scanned.superblock.has_torn_copy() {
         notes.push(
-            "One of the two copies of the superblock extension is torn: it was being written when the power went. The \
-             other one is sound; --repair, and the next detach, write the torn one anew."
+            "One of the two copies of the superblock extension is torn: it was being written when \
+             the power went. The other one is sound; --repair, and the next detach, write the \
+             torn one anew."
                 .into(),
         );
     }
     if !r.skipped.is_empty() {
         notes.push(format!(
-            "{} need not be applied: {} was being written over, which happens only after everything up to it was \
-             written back.",
+            "{} need not be applied: {} was being written over, which happens only after \
+             everything up to it was written back.",
             capitalized(&segments(&r.skipped)),
             if r.skipped.len() == 1 { "it" } else { "the last of them" },
         ));
     }
     if !f.misleading.is_empty() {
         notes.push(format!(
-            "From {}, the kernel module may take old data for new, as from any cache that was not detached in order. \
-             Before it gets the device, use --repair, or attach and detach the volume; wb needs neither.",
+            "From {}, the kernel module may take old data for new, as from any cache that was not \
+             detached in order. Before it gets the device, use --repair, or attach and detach the \
+             volume; wb needs neither.",
             segments(&f.misleading)
         ));
     }
@@ -322,33 +344,35 @@ fn advice(f: &Findings) -> Option<String> {
         Verdict::Sound => return None,
         Verdict::SoundAfterPowerCut => "nothing. Use the cache as usual.",
         Verdict::BlocksLost => {
-            "attach the volume, and find out which files the blocks belong to (debugfs, xfs_io). Restore those from a \
-             backup; that writes the blocks anew. Replace the cache device."
+            "attach the volume, and find out which files the blocks belong to (debugfs, xfs_io). \
+             Restore those from a backup; that writes the blocks anew. Replace the cache device."
         }
         Verdict::Damaged => {
-            "repair it with --repair, or write everything back: the damaged slots will be written over in time. Watch \
-             the device, or replace it."
+            "repair it with --repair, or write everything back: the damaged slots will be written \
+             over in time. Watch the device, or replace it."
         }
         Verdict::Corrupt if f.scanned.is_resized() => {
-            "give the device its former size again, then check again. Do not attach or format it before that."
+            "give the device its former size again, then check again. Do not attach or format it \
+             before that."
         }
         Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {
             "look for the right backing device. Do not attach this pair."
         }
         Verdict::Corrupt if f.scanned.lost_nothing_but_the_pairing() => {
-            "copy the device first. Then write a new superblock extension with --repair, and name the right backing device \
-             with --backing: the cache is paired with it. wbctl attach and replay do the same with --salvage."
+            "copy the device first. Then write a new superblock extension with --repair, and name \
+             the right backing device with --backing: the cache is paired with it. wbctl attach \
+             and replay do the same with --salvage."
         }
         Verdict::Corrupt if !f.ways.is_empty() => {
             return Some(format!(
-                "copy both devices first, and see with wbdump what can be read. Then {}, here or with wbctl attach or \
-                 replay:",
+                "copy both devices first, and see with wbdump what can be read. Then {}, here or \
+                 with wbctl attach or replay:",
                 number_of_ways(&f.ways)
             ));
         }
         Verdict::Corrupt => {
-            "attach, write back and format nothing yet: that would make the loss final. Copy both devices first; \
-             then see with wbdump what can still be read."
+            "attach, write back and format nothing yet: that would make the loss final. Copy both \
+             devices first; then see with wbdump what can still be read."
         }
     };
     Some(advice.into())
@@ -374,5 +398,8 @@ fn range(first: SegmentId, last: SegmentId) -> String {
 
 fn capitalized(text: &str) -> String {
     let mut chars = text.chars();
-    chars.next().map(|first| first.to_uppercase().collect::<String>() + chars.as_str()).unwrap_or_default()
+    chars
+        .next()
+        .map(|first| first.to_uppercase().collect::<String>() + chars.as_str())
+        .unwrap_or_default()
 }

@@ -51,7 +51,11 @@ pub(crate) fn carry_out(args: &Args) -> ! {
 
 /// Has a process of its own do a task as long as `go_on` says so, which is asked again and again.
 /// `None` when it was given up.
-pub(crate) fn run(task: Task, device: &Path, mut go_on: impl FnMut() -> bool) -> Option<io::Result<()>> {
+pub(crate) fn run(
+    task: Task,
+    device: &Path,
+    mut go_on: impl FnMut() -> bool,
+) -> Option<io::Result<()>> {
     let begun = Instant::now();
     let mut child = loop {
         match start(task, device) {
@@ -88,7 +92,8 @@ pub(crate) fn run(task: Task, device: &Path, mut go_on: impl FnMut() -> bool) ->
 /// The program itself: what is installed may be another version by now. It gets no descriptor of
 /// ours, and no signal of the terminal's, which are for the daemon.
 fn start(task: Task, device: &Path) -> io::Result<Child> {
-    let task = task.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default();
+    let task =
+        task.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default();
     Command::new("/proc/self/exe")
         .args(["apart", &task])
         .arg(device)

@@ -47,7 +47,8 @@ const TO_SHOW: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A volume that was recorded by `wbctl create`; with --cache and --backing, a name for the volume
+    /// A volume that was recorded by `wbctl create`; with --cache and --backing, a name for the
+    /// volume
     #[arg(value_name = "NAME", required_unless_present = "cache")]
     first: Option<First>,
     /// The cache device: a block device or a file
@@ -61,17 +62,20 @@ pub(crate) struct Args {
     sector_size: Option<u32>,
     #[command(flatten)]
     salvage: salvage::Salvage,
-    /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one whose device went back
-    /// in time. What it holds may be older than what the backing device holds
+    /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one
+    /// whose device went back in time. What it holds may be older than what the backing device
+    /// holds
     #[arg(long)]
     older: bool,
     /// Serve reads alone, and change nothing on either device
     ///
-    /// What recovery would write is kept in memory. The loop device is read-only, too: mount a filesystem whose journal was
-    /// not replayed with -o ro,noload (ext4) or -o ro,norecovery (xfs).
+    /// What recovery would write is kept in memory. The loop device is read-only, too: mount a
+    /// filesystem whose journal was not replayed with -o ro,noload (ext4) or -o ro,norecovery
+    /// (xfs).
     #[arg(long, conflicts_with_all = ["salvage", "grown"])]
     read_only: bool,
-    /// The backing device is the same, and has grown. Needed where it has no identity that shows that, as a plain file
+    /// The backing device is the same, and has grown. Needed where it has no identity that shows
+    /// that, as a plain file
     #[arg(long)]
     grown: bool,
     /// Wait so long for devices that are not there yet, as at boot
@@ -93,7 +97,11 @@ impl FromStr for First {
     type Err = String;
 
     fn from_str(text: &str) -> Result<First, String> {
-        if text.contains('=') { Ok(First::Tunable(text.into())) } else { text.parse().map(First::Name) }
+        if text.contains('=') {
+            Ok(First::Tunable(text.into()))
+        } else {
+            text.parse().map(First::Name)
+        }
     }
 }
 
@@ -180,7 +188,8 @@ fn serve(
     let recovering = Busy::with("recovering", done(&devices));
     let cache = recover(&io, args, &volume, &devices[0], &devices[1])?;
     drop(recovering);
-    let keeper = if args.read_only { None } else { Keeper::start(cache.clone(), About::of(&name, &volume)) };
+    let keeper =
+        if args.read_only { None } else { Keeper::start(cache.clone(), About::of(&name, &volume)) };
     let read_only = args.read_only;
     let (to_close, to_look_at) = (cache.clone(), watched.clone());
     let close = move || {
@@ -193,7 +202,9 @@ fn serve(
     let options = Options { sector_size, read_only };
     let note = |device: &Path| name.note_loop(device);
     let served = match read_only {
-        true => LoopDevice::attach(ReadOnly(cache.clone()), &runtime, &file, options, reserved, note),
+        true => {
+            LoopDevice::attach(ReadOnly(cache.clone()), &runtime, &file, options, reserved, note)
+        }
         false => LoopDevice::attach(cache.clone(), &runtime, &file, options, reserved, note),
     };
     let device = match served {
@@ -253,7 +264,13 @@ fn show_partitions(device: &Path) {
 }
 
 /// Opens the cache, unless there is something that speaks against using it.
-fn recover(io: &Io, args: &Args, volume: &Volume, cache: &Device, backing: &Device) -> Result<Cache> {
+fn recover(
+    io: &Io,
+    args: &Args,
+    volume: &Volume,
+    cache: &Device,
+    backing: &Device,
+) -> Result<Cache> {
     let past = Past::look_up(io, cache, args.older, |why| tracing::warn!("{why}"))?;
     if !args.read_only {
         rival::refuse(io, &volume.cache, past.uuid.as_deref(), &volume.backing)?;
@@ -266,7 +283,8 @@ fn recover(io: &Io, args: &Args, volume: &Volume, cache: &Device, backing: &Devi
     let open = async |known| {
         let (cache, backing) = (cache.clone(), backing.clone());
         let purpose = if args.read_only { Purpose::read_only() } else { Purpose::serve() };
-        Cache::open_for(cache, backing, io.runtime(), tunables.clone(), purpose.knowing(known)).await
+        Cache::open_for(cache, backing, io.runtime(), tunables.clone(), purpose.knowing(known))
+            .await
     };
     let opened = io.block_on(args.salvage.open(cache, backing, past.reach, open));
     let (cache, salvaged) = opened.map_err(|e| past.explain(e))?;
@@ -315,7 +333,12 @@ fn announce(name: &Name, daemon: Daemon, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn open_patiently(name: &Name, volume: &Volume, wait: Duration, read_only: bool) -> Result<(Opened, Opened)> {
+fn open_patiently(
+    name: &Name,
+    volume: &Volume,
+    wait: Duration,
+    read_only: bool,
+) -> Result<(Opened, Opened)> {
     // A daemon that ends by itself takes its socket away.
     let in_use = if name.socket().exists() { PATIENCE_AFTER_KILL } else { PATIENCE };
     let access = if read_only { Access::Read } else { Access::Write };
@@ -330,7 +353,8 @@ fn open_patiently(name: &Name, volume: &Volume, wait: Duration, read_only: bool)
     }
 }
 
-/// How long it is tried again after an error. A device that is not there is waited for as long as the user says.
+/// How long it is tried again after an error. A device that is not there is waited for as long as
+/// the user says.
 fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
     match error {
         OpenError::InUse { .. } => in_use,
@@ -339,7 +363,8 @@ fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
     }
 }
 
-/// A stable name for the loop device. udev makes the same (dist/udev), but need not run. The volume can be used without.
+/// A stable name for the loop device. udev makes the same (dist/udev), but need not run. The volume
+/// can be used without.
 fn link(name: &Name, device: &Path) {
     let link = name.link();
     // In one step, so that a name that leads to the device before does not vanish meanwhile.
@@ -360,7 +385,9 @@ fn link(name: &Name, device: &Path) {
 /// Removes the links of other volumes that lead to a device. Their daemons were killed: it was
 /// theirs before.
 fn unlink_others(own: &Path, device: &Path) {
-    for entry in own.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten() {
+    for entry in
+        own.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten()
+    {
         let link = entry.path();
         if link != own && std::fs::canonicalize(&link).is_ok_and(|to| to == device) {
             tracing::warn!(

@@ -69,7 +69,8 @@ fn ask(name: &Name, request: &Request) -> Result<Reply> {
 }
 
 fn ask_with(name: &Name, request: &Request, progress: impl FnMut(Remaining)) -> Result<Reply> {
-    let reply = Client::connect(&name.socket()).and_then(|mut client| client.ask(request, progress));
+    let reply =
+        Client::connect(&name.socket()).and_then(|mut client| client.ask(request, progress));
     match reply.map_err(|e| explained(name, e))? {
         Reply::Error { message } => bail!("{message}"),
         reply => Ok(reply),
@@ -81,7 +82,9 @@ pub(crate) fn look(name: &Name) -> Result<VolumeStatus, AskError> {
     match Client::connect(&name.socket())?.ask(&Request::Status, |_| ())? {
         Reply::Status(status) => Ok(completed(name, *status)),
         Reply::Error { message } => Err(AskError::System(io::Error::other(message))),
-        other => Err(AskError::System(io::Error::other(format!("the daemon answers strangely: {other:?}")))),
+        other => Err(AskError::System(io::Error::other(format!(
+            "the daemon answers strangely: {other:?}"
+        )))),
     }
 }
 
@@ -135,8 +138,9 @@ pub(crate) fn clear_stats(name: &Name, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// Asks for something that writes everything back, and shows how far that has got. Returns how many bytes were dirty when
-/// the daemon last said so. When it is interrupted, the daemon goes on as before.
+/// Asks for something that writes everything back, and shows how far that has got. Returns how many
+/// bytes were dirty when the daemon last said so. When it is interrupted, the daemon goes on as
+/// before.
 fn ask_to_drain(name: &Name, request: &Request, go_on: &str) -> Result<u64> {
     let dirty = Arc::new(AtomicU64::new(u64::MAX));
     let (told, go_on) = (dirty.clone(), format!("go on with: wbctl {go_on}"));
@@ -149,7 +153,8 @@ fn ask_to_drain(name: &Name, request: &Request, go_on: &str) -> Result<u64> {
     ask_with(name, request, |remaining| {
         dirty.store(remaining.dirty, Ordering::Relaxed);
         let left = remaining.left;
-        let (progress, most) = bar.get_or_insert_with(|| (Progress::new("writing back", left, 1), left));
+        let (progress, most) =
+            bar.get_or_insert_with(|| (Progress::new("writing back", left, 1), left));
         progress.set(most.saturating_sub(left));
     })?;
     Ok(last.load(Ordering::Relaxed)).map(|dirty| if dirty == u64::MAX { 0 } else { dirty })
@@ -159,11 +164,15 @@ pub(crate) fn pause(name: &Name, out: &mut Output) -> Result<()> {
     ask(name, &Request::Pause)?;
     // A batch that takes long is not waited for.
     let goes_on = look(name).is_ok_and(|status| status.live.is_some_and(|live| live.writing_back));
-    let still =
-        if goes_on { "; a batch that was begun before, or a drain, is still being finished" } else { "" };
+    let still = if goes_on {
+        "; a batch that was begun before, or a drain, is still being finished"
+    } else {
+        ""
+    };
     writeln!(
         out,
-        "write-back of '{name}' is paused, until the log is full{still}; it goes on with: wbctl resume {name}"
+        "write-back of '{name}' is paused, until the log is full{still}; it goes on with: wbctl \
+         resume {name}"
     )?;
     Ok(())
 }
@@ -199,7 +208,10 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
         0 if args.drain => "; the backing device alone holds all data".into(),
         0 => String::new(),
         left if args.drain => {
-            format!("; {} were written after the drain, and stay only in the cache", human_size(left))
+            format!(
+                "; {} were written after the drain, and stay only in the cache",
+                human_size(left)
+            )
         }
         left => format!("; {} stay only in the cache", human_size(left)),
     };
@@ -212,7 +224,9 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
             return Ok(());
         }
         if asked.elapsed() > LINGERING {
-            bail!("volume '{name}' is detached, but its daemon does not end, and holds the devices");
+            bail!(
+                "volume '{name}' is detached, but its daemon does not end, and holds the devices"
+            );
         }
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -25,7 +25,8 @@ pub(crate) struct Volume {
     pub(crate) cache: PathBuf,
     /// The backing device.
     pub(crate) backing: PathBuf,
-    /// Logical sector size of the loop device in bytes; chosen by the backing device when it is absent.
+    /// Logical sector size of the loop device in bytes; chosen by the backing device when it is
+    /// absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) sector_size: Option<u32>,
     /// Tunables that differ from their defaults.
@@ -42,8 +43,8 @@ impl Volume {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
         };
-        let volume: Volume =
-            toml::from_str(&text).map_err(|e| anyhow!("{}: {}", path.display(), one_line(&e, &text)))?;
+        let volume: Volume = toml::from_str(&text)
+            .map_err(|e| anyhow!("{}: {}", path.display(), one_line(&e, &text)))?;
         volume.tunables().with_context(|| path.display().to_string())?;
         for device in [&volume.cache, &volume.backing] {
             refuse_nul(device).with_context(|| path.display().to_string())?;
@@ -99,17 +100,21 @@ pub(crate) fn refuse_recorded(name: &Name) -> Result<()> {
     let record = name.config_file();
     if record.exists() {
         bail!(
-            "volume '{name}' exists already: it is recorded in {}; if you give that up, first: wbctl remove {name}",
+            "volume '{name}' exists already: it is recorded in {}; if you give that up, first: \
+             wbctl remove {name}",
             record.display()
         );
     }
     Ok(())
 }
 
-/// Refuses a device that is recorded of another volume: what that one's cache holds would be lost, or written over this one.
+/// Refuses a device that is recorded of another volume: what that one's cache holds would be lost,
+/// or written over this one.
 pub(crate) fn refuse_shared(volume: &Volume) -> Result<()> {
     for other in Recorded::all()? {
-        if let Some(device) = [&volume.cache, &volume.backing].into_iter().find(|device| other.has(device)) {
+        if let Some(device) =
+            [&volume.cache, &volume.backing].into_iter().find(|device| other.has(device))
+        {
             bail!(
                 "{}: belongs to the volume '{1}'; if you give that up, first: wbctl remove {1}",
                 device.display(),
@@ -122,7 +127,10 @@ pub(crate) fn refuse_shared(volume: &Volume) -> Result<()> {
 
 /// That a volume must be recorded, and is not.
 pub(crate) fn not_recorded(name: &Name) -> anyhow::Error {
-    anyhow!("no volume '{name}' is recorded in {}; see wbctl list and create", name.config_file().display())
+    anyhow!(
+        "no volume '{name}' is recorded in {}; see wbctl list and create",
+        name.config_file().display()
+    )
 }
 
 /// That a volume must be attached or recorded, and is neither.
@@ -137,10 +145,17 @@ pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, Tunabl
         tunables.set_pair(pair)?;
     }
     tunables.check()?;
-    let names: Vec<&str> =
-        pairs.iter().filter_map(|pair| pair.split_once('=')).map(|(key, _)| Tunables::name_of(key)).collect();
+    let names: Vec<&str> = pairs
+        .iter()
+        .filter_map(|pair| pair.split_once('='))
+        .map(|(key, _)| Tunables::name_of(key))
+        .collect();
     let given = |key: &str| names.contains(&key);
-    Ok(tunables.pairs().filter(|(key, _)| given(key)).map(|(key, value)| (key.into(), value)).collect())
+    Ok(tunables
+        .pairs()
+        .filter(|(key, _)| given(key))
+        .map(|(key, value)| (key.into(), value))
+        .collect())
 }
 
 /// The record of a volume with other tunables, and all else in it as it was.
@@ -200,7 +215,9 @@ pub(crate) fn replace(path: &Path, text: &str) -> Result<()> {
         new.persist(path).map_err(|e| e.error)?;
         sync_folder_of(path)
     })();
-    replaced.map_err(|e: io::Error| anyhow::Error::new(e).context(format!("cannot write {}", path.display())))
+    replaced.map_err(|e: io::Error| {
+        anyhow::Error::new(e).context(format!("cannot write {}", path.display()))
+    })
 }
 
 /// A new file beside this one, with a name that no volume's record has, on the disk.

@@ -23,12 +23,12 @@ pub(crate) struct Args {
     /// Logical sector size of the loop device in bytes; by default that of the backing device
     #[arg(long, value_parser = sector_sizes(), hide_possible_values = true, value_name = "512|4096")]
     sector_size: Option<u32>,
-    /// Go on although the cache device holds a filesystem, a partition table or the like, or the backing device is a cache
-    /// device itself, or smaller than the cache device
+    /// Go on although the cache device holds a filesystem, a partition table or the like, or the
+    /// backing device is a cache device itself, or smaller than the cache device
     #[arg(long)]
     force: bool,
-    /// Do not allocate a cache device that is a sparse file. If its filesystem is full later, writes are tried again for some
-    /// 20 seconds; then the volume fails
+    /// Do not allocate a cache device that is a sparse file. If its filesystem is full later,
+    /// writes are tried again for some 20 seconds; then the volume fails
     #[arg(long)]
     sparse: bool,
     /// Give up the dirty blocks of the cache that is on the cache device. They are lost for ever
@@ -89,7 +89,9 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     } else {
         format.arg("--label").arg(name.to_string()).arg("--backing").arg(&args.pair.backing);
     }
-    format.args(args.force.then_some("--force")).args(args.discard_dirty.then_some("--discard-dirty"));
+    format
+        .args(args.force.then_some("--force"))
+        .args(args.discard_dirty.then_some("--discard-dirty"));
     format.args(args.sparse.then_some("--sparse"));
     match format.status().context("cannot run wbformat")? {
         status if status.success() => {}
@@ -111,15 +113,16 @@ pub(crate) fn sector_size(wanted: Option<u32>, backing: &Opened) -> Result<u32> 
     let wanted = wanted.unwrap_or(if backing.block_size > 512 { 4096 } else { 512 });
     if wanted < backing.block_size {
         bail!(
-            "{}: has blocks of {} bytes, so sectors of {wanted} bytes cannot be served; use --sector-size 4096",
+            "{}: has blocks of {} bytes, so sectors of {wanted} bytes cannot be served; use \
+             --sector-size 4096",
             backing.path.display(),
             backing.block_size
         );
     }
     if !backing.size.is_multiple_of(wanted.into()) {
         bail!(
-            "{}: {} bytes are no multiple of {wanted}, so its end could not be served in sectors of {wanted} bytes; use \
-             --sector-size 512",
+            "{}: {} bytes are no multiple of {wanted}, so its end could not be served in sectors \
+             of {wanted} bytes; use --sector-size 512",
             backing.path.display(),
             backing.size
         );

@@ -44,7 +44,8 @@ pub(crate) struct Daemon {
     pub(crate) sector_size: u32,
     pub(crate) runtime: Handle,
     pub(crate) read_only: bool,
-    /// Held while tunables are changed, so that of two clients at a time neither undoes what the other sets.
+    /// Held while tunables are changed, so that of two clients at a time neither undoes what the
+    /// other sets.
     pub(crate) setting: Mutex<()>,
     pub(crate) end: Sender<End>,
 }
@@ -52,15 +53,23 @@ pub(crate) struct Daemon {
 impl Daemon {
     pub(crate) fn answer(&self, request: &Request, replies: &mut Replies) {
         let reply = match request {
-            Request::Flush | Request::Drain | Request::Set { .. } | Request::Pause | Request::Resume
+            Request::Flush
+            | Request::Drain
+            | Request::Set { .. }
+            | Request::Pause
+            | Request::Resume
                 if self.read_only =>
             {
                 Err(self.refusal())
             }
             Request::Status => Ok(Reply::Status(Box::new(self.status()))),
-            Request::Flush => self.run(replies, WORKING, |cache| async move { cache.flush().await }),
+            Request::Flush => {
+                self.run(replies, WORKING, |cache| async move { cache.flush().await })
+            }
             Request::Drain => self.drain(replies),
-            Request::Tunables => Ok(Reply::Tunables { tunables: control::by_name(&self.cache.tunables()) }),
+            Request::Tunables => {
+                Ok(Reply::Tunables { tunables: control::by_name(&self.cache.tunables()) })
+            }
             Request::ClearStats => {
                 self.cache.clear_statistics();
                 Ok(Reply::Done)
@@ -103,8 +112,10 @@ impl Daemon {
     /// What is wrong with the volume, a sentence each.
     fn troubles(&self, status: &Status) -> Vec<String> {
         let failure = status.failure.iter().map(|failure| format!("writes are refused: {failure}"));
-        let writeback =
-            status.writeback_error.iter().map(|error| format!("write-back does not get on: {error}"));
+        let writeback = status
+            .writeback_error
+            .iter()
+            .map(|error| format!("write-back does not get on: {error}"));
         let stuck = status.stuck.iter().map(ToString::to_string);
         failure.chain(writeback).chain(stuck).chain(self.watched.troubles()).collect()
     }
@@ -123,7 +134,8 @@ impl Daemon {
 
     fn refusal(&self) -> anyhow::Error {
         anyhow!(
-            "'{0}' is attached read-only; detach it, and attach it without --read-only: wbctl detach {0}",
+            "'{0}' is attached read-only; detach it, and attach it without --read-only: wbctl \
+             detach {0}",
             self.name
         )
     }
@@ -156,7 +168,11 @@ impl Daemon {
         tunables.check()?;
         tracing::info!(
             "set {}",
-            wanted.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
+            wanted
+                .iter()
+                .map(|(key, value)| format!("{key}={value}"))
+                .collect::<Vec<_>>()
+                .join(" ")
         );
         self.cache.set_tunables(tunables);
         Ok(Reply::Done)
@@ -164,7 +180,12 @@ impl Daemon {
 
     /// Runs a request of the cache on the reactor, and reports progress meanwhile. A client that
     /// goes away ends the request, and is not waited for, as where a device hangs.
-    fn run<F>(&self, replies: &mut Replies, every: Duration, work: impl FnOnce(Cache) -> F) -> Result<Reply>
+    fn run<F>(
+        &self,
+        replies: &mut Replies,
+        every: Duration,
+        work: impl FnOnce(Cache) -> F,
+    ) -> Result<Reply>
     where
         F: Future<Output = Result<(), libwb::cache::CacheError>> + Send + 'static,
     {
@@ -229,9 +250,9 @@ impl Daemon {
             told = Instant::now();
             replies.send(&self.progress()).is_ok()
         });
-        written
-            .context(GONE)?
-            .with_context(|| format!("cannot write out {}; nothing was detached", self.device.display()))
+        written.context(GONE)?.with_context(|| {
+            format!("cannot write out {}; nothing was detached", self.device.display())
+        })
     }
 
     /// Makes the daemon end, which then replies itself.

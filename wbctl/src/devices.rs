@@ -40,7 +40,8 @@ struct Found {
 
 impl Both {
     fn gone(&self, device: &Watched) -> Option<Gone> {
-        let leads_to_itself = || identity(device.path()).is_ok_and(|found| self.served.get() == Some(&found));
+        let leads_to_itself =
+            || identity(device.path()).is_ok_and(|found| self.served.get() == Some(&found));
         device.gone().filter(|_| !leads_to_itself())
     }
 }
@@ -70,7 +71,8 @@ impl Devices {
             return Found::default();
         }
         let look = move || {
-            let _ = done.send(Found { cache: both.gone(&both.cache), backing: both.gone(&both.backing) });
+            let _ = done
+                .send(Found { cache: both.gone(&both.cache), backing: both.gone(&both.backing) });
             both.looks.fetch_sub(1, Ordering::SeqCst);
         };
         if std::thread::Builder::new().name("wb-look".into()).spawn(look).is_err() {
@@ -85,15 +87,15 @@ impl Devices {
         let cache = cache.map(|gone| {
             let path = self.0.cache.path().display();
             format!(
-                "{path}: {gone} while the volume is attached: what is only in the cache is lost when the daemon ends; write it \
-                 back now (wbctl drain)"
+                "{path}: {gone} while the volume is attached: what is only in the cache is lost \
+                 when the daemon ends; write it back now (wbctl drain)"
             )
         });
         let backing = backing.map(|gone| {
             let path = self.0.backing.path().display();
             format!(
-                "{path}: {gone} while the volume is attached: what is written back is lost when the daemon ends; copy all data \
-                 from the volume before you detach it"
+                "{path}: {gone} while the volume is attached: what is written back is lost when \
+                 the daemon ends; copy all data from the volume before you detach it"
             )
         });
         cache.into_iter().chain(backing).collect()

@@ -1,4 +1,5 @@
-//! `wbctl status --dm`: the line that `dmsetup status` shows of the kernel module, after the target's name.
+//! `wbctl status --dm`: the line that `dmsetup status` shows of the kernel module, after the
+//! target's name.
 
 use libwb::control::LiveStatus;
 use libwb::format::{BLOCK_BYTES, to_u64};
@@ -28,7 +29,8 @@ pub(crate) fn line(live: &LiveStatus) -> String {
     let accesses = live.statistics.accesses.iter().map(|met| met.blocks);
     let numbers: Vec<String> =
         log.into_iter().chain(accesses).chain([partial]).map(|number| number.to_string()).collect();
-    let tunables: Vec<_> = TUNABLES.iter().filter_map(|key| Some((key, live.tunables.get(*key)?))).collect();
+    let tunables: Vec<_> =
+        TUNABLES.iter().filter_map(|key| Some((key, live.tunables.get(*key)?))).collect();
     let mut line = format!("{} {}", numbers.join(" "), tunables.len() * 2);
     for (key, value) in tunables {
         // A text takes all that is written to it.

@@ -92,7 +92,10 @@ impl Callers<'_> {
     }
 
     /// Has a thread do something. `None` when it was not waited for any longer.
-    fn within<T: Send + 'static>(&mut self, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+    fn within<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
         let (done, result) = channel();
         let begun = Instant::now();
         std::thread::spawn(move || done.send(work()));
@@ -165,7 +168,11 @@ pub(crate) fn serve_until_ended(
     }
     let held = holders(&served.path);
     if !held.is_empty() {
-        tracing::warn!("{} is still {}: it fails from now on", served.path.display(), held.join(", "));
+        tracing::warn!(
+            "{} is still {}: it fails from now on",
+            served.path.display(),
+            held.join(", ")
+        );
     }
     let written_out = callers.write_out(served);
     if written_out.is_err() {
@@ -211,7 +218,10 @@ impl Served {
             let status = cache.status();
             lowest = lowest.min(status.blocks_to_write_back);
             let written = status.statistics.counters.write_bytes;
-            written.wrapping_add(status.durable.0).wrapping_add(status.written_back.0).wrapping_sub(lowest)
+            written
+                .wrapping_add(status.durable.0)
+                .wrapping_add(status.written_back.0)
+                .wrapping_sub(lowest)
         }
     }
 
@@ -237,7 +247,8 @@ impl Served {
             };
             let left = Reply::Progress { dirty_bytes, left_bytes: None };
             // What it was told before may have been written back since.
-            let told = if dirty_bytes > 0 || client.has_begun() { client.send(&left) } else { Ok(()) };
+            let told =
+                if dirty_bytes > 0 || client.has_begun() { client.send(&left) } else { Ok(()) };
             let _ = told.and_then(|()| client.send(&last));
         }
     }
@@ -257,8 +268,8 @@ impl Served {
             "since a device does not answer"
         };
         let message = format!(
-            "ended before {before}, {why}: {left} stay only in the cache, and {lost}; \
-             the next attach recovers the log"
+            "ended before {before}, {why}: {left} stay only in the cache, and {lost}; the next \
+             attach recovers the log"
         );
         tracing::error!("{message}");
         self.name.withdraw();

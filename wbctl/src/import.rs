@@ -1,7 +1,8 @@
 //! `wbctl import`: take over the volumes of the script `writeboost` of the kernel module.
 //!
-//! Its table has a line for each volume: the name of the device-mapper device, the backing device, the cache device, and
-//! options of the module as KEY=VALUE with commas, or commas and blanks, between them. Empty lines, and those that begin with `#`, say nothing.
+//! Its table has a line for each volume: the name of the device-mapper device, the backing device,
+//! the cache device, and options of the module as KEY=VALUE with commas, or commas and blanks,
+//! between them. Empty lines, and those that begin with `#`, say nothing.
 
 use crate::config::{Volume, refuse_nul, refuse_recorded, refuse_shared};
 use crate::place::Name;
@@ -58,7 +59,10 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
         let free = refuse_recorded(&entry.name).and_then(|()| refuse_shared(&entry.volume));
         free.map_err(|e| {
             let table = args.table.display();
-            anyhow!("{e:#}; or take the line of '{}' out of {table}: nothing was imported", entry.name)
+            anyhow!(
+                "{e:#}; or take the line of '{}' out of {table}: nothing was imported",
+                entry.name
+            )
         })?;
     }
     if !args.dry_run {
@@ -82,8 +86,8 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
     }
     writeln!(
         out,
-        "For each volume: unmount it, take it from the kernel module (dmsetup remove NAME), take its line out of {}, \
-         and start it here: wbctl attach NAME. It is /dev/wb/NAME then.",
+        "For each volume: unmount it, take it from the kernel module (dmsetup remove NAME), take \
+         its line out of {}, and start it here: wbctl attach NAME. It is /dev/wb/NAME then.",
         args.table.display()
     )?;
     Ok(())
@@ -124,7 +128,8 @@ fn parse(text: &str) -> Result<Vec<Entry>> {
 
 fn parse_line(line: &str) -> Result<Entry> {
     let mut fields = line.split_ascii_whitespace();
-    let (Some(name), Some(backing), Some(cache)) = (fields.next(), fields.next(), fields.next()) else {
+    let (Some(name), Some(backing), Some(cache)) = (fields.next(), fields.next(), fields.next())
+    else {
         bail!("must be: NAME BACKING CACHE [OPTION,…]");
     };
     let options = fields.collect::<Vec<_>>().join(" ");
@@ -156,7 +161,8 @@ fn parse_line(line: &str) -> Result<Entry> {
     let mut tunables = by_name(&tunables);
     tunables.retain(|key, _| set.contains(key.as_str()));
     let name = name.parse().map_err(|why: String| anyhow!("'{name}': {why}"))?;
-    let volume = Volume { cache: cache.into(), backing: backing.into(), sector_size: None, tunables };
+    let volume =
+        Volume { cache: cache.into(), backing: backing.into(), sector_size: None, tunables };
     Ok(Entry { name, volume, left_out })
 }
 
@@ -182,7 +188,8 @@ mod tests {
     #[test]
     fn options_are_taken_or_told() {
         let entries =
-            parse("  a\t/b /c nr_max_batched_writeback=8,,x=1,nr_max_batched_writeback,\n").unwrap();
+            parse("  a\t/b /c nr_max_batched_writeback=8,,x=1,nr_max_batched_writeback,\n")
+                .unwrap();
         assert_eq!(
             entries[0].volume.tunables,
             [("nr_max_batched_writeback".into(), libwb::cache::TunableValue::Number(8))].into()
@@ -195,9 +202,11 @@ mod tests {
 
     #[test]
     fn options_may_have_blanks_after_and_before_their_commas() {
-        for options in
-            ["=8,writeback_threshold=9", "=8, writeback_threshold=9", "=8 ,\twriteback_threshold=9 ,"]
-        {
+        for options in [
+            "=8,writeback_threshold=9",
+            "=8, writeback_threshold=9",
+            "=8 ,\twriteback_threshold=9 ,",
+        ] {
             let entries = parse(&format!("a /b /c nr_max_batched_writeback{options}")).unwrap();
             assert!(entries[0].left_out.is_empty(), "{entries:?}");
             assert_eq!(entries[0].volume.tunables.len(), 2, "{entries:?}");

@@ -18,8 +18,8 @@ impl<'a> Interval<'a> {
 
     /// So many of what a counter counts in a second; `None` of no time.
     pub(crate) fn rate(&self, counter: &str) -> Option<f64> {
-        let seconds =
-            self.now.statistics.seconds - self.before.map_or(0.0, |before| before.statistics.seconds);
+        let seconds = self.now.statistics.seconds
+            - self.before.map_or(0.0, |before| before.statistics.seconds);
         (seconds > 0.0).then(|| self.counted(counter) as f64 / seconds)
     }
 
@@ -57,7 +57,9 @@ pub(crate) fn log_in_use(live: &LiveStatus) -> Option<f64> {
 
 /// Whether counters have started anew between two looks.
 fn is_anew(now: &LiveStatus, before: &LiveStatus) -> bool {
-    let less =
-        now.counters.iter().any(|(key, value)| before.counters.get(key).is_some_and(|was| value < was));
+    let less = now
+        .counters
+        .iter()
+        .any(|(key, value)| before.counters.get(key).is_some_and(|was| value < was));
     less || now.pid != before.pid || now.statistics.seconds < before.statistics.seconds
 }

@@ -39,7 +39,8 @@ impl Keeper {
             }
             pen
         });
-        let thread = thread.inspect_err(|e| tracing::warn!("how far the cache has come is not noted: {e}"));
+        let thread =
+            thread.inspect_err(|e| tracing::warn!("how far the cache has come is not noted: {e}"));
         Some(Keeper { stop, thread: thread.ok()? })
     }
 

@@ -1,5 +1,5 @@
-//! What a daemon that was killed leaves behind: its link, its socket, its run folder, and, while somebody holds it, its
-//! loop device, which fails and goes away by itself when it is released.
+//! What a daemon that was killed leaves behind: its link, its socket, its run folder, and, while
+//! somebody holds it, its loop device, which fails and goes away by itself when it is released.
 
 use crate::apart::holders;
 use crate::place::Name;
@@ -21,7 +21,8 @@ impl Leftovers {
         let has_crashed = name.socket().symlink_metadata().is_ok();
         let mut orphans = Vec::new();
         for entry in std::fs::read_dir("/sys/class/block").into_iter().flatten().flatten() {
-            let file = std::fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
+            let file =
+                std::fs::read_to_string(entry.path().join("loop/backing_file")).unwrap_or_default();
             if file.trim_end() == format!("/{}", name.served_file()) {
                 orphans.push(PathBuf::from("/dev").join(entry.file_name()));
             }
@@ -32,8 +33,8 @@ impl Leftovers {
 
     /// What there is to say of it.
     pub(crate) fn message(&self) -> Option<String> {
-        let killed =
-            "its daemon was killed; attach it again, or clear what is left with wbctl detach --force";
+        let killed = "its daemon was killed; attach it again, or clear what is left with wbctl \
+                      detach --force";
         let killed = self.has_crashed.then(|| killed.to_string());
         let said: Vec<String> = killed.into_iter().chain(self.held()).collect();
         (!said.is_empty()).then(|| said.join("; "))

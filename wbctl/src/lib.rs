@@ -41,7 +41,8 @@ use std::process::ExitCode;
 
 /// Put a fast device in front of a slow one as a write cache.
 ///
-/// Writes go to the fast device as one log, and are written back in the background, sorted and merged.
+/// Writes go to the fast device as one log, and are written back in the background, sorted and
+/// merged.
 #[derive(Parser)]
 #[command(name = "wbctl", version, after_help = cli::EXIT_CODES)]
 struct Cli {
@@ -55,10 +56,11 @@ enum Command {
     Create(create::Args),
     /// Recover a volume and serve it as a loop device, in the foreground
     ///
-    /// Prints `ready /dev/loopN` when the volume can be used. On SIGTERM and SIGINT it serves on while the device is held, for
-    /// up to a minute or until a second signal; then it closes the log and ends. Dirty data stays
-    /// in the cache. After a second signal it ends within seconds, even if a device hangs; a third
-    /// ends it at once. Other signals, such as SIGHUP and SIGTSTP of a terminal, are ignored.
+    /// Prints `ready /dev/loopN` when the volume can be used. On SIGTERM and SIGINT it serves on
+    /// while the device is held, for up to a minute or until a second signal; then it closes the
+    /// log and ends. Dirty data stays in the cache. After a second signal it ends within seconds,
+    /// even if a device hangs; a third ends it at once. Other signals, such as SIGHUP and SIGTSTP
+    /// of a terminal, are ignored.
     Attach(attach::Args),
     /// Stop serving a volume, and wait until that is done
     Detach(client::DetachArgs),
@@ -75,16 +77,18 @@ enum Command {
     /// degraded: it works, but something is wrong, such as write-back that fails. Of several
     /// volumes, it tells the worst. 1 is for all else.
     Status(show::StatusArgs),
-    /// Show what an attached volume does: requests, throughput, hits and latencies, a line for each interval
+    /// Show what an attached volume does: requests, throughput, hits and latencies, a line for each
+    /// interval
     ///
-    /// r, w, f: reads, writes, flushes; wb: write-back; rhit%: of the blocks read, those that the cache held; log%: how
-    /// much of the log is in use, for what is not written back. 50us and 99us: in how many microseconds so many percent were
-    /// answered. A terminal of less than 126 columns shows the most important of them.
+    /// r, w, f: reads, writes, flushes; wb: write-back; rhit%: of the blocks read, those that the
+    /// cache held; log%: how much of the log is in use, for what is not written back. 50us and
+    /// 99us: in how many microseconds so many percent were answered. A terminal of less than 126
+    /// columns shows the most important of them.
     Stat(stat::Args),
     /// Watch an attached volume: latencies, rates, how full the log is. The key q quits
     ///
-    /// position is the cache device from its beginning to its end: █ what is not written back, ▶ the newest segment, and ·
-    /// what may be written over.
+    /// position is the cache device from its beginning to its end: █ what is not written back, ▶
+    /// the newest segment, and · what may be written over.
     Top(top::Args),
     /// Make everything that was written to an attached volume survive a power cut
     Flush {
@@ -93,17 +97,18 @@ enum Command {
     },
     /// Write all dirty data of an attached volume back to its backing device
     ///
-    /// Shows progress on a terminal. Can be interrupted (Ctrl-C) and repeated: what was written back stays so, and the volume
-    /// goes on as before.
+    /// Shows progress on a terminal. Can be interrupted (Ctrl-C) and repeated: what was written
+    /// back stays so, and the volume goes on as before.
     Drain {
         /// The volume
         name: Name,
     },
-    /// Write nothing back from an attached volume, until `wbctl resume`, or until the volume is attached anew
+    /// Write nothing back from an attached volume, until `wbctl resume`, or until the volume is
+    /// attached anew
     ///
-    /// All writes stay in the cache meanwhile: for a quiet disk while something else needs it. A drain that is asked for, and
-    /// a log that is full, write back all the same. Waits for up to 10 seconds for the batch that is being written back, and
-    /// says so if that takes longer.
+    /// All writes stay in the cache meanwhile: for a quiet disk while something else needs it. A
+    /// drain that is asked for, and a log that is full, write back all the same. Waits for up to 10
+    /// seconds for the batch that is being written back, and says so if that takes longer.
     Pause {
         /// The volume
         name: Name,
@@ -124,7 +129,8 @@ enum Command {
     Set(tune::SetArgs),
     /// Forget a volume that is detached and has no dirty data. Its devices are left as they are
     Remove(remove::Args),
-    /// Take over the volumes of the script `writeboost`: record what its table lists. Touches no device
+    /// Take over the volumes of the script `writeboost`: record what its table lists. Touches no
+    /// device
     Import(import::Args),
     /// Write all dirty data back to the backing device offline, and mark the cache clean
     ///
@@ -132,8 +138,9 @@ enum Command {
     Replay(replay::Args),
     /// Give a cache device of the kernel module what wb keeps beyond its format, in place
     ///
-    /// That is an identity, a pairing with the backing device, so that a wrong one is refused, and from then on a CRC of
-    /// every block that is written. What is in the cache stays as it is, and the kernel module can still read it.
+    /// That is an identity, a pairing with the backing device, so that a wrong one is refused, and
+    /// from then on a CRC of every block that is written. What is in the cache stays as it is, and
+    /// the kernel module can still read it.
     Upgrade(upgrade::Args),
     /// What a daemon has another process do
     #[command(hide = true)]

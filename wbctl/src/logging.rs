@@ -1,4 +1,5 @@
-//! The daemon's log: one line per event on standard error. To the journal, each goes with its level.
+//! The daemon's log: one line per event on standard error. To the journal, each goes with its
+//! level.
 //!
 //! Whoever reads it may stall, go away, or stand on the volume itself. So a thread of its own
 //! writes the lines; nobody waits for it, what it cannot keep up with is counted and said, and what
@@ -60,7 +61,9 @@ pub(crate) fn to_stderr() -> io::Result<()> {
         lost: AtomicU64::new(0),
         limits: Mutex::default(),
     });
-    std::thread::Builder::new().name("wb-log".into()).spawn(move || write_lines(&waiting, queue, stderr))?;
+    std::thread::Builder::new()
+        .name("wb-log".into())
+        .spawn(move || write_lines(&waiting, queue, stderr))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)
@@ -86,10 +89,12 @@ fn filter() -> (EnvFilter, Option<String>) {
     }
 }
 
-/// Whether standard error is the stream that systemd has made to the journal, and not, say, redirected since.
+/// Whether standard error is the stream that systemd has made to the journal, and not, say,
+/// redirected since.
 fn is_journal() -> bool {
     let told = std::env::var("JOURNAL_STREAM").unwrap_or_default();
-    nix::sys::stat::fstat(io::stderr()).is_ok_and(|stat| told == format!("{}:{}", stat.st_dev, stat.st_ino))
+    nix::sys::stat::fstat(io::stderr())
+        .is_ok_and(|stat| told == format!("{}:{}", stat.st_dev, stat.st_ino))
 }
 
 /// Writes lines until the process ends.
@@ -108,10 +113,12 @@ fn write_lines(waiting: &Receiver<Message>, queue: &Queue, mut stderr: File) {
         };
         let lost = queue.lost.swap(0, Ordering::Relaxed);
         if lost > 0 {
-            let text = format!("{lost} lines of the log were lost here: it was not read fast enough\n");
+            let text =
+                format!("{lost} lines of the log were lost here: it was not read fast enough\n");
             write(&queue.raw(Level::WARN, &text));
         }
-        let due = queue.limits.lock().map(|mut limits| limits.due(Instant::now(), flushed.is_some()));
+        let due =
+            queue.limits.lock().map(|mut limits| limits.due(Instant::now(), flushed.is_some()));
         due.unwrap_or_default().iter().for_each(|line| write(line));
         if let Some(flushed) = flushed {
             let _ = flushed.try_send(());
@@ -218,7 +225,8 @@ mod tests {
         (0..5).for_each(|n| queue.push(queue.raw(Level::INFO, &format!("line {n}\n"))));
         let (reader, writer) = pipe().expect("a pipe");
         std::thread::spawn(move || write_lines(&waiting, queue, File::from(OwnedFd::from(writer))));
-        let written: Vec<String> = BufReader::new(reader).lines().take(3).map_while(Result::ok).collect();
+        let written: Vec<String> =
+            BufReader::new(reader).lines().take(3).map_while(Result::ok).collect();
         let lost = "<4>3 lines of the log were lost here: it was not read fast enough";
         assert_eq!(written, ["<6>line 0", lost, "<6>line 1"]);
     }

@@ -1,7 +1,9 @@
-//! Notes about caches: how far each had come when it was last seen, by which an older copy of it is noticed.
+//! Notes about caches: how far each had come when it was last seen, by which an older copy of it is
+//! noticed.
 //!
-//! A file for each cache that has an identity, in a folder that outlives a reboot. It says nothing that a power cut may undo.
-//! A note that cannot be read or written costs this protection, never the volume.
+//! A file for each cache that has an identity, in a folder that outlives a reboot. It says nothing
+//! that a power cut may undo. A note that cannot be read or written costs this protection, never
+//! the volume.
 
 use crate::config::Volume;
 use crate::place::Name;
@@ -54,7 +56,11 @@ pub(crate) struct About {
 impl About {
     /// An attached volume.
     pub(crate) fn of(name: &Name, volume: &Volume) -> About {
-        About { volume: Some(name.to_string()), cache: volume.cache.clone(), backing: volume.backing.clone() }
+        About {
+            volume: Some(name.to_string()),
+            cache: volume.cache.clone(),
+            backing: volume.backing.clone(),
+        }
     }
 }
 
@@ -102,7 +108,10 @@ impl Note {
     pub(crate) fn load(uuid: &str) -> Result<Option<Note>> {
         let Some(path) = file_of(uuid) else { return Ok(None) };
         match Note::read(&path) {
-            Err(e) if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == ErrorKind::NotFound) => {
+            Err(e)
+                if e.downcast_ref::<io::Error>()
+                    .is_some_and(|e| e.kind() == ErrorKind::NotFound) =>
+            {
                 Ok(None)
             }
             Ok(note) if note.uuid != uuid => bail!("{}: is about another cache", path.display()),
@@ -137,8 +146,12 @@ impl Note {
         DirBuilder::new().recursive(true).mode(0o755).create(&folder)?;
         let new = path.with_extension("new");
         let written = (|| {
-            let mut file =
-                OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+            let mut file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&new)?;
             file.write_all(&serde_json::to_vec(self)?)?;
             file.sync_all()?;
             std::fs::rename(&new, &path)?;
@@ -151,7 +164,8 @@ impl Note {
     }
 }
 
-/// Notes how far a cache has come, if it has an identity. Where an ordinary user may not write, nothing is noted.
+/// Notes how far a cache has come, if it has an identity. Where an ordinary user may not write,
+/// nothing is noted.
 pub(crate) fn note(cache: &Cache, about: &About, closed: bool) -> Result<()> {
     let Some(seen) = cache.seen() else { return Ok(()) };
     match Note::new(seen, about, closed).save() {
@@ -159,7 +173,8 @@ pub(crate) fn note(cache: &Cache, about: &About, closed: bool) -> Result<()> {
         saved => saved.with_context(|| {
             let folder = state_dir().unwrap_or_default();
             format!(
-                "cannot note in {} how far the cache has come: an older copy of it would not be noticed",
+                "cannot note in {} how far the cache has come: an older copy of it would not be \
+                 noticed",
                 folder.display()
             )
         }),
@@ -168,7 +183,8 @@ pub(crate) fn note(cache: &Cache, about: &About, closed: bool) -> Result<()> {
 
 /// The folder with the notes; none where nothing is to be noted.
 fn state_dir() -> Option<PathBuf> {
-    let folder = std::env::var_os("WB_STATE_DIR").map_or_else(|| "/var/lib/wb".into(), PathBuf::from);
+    let folder =
+        std::env::var_os("WB_STATE_DIR").map_or_else(|| "/var/lib/wb".into(), PathBuf::from);
     Some(folder).filter(|folder| !folder.as_os_str().is_empty())
 }
 

@@ -1,5 +1,5 @@
-//! Refuses a cache that is older than it was when wb saw it last: what it holds may be older than what the backing device
-//! holds, and nothing on it says so.
+//! Refuses a cache that is older than it was when wb saw it last: what it holds may be older than
+//! what the backing device holds, and nothing on it says so.
 
 use crate::notes::Note;
 use anyhow::{Result, anyhow, bail};
@@ -23,20 +23,29 @@ pub(crate) struct Past {
 }
 
 impl Past {
-    /// Looks up what was noted about a cache. If it is older than that by its superblock, it is refused; but not with
-    /// `anyway`. What keeps it from being looked up is shown to `warn`.
-    pub(crate) fn look_up(io: &Io, cache: &Device, anyway: bool, warn: impl Fn(String)) -> Result<Past> {
+    /// Looks up what was noted about a cache. If it is older than that by its superblock, it is
+    /// refused; but not with `anyway`. What keeps it from being looked up is shown to `warn`.
+    pub(crate) fn look_up(
+        io: &Io,
+        cache: &Device,
+        anyway: bool,
+        warn: impl Fn(String),
+    ) -> Result<Past> {
         // What is wrong with it, the one who opens it says.
         let superblock = io.block_on(examine_superblock(cache)).ok();
         let page = superblock.as_ref().and_then(RawSuperblock::extension);
         let uuid = page.map(|page| page.uuid.to_string());
         let mut past = Past { uuid, note: None, is_torn: false, reach: None };
-        let (Some(superblock), Some(page), Some(uuid), false) = (&superblock, page, &past.uuid, anyway)
+        let (Some(superblock), Some(page), Some(uuid), false) =
+            (&superblock, page, &past.uuid, anyway)
         else {
             return Ok(past);
         };
         past.note = Note::load(uuid).unwrap_or_else(|e| {
-            warn(format!("{e:#}; whether {} is an older copy of the cache cannot be told", cache.name()));
+            warn(format!(
+                "{e:#}; whether {} is an older copy of the cache cannot be told",
+                cache.name()
+            ));
             None
         });
         let Some(note) = &past.note else { return Ok(past) };
@@ -59,8 +68,13 @@ impl Past {
     pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         match (error.downcast_ref(), &self.note) {
             (Some(CacheError::Log(LogError::Older { device, found, known })), Some(note)) => {
-                let torn = if self.is_torn { "a page of its superblock is damaged, and " } else { "" };
-                anyhow!(refusal(device, note, &format!("{torn}its log is {found}, and was {known}")))
+                let torn =
+                    if self.is_torn { "a page of its superblock is damaged, and " } else { "" };
+                anyhow!(refusal(
+                    device,
+                    note,
+                    &format!("{torn}its log is {found}, and was {known}")
+                ))
             }
             _ => error,
         }
@@ -70,14 +84,16 @@ impl Past {
 /// Whether the page that is missing may only be damaged. Then the log tells how old the cache is.
 fn is_torn(superblock: &RawSuperblock, page: &SuperblockExtension, note: &Note) -> bool {
     let is_damaged = |page: &Result<_, PageFault>| page.is_err();
-    page.generation.checked_add(1) == Some(note.generation) && superblock.pages.iter().any(is_damaged)
+    page.generation.checked_add(1) == Some(note.generation)
+        && superblock.pages.iter().any(is_damaged)
 }
 
 fn refusal(device: &str, note: &Note, how: &str) -> String {
     format!(
-        "{device}: refused: it is older than this cache was when wb saw it last: {how} ({}). It is a copy from before, or \
-         the device went back in time or lost its newest segments, and what it would write back may be older than what the \
-         backing device holds. Use the newest one; --older goes on with this one all the same",
+        "{device}: refused: it is older than this cache was when wb saw it last: {how} ({}). It \
+         is a copy from before, or the device went back in time or lost its newest segments, and \
+         what it would write back may be older than what the backing device holds. Use the newest \
+         one; --older goes on with this one all the same",
         note.when()
     )
 }

@@ -1,7 +1,9 @@
 //! Names of volumes, and the folders and files that belong to them.
 
 use anyhow::{Context, Result, bail};
-use libwb::cli::{MAX_NAME, RECORD_SUFFIX, config_dir, is_volume_name, open_no_link, refuse_others};
+use libwb::cli::{
+    MAX_NAME, RECORD_SUFFIX, config_dir, is_volume_name, open_no_link, refuse_others,
+};
 use libwb::control::{SOCKET, run_dir};
 use nix::fcntl::{Flock, FlockArg};
 use std::fmt;
@@ -20,7 +22,8 @@ impl FromStr for Name {
     fn from_str(text: &str) -> Result<Name, String> {
         if !is_volume_name(text) {
             return Err(format!(
-                "a volume name is 1 to {MAX_NAME} letters, digits, dots, dashes and underscores, and begins with none of '.' and '-'"
+                "a volume name is 1 to {MAX_NAME} letters, digits, dots, dashes and underscores, \
+                 and begins with none of '.' and '-'"
             ));
         }
         Ok(Name(text.into()))
@@ -34,11 +37,13 @@ impl fmt::Display for Name {
 }
 
 impl Name {
-    /// A name for a volume that was given none: the cache device's file name, as far as that can be one.
+    /// A name for a volume that was given none: the cache device's file name, as far as that can be
+    /// one.
     pub(crate) fn of_device(device: &Path) -> Result<Name> {
         let file = device.file_stem().unwrap_or_default().to_string_lossy();
-        file.parse()
-            .map_err(|_| anyhow::anyhow!("{}: its name is no volume name; give one", device.display()))
+        file.parse().map_err(|_| {
+            anyhow::anyhow!("{}: its name is no volume name; give one", device.display())
+        })
     }
 
     /// The file that records the volume.
@@ -61,7 +66,8 @@ impl Name {
         Path::new("/dev/wb").join(&self.0)
     }
 
-    /// The file that the loop device stands on, as sysfs and udev see it: at the root of a mount that nobody else sees.
+    /// The file that the loop device stands on, as sysfs and udev see it: at the root of a mount
+    /// that nobody else sees.
     pub(crate) fn served_file(&self) -> String {
         format!("{self}.wb")
     }
@@ -90,18 +96,17 @@ impl Name {
         self.run_dir().join("lock")
     }
 
-    /// Takes the lock that a daemon holds as long as it lives; `None` when one does. Makes the folder.
+    /// Takes the lock that a daemon holds as long as it lives; `None` when one does. Makes the
+    /// folder.
     pub(crate) fn lock(&self) -> Result<Option<Flock<File>>> {
         self.lock_by(FlockArg::LockExclusiveNonblock)
     }
 
     fn lock_by(&self, how: FlockArg) -> Result<Option<Flock<File>>> {
         let dir = self.run_dir();
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&dir)
-            .with_context(|| format!("cannot make the folder {} (root is needed)", dir.display()))?;
+        DirBuilder::new().recursive(true).mode(0o700).create(&dir).with_context(|| {
+            format!("cannot make the folder {} (root is needed)", dir.display())
+        })?;
         refuse_foreign_folder(&dir)?;
         let path = self.lock_file();
         let mut options = OpenOptions::new();
@@ -110,7 +115,8 @@ impl Name {
             .and_then(|file| refuse_others(&path, &file.metadata()?).map(|()| file))
             .with_context(|| format!("cannot open {}", path.display()))?;
         match Flock::lock(file, how) {
-            // Somebody who held the lock may have cleared it away, and another may have made a new one.
+            // Somebody who held the lock may have cleared it away, and another may have made a new
+            // one.
             Ok(lock) if !is_file_at(&lock, &path) => self.lock_by(how),
             Ok(lock) => Ok(Some(lock)),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
@@ -118,7 +124,8 @@ impl Name {
         }
     }
 
-    /// Removes all files of a daemon, which must not run: `lock` is its lock. True when it had not removed them itself.
+    /// Removes all files of a daemon, which must not run: `lock` is its lock. True when it had not
+    /// removed them itself.
     pub(crate) fn clear(&self, lock: Flock<File>) -> Result<bool> {
         let mut was_left = false;
         for file in [self.link(), self.note(), self.socket()] {
@@ -157,7 +164,8 @@ fn refuse_foreign_folder(dir: &Path) -> Result<()> {
 }
 
 fn is_file_at(file: &File, path: &Path) -> bool {
-    let number = |meta: std::io::Result<std::fs::Metadata>| meta.ok().map(|meta| (meta.dev(), meta.ino()));
+    let number =
+        |meta: std::io::Result<std::fs::Metadata>| meta.ok().map(|meta| (meta.dev(), meta.ino()));
     number(file.metadata()) == number(std::fs::metadata(path))
 }
 
@@ -178,14 +186,20 @@ pub(crate) fn all_names() -> Result<Vec<Name>> {
             Ok(entries) => entries,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
             Err(e) => {
-                let who =
-                    if e.kind() == std::io::ErrorKind::PermissionDenied { " (root is needed)" } else { "" };
-                return Err(e).with_context(|| format!("cannot read the folder {}{who}", dir.display()));
+                let who = if e.kind() == std::io::ErrorKind::PermissionDenied {
+                    " (root is needed)"
+                } else {
+                    ""
+                };
+                return Err(e)
+                    .with_context(|| format!("cannot read the folder {}{who}", dir.display()));
             }
         };
         for entry in entries {
             let file = entry?.file_name();
-            names.extend(file.to_string_lossy().strip_suffix(suffix).and_then(|name| name.parse().ok()));
+            names.extend(
+                file.to_string_lossy().strip_suffix(suffix).and_then(|name| name.parse().ok()),
+            );
         }
     }
     names.sort();

@@ -1,4 +1,5 @@
-//! `wbctl status --prometheus`: metrics in the text format of Prometheus, for node_exporter's textfile collector.
+//! `wbctl status --prometheus`: metrics in the text format of Prometheus, for node_exporter's
+//! textfile collector.
 
 use crate::show::{FAILED, STATES};
 use libwb::cache::Counters;
@@ -24,7 +25,11 @@ const GAUGES: [Gauge; 17] = [
     ("wb_used_bytes", "Data in the cache, dirty or clean.", "/live/used_bytes"),
     ("wb_newest_segment", "Id of the newest segment.", "/live/newest_segment"),
     ("wb_durable_segment", "Segments up to this id survive a power cut.", "/live/durable_segment"),
-    ("wb_written_back_segment", "Segments up to this id are written back.", "/live/written_back_segment"),
+    (
+        "wb_written_back_segment",
+        "Segments up to this id are written back.",
+        "/live/written_back_segment",
+    ),
     ("wb_writeback_paused", "1 while write-back is paused.", "/live/paused"),
     (
         "wb_writeback_seconds_left",
@@ -62,8 +67,10 @@ const GAUGES: [Gauge; 17] = [
 /// Writes the metrics of volumes.
 pub(crate) fn write(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
     states(volumes, out)?;
-    let live: Vec<(&str, &LiveStatus)> =
-        volumes.iter().filter_map(|volume| Some((volume.name.as_str(), volume.live.as_ref()?))).collect();
+    let live: Vec<(&str, &LiveStatus)> = volumes
+        .iter()
+        .filter_map(|volume| Some((volume.name.as_str(), volume.live.as_ref()?)))
+        .collect();
     let json = volumes.iter().map(|volume| Ok((volume.name.as_str(), volume.to_json()?)));
     let json: Vec<(&str, Value)> = json.collect::<Result<_>>()?;
     for (name, help, pointer) in GAUGES {
@@ -129,9 +136,11 @@ fn stuck(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
             "Blocks that the backing device does not take; they stay in the cache.",
             |stuck| stuck.refused,
         ),
-        ("wb_lost_blocks", "Blocks that the cache device does not give back; reads of them fail.", |stuck| {
-            stuck.lost
-        }),
+        (
+            "wb_lost_blocks",
+            "Blocks that the cache device does not give back; reads of them fail.",
+            |stuck| stuck.lost,
+        ),
     ];
     for (name, help, get) in kinds {
         head(out, name, "gauge", help)?;
@@ -146,7 +155,12 @@ fn stuck(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
 
 fn accesses(volumes: &[(&str, &LiveStatus)], out: &mut impl Write) -> Result<()> {
     let name = "wb_blocks_total";
-    head(out, name, "counter", "Blocks that requests met: whether cached, in RAM, and wanted whole.")?;
+    head(
+        out,
+        name,
+        "counter",
+        "Blocks that requests met: whether cached, in RAM, and wanted whole.",
+    )?;
     for (volume, live) in volumes {
         for met in &live.statistics.accesses {
             let labels = format!(
@@ -184,6 +198,12 @@ fn head(out: &mut impl Write, name: &str, kind: &str, help: &str) -> Result<()> 
 }
 
 /// One line. A volume's name has no character that would have to be escaped.
-fn sample(out: &mut impl Write, name: &str, volume: &str, labels: &str, value: impl Display) -> Result<()> {
+fn sample(
+    out: &mut impl Write,
+    name: &str,
+    volume: &str,
+    labels: &str,
+    value: impl Display,
+) -> Result<()> {
     writeln!(out, "{name}{{volume=\"{volume}\"{labels}}} {value}")
 }

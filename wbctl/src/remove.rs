@@ -44,7 +44,8 @@ pub(crate) fn remove(args: &Args, out: &mut Output) -> Result<()> {
 fn refuse_dirty(name: &Name, volume: &Volume) -> Result<()> {
     let cannot_tell = || {
         format!(
-            "refused: it cannot be told whether the cache of '{name}' is clean (--force forgets it all the same)"
+            "refused: it cannot be told whether the cache of '{name}' is clean (--force forgets \
+             it all the same)"
         )
     };
     let dirty = (|| -> Result<u64> {
@@ -54,8 +55,8 @@ fn refuse_dirty(name: &Name, volume: &Volume) -> Result<()> {
     let dirty = dirty.with_context(cannot_tell)?;
     if dirty > 0 {
         bail!(
-            "refused: {} ({}) of '{name}' are only in its cache. Write them back first: wbctl replay --cache {} \
-             --backing {}",
+            "refused: {} ({}) of '{name}' are only in its cache. Write them back first: wbctl \
+             replay --cache {} --backing {}",
             human_size(dirty * to_u64(BLOCK_BYTES)),
             count(dirty, "block"),
             volume.cache.display(),
@@ -70,5 +71,7 @@ pub(crate) fn dirty_blocks(io: &Io, device: &Device) -> Result<u64> {
     let superblock = io.block_on(read_superblock(device, Use::Read))?;
     let lap = superblock.geometry.lap();
     let mut progress = Progress::new("looking for dirty blocks", lap, SEGMENT_BYTES);
-    Ok(io.block_on(live::dirty_blocks(device, &superblock, |slot| progress.set(u64::from(slot.0))))?)
+    Ok(io.block_on(live::dirty_blocks(device, &superblock, |slot| {
+        progress.set(u64::from(slot.0))
+    }))?)
 }

@@ -31,19 +31,21 @@ pub(crate) struct Args {
     /// Say what would be written back, and change nothing
     #[arg(long, conflicts_with = "salvage")]
     dry_run: bool,
-    /// Stop at an earlier point of the log: write back what it held when this segment was the newest
+    /// Stop at an earlier point of the log: write back what it held when this segment was the
+    /// newest
     ///
-    /// The cache device is not changed: it stays dirty, and still holds the log to its end. So this can be repeated,
-    /// also with a later segment, and a replay without it leads to the newest state. wbdump segments lists the segments.
-    /// What was written back to the backing device before, or discarded there, is not undone: if that comes after this
-    /// segment, it is refused.
+    /// The cache device is not changed: it stays dirty, and still holds the log to its end. So this
+    /// can be repeated, also with a later segment, and a replay without it leads to the newest
+    /// state. wbdump segments lists the segments. What was written back to the backing device
+    /// before, or discarded there, is not undone: if that comes after this segment, it is refused.
     #[arg(long, value_name = "ID", conflicts_with = "salvage")]
     until: Option<u64>,
-    /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one whose device went back
-    /// in time. And with --until, over what came later
+    /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one
+    /// whose device went back in time. And with --until, over what came later
     ///
-    /// What such a cache holds may be older than what the backing device holds. With --until, the backing device may hold
-    /// what comes after that segment, of an earlier replay; then the result is a mixture of both, and no state of the volume.
+    /// What such a cache holds may be older than what the backing device holds. With --until, the
+    /// backing device may hold what comes after that segment, of an earlier replay; then the result
+    /// is a mixture of both, and no state of the volume.
     #[arg(long)]
     older: bool,
     /// Print one JSON object instead of text
@@ -67,7 +69,8 @@ struct Report {
     recovery_point: u64,
     /// What was given up of a corrupt log; null where nothing had to be.
     salvage: Option<Summary>,
-    /// The backing device held what comes after --until, from this segment on, and now is a mixture; else null.
+    /// The backing device held what comes after --until, from this segment on, and now is a
+    /// mixture; else null.
     mixed_with_segment: Option<u64>,
     #[serde(skip)]
     salvage_in_words: Vec<String>,
@@ -76,10 +79,12 @@ struct Report {
 pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
     let Pair { cache, backing } = &args.pair;
     let until = args.until.map_or_else(String::new, |id| format!(" --until {id}"));
-    let again = format!("wbctl replay --cache {} --backing {}{until}", cache.display(), backing.display());
+    let again =
+        format!("wbctl replay --cache {} --backing {}{until}", cache.display(), backing.display());
     cli::on_interrupt("wbctl", move || {
         format!(
-            "interrupted; what was written back stays so, all else is still in the cache. Go on with: {again}"
+            "interrupted; what was written back stays so, all else is still in the cache. Go on \
+             with: {again}"
         )
     })?;
     let io = Io::start()?;
@@ -120,7 +125,8 @@ fn in_words(report: &Report, args: &Args, out: &mut Output) -> io::Result<()> {
         (_, true, _) => writeln!(out, "would write back {what}")?,
         (_, false, Some(id)) => writeln!(
             out,
-            "wrote back {what}: the log up to segment {id}; the cache is as it was, with the log to its end"
+            "wrote back {what}: the log up to segment {id}; the cache is as it was, with the log \
+             to its end"
         )?,
         (_, false, None) => writeln!(out, "wrote back {what}; the cache is clean")?,
     }
@@ -128,13 +134,20 @@ fn in_words(report: &Report, args: &Args, out: &mut Output) -> io::Result<()> {
         let makes = if args.dry_run { "would make" } else { "makes" };
         writeln!(
             out,
-            "the backing device held what segment {segment} wrote already: that {makes} a mixture, which is no state of the volume"
+            "the backing device held what segment {segment} wrote already: that {makes} a \
+             mixture, which is no state of the volume"
         )?;
     }
     Ok(())
 }
 
-fn write_back(io: &Io, cache: Device, backing: Device, args: &Args, known: Option<Reach>) -> Result<Report> {
+fn write_back(
+    io: &Io,
+    cache: Device,
+    backing: Device,
+    args: &Args,
+    known: Option<Reach>,
+) -> Result<Report> {
     let open = async |known| {
         let (cache, backing) = (cache.clone(), backing.clone());
         let purpose = Purpose::replay().knowing(known);
@@ -144,8 +157,11 @@ fn write_back(io: &Io, cache: Device, backing: Device, args: &Args, known: Optio
     let before = cache.status();
     let drained = drain(io, &cache, before.dirty_blocks);
     let closed = io.block_on(cache.close());
-    let about =
-        About { volume: None, cache: absolute(&args.pair.cache)?, backing: absolute(&args.pair.backing)? };
+    let about = About {
+        volume: None,
+        cache: absolute(&args.pair.cache)?,
+        backing: absolute(&args.pair.backing)?,
+    };
     if let Err(e) = notes::note(&cache, &about, closed.is_ok()) {
         cli::complain("wbctl", format!("{e:#}"));
     }
@@ -191,7 +207,9 @@ fn write_back_until(
         Err(CacheError::Log(LogError::Ahead { segment, .. })) if args.older => {
             (open(purpose.mixing(true))?, Some(segment.0))
         }
-        Err(e @ CacheError::Log(LogError::Ahead { .. })) => bail!("{e}; --older goes on all the same"),
+        Err(e @ CacheError::Log(LogError::Ahead { .. })) => {
+            bail!("{e}; --older goes on all the same")
+        }
         opened => (opened?, None),
     };
     let before = cache.status();
@@ -214,7 +232,13 @@ fn write_back_until(
 }
 
 /// What a replay would do.
-fn look(io: &Io, cache: &Device, backing: &Device, args: &Args, known: Option<Reach>) -> Result<Report> {
+fn look(
+    io: &Io,
+    cache: &Device,
+    backing: &Device,
+    args: &Args,
+    known: Option<Reach>,
+) -> Result<Report> {
     let examine = async |known| Cache::examine(cache, backing, known).await;
     let look = args.salvage.open(cache, backing, known, examine);
     let ((recovery, live), _) = io.block_on(look)?;

@@ -1,5 +1,5 @@
-//! Refuses a second cache in front of a backing device while the recorded one is dirty: what that holds would be written
-//! over what comes through the other.
+//! Refuses a second cache in front of a backing device while the recorded one is dirty: what that
+//! holds would be written over what comes through the other.
 
 use crate::notes::Note;
 use crate::remove::dirty_blocks;
@@ -10,7 +10,8 @@ use libwb::log::scan::examine_superblock;
 use std::io::ErrorKind;
 use std::path::Path;
 
-/// Refuses a cache, which may have an identity, in front of a backing device that belongs to the dirty cache of a volume.
+/// Refuses a cache, which may have an identity, in front of a backing device that belongs to the
+/// dirty cache of a volume.
 pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) -> Result<()> {
     let others = Recorded::all().context("cannot read the records of other volumes")?;
     let others = others.iter().filter(|it| is_same_device(backing, &it.backing));
@@ -18,9 +19,9 @@ pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) 
         let Some(holds) = dirt(io, other, uuid)? else { continue };
         let Recorded { name, cache, .. } = other;
         bail!(
-            "{}: refused: it belongs to the volume '{name}', whose cache {} {holds}, which would be written over what comes \
-             through another cache. Write it back first (wbctl replay with that cache), or give it up: wbctl remove --force \
-             {name}",
+            "{}: refused: it belongs to the volume '{name}', whose cache {} {holds}, which would \
+             be written over what comes through another cache. Write it back first (wbctl replay \
+             with that cache), or give it up: wbctl remove --force {name}",
             backing.display(),
             cache.display(),
         );
@@ -28,28 +29,31 @@ pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) 
     Ok(())
 }
 
-/// What the cache of a recorded volume holds that is not written back, in words, if it holds anything. A copy of the cache
-/// that is about to be used is no other cache.
+/// What the cache of a recorded volume holds that is not written back, in words, if it holds
+/// anything. A copy of the cache that is about to be used is no other cache.
 fn dirt(io: &Io, volume: &Recorded, uuid: Option<&str>) -> Result<Option<String>> {
     let Recorded { name, cache, backing } = volume;
     if std::fs::metadata(cache).is_err_and(|e| e.kind() == ErrorKind::NotFound) {
-        let note = Note::of(volume).filter(|note| note.may_be_dirty() && uuid != Some(note.uuid.as_str()));
-        return Ok(
-            note.map(|note| format!("is not there, and may hold dirty data (it was seen {})", note.when()))
-        );
+        let note =
+            Note::of(volume).filter(|note| note.may_be_dirty() && uuid != Some(note.uuid.as_str()));
+        return Ok(note.map(|note| {
+            format!("is not there, and may hold dirty data (it was seen {})", note.when())
+        }));
     }
     let dirty = (|| -> Result<u64> {
         let device = io.open(cache, Access::Read)?;
         let superblock = io.block_on(examine_superblock(&device))?;
-        if uuid.is_some() && superblock.extension().map(|page| page.uuid.to_string()).as_deref() == uuid {
+        if uuid.is_some()
+            && superblock.extension().map(|page| page.uuid.to_string()).as_deref() == uuid
+        {
             return Ok(0);
         }
         dirty_blocks(io, &device)
     })();
     let dirty = dirty.with_context(|| {
         format!(
-            "{}: refused: it belongs to the volume '{name}', and whether the cache of that is clean cannot be told (wbctl \
-             remove --force {name} gives it up)",
+            "{}: refused: it belongs to the volume '{name}', and whether the cache of that is \
+             clean cannot be told (wbctl remove --force {name} gives it up)",
             backing.display()
         )
     })?;

@@ -11,11 +11,12 @@ use libwb::log::{LogError, Use};
 
 #[derive(clap::Args)]
 pub(crate) struct Salvage {
-    /// Go on with a corrupt log, and give up what has to be: with skip the damaged blocks alone, with stop all that
-    /// came after them
+    /// Go on with a corrupt log, and give up what has to be: with skip the damaged blocks alone,
+    /// with stop all that came after them
     ///
-    /// Without it, a corrupt log is refused, and what each way would give up is shown. Copy the cache device first: what
-    /// is given up is gone for ever. A log that is not corrupt is not changed by it.
+    /// Without it, a corrupt log is refused, and what each way would give up is shown. Copy the
+    /// cache device first: what is given up is gone for ever. A log that is not corrupt is not
+    /// changed by it.
     #[arg(
         long,
         value_name = "skip|stop",
@@ -29,8 +30,8 @@ pub(crate) struct Salvage {
 }
 
 impl Salvage {
-    /// Opens a cache, whose log is known to have come so far. Where it is corrupt, salvages it first if that was asked for,
-    /// or else says what can be done.
+    /// Opens a cache, whose log is known to have come so far. Where it is corrupt, salvages it
+    /// first if that was asked for, or else says what can be done.
     pub(crate) async fn open<T>(
         &self,
         cache: &Device,
@@ -43,7 +44,9 @@ impl Salvage {
             let scanned = Scanned::read(cache, Use::Write, |_| ()).await?;
             let mut plan = scanned.salvage(cache, way).await?;
             if let Some(plan) = &mut plan {
-                known.map_or(Ok(()), |known| plan.refuse_older(cache, known)).map_err(CacheError::Log)?;
+                known
+                    .map_or(Ok(()), |known| plan.refuse_older(cache, known))
+                    .map_err(CacheError::Log)?;
                 plan.pair(&BackingFacts::of(backing));
                 plan.check_backing(cache, &BackingFacts::of(backing)).await?;
                 plan.apply(cache).await?;
@@ -84,9 +87,11 @@ async fn what_can_be_done(
         // It says why there is none.
         scanned.salvage(cache, Way::Skip).await?;
     }
-    let ways: String = ways_on(&plans, "--salvage").iter().map(|way| format!("\n  {way}")).collect();
+    let ways: String =
+        ways_on(&plans, "--salvage").iter().map(|way| format!("\n  {way}")).collect();
     Ok(anyhow!(
-        "{refused}\n  Neither device was changed. Copy the cache device before anything else; then {}:{ways}",
+        "{refused}\n  Neither device was changed. Copy the cache device before anything else; \
+         then {}:{ways}",
         number_of_ways(&plans)
     ))
 }

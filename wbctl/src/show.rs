@@ -6,7 +6,9 @@ use crate::place::{Name, all_names};
 use crate::{client, dm, prometheus};
 use anyhow::{Result, bail};
 use libwb::cache::{TunableValue, Tunables};
-use libwb::cli::{self, Exit, Output, human_rate, human_size, human_time, percent, properties, table};
+use libwb::cli::{
+    self, Exit, Output, human_rate, human_size, human_time, percent, properties, table,
+};
 use libwb::control::{AskError, LiveStatus, VolumeStatus, ratio};
 use std::io::{ErrorKind, Write};
 
@@ -37,10 +39,12 @@ pub(crate) struct StatusArgs {
     /// Print one JSON object per volume and line instead of text
     #[arg(long, group = "form")]
     json: bool,
-    /// Print the numbers that `dmsetup status` shows of the kernel module, in its order, a line for each volume
+    /// Print the numbers that `dmsetup status` shows of the kernel module, in its order, a line for
+    /// each volume
     #[arg(long, group = "form", requires = "names")]
     dm: bool,
-    /// Print metrics for Prometheus, of detached volumes too, such as for node_exporter's textfile collector
+    /// Print metrics for Prometheus, of detached volumes too, such as for node_exporter's textfile
+    /// collector
     #[arg(long, group = "form")]
     prometheus: bool,
 }
@@ -62,7 +66,9 @@ fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
         // While the daemon recovers or ends, it does not answer.
         match client::look(name) {
             Ok(status) => return Ok(Some(status)),
-            Err(AskError::Silent(pid)) => (state, message) = (SILENT, Some(client::silence(name, pid))),
+            Err(AskError::Silent(pid)) => {
+                (state, message) = (SILENT, Some(client::silence(name, pid)))
+            }
             Err(AskError::NotThere | AskError::Gone) => state = BUSY,
             Err(error) => (state, message) = (SILENT, Some(error.to_string())),
         }
@@ -87,7 +93,8 @@ fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
     if recorded.is_none() && state == DETACHED && message.is_none() {
         return Ok(None);
     }
-    let (cache, backing) = recorded.map(|volume| (volume.cache, volume.backing)).unwrap_or_default();
+    let (cache, backing) =
+        recorded.map(|volume| (volume.cache, volume.backing)).unwrap_or_default();
     let (name, state) = (name.to_string(), state.into());
     Ok(Some(VolumeStatus { name, state, message, cache, backing, ..VolumeStatus::default() }))
 }
@@ -95,7 +102,9 @@ fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
 fn is_forbidden(error: &anyhow::Error) -> bool {
     let cause = error.root_cause().downcast_ref::<std::io::Error>();
     // Who is not believed is another matter, and no errno.
-    cause.is_some_and(|cause| cause.kind() == ErrorKind::PermissionDenied && cause.raw_os_error().is_some())
+    cause.is_some_and(|cause| {
+        cause.kind() == ErrorKind::PermissionDenied && cause.raw_os_error().is_some()
+    })
 }
 
 /// All volumes. Their daemons are asked at the same time, so that those that do not answer take no
@@ -104,7 +113,10 @@ fn volumes() -> Result<Vec<VolumeStatus>> {
     let names = all_names()?;
     let volumes: Vec<_> = std::thread::scope(|scope| {
         let asked: Vec<_> = names.iter().map(|name| scope.spawn(|| volume(name))).collect();
-        asked.into_iter().map(|asked| asked.join().unwrap_or_else(|_| bail!("a thread failed"))).collect()
+        asked
+            .into_iter()
+            .map(|asked| asked.join().unwrap_or_else(|_| bail!("a thread failed")))
+            .collect()
     });
     volumes.into_iter().filter_map(Result::transpose).collect()
 }
@@ -112,11 +124,13 @@ fn volumes() -> Result<Vec<VolumeStatus>> {
 /// What a daemon of another version does not tell must not pass for a 0.
 pub(crate) fn warn_of_untold(volumes: &[VolumeStatus]) {
     for volume in volumes.iter().filter(|volume| !volume.untold.is_empty()) {
-        let untold: Vec<_> = volume.untold.iter().map(|it| it.trim_matches('/').replace('/', ".")).collect();
+        let untold: Vec<_> =
+            volume.untold.iter().map(|it| it.trim_matches('/').replace('/', ".")).collect();
         cli::complain(
             "wbctl",
             format!(
-                "the daemon of '{}' is of another version and does not tell {}: shown as 0 or not at all",
+                "the daemon of '{}' is of another version and does not tell {}: shown as 0 or not \
+                 at all",
                 volume.name,
                 untold.join(", ")
             ),
@@ -259,7 +273,10 @@ fn print_dm(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
             Some(live) => writeln!(out, "{}", dm::line(live))?,
             None => cli::complain(
                 "wbctl",
-                format!("volume '{0}' is not attached; attach it with: wbctl attach {0}", volume.name),
+                format!(
+                    "volume '{0}' is not attached; attach it with: wbctl attach {0}",
+                    volume.name
+                ),
             ),
         }
     }
@@ -278,7 +295,10 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
     row("cache device", volume.cache.display().to_string());
     row("backing device", volume.backing.display().to_string());
     if let Some(live) = &volume.live {
-        row("size", format!("{}, sectors of {} bytes", human_size(live.volume_bytes), live.sector_size));
+        row(
+            "size",
+            format!("{}, sectors of {} bytes", human_size(live.volume_bytes), live.sector_size),
+        );
         data_rows(live, &mut row);
         writeback_rows(&volume.name, live, &mut row);
         work_rows(live, &mut row);
@@ -323,7 +343,8 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
     let state = match &live.writeback_error {
         Some(error) => format!("does not get on, trying again: {error}"),
         None if live.paused => {
-            let still = if live.writing_back { ", but a batch or a drain is being finished" } else { "" };
+            let still =
+                if live.writing_back { ", but a batch or a drain is being finished" } else { "" };
             format!("paused{still}; it goes on with: wbctl resume {name}")
         }
         None if live.dirty_bytes == 0 => "nothing to do".into(),
@@ -334,13 +355,14 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
     };
     row("write-back", state);
     if let Some(stuck) = &live.stuck {
-        let named = stuck.first.iter().take(NAMED).map(u64::to_string).collect::<Vec<_>>().join(", ");
+        let named =
+            stuck.first.iter().take(NAMED).map(u64::to_string).collect::<Vec<_>>().join(", ");
         let more = if stuck.first.len() > NAMED { ", ..." } else { "" };
         row(
             "STUCK",
             format!(
-                "{} that the backing device does not take, {} lost on the cache device; at byte {named}{more} of the \
-                 volume: {}",
+                "{} that the backing device does not take, {} lost on the cache device; at byte \
+                 {named}{more} of the volume: {}",
                 cli::count(stuck.refused, "block"),
                 stuck.lost,
                 stuck.error
@@ -365,7 +387,8 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
         ("backing", live.backing_requests_in_flight, live.backing_oldest_request_seconds),
     ];
     for (device, requests, oldest) in asked {
-        let oldest = oldest.map(|age| format!(", the oldest for {}", human_time(age))).unwrap_or_default();
+        let oldest =
+            oldest.map(|age| format!(", the oldest for {}", human_time(age))).unwrap_or_default();
         row(&format!("requests to {device}"), format!("{requests} in flight{oldest}"));
     }
     if let Some(failure) = &live.failure {
@@ -393,13 +416,14 @@ fn work_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
             percent(statistics.write_hit_ratio)
         ),
     );
-    let amplification = statistics
-        .write_amplification
-        .map_or("-".into(), |ratio| format!("{ratio:.2} bytes to the cache device per byte written"));
+    let amplification = statistics.write_amplification.map_or("-".into(), |ratio| {
+        format!("{ratio:.2} bytes to the cache device per byte written")
+    });
     row("write amplification", amplification);
     for (request, latency) in &statistics.latencies {
         let time = |seconds: Option<f64>| seconds.map_or("-".into(), human_time);
-        let [p50, p99, p999] = [latency.p50_seconds, latency.p99_seconds, latency.p999_seconds].map(time);
+        let [p50, p99, p999] =
+            [latency.p50_seconds, latency.p99_seconds, latency.p999_seconds].map(time);
         row(&format!("{request} latency"), format!("p50 {p50}, p99 {p99}, p99.9 {p999}"));
     }
     let read = human_size(live.recovery_bytes);

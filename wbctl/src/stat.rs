@@ -41,7 +41,8 @@ const COLUMNS: [Column; 14] = [
 pub(crate) struct Args {
     /// The volume
     name: Name,
-    /// Print a line for each so many seconds, instead of one for all time since the counters started
+    /// Print a line for each so many seconds, instead of one for all time since the counters
+    /// started
     #[arg(value_parser = parse_interval)]
     interval: Option<Duration>,
     /// End after so many lines
@@ -59,7 +60,8 @@ pub(crate) fn stat(args: &Args, out: &mut Output) -> Result<()> {
     let mut before = client::live(&args.name)?;
     let all = to_u16(COLUMNS.len()) * WIDTH;
     let is_narrow = out.columns().is_some_and(|columns| columns < all);
-    let columns: Vec<&Column> = COLUMNS.iter().filter(|(_, always, _)| *always || !is_narrow).collect();
+    let columns: Vec<&Column> =
+        COLUMNS.iter().filter(|(_, always, _)| *always || !is_narrow).collect();
     let row = |now: &LiveStatus, before: Option<&LiveStatus>| -> Vec<String> {
         let interval = Interval::between(before, now);
         columns.iter().map(|(_, _, cell)| cell(&interval, now).unwrap_or("-".into())).collect()

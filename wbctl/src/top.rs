@@ -50,7 +50,9 @@ fn run(args: &Args, view: &mut View, terminal: &mut ratatui::DefaultTerminal) ->
 }
 
 fn quits(event: &Event) -> bool {
-    let Event::Key(KeyEvent { code, modifiers, kind: KeyEventKind::Press, .. }) = event else { return false };
+    let Event::Key(KeyEvent { code, modifiers, kind: KeyEventKind::Press, .. }) = event else {
+        return false;
+    };
     match code {
         KeyCode::Char('q') | KeyCode::Esc => true,
         KeyCode::Char('c') => modifiers.contains(KeyModifiers::CONTROL),

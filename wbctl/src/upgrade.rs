@@ -47,7 +47,9 @@ pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let backing = BackingFacts::of(&backing);
     let upgrade = match io.block_on(Upgrade::plan(&cache, &scanned, &backing, label, created)) {
-        Err(error) if error.is_corruption() => bail!("{error}; salvage it first, see what wbcheck says"),
+        Err(error) if error.is_corruption() => {
+            bail!("{error}; salvage it first, see what wbcheck says")
+        }
         other => other?,
     };
     if !args.dry_run {
@@ -71,7 +73,8 @@ pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     }
     writeln!(
         out,
-        "What is in the cache stays as it is ({} not written back yet). The kernel module can still read it.",
+        "What is in the cache stays as it is ({} not written back yet). The kernel module can \
+         still read it.",
         count(upgrade.dirty_blocks, "dirty block")
     )?;
     Ok(())

@@ -47,7 +47,8 @@ impl Watch {
         let hung = std::mem::replace(&mut self.hangs, oldest.is_some());
         match oldest {
             Some(oldest) if !hung => Some(News::Hangs(format!(
-                "the device does not answer: {} in flight, the oldest for {}; the volume waits for it",
+                "the device does not answer: {} in flight, the oldest for {}; the volume waits \
+                 for it",
                 cli::count(pending.requests, "request"),
                 human_time(oldest.as_secs_f64())
             ))),

@@ -38,7 +38,11 @@ impl Versions<'_> {
     pub(crate) fn find(log: &Log, block: BlockNo) -> Versions<'_> {
         let mut history = History::of(block);
         let (slots, recovery) = log.scan(|slot, content| history.visit(slot, content));
-        let found = history.into_versions().into_iter().map(|v| (v, state(&v, &slots, &recovery))).collect();
+        let found = history
+            .into_versions()
+            .into_iter()
+            .map(|v| (v, state(&v, &slots, &recovery)))
+            .collect();
         Versions { log, block, found }
     }
 
@@ -46,7 +50,8 @@ impl Versions<'_> {
     pub(crate) fn write_newest(&self, out: &mut Output) -> Result<()> {
         let kept = |state: State| matches!(state, State::Live | State::WrittenBack);
         let newest = self.found.iter().rev().find(|(_, state)| kept(*state));
-        let (version, _) = newest.with_context(|| format!("{}: {}", self.log.device.name(), self.none()))?;
+        let (version, _) =
+            newest.with_context(|| format!("{}: {}", self.log.device.name(), self.none()))?;
         out.write_all(&self.read(version)?)?;
         Ok(())
     }
@@ -128,7 +133,8 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Sixteen bytes a line, in hexadecimal and as text; lines that repeat the one above are replaced by one "*".
+/// Sixteen bytes a line, in hexadecimal and as text; lines that repeat the one above are replaced
+/// by one "*".
 fn hex_dump(bytes: &[u8], out: &mut Output) -> Result<()> {
     const LINE: usize = 16;
     let mut above: Option<&[u8]> = None;

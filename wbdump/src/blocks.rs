@@ -33,17 +33,21 @@ impl DirtyBlocks {
         let geometry = log.geometry();
         let mut newest: BTreeMap<BlockNo, Newest> = BTreeMap::new();
         let (live, cut_short) = (recovery.live(), recovery.cut_short());
-        let visited = log.io.block_on(visit_headers(&log.device, geometry, live, cut_short, |header| {
-            let slot = geometry.slot_of(header.id);
-            for (entry, index) in header.metablocks.iter().zip(0..) {
-                if !entry.dirty.is_clean() {
-                    let versions = newest.get(&entry.block).map_or(1, |older| older.versions + 1);
-                    let place = Place { slot, index };
-                    newest
-                        .insert(entry.block, Newest { id: header.id.0, place, dirty: entry.dirty, versions });
+        let visited =
+            log.io.block_on(visit_headers(&log.device, geometry, live, cut_short, |header| {
+                let slot = geometry.slot_of(header.id);
+                for (entry, index) in header.metablocks.iter().zip(0..) {
+                    if !entry.dirty.is_clean() {
+                        let versions =
+                            newest.get(&entry.block).map_or(1, |older| older.versions + 1);
+                        let place = Place { slot, index };
+                        newest.insert(
+                            entry.block,
+                            Newest { id: header.id.0, place, dirty: entry.dirty, versions },
+                        );
+                    }
                 }
-            }
-        }));
+            }));
         DirtyBlocks { newest, stopped: visited.err() }
     }
 }

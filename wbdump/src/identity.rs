@@ -1,4 +1,5 @@
-//! `wbdump identity`: which cache is on a device, for udev. Reads three blocks and waits for nobody.
+//! `wbdump identity`: which cache is on a device, for udev. Reads three blocks and waits for
+//! nobody.
 
 use anyhow::{Context, Result, bail};
 use libwb::cli::Output;
@@ -42,11 +43,16 @@ pub(crate) fn show(path: &Path, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// A text as udev encodes it: what may do harm in a path or a shell as the hexadecimal codes of its bytes.
+/// A text as udev encodes it: what may do harm in a path or a shell as the hexadecimal codes of its
+/// bytes.
 fn encoded(text: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"#+-.:=@_".contains(&byte);
     text.bytes()
-        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("\\x{byte:02x}") })
+        .map(
+            |byte| {
+                if plain(byte) { char::from(byte).to_string() } else { format!("\\x{byte:02x}") }
+            },
+        )
         .collect()
 }
 

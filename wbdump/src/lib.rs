@@ -17,14 +17,16 @@ use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, to_usize}
 use libwb::log::Use;
 use libwb::log::recovery::{Recovery, explained, recover};
 use libwb::log::scan::{
-    RawSuperblock, SlotContent, SlotState, examine_damaged_superblock, read_slot, scan, scan_trusting,
+    RawSuperblock, SlotContent, SlotState, examine_damaged_superblock, read_slot, scan,
+    scan_trusting,
 };
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Show the log on a cache device. Changes nothing, and works on damaged devices.
 ///
-/// A device that is in use is read all the same, with a warning: what is shown may then be a mixture of states.
+/// A device that is in use is read all the same, with a warning: what is shown may then be a
+/// mixture of states.
 #[derive(Parser)]
 #[command(name = "wbdump", version, after_help = cli::EXIT_CODES)]
 struct Cli {
@@ -67,25 +69,29 @@ enum Verb {
     Block {
         #[command(flatten)]
         target: Target,
-        /// The block's number on the backing device, in units of 4096 bytes (a sector number divided by 8)
+        /// The block's number on the backing device, in units of 4096 bytes (a sector number
+        /// divided by 8)
         #[arg(value_name = "N", value_parser = clap::value_parser!(u64).range(0..=u64::MAX / 8))]
         block: u64,
         /// Dump the data of each version in hexadecimal
         #[arg(long)]
         data: bool,
-        /// Write the 4096 bytes of the newest version that attaching would not drop, and nothing else, to standard
-        /// output. Only its dirty sectors are newer than the backing device
+        /// Write the 4096 bytes of the newest version that attaching would not drop, and nothing
+        /// else, to standard output. Only its dirty sectors are newer than the backing device
         #[arg(long, conflicts_with_all = ["data", "json"])]
         raw: bool,
     },
-    /// List the dirty blocks, each with its newest version that attaching would apply. Reads the whole device
+    /// List the dirty blocks, each with its newest version that attaching would apply. Reads the
+    /// whole device
     ///
-    /// In a log of the kernel module, an older version can hold dirty sectors that the newest lacks; see `wbdump block`.
+    /// In a log of the kernel module, an older version can hold dirty sectors that the newest
+    /// lacks; see `wbdump block`.
     Blocks(Target),
     /// Draw the log, and where its dirty blocks lie on the backing device. Reads the whole device
     ///
-    /// The log is drawn oldest segment first. A character or square that stands for several segments shows the worst of them.
-    /// The recovery point is the last segment that attaching would apply.
+    /// The log is drawn oldest segment first. A character or square that stands for several
+    /// segments shows the worst of them. The recovery point is the last segment that attaching
+    /// would apply.
     Map {
         /// The cache device: a block device or a file
         #[arg(value_name = "CACHE")]
@@ -158,8 +164,11 @@ impl Log {
             }
             other => other?,
         };
-        let (superblock, [no_magic, no_record]) = io.block_on(examine_damaged_superblock(&device))?;
-        for (unread, wrong) in [(no_magic, superblock.magic.err()), (no_record, superblock.record.err())] {
+        let (superblock, [no_magic, no_record]) =
+            io.block_on(examine_damaged_superblock(&device))?;
+        for (unread, wrong) in
+            [(no_magic, superblock.magic.err()), (no_record, superblock.record.err())]
+        {
             match (unread, wrong) {
                 (Some(error), _) => cli::complain("wbdump", format_args!("warning: {error}")),
                 (None, Some(fault)) => {
@@ -199,7 +208,8 @@ impl Log {
         (slots, recovery)
     }
 
-    /// Reads one slot whole, and the others as attaching reads them: what it holds, and the verdict on it among them.
+    /// Reads one slot whole, and the others as attaching reads them: what it holds, and the verdict
+    /// on it among them.
     fn examine(&self, slot: Slot) -> (SlotContent, SlotState, Recovery) {
         let mut progress = Progress::new("reading", self.geometry().lap(), SEGMENT_BYTES);
         let visit = |slot: Slot, _: &SlotContent| progress.set(u64::from(slot.0));
@@ -218,7 +228,9 @@ impl Log {
             let point = recovery.point;
             cli::complain(
                 "wbdump",
-                format_args!("warning: {corruption}; the log is shown up to segment {point}, see wbcheck"),
+                format_args!(
+                    "warning: {corruption}; the log is shown up to segment {point}, see wbcheck"
+                ),
             );
         }
     }

@@ -67,12 +67,17 @@ pub(crate) fn show(log: &Log, id: SegmentId, json: bool, out: &mut Output) -> Re
     let header = match (&content.header, &verdict) {
         (Some(header), _) if header.id == id => header,
         (Some(header), _) => {
-            bail!("{device}: segment {id} is not there: its slot {slot} holds segment {}", header.id)
+            bail!(
+                "{device}: segment {id} is not there: its slot {slot} holds segment {}",
+                header.id
+            )
         }
         (None, SlotState::Invalid { fault, .. }) => {
             bail!("{device}: slot {slot}, where segment {id} belongs: {fault}")
         }
-        (None, _) => bail!("{device}: segment {id} is not there: its slot {slot} was never written"),
+        (None, _) => {
+            bail!("{device}: segment {id} is not there: its slot {slot} was never written")
+        }
     };
     let report = report(log, slot, &verdict, State::of(&verdict, &recovery), header);
     if json {
@@ -82,7 +87,13 @@ pub(crate) fn show(log: &Log, id: SegmentId, json: bool, out: &mut Output) -> Re
     print(&report, out)
 }
 
-fn report(log: &Log, slot: Slot, verdict: &SlotState, state: State, header: &SegmentHeader) -> Report {
+fn report(
+    log: &Log,
+    slot: Slot,
+    verdict: &SlotState,
+    state: State,
+    header: &SegmentHeader,
+) -> Report {
     let summary = Summary::of(header);
     let entries = (0u8..).zip(&header.metablocks).map(|(index, entry)| Entry {
         block: entry.block.0,
@@ -176,7 +187,11 @@ fn header_table(r: &Report) -> Table {
     row("durable then", up_to(extension.durable_segment));
     row("written back then", up_to(extension.written_back_segment));
     let before = extension.commit_before.as_ref().map_or("none".into(), |commit| {
-        format!("{}, checksum {}", count(u64::from(commit.length_blocks), "block"), hex(commit.checksum))
+        format!(
+            "{}, checksum {}",
+            count(u64::from(commit.length_blocks), "block"),
+            hex(commit.checksum)
+        )
     });
     row("commit before", before);
     row("digest of the UUID", hex(extension.uuid_digest));

@@ -96,8 +96,8 @@ pub(crate) fn list(log: &Log, only: Only, json: bool, out: &mut Output) -> Resul
     }
 }
 
-/// What a listing is made from. A row is made when it is shown: most slots of a large cache may be empty, and those
-/// must take no memory.
+/// What a listing is made from. A row is made when it is shown: most slots of a large cache may be
+/// empty, and those must take no memory.
 struct Listing<'a> {
     log: &'a Log,
     slots: Vec<SlotState>,
@@ -203,8 +203,8 @@ impl Summary {
     }
 }
 
-/// Where a slot belongs in the log: a damaged one goes where the segment that is missing there would go, and an empty one
-/// last.
+/// Where a slot belongs in the log: a damaged one goes where the segment that is missing there
+/// would go, and an empty one last.
 pub(crate) fn order(recovery: &Recovery, slot: Slot, state: &SlotState) -> SegmentId {
     match state {
         SlotState::Valid { id, .. } => *id,

@@ -78,7 +78,12 @@ pub(crate) fn show(log: &Log, json: bool, out: &mut Output) -> Result<()> {
     print(&report, out)
 }
 
-fn report<'a>(log: &'a Log, slots: &[SlotState], recovery: &Recovery, totals: &Totals) -> Report<'a> {
+fn report<'a>(
+    log: &'a Log,
+    slots: &[SlotState],
+    recovery: &Recovery,
+    totals: &Totals,
+) -> Report<'a> {
     let number = |wanted: fn(&SlotState) -> bool| slots.iter().filter(|&slot| wanted(slot)).count();
     Report {
         device: log.device.name(),
@@ -104,7 +109,8 @@ fn report<'a>(log: &'a Log, slots: &[SlotState], recovery: &Recovery, totals: &T
 }
 
 fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
-    let record = r.record_segment.map_or_else(|| "garbage, or unreadable".into(), |id| id.to_string());
+    let record =
+        r.record_segment.map_or_else(|| "garbage, or unreadable".into(), |id| id.to_string());
     let magic = if r.magic_ok { "right" } else { "wrong" };
     let rows = [
         ("device", r.device.to_string()),
@@ -112,7 +118,13 @@ fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
         ("magic", magic.to_string()),
         ("superblock record", record),
         ("segments", format!("{} of {}", r.segments, human_size(to_u64(r.segment_bytes)))),
-        ("slots", format!("{} valid, {} empty, {} damaged", r.slots_valid, r.slots_empty, r.slots_damaged)),
+        (
+            "slots",
+            format!(
+                "{} valid, {} empty, {} damaged",
+                r.slots_valid, r.slots_empty, r.slots_damaged
+            ),
+        ),
         ("newest segment", id_or_none(r.newest_segment)),
         ("written back up to", id_or_none(r.written_back_segment)),
         ("recovery point", id_or_none(r.recovery_point)),
@@ -126,7 +138,9 @@ fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
     rows.into_iter().for_each(|(name, value)| row(name, value));
     match &r.extension {
         None => row("extension", "none: the base format alone".into()),
-        Some(extension) => extension_rows(extension).into_iter().for_each(|(name, value)| row(name, value)),
+        Some(extension) => {
+            extension_rows(extension).into_iter().for_each(|(name, value)| row(name, value))
+        }
     }
     for corruption in &r.corruption {
         row("corrupt", corruption.clone());
@@ -142,16 +156,24 @@ fn extension_rows(e: &Extension<'_>) -> [(&'static str, String); 6] {
         (sectors, id) => format!("{}, of {sectors} sectors", printable(id)),
     };
     [
-        ("extension", format!("{} of 2 copies are sound, generation {}", e.sound_copies, e.generation)),
+        (
+            "extension",
+            format!("{} of 2 copies are sound, generation {}", e.sound_copies, e.generation),
+        ),
         ("uuid", e.uuid.clone()),
         ("label", if e.label.is_empty() { "none".into() } else { printable(e.label) }),
         (
             "created",
-            humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(e.created.min(MAX_TIME)))
-                .to_string(),
+            humantime::format_rfc3339_seconds(
+                UNIX_EPOCH + Duration::from_secs(e.created.min(MAX_TIME)),
+            )
+            .to_string(),
         ),
         ("backing device", backing),
-        ("closed in order at", e.clean_segment.map_or_else(|| "never".into(), |id| format!("segment {id}"))),
+        (
+            "closed in order at",
+            e.clean_segment.map_or_else(|| "never".into(), |id| format!("segment {id}")),
+        ),
     ]
 }
 

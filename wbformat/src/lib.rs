@@ -1,4 +1,5 @@
-//! `wbformat`: makes a cache device, and refuses to do so over anything that is still worth something.
+//! `wbformat`: makes a cache device, and refuses to do so over anything that is still worth
+//! something.
 
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser};
@@ -23,9 +24,10 @@ use uuid::Uuid;
 
 /// Make a cache device: an empty log in the format of dm-writeboost.
 ///
-/// Refuses when the device is in use, too small, belongs to a recorded volume, holds a filesystem, partition table, LVM,
-/// RAID or other signature, or holds a cache with dirty blocks, which may be the only copy of that data. A sparse file is
-/// allocated first, so that the cache has the room that it will need.
+/// Refuses when the device is in use, too small, belongs to a recorded volume, holds a filesystem,
+/// partition table, LVM, RAID or other signature, or holds a cache with dirty blocks, which may be
+/// the only copy of that data. A sparse file is allocated first, so that the cache has the room
+/// that it will need.
 #[derive(Parser)]
 #[command(name = "wbformat", version, after_help = cli::EXIT_CODES)]
 struct Args {
@@ -33,13 +35,14 @@ struct Args {
     #[arg(value_name = "CACHE")]
     cache: PathBuf,
 
-    /// Go on although the device holds a filesystem, a partition table or the like, or belongs to a recorded volume, or the
-    /// backing device is a cache device itself, or smaller. Does not give up dirty blocks
+    /// Go on although the device holds a filesystem, a partition table or the like, or belongs to a
+    /// recorded volume, or the backing device is a cache device itself, or smaller. Does not give
+    /// up dirty blocks
     #[arg(long)]
     force: bool,
 
-    /// Give up the dirty blocks of the cache that is on the device, and whatever is left of a damaged one. They are lost for
-    /// ever
+    /// Give up the dirty blocks of the cache that is on the device, and whatever is left of a
+    /// damaged one. They are lost for ever
     #[arg(long)]
     discard_dirty: bool,
 
@@ -94,10 +97,12 @@ pub fn main() -> ExitCode {
     cli::run(&name(), Exit::Failed, |out| format(&args, out))
 }
 
-/// What this program was called as: another that runs it may give its own name, under which errors are told.
+/// What this program was called as: another that runs it may give its own name, under which errors
+/// are told.
 fn name() -> String {
     let path = std::env::args_os().next().map(PathBuf::from);
-    let name = path.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    let name =
+        path.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
     name.unwrap_or_else(|| "wbformat".into())
 }
 
@@ -107,7 +112,8 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
     let opened = open(path, Access::Write)?;
     let geometry = Geometry::of_device(opened.size).with_context(|| path.display().to_string())?;
     let sparse = if args.sparse { None } else { SparseFile::of(&opened)? };
-    let backing = args.backing.as_deref().map(|backing| open_backing(args, &opened, backing)).transpose()?;
+    let backing =
+        args.backing.as_deref().map(|backing| open_backing(args, &opened, backing)).transpose()?;
     let device = io.serve(opened);
     refuse_dirty(args, &io, &device)?;
     refuse_recorded(args)?;
@@ -115,7 +121,8 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
     if let Some(sparse) = &sparse {
         sparse.refuse_full()?;
     }
-    let extension = if args.compat { None } else { Some(extension(args, &device, backing.as_ref())) };
+    let extension =
+        if args.compat { None } else { Some(extension(args, &device, backing.as_ref())) };
     if !args.dry_run {
         if let Some(sparse) = &sparse {
             sparse.allocate()?;
@@ -162,8 +169,8 @@ fn refuse_recorded(args: &Args) -> Result<()> {
     let volumes = Recorded::all().context("cannot read the records of volumes")?;
     if let Some(Recorded { name, .. }) = volumes.iter().find(|volume| volume.has(&args.cache)) {
         bail!(
-            "{}: refused: it belongs to the volume '{name}'. If you give that up, first: wbctl remove {name}; use --force to \
-             format it and leave the volume recorded",
+            "{}: refused: it belongs to the volume '{name}'. If you give that up, first: wbctl \
+             remove {name}; use --force to format it and leave the volume recorded",
             args.cache.display()
         );
     }
@@ -189,8 +196,9 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     }
     let cannot_tell = |why: &dyn std::fmt::Display| {
         format!(
-            "{path}: refused: it holds a cache that is too damaged to tell whether it has dirty blocks ({why}). \
-             See what wbcheck says; use --discard-dirty to give up whatever it holds"
+            "{path}: refused: it holds a cache that is too damaged to tell whether it has dirty \
+             blocks ({why}). See what wbcheck says; use --discard-dirty to give up whatever it \
+             holds"
         )
     };
     if let Err(fault) = superblock.magic {
@@ -209,10 +217,12 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     if let Err(error) = superblock.check_extension(device, Use::Read) {
         bail!(cannot_tell(&error));
     }
-    let mut progress = Progress::new("looking for dirty blocks", superblock.geometry.lap(), SEGMENT_BYTES);
+    let mut progress =
+        Progress::new("looking for dirty blocks", superblock.geometry.lap(), SEGMENT_BYTES);
     // As attach, which would write back what this finds.
     let known = superblock.or_no_record();
-    let found = io.block_on(live::dirty_blocks(device, &known, |slot| progress.set(u64::from(slot.0))));
+    let found =
+        io.block_on(live::dirty_blocks(device, &known, |slot| progress.set(u64::from(slot.0))));
     drop(progress);
     let dirty = match found {
         Ok(dirty) => dirty,
@@ -220,8 +230,8 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     };
     if dirty > 0 {
         bail!(
-            "{path}: refused: it holds a cache with {} that may be nowhere else. Write them back to the backing \
-             device first; use --discard-dirty to lose them",
+            "{path}: refused: it holds a cache with {} that may be nowhere else. Write them back \
+             to the backing device first; use --discard-dirty to lose them",
             count(dirty, "dirty block")
         );
     }
@@ -235,8 +245,9 @@ fn refuse_traces(args: &Args, io: &Io, device: &Device, geometry: Geometry) -> R
     drop(progress);
     if let Some(id) = found {
         bail!(
-            "{}: refused: the first MiB of a cache was zeroed or written over, but its segments are there, such as segment \
-             {id}. They may hold dirty blocks that are nowhere else; use --discard-dirty to give them up",
+            "{}: refused: the first MiB of a cache was zeroed or written over, but its segments \
+             are there, such as segment {id}. They may hold dirty blocks that are nowhere else; \
+             use --discard-dirty to give them up",
             args.cache.display()
         );
     }

@@ -1,5 +1,5 @@
-//! The program starts. This being an integration test of this package, `cargo test --workspace` builds the program
-//! afresh, which the end-to-end tests in `tests/` rely on.
+//! The program starts. This being an integration test of this package, `cargo test --workspace`
+//! builds the program afresh, which the end-to-end tests in `tests/` rely on.
 
 use std::process::Command;
 

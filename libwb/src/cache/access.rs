@@ -17,7 +17,11 @@ impl Access {
     /// The kernel module's number of such an access.
     fn number(self) -> usize {
         let Access { write, hit, in_ram, whole } = self;
-        [whole, in_ram, hit, write].iter().zip(0..).map(|(&bit, shift)| usize::from(bit) << shift).sum()
+        [whole, in_ram, hit, write]
+            .iter()
+            .zip(0..)
+            .map(|(&bit, shift)| usize::from(bit) << shift)
+            .sum()
     }
 
     fn numbered(number: usize) -> Access {

@@ -4,8 +4,8 @@ use super::state::State;
 use crate::format::{SegmentId, Slot};
 use std::time::Duration;
 
-/// When the segment of each slot was begun, or, before this cache was opened, written: in seconds of the wall clock. 0
-/// where nobody knows, as in the base format.
+/// When the segment of each slot was begun, or, before this cache was opened, written: in seconds
+/// of the wall clock. 0 where nobody knows, as in the base format.
 pub(super) struct Ages(Box<[u32]>);
 
 impl Ages {
@@ -27,8 +27,8 @@ impl State {
         }
     }
 
-    /// For how long the oldest data that is not written back has been waiting; `None` where nobody knows, or nothing
-    /// waits.
+    /// For how long the oldest data that is not written back has been waiting; `None` where nobody
+    /// knows, or nothing waits.
     pub(super) fn oldest_dirty(&self, now: Duration) -> Option<Duration> {
         let oldest = (self.dirty_blocks > 0).then(|| self.written_back.next())?;
         let since = self.ages.0[self.geometry.slot_of(oldest).0 as usize];

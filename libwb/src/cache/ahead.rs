@@ -1,15 +1,17 @@
-//! Whether a backing device already holds what comes after the point that a log is to be replayed until.
+//! Whether a backing device already holds what comes after the point that a log is to be replayed
+//! until.
 //!
-//! A replay undoes nothing. After one that went further, the backing device would be in no state of the volume: a mixture
-//! of two. Nothing on either device says how far a replay with `--until` went, but the data does. Such a replay wrote every
-//! block of the first segment after the point, as that segment has it or a later one. One of these blocks alone proves
-//! little: what changed back again looks the same. So most of them count.
+//! A replay undoes nothing. After one that went further, the backing device would be in no state of
+//! the volume: a mixture of two. Nothing on either device says how far a replay with `--until`
+//! went, but the data does. Such a replay wrote every block of the first segment after the point,
+//! as that segment has it or a later one. One of these blocks alone proves little: what changed
+//! back again looks the same. So most of them count.
 
 use super::index::Index;
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Place, SECTOR_BYTES, SegmentHeader, SegmentId, to_u64,
-    to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Place, SECTOR_BYTES, SegmentHeader, SegmentId,
+    to_u64, to_usize,
 };
 use crate::log::LogError;
 use crate::log::live::visit_headers;
@@ -37,7 +39,8 @@ struct Entry {
     place: Place,
 }
 
-/// A block that tells something: what the backing device holds of it, and whether that comes from after the point.
+/// A block that tells something: what the backing device holds of it, and whether that comes from
+/// after the point.
 struct Telling {
     found: IoBuf,
     is_later: bool,
@@ -52,11 +55,19 @@ impl<'a> Later<'a> {
         recovery: &Recovery,
         until: SegmentId,
     ) -> Later<'a> {
-        Later { cache, backing, geometry, until, last: recovery.point, cut_short: recovery.cut_short() }
+        Later {
+            cache,
+            backing,
+            geometry,
+            until,
+            last: recovery.point,
+            cut_short: recovery.cut_short(),
+        }
     }
 
-    /// Refuses to replay until the point if most of what the first segment after it wrote is on the backing device, as that
-    /// segment wrote it or a later one. `index` knows the newest versions up to the point.
+    /// Refuses to replay until the point if most of what the first segment after it wrote is on the
+    /// backing device, as that segment wrote it or a later one. `index` knows the newest versions
+    /// up to the point.
     pub(super) async fn refuse_mixture(&self, index: &Index) -> Result<(), LogError> {
         let Some((first, mut blocks)) = self.first_telling(index).await? else { return Ok(()) };
         let enough = blocks.len() / 2;
@@ -64,11 +75,13 @@ impl<'a> Later<'a> {
         for from in (first.0..=self.last.0).step_by(to_usize(AT_ONCE)) {
             let to = self.last.0.min(from + AT_ONCE - 1);
             for entry in self.entries(from..=to, |block| blocks.contains_key(&block)).await? {
-                let Some(block) = blocks.get_mut(&entry.block).filter(|block| !block.is_later) else {
+                let Some(block) = blocks.get_mut(&entry.block).filter(|block| !block.is_later)
+                else {
                     continue;
                 };
                 let data = self.data(entry.place).await?;
-                block.is_later = is_telling(&data, entry.dirty) && are_same(&data, &block.found, entry.dirty);
+                block.is_later =
+                    is_telling(&data, entry.dirty) && are_same(&data, &block.found, entry.dirty);
                 later += usize::from(block.is_later);
             }
             if later > enough {
@@ -154,7 +167,8 @@ fn bytes_of(dirty: DirtyBits) -> impl Iterator<Item = std::ops::Range<usize>> {
     dirty.runs().map(|(first, count)| first * SECTOR_BYTES..(first + count) * SECTOR_BYTES)
 }
 
-/// Whether data on the backing device says where it comes from. Zeros do not: most of a new disk is zeros.
+/// Whether data on the backing device says where it comes from. Zeros do not: most of a new disk is
+/// zeros.
 fn is_telling(data: &[u8], dirty: DirtyBits) -> bool {
     bytes_of(dirty).any(|range| data[range].iter().any(|&byte| byte != 0))
 }
@@ -168,8 +182,9 @@ mod tests {
     use crate::cache::{Cache, CacheError, Purpose, Tunables};
     use crate::device::{Device, MemDevice};
     use crate::format::{
-        BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES,
-        SegmentId, encode_header, encode_superblock_block, to_u64, to_usize,
+        BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, SEGMENT_BYTES,
+        SUPERBLOCK_REGION_BYTES, SegmentId, encode_header, encode_superblock_block, to_u64,
+        to_usize,
     };
     use crate::log::LogError;
     use crate::reactor::Reactor;
@@ -199,7 +214,8 @@ mod tests {
                 lost: false,
             };
             let entries: Vec<_> = versions.iter().map(entry).collect();
-            let data: Vec<u8> = versions.iter().flat_map(|&(_, _, fill)| [fill; BLOCK_BYTES]).collect();
+            let data: Vec<u8> =
+                versions.iter().flat_map(|&(_, _, fill)| [fill; BLOCK_BYTES]).collect();
             let at = to_usize(geometry.slot_offset(geometry.slot_of(id)));
             encode_header(content[at..].first_chunk_mut().unwrap(), id, &entries, &data, None);
             content[at + BLOCK_BYTES..][..data.len()].copy_from_slice(&data);
@@ -207,7 +223,10 @@ mod tests {
         Rig {
             reactor: Reactor::start().unwrap(),
             cache: Arc::new(MemDevice::with_content("cache", content)),
-            backing: Arc::new(MemDevice::with_content("backing", vec![disk; 16 * BLOCK_BYTES + SECTOR])),
+            backing: Arc::new(MemDevice::with_content(
+                "backing",
+                vec![disk; 16 * BLOCK_BYTES + SECTOR],
+            )),
         }
     }
 
@@ -217,7 +236,10 @@ mod tests {
             let runtime = Arc::new(self.reactor.handle().clone());
             let purpose = Purpose::replay_until(SegmentId(id)).mixing(mixes);
             self.reactor.block_on(async {
-                Cache::open_for(cache, backing, runtime, Tunables::default(), purpose).await?.drain().await
+                Cache::open_for(cache, backing, runtime, Tunables::default(), purpose)
+                    .await?
+                    .drain()
+                    .await
             })
         }
 
@@ -241,7 +263,10 @@ mod tests {
     #[test]
     fn what_came_later_is_noticed_and_is_mixed_with_what_came_before_only_on_demand() {
         // Of block 1, nothing is in the first segment.
-        let rig = rig(9, &[&[(0, 0xff, 1)], &[(0, 0xff, 2), (1, 0xff, 2)], &[(0, 0xff, 3)], &[(2, 0xff, 4)]]);
+        let rig = rig(
+            9,
+            &[&[(0, 0xff, 1)], &[(0, 0xff, 2), (1, 0xff, 2)], &[(0, 0xff, 3)], &[(2, 0xff, 4)]],
+        );
         for id in [0, 1, 1, 2, 2, 4, 4] {
             rig.until(id);
         }
@@ -265,7 +290,8 @@ mod tests {
     fn what_changed_back_or_did_not_change_is_no_sign() {
         let changed_back = rig(9, &[&[(0, 0xff, 1)], &[(0, 0xff, 9), (1, 0xff, 2), (2, 0xff, 2)]]);
         changed_back.until(1);
-        let written_again = rig(9, &[&[(0, 0xff, 1), (1, 0xff, 2)], &[(0, 0xff, 1)], &[(1, 0xff, 3)]]);
+        let written_again =
+            rig(9, &[&[(0, 0xff, 1), (1, 0xff, 2)], &[(0, 0xff, 1)], &[(1, 0xff, 3)]]);
         for id in [1, 2, 1] {
             written_again.until(id);
         }

@@ -1,11 +1,13 @@
-//! Sealed segments and commits to the cache device, several at a time; and its flushes, shared by all who wait for one.
+//! Sealed segments and commits to the cache device, several at a time; and its flushes, shared by
+//! all who wait for one.
 
 use super::Inner;
 use super::commits::{Job, Position};
 use super::state::State;
 use crate::device::{DeviceError, IoBuf, SharedBuf};
 use crate::format::{
-    BLOCK_BYTES, Commit, Geometry, Place, Reason, SegmentExtension, SegmentId, crc32c, encode_header,
+    BLOCK_BYTES, Commit, Geometry, Place, Reason, SegmentExtension, SegmentId, crc32c,
+    encode_header,
 };
 use crate::planted::Bug;
 use futures_util::StreamExt;
@@ -15,17 +17,18 @@ use nix::errno::Errno;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How often a failed write of a segment is tried again before writes are refused. A failed flush never is.
+/// How often a failed write of a segment is tried again before writes are refused. A failed flush
+/// never is.
 const RETRIES: u32 = 3;
-/// The same where the device has no room, as a sparse file on a full filesystem: somebody may make room. With the pauses that is
-/// some 20 seconds.
+/// The same where the device has no room, as a sparse file on a full filesystem: somebody may make
+/// room. With the pauses that is some 20 seconds.
 const ROOM_RETRIES: u32 = 10;
 /// The pause before the first of them. It doubles each time, up to a limit.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
 const MAX_RETRY_PAUSE: Duration = Duration::from_secs(5);
 
-/// Segments that may be on the device without being durable before it is flushed, whether anybody waits or not: what a
-/// recovery has to read whole.
+/// Segments that may be on the device without being durable before it is flushed, whether anybody
+/// waits or not: what a recovery has to read whole.
 const MAX_UNDURABLE: u64 = 64;
 
 /// What became of a job.
@@ -77,7 +80,8 @@ impl Inner {
         }
         let wanted = state.flush_wanted.len();
         let id = state.next_to_append();
-        // A power cut may lose what is not durable, in any order. Recovery tells that from corruption by its extent.
+        // A power cut may lose what is not durable, in any order. Recovery tells that from
+        // corruption by its extent.
         let window = state.geometry.write_window();
         let beyond = |id: &SegmentId| id.since(state.durable) > window;
         let too_far = id.filter(beyond).filter(|_| !self.planted.has(Bug::LossWindowIgnored));
@@ -119,11 +123,13 @@ impl Inner {
         }
         let crcs: Vec<u32> = added.iter().filter_map(|metablock| metablock.crc).collect();
         let mut header = IoBuf::zeroed(BLOCK_BYTES);
-        let checksum = encode_header(header.block_at_mut(0), id, &metablocks, &data, extension.as_ref());
+        let checksum =
+            encode_header(header.block_at_mut(0), id, &metablocks, &data, extension.as_ref());
         let place = Place { slot: geometry.slot_of(id), index: first };
         let header = SharedBuf::from(header);
-        let written =
-            self.retrying(|| self.write_segment(geometry, place, header.clone(), data.clone())).await;
+        let written = self
+            .retrying(|| self.write_segment(geometry, place, header.clone(), data.clone()))
+            .await;
         written.inspect_err(|_| tracing::error!("segment {id} cannot be written"))?;
         self.counters.appended(reason, length, data.len());
         #[allow(clippy::cast_possible_truncation)] // at most PLACES
@@ -146,8 +152,12 @@ impl Inner {
         if first.index == 0 {
             return self.cache.write_parts(offset, vec![header, data]).await;
         }
-        let writes = [self.cache.write(offset, header), self.cache.write(geometry.place_offset(first), data)];
-        // Both, even after a failure: who tries again must not be overtaken by a write that is still out.
+        let writes = [
+            self.cache.write(offset, header),
+            self.cache.write(geometry.place_offset(first), data),
+        ];
+        // Both, even after a failure: who tries again must not be overtaken by a write that is
+        // still out.
         join_all(writes).await.into_iter().collect()
     }
 
@@ -157,8 +167,10 @@ impl Inner {
             let listener = self.events.flusher.listen();
             let (due, failed, stopping) = {
                 let state = self.lock();
-                let due =
-                    state.flush_wanted.first().is_some_and(|&wanted| wanted <= state.written_position());
+                let due = state
+                    .flush_wanted
+                    .first()
+                    .is_some_and(|&wanted| wanted <= state.written_position());
                 (due, state.failure.is_some(), state.stopping)
             };
             if failed || (stopping && !due) {
@@ -174,8 +186,9 @@ impl Inner {
         self.task_ended();
     }
 
-    /// Flushes the cache device, and so makes durable what had been written when it began. A failure fails the cache, whoever
-    /// asked: segments that it cost would count as durable after the next flush.
+    /// Flushes the cache device, and so makes durable what had been written when it began. A
+    /// failure fails the cache, whoever asked: segments that it cost would count as durable after
+    /// the next flush.
     pub(super) async fn flush_cache_device(&self) -> Result<(), DeviceError> {
         let _alone = self.flushing.lock().await;
         let mut written = {
@@ -200,7 +213,10 @@ impl Inner {
     }
 
     /// Tries an operation of the cache device again when it fails.
-    pub(super) async fn retrying<F>(&self, mut operation: impl FnMut() -> F) -> Result<(), DeviceError>
+    pub(super) async fn retrying<F>(
+        &self,
+        mut operation: impl FnMut() -> F,
+    ) -> Result<(), DeviceError>
     where
         F: Future<Output = Result<(), DeviceError>>,
     {

@@ -1,13 +1,14 @@
-//! Which writes go around the log: all of them in the modes `through` and `around`, and with `sequential_cutoff` the large
-//! ones that go on with a long sequence.
+//! Which writes go around the log: all of them in the modes `through` and `around`, and with
+//! `sequential_cutoff` the large ones that go on with a long sequence.
 
 use super::tunables::{Tunables, WriteMode, WritebackOrder};
 use crate::format::{SECTOR_BYTES, Sector, to_u64};
 
-/// Sequences that are remembered. Beyond that, the one that was longest without a write is forgotten.
+/// Sequences that are remembered. Beyond that, the one that was longest without a write is
+/// forgotten.
 const SEQUENCES: usize = 32;
-/// Smaller writes of a sequence than this, in bytes, go through the log as others do: around it, each costs a flush of the
-/// backing device.
+/// Smaller writes of a sequence than this, in bytes, go through the log as others do: around it,
+/// each costs a flush of the backing device.
 const LARGE: usize = 128 << 10;
 
 /// Which writes go around the log.
@@ -56,11 +57,13 @@ impl Bypass {
     pub(super) fn applies_to(&self, sector: Sector, bytes: usize) -> bool {
         let end = end(sector, bytes);
         let has_it = |sequence: &&Sequence| sequence.start <= sector && end <= sequence.end;
-        let goes_on = || self.sequences.iter().rev().find(has_it).is_some_and(|s| s.length() >= self.cutoff);
+        let goes_on =
+            || self.sequences.iter().rev().find(has_it).is_some_and(|s| s.length() >= self.cutoff);
         self.mode != WriteMode::Back || (self.cutoff > 0 && bytes >= LARGE && goes_on())
     }
 
-    /// Joins what was written to the sequences that end or begin there, for neighbours may come in any order.
+    /// Joins what was written to the sequences that end or begin there, for neighbours may come in
+    /// any order.
     fn remember(&mut self, mut written: Sequence) {
         self.sequences.retain(|known| {
             let joins = known.end == written.start || written.end == known.start;
@@ -125,6 +128,9 @@ mod tests {
             writeback_order: WritebackOrder::Strict,
             ..Tunables::default()
         });
-        assert!(!strict.arrives(Sector(0), 4096) && bypass(WriteMode::Around, 0).arrives(Sector(0), 4096));
+        assert!(
+            !strict.arrives(Sector(0), 4096)
+                && bypass(WriteMode::Around, 0).arrives(Sector(0), 4096)
+        );
     }
 }

@@ -1,8 +1,10 @@
-//! Commits: how far the segment that is still open has come on the device. A flush makes one, where the cache device
-//! carries the extension: the blocks that were added since the last one, and the header anew.
+//! Commits: how far the segment that is still open has come on the device. A flush makes one, where
+//! the cache device carries the extension: the blocks that were added since the last one, and the
+//! header anew.
 //!
-//! A header that replaces that of a commit is written only when that one is durable, or a power cut might leave neither.
-//! So of each segment one commit at a time is on its way, and flushes that come meanwhile share the next.
+//! A header that replaces that of a commit is written only when that one is durable, or a power cut
+//! might leave neither. So of each segment one commit at a time is on its way, and flushes that
+//! come meanwhile share the next.
 
 use super::state::State;
 use crate::device::{IoBuf, SharedBuf};
@@ -70,7 +72,8 @@ impl Commits {
     }
 }
 
-/// Which places of a segment in RAM hold blocks that are lost: their entries get a CRC that the data does not match.
+/// Which places of a segment in RAM hold blocks that are lost: their entries get a CRC that the
+/// data does not match.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Lost(u128);
 
@@ -112,12 +115,15 @@ impl State {
     pub(super) fn written_position(&self) -> Position {
         let id = self.written.next();
         let commit = self.commits(id).and_then(Commits::written);
-        commit.map_or(Position::end_of(self.written), |Commit { length, .. }| Position { id, length })
+        commit
+            .map_or(Position::end_of(self.written), |Commit { length, .. }| Position { id, length })
     }
 
     fn commits(&self, id: SegmentId) -> Option<&Commits> {
         let open = self.open.as_ref().filter(|open| open.id == id).map(|open| &open.commits);
-        open.or_else(|| self.sealed.iter().find(|sealed| sealed.id == id).map(|sealed| &sealed.commits))
+        open.or_else(|| {
+            self.sealed.iter().find(|sealed| sealed.id == id).map(|sealed| &sealed.commits)
+        })
     }
 
     fn commits_mut(&mut self, id: SegmentId) -> Option<&mut Commits> {
@@ -138,7 +144,9 @@ impl State {
     fn wants_commit(&self) -> bool {
         let wanted = self.flush_wanted.last();
         let beyond = |wanted: &Position| {
-            self.open.as_ref().is_some_and(|open| wanted.id == open.id && wanted.length > open.commits.frozen)
+            self.open
+                .as_ref()
+                .is_some_and(|open| wanted.id == open.id && wanted.length > open.commits.frozen)
         };
         wanted.is_some_and(beyond)
     }
@@ -146,9 +154,13 @@ impl State {
     /// The oldest segment of which something is to be written, and may be as far as its commits go.
     pub(super) fn next_to_append(&mut self) -> Option<SegmentId> {
         let forgiven = self.planted.has(Bug::CommitOverUndurable);
-        let sealed =
-            self.sealed.iter().filter(|sealed| !sealed.started).map(|sealed| (sealed.id, &sealed.commits));
-        let open = self.open.as_ref().filter(|_| self.wants_commit()).map(|open| (open.id, &open.commits));
+        let sealed = self
+            .sealed
+            .iter()
+            .filter(|sealed| !sealed.started)
+            .map(|sealed| (sealed.id, &sealed.commits));
+        let open =
+            self.open.as_ref().filter(|_| self.wants_commit()).map(|open| (open.id, &open.commits));
         let mut waits_for = None;
         let found = sealed.chain(open).find(|(id, commits)| {
             if let (Newest::Written(commit), false) = (&commits.newest, forgiven) {
@@ -172,7 +184,14 @@ impl State {
         let data = SharedBuf::part_of(sealed.buf.clone(), blocks(first, length));
         let (before, lost) = (sealed.commits.written(), sealed.lost);
         let slot = self.geometry.slot_of(id);
-        Some(Job { id, reason, metablocks: self.metablocks(slot, length, lost), first, data, before })
+        Some(Job {
+            id,
+            reason,
+            metablocks: self.metablocks(slot, length, lost),
+            first,
+            data,
+            before,
+        })
     }
 
     fn start_commit(&mut self) -> Option<Job> {
@@ -192,7 +211,8 @@ impl State {
     fn metablocks(&self, slot: Slot, length: u8, lost: Lost) -> Vec<Metablock> {
         let entry = |index| {
             let place = Place { slot, index };
-            let (block, dirty) = self.index.at(place).expect("every place up to the length was taken");
+            let (block, dirty) =
+                self.index.at(place).expect("every place up to the length was taken");
             Metablock { block, dirty, crc: self.index.crc(place), lost: lost.has(index) }
         };
         (0..length).map(entry).collect()

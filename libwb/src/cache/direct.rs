@@ -1,11 +1,13 @@
 //! The way of a write around the log.
 //!
-//! It goes to the backing device at once, and is acknowledged when it is durable there. Everything acknowledged before is
-//! made durable in the log first, for the backing device must not be ahead of the log, nor the log of it: so the state after
-//! a power cut is a prefix of the history here, too. Those that come at the same time share the flushes of both devices.
+//! It goes to the backing device at once, and is acknowledged when it is durable there. Everything
+//! acknowledged before is made durable in the log first, for the backing device must not be ahead
+//! of the log, nor the log of it: so the state after a power cut is a prefix of the history here,
+//! too. Those that come at the same time share the flushes of both devices.
 //!
-//! What the log holds of a block that is not written back would be replayed over it. So blocks of which it holds anything go
-//! through the log; what is written back is forgotten. Meanwhile the blocks are fenced, see [`super::fence`].
+//! What the log holds of a block that is not written back would be replayed over it. So blocks of
+//! which it holds anything go through the log; what is written back is forgotten. Meanwhile the
+//! blocks are fenced, see [`super::fence`].
 
 use super::fence::Fence;
 use super::state::{State, Wait};
@@ -90,7 +92,8 @@ impl Inner {
         })
     }
 
-    /// Writes blocks that are fenced and of which the log holds nothing, and no segment that is written back any more.
+    /// Writes blocks that are fenced and of which the log holds nothing, and no segment that is
+    /// written back any more.
     async fn write_fenced(self: &Arc<Self>, sector: Sector, data: &[u8]) -> Result<(), CacheError> {
         if !self.planted.has(Bug::DirectAheadOfLog) {
             self.flush_log().await?;
@@ -110,7 +113,8 @@ impl Inner {
         self.backing_flushes.flush(&self.backing, before).await
     }
 
-    /// In mode `through`, whole blocks that were written are cached, too, as blocks that were read are.
+    /// In mode `through`, whole blocks that were written are cached, too, as blocks that were read
+    /// are.
     fn keep_for_reads(&self, sector: Sector, data: &[u8]) {
         if self.tunables.lock().write_mode != WriteMode::Through {
             return;
@@ -119,8 +123,9 @@ impl Inner {
         let copies: Vec<(BlockNo, IoBuf)> =
             whole.map(|f| (f.block, IoBuf::copy_of(&data[f.at..f.at + BLOCK_BYTES]))).collect();
         let mut state = self.lock();
-        let kept =
-            copies.into_iter().filter_map(|(block, data)| state.staging.keep(block, data).then_some(1));
+        let kept = copies
+            .into_iter()
+            .filter_map(|(block, data)| state.staging.keep(block, data).then_some(1));
         self.counters.staged_blocks.add(kept.sum());
         let ripe = state.staging.is_ripe();
         drop(state);

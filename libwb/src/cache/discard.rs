@@ -1,11 +1,12 @@
 //! The way of a discard. The range reads as zeros afterwards, and that survives a power cut.
 //!
-//! The log has no entry for "nothing here". So where a segment that is not written back holds data of the range, zeros are
-//! written on top of it, through the log; what is written back is forgotten, and segments up to there are emptied, since
-//! the kernel module would take them for a read cache; and the backing device gives up the whole range. It does so
-//! only when everything written before is durable, for its state must not be ahead of the log's; and it is flushed
-//! before the discard is acknowledged, for the log's must not be ahead of its. Writes to the range wait meanwhile:
-//! one that was written back in the midst of it would be lost.
+//! The log has no entry for "nothing here". So where a segment that is not written back holds data
+//! of the range, zeros are written on top of it, through the log; what is written back is
+//! forgotten, and segments up to there are emptied, since the kernel module would take them for a
+//! read cache; and the backing device gives up the whole range. It does so only when everything
+//! written before is durable, for its state must not be ahead of the log's; and it is flushed
+//! before the discard is acknowledged, for the log's must not be ahead of its. Writes to the range
+//! wait meanwhile: one that was written back in the midst of it would be lost.
 
 use super::fence::Fence;
 use super::state::{State, Wait};
@@ -32,12 +33,14 @@ pub(super) enum Space {
 }
 
 impl Cache {
-    /// Makes `length` bytes from `sector` on read as zeros, and gives up their space. Durable when it returns.
+    /// Makes `length` bytes from `sector` on read as zeros, and gives up their space. Durable when
+    /// it returns.
     ///
     /// # Errors
-    /// When the backing device cannot discard, or write-back is in strict order (the [`CacheError::errno`] is
-    /// `EOPNOTSUPP` then), the range is not within the volume, the cache is being closed, or a device fails: also when
-    /// what a written-back segment holds of the range cannot be taken from it. Parts may have been discarded.
+    /// When the backing device cannot discard, or write-back is in strict order (the
+    /// [`CacheError::errno`] is `EOPNOTSUPP` then), the range is not within the volume, the cache
+    /// is being closed, or a device fails: also when what a written-back segment holds of the range
+    /// cannot be taken from it. Parts may have been discarded.
     pub async fn discard(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
         self.clear(sector, length, Space::GivenUp).await
     }
@@ -53,7 +56,8 @@ impl Cache {
     async fn clear(&self, sector: Sector, length: u64, space: Space) -> Result<(), CacheError> {
         let inner = &self.inner;
         inner.check_range(sector, length)?;
-        // What the backing device discards at once would be ahead of what strict order has yet to write back.
+        // What the backing device discards at once would be ahead of what strict order has yet to
+        // write back.
         let strict = inner.tunables.lock().writeback_order == WritebackOrder::Strict;
         let cannot = match space {
             Space::GivenUp => &inner.cannot_discard,
@@ -86,7 +90,9 @@ impl Cache {
         }
         let discarded = inner.discard_durably(&blocks, space).await;
         match &discarded {
-            Err(DeviceError { operation: Operation::Discard, cause: Errno::EOPNOTSUPP, .. }) => {
+            Err(DeviceError {
+                operation: Operation::Discard, cause: Errno::EOPNOTSUPP, ..
+            }) => {
                 cannot.store(true, Ordering::Relaxed);
             }
             Err(error) => inner.change_failed(error),
@@ -97,7 +103,11 @@ impl Cache {
 }
 
 impl Inner {
-    async fn discard_durably(&self, blocks: &Range<BlockNo>, space: Space) -> Result<(), DeviceError> {
+    async fn discard_durably(
+        &self,
+        blocks: &Range<BlockNo>,
+        space: Space,
+    ) -> Result<(), DeviceError> {
         let bytes = (blocks.end.0 - blocks.start.0) * to_u64(BLOCK_BYTES);
         let before = self.backing_flushes.failures();
         match space {
@@ -117,7 +127,8 @@ impl Inner {
         while next < blocks.end {
             let visited = next..BlockNo(blocks.end.0.min(next.0 + VISIT));
             let (reached, covered) = self.noticing(self.lock(), |state| {
-                // In the same visit: nothing may open a segment any more once the last one was sealed.
+                // In the same visit: nothing may open a segment any more once the last one was
+                // sealed.
                 state.check_open()?;
                 Ok::<_, CacheError>(state.cover(visited, space))
             })?;
@@ -146,8 +157,8 @@ impl Inner {
 }
 
 impl State {
-    /// Zeros over what the log holds of some blocks that is not written back, be it dirty or clean, and forgets the
-    /// rest. Returns the block it has come to.
+    /// Zeros over what the log holds of some blocks that is not written back, be it dirty or clean,
+    /// and forgets the rest. Returns the block it has come to.
     fn cover(&mut self, blocks: Range<BlockNo>, space: Space) -> (BlockNo, Result<(), Wait>) {
         for block in (blocks.start.0..blocks.end.0).map(BlockNo) {
             if !self.planted.has(Bug::CellOutlivesDiscard) {

@@ -1,5 +1,6 @@
-//! Fences: blocks whose content on the backing device a request is changing. Writes to them wait meanwhile, or one that was
-//! written back in the midst of it would be lost; and nothing of them is staged, for it could be old by then.
+//! Fences: blocks whose content on the backing device a request is changing. Writes to them wait
+//! meanwhile, or one that was written back in the midst of it would be lost; and nothing of them is
+//! staged, for it could be old by then.
 
 use super::Inner;
 use super::index::Cached;
@@ -28,7 +29,8 @@ impl<'a> Fence<'a> {
 
     /// Waits until none of the blocks is fenced.
     pub(super) async fn when_free(inner: &'a Inner, blocks: Range<BlockNo>) -> Fence<'a> {
-        let overlaps = |other: &Range<BlockNo>| other.start < blocks.end && blocks.start < other.end;
+        let overlaps =
+            |other: &Range<BlockNo>| other.start < blocks.end && blocks.start < other.end;
         inner
             .wait(&inner.events.changed, |state| {
                 let is_free = !state.fenced.iter().any(overlaps);
@@ -39,8 +41,9 @@ impl<'a> Fence<'a> {
 }
 
 impl Inner {
-    /// A change of fenced blocks on the backing device has failed. What that shows of them now, the next power cut may take
-    /// back; in the log, it would stay. So the log gets nothing any more of what the device shows.
+    /// A change of fenced blocks on the backing device has failed. What that shows of them now, the
+    /// next power cut may take back; in the log, it would stay. So the log gets nothing any more of
+    /// what the device shows.
     pub(super) fn change_failed(&self, error: &DeviceError) {
         tracing::warn!("read caching is suspended until the volume is attached again: {error}");
         self.lock().staging.suspend();
@@ -61,10 +64,12 @@ impl Drop for Fence<'_> {
 impl State {
     /// Whether a request is changing this block on the backing device.
     pub(super) fn is_fenced(&self, block: BlockNo) -> bool {
-        self.fenced.iter().any(|blocks| blocks.contains(&block)) && !self.planted.has(Bug::FenceIgnored)
+        self.fenced.iter().any(|blocks| blocks.contains(&block))
+            && !self.planted.has(Bug::FenceIgnored)
     }
 
-    /// Forgets the version of a block that is written back, since the backing device is to get a newer one.
+    /// Forgets the version of a block that is written back, since the backing device is to get a
+    /// newer one.
     pub(super) fn forget(&mut self, block: BlockNo, old: Cached) {
         self.index.remove(block);
         self.forgotten = self.id_of(old.place.slot).max(self.forgotten);

@@ -1,13 +1,16 @@
-//! Written-back segments that the kernel module must not find are emptied: before a discard or a write around the log is
-//! acknowledged, and when the cache is closed. [`log::handover`](crate::log::handover) says which, and why.
+//! Written-back segments that the kernel module must not find are emptied: before a discard or a
+//! write around the log is acknowledged, and when the cache is closed.
+//! [`log::handover`](crate::log::handover) says which, and why.
 //!
-//! A segment counts as emptied once its header was written *and* the device flushed after that. Until then it is in doubt,
-//! whatever a read of it shows, and each attempt writes it again. What cannot be read is written without.
+//! A segment counts as emptied once its header was written *and* the device flushed after that.
+//! Until then it is in doubt, whatever a read of it shows, and each attempt writes it again. What
+//! cannot be read is written without.
 //!
-//! A header that cannot be written keeps nothing waiting for long. Each request that needs it gone tries once. A discard
-//! fails, but only of blocks that the segment may hold; a write around the log goes through it instead, on top of the
-//! segment. That ends when a write succeeds, or when the log comes to the slot: it is overwritten then, or fails as any
-//! other would. A close tries a few times more; where that does not do, it says so and leaves no clean mark.
+//! A header that cannot be written keeps nothing waiting for long. Each request that needs it gone
+//! tries once. A discard fails, but only of blocks that the segment may hold; a write around the
+//! log goes through it instead, on top of the segment. That ends when a write succeeds, or when the
+//! log comes to the slot: it is overwritten then, or fails as any other would. A close tries a few
+//! times more; where that does not do, it says so and leaves no clean mark.
 
 use super::read::Pinned;
 use super::state::State;
@@ -24,7 +27,8 @@ use std::sync::Arc;
 const DEPTH: usize = 32;
 
 impl Inner {
-    /// Empties the written-back segments that would mislead the kernel module. Nothing else may be under way.
+    /// Empties the written-back segments that would mislead the kernel module. Nothing else may be
+    /// under way.
     pub(super) async fn hand_over(self: &Arc<Self>) -> Result<(), DeviceError> {
         let (geometry, written_back, newest, in_doubt, record_in_doubt) = {
             let state = self.lock();
@@ -36,13 +40,15 @@ impl Inner {
             self.write_record(written_back).await?;
         }
         let is_damaged = |id| in_doubt.contains(&id);
-        let misleading = segments_to_empty(&self.cache, geometry, [written_back, newest], is_damaged).await;
+        let misleading =
+            segments_to_empty(&self.cache, geometry, [written_back, newest], is_damaged).await;
         let failed = self.empty_segments(misleading).await?;
         failed.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Empties all segments up to the last that holds what was forgotten. A block may have older versions in any of them.
-    /// Returns why one could not be emptied that may hold some of these blocks: they could come back.
+    /// Empties all segments up to the last that holds what was forgotten. A block may have older
+    /// versions in any of them. Returns why one could not be emptied that may hold some of these
+    /// blocks: they could come back.
     pub(super) async fn empty_what_was_forgotten(
         self: &Arc<Self>,
         blocks: &Range<BlockNo>,
@@ -82,7 +88,8 @@ impl Inner {
         let emptying = segments.into_iter().map(async |id| (id, self.empty(id).await));
         let mut emptying = stream::iter(emptying).buffer_unordered(DEPTH);
         let (mut written, mut failed) = (Vec::new(), Vec::new());
-        // To the end, even after a failure: a slot stays pinned as long as a write to it is under way.
+        // To the end, even after a failure: a slot stays pinned as long as a write to it is under
+        // way.
         while let Some((id, emptied)) = emptying.next().await {
             match emptied {
                 Ok(true) => written.push(id),
@@ -101,14 +108,15 @@ impl Inner {
         Ok(failed)
     }
 
-    /// Empties a segment that is written back, if its slot still holds it. Returns whether anything was written, which is
-    /// in doubt until the device was flushed.
+    /// Empties a segment that is written back, if its slot still holds it. Returns whether anything
+    /// was written, which is in doubt until the device was flushed.
     async fn empty(self: &Arc<Self>, id: SegmentId) -> Result<bool, DeviceError> {
         let (geometry, durable, _pinned) = {
             let mut state = self.lock();
             let slot = state.geometry.slot_of(id);
             if state.id_of(slot) != id {
-                // What is to follow it is durable before anything is acknowledged that this was to go for.
+                // What is to follow it is durable before anything is acknowledged that this was to
+                // go for.
                 state.in_doubt.remove(&id);
                 return Ok(false);
             }

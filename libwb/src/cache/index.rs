@@ -1,15 +1,16 @@
 //! Block → place: where the newest version of each cached block lies.
 //!
-//! All of it is allocated once, about 15 bytes for each place: what the place holds, six bytes; the CRC of its data,
-//! where the cache keeps any, four and a bit; and a [`Table`] that finds the place of a block's newest version by looking the
-//! block up in the first part, between four and five.
+//! All of it is allocated once, about 15 bytes for each place: what the place holds, six bytes; the
+//! CRC of its data, where the cache keeps any, four and a bit; and a [`Table`] that finds the place
+//! of a block's newest version by looking the block up in the first part, between four and five.
 
 use super::table::Table;
 use crate::format::{BlockNo, DirtyBits, Geometry, PLACES, Place, Slot};
 use crate::sys::prefer_huge_pages;
 use std::hash::{BuildHasher, RandomState};
 
-/// Volumes have at most so many blocks, 4 PiB: a block number plus one fits five bytes. Opening a cache checks it.
+/// Volumes have at most so many blocks, 4 PiB: a block number plus one fits five bytes. Opening a
+/// cache checks it.
 pub(super) const MAX_BLOCKS: u64 = (1 << 40) - 1;
 
 /// An entry of the log as the index keeps it.
@@ -24,8 +25,8 @@ pub(super) struct Index {
     places: Box<[Held]>,
     /// The CRC-32C of what each place holds; or none at all.
     crcs: Box<[u32]>,
-    /// Of which places that is known, a bit for each. Any number may be a CRC, and whoever chooses what is written can
-    /// choose it, so that none of them can stand for "not known".
+    /// Of which places that is known, a bit for each. Any number may be a CRC, and whoever chooses
+    /// what is written can choose it, so that none of them can stand for "not known".
     known: Box<[u64]>,
     /// Which places hold the zeros of a discard, a bit for each; empty until there is one.
     discarded: Vec<u64>,
@@ -35,8 +36,8 @@ pub(super) struct Index {
     secret: u64,
 }
 
-/// What a place holds, packed: a block number plus one in five bytes, little-endian, and its dirty bits. Zeros stand for
-/// nothing, so that fresh memory need not be touched.
+/// What a place holds, packed: a block number plus one in five bytes, little-endian, and its dirty
+/// bits. Zeros stand for nothing, so that fresh memory need not be touched.
 type Held = [u8; 6];
 
 fn held(block: BlockNo, dirty: DirtyBits) -> Held {
@@ -89,7 +90,8 @@ impl Index {
         known.then(|| self.crcs[number(place) as usize])
     }
 
-    /// Notes the CRC-32C of what a place holds. Forgotten where the cache keeps none, or the place holds nothing.
+    /// Notes the CRC-32C of what a place holds. Forgotten where the cache keeps none, or the place
+    /// holds nothing.
     pub(super) fn set_crc(&mut self, place: Place, crc: u32) {
         if self.at(place).is_some()
             && let Some(kept) = self.crcs.get_mut(number(place) as usize)
@@ -149,7 +151,8 @@ impl Index {
     /// Makes a place the newest version of the block that it holds. Returns the one before.
     pub(super) fn link(&mut self, block: BlockNo, place: Place) -> Option<Cached> {
         let (number, hash_of_block) = (number(place), self.hash(block));
-        if let Some((at, old)) = self.newest.find(hash_of_block, |number| self.holds(number, block)) {
+        if let Some((at, old)) = self.newest.find(hash_of_block, |number| self.holds(number, block))
+        {
             self.newest.replace(at, number);
             return Some(self.cached(old));
         }
@@ -164,7 +167,8 @@ impl Index {
         Cached { place: place(number), dirty: DirtyBits(dirty) }
     }
 
-    /// Changes the dirty bits of a place that holds something, and is about to hold something else of the same block.
+    /// Changes the dirty bits of a place that holds something, and is about to hold something else
+    /// of the same block.
     pub(super) fn set_dirty(&mut self, place: Place, dirty: DirtyBits) {
         debug_assert!(self.at(place).is_some());
         self.not_discarded(number(place));
@@ -174,7 +178,9 @@ impl Index {
 
     /// Forgets a block. The place that holds it stays taken.
     pub(super) fn remove(&mut self, block: BlockNo) {
-        if let Some((at, _)) = self.newest.find(self.hash(block), |number| self.holds(number, block)) {
+        if let Some((at, _)) =
+            self.newest.find(self.hash(block), |number| self.holds(number, block))
+        {
             self.newest.remove(at);
         }
     }
@@ -260,15 +266,20 @@ mod tests {
         }
     }
 
-    /// The engine forgets a slot before it writes there. Whoever does not must find no more than what was there is lost.
+    /// The engine forgets a slot before it writes there. Whoever does not must find no more than
+    /// what was there is lost.
     #[test]
     fn a_place_that_is_taken_again_leaves_no_entry_behind() {
-        let geometry =
-            Geometry::of_device(SUPERBLOCK_REGION_BYTES + 3 * to_u64(SEGMENT_BYTES)).expect("three slots");
+        let geometry = Geometry::of_device(SUPERBLOCK_REGION_BYTES + 3 * to_u64(SEGMENT_BYTES))
+            .expect("three slots");
         let mut index = Index::new(geometry, true);
         for lap in 0..100 {
             for number in 0..3 * u32::from(PLACES) {
-                index.insert(BlockNo(1000 * lap + u64::from(number)), DirtyBits::ALL, place(number));
+                index.insert(
+                    BlockNo(1000 * lap + u64::from(number)),
+                    DirtyBits::ALL,
+                    place(number),
+                );
             }
         }
         assert_eq!((index.len(), index.newest.aside()), (3 * usize::from(PLACES), 0));
@@ -277,8 +288,8 @@ mod tests {
     /// A log that is full of distinct blocks, and was for several laps.
     #[test]
     fn a_full_log_takes_less_than_fifteen_bytes_for_each_block_and_keeps_none_aside() {
-        let geometry =
-            Geometry::of_device(SUPERBLOCK_REGION_BYTES + 1000 * to_u64(SEGMENT_BYTES)).expect("slots");
+        let geometry = Geometry::of_device(SUPERBLOCK_REGION_BYTES + 1000 * to_u64(SEGMENT_BYTES))
+            .expect("slots");
         let mut index = Index::new(geometry, true);
         let places = to_u64(geometry.slots() as usize * usize::from(PLACES));
         let mut blocks = (0..).map(BlockNo);

@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Buckets of a histogram. The last one takes all that is longer than the one before: half a minute.
+/// Buckets of a histogram. The last one takes all that is longer than the one before: half a
+/// minute.
 const BUCKETS: usize = 26;
 
 /// A kind of request whose time is measured.
@@ -66,7 +67,8 @@ fn bucket(time: Duration) -> usize {
 /// How many requests took how long.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Histogram {
-    /// How many took up to 1 µs, then up to 2, up to 4, and so on; the last bucket has no limit. May be empty.
+    /// How many took up to 1 µs, then up to 2, up to 4, and so on; the last bucket has no limit.
+    /// May be empty.
     pub buckets: Vec<u64>,
     /// What all took together.
     pub total: Duration,
@@ -87,8 +89,8 @@ impl Histogram {
         })
     }
 
-    /// So many requests of a thousand took no longer than this: the limit of their bucket. That of the last bucket is
-    /// where it begins. `None` if nothing was measured.
+    /// So many requests of a thousand took no longer than this: the limit of their bucket. That of
+    /// the last bucket is where it begins. `None` if nothing was measured.
     pub fn per_mille(&self, share: u64) -> Option<Duration> {
         let count = u128::from(self.count());
         let wanted = (count * u128::from(share)).div_ceil(1000).max(1);
@@ -168,7 +170,10 @@ mod tests {
     #[test]
     fn percentiles_are_the_limits_of_their_buckets() {
         let mut buckets = vec![0; BUCKETS];
-        assert_eq!(Histogram { buckets: buckets.clone(), ..Histogram::default() }.per_mille(500), None);
+        assert_eq!(
+            Histogram { buckets: buckets.clone(), ..Histogram::default() }.per_mille(500),
+            None
+        );
         (buckets[3], buckets[10], buckets[BUCKETS - 1]) = (98, 1, 1);
         let histogram = Histogram { buckets, ..Histogram::default() };
         let found = [500, 980, 981, 990, 999].map(|share| histogram.per_mille(share).unwrap() / 8);

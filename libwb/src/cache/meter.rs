@@ -16,8 +16,9 @@ struct Busy {
     total: Duration,
 }
 
-/// The flushes of a device that several use. A failed flush gives up what it should have made durable, whoever wrote
-/// that, and no later one reports it: so each user must know of the failures of all.
+/// The flushes of a device that several use. A failed flush gives up what it should have made
+/// durable, whoever wrote that, and no later one reports it: so each user must know of the failures
+/// of all.
 #[derive(Default)]
 pub(super) struct Flushes {
     /// Held during a flush.
@@ -39,11 +40,16 @@ impl Flushes {
         Failures(self.failed.load(Ordering::Acquire))
     }
 
-    /// Makes durable what was written since `before`. Those who wait at the same time share a flush.
+    /// Makes durable what was written since `before`. Those who wait at the same time share a
+    /// flush.
     ///
     /// # Errors
     /// When this flush fails, or another one has since. The writes must be repeated, then.
-    pub(super) async fn flush(&self, device: &Metered, before: Failures) -> Result<(), DeviceError> {
+    pub(super) async fn flush(
+        &self,
+        device: &Metered,
+        before: Failures,
+    ) -> Result<(), DeviceError> {
         // One that begins from now on covers what was written.
         let enough = self.begun.load(Ordering::Acquire) + 1;
         let _alone = self.alone.lock().await;
@@ -60,7 +66,13 @@ impl Flushes {
             return Ok(());
         }
         let device = device.name().clone();
-        Err(DeviceError { device, operation: Operation::Flush, offset: 0, length: 0, cause: Errno::EIO })
+        Err(DeviceError {
+            device,
+            operation: Operation::Flush,
+            offset: 0,
+            length: 0,
+            cause: Errno::EIO,
+        })
     }
 }
 
@@ -107,8 +119,11 @@ impl Metered {
     /// For how long anything was under way through this, all in all.
     pub(super) fn busy_here(&self) -> Duration {
         let busy = self.busy.lock();
-        let now =
-            if busy.in_flight > 0 { self.runtime.now().saturating_sub(busy.since) } else { Duration::ZERO };
+        let now = if busy.in_flight > 0 {
+            self.runtime.now().saturating_sub(busy.since)
+        } else {
+            Duration::ZERO
+        };
         busy.total + now
     }
 

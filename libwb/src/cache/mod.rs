@@ -1,9 +1,9 @@
 //! The cache engine.
 //!
-//! Runtime-agnostic: it knows block devices and a [`Runtime`], but no file, thread or front end, so that the daemon
-//! and the simulator run the same code. [`state`](self) is pure and lives under one short lock; no I/O and no
-//! waiting happens while it is held. Requests are futures that their callers poll; appending, flushing and
-//! write-back are background tasks.
+//! Runtime-agnostic: it knows block devices and a [`Runtime`], but no file, thread or front end, so
+//! that the daemon and the simulator run the same code. [`state`](self) is pure and lives under one
+//! short lock; no I/O and no waiting happens while it is held. Requests are futures that their
+//! callers poll; appending, flushing and write-back are background tasks.
 
 mod access;
 mod age;
@@ -69,7 +69,8 @@ use std::time::Duration;
 
 /// Writes are paced when less than this part of the log is free: one in so many.
 pub const PACED_BELOW: u64 = throttle::TIGHT;
-/// The log is written back, whatever the load, when less than this part of it is free: one in so many.
+/// The log is written back, whatever the load, when less than this part of it is free: one in so
+/// many.
 pub const URGENT_BELOW: u64 = 8;
 
 const _: () = assert!(SUPERBLOCK_REGION_BYTES.is_multiple_of(SECTOR_BYTES as u64));
@@ -101,7 +102,10 @@ pub enum CacheError {
         length: u64,
     },
     /// The backing device has more blocks than the index can name.
-    #[error("{backing}: too large for a backing device: {bytes} bytes, and at most {maximum} are supported")]
+    #[error(
+        "{backing}: too large for a backing device: {bytes} bytes, and at most {maximum} are \
+         supported"
+    )]
     TooLarge {
         /// The backing device.
         backing: String,
@@ -115,8 +119,9 @@ pub enum CacheError {
     Closed,
     /// The cache was closed, but a segment that is written back could not be emptied.
     #[error(
-        "all data is kept, but the kernel module must not get this cache yet, for it would take old data for new: {0}. Attach \
-         and detach the volume once more, or use wbcheck --repair, before it does"
+        "all data is kept, but the kernel module must not get this cache yet, for it would take \
+         old data for new: {0}. Attach and detach the volume once more, or use wbcheck --repair, \
+         before it does"
     )]
     NotHandedOver(DeviceError),
 }
@@ -162,7 +167,8 @@ struct Events {
 
 impl Events {
     fn wake_all(&self) {
-        for event in [&self.changed, &self.appender, &self.flusher, &self.writeback, &self.staging] {
+        for event in [&self.changed, &self.appender, &self.flusher, &self.writeback, &self.staging]
+        {
             event.notify(usize::MAX);
         }
     }
@@ -182,7 +188,8 @@ struct Inner {
     counters: AtomicCounters,
     latencies: AtomicLatencies,
     baseline: Baseline,
-    /// Held while the cache device is flushed: of two flushes at once, one could take the other's error.
+    /// Held while the cache device is flushed: of two flushes at once, one could take the other's
+    /// error.
     flushing: AsyncMutex<()>,
     recovery_time: Duration,
     /// Bytes of the log that recovery read.
@@ -257,7 +264,8 @@ impl Cache {
         self.inner.events.staging.notify(usize::MAX);
     }
 
-    /// Writes nothing back any more, but for a drain that is asked for, and when the log is full and writes wait.
+    /// Writes nothing back any more, but for a drain that is asked for, and when the log is full
+    /// and writes wait.
     pub fn pause(&self) {
         self.inner.lock().paused = true;
     }
@@ -265,7 +273,9 @@ impl Cache {
     /// Waits until no batch is being written back. After a [`Cache::pause`], that is the end of the
     /// one under way, if there is one, and of drains that were asked for.
     pub async fn batch_ended(&self) {
-        self.inner.wait(&self.inner.events.changed, |state| (!state.rate.is_working()).then_some(())).await;
+        self.inner
+            .wait(&self.inner.events.changed, |state| (!state.rate.is_working()).then_some(()))
+            .await;
     }
 
     /// Ends a [`Cache::pause`].
@@ -274,12 +284,12 @@ impl Cache {
         self.inner.events.writeback.notify(usize::MAX);
     }
 
-    /// Makes everything that was acknowledged before survive a power cut; in the modes `through` and `around`, the loss of
-    /// the cache device, too.
+    /// Makes everything that was acknowledged before survive a power cut; in the modes `through`
+    /// and `around`, the loss of the cache device, too.
     ///
     /// # Errors
-    /// When the cache device fails; nothing is known then of what was not flushed before. In those modes, also when the
-    /// backing device does. And when the cache is being closed.
+    /// When the cache device fails; nothing is known then of what was not flushed before. In those
+    /// modes, also when the backing device does. And when the cache is being closed.
     pub async fn flush(&self) -> Result<(), CacheError> {
         self.inner.counters.flushes.add(1);
         self.inner.flush_log().await?;
@@ -291,10 +301,12 @@ impl Cache {
         if leftover { self.drain().await } else { Ok(()) }
     }
 
-    /// Writes everything back that is dirty at the time of the call. Dropped, it leaves the rest to the usual policy.
+    /// Writes everything back that is dirty at the time of the call. Dropped, it leaves the rest to
+    /// the usual policy.
     ///
     /// # Errors
-    /// When a device fails, and write-back goes on trying by itself; or when the cache is being closed.
+    /// When a device fails, and write-back goes on trying by itself; or when the cache is being
+    /// closed.
     pub async fn drain(&self) -> Result<(), CacheError> {
         let target = self.inner.seal().await?;
         // Once the newest versions are durable, older ones need not be written.
@@ -302,16 +314,19 @@ impl Cache {
         self.inner.drain_to(target).await
     }
 
-    /// Takes no more requests, makes everything durable, ends the background tasks, and prepares the cache for the kernel
-    /// module.
+    /// Takes no more requests, makes everything durable, ends the background tasks, and prepares
+    /// the cache for the kernel module.
     ///
     /// # Errors
-    /// When the cache device fails. The tasks are ended all the same. With [`CacheError::NotHandedOver`], nothing is lost.
+    /// When the cache device fails. The tasks are ended all the same. With
+    /// [`CacheError::NotHandedOver`], nothing is lost.
     pub async fn close(&self) -> Result<(), CacheError> {
         self.inner.lock().closing = true;
         self.inner.events.wake_all();
         let flushed = self.inner.close_log().await;
-        self.inner.wait(&self.inner.events.changed, |state| state.fenced.is_empty().then_some(())).await;
+        self.inner
+            .wait(&self.inner.events.changed, |state| state.fenced.is_empty().then_some(()))
+            .await;
         self.inner.lock().stopping = true;
         self.inner.events.wake_all();
         self.inner.wait(&self.inner.events.changed, |state| (state.tasks == 0).then_some(())).await;
@@ -319,7 +334,8 @@ impl Cache {
         let lost = self.inner.lock().stuck_blocks().map_or(0, |stuck| stuck.lost);
         if lost > 0 {
             tracing::warn!(
-                "{lost} blocks are lost; the kernel module would not know, and take what is left of them for data"
+                "{lost} blocks are lost; the kernel module would not know, and take what is left \
+                 of them for data"
             );
         }
         if let Err(error) = self.inner.retrying(|| self.inner.hand_over()).await {
@@ -356,15 +372,16 @@ impl Drop for Drain<'_> {
 }
 
 impl Inner {
-    /// Whether a flush makes a commit, or closes the segment. In strict order each batch of write-back ends with a flush,
-    /// and the record of it names whole segments.
+    /// Whether a flush makes a commit, or closes the segment. In strict order each batch of
+    /// write-back ends with a flush, and the record of it names whole segments.
     fn commits(&self) -> bool {
         self.digest.is_some() && self.tunables.lock().writeback_order != WritebackOrder::Strict
     }
 
     /// Makes everything durable that was acknowledged before.
     async fn flush_log(&self) -> Result<(), CacheError> {
-        let target = if self.commits() { self.want_commit()? } else { Position::end_of(self.seal().await?) };
+        let target =
+            if self.commits() { self.want_commit()? } else { Position::end_of(self.seal().await?) };
         self.wait_durable(target).await
     }
 
@@ -430,7 +447,8 @@ impl Inner {
         Ok(target)
     }
 
-    /// Notes in the superblock extension that the cache was closed in order, with this segment as its newest, or was not.
+    /// Notes in the superblock extension that the cache was closed in order, with this segment as
+    /// its newest, or was not.
     async fn mark(&self, clean: Option<SegmentId>) -> Result<(), DeviceError> {
         let Some(extension) = &self.extension else { return Ok(()) };
         if extension.clean == clean {

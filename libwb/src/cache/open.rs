@@ -12,15 +12,16 @@ use super::writeback::{Item, Stop};
 use super::{AsyncMutex, Cache, CacheError, Events, Inner, Tunables};
 use crate::device::{BlockDevice, Device, DeviceError, Overlay, all};
 use crate::format::{
-    BLOCK_BYTES, Geometry, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot, SuperblockExtension, to_u64,
-    to_usize,
+    BLOCK_BYTES, Geometry, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot,
+    SuperblockExtension, to_u64, to_usize,
 };
 use crate::log::create::{close_segment, write_extension, write_filler};
 use crate::log::live::{Beyond, Totals, first_outside, live_totals};
 use crate::log::reach::Reach;
 use crate::log::recovery::{Damage, Explanation, Recovery, recover};
 use crate::log::scan::{
-    BackingFacts, SlotContent, Superblock, check_pairing, read_superblock, scan, scan_headers, scan_trusting,
+    BackingFacts, SlotContent, Superblock, check_pairing, read_superblock, scan, scan_headers,
+    scan_trusting,
 };
 use crate::log::{LogError, Use};
 use crate::planted::{Bug, Planted};
@@ -40,8 +41,8 @@ struct Replay {
     superblock: Superblock,
     recovery: Recovery,
     index: Index,
-    /// Dirty sectors of older versions that the newest version of their block does not carry. They had been written
-    /// back when the newer version was made, but the log does not say so.
+    /// Dirty sectors of older versions that the newest version of their block does not carry. They
+    /// had been written back when the newer version was made, but the log does not say so.
     leftovers: Vec<Item>,
     /// The newest live segment with a clean entry, of which the index knows nothing.
     staged: SegmentId,
@@ -50,10 +51,13 @@ struct Replay {
 }
 
 impl Cache {
-    /// Recovers the log of a cache device, and starts to serve the volume; as [`Purpose::serve`]. Until the log has been found sound and to fit the backing device, nothing is written to either.
+    /// Recovers the log of a cache device, and starts to serve the volume; as [`Purpose::serve`].
+    /// Until the log has been found sound and to fit the backing device, nothing is written to
+    /// either.
     ///
     /// # Errors
-    /// When a device fails, the cache device holds no cache, its log is corrupt, or it does not fit the backing device.
+    /// When a device fails, the cache device holds no cache, its log is corrupt, or it does not fit
+    /// the backing device.
     pub async fn open(
         cache: Device,
         backing: Device,
@@ -77,11 +81,18 @@ impl Cache {
         if purpose.read_only {
             let (cache, backing) = (Overlay::over(cache), Overlay::over(backing));
             let tunables = Tunables { read_cache_threshold: 0, ..Tunables::default() };
-            return Cache::open_with(Arc::new(cache), Arc::new(backing), runtime, tunables, purpose).await;
+            return Cache::open_with(
+                Arc::new(cache),
+                Arc::new(backing),
+                runtime,
+                tunables,
+                purpose,
+            )
+            .await;
         }
         if purpose.until.is_some() {
-            // What a daemon that was killed has left in its volatile cache must not be lost once the backing device has
-            // it. The overlay has no flush.
+            // What a daemon that was killed has left in its volatile cache must not be lost once
+            // the backing device has it. The overlay has no flush.
             cache.flush().await?;
             let cache = Arc::new(Overlay::over(cache));
             return Cache::open_with(cache, backing, runtime, tunables, purpose).await;
@@ -130,7 +141,8 @@ impl Cache {
         state.forgotten = staged.max(written_back);
         state.unindexed = state.forgotten;
         // The kernel module would stop at them.
-        let damaged = recovery.damage.iter().filter(|it| it.explanation == Explanation::WrittenBack);
+        let damaged =
+            recovery.damage.iter().filter(|it| it.explanation == Explanation::WrittenBack);
         state.in_doubt = damaged.map(|it| it.expected).collect();
         let opened = runtime.now();
         let recovery_time = opened.saturating_sub(started);
@@ -171,7 +183,8 @@ impl Cache {
 }
 
 impl Cache {
-    /// What [`Cache::open_for`] would recover for [`Purpose::replay`]. Refuses what that would refuse, and changes nothing.
+    /// What [`Cache::open_for`] would recover for [`Purpose::replay`]. Refuses what that would
+    /// refuse, and changes nothing.
     ///
     /// # Errors
     /// As [`Cache::open_for`].
@@ -188,7 +201,11 @@ impl Cache {
     }
 }
 
-fn replay_until(cache: &Device, recovery: Recovery, until: SegmentId) -> Result<Recovery, LogError> {
+fn replay_until(
+    cache: &Device,
+    recovery: Recovery,
+    until: SegmentId,
+) -> Result<Recovery, LogError> {
     let points = recovery.points();
     if points.contains(&until) {
         return Ok(recovery.until(until));
@@ -197,7 +214,8 @@ fn replay_until(cache: &Device, recovery: Recovery, until: SegmentId) -> Result<
     Err(LogError::NoSuchPoint { device: cache.name().to_string(), until, first, last })
 }
 
-/// What to record when the backing device is larger than it was, so that it is noticed should it shrink again.
+/// What to record when the backing device is larger than it was, so that it is noticed should it
+/// shrink again.
 fn grown(extension: Option<&SuperblockExtension>, backing: &Device) -> Option<SuperblockExtension> {
     let extension = extension?;
     let (before, sectors) = (extension.backing_sectors, BackingFacts::of(backing).sectors);
@@ -255,15 +273,17 @@ impl Slots<'_> {
         self.index.forget(slot);
         self.outside.remove(&slot);
         self.staged.remove(&slot);
-        let Some(header) = content.header.as_ref().filter(|_| content.state.valid_id().is_some()) else {
+        let Some(header) = content.header.as_ref().filter(|_| content.state.valid_id().is_some())
+        else {
             return;
         };
         if let Some(extension) = &header.extension {
             self.ages.set(slot, Duration::from_millis(extension.time));
         }
-        for (entry, place) in header.metablocks.iter().zip((0..).map(|index| Place { slot, index })) {
-            // Staged by read caching. What it holds may be older than the backing device by now: the kernel module
-            // writes around a cache without a trace in the log.
+        for (entry, place) in header.metablocks.iter().zip((0..).map(|index| Place { slot, index }))
+        {
+            // Staged by read caching. What it holds may be older than the backing device by now:
+            // the kernel module writes around a cache without a trace in the log.
             if entry.dirty.is_clean() {
                 self.staged.insert(slot);
                 continue;
@@ -283,7 +303,9 @@ impl Slots<'_> {
     fn apply(&mut self, id: SegmentId, leftovers: &mut Vec<Item>) {
         let slot = self.geometry.slot_of(id);
         let places = || (0..PLACES).map(|index| Place { slot, index });
-        places().filter_map(|place| self.index.at(place)).for_each(|(block, _)| self.index.fetch(block));
+        places()
+            .filter_map(|place| self.index.at(place))
+            .for_each(|(block, _)| self.index.fetch(block));
         for place in places() {
             let Some((block, dirty)) = self.index.at(place) else { continue };
             if let Some(old) = self.index.link(block, place) {
@@ -345,7 +367,8 @@ impl Slots<'_> {
         recovery: Recovery,
         planted: Planted,
     ) -> Result<Replay, LogError> {
-        let above = planted.has(Bug::GapSkipped) || planted.has(Bug::CutShortIgnored) && recovery.is_open;
+        let above =
+            planted.has(Bug::GapSkipped) || planted.has(Bug::CutShortIgnored) && recovery.is_open;
         let above = recovery.dropped.iter().copied().filter(|_| above);
         let live: Vec<SegmentId> = recovery.live().chain(above).collect();
         let mut holds_live = vec![false; self.geometry.all_slots().len()];
@@ -374,15 +397,16 @@ impl Slots<'_> {
 }
 
 impl Inner {
-    /// Makes the devices agree with what recovery decided. A crash in the midst of it changes nothing of that.
+    /// Makes the devices agree with what recovery decided. A crash in the midst of it changes
+    /// nothing of that.
     async fn settle(
         &self,
         recovery: &Recovery,
         written_back: SegmentId,
         leftovers: Vec<Item>,
     ) -> Result<(), CacheError> {
-        // A daemon that was killed may have left segments in the cache device's volatile cache, and a discard in the
-        // backing device's. Reads show them, so the next flush must cover them.
+        // A daemon that was killed may have left segments in the cache device's volatile cache, and
+        // a discard in the backing device's. Reads show them, so the next flush must cover them.
         self.cache.flush().await?;
         self.backing.flush().await?;
         match self.write_items(leftovers).await {
@@ -394,16 +418,18 @@ impl Inner {
             }
             Err(Stop::Closing) => {}
         }
-        // The record must stand before dropped segments are erased: without them, W no longer follows from H.
+        // The record must stand before dropped segments are erased: without them, W no longer
+        // follows from H.
         if written_back > recovery.record {
             self.write_record(written_back).await?;
         }
         // While dropped segments stand, the log does not end below the record, whatever is damaged.
         self.renew(&recovery.damage).await;
-        // The log will grow up to dropped segments again, and what is half there could be made whole by a write of the
-        // same data.
+        // The log will grow up to dropped segments again, and what is half there could be made
+        // whole by a write of the same data.
         let geometry = self.lock().geometry;
-        let torn = recovery.damage.iter().filter(|damage| damage.explanation == Explanation::PowerCut);
+        let torn =
+            recovery.damage.iter().filter(|damage| damage.explanation == Explanation::PowerCut);
         let dropped = recovery.dropped.iter().map(|&id| geometry.slot_of(id));
         let slots: Vec<Slot> = dropped.chain(torn.map(|damage| damage.slot)).collect();
         if !slots.is_empty() && !self.planted.has(Bug::DroppedNotErased) {
@@ -411,8 +437,8 @@ impl Inner {
             let filler = if geometry.slots() == 1 { recovery.point } else { SegmentId::NONE };
             self.erase(slots.into_iter().map(|slot| (slot, filler)).collect()).await?;
         }
-        // The log goes on after the newest segment. Only when nothing is left that could be taken for what followed it, may
-        // its header say that it was closed.
+        // The log goes on after the newest segment. Only when nothing is left that could be taken
+        // for what followed it, may its header say that it was closed.
         if let Some(id) = recovery.open_end().filter(|_| !self.planted.has(Bug::OpenEndLeft)) {
             close_segment(&self.cache, geometry, id).await?;
             self.cache.flush().await?;
@@ -420,8 +446,9 @@ impl Inner {
         Ok(())
     }
 
-    /// Makes what is damaged and written back sound. It has no explanation any more once the log has come near it, and the
-    /// kernel module would read no further than there. What cannot be written is no worse than it was.
+    /// Makes what is damaged and written back sound. It has no explanation any more once the log
+    /// has come near it, and the kernel module would read no further than there. What cannot be
+    /// written is no worse than it was.
     async fn renew(&self, damage: &[Damage]) {
         let damaged = damage.iter().filter(|damage| damage.explanation == Explanation::WrittenBack);
         let slots: Vec<_> = damaged.map(|damage| (damage.slot, damage.expected)).collect();
@@ -433,11 +460,18 @@ impl Inner {
         }
     }
 
-    /// Erases the headers of slots, or puts empty segments with these ids there. It is durable afterwards.
+    /// Erases the headers of slots, or puts empty segments with these ids there. It is durable
+    /// afterwards.
     async fn erase(&self, slots: Vec<(Slot, SegmentId)>) -> Result<(), DeviceError> {
         let geometry = self.lock().geometry;
         let erase = |(slot, id)| {
-            write_filler(&self.cache, geometry, slot, (id, SegmentId::NONE), self.extension.as_ref())
+            write_filler(
+                &self.cache,
+                geometry,
+                slot,
+                (id, SegmentId::NONE),
+                self.extension.as_ref(),
+            )
         };
         all(stream::iter(slots.into_iter().map(erase)).buffer_unordered(ERASE_DEPTH)).await?;
         self.cache.flush().await

@@ -13,10 +13,12 @@ use std::time::Duration;
 
 /// The most segments in a batch, as `nr_max_batched_writeback` has it.
 const LARGEST_BATCH: u64 = 4096;
-/// How often the load is looked at. After this time without a write, the log is written back though there is room.
+/// How often the load is looked at. After this time without a write, the log is written back though
+/// there is room.
 const PERIOD: Duration = Duration::from_secs(1);
-/// A batch is at most this part of the log, one in so many segments, since its slots come free all at once and writes have to
-/// make do with the others until then. The larger a batch, the less a disk's arm moves for each block of it.
+/// A batch is at most this part of the log, one in so many segments, since its slots come free all
+/// at once and writes have to make do with the others until then. The larger a batch, the less a
+/// disk's arm moves for each block of it.
 const BATCH: u64 = 4;
 /// But it need not be smaller than this.
 const SMALL_BATCH: u64 = 8;
@@ -81,8 +83,9 @@ impl Load {
             .zip(last.device)
             .map(|(now, then)| now.saturating_sub(then).saturating_sub(writeback));
         let busy = requests.max(others.unwrap_or_default());
-        self.percent =
-            u32::try_from(busy.as_millis() * 100 / length.as_millis().max(1)).unwrap_or(u32::MAX).min(100);
+        self.percent = u32::try_from(busy.as_millis() * 100 / length.as_millis().max(1))
+            .unwrap_or(u32::MAX)
+            .min(100);
     }
 }
 
@@ -100,7 +103,8 @@ impl Inner {
                     let before = self.lock().written_back;
                     let stop = self.batch(last).await.err();
                     // Where blocks were only moved, the log is as full as before.
-                    let has_room = |state: &State| state.written_back > before && state.free_slots() > 0;
+                    let has_room =
+                        |state: &State| state.written_back > before && state.free_slots() > 0;
                     if stop.is_none() || has_room(&self.lock()) {
                         failing_since = None;
                         self.lock().jammed = None;
@@ -128,7 +132,8 @@ impl Inner {
                 }
                 Next::Wait => {
                     if let Either::Right(_) = select(listener, &mut load.end).await {
-                        // However early the clock says that was: a sleep that has ended is not to be polled again.
+                        // However early the clock says that was: a sleep that has ended is not to
+                        // be polled again.
                         load.end = self.runtime.sleep(PERIOD);
                     }
                 }
@@ -223,8 +228,8 @@ impl Inner {
         tunables.writeback_order == WritebackOrder::Strict && !self.planted.has(Bug::EpochsMixed)
     }
 
-    /// Whether the next batch is to go on after this segment, up to where what cannot be read has a newer version. In
-    /// strict order it must not.
+    /// Whether the next batch is to go on after this segment, up to where what cannot be read has a
+    /// newer version. In strict order it must not.
     pub(super) fn reaches_further_than(&self, last: SegmentId) -> bool {
         let is_strict = self.is_strict(&self.tunables.lock());
         let state = self.lock();
@@ -242,12 +247,14 @@ impl Inner {
             self.events.appender.notify(usize::MAX);
         }
         let most = u64::from(tunables.nr_max_batched_writeback).min(state.largest_batch(load));
-        let reached = if self.planted.has(Bug::VolatileWrittenBack) { state.written } else { state.durable };
+        let reached =
+            if self.planted.has(Bug::VolatileWrittenBack) { state.written } else { state.durable };
         let mut last = reached.min(state.written_back.plus(most));
         if self.is_strict(tunables) {
             last = state.first_flush_within(last);
         } else {
-            let before_stuck = state.before_stuck(self.runtime.now()).filter(|_| !state.is_pressed());
+            let before_stuck =
+                state.before_stuck(self.runtime.now()).filter(|_| !state.is_pressed());
             last = last.min(before_stuck.unwrap_or(last));
             last = last.max(state.replacement(reached).unwrap_or_default());
         }
@@ -272,7 +279,8 @@ impl State {
     }
 
     fn wants_writeback(&self, load: &Load, threshold: u32) -> bool {
-        if self.drain_to() > self.written_back || self.waiting_for_slot > 0 || self.jammed.is_some() {
+        if self.drain_to() > self.written_back || self.waiting_for_slot > 0 || self.jammed.is_some()
+        {
             return true;
         }
         if self.paused {
@@ -287,16 +295,16 @@ impl State {
         urgent || ((load.idle || half_full) && load.percent < threshold)
     }
 
-    /// How many segments may be written back at a time. Where hardly anything is written meanwhile, or somebody waits for
-    /// all of it, as many as there are free slots.
+    /// How many segments may be written back at a time. Where hardly anything is written meanwhile,
+    /// or somebody waits for all of it, as many as there are free slots.
     fn largest_batch(&self, load: &Load) -> u64 {
         let part = (self.geometry.lap() / BATCH).max(SMALL_BATCH);
         let calm = load.idle || self.drain_to() > self.written_back;
         if calm { part.max(self.free_slots()) } else { part }
     }
 
-    /// Up to where a batch must reach to heal what cannot be read, if it may: no larger than the largest that can be set, for
-    /// each block of it takes memory.
+    /// Up to where a batch must reach to heal what cannot be read, if it may: no larger than the
+    /// largest that can be set, for each block of it takes memory.
     fn replacement(&self, reached: SegmentId) -> Option<SegmentId> {
         let furthest = reached.min(self.written_back.plus(LARGEST_BATCH));
         Some(self.replaced_by).filter(|&id| id <= furthest)

@@ -50,8 +50,8 @@ impl Purpose {
         Purpose::of(Reading::Headers)
     }
 
-    /// To serve reads alone: neither device is written to. What recovery would write lies in memory. Of the other
-    /// operations, none may be called.
+    /// To serve reads alone: neither device is written to. What recovery would write lies in
+    /// memory. Of the other operations, none may be called.
     pub fn read_only() -> Purpose {
         Purpose { read_only: true, wanted: Use::Read, ..Purpose::serve() }
     }
@@ -61,9 +61,9 @@ impl Purpose {
         Purpose::of(Reading::Whole)
     }
 
-    /// As [`Purpose::replay`], of the log as it was when a segment was the newest. Nothing is written to the cache
-    /// device, so that the log is still there afterwards, to its end. The segment must be in the part of the log that is
-    /// not written back.
+    /// As [`Purpose::replay`], of the log as it was when a segment was the newest. Nothing is
+    /// written to the cache device, so that the log is still there afterwards, to its end. The
+    /// segment must be in the part of the log that is not written back.
     pub fn replay_until(segment: SegmentId) -> Purpose {
         Purpose { until: Some(segment), ..Purpose::replay() }
     }
@@ -74,8 +74,8 @@ impl Purpose {
         Purpose { known, ..self }
     }
 
-    /// A backing device that already holds what comes after the segment of [`Purpose::replay_until`] is not refused,
-    /// though the two make a mixture.
+    /// A backing device that already holds what comes after the segment of
+    /// [`Purpose::replay_until`] is not refused, though the two make a mixture.
     #[must_use]
     pub fn mixing(self, mixes: bool) -> Purpose {
         Purpose { mixes, ..self }

@@ -69,8 +69,10 @@ impl Rate {
         }
         let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
         let is_known = bytes > 0 && blocks > 0 && !busy.is_zero();
-        is_known
-            .then(|| Pace { bytes_per_second: bytes as f64 / busy.as_secs_f64(), per_block: busy / blocks })
+        is_known.then(|| Pace {
+            bytes_per_second: bytes as f64 / busy.as_secs_f64(),
+            per_block: busy / blocks,
+        })
     }
 
     /// Counts the time since the last count, if a batch is under way.

@@ -1,4 +1,5 @@
-//! The way of a read: one visit to the state splits the request by where each sector's newest version lies.
+//! The way of a read: one visit to the state splits the request by where each sector's newest
+//! version lies.
 
 use super::access::Access;
 use super::index::Cached;
@@ -8,7 +9,8 @@ use super::write::{Fragment, fragments};
 use super::{Cache, CacheError, Inner};
 use crate::device::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation};
 use crate::format::{
-    BLOCK_BYTES, DirtyBits, Place, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, Slot, crc32c, to_u64, to_usize,
+    BLOCK_BYTES, DirtyBits, Place, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, Slot, crc32c, to_u64,
+    to_usize,
 };
 use crate::planted::Bug;
 use futures_util::StreamExt;
@@ -185,7 +187,12 @@ impl Cache {
 
 impl State {
     /// How a request meets a block of which the cache holds this version.
-    pub(super) fn access(&self, fragment: &Fragment, cached: Option<Cached>, write: bool) -> Access {
+    pub(super) fn access(
+        &self,
+        fragment: &Fragment,
+        cached: Option<Cached>,
+        write: bool,
+    ) -> Access {
         Access {
             write,
             hit: cached.is_some(),
@@ -207,7 +214,11 @@ impl State {
 
 impl Inner {
     /// Fetches what a read needs, and fills the rest of its buffer.
-    async fn fetch_all(&self, mut fetches: Vec<Fetch>, mut buf: IoBuf) -> Result<IoBuf, CacheError> {
+    async fn fetch_all(
+        &self,
+        mut fetches: Vec<Fetch>,
+        mut buf: IoBuf,
+    ) -> Result<IoBuf, CacheError> {
         let alone = fetches.len() == 1;
         if alone && fetches[0].is_whole(buf.len()) {
             let fetch = fetches.remove(0);
@@ -226,7 +237,8 @@ impl Inner {
             let (fetch, data, skip) = done?;
             for part in fetch.parts {
                 let from = part.from + skip;
-                buf[part.to..part.to + part.length].copy_from_slice(&data[from..from + part.length]);
+                buf[part.to..part.to + part.length]
+                    .copy_from_slice(&data[from..from + part.length]);
             }
         }
         Ok(buf)
@@ -259,7 +271,8 @@ impl Inner {
                         Some(_) if state.is_lost(cached.place) => plan.lost = Some(cached.place),
                         Some(data) => {
                             let from = run.first * SECTOR_BYTES;
-                            buf[run.at..run.at + run.length].copy_from_slice(&data[from..from + run.length]);
+                            buf[run.at..run.at + run.length]
+                                .copy_from_slice(&data[from..from + run.length]);
                         }
                         None => {
                             let dirty = state.is_dirty(cached.place, cached.dirty);
@@ -273,8 +286,9 @@ impl Inner {
         plan
     }
 
-    /// Fetches from a device. Also returns how many bytes precede what was asked for. `into` is a buffer of just
-    /// the right length, if there is one. `alone` is a fetch beside which the request needs no other.
+    /// Fetches from a device. Also returns how many bytes precede what was asked for. `into` is a
+    /// buffer of just the right length, if there is one. `alone` is a fetch beside which the
+    /// request needs no other.
     async fn fetch(
         &self,
         fetch: &Fetch,
@@ -282,13 +296,18 @@ impl Inner {
         alone: bool,
     ) -> Result<(IoBuf, usize), CacheError> {
         let (crcs, clean_at) = match &fetch.source {
-            Source::Backing => return Ok(self.fetch_backing(fetch.offset, fetch.length, into).await?),
+            Source::Backing => {
+                return Ok(self.fetch_backing(fetch.offset, fetch.length, into).await?);
+            }
             Source::Cache { crcs, clean_at, .. } => (crcs, *clean_at),
         };
         let buf = into.unwrap_or_else(|| IoBuf::zeroed(fetch.length));
         // The cache device is quick: to wait for it here takes less than to hand the read over.
-        let read =
-            if alone { self.cache.read_alone(fetch.offset, buf) } else { self.cache.read(fetch.offset, buf) };
+        let read = if alone {
+            self.cache.read_alone(fetch.offset, buf)
+        } else {
+            self.cache.read(fetch.offset, buf)
+        };
         match (self.verified(crcs, fetch.offset, read).await, clean_at) {
             (Ok(data), _) => Ok((data, 0)),
             (Err(error), None) => Err(error.into()),
@@ -315,8 +334,8 @@ impl Inner {
         self.backing.read(start, buf).await.map(|data| (data, to_usize(offset - start)))
     }
 
-    /// Reads neighbouring places of a slot from the cache device, and verifies their data where its CRC is known.
-    /// The slot is pinned, or not written back.
+    /// Reads neighbouring places of a slot from the cache device, and verifies their data where its
+    /// CRC is known. The slot is pinned, or not written back.
     pub(super) async fn read_places(&self, first: Place, buf: IoBuf) -> Result<IoBuf, DeviceError> {
         let (offset, crcs): (u64, Vec<Option<u32>>) = {
             let state = self.lock();
@@ -342,8 +361,10 @@ impl Inner {
     }
 
     fn verify(&self, crcs: &[Option<u32>], offset: u64, data: IoBuf) -> Result<IoBuf, DeviceError> {
-        let is_rotten = |block: &[u8], crc: Option<u32>| crc.is_some_and(|crc| crc != crc32c(block));
-        let rotten = data.chunks(BLOCK_BYTES).zip(crcs).position(|(block, &crc)| is_rotten(block, crc));
+        let is_rotten =
+            |block: &[u8], crc: Option<u32>| crc.is_some_and(|crc| crc != crc32c(block));
+        let rotten =
+            data.chunks(BLOCK_BYTES).zip(crcs).position(|(block, &crc)| is_rotten(block, crc));
         match rotten.filter(|_| !self.planted.has(Bug::RotServed)) {
             None => Ok(data),
             Some(nth) => Err(self.altered(offset + to_u64(nth * BLOCK_BYTES))),
@@ -353,16 +374,29 @@ impl Inner {
     /// That a block at this offset of the cache device is not what was written.
     pub(super) fn altered(&self, offset: u64) -> DeviceError {
         let (device, cause) = (self.cache.name().clone(), DeviceError::ALTERED);
-        DeviceError { device, operation: Operation::Read, offset, length: to_u64(BLOCK_BYTES), cause }
+        DeviceError {
+            device,
+            operation: Operation::Read,
+            offset,
+            length: to_u64(BLOCK_BYTES),
+            cause,
+        }
     }
 }
 
 /// Splits a fragment into runs of neighbouring sectors that the cache holds, or does not.
-fn runs(fragment: &Fragment, wanted: DirtyBits, held: DirtyBits) -> impl Iterator<Item = (Fragment, bool)> {
+fn runs(
+    fragment: &Fragment,
+    wanted: DirtyBits,
+    held: DirtyBits,
+) -> impl Iterator<Item = (Fragment, bool)> {
     let part = |bits: DirtyBits, from_cache| {
         bits.runs().map(move |(first, count)| {
             let at = fragment.at + (first - fragment.first) * SECTOR_BYTES;
-            (Fragment { block: fragment.block, first, at, length: count * SECTOR_BYTES }, from_cache)
+            (
+                Fragment { block: fragment.block, first, at, length: count * SECTOR_BYTES },
+                from_cache,
+            )
         })
     };
     let missing = wanted.without(held);

@@ -1,13 +1,16 @@
-//! Read caching: blocks that are read from the backing device again and again are put into the log as clean entries.
+//! Read caching: blocks that are read from the backing device again and again are put into the log
+//! as clean entries.
 //!
-//! A read of a whole block that the cache does not hold reserves a *cell* for it, in the same visit to the state that
-//! plans the read, and fills it when the data has come. Whatever makes that data old (a write, a discard) cancels the
-//! cell, pending or filled, in its own visit. Filled cells wait until a segment's worth is there. A background task then
-//! puts them into the open segment, as long as no writer could come to wait because of that.
+//! A read of a whole block that the cache does not hold reserves a *cell* for it, in the same visit
+//! to the state that plans the read, and fills it when the data has come. Whatever makes that data
+//! old (a write, a discard) cancels the cell, pending or filled, in its own visit. Filled cells
+//! wait until a segment's worth is there. A background task then puts them into the open segment,
+//! as long as no writer could come to wait because of that.
 //!
-//! Not every miss is worth the wear: a sequence of more than `read_cache_threshold` neighbouring blocks is not staged,
-//! as in the kernel module; and a block is only staged when it was missed before, so that what is read once is not
-//! written to the cache device. For this, a table of hashed block numbers remembers misses for a while.
+//! Not every miss is worth the wear: a sequence of more than `read_cache_threshold` neighbouring
+//! blocks is not staged, as in the kernel module; and a block is only staged when it was missed
+//! before, so that what is read once is not written to the cache device. For this, a table of
+//! hashed block numbers remembers misses for a while.
 
 use super::Inner;
 use super::index::hash;
@@ -21,7 +24,8 @@ use std::sync::Arc;
 
 /// Blocks that are put into the log in one visit to the state.
 const VISIT: u8 = 16;
-/// Entries of the table of misses, four bytes each: one for each place of the log, within these limits.
+/// Entries of the table of misses, four bytes each: one for each place of the log, within these
+/// limits.
 const FEWEST_MISSES: usize = 1 << 12;
 const MOST_MISSES: usize = 1 << 20;
 
@@ -38,10 +42,12 @@ pub(super) struct Staging {
     /// Places of the log.
     places: usize,
     pending: BTreeMap<BlockNo, Ticket>,
-    /// In the order of their addresses, so that neighbours come to lie side by side on the cache device.
+    /// In the order of their addresses, so that neighbours come to lie side by side on the cache
+    /// device.
     filled: BTreeMap<BlockNo, IoBuf>,
     tickets: u64,
-    /// How many misses in a row were of neighbouring blocks, and the block that would go on with them.
+    /// How many misses in a row were of neighbouring blocks, and the block that would go on with
+    /// them.
     sequence: u64,
     next: BlockNo,
     misses: Option<Misses>,
@@ -94,7 +100,8 @@ impl Staging {
         Ticket(self.tickets)
     }
 
-    /// A whole block is to be read from the backing device. Returns whether a cell was reserved for it.
+    /// A whole block is to be read from the backing device. Returns whether a cell was reserved for
+    /// it.
     pub(super) fn missed(&mut self, block: BlockNo, ticket: Ticket) -> bool {
         if self.misses.is_none() {
             return false;
@@ -108,7 +115,8 @@ impl Staging {
             }
             return false;
         }
-        // Of two reads of the same block, the first has the cell. Without a free one, the next miss counts again.
+        // Of two reads of the same block, the first has the cell. Without a free one, the next miss
+        // counts again.
         let again = self.misses.as_mut().is_some_and(|misses| misses.again(block));
         let wanted = again && self.has_room() && !self.holds(block);
         if wanted && let Some(misses) = &mut self.misses {
@@ -127,7 +135,8 @@ impl Staging {
         !self.suspended && self.pending.len() + self.filled.len() < self.limit
     }
 
-    /// Fills a cell, if one is free, with the newest version of a block. Returns whether there was one.
+    /// Fills a cell, if one is free, with the newest version of a block. Returns whether there was
+    /// one.
     pub(super) fn keep(&mut self, block: BlockNo, data: IoBuf) -> bool {
         let kept = self.has_room();
         if kept {
@@ -160,13 +169,15 @@ impl Staging {
         self.filled.remove(&block);
     }
 
-    /// Whether it is time to put filled cells into the log: there is a segment's worth, or there are no more cells.
+    /// Whether it is time to put filled cells into the log: there is a segment's worth, or there
+    /// are no more cells.
     pub(super) fn is_ripe(&self) -> bool {
         self.filled.len() >= usize::from(PLACES) || (!self.filled.is_empty() && !self.has_room())
     }
 }
 
-/// Blocks that were missed of late, as far as the table has room: a later miss takes the entry of an earlier one.
+/// Blocks that were missed of late, as far as the table has room: a later miss takes the entry of
+/// an earlier one.
 struct Misses(Box<[u32]>);
 
 impl Misses {
@@ -194,7 +205,8 @@ impl Misses {
     }
 }
 
-/// Cells that a read has reserved, to be filled when it is done. What is left of them when this is dropped is given up.
+/// Cells that a read has reserved, to be filled when it is done. What is left of them when this is
+/// dropped is given up.
 pub(super) struct Reserved {
     inner: Arc<Inner>,
     ticket: Ticket,
@@ -203,7 +215,11 @@ pub(super) struct Reserved {
 }
 
 impl Reserved {
-    pub(super) fn new(inner: &Arc<Inner>, ticket: Ticket, blocks: Vec<(BlockNo, usize)>) -> Option<Reserved> {
+    pub(super) fn new(
+        inner: &Arc<Inner>,
+        ticket: Ticket,
+        blocks: Vec<(BlockNo, usize)>,
+    ) -> Option<Reserved> {
         (!blocks.is_empty()).then(|| Reserved { inner: inner.clone(), ticket, blocks })
     }
 
@@ -258,8 +274,8 @@ impl Inner {
 }
 
 impl State {
-    /// Whether clean blocks may be put into the log: it is nowhere near full, so that no writer comes to wait for a
-    /// slot that they take, and the appender keeps up.
+    /// Whether clean blocks may be put into the log: it is nowhere near full, so that no writer
+    /// comes to wait for a slot that they take, and the appender keeps up.
     fn may_stage(&self) -> bool {
         let has_room = self.free_slots() > 1 + self.geometry.lap() / TIGHT;
         has_room && self.may_seal() && self.failure.is_none() && !self.closing
@@ -321,7 +337,11 @@ mod tests {
         let mut short = staging(3, 100);
         assert_eq!(reserved(&mut short, &[7, 20, 21, 22, 40]), [7, 20, 21, 22, 40]);
         let mut long = staging(3, 100);
-        assert_eq!(reserved(&mut long, &[7, 20, 21, 22, 23, 24, 40]), [7, 40], "its beginning is given up");
+        assert_eq!(
+            reserved(&mut long, &[7, 20, 21, 22, 23, 24, 40]),
+            [7, 40],
+            "its beginning is given up"
+        );
         assert!(reserved(&mut staging(0, 100), &[7]).is_empty());
     }
 
@@ -331,7 +351,9 @@ mod tests {
         reserved(&mut staging, &[1, 5]);
         let ticket = Ticket(staging.tickets);
         staging.cancel(BlockNo(5));
-        assert!(staging.fill(BlockNo(1), ticket, data()) && !staging.fill(BlockNo(5), ticket, data()));
+        assert!(
+            staging.fill(BlockNo(1), ticket, data()) && !staging.fill(BlockNo(5), ticket, data())
+        );
         // Read again, twice, with a cell of its own.
         assert_eq!(reserved(&mut staging, &[5]), [5]);
         assert!(!staging.fill(BlockNo(5), ticket, data()));
@@ -351,7 +373,10 @@ mod tests {
         staging.cancel(BlockNo(1));
         assert!(!staging.is_ripe());
         let next = staging.ticket();
-        assert!(staging.missed(BlockNo(7), next), "it found no cell, and was missed twice all the same");
+        assert!(
+            staging.missed(BlockNo(7), next),
+            "it found no cell, and was missed twice all the same"
+        );
         staging.configure(&Tunables::default());
         assert!(!staging.holds(BlockNo(3)) && staging.misses.is_none(), "switched off");
     }

@@ -6,9 +6,10 @@
 //! … written_back │ dirty, durable … durable │ … written │ sealed, in RAM … │ open, in RAM
 //! ```
 //!
-//! Up to `written_back` (which the superblock record holds durably) slots may be reused. `durable` segments
-//! survive a power cut; `written` ones are on the device, perhaps in its volatile cache. Of the segment after them, whether
-//! open or sealed, the first blocks may be durable or written, too: see [`commits`](super::commits).
+//! Up to `written_back` (which the superblock record holds durably) slots may be reused. `durable`
+//! segments survive a power cut; `written` ones are on the device, perhaps in its volatile cache.
+//! Of the segment after them, whether open or sealed, the first blocks may be durable or written,
+//! too: see [`commits`](super::commits).
 
 use super::access::Accesses;
 use super::age::Ages;
@@ -22,7 +23,8 @@ use super::throttle::Throttle;
 use super::tunables::Tunables;
 use crate::device::{DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, PLACES, Place, Reason, SEGMENT_BYTES, SegmentId, Slot,
+    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, PLACES, Place, Reason, SEGMENT_BYTES, SegmentId,
+    Slot,
 };
 use crate::planted::{Bug, Planted};
 use crate::sys::prefetch_to_write;
@@ -30,7 +32,8 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Sealed segments kept in RAM on their way to the device, 512 KiB each. Writers wait when there are as many.
+/// Sealed segments kept in RAM on their way to the device, 512 KiB each. Writers wait when there
+/// are as many.
 pub(super) const MAX_SEALED: usize = 8;
 
 /// The segment that takes new blocks.
@@ -55,7 +58,8 @@ pub(super) struct SealedSegment {
     pub(super) written: bool,
 }
 
-/// Whether a block may take one of the last free slots. They are kept for blocks that are moved: see [`super::stuck`].
+/// Whether a block may take one of the last free slots. They are kept for blocks that are moved:
+/// see [`super::stuck`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reserve {
     Use,
@@ -98,18 +102,23 @@ pub(super) struct State {
     pub(super) throttle: Throttle,
     pub(super) rate: Rate,
     pub(super) ages: Ages,
-    /// For each slot whether an epoch of the write history ends with its segment: whether a flush came after it.
+    /// For each slot whether an epoch of the write history ends with its segment: whether a flush
+    /// came after it.
     epoch_ends: Box<[bool]>,
-    /// Blocks that a discard or a write around the log is changing on the backing device. Writes to them wait.
+    /// Blocks that a discard or a write around the log is changing on the backing device. Writes to
+    /// them wait.
     pub(super) fenced: Vec<Range<BlockNo>>,
-    /// Up to where segments may hold what the backing device has newer, once they are written back. What had been written
-    /// back or staged before the cache was opened is not in the index, so the first discard begins with all of that.
+    /// Up to where segments may hold what the backing device has newer, once they are written back.
+    /// What had been written back or staged before the cache was opened is not in the index, so the
+    /// first discard begins with all of that.
     pub(super) forgotten: SegmentId,
     /// Up to where they were emptied because of that, but for those in doubt.
     pub(super) emptied: SegmentId,
-    /// Written-back segments that were to be emptied, or found damaged, and are not known to be empty durably.
+    /// Written-back segments that were to be emptied, or found damaged, and are not known to be
+    /// empty durably.
     pub(super) in_doubt: BTreeSet<SegmentId>,
-    /// Up to where the index does not know all that segments hold: those from before the cache was opened.
+    /// Up to where the index does not know all that segments hold: those from before the cache was
+    /// opened.
     pub(super) unindexed: SegmentId,
     /// Reads under way on a slot, which must not be overwritten meanwhile.
     pins: HashMap<Slot, u32>,
@@ -119,8 +128,8 @@ pub(super) struct State {
     pub(super) waiting_for_slot: usize,
     /// Write-back has something to do.
     pub(super) writing_back: bool,
-    /// The newest segment with a version of a block of which an older one cannot be read: once both are in one batch,
-    /// nobody needs the older.
+    /// The newest segment with a version of a block of which an older one cannot be read: once both
+    /// are in one batch, nobody needs the older.
     pub(super) replaced_by: SegmentId,
     /// Blocks whose newest version is newer than the backing device.
     pub(super) dirty_blocks: u64,
@@ -148,8 +157,14 @@ pub(super) struct State {
 }
 
 impl State {
-    /// A state in which everything up to `point` is durable and everything up to `written_back` is clean.
-    pub(super) fn new(geometry: Geometry, index: Index, written_back: SegmentId, point: SegmentId) -> State {
+    /// A state in which everything up to `point` is durable and everything up to `written_back` is
+    /// clean.
+    pub(super) fn new(
+        geometry: Geometry,
+        index: Index,
+        written_back: SegmentId,
+        point: SegmentId,
+    ) -> State {
         State {
             geometry,
             index,
@@ -259,9 +274,10 @@ impl State {
         self.newest.since(self.written_back)
     }
 
-    /// Takes the next place of the open segment for a block, and makes it the block's newest version. The place
-    /// holds old data of other blocks until the caller fills it. Nothing older can be staged any more: while this version
-    /// is live, a read of the whole block does not go to the backing device.
+    /// Takes the next place of the open segment for a block, and makes it the block's newest
+    /// version. The place holds old data of other blocks until the caller fills it. Nothing older
+    /// can be staged any more: while this version is live, a read of the whole block does not go to
+    /// the backing device.
     pub(super) fn take_place(
         &mut self,
         block: BlockNo,
@@ -282,7 +298,8 @@ impl State {
         if self.open.is_none() {
             self.open_next(reserve)?;
         }
-        let was_dirty = self.index.get(block).is_some_and(|old| self.is_dirty(old.place, old.dirty));
+        let was_dirty =
+            self.index.get(block).is_some_and(|old| self.is_dirty(old.place, old.dirty));
         self.dirty_blocks += u64::from(!dirty.is_clean() && !was_dirty);
         if !self.planted.has(Bug::CellOutlivesWrite) {
             self.staging.cancel(block);
@@ -301,8 +318,8 @@ impl State {
         Ok(open.buf.block_at_mut(BLOCK_BYTES * usize::from(open.length)))
     }
 
-    /// The data of a block in the open segment, to be overwritten in place, unless a commit holds it. Its dirty bits grow by
-    /// `dirty`.
+    /// The data of a block in the open segment, to be overwritten in place, unless a commit holds
+    /// it. Its dirty bits grow by `dirty`.
     pub(super) fn overwrite(
         &mut self,
         place: Place,
@@ -330,8 +347,13 @@ impl State {
         self.index.forget(self.geometry.slot_of(id));
         self.newest = id;
         let buf = self.spare.pop().unwrap_or_else(|| IoBuf::zeroed(SEGMENT_BYTES));
-        self.open =
-            Some(OpenSegment { id, length: 0, buf, commits: Commits::default(), lost: Lost::default() });
+        self.open = Some(OpenSegment {
+            id,
+            length: 0,
+            buf,
+            commits: Commits::default(),
+            lost: Lost::default(),
+        });
         Ok(())
     }
 
@@ -377,7 +399,8 @@ impl State {
         }
     }
 
-    /// All of a sealed segment has reached the device. Frees the RAM of all segments that lie there without a gap.
+    /// All of a sealed segment has reached the device. Frees the RAM of all segments that lie there
+    /// without a gap.
     pub(super) fn segment_written(&mut self, id: SegmentId) {
         if let Some(segment) = self.sealed.iter_mut().find(|segment| segment.id == id) {
             segment.written = true;
@@ -418,8 +441,8 @@ impl State {
         }
     }
 
-    /// Whether an epoch of the write history ends with a segment of the log. Of one from before the cache was opened
-    /// nobody knows; it counts as such, which is the safer answer.
+    /// Whether an epoch of the write history ends with a segment of the log. Of one from before the
+    /// cache was opened nobody knows; it counts as such, which is the safer answer.
     pub(super) fn ends_epoch(&self, id: SegmentId) -> bool {
         self.epoch_ends[self.geometry.slot_of(id).0 as usize]
     }
@@ -437,8 +460,11 @@ impl State {
             return false;
         }
         self.pins.remove(&slot);
-        let waiting = self.sealed.iter().filter(|segment| !segment.started).map(|segment| segment.id);
-        waiting.chain(self.open.as_ref().map(|open| open.id)).any(|id| self.geometry.slot_of(id) == slot)
+        let waiting =
+            self.sealed.iter().filter(|segment| !segment.started).map(|segment| segment.id);
+        waiting
+            .chain(self.open.as_ref().map(|open| open.id))
+            .any(|id| self.geometry.slot_of(id) == slot)
     }
 
     pub(super) fn is_pinned(&self, slot: Slot) -> bool {

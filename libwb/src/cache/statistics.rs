@@ -70,7 +70,8 @@ counters! {
     write_bytes,
     /// Flush requests.
     flushes,
-    /// Commits of segments that were not closed yet, each made by a flush, or several that share it.
+    /// Commits of segments that were not closed yet, each made by a flush, or several that share
+    /// it.
     commits,
     /// Segments written to the cache device, and closed.
     segments_written,
@@ -78,7 +79,8 @@ counters! {
     partial_segments_written,
     /// Bytes written to the cache device: segments, superblock records, emptied segments.
     cache_write_bytes,
-    /// Blocks read, or written through the cache, that were kept for reads, on their way to the cache device.
+    /// Blocks read, or written through the cache, that were kept for reads, on their way to the
+    /// cache device.
     staged_blocks,
     /// Clean blocks put into the log by read caching.
     injected_blocks,
@@ -92,13 +94,14 @@ counters! {
     cache_read_errors,
     /// Batches of write-back that failed, in whole or in part; each is tried again.
     writeback_errors,
-    /// Blocks that could not be written back, each time that they were kept in the log beyond their segment's turn.
+    /// Blocks that could not be written back, each time that they were kept in the log beyond their
+    /// segment's turn.
     moved_blocks,
 }
 
 impl AtomicCounters {
-    /// A commit, or the rest of a segment that is closed for this reason, was written to the cache device: so many bytes
-    /// and a header. The segment has so many blocks.
+    /// A commit, or the rest of a segment that is closed for this reason, was written to the cache
+    /// device: so many bytes and a header. The segment has so many blocks.
     pub(super) fn appended(&self, reason: Reason, blocks: usize, bytes: usize) {
         self.cache_write_bytes.add(to_u64(BLOCK_BYTES + bytes));
         if reason == Reason::Open {
@@ -146,7 +149,8 @@ impl Statistics {
     }
 }
 
-/// What the counters were when they last started anew. They themselves only grow: the engine goes by some of them.
+/// What the counters were when they last started anew. They themselves only grow: the engine goes
+/// by some of them.
 pub(super) struct Baseline(Mutex<Statistics>);
 
 impl Baseline {

@@ -39,8 +39,8 @@ pub struct Status {
     pub durable: SegmentId,
     /// Every segment up to this one is written back.
     pub written_back: SegmentId,
-    /// For how long the oldest data that is not written back has been waiting; `None` where nothing waits, or nobody
-    /// knows, as of what was in a cache of the base format.
+    /// For how long the oldest data that is not written back has been waiting; `None` where nothing
+    /// waits, or nobody knows, as of what was in a cache of the base format.
     pub oldest_dirty: Option<Duration>,
     /// Write-back is paused.
     pub paused: bool,
@@ -58,8 +58,8 @@ pub struct Status {
     pub recovery_bytes: u64,
     /// The tunables in force.
     pub tunables: Tunables,
-    /// Dirty blocks without those of the batch under way that have been written to the backing device. They count as dirty
-    /// until all of the batch is durable there.
+    /// Dirty blocks without those of the batch under way that have been written to the backing
+    /// device. They count as dirty until all of the batch is durable there.
     pub blocks_to_write_back: u64,
     /// How fast write-back was in the last minute while it worked; `None` while it does not get on.
     pub writeback_pace: Option<Pace>,
@@ -75,7 +75,8 @@ impl Cache {
         let writeback_error = inner.counters.last_writeback_error().map(|error| error.to_string());
         let mut state = inner.lock();
         let (current, next_place) = state.cursor();
-        let writeback_pace = state.rate.pace(inner.runtime.now()).filter(|_| writeback_error.is_none());
+        let writeback_pace =
+            state.rate.pace(inner.runtime.now()).filter(|_| writeback_error.is_none());
         Status {
             volume_bytes: inner.backing.size(),
             log_bytes: state.geometry.lap() * to_u64(SEGMENT_BYTES),
@@ -108,7 +109,8 @@ impl Cache {
 }
 
 impl Cache {
-    /// Which cache it is, and how far it has come for good; `None` for one of the base format, which has no identity.
+    /// Which cache it is, and how far it has come for good; `None` for one of the base format,
+    /// which has no identity.
     pub fn seen(&self) -> Option<Seen> {
         let inner = &self.inner;
         let uuid = inner.extension.as_ref()?.uuid;

@@ -1,15 +1,17 @@
-//! Blocks that cannot be written back while others can: the backing device does not take them, or the cache device does
-//! not give them back.
+//! Blocks that cannot be written back while others can: the backing device does not take them, or
+//! the cache device does not give them back.
 //!
-//! Slots are used again in the order of the log, so the segment of such a block would in time keep all writes waiting.
-//! Therefore the block is *moved* after some attempts: it is written to the end of the log once more, and its old segment
-//! counts as written back as soon as that is durable. There it is tried again, at growing intervals.
+//! Slots are used again in the order of the log, so the segment of such a block would in time keep
+//! all writes waiting. Therefore the block is *moved* after some attempts: it is written to the end
+//! of the log once more, and its old segment counts as written back as soon as that is durable.
+//! There it is tried again, at growing intervals.
 //!
-//! What cannot be read any more is *lost*. It is moved all the same, with a CRC that its data does not match: reads of it
-//! fail until it is written anew or discarded.
+//! What cannot be read any more is *lost*. It is moved all the same, with a CRC that its data does
+//! not match: reads of it fail until it is written anew or discarded.
 //!
-//! Two kinds are not moved, and stop write-back at their segment. In strict order, nothing is: what is written back later
-//! must not be there without what came before. And without the extension, what is lost is not: there is no CRC to say so.
+//! Two kinds are not moved, and stop write-back at their segment. In strict order, nothing is: what
+//! is written back later must not be there without what came before. And without the extension,
+//! what is lost is not: there is no CRC to say so.
 
 use super::index::Cached;
 use super::state::{Reserve, State, Wait};
@@ -82,7 +84,8 @@ pub struct StuckBlocks {
     pub lost: u64,
     /// Where some of them lie on the volume, in bytes, in order.
     pub first: Vec<u64>,
-    /// Why the first of them cannot be written back: of those that the backing device does not take, if there are any.
+    /// Why the first of them cannot be written back: of those that the backing device does not
+    /// take, if there are any.
     pub error: DeviceError,
 }
 
@@ -99,8 +102,8 @@ impl fmt::Display for StuckBlocks {
         if *lost > 0 {
             write!(
                 f,
-                "{} cannot be read from the cache device any more: reads of the volume fail there until it is written anew or \
-                 discarded",
+                "{} cannot be read from the cache device any more: reads of the volume fail there \
+                 until it is written anew or discarded",
                 blocks(*lost)
             )?;
         }
@@ -121,8 +124,9 @@ pub(super) struct Passage {
 }
 
 impl State {
-    /// Forgets those that are written back or discarded, and what was lost and is written anew. What the backing device does
-    /// not take of one version of a block, it does not take of the next.
+    /// Forgets those that are written back or discarded, and what was lost and is written anew.
+    /// What the backing device does not take of one version of a block, it does not take of the
+    /// next.
     pub(super) fn prune_stuck(&mut self) {
         if self.stuck.blocks.is_empty() {
             return;
@@ -151,7 +155,8 @@ impl State {
         Some(StuckBlocks { refused: to_u64(blocks.len()) - lost, lost, first, error })
     }
 
-    /// The segment before the oldest one that holds a moved block, while it is too early to try that again.
+    /// The segment before the oldest one that holds a moved block, while it is too early to try
+    /// that again.
     pub(super) fn before_stuck(&mut self, now: Duration) -> Option<SegmentId> {
         self.prune_stuck();
         if now >= self.stuck.retry_at {
@@ -175,9 +180,9 @@ impl State {
         }
     }
 
-    /// Notes what has failed in a batch that ends with `last`, and says how far it can go all the same. `passed_over` are
-    /// blocks that were not tried, each with its segment. `movable` says whether what is lost, or is not, may
-    /// be moved.
+    /// Notes what has failed in a batch that ends with `last`, and says how far it can go all the
+    /// same. `passed_over` are blocks that were not tried, each with its segment. `movable` says
+    /// whether what is lost, or is not, may be moved.
     pub(super) fn passage(
         &mut self,
         last: SegmentId,
@@ -211,7 +216,8 @@ impl State {
         for (id, block) in in_the_way {
             let stuck = self.stuck.blocks.get(&block);
             // A log that is full of such blocks has no room for others.
-            let may_ever = stuck.is_none_or(|stuck| movable(stuck.lost) && (stuck.moved || !too_many));
+            let may_ever =
+                stuck.is_none_or(|stuck| movable(stuck.lost) && (stuck.moved || !too_many));
             let may_now = may_ever && stuck.is_none_or(|stuck| stuck.may_be_moved(now));
             if !may_now || passage.moves.len() == MOST_MOVED {
                 passage.up_to = id.minus(1);
@@ -224,9 +230,13 @@ impl State {
         passage
     }
 
-    /// Of each of these blocks, the oldest segment up to `last` that holds anything of it. A newer version stands for an older
-    /// one only if both are written back.
-    fn oldest_versions(&self, last: SegmentId, failed: &[Failed]) -> BTreeSet<(SegmentId, BlockNo)> {
+    /// Of each of these blocks, the oldest segment up to `last` that holds anything of it. A newer
+    /// version stands for an older one only if both are written back.
+    fn oldest_versions(
+        &self,
+        last: SegmentId,
+        failed: &[Failed],
+    ) -> BTreeSet<(SegmentId, BlockNo)> {
         let mut wanted: BTreeSet<BlockNo> = failed.iter().map(|failed| failed.block).collect();
         let mut found = BTreeSet::new();
         let mut segments = (self.written_back.next().0..=last.0).map(SegmentId);
@@ -235,24 +245,30 @@ impl State {
         {
             let slot = self.geometry.slot_of(id);
             let held = (0..PLACES).filter_map(|index| self.index.at(Place { slot, index }));
-            found.extend(held.filter(|(block, _)| wanted.remove(block)).map(|(block, _)| (id, block)));
+            found.extend(
+                held.filter(|(block, _)| wanted.remove(block)).map(|(block, _)| (id, block)),
+            );
         }
         found
     }
 
-    /// Writes a block to the end of the log once more, if what was read of it is its newest version still. Returns whether.
+    /// Writes a block to the end of the log once more, if what was read of it is its newest version
+    /// still. Returns whether.
     fn move_block(&mut self, copy: &Copy) -> Result<bool, Wait> {
         let Copy { block, from, data, lost } = copy;
         if self.index.get(*block) != Some(*from) {
             return Ok(false);
         }
-        // Be it fenced or not: the data stays the same. A discard that waits for a slot would wait for this.
+        // Be it fenced or not: the data stays the same. A discard that waits for a slot would wait
+        // for this.
         self.take_place_of(*block, from.dirty, Reserve::Use)?.copy_from_slice(data.block_at(0));
         let trusted = self.planted.has(Bug::LostTrusted);
         if let Some(open) = self.open.as_mut().filter(|_| lost.is_some() && !trusted) {
             open.lost.add(open.length - 1);
         }
-        if let (Some(newest), Some(stuck)) = (self.index.get(*block), self.stuck.blocks.get_mut(block)) {
+        if let (Some(newest), Some(stuck)) =
+            (self.index.get(*block), self.stuck.blocks.get_mut(block))
+        {
             (stuck.place, stuck.moved, stuck.lost) = (newest.place, true, lost.is_some());
             if let Some(error) = lost {
                 stuck.error = error.clone();
@@ -267,8 +283,8 @@ impl Stuck {
         self.blocks.get(&block).map(|stuck| stuck.error.clone())
     }
 
-    /// A block cannot be read where it is to be moved from. Returns whether it is known to be lost; else it is tried again
-    /// for a while, as all are.
+    /// A block cannot be read where it is to be moved from. Returns whether it is known to be lost;
+    /// else it is tried again for a while, as all are.
     fn cannot_be_read(&mut self, block: BlockNo, error: &DeviceError, now: Duration) -> bool {
         let Some(stuck) = self.blocks.get_mut(&block) else { return false };
         if !stuck.lost {
@@ -290,8 +306,8 @@ struct Copy {
 }
 
 impl Inner {
-    /// Moves blocks of segments up to `last`, in their order, as many as can be. Returns how many that are, and why not all. It
-    /// is durable after a flush of the log.
+    /// Moves blocks of segments up to `last`, in their order, as many as can be. Returns how many
+    /// that are, and why not all. It is durable after a flush of the log.
     ///
     /// # Errors
     /// When the cache has failed, or is being closed.
@@ -312,9 +328,11 @@ impl Inner {
         }
         let (mut done, mut moved) = (0, 0);
         while done < copies.len() {
-            // As many as possible in one visit, or other writes could take what room there is in the reserve.
+            // As many as possible in one visit, or other writes could take what room there is in
+            // the reserve.
             let stopped = self.noticing(self.lock(), |state| {
-                // In the same visit: nothing may open a segment any more once the last one was sealed.
+                // In the same visit: nothing may open a segment any more once the last one was
+                // sealed.
                 state.check_open()?;
                 while let Some(copy) = copies.get(done) {
                     match copy.as_ref().map_or(Ok(false), |copy| state.move_block(copy)) {
@@ -345,8 +363,8 @@ impl Inner {
         Ok((done, why))
     }
 
-    /// Reads the newest version of a block. `None` when that lies beyond `last`, or nothing of it is to be written back: it
-    /// stands for the others as soon as it is durable.
+    /// Reads the newest version of a block. `None` when that lies beyond `last`, or nothing of it
+    /// is to be written back: it stands for the others as soon as it is durable.
     ///
     /// # Errors
     /// When it cannot be read, and is not known to be lost.
@@ -376,8 +394,8 @@ impl Inner {
         Ok(Some(Copy { block, from, data, lost }))
     }
 
-    /// The data of a block that cannot be read right, as far as the device still gives it: somebody may make something of it.
-    /// And whether it is right after all.
+    /// The data of a block that cannot be read right, as far as the device still gives it: somebody
+    /// may make something of it. And whether it is right after all.
     async fn what_is_left(&self, place: Place) -> (IoBuf, bool) {
         let (offset, crc) = {
             let state = self.lock();

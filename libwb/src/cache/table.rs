@@ -1,9 +1,10 @@
 //! A hash table of numbers that is allocated once and may be filled almost to the last cell.
 //!
-//! Each entry lies in one of two buckets, which its hash tells, a cache line each: so a search looks at two lines,
-//! however full the table is, and a removal leaves nothing behind. Where both buckets are full, an entry of them
-//! moves to its other bucket, and so on (cuckoo hashing), [`MAX_MOVES`] times at most. What even that finds no room for is
-//! kept aside, where a search goes through all of it; the hash being secret, that does not come up.
+//! Each entry lies in one of two buckets, which its hash tells, a cache line each: so a search
+//! looks at two lines, however full the table is, and a removal leaves nothing behind. Where both
+//! buckets are full, an entry of them moves to its other bucket, and so on (cuckoo hashing),
+//! [`MAX_MOVES`] times at most. What even that finds no room for is kept aside, where a search goes
+//! through all of it; the hash being secret, that does not come up.
 
 use crate::format::{to_u64, to_usize};
 use crate::sys::prefer_huge_pages;
@@ -20,8 +21,8 @@ type Bucket = [u32; CELLS];
 
 /// Finds numbers by the hash of what they stand for, which the caller knows.
 pub(super) struct Table {
-    /// In each cell a number plus one, and above it as much of the hash as there is room for; or [`FREE`]. Fresh memory that is
-    /// not touched before it is used.
+    /// In each cell a number plus one, and above it as much of the hash as there is room for; or
+    /// [`FREE`]. Fresh memory that is not touched before it is used.
     cells: Box<[u32]>,
     /// Where the first bucket begins, so that each is one cache line.
     start: usize,
@@ -45,9 +46,11 @@ pub(super) enum At {
 }
 
 impl Table {
-    /// A table for numbers below `limit`, each at most once: it is nowhere near full with all of them.
+    /// A table for numbers below `limit`, each at most once: it is nowhere near full with all of
+    /// them.
     pub(super) fn new(limit: u32) -> Table {
-        // One in eight cells stays free, so that hardly an insertion in a hundred finds both its buckets full.
+        // One in eight cells stays free, so that hardly an insertion in a hundred finds both its
+        // buckets full.
         let cells = to_usize(limit.into()) + to_usize(limit.into()) / 7;
         let number_bits = u32::BITS - limit.leading_zeros();
         let buckets = cells.div_ceil(CELLS).max(2);
@@ -89,7 +92,9 @@ impl Table {
             let nth = to_usize(alike.trailing_zeros().into());
             alike &= alike - 1;
             let (bucket, cell) = (buckets[nth / CELLS], nth % CELLS);
-            if let Some(number) = self.number(self.bucket(bucket)[cell]).filter(|&number| is_it(number)) {
+            if let Some(number) =
+                self.number(self.bucket(bucket)[cell]).filter(|&number| is_it(number))
+            {
                 return Some((At::Bucket { bucket, cell }, number));
             }
         }
@@ -97,14 +102,15 @@ impl Table {
         Some((At::Aside(aside), self.aside[aside]))
     }
 
-    /// Has the processor fetch what a search for this hash looks at. Searches that each wait for that take longer than a round
-    /// of these for all of them.
+    /// Has the processor fetch what a search for this hash looks at. Searches that each wait for
+    /// that take longer than a round of these for all of them.
     pub(super) fn fetch(&self, hash: u64) {
         let [one, other] = self.buckets_of(hash);
         black_box(self.bucket(one)[0] ^ self.bucket(other)[0]);
     }
 
-    /// A bit for each cell that may hold an entry of this tag. Without branches, so that cells are compared at once.
+    /// A bit for each cell that may hold an entry of this tag. Without branches, so that cells are
+    /// compared at once.
     fn alike(&self, cells: &Bucket, tag: u32) -> u32 {
         let mut alike = 0;
         for (nth, cell) in cells.iter().enumerate() {
@@ -225,7 +231,10 @@ mod tests {
             }
             assert_eq!(table.len(), limit as usize);
             for wanted in 0..limit {
-                assert!(table.find(hash(wanted), |number| number == wanted).is_some(), "{wanted} of {limit}");
+                assert!(
+                    table.find(hash(wanted), |number| number == wanted).is_some(),
+                    "{wanted} of {limit}"
+                );
             }
         }
     }

@@ -1,10 +1,12 @@
-//! The engine on devices in memory. Crashes are the simulator's business; here it is the plain behaviour.
+//! The engine on devices in memory. Crashes are the simulator's business; here it is the plain
+//! behaviour.
 
 use super::{Access, Cache, CacheError, Purpose, Tunables};
 use crate::device::{BlockDevice, Device, IoBuf, MemDevice};
 use crate::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId,
-    SuperblockExtension, crc32c, empty_header, encode_superblock_block, to_u64, to_usize,
+    BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
+    SegmentId, SuperblockExtension, crc32c, empty_header, encode_superblock_block, to_u64,
+    to_usize,
 };
 use crate::log::LogError;
 use crate::log::scan::{SlotState, scan};
@@ -29,7 +31,8 @@ impl Rig {
     }
 
     fn with(segments: u64, backing_blocks: usize, extended: bool) -> Rig {
-        let mut content = vec![0; to_usize(SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES))];
+        let mut content =
+            vec![0; to_usize(SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES))];
         encode_superblock_block(content.first_chunk_mut().unwrap());
         if extended {
             extend(&mut content);
@@ -49,7 +52,8 @@ impl Rig {
     }
 
     fn write(&self, cache: &Cache, sector: usize, count: usize, version: u8) {
-        let data: Vec<u8> = (sector..sector + count).flat_map(|sector| stamp(sector, version)).collect();
+        let data: Vec<u8> =
+            (sector..sector + count).flat_map(|sector| stamp(sector, version)).collect();
         self.reactor.block_on(cache.write(Sector(to_u64(sector)), &data)).unwrap();
     }
 
@@ -198,7 +202,8 @@ fn no_segment_holds_what_was_discarded_even_from_before_the_cache_was_opened() {
     }
     let lengths = || -> Vec<u8> {
         let content = rig.cache.content();
-        let header = |slot: usize| content[to_usize(SUPERBLOCK_REGION_BYTES) + slot * SEGMENT_BYTES + 12];
+        let header =
+            |slot: usize| content[to_usize(SUPERBLOCK_REGION_BYTES) + slot * SEGMENT_BYTES + 12];
         (0..4).map(header).collect()
     };
     assert_eq!(lengths(), [1, 1, 1, 0]);
@@ -214,8 +219,8 @@ fn no_segment_holds_what_was_discarded_even_from_before_the_cache_was_opened() {
     rig.reactor.block_on(cache.close()).unwrap();
 }
 
-/// A crash may leave segments empty, or gone, while older ones still hold what those had superseded. The kernel module would
-/// take that for a read cache.
+/// A crash may leave segments empty, or gone, while older ones still hold what those had
+/// superseded. The kernel module would take that for a read cache.
 #[test]
 fn nothing_older_stands_before_a_segment_that_is_empty_or_gone() {
     for is_gone in [false, true] {
@@ -254,7 +259,11 @@ fn met(cache: &Cache) -> Vec<(&'static str, u64)> {
         (true, true, true, true) => "write hit in RAM, whole",
         _ => "unexpected",
     };
-    accesses.iter().filter(|(_, blocks)| *blocks > 0).map(|(access, blocks)| (name(access), blocks)).collect()
+    accesses
+        .iter()
+        .filter(|(_, blocks)| *blocks > 0)
+        .map(|(access, blocks)| (name(access), blocks))
+        .collect()
 }
 
 #[test]
@@ -269,7 +278,10 @@ fn a_flush_costs_a_header_and_what_was_written_until_the_segment_is_full() {
         rig.reactor.block_on(cache.flush()).unwrap();
     }
     let counters = cache.status().statistics.counters;
-    assert_eq!((counters.commits, counters.segments_written, counters.partial_segments_written), (129, 1, 0));
+    assert_eq!(
+        (counters.commits, counters.segments_written, counters.partial_segments_written),
+        (129, 1, 0)
+    );
     assert_eq!((counters.write_bytes, counters.cache_write_bytes), (130 * 4096, 130 * 8192));
     // What a commit holds is not changed in place, and merged all the same.
     for (sector, version) in [(0, 2), (1, 3), (8 * 128, 4)] {
@@ -386,8 +398,12 @@ fn a_cache_says_how_far_it_has_come_for_good_and_an_older_copy_is_refused_untouc
     let older: Device = Arc::new(MemDevice::with_content("copy", copy.clone()));
     let backing: Device = rig.backing.clone();
     let before = rig.backing.content();
-    let purposes =
-        [Purpose::serve(), Purpose::replay(), Purpose::read_only(), Purpose::replay_until(SegmentId(1))];
+    let purposes = [
+        Purpose::serve(),
+        Purpose::replay(),
+        Purpose::read_only(),
+        Purpose::replay_until(SegmentId(1)),
+    ];
     let open = |purpose: Purpose| {
         let runtime = Arc::new(rig.reactor.handle().clone());
         let opening = Cache::open_for(
@@ -400,13 +416,16 @@ fn a_cache_says_how_far_it_has_come_for_good_and_an_older_copy_is_refused_untouc
         rig.reactor.block_on(opening).err()
     };
     for purpose in purposes {
-        assert!(matches!(open(purpose), Some(CacheError::Log(LogError::Older { .. }))), "{purpose:?}");
+        assert!(
+            matches!(open(purpose), Some(CacheError::Log(LogError::Older { .. }))),
+            "{purpose:?}"
+        );
     }
     let examined = rig.reactor.block_on(Cache::examine(&older, &backing, known)).unwrap_err();
     assert_eq!(
         examined.to_string(),
-        "copy: is older than it was: durable up to segment 1, written back up to segment 0; it was durable up to \
-         segment 2, written back up to segment 2"
+        "copy: is older than it was: durable up to segment 1, written back up to segment 0; it \
+         was durable up to segment 2, written back up to segment 2"
     );
     let read = rig.reactor.block_on(older.read(0, IoBuf::zeroed(copy.len()))).unwrap();
     assert!(read[..] == copy && rig.backing.content() == before);

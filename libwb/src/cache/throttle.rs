@@ -1,9 +1,9 @@
 //! Back-pressure before the log is full.
 //!
-//! From [`TIGHT`] on, writes are paced so that the slots that are free outlast the batch that is being written back: each
-//! write waits for its turn, at the rate at which the free places are to be used up until the batch has been written. So a
-//! full log settles where writes come in as fast as they go out, each a little late, instead of all stopping until a batch
-//! is done.
+//! From [`TIGHT`] on, writes are paced so that the slots that are free outlast the batch that is
+//! being written back: each write waits for its turn, at the rate at which the free places are to
+//! be used up until the batch has been written. So a full log settles where writes come in as fast
+//! as they go out, each a little late, instead of all stopping until a batch is done.
 
 use super::state::State;
 use crate::format::{PLACES, to_u64};
@@ -11,14 +11,15 @@ use std::time::Duration;
 
 /// Writes are paced when less than this part of the slots is free: one in so many.
 pub(super) const TIGHT: u64 = 3;
-/// How much of the free places is to be left at the end of a batch, for it may take longer than expected, and the next one
-/// has to begin: one in so many.
+/// How much of the free places is to be left at the end of a batch, for it may take longer than
+/// expected, and the next one has to begin: one in so many.
 const RESERVE: u64 = 8;
 /// Before so many blocks of the first batch are written back, nobody knows how long one takes.
 const FIRST_BLOCKS: u64 = 64;
 
-/// No write waits longer for its turn. Beyond that it waits for a slot, as all do when the log is full: a price that was
-/// measured on full segments says little where flushes close them almost empty.
+/// No write waits longer for its turn. Beyond that it waits for a slot, as all do when the log is
+/// full: a price that was measured on full segments says little where flushes close them almost
+/// empty.
 const LONGEST: Duration = Duration::from_millis(500);
 
 /// When writes may go.
@@ -60,7 +61,9 @@ impl Throttle {
 
     /// The batch has been written back, or could not be.
     pub(super) fn end(&mut self, now: Duration, succeeded: bool) {
-        let Some(batch) = self.batch.take().filter(|batch| succeeded && batch.blocks > 0) else { return };
+        let Some(batch) = self.batch.take().filter(|batch| succeeded && batch.blocks > 0) else {
+            return;
+        };
         self.last_blocks = batch.blocks;
         let per_block = now.saturating_sub(batch.began) / clamped(batch.blocks);
         self.per_block =
@@ -79,8 +82,8 @@ impl Throttle {
 }
 
 impl State {
-    /// Whether writes are paced. Where nothing is written back, for it is paused or others keep the disk busy, that would
-    /// free no slot.
+    /// Whether writes are paced. Where nothing is written back, for it is paused or others keep the
+    /// disk busy, that would free no slot.
     pub(super) fn is_tight(&self) -> bool {
         let few_are_free = self.free_slots() * TIGHT < self.geometry.lap();
         few_are_free && self.writing_back && self.throttle.per_block().is_some()
@@ -96,8 +99,8 @@ impl State {
         }
         let price = self.price();
         let throttle = &mut self.throttle;
-        // A flush closes a segment with places left, and what that wastes is paid for as well. More than that was not wasted
-        // but taken by writes that were not paced.
+        // A flush closes a segment with places left, and what that wastes is paid for as well. More
+        // than that was not wasted but taken by writes that were not paced.
         let since = position.saturating_sub(throttle.charged);
         let wasted = if since <= u64::from(PLACES) { since } else { 0 };
         throttle.charged = throttle.charged.max(position) + to_u64(blocks);
@@ -139,7 +142,9 @@ fn clamped(count: u64) -> u32 {
 mod tests {
     use super::*;
     use crate::cache::index::Index;
-    use crate::format::{BlockNo, DirtyBits, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentId};
+    use crate::format::{
+        BlockNo, DirtyBits, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentId,
+    };
 
     /// Takes a place, and lets the appender have written what that seals.
     fn write(state: &mut State, block: u64) {
@@ -152,9 +157,10 @@ mod tests {
     #[test]
     fn the_free_places_last_until_a_batch_is_written_back_and_each_write_waits_about_as_long() {
         const BATCH_SEGMENTS: u64 = 10;
-        let geometry =
-            Geometry::of_device(SUPERBLOCK_REGION_BYTES + 40 * to_u64(SEGMENT_BYTES)).expect("40 slots");
-        let mut state = State::new(geometry, Index::new(geometry, true), SegmentId::NONE, SegmentId::NONE);
+        let geometry = Geometry::of_device(SUPERBLOCK_REGION_BYTES + 40 * to_u64(SEGMENT_BYTES))
+            .expect("40 slots");
+        let mut state =
+            State::new(geometry, Index::new(geometry, true), SegmentId::NONE, SegmentId::NONE);
         let mut blocks = 0..;
         while state.free_slots() > BATCH_SEGMENTS + 1 {
             write(&mut state, blocks.next().expect("endless"));
@@ -178,6 +184,9 @@ mod tests {
         }
         assert!((1..=3).contains(&state.free_slots()), "{} slots are left", state.free_slots());
         let (shortest, longest) = (waits[1..].iter().min(), waits.iter().max());
-        assert!(shortest > Some(&(per_block * 4 / 5)) && longest < Some(&(per_block * 5 / 4)), "{waits:?}");
+        assert!(
+            shortest > Some(&(per_block * 4 / 5)) && longest < Some(&(per_block * 5 / 4)),
+            "{waits:?}"
+        );
     }
 }

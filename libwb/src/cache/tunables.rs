@@ -1,5 +1,6 @@
-//! What an administrator may set. Names and ranges are the kernel module's (its readme and its own test suite), but
-//! for `nr_max_batched_writeback`, which may be larger here, and for what the module lacks.
+//! What an administrator may set. Names and ranges are the kernel module's (its readme and its own
+//! test suite), but for `nr_max_batched_writeback`, which may be larger here, and for what the
+//! module lacks.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -8,12 +9,13 @@ use std::ops::RangeInclusive;
 /// A cache's tunables.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tunables {
-    /// Write-back leaves the backing device alone while that was busy for at least so many percent of the last second.
-    /// 0: nothing is written back until the log is nearly full.
+    /// Write-back leaves the backing device alone while that was busy for at least so many percent
+    /// of the last second. 0: nothing is written back until the log is nearly full.
     pub writeback_threshold: u32,
     /// How many segments write-back takes at a time, at most; more of them merge better.
     pub nr_max_batched_writeback: u32,
-    /// Whether the backing device alone is a true prefix of the write history at all times, flush by flush.
+    /// Whether the backing device alone is a true prefix of the write history at all times, flush
+    /// by flush.
     pub writeback_order: WritebackOrder,
     /// Where writes go first.
     pub write_mode: WriteMode,
@@ -21,13 +23,13 @@ pub struct Tunables {
     pub sequential_cutoff: u32,
     /// How many seconds a write may stay volatile without a flush; 0: for ever.
     pub sync_data_interval: u32,
-    /// Blocks that are read again and again from the backing device are put into the cache, but for sequences of more
-    /// neighbouring blocks than this. 0: none are.
+    /// Blocks that are read again and again from the backing device are put into the cache, but for
+    /// sequences of more neighbouring blocks than this. 0: none are.
     pub read_cache_threshold: u32,
     /// How many such blocks wait in memory at a time for their way into the cache, 4 KiB each.
     pub nr_read_cache_cells: u32,
-    /// In the kernel module, how many seconds go by between updates of the superblock record. Here the record is always
-    /// up to date, and this is kept for those who set or read it.
+    /// In the kernel module, how many seconds go by between updates of the superblock record. Here
+    /// the record is always up to date, and this is kept for those who set or read it.
     pub update_sb_record_interval: u32,
 }
 
@@ -46,7 +48,8 @@ pub enum WriteMode {
 /// What the backing device alone holds while write-back is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WritebackOrder {
-    /// All up to the last batch, and any part of the batch under way: the newest version of each block.
+    /// All up to the last batch, and any part of the batch under way: the newest version of each
+    /// block.
     Sorted,
     /// All up to some flush, and any part of what was written between that and the next.
     Strict,
@@ -130,8 +133,9 @@ fn counting(unit: &str) -> String {
     }
 }
 
-/// Reads a size such as "4096", "512M" or "10GiB", in bytes. Units are powers of 1024: K, M, G, T, with or without "iB"; "B"
-/// stands for bytes. `None` when it is no such size, or larger than 64 bits can tell.
+/// Reads a size such as "4096", "512M" or "10GiB", in bytes. Units are powers of 1024: K, M, G, T,
+/// with or without "iB"; "B" stands for bytes. `None` when it is no such size, or larger than 64
+/// bits can tell.
 fn parse_size(text: &str) -> Option<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
@@ -185,7 +189,8 @@ const DEFINITIONS: &[Definition] = &[
         words: &["sorted", "strict"],
         get: |t| u32::from(t.writeback_order == WritebackOrder::Strict),
         set: |t, value| {
-            t.writeback_order = if value == 1 { WritebackOrder::Strict } else { WritebackOrder::Sorted };
+            t.writeback_order =
+                if value == 1 { WritebackOrder::Strict } else { WritebackOrder::Sorted };
         },
     },
     Definition {
@@ -254,7 +259,8 @@ const DEFINITIONS: &[Definition] = &[
     },
 ];
 
-/// The kernel module's name for a mode: 1 is `around`, 0 is `back`. It can be set, and shows as `write_mode`.
+/// The kernel module's name for a mode: 1 is `around`, 0 is `back`. It can be set, and shows as
+/// `write_mode`.
 const WRITE_AROUND: Definition = Definition {
     key: "write_around_mode",
     default: 0,
@@ -295,16 +301,26 @@ impl Definition {
             let number = value.parse().ok().or_else(|| self.parse_size(value));
             let number = number.filter(|number| self.range.contains(number));
             let (key, range, unit) = (self.key, self.range.clone(), self.unit);
-            return number.ok_or_else(|| TunableError::Range { key, value: value.into(), range, unit });
+            return number.ok_or_else(|| TunableError::Range {
+                key,
+                value: value.into(),
+                range,
+                unit,
+            });
         }
         let (key, words) = (self.key, self.words);
         let word = self.range.clone().zip(words).find(|(_, word)| **word == value);
-        word.map(|(number, _)| number).ok_or_else(|| TunableError::Word { key, value: value.into(), words })
+        word.map(|(number, _)| number).ok_or_else(|| TunableError::Word {
+            key,
+            value: value.into(),
+            words,
+        })
     }
 
     /// Reads a size with its unit, in KiB, where that is what the number counts.
     fn parse_size(&self, value: &str) -> Option<u32> {
-        let bytes = parse_size(value).filter(|bytes| self.unit == KIB && bytes.is_multiple_of(1024))?;
+        let bytes =
+            parse_size(value).filter(|bytes| self.unit == KIB && bytes.is_multiple_of(1024))?;
         u32::try_from(bytes / 1024).ok()
     }
 
@@ -325,7 +341,8 @@ impl Tunables {
         if key == WRITE_AROUND.key { "write_mode" } else { key }
     }
 
-    /// What the numbers of a tunable count, for people; empty for a plain number, a word, and what is no tunable.
+    /// What the numbers of a tunable count, for people; empty for a plain number, a word, and what
+    /// is no tunable.
     pub fn unit(key: &str) -> &'static str {
         definition(key).map_or("", |definition| definition.unit)
     }
@@ -351,7 +368,8 @@ impl Tunables {
     /// # Errors
     /// When there is no such tunable, or the value is none that it takes.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), TunableError> {
-        let definition = definition(key).ok_or_else(|| TunableError::Unknown { key: key.into() })?;
+        let definition =
+            definition(key).ok_or_else(|| TunableError::Unknown { key: key.into() })?;
         (definition.set)(self, definition.parse(value)?);
         Ok(())
     }
@@ -361,13 +379,16 @@ impl Tunables {
     /// # Errors
     /// As [`Tunables::set`], and when the text has no `=`.
     pub fn set_pair(&mut self, text: &str) -> Result<(), TunableError> {
-        let (key, value) = text.split_once('=').ok_or_else(|| TunableError::Syntax { text: text.into() })?;
+        let (key, value) =
+            text.split_once('=').ok_or_else(|| TunableError::Syntax { text: text.into() })?;
         self.set(key, value)
     }
 
     /// Names and values of all tunables.
     pub fn pairs(&self) -> impl Iterator<Item = (&'static str, TunableValue)> {
-        DEFINITIONS.iter().map(|definition| (definition.key, definition.value((definition.get)(self))))
+        DEFINITIONS
+            .iter()
+            .map(|definition| (definition.key, definition.value((definition.get)(self))))
     }
 }
 
@@ -401,9 +422,18 @@ mod tests {
         }
         for bad in ["2G", "1B", "4X"] {
             let refused = tunables.set("sequential_cutoff", bad).unwrap_err().to_string();
-            assert!(refused.ends_with("from 0 to 1048576 (KiB; or a size such as 4M)"), "{refused}");
+            assert!(
+                refused.ends_with("from 0 to 1048576 (KiB; or a size such as 4M)"),
+                "{refused}"
+            );
         }
-        assert!(tunables.set("sync_data_interval", "1K").unwrap_err().to_string().ends_with("to 3600 (s)"));
+        assert!(
+            tunables
+                .set("sync_data_interval", "1K")
+                .unwrap_err()
+                .to_string()
+                .ends_with("to 3600 (s)")
+        );
     }
 
     #[test]
@@ -437,14 +467,22 @@ mod tests {
     fn unknown_keys_and_values_out_of_range_are_refused_by_name() {
         let mut tunables = Tunables::default();
         tunables.set_pair("nr_max_batched_writeback=1024").unwrap();
-        assert!(tunables.to_string().contains("nr_max_batched_writeback=1024 writeback_order=sorted"));
+        assert!(
+            tunables.to_string().contains("nr_max_batched_writeback=1024 writeback_order=sorted")
+        );
         let message = |text| Tunables::default().set_pair(text).unwrap_err().to_string();
         assert_eq!(
             message("nr_max_batched_writeback=0"),
             "nr_max_batched_writeback=0: must be a number from 1 to 4096 (segments)"
         );
-        assert_eq!(message("writeback_order=odd"), "writeback_order=odd: must be one of: sorted, strict");
-        assert!(message("colour=red").starts_with("unknown tunable 'colour'; known: writeback_threshold, "));
+        assert_eq!(
+            message("writeback_order=odd"),
+            "writeback_order=odd: must be one of: sorted, strict"
+        );
+        assert!(
+            message("colour=red")
+                .starts_with("unknown tunable 'colour'; known: writeback_threshold, ")
+        );
         assert_eq!(message("colour"), "'colour': must be KEY=VALUE");
     }
 }

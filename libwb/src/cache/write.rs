@@ -5,7 +5,9 @@ use super::read::Pinned;
 use super::state::{State, Wait};
 use super::{Cache, CacheError, Inner};
 use crate::device::IoBuf;
-use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, Place, SECTOR_BYTES, Sector, SegmentId, to_u64};
+use crate::format::{
+    BLOCK_BYTES, BlockNo, DirtyBits, Place, SECTOR_BYTES, Sector, SegmentId, to_u64,
+};
 use crate::planted::Bug;
 use futures_util::future::select;
 use parking_lot::MutexGuard;
@@ -67,10 +69,12 @@ pub(super) fn fragments(sector: Sector, length: usize) -> impl Iterator<Item = F
 }
 
 impl Cache {
-    /// Writes as much as can be acknowledged without waiting, from the front. Returns how many bytes that is.
+    /// Writes as much as can be acknowledged without waiting, from the front. Returns how many
+    /// bytes that is.
     ///
     /// # Errors
-    /// When the request lies outside the volume, the cache is being closed, or the cache device failed.
+    /// When the request lies outside the volume, the cache is being closed, or the cache device
+    /// failed.
     pub fn write_ready(&self, sector: Sector, data: &[u8]) -> Result<usize, CacheError> {
         self.inner.check_range(sector, to_u64(data.len()))?;
         self.inner.counters.writes.add(1);
@@ -85,7 +89,8 @@ impl Cache {
         }
     }
 
-    /// Goes on with a write of which [`Cache::write_ready`] has taken the front. `sector` and `data` are the rest.
+    /// Goes on with a write of which [`Cache::write_ready`] has taken the front. `sector` and
+    /// `data` are the rest.
     ///
     /// # Errors
     /// When the cache is being closed or a device fails. Parts may have been written.
@@ -97,8 +102,9 @@ impl Cache {
         self.inner.write_to_log(sector, data).await
     }
 
-    /// Writes. The data is acknowledged from RAM, as a disk with a volatile write cache does; [`Cache::flush`]
-    /// makes it durable. Where it goes around the log, it is durable when this returns.
+    /// Writes. The data is acknowledged from RAM, as a disk with a volatile write cache does;
+    /// [`Cache::flush`] makes it durable. Where it goes around the log, it is durable when this
+    /// returns.
     ///
     /// # Errors
     /// As [`Cache::write_ready`] and [`Cache::write_rest`].
@@ -150,8 +156,11 @@ impl Inner {
                 }
                 Some(Stop::Wait(wait)) => self.wait_for(wait).await?,
                 Some(Stop::Merge { block, old, id }) => {
-                    let fragment =
-                        fragments(Sector(sector.0 + to_u64(done / SECTOR_BYTES)), data.len() - done).next();
+                    let fragment = fragments(
+                        Sector(sector.0 + to_u64(done / SECTOR_BYTES)),
+                        data.len() - done,
+                    )
+                    .next();
                     let Some(fragment) = fragment else { continue };
                     debug_assert_eq!(fragment.block, block);
                     if self.merge(&fragment, &data[done..done + fragment.length], old, id).await? {
@@ -163,7 +172,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Writes from the front until something is in the way. Returns the bytes taken, and what is in the way.
+    /// Writes from the front until something is in the way. Returns the bytes taken, and what is in
+    /// the way.
     fn write_some(&self, sector: Sector, data: &[u8]) -> (usize, Option<Stop>) {
         self.noticing(self.lock(), |state| state.write_some(sector, data))
     }
@@ -197,8 +207,9 @@ impl Inner {
         }
         let delay = self.lock().admit(self.runtime.now(), length.div_ceil(BLOCK_BYTES));
         if !delay.is_zero() {
-            let relaxed = self
-                .wait(&self.events.changed, |state| (!state.is_tight() || state.is_ending()).then_some(()));
+            let relaxed = self.wait(&self.events.changed, |state| {
+                (!state.is_tight() || state.is_ending()).then_some(())
+            });
             select(self.runtime.sleep(delay), pin!(relaxed)).await;
         }
     }
@@ -216,7 +227,8 @@ impl Inner {
                 .await;
             }
             Wait::Fence(block) => {
-                self.wait(&self.events.changed, |state| (!state.is_fenced(block)).then_some(())).await;
+                self.wait(&self.events.changed, |state| (!state.is_fenced(block)).then_some(()))
+                    .await;
             }
             Wait::Slot => {
                 self.lock().waiting_for_slot += 1;
@@ -232,8 +244,9 @@ impl Inner {
         Ok(())
     }
 
-    /// Reads the older version of a block from the cache device and writes a fragment on top of it. Returns whether
-    /// that was done; if not, the block has changed meanwhile and the write must look again.
+    /// Reads the older version of a block from the cache device and writes a fragment on top of it.
+    /// Returns whether that was done; if not, the block has changed meanwhile and the write must
+    /// look again.
     async fn merge(
         self: &Arc<Self>,
         new: &Fragment,
@@ -329,21 +342,31 @@ impl State {
         Ok(())
     }
 
-    fn place_fragment(&mut self, new: &Fragment, bytes: &[u8], old: Option<Cached>) -> Result<(), Stop> {
+    fn place_fragment(
+        &mut self,
+        new: &Fragment,
+        bytes: &[u8],
+        old: Option<Cached>,
+    ) -> Result<(), Stop> {
         let dirty = new.bits();
         if let Some(old) = old {
             if let Some(data) = self.overwrite(old.place, old.dirty, dirty) {
                 copy_in(data, new, bytes);
                 return Ok(());
             }
-            // What the new version must carry on, so that it alone holds everything not yet written back.
+            // What the new version must carry on, so that it alone holds everything not yet written
+            // back.
             let more = self.is_dirty(old.place, old.dirty) && !old.dirty.without(dirty).is_clean();
             if more && !self.planted.has(Bug::MergeDropsOldSectors) {
                 if self.is_lost(old.place) {
                     return Err(Stop::Lost(old.place));
                 }
                 let Some(base) = self.in_ram(old.place).copied() else {
-                    return Err(Stop::Merge { block: new.block, old, id: self.id_of(old.place.slot) });
+                    return Err(Stop::Merge {
+                        block: new.block,
+                        old,
+                        id: self.id_of(old.place.slot),
+                    });
                 };
                 return Ok(self.place_merged(new, bytes, old.dirty, &base)?);
             }

@@ -5,8 +5,8 @@ use super::state::State;
 use super::stuck::{Failed, MOST_ALONE, MOST_STUCK, Passage};
 use crate::device::{BlockDevice, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, Record, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector,
-    SegmentId, to_u64, to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, Record, SECTOR_BYTES, SECTORS_PER_BLOCK,
+    Sector, SegmentId, to_u64, to_usize,
 };
 use crate::log::create::write_record;
 use crate::planted::Bug;
@@ -18,11 +18,13 @@ use std::time::Duration;
 
 /// The longest single write to the backing device, in sectors.
 const MAX_RUN_SECTORS: u64 = 2048;
-/// Writes to the backing device at a time: as many as a disk's queue holds, so that it can choose the next that comes under
-/// its arm. Each takes its data twice, as read and as written, so that write-back takes 64 MiB at most, and besides an
-/// [`Item`] for each block of a batch, 24 bytes, and as much again while they are sorted: 25 MB for 4096 segments.
+/// Writes to the backing device at a time: as many as a disk's queue holds, so that it can choose
+/// the next that comes under its arm. Each takes its data twice, as read and as written, so that
+/// write-back takes 64 MiB at most, and besides an [`Item`] for each block of a batch, 24 bytes,
+/// and as much again while they are sorted: 25 MB for 4096 segments.
 const DEPTH: usize = 32;
-/// Reads of the cache device at a time for each of them: more would keep those of requests and commits waiting.
+/// Reads of the cache device at a time for each of them: more would keep those of requests and
+/// commits waiting.
 const READS: usize = 8;
 /// Segments of a batch that are looked at before other tasks run.
 const SEGMENTS_AT_ONCE: u64 = 32;
@@ -73,8 +75,8 @@ impl From<DeviceError> for Stop {
 }
 
 impl Inner {
-    /// Writes back every segment up to `last`, and then lets their slots be reused. Where some blocks cannot be written back,
-    /// that goes for the segments before them.
+    /// Writes back every segment up to `last`, and then lets their slots be reused. Where some
+    /// blocks cannot be written back, that goes for the segments before them.
     pub(super) async fn write_back(&self, last: SegmentId) -> Result<(), Stop> {
         let started = self.runtime.now();
         let first = {
@@ -94,7 +96,9 @@ impl Inner {
             self.pass(last, written, passed_over).await
         };
         let written = written.await;
-        self.lock().throttle.end(self.runtime.now(), written.as_ref().is_ok_and(|(_, stop)| stop.is_none()));
+        self.lock()
+            .throttle
+            .end(self.runtime.now(), written.as_ref().is_ok_and(|(_, stop)| stop.is_none()));
         let (up_to, stop) = written?;
         for id in (first.0..=up_to.0).map(SegmentId) {
             self.lock().segment_written_back(id);
@@ -105,8 +109,9 @@ impl Inner {
         stop.map_or(Ok(()), Err)
     }
 
-    /// What was not written back is moved where that may be. Records how far the log is written back then, and says that,
-    /// and why no further, or why to wait before the next batch: when this one has written nothing.
+    /// What was not written back is moved where that may be. Records how far the log is written
+    /// back then, and says that, and why no further, or why to wait before the next batch: when
+    /// this one has written nothing.
     async fn pass(
         &self,
         last: SegmentId,
@@ -130,7 +135,8 @@ impl Inner {
                 up_to = id.minus(1);
                 obstacle = why.map(|error| (error, false)).or(obstacle);
             }
-            // What was moved, and newer versions that stand for what was not: all that the record relies on.
+            // What was moved, and newer versions that stand for what was not: all that the record
+            // relies on.
             if !self.planted.has(Bug::MovedNotDurable) {
                 self.flush_log().await.map_err(|_| Stop::Closing)?;
             }
@@ -170,8 +176,8 @@ impl Inner {
         Ok(())
     }
 
-    /// Writes sectors from the cache device to the backing device, the newest version of each, and flushes it. Of versions
-    /// of the same block, the older one comes first.
+    /// Writes sectors from the cache device to the backing device, the newest version of each, and
+    /// flushes it. Of versions of the same block, the older one comes first.
     ///
     /// # Errors
     /// When too many cannot be for it to be a matter of some blocks, or the flush fails.
@@ -193,9 +199,11 @@ impl Inner {
                 && writes.len() < DEPTH
                 && let Some(run) = runs.next()
             {
-                writes.push(async move { self.write_run(&run).await.map_err(|fault| (run, fault)) });
+                writes
+                    .push(async move { self.write_run(&run).await.map_err(|fault| (run, fault)) });
             }
-            // Even after a failure, what was started is waited for: it must not come out over a later write.
+            // Even after a failure, what was started is waited for: it must not come out over a
+            // later write.
             match writes.next().await {
                 Some(Ok(())) => written += 1,
                 Some(Err((_, Fault::Closing))) => closing = true,
@@ -211,7 +219,8 @@ impl Inner {
             return Err(Stop::Device(error.clone()));
         }
         let failed = self.write_one_by_one(suspects, unit, written).await?;
-        let is_written = |item: &&Item| failed.binary_search_by_key(&item.block, |it| it.block).is_err();
+        let is_written =
+            |item: &&Item| failed.binary_search_by_key(&item.block, |it| it.block).is_err();
         let any = items.iter().any(|item| is_written(&item));
         self.lock().not_stuck(items.iter().filter(is_written).map(|item| item.block));
         if !self.planted.has(Bug::BackingNotFlushed) {
@@ -220,7 +229,8 @@ impl Inner {
         Ok(Written { failed, any })
     }
 
-    /// Tries each block of some writes that failed by itself; so many did not. Returns those that fail again, sorted.
+    /// Tries each block of some writes that failed by itself; so many did not. Returns those that
+    /// fail again, sorted.
     async fn write_one_by_one(
         &self,
         suspects: Vec<(Run, DeviceError)>,
@@ -239,7 +249,11 @@ impl Inner {
                     return Err(Stop::Device(error));
                 }
                 for pieces in single.pieces.chunk_by(|a, b| a.sector.block() == b.sector.block()) {
-                    failed.push(Failed { block: pieces[0].sector.block(), error: error.clone(), lost });
+                    failed.push(Failed {
+                        block: pieces[0].sector.block(),
+                        error: error.clone(),
+                        lost,
+                    });
                 }
             }
         }
@@ -275,7 +289,8 @@ impl Inner {
             let data = read.inspect_err(|_| self.lock().look_for_newer(&load))?;
             Ok::<_, DeviceError>((load, data))
         };
-        let mut reads = stream::iter(loads(&run.pieces).into_iter().map(read)).buffer_unordered(READS);
+        let mut reads =
+            stream::iter(loads(&run.pieces).into_iter().map(read)).buffer_unordered(READS);
         while let Some(read) = reads.next().await {
             let (load, data) = read.map_err(|error| Fault::Device { error, lost: true })?;
             let to = to_usize((load.sector.0 - run.start.0) * to_u64(SECTOR_BYTES));
@@ -295,7 +310,8 @@ impl Inner {
 }
 
 impl Inner {
-    /// Discards what a run of zeros covers, so that it takes no space. Where that cannot be done, the zeros are written.
+    /// Discards what a run of zeros covers, so that it takes no space. Where that cannot be done,
+    /// the zeros are written.
     async fn give_up(&self, run: &Run) -> bool {
         let length = (run.end.0 - run.start.0) * to_u64(SECTOR_BYTES);
         let can = !run.has_gaps && !self.cannot_discard.load(Ordering::Relaxed);
@@ -332,21 +348,28 @@ impl State {
                 let discarded = self.index.is_discarded(place) && sectors.is_all();
                 return Some(Item { block, place, sectors, discarded });
             }
-            // A newer version in this batch carries all that this one does. One beyond it must not stand for it: should the
-            // cache device be lost before its turn, or a power cut undo it, the backing device would hold neither.
+            // A newer version in this batch carries all that this one does. One beyond it must not
+            // stand for it: should the cache device be lost before its turn, or a power cut undo
+            // it, the backing device would hold neither.
             let newer = self.id_of(newest.place.slot);
             let superseded = newer <= last
                 || self.planted.has(Bug::SupersededLeftOut)
                 || self.planted.has(Bug::DurableSupersedes) && newer <= self.durable;
-            // What the newest version lacks was written back before that was made, though the record may not say so.
-            // Something newer than this one may have been.
+            // What the newest version lacks was written back before that was made, though the
+            // record may not say so. Something newer than this one may have been.
             let sectors = sectors.intersection(newest.dirty);
-            (!sectors.is_clean() && !superseded).then_some(Item { block, place, sectors, discarded: false })
+            (!sectors.is_clean() && !superseded).then_some(Item {
+                block,
+                place,
+                sectors,
+                discarded: false,
+            })
         };
         (0..PLACES).filter_map(item).collect()
     }
 
-    /// Notes the newest versions of blocks that cannot be read where they are to be written back from.
+    /// Notes the newest versions of blocks that cannot be read where they are to be written back
+    /// from.
     fn look_for_newer(&mut self, unreadable: &Load) {
         let Load { place: first, blocks, .. } = *unreadable;
         for place in (first.index..).take(blocks).map(|index| Place { index, ..first }) {
@@ -370,7 +393,8 @@ struct Piece {
     discarded: bool,
 }
 
-/// Chooses the newest version of each sector from items that are sorted by block, older versions first.
+/// Chooses the newest version of each sector from items that are sorted by block, older versions
+/// first.
 fn pieces(items: &[Item]) -> impl Iterator<Item = Piece> + '_ {
     items.chunk_by(|a, b| a.block == b.block).flat_map(pieces_of)
 }
@@ -387,7 +411,8 @@ fn pieces_of(versions: &[Item]) -> Vec<Piece> {
     for same in newest.chunk_by(|a, b| a == b) {
         if let Some(place) = same[0] {
             let sector = Sector(versions[0].block.sector().0 + to_u64(at));
-            let discarded = versions.last().is_some_and(|last| last.discarded && last.place == place);
+            let discarded =
+                versions.last().is_some_and(|last| last.discarded && last.place == place);
             pieces.push(Piece { sector, sectors: same.len(), place, first: at, discarded });
         }
         at += same.len();
@@ -404,9 +429,9 @@ struct Run {
     has_gaps: bool,
 }
 
-/// Merges neighbours, one run at a time, so that a large batch does not take memory for all of them. Each is aligned to the
-/// backing device's blocks of `unit` bytes, and no two share one.
-/// None is longer than `most` sectors, unless a block or its own is.
+/// Merges neighbours, one run at a time, so that a large batch does not take memory for all of
+/// them. Each is aligned to the backing device's blocks of `unit` bytes, and no two share one. None
+/// is longer than `most` sectors, unless a block or its own is.
 fn runs(pieces: impl Iterator<Item = Piece>, unit: u64, most: u64) -> impl Iterator<Item = Run> {
     let unit = unit / to_u64(SECTOR_BYTES);
     let aligned = move |piece: &Piece| {
@@ -488,7 +513,12 @@ mod tests {
 
     #[test]
     fn neighbours_are_merged_into_one_write_across_segments() {
-        let items = [item(10, 1, 0, 0xff), item(11, 9, 4, 0xff), item(12, 1, 1, 0x01), item(13, 1, 2, 0xff)];
+        let items = [
+            item(10, 1, 0, 0xff),
+            item(11, 9, 4, 0xff),
+            item(12, 1, 1, 0x01),
+            item(13, 1, 2, 0xff),
+        ];
         let runs = runs_of(&items, 512);
         let found: Vec<_> = runs.iter().map(|r| (r.start.0, r.end.0, r.has_gaps)).collect();
         assert_eq!(found, [(80, 97, false), (104, 112, false)]);
@@ -497,15 +527,22 @@ mod tests {
     #[test]
     fn on_large_blocks_no_two_writes_share_one_and_gaps_are_read_first() {
         let runs = runs_of(&[item(10, 1, 0, 0b1000_0001), item(11, 1, 1, 0xff)], 4096);
-        let found: Vec<_> = runs.iter().map(|r| (r.start.0, r.end.0, r.pieces.len(), r.has_gaps)).collect();
+        let found: Vec<_> =
+            runs.iter().map(|r| (r.start.0, r.end.0, r.pieces.len(), r.has_gaps)).collect();
         assert_eq!(found, [(80, 96, 3, true)]);
     }
 
     #[test]
     fn neighbours_on_the_cache_device_are_read_at_once() {
-        let items = [item(10, 1, 0, 0xff), item(11, 1, 1, 0xff), item(12, 1, 3, 0xff), item(13, 1, 4, 0x03)];
+        let items = [
+            item(10, 1, 0, 0xff),
+            item(11, 1, 1, 0xff),
+            item(12, 1, 3, 0xff),
+            item(13, 1, 4, 0x03),
+        ];
         let pieces: Vec<_> = pieces(&items).collect();
-        let found: Vec<_> = loads(&pieces).iter().map(|l| (l.place.index, l.blocks, l.sectors)).collect();
+        let found: Vec<_> =
+            loads(&pieces).iter().map(|l| (l.place.index, l.blocks, l.sectors)).collect();
         assert_eq!(found, [(0, 2, 16), (3, 2, 10)]);
     }
 }

@@ -1,5 +1,5 @@
-//! What the programs share: exit codes, error messages, standard output, JSON, tables, numbers for people, progress bars,
-//! interruption, the records of volumes, and opening devices.
+//! What the programs share: exit codes, error messages, standard output, JSON, tables, numbers for
+//! people, progress bars, interruption, the records of volumes, and opening devices.
 
 mod numbers;
 mod own;
@@ -12,7 +12,8 @@ pub use numbers::{count, human_rate, human_size, human_time, parse_label, percen
 pub use own::{open_no_link, read_own, refuse_others};
 pub use progress::Progress;
 pub use recorded::{
-    MAX_NAME, MAX_RECORD, RECORD_SUFFIX, Recorded, config_dir, is_same_device, is_volume_name, read_text,
+    MAX_NAME, MAX_RECORD, RECORD_SUFFIX, Recorded, config_dir, is_same_device, is_volume_name,
+    read_text,
 };
 pub use table::{Table, properties, table};
 
@@ -75,7 +76,8 @@ Exit codes:
   1  failed or refused
   2  the command line makes no sense";
 
-/// Runs a program. An error becomes a message on standard error, as a rule of one line, and the exit code `on_error`.
+/// Runs a program. An error becomes a message on standard error, as a rule of one line, and the
+/// exit code `on_error`.
 pub fn run<E: Display + AsRef<dyn Error + Send + Sync>>(
     program: &str,
     on_error: Exit,
@@ -112,13 +114,15 @@ fn with_holder(message: String, error: &(dyn Error + 'static)) -> String {
     let held = in_use.and_then(|(error, path)| Some((error, path, control::volume_of(path)?)));
     held.map_or(message.clone(), |(error, path, name)| {
         let path = path.display();
-        let better =
-            format!("{path}: in use: it is attached as volume '{name}'; to release it: wbctl detach {name}");
+        let better = format!(
+            "{path}: in use: it is attached as volume '{name}'; to release it: wbctl detach {name}"
+        );
         message.replace(&error.to_string(), &better)
     })
 }
 
-/// A message without the numbers that Rust adds to what the system says, such as in "No such file or directory (os error 2)".
+/// A message without the numbers that Rust adds to what the system says, such as in "No such file
+/// or directory (os error 2)".
 fn without_numbers(message: &str) -> String {
     const BEFORE: &str = " (os error ";
     let mut parts = message.split(BEFORE);
@@ -138,8 +142,9 @@ pub fn complain(program: &str, message: impl Display) {
     let _ = writeln!(io::stderr(), "{program}: {message}");
 }
 
-/// From now on, a signal to end (as from Ctrl-C) prints one line on standard error, which says how things stand and how to
-/// go on, and ends the program. To be called before other threads are started.
+/// From now on, a signal to end (as from Ctrl-C) prints one line on standard error, which says how
+/// things stand and how to go on, and ends the program. To be called before other threads are
+/// started.
 ///
 /// # Errors
 /// When the system has no room for a thread.
@@ -160,8 +165,8 @@ pub fn on_interrupt(
     })
 }
 
-/// From now on, these signals do nothing to this thread and all that it starts later; instead `act` is told of each, in a
-/// thread of its own.
+/// From now on, these signals do nothing to this thread and all that it starts later; instead `act`
+/// is told of each, in a thread of its own.
 ///
 /// # Errors
 /// When the system has no room for a thread.
@@ -193,8 +198,8 @@ fn wrapped(text: &str, indent: &str, columns: u16) -> String {
     textwrap::fill(text, options)
 }
 
-/// Standard output. A reader that goes away early is no error: what would follow is thrown away, and the program's
-/// exit code still says what it found.
+/// Standard output. A reader that goes away early is no error: what would follow is thrown away,
+/// and the program's exit code still says what it found.
 pub struct Output {
     stdout: BufWriter<StdoutLock<'static>>,
     closed: bool,
@@ -210,8 +215,8 @@ impl Output {
         writeln!(self, "{line}")
     }
 
-    /// Prints a text of one line; on a terminal too narrow for it, as several, which break between words and begin with
-    /// `indent` but for the first.
+    /// Prints a text of one line; on a terminal too narrow for it, as several, which break between
+    /// words and begin with `indent` but for the first.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -305,7 +310,8 @@ impl Io {
         Arc::new(self.reactor.handle().clone())
     }
 
-    /// Reads and verifies every slot, on all processors, and shows each to `visit` in the order of the device.
+    /// Reads and verifies every slot, on all processors, and shows each to `visit` in the order of
+    /// the device.
     ///
     /// # Errors
     /// When the system has no room for threads.

@@ -29,7 +29,9 @@ pub fn human_time(seconds: f64) -> String {
         s if s < 1.0 => format!("{:.1} ms", s * 1e3),
         s if s < 60.0 => format!("{s:.1} s"),
         s if s < 3600.0 => format!("{:.0} min {:.0} s", (s / 60.0).floor(), (s % 60.0).floor()),
-        s if s < 86400.0 => format!("{:.0} h {:.0} min", (s / 3600.0).floor(), (s % 3600.0 / 60.0).floor()),
+        s if s < 86400.0 => {
+            format!("{:.0} h {:.0} min", (s / 3600.0).floor(), (s % 3600.0 / 60.0).floor())
+        }
         s => format!("{:.0} d {:.0} h", (s / 86400.0).floor(), (s % 86400.0 / 3600.0).floor()),
     }
 }
@@ -53,7 +55,11 @@ pub fn count(n: u64, noun: &str) -> String {
 /// # Errors
 /// When there is no room for it in the superblock.
 pub fn parse_label(text: &str) -> Result<String, String> {
-    if fitting(text) == text { Ok(text.into()) } else { Err(format!("longer than {TEXT_BYTES} bytes")) }
+    if fitting(text) == text {
+        Ok(text.into())
+    } else {
+        Err(format!("longer than {TEXT_BYTES} bytes"))
+    }
 }
 
 #[cfg(test)]
@@ -76,7 +82,10 @@ mod tests {
     #[test]
     fn times_are_short() {
         let shown = [0.0, 0.000_064, 0.0021, 12.25, 61.0, 7500.0, 90_000.0].map(human_time);
-        assert_eq!(shown, ["0 s", "64 µs", "2.1 ms", "12.2 s", "1 min 1 s", "2 h 5 min", "1 d 1 h"]);
+        assert_eq!(
+            shown,
+            ["0 s", "64 µs", "2.1 ms", "12.2 s", "1 min 1 s", "2 h 5 min", "1 d 1 h"]
+        );
     }
 
     #[test]

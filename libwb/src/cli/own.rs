@@ -16,7 +16,8 @@ pub fn refuse_others(path: &Path, meta: &Metadata) -> io::Result<()> {
     let owner = Uid::from_raw(meta.uid());
     if !owner.is_root() && owner != geteuid() {
         return refused(format!(
-            "refused: it belongs to user {owner}, who could make wb do what it says. If all is well with it: chown root {shown}"
+            "refused: it belongs to user {owner}, who could make wb do what it says. If all is \
+             well with it: chown root {shown}"
         ));
     }
     if meta.mode() & 0o022 != 0 {
@@ -33,15 +34,19 @@ pub fn refuse_others(path: &Path, meta: &Metadata) -> io::Result<()> {
 /// # Errors
 /// As [`OpenOptions::open`], and in clear words when it is a link.
 pub fn open_no_link(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
-    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).map_err(|e| match e.raw_os_error() {
-        Some(libc::ELOOP) => {
-            io::Error::new(ErrorKind::InvalidInput, "refused: it is a symbolic link; wb follows none here")
+    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).map_err(|e| {
+        match e.raw_os_error() {
+            Some(libc::ELOOP) => io::Error::new(
+                ErrorKind::InvalidInput,
+                "refused: it is a symbolic link; wb follows none here",
+            ),
+            _ => e,
         }
-        _ => e,
     })
 }
 
-/// Reads the record of a volume. Its file is believed, so it must be root's or one's own, and no link.
+/// Reads the record of a volume. Its file is believed, so it must be root's or one's own, and no
+/// link.
 ///
 /// # Errors
 /// When it cannot be read, is no text, is longer than so many bytes, or is not to be believed.

@@ -4,8 +4,8 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
-/// A progress bar on standard error, with rate and time left. It shows up only on a terminal, and only when the work has
-/// taken a second.
+/// A progress bar on standard error, with rate and time left. It shows up only on a terminal, and
+/// only when the work has taken a second.
 pub struct Progress {
     bar: ProgressBar,
     /// Bytes of a unit of work.
@@ -21,8 +21,8 @@ impl Progress {
         let unit = crate::format::to_u64(unit);
         let total = total.saturating_mul(unit);
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::hidden());
-        let line =
-            "{msg} [{wide_bar}] {percent}% of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
+        let line = "{msg} [{wide_bar}] {percent}% of {binary_total_bytes}, \
+                    {binary_bytes_per_sec}, {eta} left";
         if let Ok(style) = ProgressStyle::with_template(line) {
             bar.set_style(style.progress_chars("=> "));
         }

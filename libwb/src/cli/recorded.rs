@@ -1,4 +1,5 @@
-//! The records of volumes, as far as every program needs them: which devices belong to which volume.
+//! The records of volumes, as far as every program needs them: which devices belong to which
+//! volume.
 
 use super::own::read_own;
 use crate::device::probe::identity;
@@ -26,8 +27,8 @@ pub struct Recorded {
 }
 
 impl Recorded {
-    /// All volumes that are recorded, by name. A record that cannot be read names no device, and who may not look into the
-    /// folder finds none.
+    /// All volumes that are recorded, by name. A record that cannot be read names no device, and
+    /// who may not look into the folder finds none.
     ///
     /// # Errors
     /// When the folder cannot be read.

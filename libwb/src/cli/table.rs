@@ -6,8 +6,9 @@ use std::fmt;
 /// A table, to be filled with rows and displayed. No line of it ends with blanks.
 pub struct Table(comfy_table::Table);
 
-/// A table with a header; numbers, which every column but those of `words` holds, stand to the right and stay whole. On a
-/// narrow terminal, long cells of words are wrapped; elsewhere a row is a line, so that other programs can read it.
+/// A table with a header; numbers, which every column but those of `words` holds, stand to the
+/// right and stay whole. On a narrow terminal, long cells of words are wrapped; elsewhere a row is
+/// a line, so that other programs can read it.
 pub fn table<const N: usize>(header: [&str; N], words: &[&str]) -> Table {
     let mut table = comfy_table::Table::new();
     table.load_style(presets::NOTHING).set_header(header);

@@ -27,7 +27,10 @@ impl Workers {
     }
 
     /// Runs a future on these threads. Dropping the task cancels it.
-    pub(super) fn run<T: Send + 'static>(&self, work: impl Future<Output = T> + Send + 'static) -> Task<T> {
+    pub(super) fn run<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Task<T> {
         let tasks = self.tasks.clone();
         let (runnable, task) = async_task::spawn(work, move |runnable| {
             // The threads live as long as there is a sender.

@@ -34,7 +34,9 @@ pub enum AskError {
     #[error("its daemon went away")]
     Gone,
     /// What it says makes no sense to this version.
-    #[error("its daemon speaks version {protocol} of the protocol, and wbctl version {PROTOCOL}: {why}")]
+    #[error(
+        "its daemon speaks version {protocol} of the protocol, and wbctl version {PROTOCOL}: {why}"
+    )]
     Strange {
         /// The version of the protocol that it speaks.
         protocol: u32,
@@ -70,7 +72,8 @@ impl Client {
     /// Connects to a daemon's socket.
     ///
     /// # Errors
-    /// When none listens there, it does not take connections, or somebody does who is not to be believed.
+    /// When none listens there, it does not take connections, or somebody does who is not to be
+    /// believed.
     pub fn connect(path: &Path) -> Result<Client, AskError> {
         let client = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
             .map_err(io::Error::from)?;
@@ -80,7 +83,9 @@ impl Client {
         let address = UnixAddr::new(path).map_err(io::Error::from)?;
         match connect(client.as_raw_fd(), &address) {
             Ok(()) => {}
-            Err(Errno::ENOENT | Errno::ECONNREFUSED | Errno::ENOTDIR) => return Err(AskError::NotThere),
+            Err(Errno::ENOENT | Errno::ECONNREFUSED | Errno::ENOTDIR) => {
+                return Err(AskError::NotThere);
+            }
             Err(Errno::EAGAIN) => return Err(AskError::Silent(None)),
             Err(cause) => return Err(AskError::System(cause.into())),
         }
@@ -101,10 +106,14 @@ impl Client {
     ///
     /// # Errors
     /// When the daemon says nothing for seconds, or goes away before that.
-    pub fn ask(&mut self, request: &Request, mut progress: impl FnMut(Remaining)) -> Result<Reply, AskError> {
+    pub fn ask(
+        &mut self,
+        request: &Request,
+        mut progress: impl FnMut(Remaining),
+    ) -> Result<Reply, AskError> {
         let needs = Some(request.needs()).filter(|&version| version > FIRST);
-        let mut line =
-            serde_json::to_vec(&Message { protocol: needs, body: request }).map_err(io::Error::from)?;
+        let mut line = serde_json::to_vec(&Message { protocol: needs, body: request })
+            .map_err(io::Error::from)?;
         line.push(b'\n');
         match self.lines.socket().write_all(&line) {
             // It may have said why before it hung up.
@@ -121,7 +130,10 @@ impl Client {
             let protocol = message.protocol();
             match message.body {
                 Reply::Progress { dirty_bytes, left_bytes } => {
-                    progress(Remaining { left: left_bytes.unwrap_or(dirty_bytes), dirty: dirty_bytes });
+                    progress(Remaining {
+                        left: left_bytes.unwrap_or(dirty_bytes),
+                        dirty: dirty_bytes,
+                    });
                 }
                 // A newer daemon may tell more while it works.
                 Reply::Unknown => {
@@ -135,7 +147,9 @@ impl Client {
     fn failed(&self, error: io::Error) -> AskError {
         match error.kind() {
             ErrorKind::TimedOut | ErrorKind::WouldBlock => AskError::Silent(self.pid),
-            ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => AskError::Gone,
+            ErrorKind::UnexpectedEof | ErrorKind::ConnectionReset | ErrorKind::BrokenPipe => {
+                AskError::Gone
+            }
             _ => AskError::System(error),
         }
     }
@@ -143,8 +157,10 @@ impl Client {
 
 /// Reads a reply, and what it leaves out of a status.
 fn parse(line: &str) -> Result<Message<Reply>, AskError> {
-    let strange = |protocol| move |e: serde_json::Error| AskError::Strange { protocol, why: e.to_string() };
-    let Message { protocol, body } = serde_json::from_str::<Message<Value>>(line).map_err(strange(FIRST))?;
+    let strange =
+        |protocol| move |e: serde_json::Error| AskError::Strange { protocol, why: e.to_string() };
+    let Message { protocol, body } =
+        serde_json::from_str::<Message<Value>>(line).map_err(strange(FIRST))?;
     let mut reply = Reply::deserialize(&body).map_err(strange(protocol.unwrap_or(FIRST)))?;
     if let Reply::Status(status) = &mut reply {
         status.note_untold(&body);
@@ -187,7 +203,8 @@ mod tests {
 
     #[test]
     fn what_a_newer_daemon_adds_is_passed_over() {
-        let lines = "{\"protocol\":9,\"reply\":\"mood\",\"colour\":1}\n{\"reply\":\"done\",\"taste\":[]}\n";
+        let lines =
+            "{\"protocol\":9,\"reply\":\"mood\",\"colour\":1}\n{\"reply\":\"done\",\"taste\":[]}\n";
         assert_eq!(answered(lines).unwrap(), Reply::Done);
         let only = answered("{\"protocol\":9,\"reply\":\"mood\"}\n").unwrap_err();
         assert!(matches!(only, AskError::Strange { protocol: 9, .. }), "{only:?}");
@@ -198,19 +215,25 @@ mod tests {
     #[test]
     fn a_daemon_of_the_first_days_tells_less_of_a_drain() {
         let (mut client, mut daemon) = pair();
-        let lines = "{\"reply\":\"progress\",\"dirty_bytes\":5}\n\
-                     {\"reply\":\"progress\",\"dirty_bytes\":5,\"left_bytes\":3}\n{\"reply\":\"done\"}\n";
+        let lines = "{\"reply\":\"progress\",\"dirty_bytes\":5}\n{\"reply\":\"progress\",\"\
+                     dirty_bytes\":5,\"left_bytes\":3}\n{\"reply\":\"done\"}\n";
         daemon.write_all(lines.as_bytes()).unwrap();
         let mut seen = Vec::new();
-        client.ask(&Request::Drain, |remaining| seen.push((remaining.left, remaining.dirty))).unwrap();
+        client
+            .ask(&Request::Drain, |remaining| seen.push((remaining.left, remaining.dirty)))
+            .unwrap();
         assert_eq!(seen, [(5, 5), (3, 5)]);
     }
 
     #[test]
     fn a_request_that_any_daemon_knows_names_no_version() {
         let (mut client, daemon) = pair();
-        let asked = std::thread::spawn(move || Lines::of(daemon).next(Duration::from_secs(30)).unwrap());
+        let asked =
+            std::thread::spawn(move || Lines::of(daemon).next(Duration::from_secs(30)).unwrap());
         let _ = client.ask(&Request::Detach { drain: false, force: true }, |_| ());
-        assert_eq!(asked.join().unwrap(), "{\"request\":\"detach\",\"drain\":false,\"force\":true}\n");
+        assert_eq!(
+            asked.join().unwrap(),
+            "{\"request\":\"detach\",\"drain\":false,\"force\":true}\n"
+        );
     }
 }

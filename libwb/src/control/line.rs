@@ -52,7 +52,8 @@ fn read_line(from: &mut impl BufRead) -> io::Result<String> {
     if line.ends_with('\n') {
         return Ok(line);
     }
-    let what = if line.is_empty() { "the connection ended" } else { "the line is cut off or too long" };
+    let what =
+        if line.is_empty() { "the connection ended" } else { "the line is cut off or too long" };
     Err(io::Error::new(io::ErrorKind::UnexpectedEof, what))
 }
 

@@ -194,7 +194,8 @@ impl Replies {
         let exchange = self.0.lock();
         let mut events = [PollFd::new(exchange.socket.as_fd(), PollFlags::empty())];
         let found = poll(&mut events, PollTimeout::ZERO);
-        found.is_ok() && events[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
+        found.is_ok()
+            && events[0].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP))
     }
 
     /// Whether the client was sent anything.
@@ -229,7 +230,10 @@ impl Drop for Place {
 ///
 /// # Errors
 /// When the socket cannot be made. A stale one of that name is replaced.
-pub fn serve(path: &Path, handle: impl Fn(Request, &mut Replies) + Send + Sync + 'static) -> io::Result<()> {
+pub fn serve(
+    path: &Path,
+    handle: impl Fn(Request, &mut Replies) + Send + Sync + 'static,
+) -> io::Result<()> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
         _ => {}
@@ -277,7 +281,8 @@ fn refuse_stranger(peer: &UnixStream) -> io::Result<()> {
     if uid.is_root() || uid == geteuid() {
         return Ok(());
     }
-    let why = format!("refused: at the other end of the socket is user {uid}; only root may be there");
+    let why =
+        format!("refused: at the other end of the socket is user {uid}; only root may be there");
     Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
 }
 
@@ -290,7 +295,10 @@ fn turn_away(replies: &mut Replies, most: usize) {
 /// What a client asked for who did not wait, as while the daemon was stopped, is not done: they
 /// have been told that it failed.
 pub fn answer(client: UnixStream, handle: &impl Fn(Request, &mut Replies)) {
-    let (Ok(()), Ok(writer)) = (client.set_write_timeout(Some(PATIENCE)), client.try_clone()) else { return };
+    let (Ok(()), Ok(writer)) = (client.set_write_timeout(Some(PATIENCE)), client.try_clone())
+    else {
+        return;
+    };
     let mut replies = Replies::to(writer);
     match request(client) {
         Ok(_) if replies.is_hung_up() => {}
@@ -307,8 +315,9 @@ fn request(client: UnixStream) -> Result<Request, String> {
     if asked.protocol() > PROTOCOL {
         let newer = asked.protocol();
         return Err(format!(
-            "the volume's daemon is older than wbctl, and cannot do this (it speaks version {PROTOCOL} of the protocol, and \
-             {newer} is needed); detach the volume and attach it anew"
+            "the volume's daemon is older than wbctl, and cannot do this (it speaks version \
+             {PROTOCOL} of the protocol, and {newer} is needed); detach the volume and attach it \
+             anew"
         ));
     }
     serde_json::from_value(asked.body)
@@ -354,10 +363,17 @@ mod tests {
         let detach = Request::Detach { drain: true, force: false };
         assert_eq!(request_of(r#"{"request":"detach","drain":true,"force":false}"#), Some(detach));
         assert_eq!(request_of(r#"{"request":"explode"}"#), None);
-        let set =
-            Request::Set { tunables: [("nr_max_batched_writeback".into(), TunableValue::Number(64))].into() };
-        assert_eq!(request_of(r#"{"request":"set","tunables":{"nr_max_batched_writeback":64}}"#), Some(set));
-        assert_eq!(request_of(r#"{"request":"set","tunables":{"nr_max_batched_writeback":-1}}"#), None);
+        let set = Request::Set {
+            tunables: [("nr_max_batched_writeback".into(), TunableValue::Number(64))].into(),
+        };
+        assert_eq!(
+            request_of(r#"{"request":"set","tunables":{"nr_max_batched_writeback":64}}"#),
+            Some(set)
+        );
+        assert_eq!(
+            request_of(r#"{"request":"set","tunables":{"nr_max_batched_writeback":-1}}"#),
+            None
+        );
     }
 
     #[test]

@@ -5,8 +5,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// What was counted since the volume was attached or `wbctl clear-stats`, and what follows from it. `None` where nothing
-/// is known yet.
+/// What was counted since the volume was attached or `wbctl clear-stats`, and what follows from it.
+/// `None` where nothing is known yet.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VolumeStatistics {

@@ -152,7 +152,8 @@ pub struct LiveStatus {
 }
 
 impl LiveStatus {
-    /// What a cache says, in bytes and by name, and what its cache device and its backing device have been asked.
+    /// What a cache says, in bytes and by name, and what its cache device and its backing device
+    /// have been asked.
     pub fn new(status: &Status, sector_size: u32, [cache, backing]: [Pending; 2]) -> LiveStatus {
         LiveStatus {
             pid: std::process::id(),
@@ -182,7 +183,12 @@ impl LiveStatus {
             recovery_bytes: status.recovery_bytes,
             recovery_seconds: status.recovery_time.as_secs_f64(),
             tunables: by_name(&status.tunables),
-            counters: status.statistics.counters.iter().map(|(key, _, value)| (key.into(), value)).collect(),
+            counters: status
+                .statistics
+                .counters
+                .iter()
+                .map(|(key, _, value)| (key.into(), value))
+                .collect(),
             statistics: VolumeStatistics::new(status),
         }
     }
@@ -194,7 +200,8 @@ impl LiveStatus {
 pub struct Stuck {
     /// How many the backing device does not take. They are kept in the cache.
     pub refused: u64,
-    /// How many the cache device does not give back. Reads of them fail until they are written anew or discarded.
+    /// How many the cache device does not give back. Reads of them fail until they are written anew
+    /// or discarded.
     pub lost: u64,
     /// Where the first of them lie on the volume, in bytes.
     pub first: Vec<u64>,
@@ -227,12 +234,17 @@ mod tests {
         });
         let mut status: VolumeStatus = serde_json::from_value(told.clone()).unwrap();
         status.note_untold(&told);
-        for pointer in
-            ["/state", "/live/dirty_bytes", "/live/counters/reads", "/live/statistics/accesses/0/blocks"]
-        {
+        for pointer in [
+            "/state",
+            "/live/dirty_bytes",
+            "/live/counters/reads",
+            "/live/statistics/accesses/0/blocks",
+        ] {
             assert!(!status.tells(pointer), "{pointer}");
         }
-        for pointer in ["/name", "/live/pid", "/live/counters/writes", "/live/statistics/accesses/0/hit"] {
+        for pointer in
+            ["/name", "/live/pid", "/live/counters/writes", "/live/statistics/accesses/0/hit"]
+        {
             assert!(status.tells(pointer), "{pointer}");
         }
         let json = status.to_json().unwrap();

@@ -12,8 +12,9 @@ use std::path::PathBuf;
 pub enum Misfit {
     /// It is a cache device itself.
     #[error(
-        "{path}: refused: it is a cache device of wb, and may hold what is nowhere else (wbcheck {path} tells). Were the two \
-         devices swapped? Use --force to make it a backing device all the same"
+        "{path}: refused: it is a cache device of wb, and may hold what is nowhere else (wbcheck \
+         {path} tells). Were the two devices swapped? Use --force to make it a backing device all \
+         the same"
     )]
     IsCache {
         /// The backing device.
@@ -21,8 +22,8 @@ pub enum Misfit {
     },
     /// It is smaller than its cache.
     #[error(
-        "{path}: refused: it has {size} bytes, and its cache device {cache_size}. Were the two devices swapped? Use --force to \
-         take them as they are"
+        "{path}: refused: it has {size} bytes, and its cache device {cache_size}. Were the two \
+         devices swapped? Use --force to take them as they are"
     )]
     Smaller {
         /// The backing device.

@@ -1,4 +1,5 @@
-//! Who uses a device or a file in a way that neither exclusive opening nor a lock shows: loop devices and swap.
+//! Who uses a device or a file in a way that neither exclusive opening nor a lock shows: loop
+//! devices and swap.
 
 use super::probe::{Identity, sysfs_folder};
 use std::ffi::{OsStr, OsString};
@@ -44,7 +45,8 @@ fn loop_device(wanted: &Wanted) -> Option<String> {
         let name = name.to_string_lossy();
         wanted.is_at(Path::new(&OsString::from_vec(file))).then(|| {
             format!(
-                "the loop device /dev/{name} stands on it. Unmount what is on that, then: losetup --detach /dev/{name}"
+                "the loop device /dev/{name} stands on it. Unmount what is on that, then: losetup \
+                 --detach /dev/{name}"
             )
         })
     })
@@ -63,9 +65,11 @@ fn swap(wanted: &Wanted) -> Option<String> {
 }
 
 impl Wanted {
-    /// Whether another's path leads to what is wanted, or to a part of it, or to the whole of which it is a part.
+    /// Whether another's path leads to what is wanted, or to a part of it, or to the whole of which
+    /// it is a part.
     fn is_at(&self, path: &Path) -> bool {
-        // A path may lead to a filesystem that does not answer, and so only those are followed that may be the one.
+        // A path may lead to a filesystem that does not answer, and so only those are followed that
+        // may be the one.
         let may_be = match self.identity {
             Identity::BlockDevice(_) => path.starts_with("/dev/"),
             Identity::File(..) => self.links > 1 || path.file_name() == self.name.as_deref(),
@@ -73,18 +77,22 @@ impl Wanted {
         let Some(other) = std::fs::metadata(path).ok().filter(|_| may_be) else { return false };
         let other = Identity::of(&other);
         // A partition's folder is in that of its disk.
-        let overlaps = |(ours, its): (&PathBuf, &PathBuf)| ours.starts_with(its) || its.starts_with(ours);
-        other == self.identity || self.sysfs.as_ref().zip(folder(other).as_ref()).is_some_and(overlaps)
+        let overlaps =
+            |(ours, its): (&PathBuf, &PathBuf)| ours.starts_with(its) || its.starts_with(ours);
+        other == self.identity
+            || self.sysfs.as_ref().zip(folder(other).as_ref()).is_some_and(overlaps)
     }
 }
 
-/// The kernel writes a blank, a tab, a line feed and a backslash in a path as a backslash and three octal digits.
+/// The kernel writes a blank, a tab, a line feed and a backslash in a path as a backslash and three
+/// octal digits.
 fn unescaped(field: &[u8]) -> Vec<u8> {
     let mut text = Vec::with_capacity(field.len());
     let mut rest = field;
     while let Some((&first, after)) = rest.split_first() {
         let digits = after.get(..3).filter(|_| first == b'\\');
-        let digits = digits.and_then(|it| u8::from_str_radix(OsStr::from_bytes(it).to_str()?, 8).ok());
+        let digits =
+            digits.and_then(|it| u8::from_str_radix(OsStr::from_bytes(it).to_str()?, 8).ok());
         text.push(digits.unwrap_or(first));
         rest = if digits.is_some() { &after[3..] } else { after };
     }

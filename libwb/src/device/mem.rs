@@ -1,4 +1,5 @@
-//! A device in memory, for tests and for measuring the engine alone. Every operation completes at once.
+//! A device in memory, for tests and for measuring the engine alone. Every operation completes at
+//! once.
 
 use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
 use crate::format::{to_u64, to_usize};

@@ -79,22 +79,27 @@ impl DeviceError {
 fn describe(cause: Errno) -> &'static str {
     match cause {
         DeviceError::ALTERED => {
-            "the data does not match its checksum; the device has altered it. Detach the volume, run wbcheck on its cache \
-             device, then attach it with --salvage"
+            "the data does not match its checksum; the device has altered it. Detach the volume, \
+             run wbcheck on its cache device, then attach it with --salvage"
         }
-        Errno::ENOSPC => "No space left on device: the filesystem below it is full. Make room there",
+        Errno::ENOSPC => {
+            "No space left on device: the filesystem below it is full. Make room there"
+        }
         Errno::EFBIG => "File too large for the limit of this process (ulimit -f)",
         other => other.desc(),
     }
 }
 
-/// The future of an operation on a device. It owns what it needs; dropping it does not undo the operation.
+/// The future of an operation on a device. It owns what it needs; dropping it does not undo the
+/// operation.
 pub type IoFuture<T> = BoxFuture<'static, Result<T, DeviceError>>;
 
-/// A block device. Offsets and lengths are bytes, multiples of [`BlockDevice::block_size`], inside the device.
+/// A block device. Offsets and lengths are bytes, multiples of [`BlockDevice::block_size`], inside
+/// the device.
 ///
-/// Completed writes may still be lost or reordered by a power cut until a later flush completes; a single
-/// 512-byte sector is written whole or not at all. Concurrent operations complete in any order.
+/// Completed writes may still be lost or reordered by a power cut until a later flush completes; a
+/// single 512-byte sector is written whole or not at all. Concurrent operations complete in any
+/// order.
 pub trait BlockDevice: Send + Sync + 'static {
     /// What to call it in messages.
     fn name(&self) -> &Arc<str>;
@@ -102,7 +107,8 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Its size in bytes.
     fn size(&self) -> u64;
 
-    /// What tells it from others wherever it is plugged in: a serial number or the like. Empty where it has none.
+    /// What tells it from others wherever it is plugged in: a serial number or the like. Empty
+    /// where it has none.
     fn identity(&self) -> &str {
         ""
     }
@@ -123,7 +129,8 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Fills the whole buffer from `offset` on.
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf>;
 
-    /// As [`BlockDevice::read`], for a caller that does nothing else before it has the data. May block the thread until then.
+    /// As [`BlockDevice::read`], for a caller that does nothing else before it has the data. May
+    /// block the thread until then.
     fn read_alone(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
         self.read(offset, buf)
     }
@@ -140,7 +147,8 @@ pub trait BlockDevice: Send + Sync + 'static {
             writes.push(self.write(at, part));
             at += length;
         }
-        // All of them, even after a failure: who tries again must not be overtaken by a write that is still out.
+        // All of them, even after a failure: who tries again must not be overtaken by a write that
+        // is still out.
         Box::pin(async move { futures_util::future::join_all(writes).await.into_iter().collect() })
     }
 
@@ -156,9 +164,11 @@ pub trait BlockDevice: Send + Sync + 'static {
     }
 }
 
-/// Runs operations to their end, even after a failure, and gives the first error. An operation that is dropped goes on: who
-/// tries again, or reuses what it works on, must not be overtaken by it.
-pub(crate) async fn all(operations: impl Stream<Item = Result<(), DeviceError>>) -> Result<(), DeviceError> {
+/// Runs operations to their end, even after a failure, and gives the first error. An operation that
+/// is dropped goes on: who tries again, or reuses what it works on, must not be overtaken by it.
+pub(crate) async fn all(
+    operations: impl Stream<Item = Result<(), DeviceError>>,
+) -> Result<(), DeviceError> {
     operations.fold(Ok(()), async |result: Result<(), DeviceError>, done| result.and(done)).await
 }
 

@@ -12,8 +12,8 @@ use std::time::Duration;
 /// The most that is kept in memory, in bytes.
 const LIMIT: usize = 1 << 30;
 
-/// A device, and what was written on top of it, which is gone when this is. It keeps up to 1 GiB; writes beyond that fail with
-/// `ENOSPC`. Discards fail with `EROFS`.
+/// A device, and what was written on top of it, which is gone when this is. It keeps up to 1 GiB;
+/// writes beyond that fail with `ENOSPC`. Discards fail with `EROFS`.
 pub struct Overlay {
     device: Device,
     /// Sectors by number.
@@ -28,7 +28,13 @@ impl Overlay {
     }
 
     fn error(&self, operation: Operation, offset: u64, length: usize, cause: Errno) -> DeviceError {
-        DeviceError { device: self.name().clone(), operation, offset, length: to_u64(length), cause }
+        DeviceError {
+            device: self.name().clone(),
+            operation,
+            offset,
+            length: to_u64(length),
+            cause,
+        }
     }
 
     fn keep(&self, offset: u64, data: &[u8]) -> Result<(), DeviceError> {

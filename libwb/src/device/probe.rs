@@ -42,7 +42,8 @@ pub enum OpenError {
     },
     /// Somebody else holds it.
     #[error(
-        "{path}: in use (mounted, attached, or held by another program); see wbctl list, lsblk and fuser"
+        "{path}: in use (mounted, attached, or held by another program); see wbctl list, lsblk \
+         and fuser"
     )]
     InUse {
         /// The device.
@@ -66,8 +67,8 @@ pub enum OpenError {
     },
     /// A file that this process may not write to its end.
     #[error(
-        "{path}: {size} bytes, but this process may write files of {limit} bytes at most; raise the limit (ulimit -f, or \
-         LimitFSIZE= of a unit)"
+        "{path}: {size} bytes, but this process may write files of {limit} bytes at most; raise \
+         the limit (ulimit -f, or LimitFSIZE= of a unit)"
     )]
     FileSizeLimit {
         /// The device.
@@ -78,7 +79,9 @@ pub enum OpenError {
         limit: u64,
     },
     /// While it was opened, its path came to lead elsewhere.
-    #[error("{path}: another file or device is being put in its place; try again when that is done")]
+    #[error(
+        "{path}: another file or device is being put in its place; try again when that is done"
+    )]
     Replaced {
         /// The device.
         path: PathBuf,
@@ -145,7 +148,9 @@ pub fn open_pair(
 
 /// What the system said, without the number that Rust adds to it.
 fn in_words(cause: &io::Error) -> String {
-    cause.raw_os_error().map_or_else(|| cause.to_string(), |n| Errno::from_raw(n).desc().to_string())
+    cause
+        .raw_os_error()
+        .map_or_else(|| cause.to_string(), |n| Errno::from_raw(n).desc().to_string())
 }
 
 /// Which device a path leads to, so that two paths can be told to be one.
@@ -180,20 +185,23 @@ pub struct Opened {
     pub block_size: u32,
     /// Which device it is.
     pub identity: Identity,
-    /// What tells it from others wherever it is plugged in, for a block device that has such a thing; else empty.
+    /// What tells it from others wherever it is plugged in, for a block device that has such a
+    /// thing; else empty.
     pub identity_text: String,
     /// Where the system keeps its statistics, for a block device.
     pub stat: Option<PathBuf>,
 }
 
-/// A program that has ended may have a device for a moment longer: io_uring lets go of it in the background.
+/// A program that has ended may have a device for a moment longer: io_uring lets go of it in the
+/// background.
 const BRIEFLY: Duration = Duration::from_millis(400);
 
 /// Opens a block device or a regular file for direct I/O.
 ///
-/// A block device that is opened to write is claimed exclusively (it must not be mounted), and every device but an
-/// unlocked one is locked with `flock`, shared to read and exclusively to write. What is opened to write must not be used by a
-/// loop device or as swap either, nor be write-protected.
+/// A block device that is opened to write is claimed exclusively (it must not be mounted), and
+/// every device but an unlocked one is locked with `flock`, shared to read and exclusively to
+/// write. What is opened to write must not be used by a loop device or as swap either, nor be
+/// write-protected.
 ///
 /// # Errors
 /// Says which device, and what about it.
@@ -222,10 +230,15 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     if !is_block && !meta.is_file() {
         return Err(OpenError::NotADevice { path: path.into() });
     }
-    let exclusive = if is_block && access != Access::ReadUnlocked { OFlag::O_EXCL } else { OFlag::empty() };
+    let exclusive =
+        if is_block && access != Access::ReadUnlocked { OFlag::O_EXCL } else { OFlag::empty() };
     let open = |flags: OFlag| {
         let mut options = OpenOptions::new();
-        options.read(true).write(access == Access::Write).custom_flags((flags | exclusive).bits()).open(path)
+        options
+            .read(true)
+            .write(access == Access::Write)
+            .custom_flags((flags | exclusive).bits())
+            .open(path)
     };
     let file = match open(OFlag::O_DIRECT) {
         // A filesystem without direct I/O: through the page cache, then.
@@ -235,8 +248,11 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
         other => other,
     }
     .map_err(system)?;
-    let size =
-        if is_block { sys::block_device_size(&file).map_err(|e| system(e.into()))? } else { meta.len() };
+    let size = if is_block {
+        sys::block_device_size(&file).map_err(|e| system(e.into()))?
+    } else {
+        meta.len()
+    };
     let block_size =
         if is_block { sys::logical_block_size(&file).map_err(|e| system(e.into()))? } else { 512 };
     if !size.is_multiple_of(to_u64(SECTOR_BYTES)) {
@@ -287,7 +303,9 @@ fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), Op
     }
     // Root may write to it all the same, but somebody has said that nobody is to.
     if meta.mode() & 0o222 == 0 {
-        return protected(format!("its mode lets nobody write. If that may change: chmod u+w {shown}"));
+        return protected(format!(
+            "its mode lets nobody write. If that may change: chmod u+w {shown}"
+        ));
     }
     match getrlimit(Resource::RLIMIT_FSIZE) {
         Ok((limit, _)) if limit < meta.len() => {
@@ -306,8 +324,10 @@ pub fn identity(path: &Path) -> io::Result<Identity> {
 }
 
 fn direct_io_fits_sectors(file: &File) -> bool {
-    // A filesystem that does not say is believed: the kernel's oldest rule is the logical block size, 512 nearly always.
-    sys::direct_io_alignment(file).is_none_or(|n| n > 0 && to_u64(SECTOR_BYTES).is_multiple_of(u64::from(n)))
+    // A filesystem that does not say is believed: the kernel's oldest rule is the logical block
+    // size, 512 nearly always.
+    sys::direct_io_alignment(file)
+        .is_none_or(|n| n > 0 && to_u64(SECTOR_BYTES).is_multiple_of(u64::from(n)))
 }
 
 pub(super) fn sysfs_folder(number: u64) -> PathBuf {
@@ -315,8 +335,9 @@ pub(super) fn sysfs_folder(number: u64) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
 }
 
-/// A block device's own identity as sysfs has it: of a device-mapper or MD device its UUID, of a disk its world-wide
-/// name or serial number, of a partition its disk's with the number of the partition.
+/// A block device's own identity as sysfs has it: of a device-mapper or MD device its UUID, of a
+/// disk its world-wide name or serial number, of a partition its disk's with the number of the
+/// partition.
 fn identity_text(dir: &Path) -> String {
     let read = |file: &str| {
         let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();
@@ -328,6 +349,8 @@ fn identity_text(dir: &Path) -> String {
     };
     match read("partition") {
         None => of_disk("").unwrap_or_default(),
-        Some(partition) => of_disk("../").map_or_else(String::new, |disk| format!("{disk}-part{partition}")),
+        Some(partition) => {
+            of_disk("../").map_or_else(String::new, |disk| format!("{disk}-part{partition}"))
+        }
     }
 }

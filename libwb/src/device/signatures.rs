@@ -1,5 +1,5 @@
-//! What else a device holds: filesystems, partition tables, LVM, RAID and the like, as libblkid knows them. It does not
-//! know cache devices.
+//! What else a device holds: filesystems, partition tables, LVM, RAID and the like, as libblkid
+//! knows them. It does not know cache devices.
 
 use crate::format::printable;
 use blkid::prober::{ProbeState, Prober};
@@ -40,7 +40,9 @@ impl fmt::Display for Signature {
             Signature::Known { what, label: Some(label) } => {
                 write!(f, "{what} labelled \"{}\"", printable(label))
             }
-            Signature::Ambivalent => f.write_str("signatures of several filesystems or partition tables"),
+            Signature::Ambivalent => {
+                f.write_str("signatures of several filesystems or partition tables")
+            }
         }
     }
 }
@@ -70,7 +72,8 @@ fn probe(path: &Path) -> Result<Option<Signature>, BlkIdError> {
     let what = match (value("TYPE"), value("PTTYPE")) {
         (Some(kind), _) => format!("{} {}", kind, usage_in_words(value("USAGE").as_deref())),
         (None, Some(table)) => format!("{table} partition table"),
-        // A success without a type says nothing about content, only about the device's place in a partition table.
+        // A success without a type says nothing about content, only about the device's place in a
+        // partition table.
         (None, None) => return Ok(None),
     };
     Ok(Some(Signature::Known { what, label: value("LABEL").filter(|label| !label.is_empty()) }))

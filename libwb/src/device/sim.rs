@@ -1,8 +1,9 @@
 //! Simulated devices and a seeded executor: the engine's world under test.
 //!
-//! A [`Simulation`] runs tasks on one thread with a virtual clock. A [`SimDevice`] is a disk in memory with a
-//! volatile write cache: I/O takes virtual time and ends in any order; what has completed but was not flushed may
-//! be lost at a power cut, sector by sector. A seed decides everything, so that it repeats a run exactly.
+//! A [`Simulation`] runs tasks on one thread with a virtual clock. A [`SimDevice`] is a disk in
+//! memory with a volatile write cache: I/O takes virtual time and ends in any order; what has
+//! completed but was not flushed may be lost at a power cut, sector by sector. A seed decides
+//! everything, so that it repeats a run exactly.
 
 mod disk;
 mod executor;
@@ -29,15 +30,16 @@ pub struct Faults {
     pub read: f64,
     /// The chance that a write or a discard fails, 0 to 1. A part of it may have been done.
     pub write: f64,
-    /// The chance that a flush fails, 0 to 1. Some of what it should have made durable then never will be.
+    /// The chance that a flush fails, 0 to 1. Some of what it should have made durable then never
+    /// will be.
     pub flush: f64,
 }
 
 /// How a run ends that does not end well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Crash {
-    /// The process dies. What completed is still visible, but no more durable than before; what is in flight may
-    /// be done in part.
+    /// The process dies. What completed is still visible, but no more durable than before; what is
+    /// in flight may be done in part.
     Kill,
     /// The power fails. What was not flushed survives or not, sector by sector.
     PowerCut,
@@ -69,7 +71,8 @@ struct State {
 }
 
 impl SimDevice {
-    /// A device that holds `content`, all of it durable. `block_size` is the unit of its I/O in bytes.
+    /// A device that holds `content`, all of it durable. `block_size` is the unit of its I/O in
+    /// bytes.
     pub fn new(runtime: &SimRuntime, name: &str, content: Vec<u8>, block_size: u32) -> SimDevice {
         SimDevice::with_disk(runtime, name.into(), Disk::new(content), block_size)
     }
@@ -78,7 +81,8 @@ impl SimDevice {
         let size = to_u64(disk.visible().len());
         let rng = runtime.fork_rng();
         let (rotten, bad) = (BTreeSet::new(), BTreeSet::new());
-        let state = State { disk: Some(disk), rng, faults: Faults::default(), slowness: 1, rotten, bad };
+        let state =
+            State { disk: Some(disk), rng, faults: Faults::default(), slowness: 1, rotten, bad };
         let inner = Inner { name, runtime: runtime.clone(), state: Mutex::new(state) };
         SimDevice { inner: Arc::new(inner), size, block_size }
     }
@@ -88,8 +92,8 @@ impl SimDevice {
         self.inner.state.lock().faults = faults;
     }
 
-    /// Flips a bit of what the sector at `offset` holds, unnoticed by the device, until the sector is written again,
-    /// [`SimDevice::heal_rot`] is called, or the device crashes.
+    /// Flips a bit of what the sector at `offset` holds, unnoticed by the device, until the sector
+    /// is written again, [`SimDevice::heal_rot`] is called, or the device crashes.
     pub fn rot(&self, offset: u64) {
         self.inner.state.lock().rotten.insert(to_usize(offset) / SECTOR_BYTES);
     }
@@ -99,7 +103,8 @@ impl SimDevice {
         self.inner.state.lock().rotten.clear();
     }
 
-    /// Makes every write fail that covers the sector at `offset`, until [`SimDevice::heal_bad`] is called.
+    /// Makes every write fail that covers the sector at `offset`, until [`SimDevice::heal_bad`] is
+    /// called.
     pub fn go_bad(&self, offset: u64) {
         self.inner.state.lock().bad.insert(to_usize(offset) / SECTOR_BYTES);
     }
@@ -119,7 +124,14 @@ impl SimDevice {
     /// # Panics
     /// After a crash.
     pub fn content(&self) -> Vec<u8> {
-        self.inner.state.lock().disk.as_ref().expect("a disk that has not crashed").visible().to_vec()
+        self.inner
+            .state
+            .lock()
+            .disk
+            .as_ref()
+            .expect("a disk that has not crashed")
+            .visible()
+            .to_vec()
     }
 
     /// What is durable at least.
@@ -127,7 +139,14 @@ impl SimDevice {
     /// # Panics
     /// After a crash.
     pub fn durable(&self) -> Vec<u8> {
-        self.inner.state.lock().disk.as_ref().expect("a disk that has not crashed").durable().to_vec()
+        self.inner
+            .state
+            .lock()
+            .disk
+            .as_ref()
+            .expect("a disk that has not crashed")
+            .durable()
+            .to_vec()
     }
 
     /// What a power cut could leave now.
@@ -139,8 +158,8 @@ impl SimDevice {
         Snapshot::new(self.inner.state.lock().disk.clone().expect("a disk that has not crashed"))
     }
 
-    /// What is there after a crash. This device fails everything from now on; the caller drops all tasks that use
-    /// it with [`Simulation::kill_tasks`].
+    /// What is there after a crash. This device fails everything from now on; the caller drops all
+    /// tasks that use it with [`Simulation::kill_tasks`].
     ///
     /// # Panics
     /// When it has crashed already.
@@ -157,8 +176,12 @@ impl SimDevice {
         };
         let bad = std::mem::take(&mut state.bad);
         drop(state);
-        let device =
-            SimDevice::with_disk(&self.inner.runtime, self.inner.name.clone(), disk, self.block_size);
+        let device = SimDevice::with_disk(
+            &self.inner.runtime,
+            self.inner.name.clone(),
+            disk,
+            self.block_size,
+        );
         device.inner.state.lock().bad = bad;
         device
     }
@@ -177,11 +200,17 @@ impl SimDevice {
         let Errand { operation, offset, length, digest } = what;
         let failure = self.error(operation, offset, length, Errno::ENODEV);
         if !fits(self.size, self.block_size, offset, length) {
-            return Box::pin(std::future::ready(Err(DeviceError { cause: Errno::EINVAL, ..failure })));
+            return Box::pin(std::future::ready(Err(DeviceError {
+                cause: Errno::EINVAL,
+                ..failure
+            })));
         }
         let name_digest = disk::digest(self.inner.name.as_bytes());
-        let event =
-            name_digest ^ offset ^ length.rotate_left(17) ^ digest ^ (operation as u64).rotate_left(7);
+        let event = name_digest
+            ^ offset
+            ^ length.rotate_left(17)
+            ^ digest
+            ^ (operation as u64).rotate_left(7);
         self.inner.runtime.io_point(event);
         let (done, result) = oneshot::channel();
         let inner = self.inner.clone();
@@ -195,7 +224,10 @@ impl SimDevice {
             let _ = done.send(result);
         });
         Box::pin(async move {
-            result.await.unwrap_or(Err(Errno::ENODEV)).map_err(|cause| DeviceError { cause, ..failure })
+            result
+                .await
+                .unwrap_or(Err(Errno::ENODEV))
+                .map_err(|cause| DeviceError { cause, ..failure })
         })
     }
 
@@ -203,7 +235,12 @@ impl SimDevice {
     fn submit_write(&self, operation: Operation, offset: u64, data: SharedBuf) -> IoFuture<()> {
         let length = to_u64(data.len());
         if !fits(self.size, self.block_size, offset, length) {
-            return Box::pin(std::future::ready(Err(self.error(operation, offset, length, Errno::EINVAL))));
+            return Box::pin(std::future::ready(Err(self.error(
+                operation,
+                offset,
+                length,
+                Errno::EINVAL,
+            ))));
         }
         self.inner.runtime.about_to_change();
         let what = Errand { operation, offset, length, digest: digest(&data) };
@@ -211,7 +248,9 @@ impl SimDevice {
         let (id, delay, parts) = {
             let mut state = self.inner.state.lock();
             let delay = state.delay();
-            let Some(disk) = &mut state.disk else { return self.submit(what, delay, |_| Err(Errno::ENODEV)) };
+            let Some(disk) = &mut state.disk else {
+                return self.submit(what, delay, |_| Err(Errno::ENODEV));
+            };
             let id = disk.begin(offset, data);
             let first = to_usize(offset) / SECTOR_BYTES;
             state.rotten.retain(|sector| !(first..first + count).contains(sector));
@@ -323,7 +362,8 @@ impl BlockDevice for SimDevice {
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
-        let what = Errand { operation: Operation::Read, offset, length: to_u64(buf.len()), digest: 0 };
+        let what =
+            Errand { operation: Operation::Read, offset, length: to_u64(buf.len()), digest: 0 };
         let delay = self.inner.state.lock().delay();
         self.submit(what, delay, move |state| state.end_read(offset, buf))
     }
@@ -339,7 +379,9 @@ impl BlockDevice for SimDevice {
             let by = state.disk.as_ref().map(Disk::completed);
             (state.delay(), by)
         };
-        self.submit(what, delay, move |state| by.map_or(Err(Errno::ENODEV), |by| state.end_flush(by)))
+        self.submit(what, delay, move |state| {
+            by.map_or(Err(Errno::ENODEV), |by| state.end_flush(by))
+        })
     }
 
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {

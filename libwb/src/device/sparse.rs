@@ -1,4 +1,5 @@
-//! Files that are not all there: what is written to a hole of one needs room of its filesystem, which may be gone by then.
+//! Files that are not all there: what is written to a hole of one needs room of its filesystem,
+//! which may be gone by then.
 
 use super::probe::Opened;
 use nix::errno::Errno;
@@ -26,8 +27,9 @@ pub struct SparseFile {
 pub enum NoRoom {
     /// Its filesystem is too full.
     #[error(
-        "{path}: refused: {missing} bytes of this file are not allocated yet, and its filesystem has room for {free}. Make room, \
-         make it smaller, or use --sparse to leave it as it is: should there be no room later, the volume fails"
+        "{path}: refused: {missing} bytes of this file are not allocated yet, and its filesystem \
+         has room for {free}. Make room, make it smaller, or use --sparse to leave it as it is: \
+         should there be no room later, the volume fails"
     )]
     Full {
         /// The file.
@@ -77,7 +79,8 @@ impl SparseFile {
         }
     }
 
-    /// Has the filesystem set room aside for all of the file. Where it cannot do such a thing, the file stays as it is.
+    /// Has the filesystem set room aside for all of the file. Where it cannot do such a thing, the
+    /// file stays as it is.
     ///
     /// # Errors
     /// When there is no room.

@@ -25,7 +25,8 @@ pub struct UringDevice {
 }
 
 impl UringDevice {
-    /// Serves an opened device through a reactor's io_uring. The device stays locked as it was opened.
+    /// Serves an opened device through a reactor's io_uring. The device stays locked as it was
+    /// opened.
     pub fn new(handle: &Handle, opened: Opened) -> UringDevice {
         UringDevice {
             handle: handle.clone(),
@@ -46,11 +47,13 @@ impl UringDevice {
         length: u64,
         kind: OpKind,
     ) -> IoFuture<Option<IoBuf>> {
-        let (handle, target, device) = (self.handle.clone(), self.target.clone(), self.name.clone());
+        let (handle, target, device) =
+            (self.handle.clone(), self.target.clone(), self.name.clone());
         let fits = offset.checked_add(length).is_some_and(|end| end <= self.size);
         let requests = self.requests.clone();
         Box::pin(async move {
-            let fail = |cause| DeviceError { device: device.clone(), operation, offset, length, cause };
+            let fail =
+                |cause| DeviceError { device: device.clone(), operation, offset, length, cause };
             if !fits {
                 return Err(fail(Errno::EINVAL));
             }
@@ -127,7 +130,12 @@ impl BlockDevice for UringDevice {
 
     fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()> {
         let length = to_u64(data.len());
-        Box::pin(unit(self.submit(Operation::Write, offset, length, OpKind::Write { offset, data })))
+        Box::pin(unit(self.submit(
+            Operation::Write,
+            offset,
+            length,
+            OpKind::Write { offset, data },
+        )))
     }
 
     fn write_parts(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
@@ -142,11 +150,21 @@ impl BlockDevice for UringDevice {
 
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
         let mode = libc::FALLOC_FL_PUNCH_HOLE;
-        Box::pin(unit(self.submit(Operation::Discard, offset, length, OpKind::Zero { mode, offset, length })))
+        Box::pin(unit(self.submit(
+            Operation::Discard,
+            offset,
+            length,
+            OpKind::Zero { mode, offset, length },
+        )))
     }
 
     fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
         let mode = libc::FALLOC_FL_ZERO_RANGE;
-        Box::pin(unit(self.submit(Operation::Discard, offset, length, OpKind::Zero { mode, offset, length })))
+        Box::pin(unit(self.submit(
+            Operation::Discard,
+            offset,
+            length,
+            OpKind::Zero { mode, offset, length },
+        )))
     }
 }

@@ -34,7 +34,9 @@ impl fmt::Display for Gone {
             Gone::Replaced(Some(inode)) => {
                 write!(f, "another file has taken its place (the one before has the inode {inode})")
             }
-            Gone::Moved(inode) => write!(f, "the file is no longer there (it has the inode {inode})"),
+            Gone::Moved(inode) => {
+                write!(f, "the file is no longer there (it has the inode {inode})")
+            }
         }
     }
 }

@@ -4,15 +4,18 @@ use super::geometry::BLOCK_BYTES;
 use std::ops::BitXor;
 use std::sync::LazyLock;
 
-/// What becomes of each byte of a CRC when a block follows whose own CRC is zero. Moving a CRC past so many bytes is
-/// linear, so that four of these add up to the whole; it takes the library far longer to do it bit by bit.
+/// What becomes of each byte of a CRC when a block follows whose own CRC is zero. Moving a CRC past
+/// so many bytes is linear, so that four of these add up to the whole; it takes the library far
+/// longer to do it bit by bit.
 static PAST_BLOCK: LazyLock<[[u32; 256]; 4]> = LazyLock::new(|| {
     let of = |byte: usize, value: u8| {
         let mut crc = [0; 4];
         crc[byte] = value;
         ::crc32c::crc32c_combine(u32::from_le_bytes(crc), 0, BLOCK_BYTES)
     };
-    std::array::from_fn(|byte| std::array::from_fn(|value| of(byte, u8::try_from(value).unwrap_or(u8::MAX))))
+    std::array::from_fn(|byte| {
+        std::array::from_fn(|value| of(byte, u8::try_from(value).unwrap_or(u8::MAX)))
+    })
 });
 
 /// CRC-32C of a byte range.

@@ -1,7 +1,7 @@
 //! The extension: what wb keeps in bytes that the kernel module neither reads nor checks.
 //!
-//! Pages and headers carry a CRC of their own. `man/wb.5` has the offsets, with a worked hex dump. They never change their
-//! meaning.
+//! Pages and headers carry a CRC of their own. `man/wb.5` has the offsets, with a worked hex dump.
+//! They never change their meaning.
 
 use super::checksum::{Checksum, crc32c};
 use super::geometry::{BLOCK_BYTES, PLACES, SECTOR_BYTES, SegmentId};
@@ -30,9 +30,11 @@ mod page {
     pub(super) const CACHE_BYTES: usize = 200;
     pub(super) const CRC: usize = super::BLOCK_BYTES - 4;
 
-    const _: () = assert!(GENERATION == MARKER + 8 && CLEAN_ID == IS_CLEAN + 4 && UUID == CREATED + 8);
+    const _: () =
+        assert!(GENERATION == MARKER + 8 && CLEAN_ID == IS_CLEAN + 4 && UUID == CREATED + 8);
     const _: () = assert!(LABEL == UUID + 16 && BACKING_SECTORS == LABEL + super::TEXT_BYTES);
-    const _: () = assert!(BACKING_ID == BACKING_SECTORS + 8 && CACHE_BYTES == BACKING_ID + super::TEXT_BYTES);
+    const _: () =
+        assert!(BACKING_ID == BACKING_SECTORS + 8 && CACHE_BYTES == BACKING_ID + super::TEXT_BYTES);
     const _: () = assert!(CACHE_BYTES + 8 <= CRC);
 }
 
@@ -51,13 +53,15 @@ mod header {
     pub(super) const BEFORE_CHECKSUM: usize = 60;
     pub(super) const SECTOR_CRC: usize = 64;
 
-    const _: () = assert!(MARKER >= PADDING && HAS_COMMITS == TIME + 8 && SECTOR_CRC == BEFORE_CHECKSUM + 4);
+    const _: () =
+        assert!(MARKER >= PADDING && HAS_COMMITS == TIME + 8 && SECTOR_CRC == BEFORE_CHECKSUM + 4);
     const _: () = assert!(SECTOR_CRC + 4 <= super::super::geometry::SECTOR_BYTES);
 }
 
 const PAGE_MARKER: &[u8; 8] = b"wb-super";
 const HEADER_MARKER: &[u8; 4] = b"wbsg";
-/// The largest generation of a page: there must be ones that are newer. Counting up from 0, no cache comes near it.
+/// The largest generation of a page: there must be ones that are newer. Counting up from 0, no
+/// cache comes near it.
 const LARGEST_GENERATION: u64 = u64::MAX / 2;
 /// The version of the extension that is written, and the only one that is read.
 pub const EXTENSION_VERSION: u32 = 1;
@@ -124,10 +128,15 @@ impl SuperblockExtension {
         }
     }
 
-    /// The same, paired with a backing device of so many sectors, and this identity or an empty text.
+    /// The same, paired with a backing device of so many sectors, and this identity or an empty
+    /// text.
     #[must_use]
     pub fn paired(self, sectors: u64, identity: &str) -> SuperblockExtension {
-        SuperblockExtension { backing_sectors: sectors, backing_id: fitting(identity).into(), ..self }
+        SuperblockExtension {
+            backing_sectors: sectors,
+            backing_id: fitting(identity).into(),
+            ..self
+        }
     }
 
     /// Decodes a page.
@@ -198,26 +207,32 @@ impl SuperblockExtension {
     }
 
     /// Of the two copies, the newer one that is sound, if any is.
-    pub fn newest(copies: &[Result<SuperblockExtension, PageFault>; 2]) -> Option<&SuperblockExtension> {
+    pub fn newest(
+        copies: &[Result<SuperblockExtension, PageFault>; 2],
+    ) -> Option<&SuperblockExtension> {
         copies.iter().flatten().max_by_key(|page| page.generation)
     }
 
-    /// Whether a power cut explains that a copy beside this sound one is torn. All that a page holds lies in its
-    /// first sector: the torn one has that of the page before this, or of the one that was to follow it.
+    /// Whether a power cut explains that a copy beside this sound one is torn. All that a page
+    /// holds lies in its first sector: the torn one has that of the page before this, or of the one
+    /// that was to follow it.
     pub fn explains(&self, torn: &SuperblockExtension) -> bool {
         let SuperblockExtension { generation, clean, backing_sectors, .. } = *self;
         let is_neighbour = torn.generation.abs_diff(generation) == 1;
         // Nothing else changes from page to page.
-        is_neighbour && *self == SuperblockExtension { generation, clean, backing_sectors, ..torn.clone() }
+        is_neighbour
+            && *self == SuperblockExtension { generation, clean, backing_sectors, ..torn.clone() }
     }
 
-    /// What segments carry of the cache's UUID, so that one of an earlier cache is not taken for one of this.
+    /// What segments carry of the cache's UUID, so that one of an earlier cache is not taken for
+    /// one of this.
     pub fn digest(&self) -> u32 {
         crc32c(self.uuid.as_bytes())
     }
 }
 
-/// A new UUID with this digest: for a cache that has lost its UUID, and not the segments that carry the digest.
+/// A new UUID with this digest: for a cache that has lost its UUID, and not the segments that carry
+/// the digest.
 pub fn uuid_of_digest(digest: u32) -> Uuid {
     let mut bytes = *Uuid::new_v4().as_bytes();
     let mut crc_with = |last: u32| {
@@ -226,7 +241,8 @@ pub fn uuid_of_digest(digest: u32) -> Uuid {
         crc32c(&bytes)
     };
     let with_none = crc_with(0);
-    // The CRC depends on each bit of the last four bytes by itself, so what each changes can be added up. In echelon form.
+    // The CRC depends on each bit of the last four bytes by itself, so what each changes can be
+    // added up. In echelon form.
     let mut basis = [(0, 0); 32];
     for bit in (0..32).map(|nth| 1 << nth) {
         let (mut change, mut bits) = (crc_with(bit) ^ with_none, bit);
@@ -313,12 +329,13 @@ impl Reason {
 pub struct Commit {
     /// How many blocks.
     pub length: u8,
-    /// The checksum of the base kind over them and the header, in which all entries after theirs are zeros.
+    /// The checksum of the base kind over them and the header, in which all entries after theirs
+    /// are zeros.
     pub checksum: u32,
 }
 
-/// What a segment's header says beyond the base format. All of it stands in the first sector, which a power cut leaves
-/// whole.
+/// What a segment's header says beyond the base format. All of it stands in the first sector, which
+/// a power cut leaves whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentExtension {
     /// [`SuperblockExtension::digest`] of the cache that the segment belongs to.
@@ -327,11 +344,13 @@ pub struct SegmentExtension {
     pub reason: Reason,
     /// When the header was written, every segment up to this one was durable.
     pub durable: SegmentId,
-    /// When the header was written, every segment up to this one was written back and the backing device flushed.
+    /// When the header was written, every segment up to this one was written back and the backing
+    /// device flushed.
     pub written_back: SegmentId,
     /// When the header was written, in milliseconds since 1970 (UTC).
     pub time: u64,
-    /// The commit that the header before this one made, which was durable when this one was written.
+    /// The commit that the header before this one made, which was durable when this one was
+    /// written.
     pub before: Option<Commit>,
 }
 
@@ -346,13 +365,15 @@ pub(super) enum Mark {
     Proved(SegmentExtension),
     /// The marker, and no CRC that holds.
     Damaged {
-        /// The header is from before commits. It has no CRC of the first sector, so that a power cut may be the reason.
+        /// The header is from before commits. It has no CRC of the first sector, so that a power
+        /// cut may be the reason.
         may_be_torn: bool,
     },
 }
 
 impl Mark {
-    /// Looks at a header block. The CRC of the first sector counts, or where there is none, that of the whole block.
+    /// Looks at a header block. The CRC of the first sector counts, or where there is none, that of
+    /// the whole block.
     pub(super) fn of(block: &[u8; BLOCK_BYTES]) -> Mark {
         let is_zero = |bytes: &[u8]| bytes.iter().all(|&byte| byte == 0);
         if is_zero(&block[header::PADDING..SECTOR_BYTES]) {
@@ -382,7 +403,8 @@ impl SegmentExtension {
             length: block[header::BEFORE_LENGTH],
             checksum: LittleEndian::read_u32(&block[header::BEFORE_CHECKSUM..]),
         };
-        let id_at = |at: usize| SegmentId(LittleEndian::read_u64(&block[at..]).min(SegmentId::MAX.0));
+        let id_at =
+            |at: usize| SegmentId(LittleEndian::read_u64(&block[at..]).min(SegmentId::MAX.0));
         SegmentExtension {
             digest: LittleEndian::read_u32(&block[header::DIGEST..]),
             reason: Reason::from_code(block[header::REASON]),
@@ -420,7 +442,8 @@ impl SegmentExtension {
     }
 }
 
-/// Whether the header block of a segment with the extension is as it was written, to its last sector.
+/// Whether the header block of a segment with the extension is as it was written, to its last
+/// sector.
 pub(super) fn is_whole(block: &[u8; BLOCK_BYTES]) -> bool {
     LittleEndian::read_u32(&block[header::CRC..]) == header_crc(block)
 }
@@ -508,7 +531,10 @@ mod tests {
         SuperblockExtension { label: "ä".repeat(40) + "b", ..page() }.encode(&mut block);
         assert_eq!(SuperblockExtension::decode(&block).unwrap().label, "ä".repeat(32));
         SuperblockExtension { label: format!("a{}", "ä".repeat(40)), ..page() }.encode(&mut block);
-        assert_eq!(SuperblockExtension::decode(&block).unwrap().label, format!("a{}", "ä".repeat(31)));
+        assert_eq!(
+            SuperblockExtension::decode(&block).unwrap().label,
+            format!("a{}", "ä".repeat(31))
+        );
     }
 
     proptest! {

@@ -1,7 +1,7 @@
 //! Units and the arithmetic between them.
 //!
-//! Each unit is a type of its own, so that a sector is never added to a block. What is left as a plain `u64`
-//! or `usize` is bytes.
+//! Each unit is a type of its own, so that a sector is never added to a block. What is left as a
+//! plain `u64` or `usize` is bytes.
 
 use std::fmt;
 
@@ -15,7 +15,8 @@ pub const SEGMENT_BYTES: usize = 512 * 1024;
 pub const SECTORS_PER_BLOCK: u64 = 8;
 /// Data blocks in a segment, and so the most metablocks a header holds.
 pub const PLACES: u8 = 127;
-/// The first MiB of a cache device: superblock, extension, superblock record. Segments start after it.
+/// The first MiB of a cache device: superblock, extension, superblock record. Segments start after
+/// it.
 pub const SUPERBLOCK_REGION_BYTES: u64 = 1024 * 1024;
 /// The most that [`Geometry::write_window`] is, in segments.
 const MAX_WRITE_WINDOW: u64 = 128;
@@ -91,8 +92,8 @@ pub struct SegmentId(pub u64);
 impl SegmentId {
     /// No segment: what an unwritten slot holds, and the superblock record of a fresh cache.
     pub const NONE: SegmentId = SegmentId(0);
-    /// The largest id that is believed. A log of this length cannot have been written; a larger id is
-    /// garbage, and refusing it keeps all arithmetic on ids far from overflow.
+    /// The largest id that is believed. A log of this length cannot have been written; a larger id
+    /// is garbage, and refusing it keeps all arithmetic on ids far from overflow.
     pub const MAX: SegmentId = SegmentId(1 << 56);
 
     /// The id after this one.
@@ -209,7 +210,8 @@ impl DirtyBits {
 pub enum GeometryError {
     /// Smaller than the superblock region and one segment.
     #[error(
-        "too small for a cache device: {bytes} bytes, and it needs at least {minimum} (1 MiB and one segment of 512 KiB)"
+        "too small for a cache device: {bytes} bytes, and it needs at least {minimum} (1 MiB and \
+         one segment of 512 KiB)"
     )]
     TooSmall {
         /// The device's size in bytes.
@@ -245,7 +247,10 @@ impl Geometry {
         let segment = to_u64(SEGMENT_BYTES);
         let slots = bytes.saturating_sub(SUPERBLOCK_REGION_BYTES) / segment;
         if slots == 0 {
-            return Err(GeometryError::TooSmall { bytes, minimum: SUPERBLOCK_REGION_BYTES + segment });
+            return Err(GeometryError::TooSmall {
+                bytes,
+                minimum: SUPERBLOCK_REGION_BYTES + segment,
+            });
         }
         match u32::try_from(slots) {
             Ok(n) if slots <= Self::MAX_SLOTS => Ok(Geometry { slots: n }),
@@ -278,8 +283,8 @@ impl Geometry {
         Slot(((id.0 - 1) % self.lap()) as u32)
     }
 
-    /// The largest id up to and including `newest` that lives in `slot`, or [`SegmentId::NONE`] when the log has
-    /// not reached the slot yet.
+    /// The largest id up to and including `newest` that lives in `slot`, or [`SegmentId::NONE`]
+    /// when the log has not reached the slot yet.
     pub const fn id_in_slot(self, slot: Slot, newest: SegmentId) -> SegmentId {
         let first = slot.0 as u64 + 1;
         if newest.0 < first {
@@ -298,15 +303,15 @@ impl Geometry {
         self.slot_offset(place.slot) + BLOCK_BYTES as u64 * (1 + place.index as u64)
     }
 
-    /// How many of the newest segments a power cut may lose or damage: a quarter of the log, and at least one.
-    /// Recovery takes a longer gap for corruption.
+    /// How many of the newest segments a power cut may lose or damage: a quarter of the log, and at
+    /// least one. Recovery takes a longer gap for corruption.
     pub const fn loss_window(self) -> u64 {
         let quarter = self.lap() / 4;
         if quarter == 0 { 1 } else { quarter }
     }
 
-    /// How many segments wb itself has on their way that are not known to be durable: no more than the loss window, and
-    /// few enough that recovery can read them whole in no time.
+    /// How many segments wb itself has on their way that are not known to be durable: no more than
+    /// the loss window, and few enough that recovery can read them whole in no time.
     pub const fn write_window(self) -> u64 {
         let window = self.loss_window();
         if window < MAX_WRITE_WINDOW { window } else { MAX_WRITE_WINDOW }
@@ -323,7 +328,10 @@ mod tests {
         assert_eq!(Geometry::of_device(8 * mib).map(Geometry::slots), Ok(14));
         assert_eq!(Geometry::of_device(8 * mib + 511 * 1024).map(Geometry::slots), Ok(14));
         assert_eq!(Geometry::of_device(mib + 512 * 1024).map(Geometry::slots), Ok(1));
-        assert!(matches!(Geometry::of_device(mib + 512 * 1024 - 1), Err(GeometryError::TooSmall { .. })));
+        assert!(matches!(
+            Geometry::of_device(mib + 512 * 1024 - 1),
+            Err(GeometryError::TooSmall { .. })
+        ));
         assert!(matches!(Geometry::of_device(u64::MAX), Err(GeometryError::TooLarge { .. })));
     }
 

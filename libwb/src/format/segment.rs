@@ -19,11 +19,12 @@ const MB_DIRTY_BITS: usize = 8;
 const MB_FLAGS: usize = 9;
 const MB_CRC: usize = 12;
 const HAS_CRC: u8 = 1;
-/// The block is lost: its data is not what was written, and its CRC is that of the data with all bits inverted.
+/// The block is lost: its data is not what was written, and its CRC is that of the data with all
+/// bits inverted.
 const IS_LOST: u8 = 2;
 
-/// Where the range that the checksum covers begins, in bytes from the start of the segment. It ends with the
-/// last valid data block.
+/// Where the range that the checksum covers begins, in bytes from the start of the segment. It ends
+/// with the last valid data block.
 pub const HEADER_CHECKSUM_START: usize = METABLOCKS;
 
 const _: () = assert!(LENGTH < METABLOCKS);
@@ -37,8 +38,8 @@ pub enum HeaderFault {
     FirstSector {
         /// What stands there.
         id: u64,
-        /// Whether a power cut may be the reason: a sector is written whole or not at all, but headers from before commits
-        /// have no CRC of the first one.
+        /// Whether a power cut may be the reason: a sector is written whole or not at all, but
+        /// headers from before commits have no CRC of the first one.
         may_be_torn: bool,
     },
     /// No id, though something stands in the first sector.
@@ -60,15 +61,16 @@ pub enum HeaderFault {
     },
 }
 
-/// One entry of the log: which block a data block belongs to, and which of its sectors are newer than the
-/// backing device.
+/// One entry of the log: which block a data block belongs to, and which of its sectors are newer
+/// than the backing device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Metablock {
     /// The block on the backing device.
     pub block: BlockNo,
     /// Its dirty sectors.
     pub dirty: DirtyBits,
-    /// Extension: CRC-32C of the whole data block, where it is kept. Of a lost one, all its bits are inverted.
+    /// Extension: CRC-32C of the whole data block, where it is kept. Of a lost one, all its bits
+    /// are inverted.
     pub crc: Option<u32>,
     /// Extension: the data is not what was written, and nothing else is left of that.
     pub lost: bool,
@@ -125,7 +127,8 @@ impl FirstSector {
         })
     }
 
-    /// The id that a header names, if there is something where the kernel module leaves zeros, but not wb's marker.
+    /// The id that a header names, if there is something where the kernel module leaves zeros, but
+    /// not wb's marker.
     pub fn stray(block: &[u8; BLOCK_BYTES]) -> Option<u64> {
         (Mark::of(block) == Mark::Stray).then(|| LittleEndian::read_u64(&block[ID..]))
     }
@@ -135,12 +138,14 @@ impl FirstSector {
         usize::from(self.newest.length) * BLOCK_BYTES
     }
 
-    /// How far a segment stands with this header block and the data that follows it. Where the newest commit fails, it may
-    /// hold all the same with the entries after it taken as zeros, as where the header after its first sector is torn; or the
-    /// one before holds, if what the newest one added is torn.
+    /// How far a segment stands with this header block and the data that follows it. Where the
+    /// newest commit fails, it may hold all the same with the entries after it taken as zeros, as
+    /// where the header after its first sector is torn; or the one before holds, if what the newest
+    /// one added is torn.
     pub fn stands(&self, header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<LastCommit> {
-        let is_sound =
-            |commit: &Commit| (0..commit.length).all(|nth| decode_metablock(header_block, nth).is_ok());
+        let is_sound = |commit: &Commit| {
+            (0..commit.length).all(|nth| decode_metablock(header_block, nth).is_ok())
+        };
         if data.len() == self.data_bytes()
             && checksum(header_block, data) == self.newest.checksum
             && is_sound(&self.newest)
@@ -169,7 +174,11 @@ impl FirstSector {
     ///
     /// # Errors
     /// When an entry is no entry.
-    pub fn header(&self, block: &[u8; BLOCK_BYTES], commit: Commit) -> Result<SegmentHeader, HeaderFault> {
+    pub fn header(
+        &self,
+        block: &[u8; BLOCK_BYTES],
+        commit: Commit,
+    ) -> Result<SegmentHeader, HeaderFault> {
         let entries = (0..commit.length).map(|index| decode_metablock(block, index));
         Ok(SegmentHeader {
             id: self.id,
@@ -192,7 +201,8 @@ pub struct SegmentHeader {
     pub metablocks: Vec<Metablock>,
     /// What wb adds to the base format, where it is there.
     pub extension: Option<SegmentExtension>,
-    /// Whether the extension shows that all of the header block is as it was written, not its first sector alone.
+    /// Whether the extension shows that all of the header block is as it was written, not its first
+    /// sector alone.
     pub is_whole: bool,
 }
 
@@ -209,7 +219,8 @@ impl SegmentHeader {
     /// What a header says of which the first sector is damaged. Nothing shows that it is right.
     pub fn presumed(block: &[u8; BLOCK_BYTES]) -> Option<SegmentHeader> {
         let id = SegmentId(LittleEndian::read_u64(&block[ID..]));
-        let newest = Commit { length: block[LENGTH], checksum: LittleEndian::read_u32(&block[CHECKSUM..]) };
+        let newest =
+            Commit { length: block[LENGTH], checksum: LittleEndian::read_u32(&block[CHECKSUM..]) };
         if id == SegmentId::NONE || id > SegmentId::MAX || newest.length > PLACES {
             return None;
         }
@@ -232,7 +243,8 @@ impl SegmentHeader {
         data.len() == self.data_bytes() && checksum(header_block, data) == self.checksum
     }
 
-    /// Whether the segment, as this header has it, may lack blocks: more may have been written after it.
+    /// Whether the segment, as this header has it, may lack blocks: more may have been written
+    /// after it.
     pub fn is_open(&self) -> bool {
         self.extension.is_some_and(|extension| extension.reason == Reason::Open)
     }
@@ -243,8 +255,9 @@ fn clear_entries(block: &mut [u8; BLOCK_BYTES], length: u8) {
     block[METABLOCKS + METABLOCK_BYTES * usize::from(length)..].fill(0);
 }
 
-/// Makes the header block of a segment that stands by a commit one that says so: its newest, and last. Torn in this very
-/// write, the header still leads to the same commit. Of a header without the extension, only entries beyond the last are torn.
+/// Makes the header block of a segment that stands by a commit one that says so: its newest, and
+/// last. Torn in this very write, the header still leads to the same commit. Of a header without
+/// the extension, only entries beyond the last are torn.
 pub fn close_header(block: &mut [u8; BLOCK_BYTES], last: Commit) {
     let extension = SegmentExtension::decode(block);
     clear_entries(block, last.length);
@@ -271,8 +284,9 @@ fn checksum(header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> u32 {
     Checksum::default().append(&header_block[HEADER_CHECKSUM_START..]).append(data).value()
 }
 
-/// Writes a header block for `data`, which holds one block for each metablock, and computes its checksum, which it
-/// returns. The CRCs of the metablocks, where there are any, must be right; if all have one, no data is needed.
+/// Writes a header block for `data`, which holds one block for each metablock, and computes its
+/// checksum, which it returns. The CRCs of the metablocks, where there are any, must be right; if
+/// all have one, no data is needed.
 pub fn encode_header(
     block: &mut [u8; BLOCK_BYTES],
     id: SegmentId,
@@ -310,8 +324,8 @@ pub fn encode_header(
     sum.value()
 }
 
-/// Makes a sound header block that of an empty segment, which changes nothing but its first sector: a power cut
-/// leaves either the one or the other.
+/// Makes a sound header block that of an empty segment, which changes nothing but its first sector:
+/// a power cut leaves either the one or the other.
 pub fn empty_header(block: &mut [u8; BLOCK_BYTES]) {
     let extension = SegmentExtension::decode(block);
     block[LENGTH] = 0;
@@ -363,7 +377,13 @@ mod tests {
             Some(&extension(Reason::Open, None)),
         );
         let before = Some(Commit { length: first, checksum });
-        encode_header(&mut blocks[1], SegmentId(3), &entries, &[], Some(&extension(Reason::Full, before)));
+        encode_header(
+            &mut blocks[1],
+            SegmentId(3),
+            &entries,
+            &[],
+            Some(&extension(Reason::Full, before)),
+        );
         (blocks, data)
     }
 
@@ -397,7 +417,8 @@ mod tests {
             {
                 let block = mix(&old, &new, mask);
                 let last = last_commit(&block, data).expect("at least the first");
-                let may_be = if *data == lost || mask & 1 == 0 { &[first][..] } else { &[first, second] };
+                let may_be =
+                    if *data == lost || mask & 1 == 0 { &[first][..] } else { &[first, second] };
                 assert!(may_be.contains(&last.length), "{first} {second} {mask:#x}: {last:?}");
                 let mut closed = block;
                 close_header(&mut closed, last);
@@ -417,8 +438,12 @@ mod tests {
     #[test]
     fn a_torn_header_of_the_base_format_is_closed_as_well() {
         let (data, entries) = (vec![7; 3 * BLOCK_BYTES], 3..6);
-        let entry =
-            |block| Metablock { block: BlockNo(block), dirty: DirtyBits::ALL, crc: None, lost: false };
+        let entry = |block| Metablock {
+            block: BlockNo(block),
+            dirty: DirtyBits::ALL,
+            crc: None,
+            lost: false,
+        };
         let entries: Vec<_> = entries.map(entry).collect();
         let mut new = [0; BLOCK_BYTES];
         encode_header(&mut new, SegmentId(3), &entries, &data, None);
@@ -480,7 +505,10 @@ mod tests {
     fn an_entry_that_is_none_costs_its_commit_alone() {
         let ([_, mut block], data) = commits(3, 4);
         block[METABLOCKS + METABLOCK_BYTES * 3] = 1;
-        assert!(matches!(SegmentHeader::decode(&block), Err(HeaderFault::Unaligned { index: 3, .. })));
+        assert!(matches!(
+            SegmentHeader::decode(&block),
+            Err(HeaderFault::Unaligned { index: 3, .. })
+        ));
         assert_eq!(stands(&block, &data), Some(3));
         // Whatever the checksum says of it.
         let sum = checksum(&block, &data);

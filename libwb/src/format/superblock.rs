@@ -8,7 +8,8 @@ use byteorder::{ByteOrder, LittleEndian};
 pub const MAGIC: u32 = 0x5742_7374;
 /// Where the block that begins with the magic lies, in bytes.
 pub const SUPERBLOCK_OFFSET: u64 = 0;
-/// Where the last block of the superblock region lies, in bytes. Its last sector begins with the record.
+/// Where the last block of the superblock region lies, in bytes. Its last sector begins with the
+/// record.
 pub const RECORD_BLOCK_OFFSET: u64 = SUPERBLOCK_REGION_BYTES - BLOCK_BYTES as u64;
 /// Where the record lies in its block, in bytes.
 const RECORD_IN_BLOCK: usize = BLOCK_BYTES - SECTOR_BYTES;
@@ -71,12 +72,14 @@ impl SuperblockFault {
     }
 }
 
-/// The superblock record: every segment up to an id is written back, and the backing device was flushed after that.
+/// The superblock record: every segment up to an id is written back, and the backing device was
+/// flushed after that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Record {
     /// The last segment that is written back.
     pub id: SegmentId,
-    /// The digest of the cache that it was written for, where it proves itself. That of the kernel module does not.
+    /// The digest of the cache that it was written for, where it proves itself. That of the kernel
+    /// module does not.
     pub digest: Option<u32>,
 }
 
@@ -97,7 +100,8 @@ pub fn encode_superblock_block(block: &mut [u8; BLOCK_BYTES]) {
     LittleEndian::write_u32(&mut block[..4], MAGIC);
 }
 
-/// Decodes the record. In the bytes that the kernel module leaves zero, wb keeps a marker, the digest of the cache and a CRC.
+/// Decodes the record. In the bytes that the kernel module leaves zero, wb keeps a marker, the
+/// digest of the cache and a CRC.
 ///
 /// # Errors
 /// When those bytes are neither zeros nor verify, or the id is beyond [`SegmentId::MAX`].
@@ -121,8 +125,9 @@ pub fn decode_record(record_block: &[u8; BLOCK_BYTES]) -> Result<Record, Superbl
     })
 }
 
-/// The last block of the superblock region: zeros but for the record. Without a digest, as the kernel module writes it.
-/// Only the record's sector differs from one write to the next, so a torn write leaves the old record or the new.
+/// The last block of the superblock region: zeros but for the record. Without a digest, as the
+/// kernel module writes it. Only the record's sector differs from one write to the next, so a torn
+/// write leaves the old record or the new.
 pub fn encode_record_block(block: &mut [u8; BLOCK_BYTES], record: Record) {
     block.fill(0);
     let sector = &mut block[RECORD_IN_BLOCK..];

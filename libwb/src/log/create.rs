@@ -1,4 +1,5 @@
-//! Making an empty cache: the base format, as the kernel module makes it, and the superblock extension.
+//! Making an empty cache: the base format, as the kernel module makes it, and the superblock
+//! extension.
 
 use super::reach::Reach;
 use super::recovery::recover;
@@ -6,20 +7,22 @@ use super::scan::{BackingFacts, check_identity, read_slot, read_superblock, scan
 use super::{LogError, Use};
 use crate::device::{Device, DeviceError, IoBuf, Operation, SharedBuf};
 use crate::format::{
-    BLOCK_BYTES, Commit, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, Reason, Record, SEGMENT_BYTES,
-    SUPERBLOCK_OFFSET, SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId, Slot, SuperblockExtension,
-    close_header, encode_header, encode_record_block, encode_superblock_block, to_u64, to_usize,
+    BLOCK_BYTES, Commit, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, Reason, Record,
+    SEGMENT_BYTES, SUPERBLOCK_OFFSET, SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId, Slot,
+    SuperblockExtension, close_header, encode_header, encode_record_block, encode_superblock_block,
+    to_u64, to_usize,
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 /// Header blocks that are zeroed at the same time. They all share one block of zeros.
 const FORMAT_DEPTH: usize = 64;
 
-/// Makes an empty cache of a device, whatever it holds, and shows `progress` how many segments are done. Without an
-/// extension, only the base format is written.
+/// Makes an empty cache of a device, whatever it holds, and shows `progress` how many segments are
+/// done. Without an extension, only the base format is written.
 ///
-/// The superblock region is zeroed and flushed first, then the headers, then comes the extension and last the magic, so that
-/// a format that is interrupted leaves no cache device at all and never an old log with holes.
+/// The superblock region is zeroed and flushed first, then the headers, then comes the extension
+/// and last the magic, so that a format that is interrupted leaves no cache device at all and never
+/// an old log with holes.
 ///
 /// # Errors
 /// When the device cannot hold a cache, or fails.
@@ -49,9 +52,11 @@ pub async fn create(
     device.flush().await?;
     if let Some(extension) = extension {
         for generation in [0, 1] {
-            write_extension(device, &SuperblockExtension { generation, ..extension.clone() }).await?;
+            write_extension(device, &SuperblockExtension { generation, ..extension.clone() })
+                .await?;
         }
-        write_record(device, Record { id: SegmentId::NONE, digest: Some(extension.digest()) }).await?;
+        write_record(device, Record { id: SegmentId::NONE, digest: Some(extension.digest()) })
+            .await?;
         device.flush().await?;
     }
     write_magic(device).await?;
@@ -59,7 +64,8 @@ pub async fn create(
     Ok(geometry)
 }
 
-/// Writes the superblock's first block, which has nothing but the magic. It is durable after a flush.
+/// Writes the superblock's first block, which has nothing but the magic. It is durable after a
+/// flush.
 ///
 /// # Errors
 /// When the device fails.
@@ -69,11 +75,15 @@ pub async fn write_magic(device: &Device) -> Result<(), DeviceError> {
     device.write(SUPERBLOCK_OFFSET, block.into()).await
 }
 
-/// Writes a page of the superblock extension over the older of the two copies. It is durable after a flush.
+/// Writes a page of the superblock extension over the older of the two copies. It is durable after
+/// a flush.
 ///
 /// # Errors
 /// When the device fails.
-pub async fn write_extension(device: &Device, page: &SuperblockExtension) -> Result<(), DeviceError> {
+pub async fn write_extension(
+    device: &Device,
+    page: &SuperblockExtension,
+) -> Result<(), DeviceError> {
     let mut block = IoBuf::zeroed(BLOCK_BYTES);
     page.encode(block.block_at_mut(0));
     let copy = if page.generation.is_multiple_of(2) { 0 } else { 1 };
@@ -90,7 +100,8 @@ pub async fn write_record(device: &Device, record: Record) -> Result<(), DeviceE
     device.write(RECORD_BLOCK_OFFSET, block.into()).await
 }
 
-/// What the header of an empty segment says that stands in for a lost one: what is known to have been durable, and nothing else.
+/// What the header of an empty segment says that stands in for a lost one: what is known to have
+/// been durable, and nothing else.
 pub(super) fn filler_extension(
     page: &SuperblockExtension,
     id: SegmentId,
@@ -106,8 +117,8 @@ pub(super) fn filler_extension(
     }
 }
 
-/// Makes a slot hold an empty segment that stands in for a lost one and says up to where segments were durable; or no segment
-/// at all, if `id` is [`SegmentId::NONE`]. It is durable after a flush.
+/// Makes a slot hold an empty segment that stands in for a lost one and says up to where segments
+/// were durable; or no segment at all, if `id` is [`SegmentId::NONE`]. It is durable after a flush.
 ///
 /// # Errors
 /// When the device fails.
@@ -121,8 +132,12 @@ pub(crate) async fn write_filler(
     device.write(geometry.slot_offset(slot), filler(segment, page).into()).await
 }
 
-/// The header block of an empty segment that says up to where segments were durable; of none, for [`SegmentId::NONE`].
-pub(super) fn filler((id, durable): (SegmentId, SegmentId), page: Option<&SuperblockExtension>) -> IoBuf {
+/// The header block of an empty segment that says up to where segments were durable; of none, for
+/// [`SegmentId::NONE`].
+pub(super) fn filler(
+    (id, durable): (SegmentId, SegmentId),
+    page: Option<&SuperblockExtension>,
+) -> IoBuf {
     let mut block = IoBuf::zeroed(BLOCK_BYTES);
     if id != SegmentId::NONE {
         let extension = page.map(|page| filler_extension(page, id, durable));
@@ -131,9 +146,9 @@ pub(super) fn filler((id, durable): (SegmentId, SegmentId), page: Option<&Superb
     block
 }
 
-/// Makes the header of a segment of which only a commit is there say that it ends with that. It is durable after a flush,
-/// and whatever a power cut leaves of it leads to the same commit. What a scan finds valid after that segment must be gone
-/// before.
+/// Makes the header of a segment of which only a commit is there say that it ends with that. It is
+/// durable after a flush, and whatever a power cut leaves of it leads to the same commit. What a
+/// scan finds valid after that segment must be gone before.
 ///
 /// # Errors
 /// When the device fails, or the segment is not there any more.
@@ -151,15 +166,18 @@ pub(crate) async fn close_segment(
         return Err(DeviceError { device, operation: Operation::Read, offset, length, cause });
     };
     let mut block = device.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await?;
-    close_header(block.block_at_mut(0), Commit { length: header.length(), checksum: header.checksum });
+    close_header(
+        block.block_at_mut(0),
+        Commit { length: header.length(), checksum: header.checksum },
+    );
     device.write(offset, block.into()).await
 }
 
 /// Records that the backing device has grown, which its identity cannot show.
 ///
 /// # Errors
-/// When a device fails, the cache device is not sound, or not as far as it is known to have come, or the identity shows another
-/// device; nothing is written then.
+/// When a device fails, the cache device is not sound, or not as far as it is known to have come,
+/// or the identity shows another device; nothing is written then.
 pub async fn accept_growth(
     device: &Device,
     backing: &BackingFacts<'_>,
@@ -224,7 +242,8 @@ mod tests {
         let sectors = in_sectors(&recorder.writes.lock());
         let mut extended = 0;
         for flushes in 0..=*recorder.flushes.lock() {
-            // Of what was not durable, all that was written to the superblock region survives, and nothing else.
+            // Of what was not durable, all that was written to the superblock region survives, and
+            // nothing else.
             let survives =
                 |(offset, _, after): &&Write| *after < flushes || *offset < SUPERBLOCK_REGION_BYTES;
             let surviving: Vec<Write> = sectors.iter().filter(survives).cloned().collect();
@@ -234,7 +253,10 @@ mod tests {
                 block_on(write_magic(&device)).unwrap();
                 let superblock = block_on(read_superblock(&device, Use::Write)).unwrap();
                 let slots = block_on(scan(&device, superblock.geometry, |_, _| ()));
-                assert!(slots.iter().all(|slot| matches!(slot, SlotState::Empty)), "flush {flushes}");
+                assert!(
+                    slots.iter().all(|slot| matches!(slot, SlotState::Empty)),
+                    "flush {flushes}"
+                );
             }
         }
         assert!(extended > 0);

@@ -1,4 +1,5 @@
-//! Damage that a power cut does not explain, as headers and superblock pages show: it is refused, and what is good can be kept.
+//! Damage that a power cut does not explain, as headers and superblock pages show: it is refused,
+//! and what is good can be kept.
 
 use super::rig::{LENGTH, Log, expected, lost, read, salvage, volume};
 use crate::device::{BlockDevice, Device};
@@ -11,14 +12,16 @@ use crate::log::salvage::Way;
 use crate::log::scan::{BackingFacts, SlotFault, SlotState};
 use futures_lite::future::block_on;
 
-/// The newest segment holds three blocks that were flushed, and two that the header cannot tell to have been.
+/// The newest segment holds three blocks that were flushed, and two that the header cannot tell to
+/// have been.
 fn open_end() -> Log {
     let mut log = Log::new(9, true);
     log.put_open(10, 3, 8);
     log
 }
 
-/// The newest segment is torn, and its header says that the one before it was durable, which has a rotten block.
+/// The newest segment is torn, and its header says that the one before it was durable, which has a
+/// rotten block.
 fn claimed_by_a_torn_header() -> Log {
     let mut log = Log::new(9, true);
     log.put(10, true, 9);
@@ -75,7 +78,11 @@ fn the_commit_before_must_stand() {
         }
         assert_eq!(volume(&rotten.image), None, "{block}");
         let (device, plan) = salvage(&rotten, Way::Skip);
-        assert_eq!(volume(&device.memory.content()), Some(expected(1..=10, &[(10, block)])), "{block}");
+        assert_eq!(
+            volume(&device.memory.content()),
+            Some(expected(1..=10, &[(10, block)])),
+            "{block}"
+        );
         assert_eq!(plan.given_up[0].kept, 4);
         let (device, plan) = salvage(&rotten, Way::Stop);
         assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[])));
@@ -139,7 +146,8 @@ fn a_header_with_a_damaged_first_sector_is_no_segment_of_the_kernel_module() {
     // Nor is a log to be measured by the id that stands there.
     let mut log = open_end();
     let at = log.at(12);
-    log.image[at..at + 20].copy_from_slice(&[26, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 9, 9, 9]);
+    log.image[at..at + 20]
+        .copy_from_slice(&[26, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 9, 9, 9]);
     let sum = crc32c(&[0; BLOCK_BYTES - SECTOR_BYTES]);
     log.image[at + 8..at + 12].copy_from_slice(&sum.to_le_bytes());
     let device: Device = log.device();

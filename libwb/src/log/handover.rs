@@ -1,18 +1,22 @@
-//! What a log must not hold when the kernel module gets the cache, so that it shows the same volume as we do.
+//! What a log must not hold when the kernel module gets the cache, so that it shows the same volume
+//! as we do.
 //!
-//! When the module recovers a log and comes to a partial version of a block, it writes the dirty sectors of the version
-//! before to the backing device, even if the superblock record says that both had been written back long ago. Then it
-//! takes all that the record covers for clean. So the older version stands over the newer one. It does so to its own
-//! devices as well, where `update_sb_record_interval` is set. We leave no older version with which that could happen.
+//! When the module recovers a log and comes to a partial version of a block, it writes the dirty
+//! sectors of the version before to the backing device, even if the superblock record says that
+//! both had been written back long ago. Then it takes all that the record covers for clean. So the
+//! older version stands over the newer one. It does so to its own devices as well, where
+//! `update_sb_record_interval` is set. We leave no older version with which that could happen.
 //!
-//! And it takes written-back segments for a read cache. So none may hold a version of a block that was discarded since, or
-//! written around the log; nor one that was superseded, where what superseded it is gone: a crash may leave a segment empty
-//! with older ones as they were, or overwrite one before those that came before it. What was discarded, the log does not
-//! show: the engine empties segments for that before it acknowledges a discard, and so leaves a trace here.
+//! And it takes written-back segments for a read cache. So none may hold a version of a block that
+//! was discarded since, or written around the log; nor one that was superseded, where what
+//! superseded it is gone: a crash may leave a segment empty with older ones as they were, or
+//! overwrite one before those that came before it. What was discarded, the log does not show: the
+//! engine empties segments for that before it acknowledges a discard, and so leaves a trace here.
 
 use crate::device::{Device, DeviceError, IoBuf, Operation};
 use crate::format::{
-    BLOCK_BYTES, Geometry, Metablock, SegmentHeader, SegmentId, SuperblockExtension, empty_header, to_u64,
+    BLOCK_BYTES, Geometry, Metablock, SegmentHeader, SegmentId, SuperblockExtension, empty_header,
+    to_u64,
 };
 use crate::log::create::filler;
 use futures_util::{StreamExt, stream};
@@ -26,11 +30,13 @@ const DEPTH: usize = 32;
 enum Remnant {
     /// Nothing, or an empty segment.
     Nothing,
-    /// Something that cannot be read, or is not the segment. There is no telling what the module would make of it.
+    /// Something that cannot be read, or is not the segment. There is no telling what the module
+    /// would make of it.
     Unknown,
     /// Whole versions of blocks, all dirty.
     Whole,
-    /// A partial or a clean version of a block at least, in which the module sees no whole one either.
+    /// A partial or a clean version of a block at least, in which the module sees no whole one
+    /// either.
     Partial {
         /// The version before it is in the same segment.
         twice: bool,
@@ -47,14 +53,17 @@ impl Remnant {
         }
         let mut seen = HashSet::new();
         let is_partial = |entry: &Metablock| !entry.dirty.is_clean() && !entry.dirty.is_all();
-        Remnant::Partial { twice: entries.iter().any(|entry| !seen.insert(entry.block) && is_partial(entry)) }
+        Remnant::Partial {
+            twice: entries.iter().any(|entry| !seen.insert(entry.block) && is_partial(entry)),
+        }
     }
 }
 
-/// The rule: which of the written-back segments must be emptied. They come in the order of their ids.
+/// The rule: which of the written-back segments must be emptied. They come in the order of their
+/// ids.
 ///
-/// All before the last that holds a partial version, or a clean one, or of which nothing is left or known; and that one if
-/// it holds the version before, too, or is not known.
+/// All before the last that holds a partial version, or a clean one, or of which nothing is left or
+/// known; and that one if it holds the version before, too, or is not known.
 fn misleading(segments: impl IntoIterator<Item = (SegmentId, Remnant)>) -> Vec<SegmentId> {
     let (mut older, mut misleading) = (Vec::new(), Vec::new());
     for (id, remnant) in segments {
@@ -70,8 +79,8 @@ fn misleading(segments: impl IntoIterator<Item = (SegmentId, Remnant)>) -> Vec<S
     misleading
 }
 
-/// The segments of a log up to `written_back` that must be emptied before the module gets the device, oldest first. Of
-/// those that are damaged, the headers are not asked.
+/// The segments of a log up to `written_back` that must be emptied before the module gets the
+/// device, oldest first. Of those that are damaged, the headers are not asked.
 pub(crate) async fn segments_to_empty(
     device: &Device,
     geometry: Geometry,
@@ -104,14 +113,15 @@ pub(crate) struct Emptied {
     pub(crate) is_there: bool,
 }
 
-/// Makes up the header block of an empty segment for the place of one that is written back. Segments stay in the log, so that
-/// it can be walked without the superblock record too. Where the header can be read, its first sector alone changes, so that
-/// a power cut leaves the one or the other. Where it cannot, the whole block is made anew: torn, that is a damaged segment
-/// that is written back, which costs nothing.
+/// Makes up the header block of an empty segment for the place of one that is written back.
+/// Segments stay in the log, so that it can be walked without the superblock record too. Where the
+/// header can be read, its first sector alone changes, so that a power cut leaves the one or the
+/// other. Where it cannot, the whole block is made anew: torn, that is a damaged segment that is
+/// written back, which costs nothing.
 ///
 /// # Errors
-/// When the header cannot be read of a segment after which none stands that is known to be `durable`: torn, it could end the
-/// log below its record.
+/// When the header cannot be read of a segment after which none stands that is known to be
+/// `durable`: torn, it could end the log below its record.
 pub(crate) async fn emptied(
     device: &Device,
     geometry: Geometry,
@@ -203,10 +213,11 @@ mod tests {
             Remnant::Partial { twice: true },
         ];
         for number in 0..5usize.pow(5) {
-            let segments =
-                (0..5u32).map(|nth| (SegmentId(u64::from(nth) + 1), all[number / 5usize.pow(nth) % 5]));
+            let segments = (0..5u32)
+                .map(|nth| (SegmentId(u64::from(nth) + 1), all[number / 5usize.pow(nth) % 5]));
             let gone = misleading(segments.clone());
-            let after = segments.map(|(id, it)| (id, if gone.contains(&id) { Remnant::Nothing } else { it }));
+            let after = segments
+                .map(|(id, it)| (id, if gone.contains(&id) { Remnant::Nothing } else { it }));
             assert_eq!(misleading(after), []);
         }
     }

@@ -14,7 +14,8 @@ pub struct Version {
     pub place: Place,
     /// Its dirty sectors; none for a version of read caching.
     pub dirty: DirtyBits,
-    /// Whether the segment is valid. In a damaged one, neither this version nor its data can be trusted.
+    /// Whether the segment is valid. In a damaged one, neither this version nor its data can be
+    /// trusted.
     pub valid: bool,
 }
 
@@ -54,6 +55,10 @@ impl History {
 ///
 /// # Errors
 /// When the device fails.
-pub async fn read_version(device: &Device, geometry: Geometry, version: &Version) -> Result<IoBuf, LogError> {
+pub async fn read_version(
+    device: &Device,
+    geometry: Geometry,
+    version: &Version,
+) -> Result<IoBuf, LogError> {
     Ok(device.read(geometry.place_offset(version.place), IoBuf::zeroed(BLOCK_BYTES)).await?)
 }

@@ -2,7 +2,9 @@
 
 use super::LogError;
 use super::recovery::{Recovery, recover};
-use super::scan::{BackingFacts, SlotFault, SlotState, Superblock, read_header, read_slot, scan_trusting};
+use super::scan::{
+    BackingFacts, SlotFault, SlotState, Superblock, read_header, read_slot, scan_trusting,
+};
 use crate::device::Device;
 use crate::format::{BlockNo, DirtyBits, Geometry, Sector, SegmentHeader, SegmentId, Slot, to_u64};
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -27,7 +29,9 @@ impl Beyond {
     /// What is wrong, as a sentence: `backing` is called so, and has so many sectors.
     pub fn in_words(&self, backing: impl Display, sectors: u64) -> String {
         let Beyond { id, sector } = self;
-        format!("segment {id} holds data for sector {sector}, but {backing} has only {sectors} sectors")
+        format!(
+            "segment {id} holds data for sector {sector}, but {backing} has only {sectors} sectors"
+        )
     }
 
     /// The error that it is for whoever needs the data on that backing device.
@@ -39,7 +43,8 @@ impl Beyond {
 
 /// The first dirty sector of a block that does not lie on a backing device of so many sectors.
 pub(crate) fn first_outside(block: BlockNo, dirty: DirtyBits, sectors: u64) -> Option<Sector> {
-    // A block's first sector is at most 8 below the largest u64, and the last one in it at most 7 above that.
+    // A block's first sector is at most 8 below the largest u64, and the last one in it at most 7
+    // above that.
     let mut runs = dirty.runs().map(|(from, count)| [from, from + count - 1]);
     let sector = |nth: usize| block.sector().0 + to_u64(nth);
     let [first, _] = runs.find(|&[_, last]| sector(last) >= sectors)?;
@@ -63,8 +68,8 @@ pub struct Totals {
     pub lost: BTreeSet<BlockNo>,
 }
 
-/// Reads the headers of segments that a scan found valid, several at a time, and shows them in the order of `ids`. That of
-/// `cut_short` ([`Recovery::cut_short`]) is shown as far as it stands.
+/// Reads the headers of segments that a scan found valid, several at a time, and shows them in the
+/// order of `ids`. That of `cut_short` ([`Recovery::cut_short`]) is shown as far as it stands.
 ///
 /// # Errors
 /// When a segment is not there any more, or the device fails.
@@ -107,7 +112,8 @@ impl Share {
         let entries = || header.metablocks.iter().filter(|entry| !entry.dirty.is_clean());
         let blocks: Box<[BlockNo]> = entries().map(|entry| entry.block).collect();
         let clean = header.metablocks.len() - blocks.len();
-        let lost = (0..).zip(entries()).filter(|(_, entry)| entry.lost).map(|(nth, _)| nth).collect();
+        let lost =
+            (0..).zip(entries()).filter(|(_, entry)| entry.lost).map(|(nth, _)| nth).collect();
         let dirty = entries().map(|entry| entry.dirty).collect();
         #[allow(clippy::cast_possible_truncation)] // at most PLACES
         Share { blocks, dirty, clean: clean as u8, lost }
@@ -115,8 +121,8 @@ impl Share {
 }
 
 impl Totals {
-    /// Adds up what segments hold, in the order of the log, and finds entries that lie beyond a backing device of `backing_sectors` sectors, where
-    /// that is given.
+    /// Adds up what segments hold, in the order of the log, and finds entries that lie beyond a
+    /// backing device of `backing_sectors` sectors, where that is given.
     pub fn of<'a>(
         segments: impl IntoIterator<Item = (SegmentId, &'a Share)>,
         backing_sectors: Option<u64>,
@@ -161,7 +167,8 @@ impl Totals {
     }
 }
 
-/// Counts what the segments `ids` hold, as [`Totals::of`] does. Takes 8 bytes of memory for each dirty entry.
+/// Counts what the segments `ids` hold, as [`Totals::of`] does. Takes 8 bytes of memory for each
+/// dirty entry.
 ///
 /// # Errors
 /// As [`visit_headers`].
@@ -194,7 +201,8 @@ pub async fn live_totals(
     totals(device, geometry, recovery.live(), recovery.cut_short(), backing_sectors).await
 }
 
-/// How many dirty blocks the log of a device holds, read as attach reads it. Shows each slot's number to `progress`.
+/// How many dirty blocks the log of a device holds, read as attach reads it. Shows each slot's
+/// number to `progress`.
 ///
 /// # Errors
 /// When that cannot be told: a slot cannot be read, or the log is corrupt.
@@ -218,13 +226,14 @@ mod tests {
     use super::*;
     use crate::device::{IoBuf, MemDevice};
     use crate::format::{
-        BLOCK_BYTES, BlockNo, DirtyBits, Metablock, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, encode_header,
-        to_u64,
+        BLOCK_BYTES, BlockNo, DirtyBits, Metablock, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES,
+        encode_header, to_u64,
     };
     use futures_lite::future::block_on;
     use std::sync::Arc;
 
-    /// A device with two segments: block 1 dirty twice, block 2 clean, and the last block there can be.
+    /// A device with two segments: block 1 dirty twice, block 2 clean, and the last block there can
+    /// be.
     fn device() -> (Device, Geometry) {
         let size = SUPERBLOCK_REGION_BYTES + 2 * to_u64(SEGMENT_BYTES);
         let device: Device = Arc::new(MemDevice::new("cache", size));
@@ -235,11 +244,13 @@ mod tests {
             crc: None,
             lost: false,
         };
-        let segments = [vec![entry(1, 1), entry(2, 0)], vec![entry(1, 0xff), entry(u64::MAX / 8, 0x80)]];
+        let segments =
+            [vec![entry(1, 1), entry(2, 0)], vec![entry(1, 0xff), entry(u64::MAX / 8, 0x80)]];
         for (id, metablocks) in (1..).map(SegmentId).zip(segments) {
             let mut block = IoBuf::zeroed(BLOCK_BYTES);
             encode_header(block.block_at_mut(0), id, &metablocks, &[0; 2 * BLOCK_BYTES], None);
-            block_on(device.write(geometry.slot_offset(geometry.slot_of(id)), block.into())).unwrap();
+            block_on(device.write(geometry.slot_offset(geometry.slot_of(id)), block.into()))
+                .unwrap();
         }
         (device, geometry)
     }
@@ -247,8 +258,12 @@ mod tests {
     #[test]
     fn a_block_that_was_written_again_is_one_dirty_block() {
         let (device, geometry) = device();
-        let t = block_on(totals(&device, geometry, [SegmentId(1), SegmentId(2)], None, None)).unwrap();
-        assert_eq!((t.dirty_entries, t.dirty_blocks, t.clean_entries, t.beyond_count), (3, 2, 1, 0));
+        let t =
+            block_on(totals(&device, geometry, [SegmentId(1), SegmentId(2)], None, None)).unwrap();
+        assert_eq!(
+            (t.dirty_entries, t.dirty_blocks, t.clean_entries, t.beyond_count),
+            (3, 2, 1, 0)
+        );
     }
 
     #[test]
@@ -263,7 +278,8 @@ mod tests {
 
     #[test]
     fn the_first_dirty_sector_outside_is_named() {
-        let first = |dirty, end| first_outside(BlockNo(2), DirtyBits(dirty), end).map(|sector| sector.0);
+        let first =
+            |dirty, end| first_outside(BlockNo(2), DirtyBits(dirty), end).map(|sector| sector.0);
         // Sectors 16 to 23.
         for (dirty, end, outside) in [
             (0xff, 24, None),

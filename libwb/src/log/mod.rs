@@ -1,4 +1,5 @@
-//! The log as it lies on a cache device: making an empty one, reading what is there, and putting right what is damaged.
+//! The log as it lies on a cache device: making an empty one, reading what is there, and putting
+//! right what is damaged.
 
 pub mod create;
 #[cfg(test)]
@@ -43,8 +44,8 @@ pub enum LogError {
     },
     /// The log cannot be replayed as far as that alone.
     #[error(
-        "{device}: segment {until} is no point that the log can be replayed until; give one from {first}, up to which \
-         all is written back, to {last}, the newest"
+        "{device}: segment {until} is no point that the log can be replayed until; give one from \
+         {first}, up to which all is written back, to {last}, the newest"
     )]
     NoSuchPoint {
         /// The cache device.
@@ -68,8 +69,9 @@ pub enum LogError {
     },
     /// The backing device holds what comes after the point until which the log is to be replayed.
     #[error(
-        "{backing}: holds what segment {segment} wrote already, which comes after {until}: an earlier replay went further, or \
-         more was written back than is recorded. A replay undoes nothing, so this would make a mixture of both"
+        "{backing}: holds what segment {segment} wrote already, which comes after {until}: an \
+         earlier replay went further, or more was written back than is recorded. A replay undoes \
+         nothing, so this would make a mixture of both"
     )]
     Ahead {
         /// The backing device.
@@ -89,7 +91,8 @@ pub enum LogError {
     },
     /// The superblock extension has features that this version does not know.
     #[error(
-        "{device}: was written by a newer version of wb, with features (flags {flags:#x}) that this one does not know"
+        "{device}: was written by a newer version of wb, with features (flags {flags:#x}) that \
+         this one does not know"
     )]
     UnknownFeatures {
         /// The cache device.
@@ -99,8 +102,8 @@ pub enum LogError {
     },
     /// The superblock extension has features without which the device must not be written.
     #[error(
-        "{device}: was written by a newer version of wb, with features (flags {flags:#x}) that this one does not know. It \
-         can be read, but not written: use the newer version"
+        "{device}: was written by a newer version of wb, with features (flags {flags:#x}) that \
+         this one does not know. It can be read, but not written: use the newer version"
     )]
     ReadOnlyFeatures {
         /// The cache device.
@@ -110,7 +113,8 @@ pub enum LogError {
     },
     /// The superblock extension has another version.
     #[error(
-        "{device}: carries version {version} of wb's extension, and this program knows version 1 alone: use a newer one"
+        "{device}: carries version {version} of wb's extension, and this program knows version 1 \
+         alone: use a newer one"
     )]
     UnknownVersion {
         /// The cache device.
@@ -120,7 +124,8 @@ pub enum LogError {
     },
     /// The cache device had another size when it was formatted.
     #[error(
-        "{device}: was formatted with {formatted} bytes, but has {found}: it was truncated or resized. Give it its old size back"
+        "{device}: was formatted with {formatted} bytes, but has {found}: it was truncated or \
+         resized. Give it its old size back"
     )]
     Resized {
         /// The cache device.
@@ -150,7 +155,8 @@ pub enum LogError {
     },
     /// Most of the log lies where it cannot have been written.
     #[error(
-        "{device}: the log is corrupt: most of its segments are sound but belong elsewhere, so the device was truncated or resized. Give it its old size back"
+        "{device}: the log is corrupt: most of its segments are sound but belong elsewhere, so \
+         the device was truncated or resized. Give it its old size back"
     )]
     Misplaced {
         /// The cache device.
@@ -158,7 +164,8 @@ pub enum LogError {
     },
     /// There is no way on with a corrupt log that recovery would accept.
     #[error(
-        "{device}: the log is damaged in a way that --salvage does not know. Copy the device, and see with wbdump what can still be read"
+        "{device}: the log is damaged in a way that --salvage does not know. Copy the device, and \
+         see with wbdump what can still be read"
     )]
     Unsalvageable {
         /// The cache device.
@@ -187,7 +194,8 @@ pub enum LogError {
     },
     /// A segment that the scan found valid has changed since.
     #[error(
-        "{device}: segment {id} cannot be read again as it was found: another program writes to the device, or it is failing"
+        "{device}: segment {id} cannot be read again as it was found: another program writes to \
+         the device, or it is failing"
     )]
     Changed {
         /// The cache device.

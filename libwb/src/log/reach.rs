@@ -54,6 +54,10 @@ impl Reach {
 
 impl fmt::Display for Reach {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "durable up to segment {}, written back up to segment {}", self.durable, self.written_back)
+        write!(
+            f,
+            "durable up to segment {}, written back up to segment {}",
+            self.durable, self.written_back
+        )
     }
 }

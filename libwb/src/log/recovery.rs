@@ -1,8 +1,8 @@
 //! Which segments of a log are live.
 //!
-//! Pure code over the verdicts of a scan. The terms: *H*, the largest valid id; *W*, the largest id known to be
-//! written back; *P*, the recovery point, the last segment that is applied; *D*, the loss window
-//! ([`Geometry::loss_window`]). ARCHITECTURE.md gives the rule and why it holds.
+//! Pure code over the verdicts of a scan. The terms: *H*, the largest valid id; *W*, the largest id
+//! known to be written back; *P*, the recovery point, the last segment that is applied; *D*, the
+//! loss window ([`Geometry::loss_window`]). ARCHITECTURE.md gives the rule and why it holds.
 
 use super::LogError;
 use super::scan::{SlotFault, SlotState, Superblock};
@@ -33,8 +33,9 @@ pub enum Explanation {
 pub struct Damage {
     /// Where.
     pub slot: Slot,
-    /// The segment that ought to be there: the next one to be written for [`Explanation::PowerCut`], else the
-    /// newest one up to the recovery point; [`SegmentId::NONE`] where the log has not reached.
+    /// The segment that ought to be there: the next one to be written for
+    /// [`Explanation::PowerCut`], else the newest one up to the recovery point; [`SegmentId::NONE`]
+    /// where the log has not reached.
     pub expected: SegmentId,
     /// Why it is not.
     pub explanation: Explanation,
@@ -45,7 +46,8 @@ pub struct Damage {
 pub enum Corruption {
     /// Valid segments lie too far beyond the last one that can be applied.
     #[error(
-        "segment {missing} is missing or damaged, though valid segments reach up to {highest}; a power cut loses at most the last {window}"
+        "segment {missing} is missing or damaged, though valid segments reach up to {highest}; a \
+         power cut loses at most the last {window}"
     )]
     Gap {
         /// The first segment that is not there.
@@ -56,7 +58,10 @@ pub enum Corruption {
         window: u64,
     },
     /// A segment is gone that was known to be durable.
-    #[error("segment {missing} is missing or damaged, though everything up to segment {durable} was durable")]
+    #[error(
+        "segment {missing} is missing or damaged, though everything up to segment {durable} was \
+         durable"
+    )]
     DurableMissing {
         /// The first segment that is not there.
         missing: SegmentId,
@@ -65,7 +70,8 @@ pub enum Corruption {
     },
     /// The superblock record names a segment that the log has not reached.
     #[error(
-        "the superblock record says that segment {record} is written back, but the newest segment is {highest}"
+        "the superblock record says that segment {record} is written back, but the newest segment \
+         is {highest}"
     )]
     RecordBeyondLog {
         /// The record.
@@ -75,7 +81,8 @@ pub enum Corruption {
     },
     /// A sound segment stands where it cannot have been written on a device of this size.
     #[error(
-        "slot {slot} holds segment {id}, which belongs elsewhere; has the device been truncated or resized?"
+        "slot {slot} holds segment {id}, which belongs elsewhere; has the device been truncated \
+         or resized?"
     )]
     WrongSlot {
         /// Where.
@@ -85,7 +92,8 @@ pub enum Corruption {
     },
     /// A slot that may hold live data cannot be read.
     #[error(
-        "slot {slot} cannot be read, and what it holds may not be written back; the device is failing, or was not ready"
+        "slot {slot} cannot be read, and what it holds may not be written back; the device is \
+         failing, or was not ready"
     )]
     Unreadable {
         /// Where.
@@ -93,7 +101,8 @@ pub enum Corruption {
     },
     /// The kernel module has gone on with a log of wb that had a hole from a power cut.
     #[error(
-        "segment {missing} was lost in a power cut, and the kernel module has written after it, up to segment {highest}"
+        "segment {missing} was lost in a power cut, and the kernel module has written after it, \
+         up to segment {highest}"
     )]
     WrittenPastHole {
         /// The segment that is not there.
@@ -109,8 +118,8 @@ pub enum Corruption {
     },
     /// Segments of wb, or a record, but no superblock extension.
     #[error(
-        "both copies of the superblock extension are gone or damaged, so that it cannot be told to which backing device the \
-         log belongs"
+        "both copies of the superblock extension are gone or damaged, so that it cannot be told \
+         to which backing device the log belongs"
     )]
     PairingLost,
     /// A slot holds garbage that no write under way explains.
@@ -147,16 +156,19 @@ pub struct Recovery {
     pub point: SegmentId,
     /// Every segment up to this one is known to have been durable.
     pub durable: SegmentId,
-    /// Segments after W that are not applied because a later one was under overwrite, which shows that they had
-    /// been written back. Only on devices that the kernel module wrote. The first is W + 1.
+    /// Segments after W that are not applied because a later one was under overwrite, which shows
+    /// that they had been written back. Only on devices that the kernel module wrote. The first is
+    /// W + 1.
     pub skipped: Vec<SegmentId>,
     /// Valid segments after P. They were never acknowledged as durable.
     pub dropped: Vec<SegmentId>,
     /// Slots that hold no valid segment though the log has reached them.
     pub damage: Vec<Damage>,
-    /// Damage that no power cut explains. When there is any, nothing may be written to either device.
+    /// Damage that no power cut explains. When there is any, nothing may be written to either
+    /// device.
     pub corruption: Vec<Corruption>,
-    /// The segment at P was not closed, as far as its header tells. It must be before the log goes on.
+    /// The segment at P was not closed, as far as its header tells. It must be before the log goes
+    /// on.
     pub is_open: bool,
     /// So it is, and what was written of it after its last commit is torn.
     pub is_cut_short: bool,
@@ -213,8 +225,8 @@ impl Recovery {
         self.first_live().minus(1)..=self.point
     }
 
-    /// The same log as it was when another one of its [`Recovery::points`] was the newest segment, for a device on which
-    /// the log does not go on.
+    /// The same log as it was when another one of its [`Recovery::points`] was the newest segment,
+    /// for a device on which the log does not go on.
     pub(crate) fn until(self, point: SegmentId) -> Recovery {
         let is_last = point == self.point;
         Recovery {
@@ -232,8 +244,9 @@ impl Recovery {
     }
 }
 
-/// What headers say beyond the base format, those of valid segments and torn ones: a first sector that proves itself is as it
-/// was written. And what the clean mark says. Facts that were true then, and stay true.
+/// What headers say beyond the base format, those of valid segments and torn ones: a first sector
+/// that proves itself is as it was written. And what the clean mark says. Facts that were true
+/// then, and stay true.
 #[derive(Default)]
 struct Claims {
     /// Every segment up to this one was durable.
@@ -245,7 +258,8 @@ struct Claims {
 impl Claims {
     fn of(superblock: &Superblock, slots: &[SlotState]) -> Claims {
         let clean = superblock.extension.as_ref().and_then(|extension| extension.clean);
-        // Closing in order makes everything durable as well, and that stays true whoever has written since.
+        // Closing in order makes everything durable as well, and that stays true whoever has
+        // written since.
         let mut claims = Claims { durable: clean.unwrap_or_default(), ..Claims::default() };
         for (id, extension) in slots.iter().filter_map(|state| proved(state, superblock)) {
             // A header can only speak of segments before its own.
@@ -269,8 +283,8 @@ pub(super) fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid>
     (!foreign).then_some((*id, *extension))
 }
 
-/// On a device with the extension, a header is damaged that has neither wb's marker nor the kernel module's zeros: what id it
-/// names.
+/// On a device with the extension, a header is damaged that has neither wb's marker nor the kernel
+/// module's zeros: what id it names.
 fn stray(state: &SlotState, superblock: &Superblock) -> Option<u64> {
     let names = match *state {
         SlotState::Valid { id, is_stray: true, .. } => Some(id.0),
@@ -280,8 +294,12 @@ fn stray(state: &SlotState, superblock: &Superblock) -> Option<u64> {
     names.filter(|_| superblock.extension.is_some())
 }
 
-/// The segment of which a slot holds a header that proves itself, valid or not, if it is not one of an earlier cache.
-pub(super) fn proved(state: &SlotState, superblock: &Superblock) -> Option<(SegmentId, SegmentExtension)> {
+/// The segment of which a slot holds a header that proves itself, valid or not, if it is not one of
+/// an earlier cache.
+pub(super) fn proved(
+    state: &SlotState,
+    superblock: &Superblock,
+) -> Option<(SegmentId, SegmentExtension)> {
     let found = match *state {
         SlotState::Valid { id, extension, .. } => extension.map(|extension| (id, extension)),
         SlotState::Invalid { proved, .. } => proved,
@@ -303,11 +321,12 @@ pub(super) struct Proof {
 }
 
 impl Proof {
-    /// Nothing on a device that the kernel module has written since: it overwrites what it has not recorded as written
-    /// back.
+    /// Nothing on a device that the kernel module has written since: it overwrites what it has not
+    /// recorded as written back.
     pub(super) fn by_headers(superblock: &Superblock, slots: &[SlotState]) -> Option<Proof> {
         let geometry = superblock.geometry;
-        let segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
+        let segments: Vec<Valid> =
+            slots.iter().filter_map(|state| valid(state, superblock)).collect();
         let (highest, newest) = segments.iter().copied().max_by_key(|&(id, _)| id)?;
         newest?;
         let Claims { durable, written_back } = Claims::of(superblock, slots);
@@ -315,7 +334,8 @@ impl Proof {
         Some(Proof { durable, written_back, highest, geometry })
     }
 
-    /// Whether a segment with a sound header is whole, but for rot: it was durable, and was not being overwritten.
+    /// Whether a segment with a sound header is whole, but for rot: it was durable, and was not
+    /// being overwritten.
     pub(super) fn covers(&self, id: SegmentId) -> bool {
         let Proof { durable, written_back, highest, geometry } = *self;
         let next = id.plus(geometry.lap());
@@ -323,16 +343,19 @@ impl Proof {
     }
 }
 
-/// The verdicts of a scan, seen together. A segment that lacks blocks counts as damaged unless a power cut explains that: it must
-/// be one of those that had not become durable, and the log cannot have gone on after it. And so does one whose first sector
-/// holds what neither wb nor the kernel module writes, on a device with the extension.
+/// The verdicts of a scan, seen together. A segment that lacks blocks counts as damaged unless a
+/// power cut explains that: it must be one of those that had not become durable, and the log cannot
+/// have gone on after it. And so does one whose first sector holds what neither wb nor the kernel
+/// module writes, on a device with the extension.
 pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a, [SlotState]> {
     let segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
     let highest = segments.iter().map(|&(id, _)| id).max().unwrap_or_default();
-    let modules = segments.iter().filter(|(_, extension)| extension.is_none()).map(|&(id, _)| id).max();
+    let modules =
+        segments.iter().filter(|(_, extension)| extension.is_none()).map(|&(id, _)| id).max();
     let durable = Claims::of(superblock, slots).durable;
     let window = superblock.geometry.loss_window();
-    let is_unexplained = |id: SegmentId| id <= durable || highest.since(id) >= window || Some(id) < modules;
+    let is_unexplained =
+        |id: SegmentId| id <= durable || highest.since(id) >= window || Some(id) < modules;
     let fault = |state: &SlotState| match (stray(state, superblock), state) {
         (Some(id), _) => Some(HeaderFault::FirstSector { id, may_be_torn: false }.into()),
         (None, &SlotState::Valid { id, length, .. })
@@ -352,8 +375,8 @@ pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a,
     slots.iter().map(explained).collect()
 }
 
-/// Whether a valid segment lacks blocks, or may: the log ends with it. After one that is open but whole the kernel module may
-/// have gone on.
+/// Whether a valid segment lacks blocks, or may: the log ends with it. After one that is open but
+/// whole the kernel module may have gone on.
 pub(super) fn lacks_blocks(superblock: &Superblock, slots: &[SlotState], id: SegmentId) -> bool {
     let state = |id| &slots[slot_index(superblock.geometry.slot_of(id))];
     let SlotState::Valid { id: found, cut_short, extension, .. } = state(id) else { return false };
@@ -373,13 +396,15 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
         valid(state, superblock).is_some_and(|(found, _)| found == id)
     };
 
-    let mut segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
+    let mut segments: Vec<Valid> =
+        slots.iter().filter_map(|state| valid(state, superblock)).collect();
     segments.sort_unstable_by_key(|&(id, _)| id);
     let (highest, newest) = segments.last().copied().unwrap_or_default();
     let claims = Claims::of(superblock, slots);
     let written_back = record.max(highest.minus(geometry.lap())).max(claims.written_back);
     let by_module = superblock.extension.is_none() || newest.is_none();
-    let skipped = if by_module { skipped(geometry, highest, written_back, is_valid) } else { Vec::new() };
+    let skipped =
+        if by_module { skipped(geometry, highest, written_back, is_valid) } else { Vec::new() };
     let start = skipped.last().copied().unwrap_or(written_back).next();
     let mut point = start.minus(1);
     let mut is_open = false;
@@ -401,7 +426,10 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
         corruption: Vec::new(),
         is_open,
         is_cut_short: is_open
-            && matches!(slots[slot_index(geometry.slot_of(point))], SlotState::Valid { cut_short: true, .. }),
+            && matches!(
+                slots[slot_index(geometry.slot_of(point))],
+                SlotState::Valid { cut_short: true, .. }
+            ),
     };
     if claims.durable > point {
         let durable = claims.durable;
@@ -413,14 +441,17 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     }
     // With a single slot, the newest segment itself may be under overwrite.
     if record > highest
-        && !(geometry.slots() == 1 && highest == SegmentId::NONE && !matches!(slots[0], SlotState::Empty))
+        && !(geometry.slots() == 1
+            && highest == SegmentId::NONE
+            && !matches!(slots[0], SlotState::Empty))
     {
         recovery.corruption.push(Corruption::RecordBeyondLog { record, highest });
     }
     if point > LAST_SANE_ID {
         recovery.corruption.push(Corruption::GarbageId { id: point });
     }
-    if superblock.extension.is_none() && (superblock.lost_extension || slots.iter().any(is_marked)) {
+    if superblock.extension.is_none() && (superblock.lost_extension || slots.iter().any(is_marked))
+    {
         recovery.corruption.push(Corruption::PairingLost);
     }
     for (slot, state) in geometry.all_slots().zip(slots) {
@@ -436,23 +467,29 @@ fn is_marked(state: &SlotState) -> bool {
     match state {
         SlotState::Empty => false,
         SlotState::Valid { extension, .. } => extension.is_some(),
-        SlotState::Invalid { fault: SlotFault::Header(HeaderFault::FirstSector { .. }), .. } => true,
+        SlotState::Invalid {
+            fault: SlotFault::Header(HeaderFault::FirstSector { .. }), ..
+        } => true,
         SlotState::Invalid { proved, .. } => proved.is_some(),
     }
 }
 
-/// wb never leaves a hole and goes on. The kernel module does, and only its segments have no extension.
+/// wb never leaves a hole and goes on. The kernel module does, and only its segments have no
+/// extension.
 fn went_on_past_a_hole(superblock: &Superblock, segments: &[Valid], point: SegmentId) -> bool {
-    let dropped = segments.iter().filter(|&&(id, _)| id > point).map(|(_, extension)| extension.is_some());
-    superblock.extension.is_some() && dropped.clone().any(|ours| ours) && dropped.clone().any(|ours| !ours)
+    let dropped =
+        segments.iter().filter(|&&(id, _)| id > point).map(|(_, extension)| extension.is_some());
+    superblock.extension.is_some()
+        && dropped.clone().any(|ours| ours)
+        && dropped.clone().any(|ours| !ours)
 }
 
 pub(super) fn slot_index(slot: Slot) -> usize {
     slot.0 as usize
 }
 
-/// The kernel module seldom writes the superblock record, so a slot just above H − n may be under overwrite. Every
-/// segment up to the last such slot had been written back.
+/// The kernel module seldom writes the superblock record, so a slot just above H − n may be under
+/// overwrite. Every segment up to the last such slot had been written back.
 fn skipped(
     geometry: Geometry,
     highest: SegmentId,
@@ -471,9 +508,9 @@ fn skipped(
     }
 }
 
-/// Whether a power cut may have left a slot like this. It garbles what was being written, in whole sectors, and leaves it
-/// readable. A header is written anew only when the commit that it names as the one before is durable; but where it was
-/// written back, other data may have come under it.
+/// Whether a power cut may have left a slot like this. It garbles what was being written, in whole
+/// sectors, and leaves it readable. A header is written anew only when the commit that it names as
+/// the one before is durable; but where it was written back, other data may have come under it.
 fn may_be_torn(fault: &SlotFault, written_back: SegmentId) -> bool {
     match fault {
         SlotFault::Unreadable(_) => false,
@@ -499,7 +536,9 @@ fn explain(recovery: &mut Recovery, geometry: Geometry, slot: Slot, fault: &Slot
     let (expected, explanation) = match (in_flight > point, may_be_torn(fault, written_back)) {
         (true, true) => (in_flight, Explanation::PowerCut),
         (true, false) => (in_flight, Explanation::None),
-        (false, _) if old != SegmentId::NONE && old <= written_back => (old, Explanation::WrittenBack),
+        (false, _) if old != SegmentId::NONE && old <= written_back => {
+            (old, Explanation::WrittenBack)
+        }
         (false, _) => (old, Explanation::None),
     };
     recovery.damage.push(Damage { slot, expected, explanation });

@@ -1,11 +1,13 @@
 //! Logs in memory, to be damaged, and what is to become of them.
 
-use crate::device::{BlockDevice, Device, DeviceError, IoBuf, IoFuture, MemDevice, Operation, SharedBuf};
+use crate::device::{
+    BlockDevice, Device, DeviceError, IoBuf, IoFuture, MemDevice, Operation, SharedBuf,
+};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, Commit, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock, RECORD_BLOCK_OFFSET,
-    Reason, Record, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentExtension, SegmentId,
-    SuperblockExtension, crc32c, encode_header, encode_record_block, encode_superblock_block, to_u64,
-    to_usize,
+    BLOCK_BYTES, BlockNo, Commit, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock,
+    RECORD_BLOCK_OFFSET, Reason, Record, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES,
+    SegmentExtension, SegmentId, SuperblockExtension, crc32c, encode_header, encode_record_block,
+    encode_superblock_block, to_u64, to_usize,
 };
 use crate::log::Use;
 use crate::log::live::visit_headers;
@@ -53,7 +55,13 @@ impl BlockDevice for Recorder {
         let end = offset + to_u64(buf.len());
         if self.unreadable.lock().iter().any(|&at| offset <= at && at < end) {
             let (device, length) = (self.name().clone(), to_u64(buf.len()));
-            let error = DeviceError { device, operation: Operation::Read, offset, length, cause: Errno::EIO };
+            let error = DeviceError {
+                device,
+                operation: Operation::Read,
+                offset,
+                length,
+                cause: Errno::EIO,
+            };
             return Box::pin(std::future::ready(Err(error)));
         }
         self.memory.read(offset, buf)
@@ -94,7 +102,8 @@ impl Log {
         log
     }
 
-    /// Segments 1 to `newest`, each with a few whole blocks, some of which every segment writes again.
+    /// Segments 1 to `newest`, each with a few whole blocks, some of which every segment writes
+    /// again.
     pub(super) fn new(newest: u64, extended: bool) -> Log {
         let mut log = Log::empty(SLOTS, extended);
         for id in 1..=newest {
@@ -115,12 +124,20 @@ impl Log {
         self.put_segment(id, extended, Reason::Full, None, durable);
     }
 
-    /// A segment that is not closed, and whose header names a commit of its first blocks as the one before.
+    /// A segment that is not closed, and whose header names a commit of its first blocks as the one
+    /// before.
     pub(super) fn put_open(&mut self, id: u64, before: u8, durable: u64) {
         self.put_segment(id, true, Reason::Open, Some(before), durable);
     }
 
-    fn put_segment(&mut self, id: u64, extended: bool, reason: Reason, before: Option<u8>, durable: u64) {
+    fn put_segment(
+        &mut self,
+        id: u64,
+        extended: bool,
+        reason: Reason,
+        before: Option<u8>,
+        durable: u64,
+    ) {
         let blocks = (0..LENGTH).map(|nth| if nth < 2 { nth } else { 100 * id + nth });
         let data: Vec<u8> = (0..LENGTH).flat_map(|nth| [stamp(id, nth); BLOCK_BYTES]).collect();
         let entry = |(nth, block)| {
@@ -130,7 +147,10 @@ impl Log {
         let metablocks: Vec<_> = blocks.enumerate().map(entry).collect();
         let before = before.map(|length| {
             let first = &metablocks[..usize::from(length)];
-            Commit { length, checksum: encode_header(&mut [0; BLOCK_BYTES], SegmentId(id), first, &[], None) }
+            Commit {
+                length,
+                checksum: encode_header(&mut [0; BLOCK_BYTES], SegmentId(id), first, &[], None),
+            }
         });
         let digest = self.page.as_ref().map(SuperblockExtension::digest).unwrap_or_default();
         let (durable, written_back) = (SegmentId(durable), SegmentId::NONE);
@@ -228,7 +248,8 @@ pub(super) fn salvage(log: &Log, way: Way) -> (Arc<Recorder>, Plan) {
     (recorder, plan)
 }
 
-/// What recovery would apply: of each block, the first byte of its newest version. `None` when it refuses the log.
+/// What recovery would apply: of each block, the first byte of its newest version. `None` when it
+/// refuses the log.
 pub(super) fn volume(image: &[u8]) -> Option<BTreeMap<u64, u8>> {
     let device: Device = Arc::new(MemDevice::with_content("cache", image.to_vec()));
     let scanned = read(&device);
@@ -248,7 +269,10 @@ pub(super) fn volume(image: &[u8]) -> Option<BTreeMap<u64, u8>> {
 }
 
 /// The volume of a log of these segments, of which some blocks are left out.
-pub(super) fn expected(segments: impl IntoIterator<Item = u64>, but: &[(u64, u64)]) -> BTreeMap<u64, u8> {
+pub(super) fn expected(
+    segments: impl IntoIterator<Item = u64>,
+    but: &[(u64, u64)],
+) -> BTreeMap<u64, u8> {
     let mut volume = BTreeMap::new();
     for id in segments {
         for nth in (0..LENGTH).filter(|&nth| !but.contains(&(id, nth))) {
@@ -260,11 +284,15 @@ pub(super) fn expected(segments: impl IntoIterator<Item = u64>, but: &[(u64, u64
 }
 
 pub(super) fn lost(plan: &Plan) -> Vec<(u64, Vec<u64>)> {
-    plan.given_up.iter().map(|lost| (lost.id.0, lost.blocks.iter().map(|block| block.0).collect())).collect()
+    plan.given_up
+        .iter()
+        .map(|lost| (lost.id.0, lost.blocks.iter().map(|block| block.0).collect()))
+        .collect()
 }
 
 /// Which writes of those that no flush followed a power cut leaves, as bits.
-pub(super) const MASKS: [u64; 6] = [0, u64::MAX, 0x5555_5555_5555_5555, 0xaaaa_aaaa_aaaa_aaaa, 1, 6];
+pub(super) const MASKS: [u64; 6] =
+    [0, u64::MAX, 0x5555_5555_5555_5555, 0xaaaa_aaaa_aaaa_aaaa, 1, 6];
 
 /// The same writes, each sector for itself: a power cut may tear them.
 pub(super) fn in_sectors(writes: &[Write]) -> Vec<Write> {

@@ -1,15 +1,17 @@
 //! Going on with a corrupt log, and repairing one that is not.
 //!
-//! Both work on the cache device alone and end with a log that recovery accepts as it is. A way on gives something up,
-//! so it is taken only when it is asked for by name; a repair gives up nothing. A slot that must change becomes an empty
-//! segment (length 0, which the kernel module takes as well) with the id that belongs there, holds what is left of that
-//! segment, or is erased where the log has not reached.
+//! Both work on the cache device alone and end with a log that recovery accepts as it is. A way on
+//! gives something up, so it is taken only when it is asked for by name; a repair gives up nothing.
+//! A slot that must change becomes an empty segment (length 0, which the kernel module takes as
+//! well) with the id that belongs there, holds what is left of that segment, or is erased where the
+//! log has not reached.
 //!
-//! The order of the writes makes an interruption harmless: until the last of them the log is refused as before, and a
-//! second attempt finds the same; or recovery already makes of it what it would make of it in the end. First
-//! comes a page of the superblock extension that tells the log from an older copy of it; then the record of what is
-//! written back, since it follows from segments that may go. When the log is sound, and what it covers is
-//! durable, those segments go that would mislead the kernel module. The clean mark comes last.
+//! The order of the writes makes an interruption harmless: until the last of them the log is
+//! refused as before, and a second attempt finds the same; or recovery already makes of it what it
+//! would make of it in the end. First comes a page of the superblock extension that tells the log
+//! from an older copy of it; then the record of what is written back, since it follows from
+//! segments that may go. When the log is sound, and what it covers is durable, those segments go
+//! that would mislead the kernel module. The clean mark comes last.
 
 mod draft;
 mod remains;
@@ -25,8 +27,8 @@ use super::live::{totals, visit_headers};
 use super::reach::Reach;
 use super::recovery::{Corruption, Recovery, explained, proved, recover, slot_index, valid};
 use super::scan::{
-    BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock, read_slot_header,
-    scan,
+    BackingFacts, RawSuperblock, SlotFault, SlotState, check_pairing, examine_superblock,
+    read_slot_header, scan,
 };
 use super::{LogError, Use};
 use crate::device::{Device, DeviceError, Operation, all};
@@ -51,11 +53,11 @@ const WRITE_DEPTH: usize = 32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Way {
-    /// Keep every valid segment. The blocks of one that is lost fall back to older versions, so the volume may be in a
-    /// state in which it never was.
+    /// Keep every valid segment. The blocks of one that is lost fall back to older versions, so the
+    /// volume may be in a state in which it never was.
     Skip,
-    /// Go back to the last consistent point. Valid segments after it are given up, and the volume is in a state in
-    /// which it has been.
+    /// Go back to the last consistent point. Valid segments after it are given up, and the volume
+    /// is in a state in which it has been.
     Stop,
 }
 
@@ -151,11 +153,14 @@ impl Scanned {
         self.superblock.record.is_err() || !self.recovery().corruption.is_empty()
     }
 
-    /// Whether most of what the device holds is sound but lies where it cannot have been written on a device of this
-    /// size. In a few slots alone, a damaged id looks the same.
+    /// Whether most of what the device holds is sound but lies where it cannot have been written on
+    /// a device of this size. In a few slots alone, a damaged id looks the same.
     pub fn is_resized(&self) -> bool {
         let misplaced = |slot: &&SlotState| {
-            matches!(slot, SlotState::Invalid { fault: SlotFault::WrongSlot { sound: true, .. }, .. })
+            matches!(
+                slot,
+                SlotState::Invalid { fault: SlotFault::WrongSlot { sound: true, .. }, .. }
+            )
         };
         let misplaced = self.slots.iter().filter(misplaced).count();
         let all = self.slots.iter().filter(|slot| !matches!(slot, SlotState::Empty)).count();
@@ -175,15 +180,16 @@ impl Scanned {
         }
         let superblock = self.with_extension(device.size());
         let draft = Draft::new(&superblock, &self.slots, Some(way));
-        let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: device.name().to_string() })?;
+        let draft =
+            draft.ok_or_else(|| LogError::Unsalvageable { device: device.name().to_string() })?;
         let mut plan = Plan::of(self, superblock, Some(way), draft);
         plan.given_up = plan.look(device).await?;
         plan.misleading = self.misleading(device, &plan.draft).await;
         Ok(Some(plan))
     }
 
-    /// Plans all ways on that there are with a corrupt log; none when it is not corrupt. Where nothing of the log is given up,
-    /// the two are one.
+    /// Plans all ways on that there are with a corrupt log; none when it is not corrupt. Where
+    /// nothing of the log is given up, the two are one.
     ///
     /// # Errors
     /// When the device fails.
@@ -202,8 +208,9 @@ impl Scanned {
         Ok(ways)
     }
 
-    /// Plans the repair of a log that is not corrupt, or only in that its superblock extension is lost. Afterwards the kernel
-    /// module reads the same as we do. `None` when there is nothing to repair.
+    /// Plans the repair of a log that is not corrupt, or only in that its superblock extension is
+    /// lost. Afterwards the kernel module reads the same as we do. `None` when there is nothing to
+    /// repair.
     ///
     /// # Errors
     /// When the log is corrupt, or there is no repair that recovery would accept.
@@ -218,7 +225,8 @@ impl Scanned {
         let draft = draft.ok_or_else(|| LogError::Unsalvageable { device: name() })?;
         let mut plan = Plan::of(self, superblock, None, draft);
         plan.misleading = self.misleading(device, &plan.draft).await;
-        let is_sound = plan.draft.is_empty() && recovery.skipped.is_empty() && plan.pages.is_empty();
+        let is_sound =
+            plan.draft.is_empty() && recovery.skipped.is_empty() && plan.pages.is_empty();
         Ok((!is_sound || !plan.misleading.is_empty()).then_some(plan))
     }
 
@@ -243,7 +251,8 @@ impl Scanned {
         self.superblock.record.is_ok() && self.recovery().corruption == [Corruption::PairingLost]
     }
 
-    /// What the superblock region says; with an extension made up that the segments belong to, where it is lost.
+    /// What the superblock region says; with an extension made up that the segments belong to,
+    /// where it is lost.
     fn with_extension(&self, cache_bytes: u64) -> RawSuperblock {
         let mut superblock = self.superblock.clone();
         let known = superblock.or_no_record();
@@ -271,15 +280,16 @@ pub struct Plan {
     pub given_up: Vec<GivenUp>,
     /// What the superblock record says although the log does not bear it out. It is not believed.
     pub disbelieved: Option<SegmentId>,
-    /// Segments that are written back and sound, and are emptied, or the kernel module would take old data from them for new.
+    /// Segments that are written back and sound, and are emptied, or the kernel module would take
+    /// old data from them for new.
     pub misleading: Vec<SegmentId>,
     geometry: Geometry,
     extension: Option<SuperblockExtension>,
     draft: Draft,
     /// The superblock record, where it must change.
     record: Option<Record>,
-    /// The page of the superblock extension that tells the log from an older copy, which may be longer. It must be there before
-    /// anything is given up.
+    /// The page of the superblock extension that tells the log from an older copy, which may be
+    /// longer. It must be there before anything is given up.
     newer: Option<SuperblockExtension>,
     /// Pages of the superblock extension that must be written in the end.
     pages: Vec<SuperblockExtension>,
@@ -299,8 +309,10 @@ impl Plan {
             (false, false) => None,
         };
         let pairs_anew = extension.is_some() && scanned.superblock.extension().is_none();
-        let newer =
-            extension.as_ref().filter(|_| way.is_some() && !pairs_anew).map(SuperblockExtension::next);
+        let newer = extension
+            .as_ref()
+            .filter(|_| way.is_some() && !pairs_anew)
+            .map(SuperblockExtension::next);
         let page = |page: &SuperblockExtension| SuperblockExtension {
             clean: page.clean.filter(|_| !draft.unmark),
             ..page.next()
@@ -331,7 +343,8 @@ impl Plan {
         }
     }
 
-    /// Refuses an older copy of a cache. What is written back tells, for a salvage may give up what is not.
+    /// Refuses an older copy of a cache. What is written back tells, for a salvage may give up what
+    /// is not.
     ///
     /// # Errors
     /// [`LogError::Older`].
@@ -352,12 +365,17 @@ impl Plan {
     ///
     /// # Errors
     /// When not, or the cache device fails.
-    pub async fn check_backing(&self, device: &Device, backing: &BackingFacts<'_>) -> Result<(), LogError> {
+    pub async fn check_backing(
+        &self,
+        device: &Device,
+        backing: &BackingFacts<'_>,
+    ) -> Result<(), LogError> {
         if let Some(extension) = &self.extension {
             check_pairing(device, extension, backing)?;
         }
         let sectors = Some(backing.sectors);
-        let held = totals(device, self.geometry, self.kept(), self.draft.cut_short, sectors).await?;
+        let held =
+            totals(device, self.geometry, self.kept(), self.draft.cut_short, sectors).await?;
         held.beyond.first().map_or(Ok(()), |beyond| Err(beyond.refuse(device, backing)))
     }
 
@@ -366,10 +384,13 @@ impl Plan {
         let changed: HashSet<Slot> = self.draft.all_changes().map(|change| change.slot).collect();
         let first = self.draft.written_back.max(self.point.minus(self.geometry.lap())).next();
         let geometry = self.geometry;
-        (first.0..=self.point.0).map(SegmentId).filter(move |&id| !changed.contains(&geometry.slot_of(id)))
+        (first.0..=self.point.0)
+            .map(SegmentId)
+            .filter(move |&id| !changed.contains(&geometry.slot_of(id)))
     }
 
-    /// Carries it out. It is durable afterwards. Can be interrupted at any time, planned again, and carried out.
+    /// Carries it out. It is durable afterwards. Can be interrupted at any time, planned again, and
+    /// carried out.
     ///
     /// # Errors
     /// When the device fails.
@@ -384,7 +405,8 @@ impl Plan {
             write_record(device, record).await?;
             device.flush().await?;
         }
-        for changes in [&self.draft.changes[..], self.draft.decisive.as_slice(), &self.draft.later] {
+        for changes in [&self.draft.changes[..], self.draft.decisive.as_slice(), &self.draft.later]
+        {
             let writes = changes.iter().map(|change| self.change(device, *change));
             all(stream::iter(writes).buffer_unordered(WRITE_DEPTH)).await?;
             device.flush().await?;
@@ -407,7 +429,8 @@ impl Plan {
 
     async fn empty(&self, device: &Device, id: SegmentId) -> Result<(), DeviceError> {
         let known = [id, self.draft.point];
-        let Emptied { block, .. } = emptied(device, self.geometry, known, self.extension.as_ref()).await?;
+        let Emptied { block, .. } =
+            emptied(device, self.geometry, known, self.extension.as_ref()).await?;
         device.write(self.geometry.slot_offset(self.geometry.slot_of(id)), block.into()).await
     }
 
@@ -415,8 +438,11 @@ impl Plan {
         let Change { slot, id, live } = change;
         if live {
             let remains = self.remains(device, id).await;
-            let planned =
-                self.given_up.iter().find(|given_up| given_up.id == id).map_or(0, |given_up| given_up.kept);
+            let planned = self
+                .given_up
+                .iter()
+                .find(|given_up| given_up.id == id)
+                .map_or(0, |given_up| given_up.kept);
             if remains.as_ref().map_or(0, Remains::kept) < planned {
                 return Err(read_less(device, self.geometry.slot_offset(slot)));
             }
@@ -424,7 +450,8 @@ impl Plan {
                 return remains.write(device, self.geometry).await;
             }
         }
-        write_filler(device, self.geometry, slot, (id, self.draft.durable), self.extension.as_ref()).await
+        write_filler(device, self.geometry, slot, (id, self.draft.durable), self.extension.as_ref())
+            .await
     }
 
     async fn remains(&self, device: &Device, id: SegmentId) -> Option<Remains> {
@@ -432,8 +459,8 @@ impl Plan {
         Remains::find(device, self.geometry, id, digest).await
     }
 
-    /// Looks what is given up. Of the blocks of lost segments, those do not count that a later segment holds, too: that
-    /// carries every sector that is not written back.
+    /// Looks what is given up. Of the blocks of lost segments, those do not count that a later
+    /// segment holds, too: that carries every sector that is not written back.
     async fn look(&self, device: &Device) -> Result<Vec<GivenUp>, LogError> {
         let mut given_up = Vec::with_capacity(self.draft.doomed.len());
         for doomed in &self.draft.doomed {
@@ -474,18 +501,31 @@ impl Plan {
                 ..none
             };
         }
-        let Some(header) = read_slot_header(device, self.geometry, slot).await.header else { return none };
+        let Some(header) = read_slot_header(device, self.geometry, slot).await.header else {
+            return none;
+        };
         let proved = found == Found::Sound || header.extension.is_some() && header.id == id;
         let dirty = header.metablocks.iter().filter(|entry| !entry.dirty.is_clean());
         let mut blocks: Vec<_> = dirty.map(|entry| entry.block).collect();
         blocks.sort_unstable();
         blocks.dedup();
-        GivenUp { blocks, certainty: if proved { Certainty::Sure } else { Certainty::Perhaps }, ..none }
+        GivenUp {
+            blocks,
+            certainty: if proved { Certainty::Sure } else { Certainty::Perhaps },
+            ..none
+        }
     }
 }
 
-/// A device that gives less now than when the plan was made. Nothing is given up that the plan does not name.
+/// A device that gives less now than when the plan was made. Nothing is given up that the plan does
+/// not name.
 fn read_less(device: &Device, offset: u64) -> DeviceError {
     let device = device.name().clone();
-    DeviceError { device, operation: Operation::Read, offset, length: to_u64(BLOCK_BYTES), cause: Errno::EIO }
+    DeviceError {
+        device,
+        operation: Operation::Read,
+        offset,
+        length: to_u64(BLOCK_BYTES),
+        cause: Errno::EIO,
+    }
 }

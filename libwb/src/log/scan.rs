@@ -4,10 +4,10 @@ use super::recovery::{Proof, slot_index, valid};
 use super::{LogError, Use};
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, Commit, EXTENSION_OFFSETS, EXTENSION_VERSION, FirstSector, Geometry, HeaderFault, PLACES,
-    PageFault, RECORD_BLOCK_OFFSET, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_OFFSET, SegmentExtension,
-    SegmentHeader, SegmentId, Slot, SuperblockExtension, SuperblockFault, decode_magic, decode_record,
-    fitting, printable, to_u64,
+    BLOCK_BYTES, Commit, EXTENSION_OFFSETS, EXTENSION_VERSION, FirstSector, Geometry, HeaderFault,
+    PLACES, PageFault, RECORD_BLOCK_OFFSET, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_OFFSET,
+    SegmentExtension, SegmentHeader, SegmentId, Slot, SuperblockExtension, SuperblockFault,
+    decode_magic, decode_record, fitting, printable, to_u64,
 };
 use futures_util::future::BoxFuture;
 use futures_util::{Stream, StreamExt, stream};
@@ -19,7 +19,8 @@ const SCAN_DEPTH: usize = 16;
 /// Headers that a scan of the headers alone reads at the same time; 4 KiB of memory each.
 const HEADER_SCAN_DEPTH: usize = 128;
 
-/// What stands in for each byte of a block that cannot be read: no magic, and a record that no log has reached.
+/// What stands in for each byte of a block that cannot be read: no magic, and a record that no log
+/// has reached.
 const UNREAD: u8 = 0xff;
 
 /// What the superblock region of a cache device says.
@@ -56,13 +57,14 @@ impl RawSuperblock {
         SuperblockExtension::newest(&self.pages)
     }
 
-    /// Whether one of the two copies of the superblock extension is damaged, cannot be read, or is gone, and no power
-    /// cut explains that.
+    /// Whether one of the two copies of the superblock extension is damaged, cannot be read, or is
+    /// gone, and no power cut explains that.
     pub fn has_damaged_copy(&self) -> bool {
         self.extension().is_some() && self.pages.iter().any(Result::is_err) && !self.has_torn_copy()
     }
 
-    /// Whether one of the two copies of the superblock extension was being written when the power went.
+    /// Whether one of the two copies of the superblock extension was being written when the power
+    /// went.
     pub fn has_torn_copy(&self) -> bool {
         let torn = self.pages.iter().find_map(|page| match page {
             Err(PageFault::Torn(torn)) => Some(torn),
@@ -74,8 +76,8 @@ impl RawSuperblock {
     /// Whether this version may use the device, as far as its extension tells.
     ///
     /// # Errors
-    /// When the extension has a version or features that are not known here, or the device was resized since it was
-    /// formatted.
+    /// When the extension has a version or features that are not known here, or the device was
+    /// resized since it was formatted.
     pub fn check_extension(&self, device: &Device, wanted: Use) -> Result<(), LogError> {
         let name = || device.name().to_string();
         let Some(extension) = self.extension() else { return Ok(()) };
@@ -83,10 +85,16 @@ impl RawSuperblock {
             return Err(LogError::UnknownVersion { device: name(), version: extension.version });
         }
         if extension.incompatible != 0 {
-            return Err(LogError::UnknownFeatures { device: name(), flags: extension.incompatible });
+            return Err(LogError::UnknownFeatures {
+                device: name(),
+                flags: extension.incompatible,
+            });
         }
         if extension.read_compatible != 0 && wanted == Use::Write {
-            return Err(LogError::ReadOnlyFeatures { device: name(), flags: extension.read_compatible });
+            return Err(LogError::ReadOnlyFeatures {
+                device: name(),
+                flags: extension.read_compatible,
+            });
         }
         let (formatted, found) = (extension.cache_bytes, device.size());
         if formatted != found {
@@ -95,8 +103,8 @@ impl RawSuperblock {
         Ok(())
     }
 
-    /// What to go on with on a device that is to be looked at all the same: a record that is garbage counts as none,
-    /// so that every segment is taken into account.
+    /// What to go on with on a device that is to be looked at all the same: a record that is
+    /// garbage counts as none, so that every segment is taken into account.
     pub fn or_no_record(&self) -> Superblock {
         Superblock {
             geometry: self.geometry,
@@ -125,8 +133,9 @@ pub async fn examine_superblock(device: &Device) -> Result<RawSuperblock, LogErr
     }
 }
 
-/// As [`examine_superblock`], for a device that is to be looked at however damaged it is. Also gives the errors by which the
-/// magic and the record could not be read; what was not counts as wrong.
+/// As [`examine_superblock`], for a device that is to be looked at however damaged it is. Also
+/// gives the errors by which the magic and the record could not be read; what was not counts as
+/// wrong.
 ///
 /// # Errors
 /// When the device has an impossible size.
@@ -166,8 +175,8 @@ pub async fn examine_damaged_superblock(
 /// Reads and checks the superblock and its record.
 ///
 /// # Errors
-/// When the device cannot be read, has an impossible size, is no cache device, or its record is garbage; and as
-/// [`RawSuperblock::check_extension`].
+/// When the device cannot be read, has an impossible size, is no cache device, or its record is
+/// garbage; and as [`RawSuperblock::check_extension`].
 pub async fn read_superblock(device: &Device, wanted: Use) -> Result<Superblock, LogError> {
     let superblock = |fault| LogError::Superblock { device: device.name().to_string(), fault };
     let raw = examine_superblock(device).await?;
@@ -196,12 +205,12 @@ impl<'a> BackingFacts<'a> {
     }
 }
 
-/// Whether a cache belongs to a backing device, as far as its extension tells. A backing device may have grown, if its
-/// identity shows that it is the same.
+/// Whether a cache belongs to a backing device, as far as its extension tells. A backing device may
+/// have grown, if its identity shows that it is the same.
 ///
 /// # Errors
-/// When it belongs to another, to one that was larger, or to one that was smaller and has no identity that shows that it
-/// is the same.
+/// When it belongs to another, to one that was larger, or to one that was smaller and has no
+/// identity that shows that it is the same.
 pub fn check_pairing(
     device: &Device,
     extension: &SuperblockExtension,
@@ -214,21 +223,22 @@ pub fn check_pairing(
     let (paired, found) = (extension.backing_sectors, backing.sectors);
     if found < paired {
         return wrong(format!(
-            "the cache was made for one of {paired} sectors, this one has only {found}; if it was shrunk, give it its \
-             old size back"
+            "the cache was made for one of {paired} sectors, this one has only {found}; if it was \
+             shrunk, give it its old size back"
         ));
     }
     let known = !extension.backing_id.is_empty() && !backing.identity.is_empty();
     if found > paired && paired > 0 && !known {
         return wrong(format!(
-            "the cache was made for one of {paired} sectors, this one has {found}; if it is the same and has grown, attach \
-             the volume with --grown"
+            "the cache was made for one of {paired} sectors, this one has {found}; if it is the \
+             same and has grown, attach the volume with --grown"
         ));
     }
     check_identity(device, extension, backing)
 }
 
-/// Whether the identity of a backing device, where both are known, is that which a cache belongs to.
+/// Whether the identity of a backing device, where both are known, is that which a cache belongs
+/// to.
 ///
 /// # Errors
 /// When it is another.
@@ -275,8 +285,12 @@ pub enum SlotFault {
         /// How many blocks its last commit covers.
         length: u8,
     },
-    /// Not even the commit before the newest one verifies, which was durable when the header was written.
-    #[error("segment {id} has a wrong checksum, even up to the flush before its last, after {length} blocks")]
+    /// Not even the commit before the newest one verifies, which was durable when the header was
+    /// written.
+    #[error(
+        "segment {id} has a wrong checksum, even up to the flush before its last, after {length} \
+         blocks"
+    )]
     Commit {
         /// The id found.
         id: SegmentId,
@@ -303,7 +317,8 @@ pub enum SlotState {
         extension: Option<SegmentExtension>,
         /// It stands by a commit. What was written of it after that is torn.
         cut_short: bool,
-        /// Where the kernel module leaves zeros in the first sector, there is something that wb has not written.
+        /// Where the kernel module leaves zeros in the first sector, there is something that wb has
+        /// not written.
         is_stray: bool,
     },
     /// Something else.
@@ -312,8 +327,8 @@ pub enum SlotState {
         fault: SlotFault,
         /// The header's first sector proves itself, and names a segment that belongs here.
         proved: Option<(SegmentId, SegmentExtension)>,
-        /// Where the kernel module leaves zeros in the first sector, there is something that wb has not written: the id that
-        /// the header names.
+        /// Where the kernel module leaves zeros in the first sector, there is something that wb has
+        /// not written: the id that the header names.
         stray: Option<u64>,
     },
 }
@@ -338,8 +353,8 @@ impl SlotState {
 pub struct SlotContent {
     /// The verdict.
     pub state: SlotState,
-    /// The header, where one could be decoded and is not empty, be it damaged. That of a segment that is cut short has only
-    /// the entries of the commit that stands.
+    /// The header, where one could be decoded and is not empty, be it damaged. That of a segment
+    /// that is cut short has only the entries of the commit that stands.
     pub header: Option<SegmentHeader>,
     /// How many bytes of the device were read for it.
     pub bytes_read: u64,
@@ -349,11 +364,17 @@ pub struct SlotContent {
 }
 
 impl SlotContent {
-    const NOTHING: SlotContent =
-        SlotContent { state: SlotState::Empty, header: None, bytes_read: 0, proved: None, stray: None };
+    const NOTHING: SlotContent = SlotContent {
+        state: SlotState::Empty,
+        header: None,
+        bytes_read: 0,
+        proved: None,
+        stray: None,
+    };
 
     fn invalid(self, fault: impl Into<SlotFault>) -> SlotContent {
-        let state = SlotState::Invalid { fault: fault.into(), proved: self.proved, stray: self.stray };
+        let state =
+            SlotState::Invalid { fault: fault.into(), proved: self.proved, stray: self.stray };
         SlotContent { state, ..self }
     }
 }
@@ -371,7 +392,12 @@ pub async fn read_slot(device: &Device, geometry: Geometry, slot: Slot) -> SlotC
     read_slot_by(device, geometry, slot, First::Header).await
 }
 
-async fn read_slot_by(device: &Device, geometry: Geometry, slot: Slot, first: First) -> SlotContent {
+async fn read_slot_by(
+    device: &Device,
+    geometry: Geometry,
+    slot: Slot,
+    first: First,
+) -> SlotContent {
     let mut content = SlotContent::NOTHING;
     let state = fill_slot(device, geometry, slot, first, &mut content).await;
     match state {
@@ -400,8 +426,8 @@ async fn fill_slot(
     content.bytes_read = to_u64(front.len());
     let (block, rest) = (front.block_at(0), &front[BLOCK_BYTES..]);
     content.stray = FirstSector::stray(block);
-    let first =
-        FirstSector::decode(block).inspect_err(|_| content.header = SegmentHeader::presumed(block))?;
+    let first = FirstSector::decode(block)
+        .inspect_err(|_| content.header = SegmentHeader::presumed(block))?;
     let id = first.id;
     if id == SegmentId::NONE {
         return Ok(SlotState::Empty);
@@ -423,8 +449,11 @@ async fn fill_slot(
     }
     let Some(last) = last else {
         // Of a header that is no header, that is the better reason.
-        let other =
-            || first.header(block, first.newest).map_or_else(SlotFault::from, |_| SlotFault::Checksum { id });
+        let other = || {
+            first
+                .header(block, first.newest)
+                .map_or_else(SlotFault::from, |_| SlotFault::Checksum { id })
+        };
         let before = first.before().map(|Commit { length, .. }| SlotFault::Commit { id, length });
         return Err(before.unwrap_or_else(other));
     };
@@ -439,8 +468,8 @@ async fn fill_slot(
     })
 }
 
-/// Reads a slot's header block alone, unless that is torn. The state is [`SlotState::Valid`] when nothing in the header
-/// speaks against it; the data is not read and the checksum not verified.
+/// Reads a slot's header block alone, unless that is torn. The state is [`SlotState::Valid`] when
+/// nothing in the header speaks against it; the data is not read and the checksum not verified.
 pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -> SlotContent {
     let mut content = SlotContent { bytes_read: to_u64(BLOCK_BYTES), ..SlotContent::NOTHING };
     let block = match device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await {
@@ -461,7 +490,10 @@ pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -
     }
     let header = match first.header(block, first.newest) {
         // Which of its commits stands, the data tells.
-        header if first.extension.is_some() && !header.as_ref().is_ok_and(|header| header.is_whole) => {
+        header
+            if first.extension.is_some()
+                && !header.as_ref().is_ok_and(|header| header.is_whole) =>
+        {
             return read_slot(device, geometry, slot).await;
         }
         Ok(header) => header,
@@ -477,7 +509,8 @@ pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -
     content
 }
 
-/// Reads and verifies every slot, several at a time, and shows each to `visit` in the order of the device.
+/// Reads and verifies every slot, several at a time, and shows each to `visit` in the order of the
+/// device.
 pub async fn scan(
     device: &Device,
     geometry: Geometry,
@@ -486,7 +519,8 @@ pub async fn scan(
     scan_by(device, geometry, |read| read, visit).await
 }
 
-/// As [`scan`], but has `run` start the work on each slot, which verifies its data as well, and go on with it elsewhere.
+/// As [`scan`], but has `run` start the work on each slot, which verifies its data as well, and go
+/// on with it elsewhere.
 pub async fn scan_by<R: Future<Output = SlotContent>>(
     device: &Device,
     geometry: Geometry,
@@ -521,8 +555,8 @@ pub async fn scan_headers(
     gather(stream::iter(reads).buffered(HEADER_SCAN_DEPTH), geometry, visit).await
 }
 
-/// As [`scan`], but does not read the data of segments that headers show to be whole, if their own are sound:
-/// see [`Proof`]. A slot may be shown twice; what is shown last counts.
+/// As [`scan`], but does not read the data of segments that headers show to be whole, if their own
+/// are sound: see [`Proof`]. A slot may be shown twice; what is shown last counts.
 pub async fn scan_trusting(
     device: &Device,
     superblock: &Superblock,
@@ -531,7 +565,9 @@ pub async fn scan_trusting(
     let geometry = superblock.geometry;
     let mut closed = Vec::with_capacity(geometry.all_slots().len());
     let mut states = scan_headers(device, geometry, |slot, content| {
-        closed.push(content.header.as_ref().is_some_and(|header| header.is_whole && !header.is_open()));
+        closed.push(
+            content.header.as_ref().is_some_and(|header| header.is_whole && !header.is_open()),
+        );
         visit(slot, content);
     })
     .await;
@@ -540,10 +576,17 @@ pub async fn scan_trusting(
         let ours = valid(state, superblock).filter(|(_, extension)| closed && extension.is_some());
         ours.zip(proof.as_ref()).is_some_and(|((id, _), proof)| proof.covers(id))
     };
-    let proved = states.iter().zip(closed).map(|each| matches!(each.0, SlotState::Empty) || is_trusted(each));
-    let rest: Vec<Slot> =
-        geometry.all_slots().zip(proved).filter_map(|(slot, proved)| (!proved).then_some(slot)).collect();
-    let reads = rest.into_iter().map(|slot| async move { (slot, read_slot(device, geometry, slot).await) });
+    let proved = states
+        .iter()
+        .zip(closed)
+        .map(|each| matches!(each.0, SlotState::Empty) || is_trusted(each));
+    let rest: Vec<Slot> = geometry
+        .all_slots()
+        .zip(proved)
+        .filter_map(|(slot, proved)| (!proved).then_some(slot))
+        .collect();
+    let reads =
+        rest.into_iter().map(|slot| async move { (slot, read_slot(device, geometry, slot).await) });
     let mut reads = stream::iter(reads).buffered(SCAN_DEPTH);
     while let Some((slot, content)) = reads.next().await {
         visit(slot, &content);
@@ -574,7 +617,8 @@ pub async fn read_header(
     geometry: Geometry,
     id: SegmentId,
 ) -> Result<SegmentHeader, LogError> {
-    let block = device.read(geometry.slot_offset(geometry.slot_of(id)), IoBuf::zeroed(BLOCK_BYTES)).await?;
+    let block =
+        device.read(geometry.slot_offset(geometry.slot_of(id)), IoBuf::zeroed(BLOCK_BYTES)).await?;
     match SegmentHeader::decode(block.block_at(0)) {
         Ok(header) if header.id == id => Ok(header),
         _ => Err(LogError::Changed { device: device.name().to_string(), id }),

@@ -12,9 +12,9 @@ const READ_WHOLE: usize = 16;
 /// Where the base format ends in a header's first sector.
 const USED_BYTES: usize = 13;
 
-/// Looks for a segment, which proves that the device was a cache device. Other data is not taken for one: its header must
-/// prove itself, or the checksum over all of it must hold. Shows each slot's number to `progress`. What cannot be read
-/// tells nothing.
+/// Looks for a segment, which proves that the device was a cache device. Other data is not taken
+/// for one: its header must prove itself, or the checksum over all of it must hold. Shows each
+/// slot's number to `progress`. What cannot be read tells nothing.
 pub async fn find_segment(
     device: &Device,
     geometry: Geometry,

@@ -32,7 +32,8 @@ impl Upgrade {
     /// after the beginning of 1970.
     ///
     /// # Errors
-    /// When the device has the extension or has lost it, its log is corrupt, it does not fit the backing device, or it fails.
+    /// When the device has the extension or has lost it, its log is corrupt, it does not fit the
+    /// backing device, or it fails.
     pub async fn plan(
         device: &Device,
         scanned: &Scanned,
@@ -47,7 +48,9 @@ impl Upgrade {
         // One that has lost its extension would be repaired by a new one.
         let recovery = scanned.recovery().refuse_corrupt(device)?;
         let repair = scanned.repair(device).await?;
-        let live = live_totals(device, scanned.superblock.geometry, &recovery, Some(backing.sectors)).await?;
+        let live =
+            live_totals(device, scanned.superblock.geometry, &recovery, Some(backing.sectors))
+                .await?;
         if let Some(beyond) = live.beyond.first() {
             return Err(beyond.refuse(device, backing));
         }
@@ -82,7 +85,8 @@ impl Upgrade {
         changes
     }
 
-    /// Carries it out. It is durable afterwards. Interrupted, it leaves a device without the extension, or with it.
+    /// Carries it out. It is durable afterwards. Interrupted, it leaves a device without the
+    /// extension, or with it.
     ///
     /// # Errors
     /// When the device fails.
@@ -93,8 +97,8 @@ impl Upgrade {
         if self.written_back > self.recorded {
             write_record(device, Record { id: self.written_back, digest: None }).await?;
         }
-        // The marker is in the first sector of a page. It is written when the rest is there, or a torn page would be
-        // taken for a damaged one, and the device refused.
+        // The marker is in the first sector of a page. It is written when the rest is there, or a
+        // torn page would be taken for a damaged one, and the device refused.
         for (generation, offset) in (0..).zip(EXTENSION_OFFSETS) {
             let page = SuperblockExtension { generation, ..self.extension.clone() };
             let mut block = IoBuf::zeroed(BLOCK_BYTES);
@@ -108,7 +112,8 @@ impl Upgrade {
             write_extension(device, &page).await?;
             device.flush().await?;
         }
-        // A record that proves itself on a device without the extension would show that this was lost.
+        // A record that proves itself on a device without the extension would show that this was
+        // lost.
         let digest = Some(self.extension.digest());
         write_record(device, Record { id: self.written_back.max(self.recorded), digest }).await?;
         device.flush().await
@@ -123,7 +128,8 @@ mod tests {
     use crate::log::scan::check_pairing;
     use futures_lite::future::block_on;
 
-    const BACKING: BackingFacts<'_> = BackingFacts { name: "backing", sectors: 80_000, identity: "serial" };
+    const BACKING: BackingFacts<'_> =
+        BackingFacts { name: "backing", sectors: 80_000, identity: "serial" };
 
     fn plan(device: &Device) -> Result<Upgrade, LogError> {
         block_on(Upgrade::plan(device, &read(device), &BACKING, "data", Duration::ZERO))
@@ -131,7 +137,8 @@ mod tests {
 
     /// Logs of the kernel module: whole, with a torn end, with the oldest segment under overwrite.
     fn logs() -> [Log; 3] {
-        let [whole, mut torn, mut overwrite] = [Log::new(20, false), Log::new(9, false), Log::new(20, false)];
+        let [whole, mut torn, mut overwrite] =
+            [Log::new(20, false), Log::new(9, false), Log::new(20, false)];
         torn.garble(8);
         overwrite.rot(7, 1);
         [whole, torn, overwrite]
@@ -164,11 +171,17 @@ mod tests {
             for flushes in 0..=*recorder.flushes.lock() {
                 for any in MASKS {
                     let cut = after_power_cut(&log, &sectors, flushes, any);
-                    assert_eq!(volume(&cut.image), volume(&log.image), "flush {flushes}, mask {any:#x}");
+                    assert_eq!(
+                        volume(&cut.image),
+                        volume(&log.image),
+                        "flush {flushes}, mask {any:#x}"
+                    );
                     let device: Device = cut.device();
                     match plan(&device) {
                         Ok(again) => block_on(again.apply(&device)).unwrap(),
-                        Err(error) => assert!(matches!(error, LogError::Extended { .. }), "{error}"),
+                        Err(error) => {
+                            assert!(matches!(error, LogError::Extended { .. }), "{error}")
+                        }
                     }
                     assert!(read(&device).superblock.extension().is_some());
                 }

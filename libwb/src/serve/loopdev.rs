@@ -1,8 +1,10 @@
-//! A volume as a loop device: a file in a FUSE mount that nobody else sees, with a loop device over it.
+//! A volume as a loop device: a file in a FUSE mount that nobody else sees, with a loop device over
+//! it.
 //!
-//! The mount stands in no folder and the loop device is set to clear itself, so that neither outlives the daemon,
-//! however it ends. A mount namespace of the daemon's own would hide the mount as well, but keep every mount of the
-//! system that it was copied from in use where mounts are not shared, as in containers.
+//! The mount stands in no folder and the loop device is set to clear itself, so that neither
+//! outlives the daemon, however it ends. A mount namespace of the daemon's own would hide the mount
+//! as well, but keep every mount of the system that it was copied from in use where mounts are not
+//! shared, as in containers.
 //!
 //! The daemon holds its own loop device open, and whoever closes a block device last writes out its
 //! page cache. A process that is killed would write to itself there, and wait for ever. So the FUSE
@@ -17,16 +19,17 @@ use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::Handle;
 use crate::sys;
 use fuser::{
-    BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen,
-    ReplyWrite, Request, Session, SessionACL, WriteFlags,
+    BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty,
+    ReplyEntry, ReplyOpen, ReplyWrite, Request, Session, SessionACL, WriteFlags,
 };
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, fstat, minor};
 use rustix::io::{DupFlags, dup3};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+    fsopen,
 };
 use std::ffi::OsStr;
 use std::fs::{File, OpenOptions};
@@ -163,7 +166,8 @@ impl LoopDevice {
         own.retain(|number| !others.contains(number));
         device.check_below(&own).map_err(failed(format!("cannot serve {}", path.display())))?;
         // Without it, the device ends as long as nothing hangs.
-        let connection = Connection::of(&mount).inspect_err(|e| tracing::warn!("no control of FUSE: {e}"));
+        let connection =
+            Connection::of(&mount).inspect_err(|e| tracing::warn!("no control of FUSE: {e}"));
         let connection = connection.ok().map(Arc::new);
         Ok(LoopDevice { path, device, connection, _mount: mount, _session: session })
     }
@@ -185,7 +189,8 @@ impl LoopDevice {
     /// When the system refuses.
     pub fn detach(self) -> Result<(), ServeError> {
         // The mount and its session end with their last user, which may be after this.
-        sys::loop_clear(&self.device.0).map_err(failed(format!("cannot clear {}", self.path.display())))
+        sys::loop_clear(&self.device.0)
+            .map_err(failed(format!("cannot clear {}", self.path.display())))
     }
 }
 
@@ -240,7 +245,8 @@ fn configure_loop_device(
     mut reserved: Reserved,
     mut announce: impl FnMut(&Path) -> io::Result<()>,
 ) -> Result<(PathBuf, Reserved), ServeError> {
-    let control = File::open("/dev/loop-control").map_err(failed("cannot open /dev/loop-control"))?;
+    let control =
+        File::open("/dev/loop-control").map_err(failed("cannot open /dev/loop-control"))?;
     let mut last = Errno::EBUSY;
     for _ in 0..ATTEMPTS {
         let number = sys::loop_get_free(&control).map_err(failed("no loop device is free"))?;
@@ -297,7 +303,8 @@ impl<V: Volume> VolumeFile<V> {
 
 /// A request's place on the volume; the kernel only sends whole sectors, through direct I/O.
 fn sector(offset: u64, length: usize) -> Result<Sector, fuser::Errno> {
-    let aligned = offset.is_multiple_of(to_u64(SECTOR_BYTES)) && length.is_multiple_of(SECTOR_BYTES);
+    let aligned =
+        offset.is_multiple_of(to_u64(SECTOR_BYTES)) && length.is_multiple_of(SECTOR_BYTES);
     if aligned { Ok(Sector(offset / to_u64(SECTOR_BYTES))) } else { Err(fuser::Errno::EINVAL) }
 }
 
@@ -310,8 +317,9 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         let wanted = InitFlags::FUSE_ASYNC_DIO | InitFlags::FUSE_ASYNC_READ;
         // An old kernel without one of them is slower, and that is all.
         let _ = config.add_capabilities(wanted & config.capabilities());
-        let too_much =
-            |nearest| io::Error::other(format!("the FUSE connection cannot be set up (nearest: {nearest})"));
+        let too_much = |nearest| {
+            io::Error::other(format!("the FUSE connection cannot be set up (nearest: {nearest})"))
+        };
         config.set_max_write(MAX_REQUEST).map_err(|n| too_much(u64::from(n)))?;
         config.set_max_background(MAX_BACKGROUND).map_err(|n| too_much(u64::from(n)))?;
         config.set_congestion_threshold(MAX_BACKGROUND).map_err(|n| too_much(u64::from(n)))?;
@@ -331,7 +339,10 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
     }
 
     fn open(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES);
+        reply.opened(
+            FileHandle(0),
+            FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+        );
     }
 
     fn read(
@@ -376,8 +387,9 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         reply: ReplyWrite,
     ) {
         let started = Instant::now();
-        let taken = sector(offset, data.len())
-            .and_then(|sector| Ok((sector, self.volume.write_ready(sector, data).map_err(to_fuse)?)));
+        let taken = sector(offset, data.len()).and_then(|sector| {
+            Ok((sector, self.volume.write_ready(sector, data).map_err(to_fuse)?))
+        });
         let (sector, done) = match taken {
             Ok(taken) => taken,
             Err(errno) => return reply.error(errno),
@@ -391,7 +403,8 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         let rest = data[done..].to_vec();
         let volume = self.volume.clone();
         self.runtime.run_now(async move {
-            let rest = volume.write_rest(Sector(sector.0 + to_u64(done / SECTOR_BYTES)), rest).await;
+            let rest =
+                volume.write_rest(Sector(sector.0 + to_u64(done / SECTOR_BYTES)), rest).await;
             volume.took(Timed::Write, started.elapsed());
             match rest {
                 Ok(()) => reply.written(written),
@@ -400,7 +413,14 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         });
     }
 
-    fn fsync(&self, _request: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsync(
+        &self,
+        _request: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
         let started = Instant::now();
         let volume = self.volume.clone();
         self.runtime.run_now(async move {
@@ -425,8 +445,8 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         reply.ok();
     }
 
-    /// Discard and write-zeroes arrive here. What the volume refuses as not supported, the kernel does by writing zeros
-    /// where it must.
+    /// Discard and write-zeroes arrive here. What the volume refuses as not supported, the kernel
+    /// does by writing zeros where it must.
     fn fallocate(
         &self,
         _request: &Request,

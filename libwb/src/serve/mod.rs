@@ -14,15 +14,18 @@ use nix::errno::Errno;
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::time::Duration;
 
-/// Prepares this process to serve a device that memory reclaim may wait for: its memory stays resident, and the
-/// kernel serves its allocations without waiting for I/O. To be called before other threads are started.
+/// Prepares this process to serve a device that memory reclaim may wait for: its memory stays
+/// resident, and the kernel serves its allocations without waiting for I/O. To be called before
+/// other threads are started.
 ///
 /// # Errors
-/// Says what the system refused. The process can serve all the same, but may hang when memory is short.
+/// Says what the system refused. The process can serve all the same, but may hang when memory is
+/// short.
 pub fn guard_against_reclaim() -> Result<(), String> {
     let locked = rights::lock_memory();
-    let flusher = sys::set_io_flusher()
-        .map_err(|cause| format!("the process cannot be marked as an I/O flusher: {}", not_flusher(cause)));
+    let flusher = sys::set_io_flusher().map_err(|cause| {
+        format!("the process cannot be marked as an I/O flusher: {}", not_flusher(cause))
+    });
     let refused: Vec<String> = [locked, flusher].into_iter().filter_map(Result::err).collect();
     if refused.is_empty() { Ok(()) } else { Err(refused.join("; ")) }
 }
@@ -89,7 +92,8 @@ pub trait Volume: Clone + Send + Sync + 'static {
     /// Size in bytes.
     fn size(&self) -> u64;
 
-    /// Writes what can be acknowledged without waiting, from the front; returns how many bytes that is.
+    /// Writes what can be acknowledged without waiting, from the front; returns how many bytes that
+    /// is.
     ///
     /// # Errors
     /// What the writer is to be told.
@@ -99,19 +103,29 @@ pub trait Volume: Clone + Send + Sync + 'static {
     ///
     /// # Errors
     /// What the writer is to be told. Parts may have been written.
-    fn write_rest(&self, sector: Sector, data: Vec<u8>) -> impl Future<Output = Result<(), Errno>> + Send;
+    fn write_rest(
+        &self,
+        sector: Sector,
+        data: Vec<u8>,
+    ) -> impl Future<Output = Result<(), Errno>> + Send;
 
     /// Fills a buffer.
     ///
     /// # Errors
     /// What the reader is to be told.
-    fn read(&self, sector: Sector, buf: IoBuf) -> impl Future<Output = Result<IoBuf, Errno>> + Send;
+    fn read(&self, sector: Sector, buf: IoBuf)
+    -> impl Future<Output = Result<IoBuf, Errno>> + Send;
 
     /// Makes a range of `length` bytes read as zeros, durably.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where it cannot discard, or what else the caller is to be told. Parts may have been discarded.
-    fn discard(&self, sector: Sector, length: u64) -> impl Future<Output = Result<(), Errno>> + Send;
+    /// `EOPNOTSUPP` where it cannot discard, or what else the caller is to be told. Parts may have
+    /// been discarded.
+    fn discard(
+        &self,
+        sector: Sector,
+        length: u64,
+    ) -> impl Future<Output = Result<(), Errno>> + Send;
 
     /// The same, but the range keeps its space.
     ///

@@ -60,14 +60,20 @@ pub fn holders(device: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
     for path in with_partitions(device) {
-        let of = if path == device { String::new() } else { format!(" (its partition {})", path.display()) };
+        let of = if path == device {
+            String::new()
+        } else {
+            format!(" (its partition {})", path.display())
+        };
         for line in mounts.lines() {
             let mut fields = line.split(' ');
             if fields.next() == Some(&path.to_string_lossy()) {
                 found.extend(fields.next().map(|place| format!("mounted on {place}{of}")));
             }
         }
-        for holder in std::fs::read_dir(in_sysfs(&path).join("holders")).into_iter().flatten().flatten() {
+        for holder in
+            std::fs::read_dir(in_sysfs(&path).join("holders")).into_iter().flatten().flatten()
+        {
             found.push(format!("held by {}{of}", holder.file_name().to_string_lossy()));
         }
     }
@@ -86,12 +92,14 @@ pub fn users(device: &Path, server: u32) -> Vec<String> {
     let is_device = |open: &DirEntry| {
         // A file elsewhere may be on a filesystem that does not answer.
         std::fs::read_link(open.path()).is_ok_and(|path| path.starts_with("/dev/"))
-            && std::fs::metadata(open.path())
-                .is_ok_and(|found| found.file_type().is_block_device() && numbers.contains(&found.rdev()))
+            && std::fs::metadata(open.path()).is_ok_and(|found| {
+                found.file_type().is_block_device() && numbers.contains(&found.rdev())
+            })
     };
     let mut found = Vec::new();
     for process in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+        let Some(pid) = process.file_name().to_str().and_then(|name| name.parse::<u32>().ok())
+        else {
             continue;
         };
         let files = std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();

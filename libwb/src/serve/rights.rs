@@ -18,20 +18,21 @@ pub fn refuse_without_root() -> Result<(), String> {
     if has(Capability::SysAdmin) {
         return Ok(());
     }
-    Err("to serve a volume as a loop device needs root (CAP_SYS_ADMIN). What needs no root: wbctl replay, on files of one's own"
+    Err("to serve a volume as a loop device needs root (CAP_SYS_ADMIN). What needs no root: wbctl \
+         replay, on files of one's own"
         .into())
 }
 
 /// Keeps all memory of this process resident, from now on.
 ///
-/// Where locked memory is limited, nothing is locked: a thread or a buffer that the limit has no room for could not be had any
-/// more, and the process would end.
+/// Where locked memory is limited, nothing is locked: a thread or a buffer that the limit has no
+/// room for could not be had any more, and the process would end.
 pub(super) fn lock_memory() -> Result<(), String> {
     let limit = raised_limit();
     if limit != RLIM_INFINITY && !has(Capability::IpcLock) {
         return Err(format!(
-            "memory cannot be locked: the limit is {} KiB, and only CAP_IPC_LOCK goes beyond. Set ulimit -l unlimited, or \
-             LimitMEMLOCK=infinity in a unit",
+            "memory cannot be locked: the limit is {} KiB, and only CAP_IPC_LOCK goes beyond. Set \
+             ulimit -l unlimited, or LimitMEMLOCK=infinity in a unit",
             limit / 1024
         ));
     }
@@ -70,7 +71,10 @@ mod tests {
 
     #[test]
     fn capabilities_are_read_or_not_known() {
-        assert_eq!(effective("CapPrm:\t00000000ffffffff\nCapEff:\t0000000000204000\n"), Some(0x20_4000));
+        assert_eq!(
+            effective("CapPrm:\t00000000ffffffff\nCapEff:\t0000000000204000\n"),
+            Some(0x20_4000)
+        );
         assert_eq!(effective("CapEff:\tmany\n"), None);
         assert_eq!(effective(""), None);
     }

@@ -1,6 +1,7 @@
 //! Runs the simulator over many seeds, on all cores: `soak SEEDS [FIRST]`.
 //!
-//! Shows how far it is, and closes with how many seeds ran and how often they crashed. Fails if any seed does.
+//! Shows how far it is, and closes with how many seeds ran and how often they crashed. Fails if any
+//! seed does.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -44,7 +45,8 @@ impl Counts {
 
     fn line(&self, started: Instant) -> String {
         let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let (done, crashes, failures) = (count(&self.done), count(&self.crashes), count(&self.failures));
+        let (done, crashes, failures) =
+            (count(&self.done), count(&self.crashes), count(&self.failures));
         let seconds = started.elapsed().as_secs_f64();
         format!("{done} seeds, {crashes} crashes, {failures} failures in {seconds:.0} s")
     }
@@ -56,7 +58,8 @@ fn soak(first: u64, seeds: u64) -> bool {
     let counts = Counts::default();
     let threads = available_parallelism().map_or(1, |cores| cores.get());
     std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| counts.work(first, seeds))).collect();
+        let workers: Vec<_> =
+            (0..threads).map(|_| scope.spawn(|| counts.work(first, seeds))).collect();
         let mut shown = Instant::now();
         while workers.iter().any(|worker| !worker.is_finished()) {
             sleep(Duration::from_millis(50));

@@ -57,7 +57,8 @@ impl Habits {
 
     /// Habits for a volume whose unit of I/O is so many sectors.
     pub fn any(rng: &mut Rng, unit: u64) -> Habits {
-        let often = |rng: &mut Rng, choices: &[u32]| rng.choice(choices.iter().copied()).unwrap_or(0);
+        let often =
+            |rng: &mut Rng, choices: &[u32]| rng.choice(choices.iter().copied()).unwrap_or(0);
         Habits {
             unit,
             writes: often(rng, &[30, 50, 70, 90]),

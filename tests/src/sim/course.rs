@@ -1,4 +1,5 @@
-//! A simulated course of events: a volume is opened, used, and crashed, again and again, as a seed decides.
+//! A simulated course of events: a volume is opened, used, and crashed, again and again, as a seed
+//! decides.
 
 use super::clients::{Client, Habits};
 use super::devices::{fresh_backing, fresh_cache, record_of, spoil_some, trouble};
@@ -71,14 +72,19 @@ pub fn run(engine: &dyn Engine, seed: u64) -> Result<Report, Failure> {
     run_watched(engine, seed, &mut |_, _| ())
 }
 
-/// Who is shown the cache device and the backing device as each crash, and each end of the process, leaves them.
+/// Who is shown the cache device and the backing device as each crash, and each end of the process,
+/// leaves them.
 pub type Watch<'a> = dyn FnMut(&SimDevice, &SimDevice) + 'a;
 
 /// As [`run`], with somebody who watches.
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_watched(engine: &dyn Engine, seed: u64, watch: &mut Watch<'_>) -> Result<Report, Failure> {
+pub fn run_watched(
+    engine: &dyn Engine,
+    seed: u64,
+    watch: &mut Watch<'_>,
+) -> Result<Report, Failure> {
     let _witness = Witness(seed);
     let mut course = Course::new(engine, seed, watch);
     let result = course.run();
@@ -93,7 +99,8 @@ struct Course<'a> {
     watch: &'a mut Watch<'a>,
     simulation: Simulation,
     rng: Rng,
-    /// Decides what came to the simulator later, so that the courses of seeds without it stay as they were.
+    /// Decides what came to the simulator later, so that the courses of seeds without it stay as
+    /// they were.
     later: Rng,
     /// Decides what is done with copies of the devices, which changes nothing of the course.
     aside: Rng,
@@ -106,8 +113,8 @@ struct Course<'a> {
     faulty: bool,
     /// Whether the cache device carries the extension, so that rot of its data is noticed.
     extended: bool,
-    /// Whether the superblock record is lost now and then. The kernel module hardly ever writes it, and the log must
-    /// be recovered without.
+    /// Whether the superblock record is lost now and then. The kernel module hardly ever writes it,
+    /// and the log must be recovered without.
     forgetful: bool,
     /// What the tunables may be.
     taste: Taste,
@@ -141,7 +148,8 @@ impl<'a> Course<'a> {
         let cache_block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
         let sectors = volume_sectors(&mut rng, block_size);
         let extended = rng.bool();
-        let cache = SimDevice::new(&runtime, "cache", fresh_cache(segments, extended), cache_block_size);
+        let cache =
+            SimDevice::new(&runtime, "cache", fresh_cache(segments, extended), cache_block_size);
         let backing = SimDevice::new(&runtime, "backing", fresh_backing(sectors), block_size);
         let slowness = rng.choice([1, 1, 10, 100]).unwrap_or(1);
         backing.set_slowness(slowness);
@@ -149,7 +157,8 @@ impl<'a> Course<'a> {
         let forgetful = !extended && rng.u32(..4) == 0;
         // Without its record, the log is written back again from further back.
         let strict = rng.u32(..6) == 0 && !forgetful;
-        // Nothing goes around the log there: in strict order it may not, and without its record older versions come back.
+        // Nothing goes around the log there: in strict order it may not, and without its record
+        // older versions come back.
         let all_logged = forgetful || strict || !seed.is_multiple_of(4);
         let mode = all_logged.then_some(WriteMode::Back);
         let taste = Taste { strict, mode, ..Taste::default() };
@@ -161,9 +170,9 @@ impl<'a> Course<'a> {
             oracle.let_blocks_tear();
         }
         let settings = format!(
-            "{segments} segments, extended: {extended}, {sectors} sectors, block sizes {cache_block_size} and {block_size}, \
-             backing device {slowness} times slower, faulty: {faulty}, \
-             forgetful: {forgetful}, strict: {strict}, all through the log: {all_logged}"
+            "{segments} segments, extended: {extended}, {sectors} sectors, block sizes \
+             {cache_block_size} and {block_size}, backing device {slowness} times slower, faulty: \
+             {faulty}, forgetful: {forgetful}, strict: {strict}, all through the log: {all_logged}"
         );
         Course {
             engine,
@@ -248,7 +257,8 @@ impl<'a> Course<'a> {
         while to_u64(data.len()) < volume.size() {
             let at = to_u64(data.len());
             let length = chunk.min(volume.size() - at);
-            let reading = volume.read(Sector(at / to_u64(SECTOR_BYTES)), IoBuf::zeroed(to_usize(length)));
+            let reading =
+                volume.read(Sector(at / to_u64(SECTOR_BYTES)), IoBuf::zeroed(to_usize(length)));
             match self.finish("reading", reading)? {
                 Life::Goes(Ok(part)) => data.extend_from_slice(&part),
                 Life::Goes(Err(e)) => return Err(self.failed(&format!("reading failed: {e}"))),
@@ -337,7 +347,8 @@ impl<'a> Course<'a> {
 
     /// Discards that come at any moment of the close that follows, and may fail.
     fn discard_meanwhile(&mut self, volume: &Arc<dyn Volume>) {
-        let (volume, oracle, runtime) = (volume.clone(), self.oracle.clone(), self.runtime().clone());
+        let (volume, oracle, runtime) =
+            (volume.clone(), self.oracle.clone(), self.runtime().clone());
         let mut rng = self.rng.fork();
         let unit = self.unit;
         self.runtime().spawn(Box::pin(async move {
@@ -362,7 +373,9 @@ impl<'a> Course<'a> {
     ) -> Result<Life<()>, String> {
         for left in (0..DRAIN_TRIES).rev() {
             let began = self.oracle.lock().flush_begins();
-            let Life::Goes(result) = self.finish(what, operation())? else { return Ok(Life::Halted) };
+            let Life::Goes(result) = self.finish(what, operation())? else {
+                return Ok(Life::Halted);
+            };
             self.oracle.lock().flush_ends(what, began, result.is_ok());
             match result {
                 Ok(()) => return Ok(Life::Goes(())),
@@ -392,7 +405,8 @@ impl<'a> Course<'a> {
     fn flip_bits(&self) {
         // Not the course's own dice: what comes after is the same.
         let mut rng = Rng::with_seed(self.runtime().trace());
-        let Some(recover) = self.engine.recovery().filter(|_| self.extended && rng.u32(..3) == 0) else {
+        let Some(recover) = self.engine.recovery().filter(|_| self.extended && rng.u32(..3) == 0)
+        else {
             return;
         };
         let flips = rot::check(self.cache.content(), self.backing.content(), recover, &mut rng);
@@ -413,7 +427,8 @@ impl<'a> Course<'a> {
             self.oracle.lock().record_lost();
             let mut content = self.cache.content();
             content[to_usize(RECORD_BLOCK_OFFSET)..][..BLOCK_BYTES].fill(0);
-            self.cache = Arc::new(SimDevice::new(self.runtime(), "cache", content, self.cache.block_size()));
+            self.cache =
+                Arc::new(SimDevice::new(self.runtime(), "cache", content, self.cache.block_size()));
         }
     }
 
@@ -422,22 +437,28 @@ impl<'a> Course<'a> {
         if self.volume.as_ref().is_some_and(|volume| volume.has_moved_blocks()) {
             self.oracle.lock().blocks_moved();
         }
-        // Before it is known what the last crash has left, segments may bear the numbers of some that it has lost.
+        // Before it is known what the last crash has left, segments may bear the numbers of some
+        // that it has lost.
         if self.crashed.is_some() {
             return;
         }
         let written_back = record_of(&self.cache.content());
         let mut oracle = self.oracle.lock();
-        if let Err(text) = oracle.allows_alone(&self.backing.content(), written_back, self.taste.strict) {
+        if let Err(text) =
+            oracle.allows_alone(&self.backing.content(), written_back, self.taste.strict)
+        {
             oracle.fail(&text);
         }
     }
 
-    /// Without any more crash: the volume is right, and after a drain the backing device is the volume.
+    /// Without any more crash: the volume is right, and after a drain the backing device is the
+    /// volume.
     fn last_life(&mut self) -> Result<(), String> {
         self.oracle.lock().note("the last life begins");
         self.backing.heal_bad();
-        let Life::Goes(volume) = self.open()? else { return Err(self.failed("halted for no reason")) };
+        let Life::Goes(volume) = self.open()? else {
+            return Err(self.failed("halted for no reason"));
+        };
         self.look(&volume)?;
         self.settle("drain", || volume.drain())?;
         self.settle("close", || volume.close())?;
@@ -458,7 +479,8 @@ impl<'a> Course<'a> {
     fn check_log(&self) -> Result<(), String> {
         let device: Device = Arc::new(MemDevice::with_content("cache", self.cache.content()));
         let checked = self.simulation.block_on(async {
-            let superblock = scan::read_superblock(&device, Use::Write).await.map_err(|e| e.to_string())?;
+            let superblock =
+                scan::read_superblock(&device, Use::Write).await.map_err(|e| e.to_string())?;
             let slots = scan::scan(&device, superblock.geometry, |_, _| ()).await;
             let recovery = recovery::recover(&superblock, &slots);
             match recovery.corruption.is_empty() {

@@ -6,8 +6,8 @@ use libwb::device::BlockDevice;
 use libwb::device::sim::{Faults, SimDevice, SimRuntime};
 use libwb::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, Record, SECTOR_BYTES, SEGMENT_BYTES,
-    SUPERBLOCK_REGION_BYTES, Sector, SegmentId, SuperblockExtension, decode_record, encode_record_block,
-    encode_superblock_block, to_u64, to_usize,
+    SUPERBLOCK_REGION_BYTES, Sector, SegmentId, SuperblockExtension, decode_record,
+    encode_record_block, encode_superblock_block, to_u64, to_usize,
 };
 use libwb::runtime::Runtime;
 use std::sync::Arc;
@@ -25,7 +25,8 @@ pub fn fresh_backing(sectors: u64) -> Vec<u8> {
 pub fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
     let size = SUPERBLOCK_REGION_BYTES + segments * to_u64(SEGMENT_BYTES);
     let mut content = vec![0; to_usize(size)];
-    let first: &mut [u8; BLOCK_BYTES] = content.first_chunk_mut().expect("a cache device holds a block");
+    let first: &mut [u8; BLOCK_BYTES] =
+        content.first_chunk_mut().expect("a cache device holds a block");
     encode_superblock_block(first);
     if extended {
         let page: &mut [u8; BLOCK_BYTES] = content[to_usize(EXTENSION_OFFSETS[0])..]
@@ -33,9 +34,13 @@ pub fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
             .expect("within the superblock region");
         let extension = SuperblockExtension::new(Uuid::from_u128(0x5eed), size);
         extension.encode(page);
-        let record: &mut [u8; BLOCK_BYTES] =
-            content[to_usize(RECORD_BLOCK_OFFSET)..].first_chunk_mut().expect("within the superblock region");
-        encode_record_block(record, Record { id: SegmentId::NONE, digest: Some(extension.digest()) });
+        let record: &mut [u8; BLOCK_BYTES] = content[to_usize(RECORD_BLOCK_OFFSET)..]
+            .first_chunk_mut()
+            .expect("within the superblock region");
+        encode_record_block(
+            record,
+            Record { id: SegmentId::NONE, digest: Some(extension.digest()) },
+        );
     }
     content
 }
@@ -47,14 +52,20 @@ pub(super) fn record_of(cache: &[u8]) -> SegmentId {
 }
 
 /// Makes the devices fail for a while, a few times, and sound again.
-pub(super) async fn trouble(runtime: SimRuntime, devices: [Arc<SimDevice>; 2], rot: bool, mut rng: Rng) {
+pub(super) async fn trouble(
+    runtime: SimRuntime,
+    devices: [Arc<SimDevice>; 2],
+    rot: bool,
+    mut rng: Rng,
+) {
     let [cache, backing] = devices;
     for _ in 0..rng.u32(1..5) {
         let quiet = rng.u64(1..1_000_000);
         runtime.sleep(Duration::from_micros(quiet)).await;
         let device = if rng.u32(..3) == 0 { &cache } else { &backing };
         let chance = |rng: &mut Rng| rng.choice([0.0, 0.0, 0.01, 0.2, 1.0]).unwrap_or(0.0);
-        let faults = Faults { read: chance(&mut rng), write: chance(&mut rng), flush: chance(&mut rng) };
+        let faults =
+            Faults { read: chance(&mut rng), write: chance(&mut rng), flush: chance(&mut rng) };
         device.set_faults(faults);
         let rots = rot && rng.u32(..3) == 0;
         if rots {

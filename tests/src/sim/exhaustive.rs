@@ -1,8 +1,9 @@
-//! Every crash of a short script: the power fails before every change on a device, and of what is not durable then
-//! every combination of writes survives, and the newest write in parts.
+//! Every crash of a short script: the power fails before every change on a device, and of what is
+//! not durable then every combination of writes survives, and the newest write in parts.
 //!
-//! A crash that leaves what an earlier one has left is recovered only once. Nothing changes between two changes on
-//! the devices but what has been acknowledged, which only grows; so just before each change, the most is asked.
+//! A crash that leaves what an earlier one has left is recovered only once. Nothing changes between
+//! two changes on the devices but what has been acknowledged, which only grows; so just before each
+//! change, the most is asked.
 
 use super::devices::{fresh_backing, fresh_cache, record_of};
 use super::module;
@@ -51,7 +52,8 @@ pub enum Step {
     Drain,
     /// From now on, writes go there first.
     Mode(WriteMode),
-    /// From now on, whole blocks that are read twice are cached, with so many on their way at a time.
+    /// From now on, whole blocks that are read twice are cached, with so many on their way at a
+    /// time.
     Caching(u32),
     /// From now on, so many segments are written back at a time.
     Batch(u32),
@@ -114,14 +116,18 @@ pub fn explore(
     let result = run.steps(script.steps);
     let tally = run.explorer.tally.lock();
     result.map(|()| *tally).map_err(|text| {
-        format!("{}: {} segments, extended: {extended}, seed {seed}: {text}", script.name, script.segments)
+        format!(
+            "{}: {} segments, extended: {extended}, seed {seed}: {text}",
+            script.name, script.segments
+        )
     })
 }
 
 /// What of the writes that are not durable survives.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Survivors {
-    /// For the cache and the backing device, for each write whether any of it is there. No `false` at the end.
+    /// For the cache and the backing device, for each write whether any of it is there. No `false`
+    /// at the end.
     writes: [Vec<bool>; 2],
     torn: Option<Torn>,
 }
@@ -140,13 +146,16 @@ struct Torn {
 impl Survivors {
     fn has(&self, device: usize, number: usize, sector: usize) -> bool {
         match self.torn {
-            Some(torn) if (torn.device, torn.number) == (device, number) => (sector < torn.cut) == torn.front,
+            Some(torn) if (torn.device, torn.number) == (device, number) => {
+                (sector < torn.cut) == torn.front
+            }
             _ => self.writes[device].get(number).is_some_and(|&kept| kept),
         }
     }
 
     fn images(&self, moment: &[Snapshot; 2]) -> [Vec<u8>; 2] {
-        let image = |device: usize| moment[device].image(|number, sector| self.has(device, number, sector));
+        let image =
+            |device: usize| moment[device].image(|number, sector| self.has(device, number, sector));
         [image(0), image(1)]
     }
 }
@@ -154,13 +163,14 @@ impl Survivors {
 /// All that a power cut at a moment may leave, or a choice of it where that is too much.
 fn outcomes(moment: &[Snapshot; 2], rng: &mut Rng) -> Vec<Survivors> {
     let undurable: Vec<(usize, usize)> = (0..2)
-        .flat_map(|device| moment[device].undurable().iter().map(move |write| (device, write.number)))
+        .flat_map(|device| {
+            moment[device].undurable().iter().map(move |write| (device, write.number))
+        })
         .collect();
     let survivors = |kept: &dyn Fn(usize) -> bool, torn| {
         let mut writes = [0, 1].map(|device: usize| vec![true; moment[device].submitted()]);
         for (nth, &(device, number)) in undurable.iter().enumerate() {
-            let in_part =
-                matches!(torn, Some(Torn { device: d, number: n, .. }) if (d, n) == (device, number));
+            let in_part = matches!(torn, Some(Torn { device: d, number: n, .. }) if (d, n) == (device, number));
             writes[device][number] = kept(nth) || in_part;
         }
         for device in &mut writes {
@@ -168,8 +178,10 @@ fn outcomes(moment: &[Snapshot; 2], rng: &mut Rng) -> Vec<Survivors> {
         }
         Survivors { writes, torn }
     };
-    let mut outcomes: Vec<Survivors> =
-        combinations(undurable.len(), rng).iter().map(|kept| survivors(&|nth| kept[nth], None)).collect();
+    let mut outcomes: Vec<Survivors> = combinations(undurable.len(), rng)
+        .iter()
+        .map(|kept| survivors(&|nth| kept[nth], None))
+        .collect();
     for torn in (0..2).flat_map(|device| tears(device, &moment[device])) {
         outcomes.extend([true, false].map(|others| survivors(&|_| others, Some(torn))));
     }
@@ -191,15 +203,23 @@ fn combinations(count: usize, rng: &mut Rng) -> Vec<Vec<bool>> {
             of(&|nth| nth > one),
         ]);
     }
-    chosen.extend((0..RANDOM_COMBINATIONS).map(|_| (0..count).map(|_| rng.bool()).collect::<Vec<bool>>()));
+    chosen.extend(
+        (0..RANDOM_COMBINATIONS).map(|_| (0..count).map(|_| rng.bool()).collect::<Vec<bool>>()),
+    );
     chosen
 }
 
-/// The ways to tear the newest write to a device: near its ends, at its first block's end, and in the middle.
+/// The ways to tear the newest write to a device: near its ends, at its first block's end, and in
+/// the middle.
 fn tears(device: usize, moment: &Snapshot) -> Vec<Torn> {
     let Some(newest) = moment.undurable().last() else { return Vec::new() };
-    let mut cuts =
-        vec![1, 2, BLOCK_BYTES / SECTOR_BYTES, newest.sectors / 2, newest.sectors.saturating_sub(1)];
+    let mut cuts = vec![
+        1,
+        2,
+        BLOCK_BYTES / SECTOR_BYTES,
+        newest.sectors / 2,
+        newest.sectors.saturating_sub(1),
+    ];
     cuts.sort_unstable();
     cuts.dedup();
     cuts.retain(|cut| (1..newest.sectors).contains(cut));
@@ -213,7 +233,8 @@ struct Explorer {
     oracle: Arc<Mutex<Oracle>>,
     /// What each crash so far has left.
     seen: Mutex<HashMap<Survivors, After>>,
-    /// What devices and volumes held after those crashes. Most held the same, so that each content is kept once.
+    /// What devices and volumes held after those crashes. Most held the same, so that each content
+    /// is kept once.
     contents: Mutex<HashSet<Content>>,
     tally: Mutex<Tally>,
     rng: Mutex<Rng>,
@@ -274,17 +295,23 @@ impl After {
     }
 }
 
-/// What a volume reads as after a crash that left these devices. After a drain, the backing device is the same.
+/// What a volume reads as after a crash that left these devices. After a drain, the backing device
+/// is the same.
 fn recover(engine: &dyn Engine, [cache, backing]: [Vec<u8>; 2]) -> Result<Vec<u8>, String> {
     let simulation = Simulation::new(1);
     // A repair takes far longer than all else, so some of them do, whichever.
     let is_repaired = crc32c(&cache).is_multiple_of(REPAIRED_ONE_IN);
-    let for_module =
-        is_repaired.then(|| module::volume_after_repair(cache.clone(), backing.clone())).transpose()?;
+    let for_module = is_repaired
+        .then(|| module::volume_after_repair(cache.clone(), backing.clone()))
+        .transpose()?;
     let backing = Arc::new(MemDevice::with_content("backing", backing));
     let cache: Device = Arc::new(MemDevice::with_content("cache", cache));
-    let opening =
-        engine.open(cache, backing.clone(), Arc::new(simulation.runtime().clone()), taste(WriteMode::Back));
+    let opening = engine.open(
+        cache,
+        backing.clone(),
+        Arc::new(simulation.runtime().clone()),
+        taste(WriteMode::Back),
+    );
     let recovering = async {
         let volume = opening.await?;
         let data = volume.read(Sector(0), IoBuf::zeroed(to_usize(volume.size()))).await?;
@@ -315,7 +342,8 @@ impl Run {
     fn new(engine: Arc<dyn Engine>, script: &Script, extended: bool, seed: u64) -> Run {
         let simulation = Simulation::new(seed);
         let sectors = script.blocks * to_u64(BLOCK_BYTES / SECTOR_BYTES);
-        let devices = devices(&simulation, [fresh_cache(script.segments, extended), fresh_backing(sectors)]);
+        let devices =
+            devices(&simulation, [fresh_cache(script.segments, extended), fresh_backing(sectors)]);
         let mut oracle = Oracle::new(sectors);
         oracle.keep_ledger();
         let explorer = Explorer {
@@ -420,7 +448,8 @@ impl Run {
             }
             Step::Read(first, count) => {
                 let began = oracle.lock().read_begins();
-                let read = volume.read(Sector(first), IoBuf::zeroed(to_usize(count) * SECTOR_BYTES));
+                let read =
+                    volume.read(Sector(first), IoBuf::zeroed(to_usize(count) * SECTOR_BYTES));
                 let data = self.finish(read)?;
                 oracle.lock().read_ends(began, Sector(first), &data);
             }
@@ -437,7 +466,9 @@ impl Run {
             Step::Batch(segments) => {
                 volume.tune(Taste { batch: Some(segments), ..taste(WriteMode::Back) });
             }
-            Step::Caching(cells) => volume.tune(Taste { cells: Some(cells), ..taste(WriteMode::Back) }),
+            Step::Caching(cells) => {
+                volume.tune(Taste { cells: Some(cells), ..taste(WriteMode::Back) })
+            }
             Step::Slow(factor) => self.devices[1].set_slowness(factor),
             Step::Sleep(millis) => {
                 let sleep = self.simulation.runtime().sleep(Duration::from_millis(millis));
@@ -467,7 +498,12 @@ fn taste(mode: WriteMode) -> Taste {
     Taste { number: 1, mode: Some(mode), ..Taste::default() }
 }
 
-fn discard(oracle: Arc<Mutex<Oracle>>, volume: Arc<dyn Volume>, first: Sector, count: u64) -> Outcome<()> {
+fn discard(
+    oracle: Arc<Mutex<Oracle>>,
+    volume: Arc<dyn Volume>,
+    first: Sector,
+    count: u64,
+) -> Outcome<()> {
     Box::pin(async move {
         let discard = oracle.lock().discard_begins(first, count);
         let result = volume.discard(first, count).await;
@@ -486,6 +522,7 @@ fn flush(oracle: Arc<Mutex<Oracle>>, volume: Arc<dyn Volume>, drain: bool) -> Ou
 }
 
 fn devices(simulation: &Simulation, [cache, backing]: [Vec<u8>; 2]) -> [Arc<SimDevice>; 2] {
-    let device = |name, content| Arc::new(SimDevice::new(simulation.runtime(), name, content, UNIT));
+    let device =
+        |name, content| Arc::new(SimDevice::new(simulation.runtime(), name, content, UNIT));
     [device("cache", cache), device("backing", backing)]
 }

@@ -1,12 +1,14 @@
 //! What the backing device alone may hold: the day the cache device is lost.
 //!
-//! In any order of write-back, it lacks nothing that lies in segments that are written back, as the superblock record has it,
-//! and nothing that was acknowledged before a drain that was acknowledged; and it shows nothing that was lost. Of what came
-//! later, any part. Nobody knows which segment a write went to; but when it was acknowledged, that was the newest or one before.
+//! In any order of write-back, it lacks nothing that lies in segments that are written back, as the
+//! superblock record has it, and nothing that was acknowledged before a drain that was
+//! acknowledged; and it shows nothing that was lost. Of what came later, any part. Nobody knows
+//! which segment a write went to; but when it was acknowledged, that was the newest or one before.
 //!
-//! In strict order, it is what a disk with a volatile cache would hold: all up to some flush, and any part of what came after
-//! that, up to the next. So if it shows a write that was submitted after a flush had been acknowledged, it lacks nothing that
-//! had been acknowledged before that flush was submitted.
+//! In strict order, it is what a disk with a volatile cache would hold: all up to some flush, and
+//! any part of what came after that, up to the next. So if it shows a write that was submitted
+//! after a flush had been acknowledged, it lacks nothing that had been acknowledged before that
+//! flush was submitted.
 
 use super::oracle::Moment;
 use super::stamp::{self, Content, WriteId};
@@ -38,8 +40,8 @@ impl Past {
 /// Every write that was not lost, and every flush that was acknowledged.
 pub struct Ledger {
     sectors: Vec<Vec<Past>>,
-    /// Sectors that a discard has begun on. Nobody knows which of several discards they show, so that they are only judged
-    /// in strict order, where nothing is discarded.
+    /// Sectors that a discard has begun on. Nobody knows which of several discards they show, so
+    /// that they are only judged in strict order, where nothing is discarded.
     discarded: Vec<bool>,
     /// When each was submitted, and when it was acknowledged.
     flushes: Vec<(Moment, Moment)>,
@@ -105,8 +107,8 @@ impl Ledger {
         self.drained = self.drained.max(submitted);
     }
 
-    /// Nobody knows any more what is written back: the log is written back again, from further back, and until that has been
-    /// done the backing device may show what came before a drain.
+    /// Nobody knows any more what is written back: the log is written back again, from further
+    /// back, and until that has been done the backing device may show what came before a drain.
     pub fn record_lost(&mut self) {
         self.drained = 0;
     }
@@ -121,28 +123,32 @@ impl Ledger {
         }
     }
 
-    /// Whether the backing device alone may hold this while the segments up to `written_back` are, in any order of
-    /// write-back.
+    /// Whether the backing device alone may hold this while the segments up to `written_back` are,
+    /// in any order of write-back.
     ///
     /// # Errors
     /// What is wrong with it.
     pub fn check(&self, data: &[u8], written_back: SegmentId) -> Result<(), String> {
         let bytes = data.chunks_exact(SECTOR_BYTES);
         let sectors = (0..).zip(self.sectors.iter().zip(&self.discarded)).zip(bytes);
-        for ((sector, (pasts, _)), bytes) in sectors.filter(|((_, (_, discarded)), _)| !**discarded) {
-            let content = stamp::decode(bytes, Sector(sector)).map_err(|e| format!("sector {sector} {e}"))?;
+        for ((sector, (pasts, _)), bytes) in sectors.filter(|((_, (_, discarded)), _)| !**discarded)
+        {
+            let content =
+                stamp::decode(bytes, Sector(sector)).map_err(|e| format!("sector {sector} {e}"))?;
             let shows = |past: &&Past| matches!(content, Content::Of(write) if past.write == write);
             let shown = pasts.iter().find(shows).ok_or_else(|| {
                 format!("sector {sector} of the backing device shows {content:?}, which was lost")
             })?;
             let must_be_there = |past: &Past| {
-                past.acknowledged < self.drained || past.is_written_back(written_back) && !self.moved
+                past.acknowledged < self.drained
+                    || past.is_written_back(written_back) && !self.moved
             };
             let lacks = |past: &&Past| must_be_there(past) && shown.acknowledged < past.submitted;
             if let Some(Past { write, .. }) = pasts.iter().find(lacks) {
                 return Err(format!(
-                    "sector {sector} of the backing device shows {content:?} and lacks {write}, though a drain that \
-                     was submitted at {} was acknowledged, and all up to segment {written_back} is written back",
+                    "sector {sector} of the backing device shows {content:?} and lacks {write}, \
+                     though a drain that was submitted at {} was acknowledged, and all up to \
+                     segment {written_back} is written back",
                     self.drained
                 ));
             }
@@ -150,28 +156,34 @@ impl Ledger {
         Ok(())
     }
 
-    /// Whether the backing device alone may hold this where write-back was in strict order all the time.
+    /// Whether the backing device alone may hold this where write-back was in strict order all the
+    /// time.
     ///
     /// # Errors
     /// What is wrong with it.
     pub fn check_strict(&self, data: &[u8]) -> Result<(), String> {
         let mut shown = Vec::with_capacity(self.sectors.len());
-        for (sector, bytes) in (0..to_u64(self.sectors.len())).zip(data.chunks_exact(SECTOR_BYTES)) {
+        for (sector, bytes) in (0..to_u64(self.sectors.len())).zip(data.chunks_exact(SECTOR_BYTES))
+        {
             let Content::Of(write) = stamp::decode(bytes, Sector(sector))? else {
                 return Err(format!("sector {sector} holds zeros"));
             };
             let past = self.sectors[to_usize(sector)].iter().find(|past| past.write == write);
-            shown.push(*past.ok_or_else(|| format!("sector {sector} shows {write}, which was lost"))?);
+            shown.push(
+                *past.ok_or_else(|| format!("sector {sector} shows {write}, which was lost"))?,
+            );
         }
         let newest = shown.iter().map(|past| past.submitted).max().unwrap_or_default();
         let passed = self.flushes.iter().filter(|(_, acknowledged)| *acknowledged < newest);
         let Some(flush) = passed.map(|&(submitted, _)| submitted).max() else { return Ok(()) };
         for ((sector, pasts), shown) in (0..).zip(&self.sectors).zip(shown) {
-            let lost = |past: &&Past| past.acknowledged < flush && shown.acknowledged < past.submitted;
+            let lost =
+                |past: &&Past| past.acknowledged < flush && shown.acknowledged < past.submitted;
             if let Some(Past { write, .. }) = pasts.iter().find(lost) {
                 return Err(format!(
-                    "sector {sector} of the backing device shows {} and lacks {write}, though it shows a write that \
-                     was submitted at {newest}, after the flush submitted at {flush}",
+                    "sector {sector} of the backing device shows {} and lacks {write}, though it \
+                     shows a write that was submitted at {newest}, after the flush submitted at \
+                     {flush}",
                     shown.write
                 ));
             }
@@ -186,7 +198,9 @@ mod tests {
 
     fn shows(writes: [u64; 2]) -> Vec<u8> {
         let mut data = vec![0; 2 * SECTOR_BYTES];
-        for (sector, (write, bytes)) in (0..).zip(writes.into_iter().zip(data.chunks_mut(SECTOR_BYTES))) {
+        for (sector, (write, bytes)) in
+            (0..).zip(writes.into_iter().zip(data.chunks_mut(SECTOR_BYTES)))
+        {
             stamp::fill(bytes, Sector(sector), WriteId(write));
         }
         data
@@ -221,7 +235,9 @@ mod tests {
         for right in [[1, 0], [1, 2]] {
             assert_eq!(ledger.check(&shows(right), SegmentId::NONE), Ok(()));
         }
-        assert!(ledger.check(&shows([0, 2]), SegmentId::NONE).unwrap_err().contains("lacks write 1"));
+        assert!(
+            ledger.check(&shows([0, 2]), SegmentId::NONE).unwrap_err().contains("lacks write 1")
+        );
         ledger.logged(WriteId(2), 1..2, SegmentId(7));
         assert_eq!(ledger.check(&shows([1, 0]), SegmentId(6)), Ok(()));
         assert!(ledger.check(&shows([1, 0]), SegmentId(7)).unwrap_err().contains("lacks write 2"));
@@ -230,7 +246,11 @@ mod tests {
         ledger.begins(WriteId(3), true, 0..1, 30);
         let mut zeros = shows([1, 2]);
         zeros[..SECTOR_BYTES].fill(0);
-        assert_eq!(ledger.check(&zeros, SegmentId::NONE), Ok(()), "what was discarded is not judged");
+        assert_eq!(
+            ledger.check(&zeros, SegmentId::NONE),
+            Ok(()),
+            "what was discarded is not judged"
+        );
         zeros[SECTOR_BYTES..].fill(0);
         assert!(ledger.check(&zeros, SegmentId::NONE).unwrap_err().contains("lost"));
     }

@@ -1,5 +1,5 @@
-//! The crash simulator: a seed decides a course of work, crashes and recoveries on simulated devices, and an oracle
-//! judges every read by the history of the volume.
+//! The crash simulator: a seed decides a course of work, crashes and recoveries on simulated
+//! devices, and an oracle judges every read by the history of the volume.
 
 pub mod clients;
 pub mod course;

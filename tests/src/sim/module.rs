@@ -1,11 +1,12 @@
-//! What the kernel module would show of a volume if it got the devices now: its recovery as wb(5) describes it.
+//! What the kernel module would show of a volume if it got the devices now: its recovery as wb(5)
+//! describes it.
 
 use super::devices::record_of;
 use futures_lite::future::block_on;
 use libwb::device::{Device, MemDevice};
 use libwb::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Place, SECTOR_BYTES, SegmentHeader, SegmentId, to_u64,
-    to_usize,
+    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Place, SECTOR_BYTES, SegmentHeader, SegmentId,
+    to_u64, to_usize,
 };
 use libwb::log::salvage::Scanned;
 use libwb::log::{LogError, Use};
@@ -70,11 +71,13 @@ pub fn volume_after_repair(cache: Vec<u8>, backing: Vec<u8>) -> Result<Vec<u8>, 
 /// When the module would give up the log, or some of it.
 pub fn volume(cache: &[u8], mut backing: Vec<u8>) -> Result<Vec<u8>, String> {
     let geometry = Geometry::of_device(to_u64(cache.len())).map_err(|e| e.to_string())?;
-    let header_at = |offset: usize| -> &[u8; BLOCK_BYTES] { cache[offset..].first_chunk().expect("a block") };
+    let header_at =
+        |offset: usize| -> &[u8; BLOCK_BYTES] { cache[offset..].first_chunk().expect("a block") };
     let offsets = geometry.all_slots().map(|slot| (slot, to_usize(geometry.slot_offset(slot))));
     let mut segments = Vec::new();
     for (slot, offset) in offsets {
-        let header = SegmentHeader::decode(header_at(offset)).map_err(|e| format!("slot {slot}: {e}"))?;
+        let header =
+            SegmentHeader::decode(header_at(offset)).map_err(|e| format!("slot {slot}: {e}"))?;
         let data = &cache[offset + BLOCK_BYTES..][..header.data_bytes()];
         if header.id != SegmentId::NONE && !header.verify(header_at(offset), data) {
             return Err(format!("the kernel module gives up the log at slot {slot}"));

@@ -1,21 +1,25 @@
 //! The oracle: which contents of a volume its history allows.
 //!
-//! Time is a count of events. Writes are ordered where one was acknowledged before the other was submitted;
-//! otherwise they are concurrent, and either order will do. Two rules follow.
+//! Time is a count of events. Writes are ordered where one was acknowledged before the other was
+//! submitted; otherwise they are concurrent, and either order will do. Two rules follow.
 //!
-//! *Reads.* A sector shows a write that was submitted before the read ended, and that no other write had replaced
-//! for certain when the read began. A write that a read has shown has taken effect by then.
+//! *Reads.* A sector shows a write that was submitted before the read ended, and that no other
+//! write had replaced for certain when the read began. A write that a read has shown has taken
+//! effect by then.
 //!
-//! *Crashes.* What is recovered is the state at one moment T, at or after the submission of the last acknowledged
-//! flush. A write that any sector shows was submitted before T; so every write acknowledged before the latest
-//! such submission is in the state: in each of its sectors, it or something no older shows. Writes under way at T
-//! may be there in part; of one that was acknowledged, each block is there whole or not at all, and none without those
-//! before it ([`blocks`]).
+//! *Crashes.* What is recovered is the state at one moment T, at or after the submission of the
+//! last acknowledged flush. A write that any sector shows was submitted before T; so every write
+//! acknowledged before the latest such submission is in the state: in each of its sectors, it or
+//! something no older shows. Writes under way at T may be there in part; of one that was
+//! acknowledged, each block is there whole or not at all, and none without those before it
+//! ([`blocks`]).
 //!
-//! *Discards* are writes of zeros. A sector that shows zeros may show any of them, so it is enough that one is right.
+//! *Discards* are writes of zeros. A sector that shows zeros may show any of them, so it is enough
+//! that one is right.
 //!
-//! After a power cut what was recovered lies on the media, and becomes the state from the start. After the death
-//! of the process alone it may still be lost down to the last flush, but what was not recovered never comes back.
+//! After a power cut what was recovered lies on the media, and becomes the state from the start.
+//! After the death of the process alone it may still be lost down to the last flush, but what was
+//! not recovered never comes back.
 
 use super::ledger::Ledger;
 use super::stamp::{self, Content, WriteId};
@@ -141,7 +145,12 @@ impl Oracle {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn allows_alone(&self, data: &[u8], written_back: SegmentId, strict: bool) -> Result<(), String> {
+    pub fn allows_alone(
+        &self,
+        data: &[u8],
+        written_back: SegmentId,
+        strict: bool,
+    ) -> Result<(), String> {
         let Some(ledger) = &self.ledger else { return Ok(()) };
         ledger.check(data, written_back)?;
         if strict { ledger.check_strict(data) } else { Ok(()) }
@@ -179,8 +188,11 @@ impl Oracle {
 
     fn fail_at(&mut self, sector: u64, text: &str) {
         if self.failure.is_none() {
-            self.failure =
-                Some(format!("at {}, sector {sector} {text}\n{}", self.now, self.history(Some(sector))));
+            self.failure = Some(format!(
+                "at {}, sector {sector} {text}\n{}",
+                self.now,
+                self.history(Some(sector))
+            ));
         }
     }
 
@@ -221,7 +233,13 @@ impl Oracle {
     }
 
     /// As [`Oracle::write_ends`], of a write or a discard that is durable if it was acknowledged.
-    pub fn durable_write_ends(&mut self, write: WriteId, first: Sector, count: u64, acknowledged: bool) {
+    pub fn durable_write_ends(
+        &mut self,
+        write: WriteId,
+        first: Sector,
+        count: u64,
+        acknowledged: bool,
+    ) {
         for sector in first.0..first.0 + count {
             let versions = &mut self.sectors[to_usize(sector)];
             if let Some(version) = versions.iter_mut().find(|version| version.write == write) {
@@ -240,7 +258,9 @@ impl Oracle {
         }
         for sector in range.clone() {
             let versions = &mut self.sectors[to_usize(sector)];
-            let Some(version) = versions.iter_mut().find(|version| version.write == write) else { continue };
+            let Some(version) = versions.iter_mut().find(|version| version.write == write) else {
+                continue;
+            };
             if acknowledged {
                 version.acknowledged = now;
                 version.effective = version.effective.min(now);
@@ -347,7 +367,9 @@ impl Oracle {
     fn decode(&self, data: &[u8]) -> Result<Vec<Content>, (u64, String)> {
         (0..to_u64(self.sectors.len()))
             .zip(data.chunks_exact(SECTOR_BYTES))
-            .map(|(sector, bytes)| stamp::decode(bytes, Sector(sector)).map_err(|text| (sector, text)))
+            .map(|(sector, bytes)| {
+                stamp::decode(bytes, Sector(sector)).map_err(|text| (sector, text))
+            })
             .collect()
     }
 
@@ -356,7 +378,9 @@ impl Oracle {
         let checked = self.decode(data).and_then(|shown| self.check_recovered(&shown));
         match checked {
             Ok(shown) => self.start_from(crash, &shown),
-            Err((sector, text)) => self.fail_at(sector, &format!("{text}, after {crash:?} and recovery")),
+            Err((sector, text)) => {
+                self.fail_at(sector, &format!("{text}, after {crash:?} and recovery"))
+            }
         }
     }
 
@@ -367,10 +391,15 @@ impl Oracle {
         let mut found = Vec::with_capacity(shown.len());
         for ((sector, versions), &content) in (0..).zip(&self.sectors).zip(shown) {
             let candidates = candidates(versions, content).map_err(|text| (sector, text))?;
-            let Some(oldest) = candidates.iter().min_by_key(|version| version.submitted) else { continue };
+            let Some(oldest) = candidates.iter().min_by_key(|version| version.submitted) else {
+                continue;
+            };
             if oldest.submitted > moment {
                 moment = oldest.submitted;
-                reason = format!("sector {sector} shows {}, which was submitted at {moment}", oldest.write);
+                reason = format!(
+                    "sector {sector} shows {}, which was submitted at {moment}",
+                    oldest.write
+                );
             }
             found.push(candidates);
         }
@@ -378,8 +407,12 @@ impl Oracle {
         for ((sector, versions), candidates) in (0..).zip(&self.sectors).zip(found) {
             let judge = |shown: &Version| may_be_recovered(versions, shown, moment, &reason);
             let right = candidates.iter().find(|shown| judge(shown).is_ok());
-            let wrong =
-                || (sector, candidates.first().and_then(|shown| judge(shown).err()).unwrap_or_default());
+            let wrong = || {
+                (
+                    sector,
+                    candidates.first().and_then(|shown| judge(shown).err()).unwrap_or_default(),
+                )
+            };
             recovered.push(right.copied().ok_or_else(wrong)?);
         }
         if !self.tears_blocks {
@@ -419,30 +452,32 @@ impl Oracle {
         if crash == Crash::PowerCut {
             self.flushed = now;
         }
-        self.events.push((now, Event::Note(format!("recovered from {crash:?}; all sectors agree"))));
+        self.events
+            .push((now, Event::Note(format!("recovered from {crash:?}; all sectors agree"))));
     }
 
     /// What happened to a sector, or to all.
     fn history(&self, sector: Option<u64>) -> String {
         let concerns = |range: &Range<u64>| sector.is_none_or(|sector| range.contains(&sector));
-        let lines: Vec<String> =
-            self.events
-                .iter()
-                .filter_map(|(moment, event)| {
-                    let text = match event {
-                        Event::Submit(write, what, range) => concerns(range)
-                            .then(|| format!("{write}, a {what} of sectors {range:?}, submitted")),
-                        Event::Done(write, range, ok) => concerns(range)
-                            .then(|| format!("{write} {}", if *ok { "acknowledged" } else { "failed" })),
-                        Event::Flush(what, began, ok) => Some(format!(
-                            "{what} submitted at {began} {}",
-                            if *ok { "acknowledged" } else { "failed" }
-                        )),
-                        Event::Note(text) => Some(text.clone()),
-                    };
-                    text.map(|text| format!("{moment:>8}  {text}"))
-                })
-                .collect();
+        let lines: Vec<String> = self
+            .events
+            .iter()
+            .filter_map(|(moment, event)| {
+                let text = match event {
+                    Event::Submit(write, what, range) => concerns(range)
+                        .then(|| format!("{write}, a {what} of sectors {range:?}, submitted")),
+                    Event::Done(write, range, ok) => concerns(range).then(|| {
+                        format!("{write} {}", if *ok { "acknowledged" } else { "failed" })
+                    }),
+                    Event::Flush(what, began, ok) => Some(format!(
+                        "{what} submitted at {began} {}",
+                        if *ok { "acknowledged" } else { "failed" }
+                    )),
+                    Event::Note(text) => Some(text.clone()),
+                };
+                text.map(|text| format!("{moment:>8}  {text}"))
+            })
+            .collect();
         let skipped = lines.len().saturating_sub(EVENTS_SHOWN);
         let mut history = match sector {
             Some(sector) => format!("history of sector {sector}:\n"),
@@ -455,8 +490,8 @@ impl Oracle {
     }
 }
 
-/// Drops versions that nothing may show any more: one that took effect before `moment`, since when every read and
-/// every recovery must show it or something newer, comes after them.
+/// Drops versions that nothing may show any more: one that took effect before `moment`, since when
+/// every read and every recovery must show it or something newer, comes after them.
 fn forget(versions: &mut Vec<Version>, moment: Moment) {
     let certain = versions.iter().filter(|version| version.acknowledged < moment);
     if let Some(newest) = certain.max_by_key(|version| version.submitted).copied() {
@@ -476,7 +511,8 @@ fn candidates(versions: &[Version], content: Content) -> Result<Vec<Version>, St
     }
     Err(match content {
         Content::Of(write) => format!(
-            "shows {write}, which has been replaced for good, was lost in a crash, or was never made here"
+            "shows {write}, which has been replaced for good, was lost in a crash, or was never \
+             made here"
         ),
         Content::Zeros => "holds zeros, though nothing that could show has discarded it".into(),
     })
@@ -486,7 +522,9 @@ fn candidates(versions: &[Version], content: Content) -> Result<Vec<Version>, St
 fn may_be_read(versions: &[Version], shown: &Version, began: Moment) -> Result<(), String> {
     let write = shown.write;
     if let Some((moment, by)) = shown.replaced.filter(|(moment, _)| *moment < began) {
-        return Err(format!("shows {write}, which {by} had replaced by {moment}, as a read has shown"));
+        return Err(format!(
+            "shows {write}, which {by} had replaced by {moment}, as a read has shown"
+        ));
     }
     let newer = versions.iter().find(|v| v.effective < began && shown.effective < v.submitted);
     newer.map_or(Ok(()), |newer| Err(format!("shows {write}, which is older than {}", newer.write)))
@@ -508,7 +546,9 @@ fn may_be_recovered(
     let replaced = shown.replaced.and_then(|(_, by)| versions.iter().find(|v| v.write == by));
     if replaced.is_some_and(|by| by.acknowledged < moment) {
         let by = shown.replaced.map_or(WriteId(0), |(_, by)| by);
-        return Err(format!("shows {write}, which reads had shown replaced by {by}, though {reason}"));
+        return Err(format!(
+            "shows {write}, which reads had shown replaced by {by}, though {reason}"
+        ));
     }
     Ok(())
 }

@@ -37,13 +37,19 @@ impl WriteCache {
 fn recover_forgiving(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     let forgiven = |state: &SlotState| match state {
         SlotState::Invalid {
-            fault: SlotFault::Header(HeaderFault::FirstSector { id, .. }), proved, ..
+            fault: SlotFault::Header(HeaderFault::FirstSector { id, .. }),
+            proved,
+            ..
         } => {
             let fault = HeaderFault::FirstSector { id: *id, may_be_torn: true }.into();
             SlotState::Invalid { fault, proved: *proved, stray: None }
         }
         SlotState::Invalid { fault: SlotFault::Commit { id, .. }, proved, .. } => {
-            SlotState::Invalid { fault: SlotFault::Checksum { id: *id }, proved: *proved, stray: None }
+            SlotState::Invalid {
+                fault: SlotFault::Checksum { id: *id },
+                proved: *proved,
+                stray: None,
+            }
         }
         other => other.clone(),
     };

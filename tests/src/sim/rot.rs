@@ -1,17 +1,19 @@
-//! Bits flip in a copy of what a crash has left. Where a field proves itself, recovery refuses the copy, or the volume is the
-//! same; elsewhere, only that may be lost in silence which nothing on the device proves to have been durable.
+//! Bits flip in a copy of what a crash has left. Where a field proves itself, recovery refuses the
+//! copy, or the volume is the same; elsewhere, only that may be lost in silence which nothing on
+//! the device proves to have been durable.
 
 use crate::outlook::Recover;
 use crate::rot::{Outcome, Subject};
 use fastrand::Rng;
 use libwb::format::{
-    BLOCK_BYTES, EXTENSION_OFFSETS, HEADER_CHECKSUM_START, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, Slot,
-    to_u64,
+    BLOCK_BYTES, EXTENSION_OFFSETS, HEADER_CHECKSUM_START, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES,
+    Slot, to_u64,
 };
 
 /// Bits that are flipped, one after the other.
 const FLIPS: u32 = 6;
-/// Where the fields of a header's first sector end, and those of a page. After that, there is padding.
+/// Where the fields of a header's first sector end, and those of a page. After that, there is
+/// padding.
 const HEADER_FIELDS: u64 = 68;
 const PAGE_FIELDS: u64 = 208;
 
@@ -27,7 +29,12 @@ struct Spot {
 ///
 /// # Errors
 /// When something is lost that the device proves.
-pub(super) fn check(cache: Vec<u8>, backing: Vec<u8>, recover: Recover, rng: &mut Rng) -> Result<(), String> {
+pub(super) fn check(
+    cache: Vec<u8>,
+    backing: Vec<u8>,
+    recover: Recover,
+    rng: &mut Rng,
+) -> Result<(), String> {
     // A cache that recovery refuses as it is shows when it is opened.
     let Ok(subject) = Subject::new(cache, backing, recover) else { return Ok(()) };
     for _ in 0..FLIPS {
@@ -40,7 +47,9 @@ pub(super) fn check(cache: Vec<u8>, backing: Vec<u8>, recover: Recover, rng: &mu
             Outcome::Wrong(_) => false,
         };
         if !is_right {
-            return Err(format!("bit {bit} of byte {at} of the cache device, in {what}, flips: {outcome:?}"));
+            return Err(format!(
+                "bit {bit} of byte {at} of the cache device, in {what}, flips: {outcome:?}"
+            ));
         }
     }
     Ok(())
@@ -58,13 +67,18 @@ impl Spot {
             0..3 => {
                 let geometry = subject.geometry();
                 let is_proved = |slot: &Slot| subject.header(*slot).is_some();
-                let slot = rng.choice(geometry.all_slots().filter(is_proved).collect::<Vec<_>>())?;
+                let slot =
+                    rng.choice(geometry.all_slots().filter(is_proved).collect::<Vec<_>>())?;
                 let at = geometry.slot_offset(slot) + some(rng, HEADER_FIELDS, sector);
                 spot(at, "the first sector of a header", true)
             }
             3 => {
                 let page = EXTENSION_OFFSETS[rng.usize(..2)];
-                spot(page + some(rng, PAGE_FIELDS, block), "a page of the superblock extension", true)
+                spot(
+                    page + some(rng, PAGE_FIELDS, block),
+                    "a page of the superblock extension",
+                    true,
+                )
             }
             4 if subject.has_proved_record() => {
                 let at = SUPERBLOCK_REGION_BYTES - sector + some(rng, 24, sector);
@@ -76,7 +90,11 @@ impl Spot {
                 let at = subject.geometry().slot_offset(subject.geometry().slot_of(header.id));
                 let nth = u64::from(rng.u8(..header.length().max(1)));
                 if kind < 7 {
-                    spot(at + to_u64(HEADER_CHECKSUM_START) + 16 * nth + rng.u64(..16), "an entry", false)
+                    spot(
+                        at + to_u64(HEADER_CHECKSUM_START) + 16 * nth + rng.u64(..16),
+                        "an entry",
+                        false,
+                    )
                 } else {
                     spot(at + block * (1 + nth) + rng.u64(..block), "data", false)
                 }

@@ -1,6 +1,6 @@
-//! What a sector of a simulated volume holds: its own address and the number of the write that filled it, over and
-//! over, so that misplaced, torn and mixed-up data are told apart. Some blocks end in four bytes that make their CRC-32C 0,
-//! which is as good a CRC as any other.
+//! What a sector of a simulated volume holds: its own address and the number of the write that
+//! filled it, over and over, so that misplaced, torn and mixed-up data are told apart. Some blocks
+//! end in four bytes that make their CRC-32C 0, which is as good a CRC as any other.
 
 use byteorder::{ByteOrder, LittleEndian};
 use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, Sector, crc32c, to_u64};
@@ -10,8 +10,9 @@ use std::fmt;
 const MARK: u64 = 0x5ec7 << 48;
 const STAMP_BYTES: usize = 16;
 const CRC_BYTES: usize = 4;
-/// Of the whole blocks that one in so many writes fills, the CRC is 0. To a checksum, blocks of the same CRC are the same, so
-/// that two such writes must hardly ever meet in one place of the log, and in a short script never.
+/// Of the whole blocks that one in so many writes fills, the CRC is 0. To a checksum, blocks of the
+/// same CRC are the same, so that two such writes must hardly ever meet in one place of the log,
+/// and in a short script never.
 const CRC_OF_ZERO: u64 = 16;
 /// Which of them.
 const ONE: u64 = 5;
@@ -52,9 +53,11 @@ pub fn fill(data: &mut [u8], first: Sector, write: WriteId) {
     }
 }
 
-/// Whether a sector is the last of its block, and of a write that fills whole blocks so that their CRC is 0.
+/// Whether a sector is the last of its block, and of a write that fills whole blocks so that their
+/// CRC is 0.
 fn may_lack_its_end(sector: Sector, write: WriteId) -> bool {
-    (sector.0 + 1).is_multiple_of(to_u64(BLOCK_BYTES / SECTOR_BYTES)) && write.0 % CRC_OF_ZERO == ONE
+    (sector.0 + 1).is_multiple_of(to_u64(BLOCK_BYTES / SECTOR_BYTES))
+        && write.0 % CRC_OF_ZERO == ONE
 }
 
 /// What a sector shows.
@@ -76,7 +79,8 @@ pub fn decode(bytes: &[u8], sector: Sector) -> Result<Content, String> {
     }
     let first = &bytes[..STAMP_BYTES];
     let found = (LittleEndian::read_u64(&first[..8]), WriteId(LittleEndian::read_u64(&first[8..])));
-    let end = if may_lack_its_end(sector, found.1) { SECTOR_BYTES - CRC_BYTES } else { SECTOR_BYTES };
+    let end =
+        if may_lack_its_end(sector, found.1) { SECTOR_BYTES - CRC_BYTES } else { SECTOR_BYTES };
     if let Some(at) = bytes[..end].chunks(STAMP_BYTES).position(|stamp| !first.starts_with(stamp)) {
         return Err(format!("is torn at byte {}", at * STAMP_BYTES));
     }

@@ -1,8 +1,9 @@
-//! Toy engines: one that is correct, if slow, and some that are broken in a known way, to prove that the simulator
-//! finds what it is there to find.
+//! Toy engines: one that is correct, if slow, and some that are broken in a known way, to prove
+//! that the simulator finds what it is there to find.
 //!
-//! A toy keeps acknowledged writes in a queue in memory and brings them to the backing device one by one, each with
-//! a flush of its own. A power cut so leaves a prefix. It does not use the cache device.
+//! A toy keeps acknowledged writes in a queue in memory and brings them to the backing device one
+//! by one, each with a flush of its own. A power cut so leaves a prefix. It does not use the cache
+//! device.
 
 use super::volume::{Engine, Outcome, Taste, Volume};
 use futures_util::lock::Mutex as AsyncMutex;
@@ -100,7 +101,8 @@ impl ToyVolume {
         self.flaw == flaw && counter.is_multiple_of(n)
     }
 
-    /// Reads the device's whole blocks that hold a range. Returns them and where the range begins in them.
+    /// Reads the device's whole blocks that hold a range. Returns them and where the range begins
+    /// in them.
     async fn blocks(&self, sector: Sector, length: usize) -> Result<(u64, IoBuf, usize), String> {
         let unit = u64::from(self.backing.block_size());
         let start = sector.bytes() / unit * unit;

@@ -1,4 +1,5 @@
-//! What the simulator puts to the test: something that makes a volume of a cache device and a backing device.
+//! What the simulator puts to the test: something that makes a volume of a cache device and a
+//! backing device.
 
 use crate::outlook::Recover;
 use futures_util::future::BoxFuture;

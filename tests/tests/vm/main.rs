@@ -1,9 +1,11 @@
-//! Devices go back and forth between us and the real kernel module, which runs in a virtual machine: what one side
-//! wrote, the other must read. `make test-vm` runs this; `WB_VM_SEED` chooses other data.
+//! Devices go back and forth between us and the real kernel module, which runs in a virtual
+//! machine: what one side wrote, the other must read. `make test-vm` runs this; `WB_VM_SEED`
+//! chooses other data.
 //!
-//! There are two boots. In the first, the module writes to new pairs of devices, until the power is cut. Then we read
-//! those, go on writing to copies of some, and write to pairs of our own. In the second boot the module reads all of
-//! them, goes on writing, and reads again. Last, we read what that left.
+//! There are two boots. In the first, the module writes to new pairs of devices, until the power is
+//! cut. Then we read those, go on writing to copies of some, and write to pairs of our own. In the
+//! second boot the module reads all of them, goes on writing, and reads again. Last, we read what
+//! that left.
 #![allow(clippy::unwrap_used)] // all of it is a test, but clippy sees that in test functions alone
 
 mod pair;
@@ -16,8 +18,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Pairs that the module makes: name, its options, what it writes, and how it ends; if not at all, the module writes on
-/// until the power goes.
+/// Pairs that the module makes: name, its options, what it writes, and how it ends; if not at all,
+/// the module writes on until the power goes.
 const MODULES: [(&str, &str, Work, Option<End>); 13] = [
     ("module-fresh", "", Work::Nothing, Some(End::Close)),
     ("module-whole", "", Work::Whole, Some(End::Close)),
@@ -25,8 +27,18 @@ const MODULES: [(&str, &str, Work, Option<End>); 13] = [
     ("module-flushes", "", Work::Flushes, Some(End::Cut)),
     ("module-wrapped", "", Work::Wrapped, Some(End::Cut)),
     ("module-writeback", "writeback_threshold 100", Work::Wrapped, Some(End::Close)),
-    ("module-record", "writeback_threshold 100 update_sb_record_interval 1", Work::Mixed, Some(End::Cut)),
-    ("module-reads", "read_cache_threshold 127 nr_read_cache_cells 32", Work::Reads, Some(End::Cut)),
+    (
+        "module-record",
+        "writeback_threshold 100 update_sb_record_interval 1",
+        Work::Mixed,
+        Some(End::Cut),
+    ),
+    (
+        "module-reads",
+        "read_cache_threshold 127 nr_read_cache_cells 32",
+        Work::Reads,
+        Some(End::Cut),
+    ),
     ("module-odd-size", "", Work::Partial, Some(End::Close)),
     ("cut-partial", "", Work::Partial, None),
     ("cut-flushes", "", Work::Flushes, None),
@@ -81,7 +93,11 @@ impl Findings {
 
     /// We must read what the volume is to hold.
     fn we_read(&mut self, pair: &Pair, what: &str) {
-        self.note(&pair.name, what, pair.read_ours().and_then(|volume| difference(&volume, &pair.volume)));
+        self.note(
+            &pair.name,
+            what,
+            pair.read_ours().and_then(|volume| difference(&volume, &pair.volume)),
+        );
     }
 }
 
@@ -182,7 +198,12 @@ fn we_write(root: &Path, seed: u64, modules: &[Pair]) -> Vec<Pair> {
 }
 
 /// The second boot.
-fn the_module_reads_and_writes(root: &Path, share: &Path, pairs: &mut [Pair], findings: &mut Findings) {
+fn the_module_reads_and_writes(
+    root: &Path,
+    share: &Path,
+    pairs: &mut [Pair],
+    findings: &mut Findings,
+) {
     let mut plan = String::new();
     let mut before = Vec::new();
     for (nth, pair) in pairs.iter_mut().enumerate() {
@@ -192,8 +213,9 @@ fn the_module_reads_and_writes(root: &Path, share: &Path, pairs: &mut [Pair], fi
         let ops = pair.work(Work::Mixed);
         pair.hand_over(&ops, share);
         let name = &pair.name;
-        let lines =
-            format!("attach {name}\ndump {name} {name}.first\nwrite {name}\ndump {name} {name}.second\n");
+        let lines = format!(
+            "attach {name}\ndump {name} {name}.first\nwrite {name}\ndump {name} {name}.second\n"
+        );
         plan.push_str(&lines);
         // The others are cut off.
         if nth % 2 == 0 {
@@ -214,9 +236,14 @@ fn the_module_reads_and_writes(root: &Path, share: &Path, pairs: &mut [Pair], fi
             findings.note(&pair.name, "the module reads", difference(&first, &pair.volume));
         }
         pair.apply(&ops);
-        findings.note(&pair.name, "the module went on writing, it reads", difference(&second, &pair.volume));
+        findings.note(
+            &pair.name,
+            "the module went on writing, it reads",
+            difference(&second, &pair.volume),
+        );
         if extension.iter().flatten().any(|&byte| byte != 0) {
-            let kept = if pair.extension() == extension { Ok(()) } else { Err("it was changed".into()) };
+            let kept =
+                if pair.extension() == extension { Ok(()) } else { Err("it was changed".into()) };
             findings.note(&pair.name, "the module left the extension alone", kept);
         }
     }

@@ -1,4 +1,5 @@
-//! A cache device and a backing device, what is written to their volume, and what the volume must hold.
+//! A cache device and a backing device, what is written to their volume, and what the volume must
+//! hold.
 
 use fastrand::Rng;
 use libwb::cache::{Cache, Tunables, WriteMode};
@@ -26,9 +27,11 @@ pub(crate) enum Work {
     Nothing,
     /// Whole blocks that fit in the log.
     Whole,
-    /// Single sectors and unaligned pieces on a small part of the volume, which are merged and overwritten.
+    /// Single sectors and unaligned pieces on a small part of the volume, which are merged and
+    /// overwritten.
     Partial,
-    /// A flush after nearly every write, so that segments are closed almost empty and the log wraps.
+    /// A flush after nearly every write, so that segments are closed almost empty and the log
+    /// wraps.
     Flushes,
     /// Several times what the log holds.
     Wrapped,
@@ -40,7 +43,8 @@ pub(crate) enum Work {
     Drained,
     /// Parts of blocks that are written back, and then others; only we write back on demand.
     Aged,
-    /// Writes among reads that are cached, through the log, the cache, and around it; only we change that while it runs.
+    /// Writes among reads that are cached, through the log, the cache, and around it; only we
+    /// change that while it runs.
     Modes,
 }
 
@@ -74,7 +78,8 @@ pub(crate) struct Pair {
     pub(crate) volume: Vec<u8>,
     /// The power went while it was written: only a recovery can tell what the volume holds.
     pub(crate) interrupted: bool,
-    /// The log has a superblock record and was not closed by us: the kernel module may read old data from it.
+    /// The log has a superblock record and was not closed by us: the kernel module may read old
+    /// data from it.
     pub(crate) misleading: bool,
 }
 
@@ -83,13 +88,21 @@ impl Pair {
     pub(crate) fn new(root: &Path, name: &str, seed: u64, odd: bool) -> Pair {
         let dir = root.join(name);
         fs::create_dir_all(&dir).unwrap();
-        let seed = name.bytes().fold(seed, |sum, byte| sum.wrapping_mul(257).wrapping_add(byte.into()));
+        let seed =
+            name.bytes().fold(seed, |sum, byte| sum.wrapping_mul(257).wrapping_add(byte.into()));
         let sectors = if odd { SECTORS + 5 } else { SECTORS };
         let mut volume = vec![0; to_usize(sectors) * SECTOR_BYTES];
         fill(&mut volume, Sector(0), WriteId(0));
         let rng = Rng::with_seed(seed);
-        let pair =
-            Pair { name: name.into(), dir, rng, writes: 0, volume, interrupted: false, misleading: false };
+        let pair = Pair {
+            name: name.into(),
+            dir,
+            rng,
+            writes: 0,
+            volume,
+            interrupted: false,
+            misleading: false,
+        };
         fs::write(pair.backing(), &pair.volume).unwrap();
         let bytes = cache_bytes(SEGMENTS) + CACHE_TAIL_SECTORS * to_u64(SECTOR_BYTES);
         fs::File::create(pair.cache()).and_then(|file| file.set_len(bytes)).unwrap();
@@ -127,7 +140,9 @@ impl Pair {
     /// Makes an empty cache of the cache device.
     pub(crate) fn format(&self, extension: bool) {
         let outcome = match extension {
-            true => wb!("wbformat", self.cache(), "--backing", self.backing(), "--label", &self.name),
+            true => {
+                wb!("wbformat", self.cache(), "--backing", self.backing(), "--label", &self.name)
+            }
             false => wb!("wbformat", self.cache(), "--compat"),
         };
         assert_eq!(outcome.code, 0, "{outcome:?}");
@@ -216,10 +231,13 @@ impl Pair {
         for op in ops {
             match op {
                 Op::Write { sector, data } => {
-                    writeln!(lines, "write {} {} {}", sector.bytes(), data.len(), all.len()).unwrap();
+                    writeln!(lines, "write {} {} {}", sector.bytes(), data.len(), all.len())
+                        .unwrap();
                     all.extend_from_slice(data);
                 }
-                Op::Read { sector, bytes } => writeln!(lines, "read {} {bytes}", sector.bytes()).unwrap(),
+                Op::Read { sector, bytes } => {
+                    writeln!(lines, "read {} {bytes}", sector.bytes()).unwrap()
+                }
                 Op::Flush => writeln!(lines, "flush").unwrap(),
                 Op::Drain | Op::Mode(_) => panic!("the kernel module does not do that on demand"),
             }
@@ -237,7 +255,9 @@ impl Pair {
             for op in ops {
                 match op {
                     Op::Write { sector, data } => cache.write(*sector, data).await?,
-                    Op::Read { sector, bytes } => drop(cache.read(*sector, IoBuf::zeroed(*bytes)).await?),
+                    Op::Read { sector, bytes } => {
+                        drop(cache.read(*sector, IoBuf::zeroed(*bytes)).await?)
+                    }
                     Op::Flush => cache.flush().await?,
                     Op::Drain => cache.drain().await?,
                     Op::Mode(write_mode) => cache.set_tunables(Tunables {
@@ -276,20 +296,23 @@ impl Pair {
         let volume = volume.map_err(|e| e.to_string())?.to_vec();
         drop((cache, io));
 
-        let outcome = wb!("wbctl", "replay", "--cache", replayed.cache(), "--backing", replayed.backing());
+        let outcome =
+            wb!("wbctl", "replay", "--cache", replayed.cache(), "--backing", replayed.backing());
         if outcome.code != 0 {
             return Err(format!("replay: {outcome:?}"));
         }
         replayed.check()?;
         let backing = fs::read(replayed.backing()).map_err(|e| e.to_string())?;
-        difference(&volume, &backing).map_err(|what| format!("attach and replay differ: {what}"))?;
+        difference(&volume, &backing)
+            .map_err(|what| format!("attach and replay differ: {what}"))?;
         Ok(volume)
     }
 
     fn open(&self, io: &Io) -> Result<Cache, String> {
         let cache = io.open(&self.cache(), Access::Write).map_err(|e| e.to_string())?;
         let backing = io.open(&self.backing(), Access::Write).map_err(|e| e.to_string())?;
-        io.block_on(Cache::open(cache, backing, io.runtime(), Tunables::default())).map_err(|e| e.to_string())
+        io.block_on(Cache::open(cache, backing, io.runtime(), Tunables::default()))
+            .map_err(|e| e.to_string())
     }
 
     fn check(&self) -> Result<(), String> {
@@ -306,7 +329,8 @@ pub(crate) fn difference(got: &[u8], want: &[u8]) -> Result<(), String> {
     let sectors = (0..).zip(got.chunks(SECTOR_BYTES).zip(want.chunks(SECTOR_BYTES)));
     let wrong: Vec<_> = sectors.filter(|(_, (got, want))| got != want).collect();
     let Some(&(sector, (got, want))) = wrong.first() else { return Ok(()) };
-    let content = |bytes| decode(bytes, Sector(sector)).map_or_else(|e| e, |content| format!("{content:?}"));
+    let content =
+        |bytes| decode(bytes, Sector(sector)).map_or_else(|e| e, |content| format!("{content:?}"));
     Err(format!(
         "{} sectors differ; the first is {sector}: {}, not {}",
         wrong.len(),

@@ -1,4 +1,5 @@
-//! A virtual machine with the kernel module. `tests/vm/init` has the shell functions that a plan may call.
+//! A virtual machine with the kernel module. `tests/vm/init` has the shell functions that a plan
+//! may call.
 
 use crate::pair::Pair;
 use std::fs;
@@ -6,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long a plan may take. Without hardware virtualization everything is slow, the more so beside other work.
+/// How long a plan may take. Without hardware virtualization everything is slow, the more so beside
+/// other work.
 const PATIENCE: Duration = Duration::from_secs(1800);
 /// The first PCI slot for disks; the lower ones are for what qemu adds by itself.
 const FIRST_SLOT: usize = 8;
@@ -20,13 +22,18 @@ pub(crate) struct Vm {
 
 impl Vm {
     /// Boots a machine that sees the disks of some pairs and the folder `share`, and runs a plan.
-    pub(crate) fn boot<'a>(share: &Path, pairs: impl IntoIterator<Item = &'a Pair>, plan: &str) -> Vm {
+    pub(crate) fn boot<'a>(
+        share: &Path,
+        pairs: impl IntoIterator<Item = &'a Pair>,
+        plan: &str,
+    ) -> Vm {
         for stale in ["progress", "result", "output"] {
             let _ = fs::remove_file(share.join(stale));
         }
         fs::write(share.join("plan"), plan).unwrap();
-        let variable =
-            |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: use make test-vm"));
+        let variable = |name| {
+            std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: use make test-vm"))
+        };
         let kernel = format!("/boot/vmlinuz-{}", variable("WB_VM_KERNEL"));
         let folder = share.display();
         let mut qemu = Command::new("qemu-system-x86_64");
@@ -46,16 +53,19 @@ impl Vm {
         .args(["-kernel", &kernel, "-initrd", &variable("WB_VM_INITRAMFS")])
         .args(["-append", "console=ttyS0 panic=-1 quiet mitigations=off"])
         .args(["-virtfs", &format!("local,path={folder},mount_tag=share,security_model=none")]);
-        let disks =
-            pairs.into_iter().flat_map(|pair| [('c', pair, pair.cache()), ('b', pair, pair.backing())]);
+        let disks = pairs
+            .into_iter()
+            .flat_map(|pair| [('c', pair, pair.cache()), ('b', pair, pair.backing())]);
         for (nth, (which, pair, path)) in disks.enumerate() {
             let (slot, function) = (FIRST_SLOT + nth / 8, nth % 8);
             let serial = format!("{}-{which}", pair.name);
             assert!(serial.len() <= 20, "{serial}: too long for the serial number of a disk");
             // What qemu has acknowledged survives its being killed: it is in the host's page cache.
-            let drive = format!("if=none,id=d{nth},file={},format=raw,cache=unsafe", path.display());
+            let drive =
+                format!("if=none,id=d{nth},file={},format=raw,cache=unsafe", path.display());
             let device = format!(
-                "virtio-blk-pci,drive=d{nth},serial={serial},addr={slot:x}.{function},multifunction=on"
+                "virtio-blk-pci,drive=d{nth},serial={serial},addr={slot:x}.{function},\
+                 multifunction=on"
             );
             qemu.args(["-drive", &drive, "-device", &device]);
         }
@@ -97,8 +107,8 @@ impl Vm {
     }
 
     fn what_it_said(&self) -> String {
-        let told =
-            ["qemu", "progress", "output", "dmesg"].map(|name| format!("{name}: {}\n", self.file(name)));
+        let told = ["qemu", "progress", "output", "dmesg"]
+            .map(|name| format!("{name}: {}\n", self.file(name)));
         format!("\n{}see {}/console", told.concat(), self.share.display())
     }
 

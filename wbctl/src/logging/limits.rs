@@ -60,7 +60,14 @@ impl<P: Eq + Hash> Limits<P> {
 
 impl Said {
     fn nothing(now: Instant) -> Said {
-        Said { since: now, lines: 0, last: Vec::new(), in_a_row: 0, held_back: 0, all_the_same: false }
+        Said {
+            since: now,
+            lines: 0,
+            last: Vec::new(),
+            in_a_row: 0,
+            held_back: 0,
+            all_the_same: false,
+        }
     }
 
     /// Begins a new time when the old one is over, and says what was held back in that.
@@ -72,7 +79,9 @@ impl Said {
         let line = self.last.trim_ascii_end();
         let summary = match self.all_the_same {
             true => [line, format!(" (repeated {held_back} times)\n").as_bytes()].concat(),
-            false => [line, format!(" (the last of {held_back} more like it)\n").as_bytes()].concat(),
+            false => {
+                [line, format!(" (the last of {held_back} more like it)\n").as_bytes()].concat()
+            }
         };
         // The last line stays: said once more, it is still the same.
         *self = Said { last: std::mem::take(&mut self.last), ..Said::nothing(now) };
@@ -108,8 +117,9 @@ mod tests {
     #[test]
     fn lines_of_one_place_that_differ_are_limited_too_and_the_last_is_said() {
         let (mut limits, now) = (Limits::default(), Instant::now());
-        let said: String =
-            (0..1000).map(|n| text(limits.admit(1, format!("block {n}\n").into_bytes(), now))).collect();
+        let said: String = (0..1000)
+            .map(|n| text(limits.admit(1, format!("block {n}\n").into_bytes(), now)))
+            .collect();
         assert_eq!(said, (0..20).map(|n| format!("block {n}\n")).collect::<String>());
         assert_eq!(text(limits.admit(2, b"elsewhere\n".to_vec(), now)), "elsewhere\n");
         assert_eq!(text(limits.due(now, true)), "block 999 (the last of 980 more like it)\n");

@@ -50,7 +50,8 @@ impl View {
         View { is_coloured, interval, volume: None, before: None, points, gone: None, untold: None }
     }
 
-    /// Takes in what the daemon tells, or why it does not. What it told before stays, so that one sees how things stood.
+    /// Takes in what the daemon tells, or why it does not. What it told before stays, so that one
+    /// sees how things stood.
     pub(super) fn look(&mut self, told: anyhow::Result<VolumeStatus>) {
         let volume = match told {
             Ok(volume) => volume,
@@ -61,7 +62,8 @@ impl View {
         };
         self.gone = None;
         self.untold = (!volume.untold.is_empty()).then(|| {
-            let untold: Vec<&str> = volume.untold.iter().filter_map(|it| it.rsplit('/').next()).collect();
+            let untold: Vec<&str> =
+                volume.untold.iter().filter_map(|it| it.rsplit('/').next()).collect();
             format!("the daemon is of another version and does not tell {}", untold.join(", "))
         });
         self.before = self.volume.take().and_then(|volume| volume.live);
@@ -94,7 +96,8 @@ fn round(rate: f64) -> u64 {
 impl Widget for &View {
     fn render(self, area: Rect, buf: &mut Buffer) {
         let [title, banner, rest] =
-            Layout::vertical([Constraint::Length(1), Constraint::Length(1), Constraint::Fill(1)]).areas(area);
+            Layout::vertical([Constraint::Length(1), Constraint::Length(1), Constraint::Fill(1)])
+                .areas(area);
         self.title(title, buf);
         if let Some(why) = self.gone.as_ref().or(self.untold.as_ref()) {
             let text = format!(" {why} ");
@@ -110,7 +113,8 @@ impl Widget for &View {
 impl View {
     fn title(&self, area: Rect, buf: &mut Buffer) {
         let Some(volume) = &self.volume else { return };
-        let device = volume.device.as_ref().map_or("-".into(), |device| device.display().to_string());
+        let device =
+            volume.device.as_ref().map_or("-".into(), |device| device.display().to_string());
         let left = Line::from(vec![
             Span::styled(format!(" {}", volume.name), Style::new().add_modifier(Modifier::BOLD)),
             Span::raw(format!(
@@ -135,7 +139,8 @@ impl View {
             Constraint::Fill(1),
             Constraint::Fill(1),
         ];
-        let [log, _, facts, _, work, _, writes, writeback, p99] = Layout::vertical(rows).areas(area);
+        let [log, _, facts, _, work, _, writes, writeback, p99] =
+            Layout::vertical(rows).areas(area);
         self.log(live, log, buf);
         Paragraph::new(self.facts(live)).render(facts, buf);
         Paragraph::new(self.work(live)).render(work, buf);
@@ -147,7 +152,8 @@ impl View {
         self.curve("write p99", |p| p.write_p99_micros, &time, newest, Color::Yellow, p99, buf);
     }
 
-    /// How full the log is, and where on the device it is being written: all its slots from left to right.
+    /// How full the log is, and where on the device it is being written: all its slots from left to
+    /// right.
     fn log(&self, live: &LiveStatus, area: Rect, buf: &mut Buffer) {
         let in_use = log_in_use(live).unwrap_or_default();
         let (word, colour) = match in_use {
@@ -164,7 +170,8 @@ impl View {
         );
         let [words, bar] = Layout::vertical([Constraint::Length(1); 2]).areas(area);
         Span::styled(text, self.colour(colour)).render(words, buf);
-        let [name, bar] = Layout::horizontal([Constraint::Length(NAMES), Constraint::Fill(1)]).areas(bar);
+        let [name, bar] =
+            Layout::horizontal([Constraint::Length(NAMES), Constraint::Fill(1)]).areas(bar);
         Span::raw(" position").render(name, buf);
         let columns = bar.width.saturating_sub(1);
         for (x, cell) in (bar.x..).zip(position(live, columns)) {
@@ -179,7 +186,8 @@ impl View {
 
     fn facts(&self, live: &LiveStatus) -> Vec<Line<'static>> {
         let statistics = &live.statistics;
-        let age = live.oldest_dirty_seconds.map(|age| format!(", the oldest for {}", human_time(age)));
+        let age =
+            live.oldest_dirty_seconds.map(|age| format!(", the oldest for {}", human_time(age)));
         let rate = statistics.writeback_bytes_per_second.zip(statistics.writeback_seconds_left);
         let writeback = match (&live.writeback_error, rate) {
             (Some(error), _) => format!("does not get on, trying again: {error}"),
@@ -189,19 +197,24 @@ impl View {
             }
             (None, None) => "-".into(),
         };
-        let errors =
-            ["writeback_errors", "cache_read_errors"].map(|key| live.counters.get(key).unwrap_or(&0));
+        let errors = ["writeback_errors", "cache_read_errors"]
+            .map(|key| live.counters.get(key).unwrap_or(&0));
         let trouble = live.failure.as_ref().map_or_else(
             || format!("{} of write-back, {} of cache reads", errors[0], errors[1]),
             |failure| format!("FAILED, writes are refused: {failure}"),
         );
         let is_bad = live.failure.is_some() || errors != [&0, &0];
-        let amplification = statistics.write_amplification.map_or("-".into(), |ratio| format!("{ratio:.2}"));
+        let amplification =
+            statistics.write_amplification.map_or("-".into(), |ratio| format!("{ratio:.2}"));
         let line = |name: &str, text: String| Line::from(format!(" {name:<12}{text}"));
         vec![
             line(
                 "dirty",
-                format!("{} only in the cache{}", human_size(live.dirty_bytes), age.unwrap_or_default()),
+                format!(
+                    "{} only in the cache{}",
+                    human_size(live.dirty_bytes),
+                    age.unwrap_or_default()
+                ),
             ),
             line("used", format!("{} in the cache, dirty or clean", human_size(live.used_bytes))),
             line("write-back", writeback),
@@ -213,7 +226,11 @@ impl View {
                     percent(statistics.write_hit_ratio)
                 ),
             ),
-            line("errors", trouble).style(if is_bad { self.colour(Color::Red) } else { Style::new() }),
+            line("errors", trouble).style(if is_bad {
+                self.colour(Color::Red)
+            } else {
+                Style::new()
+            }),
         ]
     }
 
@@ -244,7 +261,8 @@ impl View {
         ]
     }
 
-    /// A curve of the looks so far, the newest at the right, with the newest and the largest value beside it.
+    /// A curve of the looks so far, the newest at the right, with the newest and the largest value
+    /// beside it.
     #[expect(clippy::too_many_arguments, reason = "what to draw, how, and where")]
     fn curve(
         &self,
@@ -267,12 +285,14 @@ impl View {
         ];
         Paragraph::new(lines).render(names, buf);
         let empty = shown.saturating_sub(values.len());
-        let data: Vec<u64> = std::iter::repeat_n(0, empty).chain(values.into_iter().rev()).collect();
+        let data: Vec<u64> =
+            std::iter::repeat_n(0, empty).chain(values.into_iter().rev()).collect();
         Sparkline::default().data(data).style(self.colour(colour)).render(curve, buf);
     }
 }
 
-/// The log's slots in so many columns: what is not written back, where the next segment goes, and the rest.
+/// The log's slots in so many columns: what is not written back, where the next segment goes, and
+/// the rest.
 fn position(live: &LiveStatus, columns: u16) -> Vec<char> {
     let slots = (live.log_bytes / to_u64(SEGMENT_BYTES)).max(1);
     let dirty = live.newest_segment.saturating_sub(live.written_back_segment).min(slots);
@@ -303,7 +323,8 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// A volume after so many seconds, in which it has taken a MiB each, with a log of 16 segments of which it wrote `newest`.
+    /// A volume after so many seconds, in which it has taken a MiB each, with a log of 16 segments
+    /// of which it wrote `newest`.
     fn volume(seconds: u64, newest: u64) -> VolumeStatus {
         let taken = serde_json::json!({
             "requests": seconds, "total_seconds": 0.0, "p50_seconds": null, "p99_seconds": null,
@@ -333,8 +354,13 @@ mod tests {
     fn drawn(view: &View, columns: u16, lines: u16) -> String {
         let mut terminal = Terminal::new(TestBackend::new(columns, lines)).unwrap();
         terminal.draw(|frame| frame.render_widget(view, frame.area())).unwrap();
-        let cells: Vec<String> =
-            terminal.backend().buffer().content().iter().map(|cell| cell.symbol().to_string()).collect();
+        let cells: Vec<String> = terminal
+            .backend()
+            .buffer()
+            .content()
+            .iter()
+            .map(|cell| cell.symbol().to_string())
+            .collect();
         let lines: Vec<String> = cells.chunks(columns.into()).map(|line| line.concat()).collect();
         lines.join("\n")
     }
@@ -377,8 +403,9 @@ mod tests {
             let members = whole.pointer(of).and_then(|value| value.as_object()).unwrap();
             members.keys().map(|key| format!("{of}/{key}")).collect()
         };
-        for pointer in
-            ["", "/live", "/live/statistics", "/live/statistics/latencies/write"].map(left_out).concat()
+        for pointer in ["", "/live", "/live/statistics", "/live/statistics/latencies/write"]
+            .map(left_out)
+            .concat()
         {
             let mut json = whole.clone();
             let (of, key) = pointer.rsplit_once('/').unwrap();
@@ -389,7 +416,10 @@ mod tests {
             view.look(Ok(told));
             let text = drawn(&view, 100, 24);
             assert!(text.contains(&format!("does not tell {key}")), "without {pointer}:\n{text}");
-            assert!(pointer == "/device" || text.contains("/dev/loop7"), "without {pointer}:\n{text}");
+            assert!(
+                pointer == "/device" || text.contains("/dev/loop7"),
+                "without {pointer}:\n{text}"
+            );
         }
     }
 

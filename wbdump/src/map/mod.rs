@@ -24,7 +24,8 @@ enum Kind {
 }
 
 impl Kind {
-    const ALL: [Kind; 6] = [Kind::Clean, Kind::Dirty, Kind::Open, Kind::Dropped, Kind::Damaged, Kind::Empty];
+    const ALL: [Kind; 6] =
+        [Kind::Clean, Kind::Dirty, Kind::Open, Kind::Dropped, Kind::Damaged, Kind::Empty];
 
     fn name(self) -> &'static str {
         match self {
@@ -43,7 +44,8 @@ struct Map {
     device: String,
     /// In log order: the oldest first, what is empty last.
     slots: Vec<Kind>,
-    /// Where the recovery point stands in that order, the last segment that attaching would apply, and its id.
+    /// Where the recovery point stands in that order, the last segment that attaching would apply,
+    /// and its id.
     point: Option<(usize, SegmentId)>,
     /// When the oldest dirty segment and the recovery point were written, where the headers say.
     oldest_dirty: Option<String>,
@@ -57,7 +59,9 @@ struct Map {
 pub(crate) fn show(log: &Log, svg: Option<&Path>, out: &mut Output) -> Result<()> {
     let (map, stopped) = Map::of(log);
     match svg {
-        Some(path) => svg::save(&map, path).with_context(|| format!("cannot write {}", path.display()))?,
+        Some(path) => {
+            svg::save(&map, path).with_context(|| format!("cannot write {}", path.display()))?
+        }
         None => terminal::print(&map, out)?,
     }
     stopped.map_or(Ok(()), |error| Err(error).context("not all dirty blocks are shown"))
@@ -93,7 +97,8 @@ impl Map {
             *id == recovery.point && matches!(kind, Kind::Dirty | Kind::Open | Kind::Clean)
         });
         let blocks = DirtyBlocks::find(log, &recovery);
-        let backing_sectors = log.superblock.extension().map_or(0, |extension| extension.backing_sectors);
+        let backing_sectors =
+            log.superblock.extension().map_or(0, |extension| extension.backing_sectors);
         let map = Map {
             device: log.device.name().to_string(),
             oldest_dirty: dirty.and_then(time),
@@ -110,14 +115,17 @@ impl Map {
         self.slots.iter().filter(|&&slot| slot == kind).count()
     }
 
-    /// The slots in at most so many cells; how many slots a cell is, and which cell has the recovery point.
+    /// The slots in at most so many cells; how many slots a cell is, and which cell has the
+    /// recovery point.
     fn cells(&self, most: usize) -> Cells {
         let slots = self.slots.len().div_ceil(most.max(1)).max(1);
-        let kinds = self.slots.chunks(slots).filter_map(|cell| cell.iter().copied().max()).collect();
+        let kinds =
+            self.slots.chunks(slots).filter_map(|cell| cell.iter().copied().max()).collect();
         Cells { kinds, slots, point: self.point.map(|(at, _)| at / slots) }
     }
 
-    /// Blocks of the part of the backing device that is drawn: all of it, or up to the last dirty block.
+    /// Blocks of the part of the backing device that is drawn: all of it, or up to the last dirty
+    /// block.
     fn extent(&self) -> u64 {
         self.backing_blocks.unwrap_or_else(|| self.blocks.last().map_or(0, |last| last.0 + 1))
     }
@@ -133,7 +141,9 @@ impl Map {
         let extent = self.extent();
         for block in self.blocks.iter().take_while(|block| block.0 < extent) {
             let part = u128::from(block.0) * u128::from(to_u64(parts)) / u128::from(extent);
-            if let Some(count) = u64::try_from(part).ok().and_then(|part| density.get_mut(to_usize(part))) {
+            if let Some(count) =
+                u64::try_from(part).ok().and_then(|part| density.get_mut(to_usize(part)))
+            {
                 *count += 1;
             }
         }

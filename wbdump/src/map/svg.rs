@@ -59,7 +59,13 @@ fn draw(map: &Map) -> Document {
     let mut document = Document::new()
         .set("viewBox", (0, 0, width, height))
         .set("font-family", "system-ui, sans-serif")
-        .add(Rectangle::new().set("width", width).set("height", height).set("rx", 8).set("fill", "#ffffff"))
+        .add(
+            Rectangle::new()
+                .set("width", width)
+                .set("height", height)
+                .set("rx", 8)
+                .set("fill", "#ffffff"),
+        )
         .add(text(format!("The log on {}", map.device), MARGIN, MARGIN + 12, 18))
         .add(text(
             format!(
@@ -84,7 +90,9 @@ fn draw(map: &Map) -> Document {
 
 fn add_legend(mut document: Document, map: &Map, y: usize) -> Document {
     let mut x = MARGIN;
-    for (kind, n) in Kind::ALL.map(|kind| (kind, map.count(kind))).into_iter().filter(|(_, n)| *n > 0) {
+    for (kind, n) in
+        Kind::ALL.map(|kind| (kind, map.count(kind))).into_iter().filter(|(_, n)| *n > 0)
+    {
         let words = format!("{}: {n}, {}", kind.name(), human_size(to_u64(n * SEGMENT_BYTES)));
         let next = x + 34 + 7 * words.len();
         document = document.add(square(x, y, kind)).add(text(words, x + CELL + 4, y + 11, 12));
@@ -93,14 +101,23 @@ fn add_legend(mut document: Document, map: &Map, y: usize) -> Document {
     let Some((_, id)) = map.point else { return document };
     // On a line of its own, for there are many kinds.
     let y = y + CELL + 6;
-    let point = square(MARGIN, y, Kind::Dirty).set("fill", "none").set("stroke", INK).set("stroke-width", 2);
-    document.add(point).add(text(format!("recovery point: segment {id}"), MARGIN + CELL + 4, y + 11, 12))
+    let point = square(MARGIN, y, Kind::Dirty)
+        .set("fill", "none")
+        .set("stroke", INK)
+        .set("stroke-width", 2);
+    document.add(point).add(text(
+        format!("recovery point: segment {id}"),
+        MARGIN + CELL + 4,
+        y + 11,
+        12,
+    ))
 }
 
 fn add_bars(mut document: Document, map: &Map, y: usize) -> Document {
     let size = |blocks: u64| human_size(blocks.saturating_mul(to_u64(BLOCK_BYTES)));
     let blocks = to_u64(map.blocks.len());
-    let what = if map.backing_blocks.is_some() { "backing device" } else { "up to the last dirty block" };
+    let what =
+        if map.backing_blocks.is_some() { "backing device" } else { "up to the last dirty block" };
     let words = format!(
         "Where its {} ({}) lie: {what}, {}",
         count(blocks, "dirty block"),
@@ -116,9 +133,10 @@ fn add_bars(mut document: Document, map: &Map, y: usize) -> Document {
         let bar = Rectangle::new().set("x", MARGIN + part * width).set("width", width - 1);
         let bar = match height {
             0 => bar.set("y", y + BAR_HEIGHT - 1).set("height", 1).set("fill", colour(Kind::Empty)),
-            height => {
-                bar.set("y", y + BAR_HEIGHT - height).set("height", height).set("fill", colour(Kind::Dirty))
-            }
+            height => bar
+                .set("y", y + BAR_HEIGHT - height)
+                .set("height", height)
+                .set("fill", colour(Kind::Dirty)),
         };
         document = document.add(bar);
     }
@@ -137,6 +155,9 @@ mod tests {
         // The ground, 8 cells, 5 squares of the legend, the bars.
         assert_eq!(text.matches("<rect").count(), 1 + 8 + 5 + PARTS);
         assert!(text.contains("a&lt;b") && !text.contains("a<b"), "{text}");
-        assert!(text.contains("dirty: 2, 1 MiB") && text.contains("recovery point: segment 6"), "{text}");
+        assert!(
+            text.contains("dirty: 2, 1 MiB") && text.contains("recovery point: segment 6"),
+            "{text}"
+        );
     }
 }

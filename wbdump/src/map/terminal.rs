@@ -87,7 +87,11 @@ impl Picture<'_> {
         }
         let size = |blocks: u64| human_size(blocks.saturating_mul(to_u64(BLOCK_BYTES)));
         let extent = map.extent();
-        let what = if map.backing_blocks.is_some() { "backing device" } else { "up to the last dirty block" };
+        let what = if map.backing_blocks.is_some() {
+            "backing device"
+        } else {
+            "up to the last dirty block"
+        };
         let each = extent.div_ceil(to_u64(self.columns)).max(1);
         let density = map.density(self.columns);
         let most = density.iter().copied().max().unwrap_or_default().max(1);
@@ -103,7 +107,8 @@ impl Picture<'_> {
             n => format!("; {} beyond its end", count(to_u64(n), "block")),
         };
         format!(
-            "\n{what}, {}; each character is about {}\n{}\n  {} dirty, {}; █ is {} or nearly so{beyond}\n",
+            "\n{what}, {}; each character is about {}\n{}\n  {} dirty, {}; █ is {} or nearly \
+             so{beyond}\n",
             size(extent),
             size(each),
             self.paint(bar, glyph(Kind::Dirty).1),
@@ -137,7 +142,8 @@ mod tests {
     #[test]
     fn colours_come_only_where_they_are_wanted() {
         let map = super::super::tests::map();
-        let shown = |is_coloured| Picture { map: &map, columns: 10, is_coloured }.log().contains('\x1b');
+        let shown =
+            |is_coloured| Picture { map: &map, columns: 10, is_coloured }.log().contains('\x1b');
         assert!(shown(true) && !shown(false));
     }
 }

@@ -1,4 +1,5 @@
-//! What a disk with a volatile write cache holds, and what a crash leaves of it. Pure state: no time, no tasks.
+//! What a disk with a volatile write cache holds, and what a crash leaves of it. Pure state: no
+//! time, no tasks.
 
 use super::super::SharedBuf;
 use crate::format::{SECTOR_BYTES, to_u64, to_usize};
@@ -6,7 +7,8 @@ use fastrand::Rng;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// The completion number of a request that is under way, has failed, or whose data a failed flush gave up.
+/// The completion number of a request that is under way, has failed, or whose data a failed flush
+/// gave up.
 const NEVER: u64 = u64::MAX;
 
 /// A write request, by order of submission.
@@ -134,13 +136,15 @@ impl Disk {
         id
     }
 
-    /// Takes in the sectors before or after `cut`, counted from the request's first: reads see them now.
+    /// Takes in the sectors before or after `cut`, counted from the request's first: reads see them
+    /// now.
     pub(super) fn take_in_part(&mut self, id: RequestId, cut: usize, front: bool) {
         let Some(mut request) = self.in_flight.remove(&id) else { return };
         for range in std::mem::take(&mut request.pending) {
             let middle = cut.clamp(range.start, range.end);
             let (front_part, back_part) = (range.start..middle, middle..range.end);
-            let (take, leave) = if front { (front_part, back_part) } else { (back_part, front_part) };
+            let (take, leave) =
+                if front { (front_part, back_part) } else { (back_part, front_part) };
             take.for_each(|sector| self.take_in_sector(id, &request, sector));
             request.pending.push(leave);
         }
@@ -148,7 +152,8 @@ impl Disk {
     }
 
     fn take_in_sector(&mut self, id: RequestId, request: &InFlight, sector: usize) {
-        let version = Version { request: id, data: request.data.clone(), at: sector * SECTOR_BYTES };
+        let version =
+            Version { request: id, data: request.data.clone(), at: sector * SECTOR_BYTES };
         let sector = request.first_sector + sector;
         self.visible[sector * SECTOR_BYTES..][..SECTOR_BYTES].copy_from_slice(version.bytes());
         self.versions[sector].push(version);
@@ -174,16 +179,18 @@ impl Disk {
     /// Makes durable what had completed by a moment.
     pub(super) fn flush(&mut self, by: Completed) {
         for (sector, versions) in self.versions.iter_mut().enumerate() {
-            let covered = versions.iter().rposition(|version| self.completion[version.request.0] < by.0);
+            let covered =
+                versions.iter().rposition(|version| self.completion[version.request.0] < by.0);
             if let Some(last) = covered {
-                self.durable[sector * SECTOR_BYTES..][..SECTOR_BYTES].copy_from_slice(versions[last].bytes());
+                self.durable[sector * SECTOR_BYTES..][..SECTOR_BYTES]
+                    .copy_from_slice(versions[last].bytes());
                 versions.drain(..=last);
             }
         }
     }
 
-    /// A flush has failed, and some of what it should have made durable is given up: reads still see it, but no
-    /// later flush covers it.
+    /// A flush has failed, and some of what it should have made durable is given up: reads still
+    /// see it, but no later flush covers it.
     pub(super) fn fail_flush(&mut self, rng: &mut Rng, by: Completed) {
         for completion in self.completion.iter_mut().filter(|completion| **completion < by.0) {
             if rng.bool() {
@@ -192,8 +199,9 @@ impl Disk {
         }
     }
 
-    /// Lets writes under way end in any state, as when the process is gone that waited for them. What reads see is
-    /// what the next process finds, so its flushes cover all of it: no process could do better.
+    /// Lets writes under way end in any state, as when the process is gone that waited for them.
+    /// What reads see is what the next process finds, so its flushes cover all of it: no process
+    /// could do better.
     pub(super) fn settle(&mut self, rng: &mut Rng) {
         for (id, request) in std::mem::take(&mut self.in_flight) {
             let keep = Keep::torn(rng, &request);
@@ -209,7 +217,8 @@ impl Disk {
         }
     }
 
-    /// The disk that a power cut leaves: each sector holds the durable content or any of the versions since.
+    /// The disk that a power cut leaves: each sector holds the durable content or any of the
+    /// versions since.
     pub(super) fn power_cut(mut self, rng: &mut Rng) -> Disk {
         let torn: BTreeMap<RequestId, Keep> =
             self.in_flight.iter().map(|(&id, request)| (id, Keep::torn(rng, request))).collect();
@@ -217,10 +226,17 @@ impl Disk {
         let mut keep = self.kept(rng);
         keep.extend(torn);
         let mut media = std::mem::take(&mut self.durable);
-        self.overlay(&mut media, |version, sector| keep[&version.request].keeps(rng, sector * SECTOR_BYTES));
+        self.overlay(&mut media, |version, sector| {
+            keep[&version.request].keeps(rng, sector * SECTOR_BYTES)
+        });
         self.visible.copy_from_slice(&media);
         self.versions.iter_mut().for_each(Vec::clear);
-        Disk { visible: self.visible, durable: media, versions: self.versions, ..Disk::new(Vec::new()) }
+        Disk {
+            visible: self.visible,
+            durable: media,
+            versions: self.versions,
+            ..Disk::new(Vec::new())
+        }
     }
 
     /// Takes in all that is under way.
@@ -250,7 +266,8 @@ impl Disk {
 
     /// The requests of which something is not durable, in the order of submission.
     fn undurable(&self) -> Vec<RequestId> {
-        let mut requests: Vec<RequestId> = self.versions.iter().flatten().map(|v| v.request).collect();
+        let mut requests: Vec<RequestId> =
+            self.versions.iter().flatten().map(|v| v.request).collect();
         requests.sort_unstable();
         requests.dedup();
         requests
@@ -301,7 +318,8 @@ impl Snapshot {
             version.map_or(0, |version| sectors(&version.data))
         };
         let undurable = disk.undurable().into_iter();
-        let undurable = undurable.map(|id| Undurable { number: id.0, sectors: sectors(id) }).collect();
+        let undurable =
+            undurable.map(|id| Undurable { number: id.0, sectors: sectors(id) }).collect();
         Snapshot { disk, undurable }
     }
 
@@ -315,8 +333,8 @@ impl Snapshot {
         &self.undurable
     }
 
-    /// What a power cut leaves that of each undurable write, by its number, keeps just the sectors that `keeps`
-    /// says, counted from the write's first.
+    /// What a power cut leaves that of each undurable write, by its number, keeps just the sectors
+    /// that `keeps` says, counted from the write's first.
     pub fn image(&self, keeps: impl Fn(usize, usize) -> bool) -> Vec<u8> {
         self.disk.image(|version, _| keeps(version.request.0, version.at / SECTOR_BYTES))
     }
@@ -331,7 +349,9 @@ pub(super) fn sectors(data: &SharedBuf) -> usize {
 pub(super) fn fits(size: u64, block_size: u32, offset: u64, length: u64) -> bool {
     let block = u64::from(block_size);
     let end = offset.checked_add(length);
-    end.is_some_and(|end| end <= size) && offset.is_multiple_of(block) && length.is_multiple_of(block)
+    end.is_some_and(|end| end <= size)
+        && offset.is_multiple_of(block)
+        && length.is_multiple_of(block)
 }
 
 /// A hash of data, for the trace.

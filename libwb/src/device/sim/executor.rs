@@ -1,4 +1,5 @@
-//! A seeded executor with a virtual clock. One thread, no real time: one seed gives one course of events.
+//! A seeded executor with a virtual clock. One thread, no real time: one seed gives one course of
+//! events.
 
 use crate::runtime::Runtime;
 use async_task::Runnable;
@@ -16,8 +17,9 @@ use std::time::Duration;
 
 /// Steps that one [`Simulation::block_on`] may take before it counts as a livelock.
 const MAX_STEPS: u64 = 3_000_000;
-/// Virtual time that one [`Simulation::block_on`] may take before its future counts as stuck. Background tasks
-/// that wake up now and then hide a deadlock from the simplest test, which is that nothing is left to do.
+/// Virtual time that one [`Simulation::block_on`] may take before its future counts as stuck.
+/// Background tasks that wake up now and then hide a deadlock from the simplest test, which is that
+/// nothing is left to do.
 const MAX_TIME: Duration = Duration::from_secs(4 * 3600);
 /// One step in this many lets time pass although a task is ready to run, as a busy machine does.
 const TIME_PASSES: u32 = 8;
@@ -129,7 +131,9 @@ impl Simulation {
             match self.step(woken.0.load(Ordering::Relaxed), limit) {
                 Step::Main => {
                     woken.0.store(false, Ordering::Relaxed);
-                    if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+                    if let Poll::Ready(value) =
+                        future.as_mut().poll(&mut Context::from_waker(&waker))
+                    {
                         return Ok(value);
                     }
                 }
@@ -164,10 +168,15 @@ impl Simulation {
         }
         let choice = state.rng.usize(..choices);
         state.trace(choice as u64);
-        if choice == state.ready.len() { Step::Main } else { Step::Task(state.ready.swap_remove(choice)) }
+        if choice == state.ready.len() {
+            Step::Main
+        } else {
+            Step::Task(state.ready.swap_remove(choice))
+        }
     }
 
-    /// Drops every task, timer and I/O as the end of the process does, and takes back a halt. Time goes on.
+    /// Drops every task, timer and I/O as the end of the process does, and takes back a halt. Time
+    /// goes on.
     pub fn kill_tasks(&self) {
         let shared = &self.runtime.0.0;
         shared.lock().dying = true;
@@ -228,8 +237,8 @@ impl SimRuntime {
         self.0.0.lock().halt_after = Some(points);
     }
 
-    /// Has a function called before any write begins or ends and before any flush ends: between two such calls,
-    /// nothing changes of what a power cut could leave.
+    /// Has a function called before any write begins or ends and before any flush ends: between two
+    /// such calls, nothing changes of what a power cut could leave.
     pub fn observe(&self, observer: impl Fn() + Send + Sync + 'static) {
         self.0.0.lock().observer = Some(Arc::new(observer));
     }

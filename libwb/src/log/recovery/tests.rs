@@ -4,7 +4,8 @@ use crate::format::{SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64};
 use proptest::prelude::*;
 
 fn geometry(slots: u64) -> Geometry {
-    Geometry::of_device(SUPERBLOCK_REGION_BYTES + slots * to_u64(SEGMENT_BYTES)).expect("a sane size")
+    Geometry::of_device(SUPERBLOCK_REGION_BYTES + slots * to_u64(SEGMENT_BYTES))
+        .expect("a sane size")
 }
 
 /// The slots of a log of which the segments up to `newest` were written, but for those in `torn`.
@@ -14,7 +15,13 @@ fn log(slots: u64, newest: u64, torn: &[u64]) -> Vec<SlotState> {
         .map(|slot| match g.id_in_slot(slot, SegmentId(newest)) {
             SegmentId::NONE => SlotState::Empty,
             id if torn.contains(&id.0) => invalid(SlotFault::Checksum { id }),
-            id => SlotState::Valid { id, length: 127, extension: None, cut_short: false, is_stray: false },
+            id => SlotState::Valid {
+                id,
+                length: 127,
+                extension: None,
+                cut_short: false,
+                is_stray: false,
+            },
         })
         .collect()
 }
@@ -24,7 +31,12 @@ fn run(slots: u64, record: u64, states: &[SlotState]) -> Recovery {
 }
 
 fn superblock(slots: u64, record: u64, extension: Option<SuperblockExtension>) -> Superblock {
-    Superblock { geometry: geometry(slots), record: SegmentId(record), extension, lost_extension: false }
+    Superblock {
+        geometry: geometry(slots),
+        record: SegmentId(record),
+        extension,
+        lost_extension: false,
+    }
 }
 
 fn invalid(fault: SlotFault) -> SlotState {
@@ -90,7 +102,10 @@ fn a_torn_overwrite_under_the_old_first_sector_costs_only_what_was_written_back(
 #[test]
 fn rot_in_the_middle_is_corruption() {
     let r = run(14, 0, &log(14, 14, &[6]));
-    assert_eq!(r.corruption, [Corruption::Gap { missing: SegmentId(6), highest: SegmentId(14), window: 3 }]);
+    assert_eq!(
+        r.corruption,
+        [Corruption::Gap { missing: SegmentId(6), highest: SegmentId(14), window: 3 }]
+    );
     assert_eq!(r.point, SegmentId(5));
 }
 
@@ -114,13 +129,21 @@ fn a_truncated_device_is_noticed() {
         .map(|slot| {
             let id = geometry(14).id_in_slot(Slot(slot), SegmentId(30));
             if geometry(10).slot_of(id) == Slot(slot) {
-                SlotState::Valid { id, length: 1, extension: None, cut_short: false, is_stray: false }
+                SlotState::Valid {
+                    id,
+                    length: 1,
+                    extension: None,
+                    cut_short: false,
+                    is_stray: false,
+                }
             } else {
                 invalid(SlotFault::WrongSlot { id, sound: true })
             }
         })
         .collect();
-    assert!(run(10, 0, &states).corruption.iter().any(|c| matches!(c, Corruption::WrongSlot { .. })));
+    assert!(
+        run(10, 0, &states).corruption.iter().any(|c| matches!(c, Corruption::WrongSlot { .. }))
+    );
 }
 
 #[test]
@@ -146,7 +169,8 @@ fn page() -> SuperblockExtension {
     SuperblockExtension::new(uuid::Uuid::from_u128(7), 0)
 }
 
-/// As [`run`], on a device with the extension; `claims` gives what each valid segment's header says.
+/// As [`run`], on a device with the extension; `claims` gives what each valid segment's header
+/// says.
 fn run_extended(
     slots: u64,
     record: u64,
@@ -173,7 +197,10 @@ fn a_header_that_knows_more_than_the_record_is_believed() {
 #[test]
 fn a_durable_segment_that_is_gone_is_corruption_however_near_the_end() {
     let r = run_extended(14, 0, log(14, 9, &[8]), |id| extended(id - 1, 0));
-    assert_eq!(r.corruption, [Corruption::DurableMissing { missing: SegmentId(8), durable: SegmentId(8) }]);
+    assert_eq!(
+        r.corruption,
+        [Corruption::DurableMissing { missing: SegmentId(8), durable: SegmentId(8) }]
+    );
     let r = run_extended(14, 0, log(14, 9, &[8]), |id| extended(id.saturating_sub(2), 0));
     assert!(r.corruption.is_empty());
     assert_eq!((r.point, r.dropped), (SegmentId(7), ids([9])));
@@ -216,16 +243,23 @@ fn what_cannot_be_read_is_not_taken_for_the_work_of_a_power_cut() {
 #[test]
 fn a_log_that_the_kernel_module_continued_past_a_hole_is_not_cut_back_in_silence() {
     let r = run_extended(14, 0, log(14, 6, &[4]), |id| if id > 5 { None } else { extended(0, 0) });
-    assert_eq!(r.corruption, [Corruption::WrittenPastHole { missing: SegmentId(4), highest: SegmentId(6) }]);
+    assert_eq!(
+        r.corruption,
+        [Corruption::WrittenPastHole { missing: SegmentId(4), highest: SegmentId(6) }]
+    );
 }
 
 #[test]
 fn wb_never_overwrites_what_the_record_does_not_cover_so_nothing_is_skipped() {
     let r = run_extended(14, 0, log(14, 14, &[1]), |_| extended(0, 0));
     assert!(r.skipped.is_empty());
-    assert_eq!(r.corruption[0], Corruption::Gap { missing: SegmentId(1), highest: SegmentId(14), window: 3 });
+    assert_eq!(
+        r.corruption[0],
+        Corruption::Gap { missing: SegmentId(1), highest: SegmentId(14), window: 3 }
+    );
     // But the kernel module does, and it may have written since.
-    let r = run_extended(14, 0, log(14, 14, &[1]), |id| if id == 14 { None } else { extended(0, 0) });
+    let r =
+        run_extended(14, 0, log(14, 14, &[1]), |id| if id == 14 { None } else { extended(0, 0) });
     assert_eq!(r.skipped, ids([1]));
 }
 
@@ -258,7 +292,10 @@ fn run_with_commits(states: Vec<SlotState>, open: &[u64], short: &[u64], durable
 fn the_log_ends_with_a_segment_that_was_not_closed() {
     for (open, short) in [(&[7][..], &[][..]), (&[], &[7]), (&[7], &[7])] {
         let r = run_with_commits(log(14, 9, &[]), open, short, 6);
-        assert_eq!((r.point, r.dropped.clone(), r.corruption.clone()), (SegmentId(7), ids([8, 9]), vec![]));
+        assert_eq!(
+            (r.point, r.dropped.clone(), r.corruption.clone()),
+            (SegmentId(7), ids([8, 9]), vec![])
+        );
         assert_eq!((r.open_end(), r.is_cut_short), (Some(SegmentId(7)), !short.is_empty()));
         let r = run_with_commits(log(14, 7, &[]), open, short, 6);
         assert_eq!((r.point, r.open_end()), (SegmentId(7), Some(SegmentId(7))));
@@ -273,7 +310,10 @@ fn a_segment_that_lacks_blocks_though_it_was_durable_is_corruption() {
         let durable = SegmentId(7);
         assert_eq!(r.corruption, [Corruption::DurableMissing { missing: durable, durable }]);
         let r = run_with_commits(log(14, 10, &[]), open, short, 6);
-        assert!(matches!(r.corruption[..], [Corruption::Gap { missing: SegmentId(7), .. }]), "{r:?}");
+        assert!(
+            matches!(r.corruption[..], [Corruption::Gap { missing: SegmentId(7), .. }]),
+            "{r:?}"
+        );
         assert_eq!((r.point, r.open_end()), (SegmentId(6), None));
     }
 }
@@ -307,19 +347,24 @@ fn what_a_torn_header_proves_counts() {
     states[9] = torn(9, 4);
     let r = run_extended(14, 0, states.clone(), |_| extended(0, 0));
     assert_eq!((r.written_back, r.durable), (SegmentId(4), SegmentId(9)));
-    assert_eq!(r.corruption[0], Corruption::DurableMissing { missing: SegmentId(9), durable: SegmentId(9) });
+    assert_eq!(
+        r.corruption[0],
+        Corruption::DurableMissing { missing: SegmentId(9), durable: SegmentId(9) }
+    );
     // Of another cache, or of what comes after it, it says nothing.
     states[9] = torn(10, 10);
     let r = run_extended(14, 0, states.clone(), |_| extended(0, 0));
     assert_eq!((r.written_back, r.durable, r.corruption), (SegmentId(0), SegmentId(0), vec![]));
-    let SlotState::Invalid { proved: Some((_, extension)), .. } = &mut states[9] else { unreachable!() };
+    let SlotState::Invalid { proved: Some((_, extension)), .. } = &mut states[9] else {
+        unreachable!()
+    };
     (extension.durable, extension.digest) = (SegmentId(9), 1);
     assert_eq!(run_extended(14, 0, states, |_| extended(0, 0)).durable, SegmentId(0));
 }
 
 fn any_state() -> impl Strategy<Value = SlotState> {
-    let id =
-        prop_oneof![0..40u64, any::<u64>().prop_map(|id| id % (SegmentId::MAX.0 + 1))].prop_map(SegmentId);
+    let id = prop_oneof![0..40u64, any::<u64>().prop_map(|id| id % (SegmentId::MAX.0 + 1))]
+        .prop_map(SegmentId);
     prop_oneof![
         Just(SlotState::Empty),
         id.clone().prop_map(|id| SlotState::Valid {

@@ -1,7 +1,7 @@
 //! Which slots must change so that recovery accepts a log. Pure code over the verdicts of a scan.
 //!
-//! W, P, H and D are those of [`recovery`](crate::log::recovery). F is where the log is to end: P, or further on where
-//! what follows P is kept.
+//! W, P, H and D are those of [`recovery`](crate::log::recovery). F is where the log is to end: P,
+//! or further on where what follows P is kept.
 
 use super::Way;
 use crate::format::{Geometry, HeaderFault, Reason, SegmentExtension, SegmentId, Slot};
@@ -52,7 +52,8 @@ pub(super) struct Draft {
     pub(super) durable: SegmentId,
     /// The order does not matter.
     pub(super) changes: Vec<Change>,
-    /// Comes after those. Until then recovery refuses the log, or makes of it what it makes of it in the end.
+    /// Comes after those. Until then recovery refuses the log, or makes of it what it makes of it
+    /// in the end.
     pub(super) decisive: Option<Change>,
     /// Come last: until then, what they take away shows that the log was corrupt.
     pub(super) later: Vec<Change>,
@@ -66,12 +67,13 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    /// Plans a way on, or for none, the repair of a log that is sound. `None` when even that would not make a log that
-    /// recovery accepts.
+    /// Plans a way on, or for none, the repair of a log that is sound. `None` when even that would
+    /// not make a log that recovery accepts.
     pub(super) fn new(raw: &RawSuperblock, slots: &[SlotState], way: Option<Way>) -> Option<Draft> {
         let mut superblock = raw.or_no_record();
         superblock.record = SegmentId::NONE;
-        let slots = if way.is_some() { without_misnumbered(&superblock, slots) } else { slots.to_vec() };
+        let slots =
+            if way.is_some() { without_misnumbered(&superblock, slots) } else { slots.to_vec() };
         let slots = explained(&superblock, &slots);
         let unrecorded = recover(&superblock, &slots);
         let disbelieved = match raw.record {
@@ -98,13 +100,16 @@ impl Draft {
         }
     }
 
-    /// The verdicts, if some segments that are cut short stand only as long as the log ends with them, and it will not.
-    /// They count as damaged from the start.
+    /// The verdicts, if some segments that are cut short stand only as long as the log ends with
+    /// them, and it will not. They count as damaged from the start.
     fn exposed(&self, superblock: &Superblock, slots: &[SlotState]) -> Option<Vec<SlotState>> {
         let (superblock, outcome) = self.outcome(superblock, slots);
         let after = explained(&superblock, &outcome);
         let changed = |nth: usize| {
-            matches!((&outcome[nth], &after[nth]), (SlotState::Valid { .. }, SlotState::Invalid { .. }))
+            matches!(
+                (&outcome[nth], &after[nth]),
+                (SlotState::Valid { .. }, SlotState::Invalid { .. })
+            )
         };
         (0..slots.len()).any(changed).then(|| {
             (0..slots.len())
@@ -134,7 +139,11 @@ impl Draft {
     }
 
     /// What a scan will find.
-    fn outcome(&self, superblock: &Superblock, slots: &[SlotState]) -> (Superblock, Vec<SlotState>) {
+    fn outcome(
+        &self,
+        superblock: &Superblock,
+        slots: &[SlotState],
+    ) -> (Superblock, Vec<SlotState>) {
         let mut superblock = superblock.clone();
         superblock.record = self.written_back;
         let page = superblock.extension.clone();
@@ -215,15 +224,16 @@ impl Planner<'_> {
         draft
     }
 
-    /// The log ends with a segment that lacks blocks. What follows one that is not known to have been durable was never
-    /// acknowledged.
+    /// The log ends with a segment that lacks blocks. What follows one that is not known to have
+    /// been durable was never acknowledged.
     fn up_to_what_lacks_blocks(&self, end: SegmentId) -> SegmentId {
         let first = self.recovery.durable.max(self.recovery.point).next();
         let mut ids = (first.0..=end.0).map(SegmentId);
         ids.find(|&id| lacks_blocks(self.superblock, self.slots, id)).unwrap_or(end)
     }
 
-    /// Of the segments beyond F, those that stand, and those that were durable. No more than a lap of them had a slot.
+    /// Of the segments beyond F, those that stand, and those that were durable. No more than a lap
+    /// of them had a slot.
     fn doom_tail(&self, end: SegmentId, draft: &mut Draft) {
         let geometry = self.superblock.geometry;
         let last = end.max(self.recovery.durable);
@@ -233,19 +243,23 @@ impl Planner<'_> {
         }
     }
 
-    /// The last segment that there was: the newest one that stands; one of which a commit was durable; or one that is known to
-    /// have been durable, if nothing stands in the way.
+    /// The last segment that there was: the newest one that stands; one of which a commit was
+    /// durable; or one that is known to have been durable, if nothing stands in the way.
     fn end(&self) -> SegmentId {
         let highest = self.recovery.highest.max(self.recovery.point);
         let geometry = self.superblock.geometry;
         let committed = |state: &SlotState| match state {
-            SlotState::Invalid { fault: SlotFault::Commit { .. }, .. } => proved(state, self.superblock),
+            SlotState::Invalid { fault: SlotFault::Commit { .. }, .. } => {
+                proved(state, self.superblock)
+            }
             _ => None,
         };
         let committed = self.slots.iter().filter_map(committed).map(|(id, _)| id);
-        let committed = committed.filter(|&id| is_near(geometry, highest, id)).max().unwrap_or_default();
+        let committed =
+            committed.filter(|&id| is_near(geometry, highest, id)).max().unwrap_or_default();
         let durable = Some(self.recovery.durable).filter(|&last| {
-            // A lap of them at most, or there would be no telling where a log has come to of which nothing stands.
+            // A lap of them at most, or there would be no telling where a log has come to of which
+            // nothing stands.
             let first = highest.max(last.minus(geometry.lap())).next();
             is_near(geometry, highest, last)
                 && (first.0..=last.0).all(|id| !self.is_needed(geometry.slot_of(SegmentId(id))))
@@ -309,7 +323,9 @@ impl Planner<'_> {
     fn doomed(&self, slot: Slot, id: SegmentId) -> Doomed {
         let found = match &self.slots[slot_index(slot)] {
             SlotState::Invalid { .. } => Found::Damaged,
-            state if valid(state, self.superblock).is_some_and(|(found, _)| found == id) => Found::Sound,
+            state if valid(state, self.superblock).is_some_and(|(found, _)| found == id) => {
+                Found::Sound
+            }
             _ => Found::Nothing,
         };
         Doomed { slot, id, found }
@@ -319,8 +335,9 @@ impl Planner<'_> {
     fn doom_unrecorded(&self, unrecorded: &Recovery, draft: &mut Draft) {
         let geometry = self.superblock.geometry;
         let standing = (unrecorded.written_back.next().0..=unrecorded.highest.0).map(SegmentId);
-        let sound =
-            standing.map(|id| self.doomed(geometry.slot_of(id), id)).filter(|d| d.found == Found::Sound);
+        let sound = standing
+            .map(|id| self.doomed(geometry.slot_of(id), id))
+            .filter(|d| d.found == Found::Sound);
         draft.doomed.splice(..0, sound);
     }
 }
@@ -340,26 +357,32 @@ impl Draft {
     }
 }
 
-/// Whether a log whose newest segment is `highest` may have come to `last`. Of one of which nothing stands, there is no telling
-/// where it had come to.
+/// Whether a log whose newest segment is `highest` may have come to `last`. Of one of which nothing
+/// stands, there is no telling where it had come to.
 fn is_near(geometry: Geometry, highest: SegmentId, last: SegmentId) -> bool {
     let from = if highest == SegmentId::NONE { last.minus(geometry.lap()) } else { highest };
     last <= LAST_SANE_ID && last.since(from) <= geometry.lap()
 }
 
-/// Whether the log may have gone on from `highest` to `last`: every slot that it would have written since is damaged,
-/// and none holds what had stood there before.
-fn goes_on(superblock: &Superblock, slots: &[SlotState], highest: SegmentId, last: SegmentId) -> bool {
+/// Whether the log may have gone on from `highest` to `last`: every slot that it would have written
+/// since is damaged, and none holds what had stood there before.
+fn goes_on(
+    superblock: &Superblock,
+    slots: &[SlotState],
+    highest: SegmentId,
+    last: SegmentId,
+) -> bool {
     let geometry = superblock.geometry;
     let from = if highest == SegmentId::NONE { last.minus(geometry.lap()) } else { highest };
-    let damaged =
-        |id| matches!(slots[slot_index(geometry.slot_of(SegmentId(id)))], SlotState::Invalid { .. });
+    let damaged = |id| {
+        matches!(slots[slot_index(geometry.slot_of(SegmentId(id)))], SlotState::Invalid { .. })
+    };
     last > highest && is_near(geometry, highest, last) && (from.next().0..=last.0).all(damaged)
 }
 
-/// Nothing protects the superblock record against rot. What it says counts if it lies within the log, or the log may
-/// have reached so far. [`Way::Stop`] would rather give up what stands than let old data replace newer, so it believes
-/// in a lap of segments that left no trace.
+/// Nothing protects the superblock record against rot. What it says counts if it lies within the
+/// log, or the log may have reached so far. [`Way::Stop`] would rather give up what stands than let
+/// old data replace newer, so it believes in a lap of segments that left no trace.
 fn is_believed(
     superblock: &Superblock,
     slots: &[SlotState],
@@ -373,20 +396,23 @@ fn is_believed(
         // Recovery does.
         None => true,
         Some(Way::Skip) => record <= highest || goes_on(superblock, slots, highest, record),
-        Some(Way::Stop) => record <= highest || traceless || goes_on(superblock, slots, highest, record),
+        Some(Way::Stop) => {
+            record <= highest || traceless || goes_on(superblock, slots, highest, record)
+        }
     }
 }
 
-/// The id of a segment of the base format is not protected, and a wrong one far up would make all others look written
-/// back. The segments of a log stand within a lap of each other; what stands more than a lap above the most of them
-/// counts as damaged.
+/// The id of a segment of the base format is not protected, and a wrong one far up would make all
+/// others look written back. The segments of a log stand within a lap of each other; what stands
+/// more than a lap above the most of them counts as damaged.
 fn without_misnumbered(superblock: &Superblock, slots: &[SlotState]) -> Vec<SlotState> {
     let lap = superblock.geometry.lap();
     let segments = slots.iter().filter_map(|state| valid(state, superblock));
     let mut segments: Vec<_> = segments.filter(|(id, _)| *id <= LAST_SANE_ID).collect();
     segments.sort_unstable_by_key(|&(id, _)| id);
     // The extension's CRC covers the id.
-    let certain = segments.iter().filter(|(_, extension)| extension.is_some()).map(|&(id, _)| id).max();
+    let certain =
+        segments.iter().filter(|(_, extension)| extension.is_some()).map(|&(id, _)| id).max();
     let (mut most, mut top, mut first) = (0, SegmentId::NONE, 0);
     for (nth, &(id, _)) in segments.iter().enumerate() {
         while segments[first].0 <= id.minus(lap) {
@@ -397,7 +423,8 @@ fn without_misnumbered(superblock: &Superblock, slots: &[SlotState]) -> Vec<Slot
             (most, top) = (near, id);
         }
     }
-    let misnumbered = |state: &SlotState| valid(state, superblock).filter(|(id, _)| id.since(top) > lap);
+    let misnumbered =
+        |state: &SlotState| valid(state, superblock).filter(|(id, _)| id.since(top) > lap);
     let damaged = |id| SlotState::invalid(SlotFault::WrongSlot { id, sound: false });
     slots
         .iter()

@@ -2,8 +2,8 @@
 
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, Geometry, Metablock, Place, Reason, SegmentExtension, SegmentHeader, SegmentId,
-    Slot, crc32c, encode_header, to_u64,
+    BLOCK_BYTES, BlockNo, Geometry, Metablock, Place, Reason, SegmentExtension, SegmentHeader,
+    SegmentId, Slot, crc32c, encode_header, to_u64,
 };
 use futures_util::{StreamExt, stream};
 
@@ -21,8 +21,9 @@ pub(super) struct Remains {
 }
 
 impl Remains {
-    /// Looks what is left of segment `id` in its slot. Each block has a CRC, and so has the header. Where only its first sector is
-    /// damaged, the checksum of the base kind proves all or nothing. Nothing can be proved of a segment without the extension.
+    /// Looks what is left of segment `id` in its slot. Each block has a CRC, and so has the header.
+    /// Where only its first sector is damaged, the checksum of the base kind proves all or nothing.
+    /// Nothing can be proved of a segment without the extension.
     pub(super) async fn find(
         device: &Device,
         geometry: Geometry,
@@ -30,14 +31,16 @@ impl Remains {
         digest: Option<u32>,
     ) -> Option<Remains> {
         let (slot, digest) = (geometry.slot_of(id), digest?);
-        let block = device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await.ok()?;
+        let block =
+            device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await.ok()?;
         let header = match SegmentHeader::decode(block.block_at(0)) {
             Ok(header) if header.extension.is_some() => {
                 let is_ours = header.extension.is_some_and(|extension| extension.digest == digest);
                 (is_ours && header.is_whole).then_some(header)
             }
             _ => {
-                let presumed = SegmentHeader::presumed(block.block_at(0)).filter(|it| it.length() > 0)?;
+                let presumed =
+                    SegmentHeader::presumed(block.block_at(0)).filter(|it| it.length() > 0)?;
                 let place = geometry.place_offset(Place { slot, index: 0 });
                 let data = device.read(place, IoBuf::zeroed(presumed.data_bytes())).await.ok()?;
                 let mut presumed = presumed.verify(block.block_at(0), &data).then_some(presumed)?;
@@ -63,8 +66,11 @@ impl Remains {
             let data = device.read(place, IoBuf::zeroed(BLOCK_BYTES)).await;
             data.is_ok_and(|data| entry.crc == Some(crc32c(&data)))
         };
-        let good: Vec<bool> =
-            stream::iter((0..).zip(&header.metablocks)).map(is_good).buffered(DEPTH).collect().await;
+        let good: Vec<bool> = stream::iter((0..).zip(&header.metablocks))
+            .map(is_good)
+            .buffered(DEPTH)
+            .collect()
+            .await;
         let metablocks = header.metablocks;
         good.contains(&true).then_some(Remains { slot, id, extension, metablocks, good })
     }
@@ -72,29 +78,39 @@ impl Remains {
     /// The dirty blocks of which no good version is left.
     pub(super) fn lost(&self) -> Vec<BlockNo> {
         let entries = || self.metablocks.iter().zip(&self.good);
-        let lost = entries().enumerate().filter(|(_, (entry, good))| !**good && !entry.dirty.is_clean());
-        let lost = lost
-            .filter(|(nth, (bad, _))| !entries().skip(*nth).any(|(e, good)| *good && e.block == bad.block));
+        let lost =
+            entries().enumerate().filter(|(_, (entry, good))| !**good && !entry.dirty.is_clean());
+        let lost = lost.filter(|(nth, (bad, _))| {
+            !entries().skip(*nth).any(|(e, good)| *good && e.block == bad.block)
+        });
         lost.map(|(_, (entry, _))| entry.block).collect()
     }
 
     /// How many dirty blocks are good.
     pub(super) fn kept(&self) -> u64 {
-        let kept =
-            self.metablocks.iter().zip(&self.good).filter(|(entry, good)| **good && !entry.dirty.is_clean());
+        let kept = self
+            .metablocks
+            .iter()
+            .zip(&self.good)
+            .filter(|(entry, good)| **good && !entry.dirty.is_clean());
         to_u64(kept.count())
     }
 
-    /// Makes a valid segment of it. The good blocks stay where they are; over each bad one goes a copy of its good
-    /// neighbour, entry and data, which changes nothing of what the log means. The header comes last, so that until
-    /// then the same is left of the segment.
-    pub(super) async fn write(&self, device: &Device, geometry: Geometry) -> Result<(), DeviceError> {
+    /// Makes a valid segment of it. The good blocks stay where they are; over each bad one goes a
+    /// copy of its good neighbour, entry and data, which changes nothing of what the log means. The
+    /// header comes last, so that until then the same is left of the segment.
+    pub(super) async fn write(
+        &self,
+        device: &Device,
+        geometry: Geometry,
+    ) -> Result<(), DeviceError> {
         let length = self.good.iter().rposition(|&good| good).map_or(0, |last| last + 1);
         let mut metablocks = self.metablocks[..length].to_vec();
         let place = |index| geometry.slot_offset(self.slot) + to_u64(BLOCK_BYTES * (1 + index));
         for bad in (0..length).filter(|&index| !self.good[index]) {
             let before = (0..bad).rev().find(|&index| self.good[index]);
-            let Some(twin) = before.or_else(|| (bad..length).find(|&index| self.good[index])) else {
+            let Some(twin) = before.or_else(|| (bad..length).find(|&index| self.good[index]))
+            else {
                 continue;
             };
             metablocks[bad] = self.metablocks[twin];

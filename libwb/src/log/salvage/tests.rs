@@ -1,7 +1,9 @@
 //! Salvage and repair of logs in memory.
 
 use super::*;
-use crate::format::{BLOCK_BYTES, EXTENSION_OFFSETS, SECTOR_BYTES, SEGMENT_BYTES, to_u64, to_usize};
+use crate::format::{
+    BLOCK_BYTES, EXTENSION_OFFSETS, SECTOR_BYTES, SEGMENT_BYTES, to_u64, to_usize,
+};
 use crate::log::evidence::cases_of_evidence;
 use crate::log::live::Beyond;
 use crate::log::recovery::Corruption;
@@ -85,7 +87,10 @@ fn stop_goes_back_to_before_the_damage() {
         let (device, plan) = salvage(&log, Way::Stop);
         assert_eq!(volume(&device.memory.content()), Some(expected(7..=11, &[])), "{extended}");
         assert_eq!(plan.point, SegmentId(11));
-        assert_eq!(lost(&plan).iter().map(|(id, _)| *id).collect::<Vec<_>>(), (12..=20).collect::<Vec<_>>());
+        assert_eq!(
+            lost(&plan).iter().map(|(id, _)| *id).collect::<Vec<_>>(),
+            (12..=20).collect::<Vec<_>>()
+        );
         assert!(plan.summary().dirty_blocks_given_up >= 8 * 3);
     }
 }
@@ -95,7 +100,10 @@ fn stop_with_the_oldest_live_segment_gone_leaves_an_empty_log_that_goes_on() {
     let mut log = Log::new(20, true);
     log.garble(7);
     let (device, plan) = salvage(&log, Way::Stop);
-    assert_eq!((plan.point, volume(&device.memory.content())), (SegmentId(6), Some(BTreeMap::new())));
+    assert_eq!(
+        (plan.point, volume(&device.memory.content())),
+        (SegmentId(6), Some(BTreeMap::new()))
+    );
 }
 
 #[test]
@@ -138,7 +146,10 @@ fn a_record_that_nothing_bears_out_makes_skip_give_up_nothing() {
     let mut log = Log::new(9, false);
     log.record(11);
     let (device, plan) = salvage(&log, Way::Skip);
-    assert_eq!((plan.disbelieved, plan.gives_up()), (Some(SegmentId(11)), "gives up nothing".into()));
+    assert_eq!(
+        (plan.disbelieved, plan.gives_up()),
+        (Some(SegmentId(11)), "gives up nothing".into())
+    );
     assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[])));
     let (device, plan) = salvage(&log, Way::Stop);
     assert_eq!((plan.point, plan.summary().segments_given_up), (SegmentId(11), (1..=9).collect()));
@@ -148,7 +159,11 @@ fn a_record_that_nothing_bears_out_makes_skip_give_up_nothing() {
         log.record(record);
         for way in Way::ALL {
             let (device, _) = salvage(&log, way);
-            assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[])), "{record} {way}");
+            assert_eq!(
+                volume(&device.memory.content()),
+                Some(expected(1..=9, &[])),
+                "{record} {way}"
+            );
         }
     }
 }
@@ -188,7 +203,10 @@ fn slots_that_cannot_be_read_are_written_anew() {
         let mut log = Log::new(6, true);
         log.unreadable(id);
         let (device, plan) = salvage(&log, Way::Skip);
-        assert_eq!(volume(&device.memory.content()), Some(expected((1..=6).filter(|&i| i != id), &[])));
+        assert_eq!(
+            volume(&device.memory.content()),
+            Some(expected((1..=6).filter(|&i| i != id), &[]))
+        );
         assert_eq!(plan.given_up[0].certainty, Certainty::Unknown);
     }
 }
@@ -211,7 +229,10 @@ fn a_log_that_the_kernel_module_continued_past_a_hole_goes_both_ways() {
     hole.put(5, true, 0);
     for way in Way::ALL {
         let device: Device = hole.device();
-        assert!(matches!(read(&device).recovery().corruption[..], [Corruption::WrittenPastHole { .. }]));
+        assert!(matches!(
+            read(&device).recovery().corruption[..],
+            [Corruption::WrittenPastHole { .. }]
+        ));
         let (device, _) = salvage(&hole, way);
         let segments: &[u64] = if way == Way::Skip { &[1, 2, 3, 4, 5, 6] } else { &[1, 2, 3] };
         assert_eq!(volume(&device.memory.content()), Some(expected(segments.iter().copied(), &[])));
@@ -236,7 +257,10 @@ fn the_wrong_backing_device_is_refused_before_anything_is_written() {
     let plan = block_on(read(&device).salvage(&device, Way::Skip)).unwrap().unwrap();
     let small = block_on(plan.check_backing(&device, &facts(800 * 8)));
     assert!(
-        matches!(small, Err(LogError::BeyondBacking { beyond: Beyond { id: SegmentId(8), .. }, .. })),
+        matches!(
+            small,
+            Err(LogError::BeyondBacking { beyond: Beyond { id: SegmentId(8), .. }, .. })
+        ),
         "{small:?}"
     );
 }
@@ -261,7 +285,8 @@ fn a_repair_makes_a_log_whole_and_keeps_its_volume() {
             let before = volume(&log.image).expect("a sound log");
             let recorder = log.device();
             let device: Device = recorder.clone();
-            let plan = block_on(read(&device).repair(&device)).unwrap().expect("something to repair");
+            let plan =
+                block_on(read(&device).repair(&device)).unwrap().expect("something to repair");
             block_on(plan.apply(&device)).unwrap();
             let after = read(&device);
             assert!(block_on(after.repair(&device)).unwrap().is_none());
@@ -279,7 +304,8 @@ fn a_damaged_copy_of_the_superblock_extension_is_restored_from_the_sound_one() {
             let mut log = Log::new(5, true);
             log.image[to_usize(copy) + at] ^= 1;
             let device: Device = log.device();
-            let plan = block_on(read(&device).repair(&device)).unwrap().expect("something to repair");
+            let plan =
+                block_on(read(&device).repair(&device)).unwrap().expect("something to repair");
             block_on(plan.apply(&device)).unwrap();
             let pages = read(&device).superblock.pages;
             let uuids = pages.map(|page| page.expect("a sound copy").uuid);
@@ -362,7 +388,8 @@ fn a_power_cut_at_any_write_and_a_second_attempt_give_the_same_volume() {
             let want = volume(&done.memory.content()).expect("a sound log");
             let writes = done.writes.lock().clone();
             let sectors = in_sectors(&writes);
-            // The same writes survive by several masks, and what is all of one flush is none of the next.
+            // The same writes survive by several masks, and what is all of one flush is none of the
+            // next.
             let mut seen = HashSet::new();
             let mut check = |writes: &[Write], flushes, any, what: &str| {
                 let survivors = survivors(writes, flushes, any);
@@ -397,9 +424,14 @@ fn generation(scanned: &Scanned) -> Option<u64> {
     scanned.superblock.extension().map(|page| page.generation)
 }
 
-/// The volume of a log after it is salvaged, if need be. If it is sound although segments of it are given up, it must not be taken
-/// for an older copy of what it was, of that generation.
-fn after_second_attempt(log: &Log, way: Way, before: Option<u64>, what: &str) -> Option<BTreeMap<u64, u8>> {
+/// The volume of a log after it is salvaged, if need be. If it is sound although segments of it are
+/// given up, it must not be taken for an older copy of what it was, of that generation.
+fn after_second_attempt(
+    log: &Log,
+    way: Way,
+    before: Option<u64>,
+    what: &str,
+) -> Option<BTreeMap<u64, u8>> {
     let device: Device = log.device();
     let now = read(&device);
     if now.is_corrupt() {

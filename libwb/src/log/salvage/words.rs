@@ -37,7 +37,8 @@ pub struct Summary {
 impl Plan {
     /// What is given up.
     pub fn summary(&self) -> Summary {
-        let ids = |wanted: fn(&GivenUp) -> bool| self.ids(wanted).into_iter().map(|id| id.0).collect();
+        let ids =
+            |wanted: fn(&GivenUp) -> bool| self.ids(wanted).into_iter().map(|id| id.0).collect();
         Summary {
             way: self.way,
             recovery_point: self.point.0,
@@ -60,7 +61,11 @@ impl Plan {
         }
         let slots: Vec<_> = self.nameless().map(|lost| lost.slot.to_string()).collect();
         if !slots.is_empty() {
-            what.push(format!("what stands in {} {}", noun(slots.len(), "slot"), shortened(&slots)));
+            what.push(format!(
+                "what stands in {} {}",
+                noun(slots.len(), "slot"),
+                shortened(&slots)
+            ));
         }
         if what.is_empty() {
             return if self.pairs_anew { LOST_PAIRING.into() } else { "gives up nothing".into() };
@@ -106,11 +111,15 @@ impl Plan {
         }
         let mut changes = Vec::new();
         if let Some(record) = self.record {
-            changes.push(format!("the superblock record: segment {} is the last written back", record.id));
+            changes.push(format!(
+                "the superblock record: segment {} is the last written back",
+                record.id
+            ));
         }
-        for (ids, what) in
-            [(&mut kept, "the good blocks alone of"), (&mut emptied, "empty segments in the places of")]
-        {
+        for (ids, what) in [
+            (&mut kept, "the good blocks alone of"),
+            (&mut emptied, "empty segments in the places of"),
+        ] {
             ids.sort_unstable();
             if !ids.is_empty() {
                 changes.push(format!("{what} {}", segments(ids)));
@@ -118,12 +127,17 @@ impl Plan {
         }
         if !self.misleading.is_empty() {
             changes.push(format!(
-                "empty segments in the places of {}, from which the kernel module may take old data for new",
+                "empty segments in the places of {}, from which the kernel module may take old \
+                 data for new",
                 segments(&self.misleading)
             ));
         }
         if !erased.is_empty() {
-            changes.push(format!("zeros over {} {}", noun(erased.len(), "slot"), shortened(&erased)));
+            changes.push(format!(
+                "zeros over {} {}",
+                noun(erased.len(), "slot"),
+                shortened(&erased)
+            ));
         }
         if let Some(id) = self.draft.cut_short {
             changes.push(format!("the header of segment {id}, which ends with the last flush"));
@@ -137,7 +151,10 @@ impl Plan {
                 "a new superblock extension, with a new UUID that fits the segments, {}",
                 paired.map_or_else(
                     || "for any backing device".into(),
-                    |page| format!("paired with a backing device of {} sectors", page.backing_sectors)
+                    |page| format!(
+                        "paired with a backing device of {} sectors",
+                        page.backing_sectors
+                    )
                 )
             ));
         }
@@ -160,26 +177,41 @@ impl Plan {
     }
 
     fn blocks(&self) -> Vec<BlockNo> {
-        let mut blocks: Vec<_> = self.given_up.iter().flat_map(|lost| lost.blocks.iter().copied()).collect();
+        let mut blocks: Vec<_> =
+            self.given_up.iter().flat_map(|lost| lost.blocks.iter().copied()).collect();
         blocks.sort_unstable();
         blocks.dedup();
         blocks
     }
 }
 
-/// What to do about a corrupt log: the ways on and what each gives up, one line each. `option` is how the program is told
-/// to take one.
+/// What to do about a corrupt log: the ways on and what each gives up, one line each. `option` is
+/// how the program is told to take one.
 pub fn ways_on(plans: &[Plan], option: &str) -> Vec<String> {
     let way = |plan: &Plan| {
         let what = match (plan.way?, plan.point) {
-            (Way::Skip, _) => "keeps every valid segment; lost blocks fall back to older versions".into(),
-            (Way::Stop, SegmentId::NONE) => "goes back to an empty log, the last consistent point".into(),
-            (Way::Stop, point) => format!("goes back to segment {point}, the last consistent point"),
+            (Way::Skip, _) => {
+                "keeps every valid segment; lost blocks fall back to older versions".into()
+            }
+            (Way::Stop, SegmentId::NONE) => {
+                "goes back to an empty log, the last consistent point".into()
+            }
+            (Way::Stop, point) => {
+                format!("goes back to segment {point}, the last consistent point")
+            }
         };
         let record = plan.disbelieved.map(|record| {
-            format!(". It does not believe the superblock record ({record}): all that the log holds counts as dirty")
+            format!(
+                ". It does not believe the superblock record ({record}): all that the log holds \
+                 counts as dirty"
+            )
         });
-        Some(format!("{option}={} {what}. It {}{}", plan.way?, plan.gives_up(), record.unwrap_or_default()))
+        Some(format!(
+            "{option}={} {what}. It {}{}",
+            plan.way?,
+            plan.gives_up(),
+            record.unwrap_or_default()
+        ))
     };
     plans.iter().filter_map(way).collect()
 }

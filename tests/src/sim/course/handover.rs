@@ -11,17 +11,21 @@ use libwb::runtime::Runtime;
 use std::sync::Arc;
 
 impl Course<'_> {
-    /// Closes the volume while the cache device fails. If the close says that it has gone well, that must be true.
+    /// Closes the volume while the cache device fails. If the close says that it has gone well,
+    /// that must be true.
     pub(super) fn close_in_trouble(&mut self, volume: Arc<dyn Volume>) -> Result<Life<()>, String> {
         // A close erases segments that the record covers, so from now on the log needs its record.
         self.forgetful = false;
         if self.later.bool() && !self.taste.strict {
             self.discard_meanwhile(&volume);
         }
-        let trouble = closing_trouble(self.runtime().clone(), self.cache.clone(), self.later.fork());
+        let trouble =
+            closing_trouble(self.runtime().clone(), self.cache.clone(), self.later.fork());
         self.runtime().spawn(Box::pin(trouble));
         let began = self.oracle.lock().flush_begins();
-        let Life::Goes(closed) = self.finish("close", volume.close())? else { return Ok(Life::Halted) };
+        let Life::Goes(closed) = self.finish("close", volume.close())? else {
+            return Ok(Life::Halted);
+        };
         self.oracle.lock().flush_ends("close", began, closed.is_ok());
         self.heal();
         if closed.is_err() {
@@ -47,8 +51,8 @@ impl Course<'_> {
         drop(oracle);
         self.verdict()
     }
-    /// After a crash, a repair makes a cache ready for the kernel module, be it after a second attempt. It must show the
-    /// same volume then as we would recover.
+    /// After a crash, a repair makes a cache ready for the kernel module, be it after a second
+    /// attempt. It must show the same volume then as we would recover.
     pub(super) fn repair_a_copy(&mut self) -> Result<(), String> {
         if self.aside.u32(..16) != 0 {
             return Ok(());
@@ -72,9 +76,11 @@ impl Course<'_> {
         match sectors.enumerate().find(|(_, (module, ours))| module != ours) {
             None => Ok(()),
             Some((sector, (module, ours))) => {
-                let [module, ours] = [module, ours].map(|bytes| stamp::decode(bytes, Sector(to_u64(sector))));
+                let [module, ours] =
+                    [module, ours].map(|bytes| stamp::decode(bytes, Sector(to_u64(sector))));
                 let text = format!(
-                    "after a repair, the module shows {module:?} in sector {sector}, and we {ours:?}"
+                    "after a repair, the module shows {module:?} in sector {sector}, and we \
+                     {ours:?}"
                 );
                 Err(self.failed(&text))
             }
@@ -84,9 +90,11 @@ impl Course<'_> {
     /// What we recover from copies of the devices.
     fn recovered_aside(&self, simulation: &Simulation) -> Result<Vec<u8>, String> {
         let copy = |name, content| -> Device { Arc::new(MemDevice::with_content(name, content)) };
-        let devices = [copy("cache", self.cache.content()), copy("backing", self.backing.content())];
+        let devices =
+            [copy("cache", self.cache.content()), copy("backing", self.backing.content())];
         let [cache, backing] = devices;
-        let opening = self.engine.open(cache, backing, Arc::new(simulation.runtime().clone()), self.taste);
+        let opening =
+            self.engine.open(cache, backing, Arc::new(simulation.runtime().clone()), self.taste);
         let reading = async {
             let volume = opening.await?;
             volume.read(Sector(0), IoBuf::zeroed(to_usize(volume.size()))).await

@@ -1,24 +1,27 @@
-//! The unit of what a crash leaves of an acknowledged write: each of its blocks is there whole or not at all, and
-//! none without those before it.
+//! The unit of what a crash leaves of an acknowledged write: each of its blocks is there whole or
+//! not at all, and none without those before it.
 
 use super::{NEVER, Version};
 use crate::sim::stamp::WriteId;
 use libwb::format::SECTORS_PER_BLOCK;
 use std::collections::HashMap;
 
-/// Checks that of each write that was acknowledged, the sectors that show it end where a block does, and no sector
-/// before that end shows anything older. `shown` is what each sector shows, `sectors` what it might show.
+/// Checks that of each write that was acknowledged, the sectors that show it end where a block
+/// does, and no sector before that end shows anything older. `shown` is what each sector shows,
+/// `sectors` what it might show.
 pub(super) fn check(sectors: &[Vec<Version>], shown: &[Version]) -> Result<(), (u64, String)> {
     let mut ends: HashMap<WriteId, u64> = HashMap::new();
     for (sector, version) in (0..).zip(shown) {
-        // Of several discards nobody knows which one shows; and all are durable when they are acknowledged.
+        // Of several discards nobody knows which one shows; and all are durable when they are
+        // acknowledged.
         if is_acknowledged(version) && !version.zeros {
             ends.insert(version.write, (sector / SECTORS_PER_BLOCK + 1) * SECTORS_PER_BLOCK);
         }
     }
     for ((sector, versions), shown) in (0..).zip(sectors).zip(shown) {
         // Any of the discards that might show.
-        let may_show = |version: &&Version| version.write == shown.write || shown.zeros && version.zeros;
+        let may_show =
+            |version: &&Version| version.write == shown.write || shown.zeros && version.zeros;
         let is_cut_off = |lost: &&Version| {
             is_acknowledged(lost)
                 && ends.get(&lost.write).is_some_and(|&end| sector < end)

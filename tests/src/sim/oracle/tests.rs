@@ -5,7 +5,9 @@ const ONE: Sector = Sector(1);
 /// Three sectors that show these writes.
 fn show(writes: [WriteId; 3]) -> Vec<u8> {
     let mut data = vec![0; 3 * SECTOR_BYTES];
-    for (sector, (write, bytes)) in (0..).zip(writes.iter().zip(data.chunks_exact_mut(SECTOR_BYTES))) {
+    for (sector, (write, bytes)) in
+        (0..).zip(writes.iter().zip(data.chunks_exact_mut(SECTOR_BYTES)))
+    {
         stamp::fill(bytes, Sector(sector), *write);
     }
     data
@@ -149,7 +151,11 @@ fn a_failed_write_may_take_effect_or_not() {
 fn garbage_torn_and_misplaced_sectors_are_told_apart() {
     let mut data = show([ZERO; 3]);
     assert_eq!(stamp::decode(&data[..SECTOR_BYTES], Sector(0)), Ok(Content::Of(ZERO)));
-    assert!(stamp::decode(&data[..SECTOR_BYTES], ONE).unwrap_err().contains("holds sector 0 of write 0"));
+    assert!(
+        stamp::decode(&data[..SECTOR_BYTES], ONE)
+            .unwrap_err()
+            .contains("holds sector 0 of write 0")
+    );
     data[SECTOR_BYTES / 2 + 8] = 7;
     assert!(stamp::decode(&data[..SECTOR_BYTES], Sector(0)).unwrap_err().contains("torn"));
     assert_eq!(stamp::decode(&[0; SECTOR_BYTES], Sector(0)), Ok(Content::Zeros));
@@ -183,5 +189,8 @@ fn a_crash_cuts_an_acknowledged_write_between_blocks_alone_and_keeps_the_first_o
     assert!(!may_show(acknowledged, |sector| (9..16).contains(&sector)), "a part of a block");
     assert!(!may_show(acknowledged, |sector| (8..20).contains(&sector)), "without the first block");
     let under_way = |oracle: &mut Oracle| oracle.write_begins(Sector(4), 16);
-    assert!(may_show(under_way, |sector| (9..11).contains(&sector)), "of a write under way, any part");
+    assert!(
+        may_show(under_way, |sector| (9..11).contains(&sector)),
+        "of a write under way, any part"
+    );
 }

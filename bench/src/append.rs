@@ -6,7 +6,7 @@ use crate::report::{Goal, Round, Row, Table};
 use crate::rig;
 use anyhow::Result;
 use fastrand::Rng;
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::device::{Device, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_u64};
 use libwb::reactor::Reactor;
@@ -58,7 +58,7 @@ fn random(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
     let runtime = Arc::new(reactor.handle().clone());
     reactor.block_on(async {
         rig::format(device).await?;
-        let cache = Cache::open(device.clone(), backing, runtime, Tunables::default()).await?;
+        let cache = Cache::open(device.clone(), backing, runtime, OpenOptions::serve()).await?;
         let started = Instant::now();
         let mut random = Rng::with_seed(1);
         let block = [0x5a; BLOCK_BYTES];

@@ -7,7 +7,7 @@ use crate::report::{Goal, Round, Row, Table};
 use crate::watched::Watched;
 use crate::{Options, rig};
 use anyhow::{Context, Result};
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, OpenOptions, Tunables};
 use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::Reactor;
@@ -85,7 +85,9 @@ fn attach(options: &Options) -> Result<Attached> {
         let watched = Arc::new(Watched::new(device));
         let before = resident_bytes()?;
         let started = Instant::now();
-        let cache = Cache::open(watched.clone(), backing, runtime, tunables).await?;
+        let cache =
+            Cache::open(watched.clone(), backing, runtime, OpenOptions::serve().tunables(tunables))
+                .await?;
         let seconds = started.elapsed().as_secs_f64();
         cache.pause();
         let read = mib(watched.read_bytes());

@@ -9,7 +9,7 @@ use async_task::Runnable;
 use fastrand::Rng;
 use futures_lite::future::{poll_once, yield_now};
 use futures_util::future::BoxFuture;
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::device::{Device, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_u64};
 use libwb::runtime::Runtime;
@@ -96,7 +96,7 @@ fn engine(source: &[u8], writes: u64, log: Log) -> Result<f64> {
     let runtime = here.clone();
     here.block_on(async move {
         rig::format(&cache).await?;
-        let cache = Cache::open(cache, backing, runtime, Tunables::default()).await?;
+        let cache = Cache::open(cache, backing, runtime, OpenOptions::serve()).await?;
         let mut random = Rng::with_seed(1);
         let started = processor_time();
         for _ in 0..writes {

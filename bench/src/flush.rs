@@ -7,7 +7,7 @@ use crate::rig;
 use anyhow::Result;
 use fastrand::Rng;
 use futures_util::future::try_join_all;
-use libwb::cache::{Cache, Status, Tunables};
+use libwb::cache::{Cache, OpenOptions, Status};
 use libwb::device::{Device, IoBuf, MemDevice, SharedBuf};
 use libwb::format::{BLOCK_BYTES, BlockNo, PLACES, SEGMENT_BYTES, to_u64};
 use libwb::reactor::Reactor;
@@ -118,7 +118,7 @@ async fn engine(reactor: &Reactor, device: &Device, depth: u64, length: Duration
     let backing = Arc::new(MemDevice::new("backing", VOLUME_BYTES));
     rig::format(device).await?;
     let runtime = Arc::new(reactor.handle().clone());
-    let cache = Cache::open(device.clone(), backing, runtime, Tunables::default()).await?;
+    let cache = Cache::open(device.clone(), backing, runtime, OpenOptions::serve()).await?;
     let before = cache.status();
     let data = [0x5a; BLOCK_BYTES];
     let once = async |nth| {

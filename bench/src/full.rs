@@ -8,7 +8,7 @@ use crate::virtual_time::VirtualTime;
 use crate::watched::Watched;
 use anyhow::{Context, Result};
 use futures_util::future::try_join_all;
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::device::{Device, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_u64, to_usize};
 use libwb::runtime::Runtime;
@@ -56,7 +56,7 @@ pub(crate) fn measure(_options: &Options) -> Result<Vec<Table>> {
     let seen = Seen::default();
     let run = async {
         rig::format(&cache).await?;
-        let cache = Cache::open(cache, backing, runtime, Tunables::default()).await?;
+        let cache = Cache::open(cache, backing, runtime, OpenOptions::serve()).await?;
         try_join_all((0..WRITERS).map(|_| writer(&cache, &seen, &time))).await?;
         let took = seen.full_since.get().map(|since| time.now() - since).unwrap_or_default();
         cache.close().await?;

@@ -6,7 +6,7 @@ use crate::memory::{Memory, Plain};
 use crate::report::{Goal, Round, Row, Table};
 use crate::{Options, rig};
 use anyhow::Result;
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::device::{Device, MemDevice};
 use libwb::format::to_usize;
 use libwb::reactor::Reactor;
@@ -79,7 +79,7 @@ fn compare(
     let cache = reactor.block_on(async {
         rig::format(&device).await?;
         let runtime = Arc::new(reactor.handle().clone());
-        anyhow::Ok(Cache::open(device, backing, runtime, Tunables::default()).await?)
+        anyhow::Ok(Cache::open(device, backing, runtime, OpenOptions::serve()).await?)
     })?;
     let baseline = serve(baseline, reactor)?;
     let cached = match serve(cache.clone(), reactor) {

@@ -10,7 +10,7 @@ use crate::virtual_time::VirtualTime;
 use anyhow::{Context, Result};
 use fastrand::Rng;
 use futures_util::{StreamExt, stream};
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, PLACES, SEGMENT_BYTES, to_u64, to_usize};
 use libwb::runtime::Runtime;
@@ -62,7 +62,7 @@ fn engine(writes: &[BlockNo]) -> Result<f64> {
     let device: Device = Arc::new(MemDevice::new("cache", LOG_BYTES));
     let run = async {
         rig::format(&device).await?;
-        let cache = Cache::open(device, Arc::new(disk), runtime, Tunables::default()).await?;
+        let cache = Cache::open(device, Arc::new(disk), runtime, OpenOptions::serve()).await?;
         cache.pause();
         let data = [0x5a; BLOCK_BYTES];
         for block in writes {

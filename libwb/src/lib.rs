@@ -12,11 +12,11 @@ pub mod control;
 pub mod device;
 pub mod format;
 pub mod log;
-#[cfg(not(feature = "sim"))]
-mod planted;
-#[cfg(feature = "sim")]
-pub mod planted;
 pub mod reactor;
+#[cfg(not(feature = "sim"))]
+mod rules;
+#[cfg(feature = "sim")]
+pub mod rules;
 pub mod runtime;
 pub mod serve;
 mod sys;

@@ -2,7 +2,7 @@
 
 use crate::recipe::VOLUME_BYTES;
 use crate::{cache_bytes, noise};
-use libwb::cache::{Cache, Tunables, WritebackOrder};
+use libwb::cache::{Cache, OpenOptions, Tunables, WritebackOrder};
 use libwb::device::sim::Simulation;
 use libwb::device::{Device, MemDevice};
 use libwb::format::{SECTOR_BYTES, Sector, SuperblockExtension, to_usize};
@@ -73,8 +73,13 @@ impl Course {
     fn open(&self, order: WritebackOrder) -> Cache {
         let runtime = Arc::new(self.simulation.runtime().clone());
         let tunables = Tunables { writeback_order: order, ..Tunables::default() };
-        self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, tunables))
-            .expect("a cache")
+        self.run(Cache::open(
+            self.cache.clone(),
+            self.backing.clone(),
+            runtime,
+            OpenOptions::serve().tunables(tunables),
+        ))
+        .expect("a cache")
     }
 
     fn write(&self, cache: &Cache, sector: u64, sectors: u64) {

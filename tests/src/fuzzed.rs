@@ -3,7 +3,7 @@
 use crate::recipe::{Recipe, VOLUME_BYTES};
 use crate::rot::{Outcome, Subject};
 use futures_lite::future::block_on;
-use libwb::cache::{Cache, CacheError, Tunables};
+use libwb::cache::{Cache, CacheError, OpenOptions};
 use libwb::control::{Reply, Request, answer};
 use libwb::device::sim::Simulation;
 use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
@@ -156,7 +156,7 @@ impl Rig {
             self.cache.clone(),
             self.backing.clone(),
             runtime,
-            Tunables::default(),
+            OpenOptions::serve(),
         ))
     }
 

@@ -3,7 +3,7 @@
 
 use crate::crashed::{CRASHED, Crashed};
 use crate::{GOLDEN, cache_bytes, golden_bytes, noise};
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::device::sim::Simulation;
 use libwb::device::{Device, MemDevice};
 use libwb::format::{
@@ -251,7 +251,7 @@ fn written_by_wb(extended: bool, closed: Option<bool>) -> Vec<u8> {
         create(&device, extension.as_ref(), |_| ()).await.expect("a cache");
         let Some(closed) = closed else { return };
         let cache =
-            Cache::open(device, backing, runtime, Tunables::default()).await.expect("a cache");
+            Cache::open(device, backing, runtime, OpenOptions::serve()).await.expect("a cache");
         // Blocks written whole and in part, over and over, for more than a lap.
         for round in 0..9 {
             for nth in 0..20 {

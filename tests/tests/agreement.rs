@@ -6,7 +6,7 @@
 //! read.
 
 use futures_lite::future::block_on;
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::device::sim::Simulation;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, Place, SegmentHeader, Slot, crc32c, to_usize};
@@ -130,7 +130,7 @@ fn attached(image: &[u8], outlook: Option<&Outlook>) -> Option<Attached> {
     let runtime = Arc::new(simulation.runtime().clone());
     let work = async {
         let cache =
-            Cache::open(device(image), backing(), runtime, Tunables::default()).await.ok()?;
+            Cache::open(device(image), backing(), runtime, OpenOptions::serve()).await.ok()?;
         cache.pause();
         let status = cache.status();
         let mut unreadable = Vec::new();

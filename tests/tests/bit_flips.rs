@@ -3,7 +3,7 @@
 //! then only the newest commit of the newest segment is lost, of which nothing says that it was
 //! durable.
 
-use libwb::cache::{Cache, Purpose, Tunables};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::device::sim::Simulation;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{
@@ -203,15 +203,8 @@ fn served_by_engine(
     let backing: Device = Arc::new(MemDevice::with_content("backing", backing.to_vec()));
     let runtime = Arc::new(simulation.runtime().clone());
     let work = async {
-        let cache = Cache::open_for(
-            cache.clone(),
-            backing,
-            runtime,
-            Tunables::default(),
-            Purpose::read_only(),
-        )
-        .await
-        .ok()?;
+        let cache =
+            Cache::open(cache.clone(), backing, runtime, OpenOptions::read_only()).await.ok()?;
         let mut served = Vec::new();
         for block in blocks {
             let read = cache.read(block.sector(), IoBuf::zeroed(BLOCK_BYTES)).await;

@@ -1,7 +1,7 @@
 //! Scripts on small caches that crash at every moment, in every way.
 
 use libwb::cache::WriteMode;
-use libwb::planted::Bug;
+use libwb::rules::Rule;
 use std::sync::Arc;
 use wb_tests::sim::exhaustive::Step::{
     self, Batch, Caching, Cut, Discard, DiscardBehind, Drain, Flush, FlushBehind, Mode, Read,
@@ -412,31 +412,31 @@ fn gaps() {
     everywhere("gaps", &[5, 8], GAPS);
 }
 
-/// Planted bugs show, to prove that the crashes are what they are meant to be.
+/// Rules bugs show, to prove that the crashes are what they are meant to be.
 #[test]
 fn planted_bugs_show() {
     let cases = [
-        (Bug::FlushAcknowledgedEarly, "laps", 3, LAPS),
-        (Bug::BackingNotFlushed, "drains", 3, DRAINS),
-        (Bug::MergeDropsOldSectors, "merges", 5, MERGES),
-        (Bug::RecordNotDurable, "full", 3, FULL),
-        (Bug::CommitOverUndurable, "commits", 5, COMMITS),
-        (Bug::CommittedOverwritten, "commits", 5, COMMITS),
-        (Bug::OpenEndLeft, "commits", 5, COMMITS),
-        (Bug::UnclaimedTrusted, "commits", 5, COMMITS),
-        (Bug::WrittenOverGap, "gaps", 8, GAPS),
-        (Bug::LossWindowIgnored, "gaps", 8, GAPS),
-        (Bug::DurableClaimedEarly, "gaps", 8, GAPS),
-        (Bug::GapSkipped, "gaps", 8, GAPS),
-        (Bug::DroppedNotErased, "gaps", 8, GAPS),
-        (Bug::DiscardNotFlushed, "discards", 5, DISCARDS),
-        (Bug::DiscardLeavesDirty, "discards", 5, DISCARDS),
-        (Bug::FenceIgnored, "fences", 5, FENCES),
-        (Bug::DirectOverLogged, "around", 5, AROUND),
-        (Bug::DirectNotFlushed, "around", 5, AROUND),
-        (Bug::DirectAheadOfLog, "around", 5, AROUND),
-        (Bug::DirectLeavesCached, "around", 5, AROUND),
-        (Bug::DurableSupersedes, "batches", 8, BATCHES),
+        (Rule::FlushWaitsForDevice, "laps", 3, LAPS),
+        (Rule::BackingFlushedBeforeRecord, "drains", 3, DRAINS),
+        (Rule::MergeKeepsOldSectors, "merges", 5, MERGES),
+        (Rule::RecordMadeDurable, "full", 3, FULL),
+        (Rule::CommitReplacedOnlyWhenDurable, "commits", 5, COMMITS),
+        (Rule::CommittedNeverOverwritten, "commits", 5, COMMITS),
+        (Rule::OpenEndClosed, "commits", 5, COMMITS),
+        (Rule::UnclaimedReadWhole, "commits", 5, COMMITS),
+        (Rule::WrittenWithoutGap, "gaps", 8, GAPS),
+        (Rule::LossWindowKept, "gaps", 8, GAPS),
+        (Rule::OnlyDurableClaimed, "gaps", 8, GAPS),
+        (Rule::RecoveryStopsAtGap, "gaps", 8, GAPS),
+        (Rule::DroppedErased, "gaps", 8, GAPS),
+        (Rule::DiscardFlushed, "discards", 5, DISCARDS),
+        (Rule::DiscardCoversDirty, "discards", 5, DISCARDS),
+        (Rule::RangeLocksRespected, "fences", 5, FENCES),
+        (Rule::LoggedStaysInLog, "around", 5, AROUND),
+        (Rule::WriteAroundFlushed, "around", 5, AROUND),
+        (Rule::WriteAroundAfterLogFlush, "around", 5, AROUND),
+        (Rule::WriteAroundDropsCached, "around", 5, AROUND),
+        (Rule::OlderWrittenThoughNewerDurable, "batches", 8, BATCHES),
     ];
     for (bug, name, segments, steps) in cases {
         let engine: Arc<dyn Engine> = Arc::new(WriteCache::with(bug));

@@ -2,7 +2,7 @@
 //! written around the log, does not come back when the kernel module gets the cache, and what
 //! cannot be emptied keeps nothing else waiting.
 
-use libwb::cache::{Cache, CacheError, Tunables, WriteMode};
+use libwb::cache::{Cache, CacheError, OpenOptions, Tunables, WriteMode};
 use libwb::device::sim::{Crash, Faults, SimDevice, Simulation};
 use libwb::device::{BlockDevice, Device, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
 use libwb::format::{
@@ -13,7 +13,7 @@ use libwb::log::Use;
 use libwb::log::create::create;
 use libwb::log::salvage::Scanned;
 use libwb::log::scan::read_superblock;
-use libwb::planted::{Bug, Planted};
+use libwb::rules::{Rule, Rules};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 use std::future::Future;
@@ -102,11 +102,11 @@ struct Rig {
     simulation: Simulation,
     cache: Arc<BadPlaces>,
     backing: Arc<SimDevice>,
-    planted: Planted,
+    planted: Rules,
 }
 
 impl Rig {
-    fn new(extended: bool, seed: u64, planted: Planted) -> Rig {
+    fn new(extended: bool, seed: u64, planted: Rules) -> Rig {
         let simulation = Simulation::new(seed);
         let device = |name, bytes| SimDevice::new(simulation.runtime(), name, vec![0; bytes], 512);
         let cache = device("cache", to_usize(SUPERBLOCK_REGION_BYTES) + SEGMENTS * SEGMENT_BYTES);
@@ -130,12 +130,11 @@ impl Rig {
     fn open(&self) -> Cache {
         let runtime = Arc::new(self.simulation.runtime().clone());
         let tunables = Tunables { writeback_threshold: 0, ..Tunables::default() };
-        let opening = Cache::open_planted(
+        let opening = Cache::open(
             self.cache(),
             self.backing.clone(),
             runtime,
-            tunables,
-            self.planted,
+            OpenOptions::serve().tunables(tunables).rules(self.planted),
         );
         self.run(opening).expect("a sound cache")
     }
@@ -187,7 +186,7 @@ impl Rig {
 }
 
 /// The header of a segment cannot be read when a block of it is discarded.
-fn discards_what_cannot_be_read(planted: Planted, extended: bool, seed: u64) -> Result<(), String> {
+fn discards_what_cannot_be_read(planted: Rules, extended: bool, seed: u64) -> Result<(), String> {
     let rig = Rig::new(extended, seed, planted);
     let cache = rig.open();
     rig.write_back(&cache, 0..2, 1);
@@ -202,7 +201,7 @@ fn discards_what_cannot_be_read(planted: Planted, extended: bool, seed: u64) -> 
 }
 
 /// A discard fails in the midst of the write that empties a segment, and is tried again.
-fn discards_again(planted: Planted, extended: bool, seed: u64) -> Result<(), String> {
+fn discards_again(planted: Rules, extended: bool, seed: u64) -> Result<(), String> {
     let mut rig = Rig::new(extended, seed, planted);
     let cache = rig.open();
     rig.write_back(&cache, 0..2, 1);
@@ -221,10 +220,10 @@ fn discards_again(planted: Planted, extended: bool, seed: u64) -> Result<(), Str
     }
 }
 
-type Course = fn(Planted, bool, u64) -> Result<(), String>;
+type Course = fn(Rules, bool, u64) -> Result<(), String>;
 
 /// The first failure, of seeds with and without the extension.
-fn failure(course: Course, planted: Planted) -> Option<String> {
+fn failure(course: Course, planted: Rules) -> Option<String> {
     let all = (0..SEEDS).flat_map(|seed| [false, true].map(|extended| (extended, seed)));
     let judge = |(extended, seed)| {
         let failed = course(planted, extended, seed).err()?;
@@ -235,13 +234,13 @@ fn failure(course: Course, planted: Planted) -> Option<String> {
 
 #[test]
 fn what_is_discarded_does_not_come_back_whatever_fails_meanwhile() {
-    let courses: [(Course, Bug); 2] = [
-        (discards_what_cannot_be_read, Bug::UnreadableLeft),
-        (discards_again, Bug::HalfEmptiedTrusted),
+    let courses: [(Course, Rule); 2] = [
+        (discards_what_cannot_be_read, Rule::UnreadableEmptied),
+        (discards_again, Rule::EmptiedOnlyWhenFlushed),
     ];
     for (course, bug) in courses {
-        assert_eq!(failure(course, Planted::default()), None);
-        let text = failure(course, Planted::new(bug));
+        assert_eq!(failure(course, Rules::default()), None);
+        let text = failure(course, Rules::breaking(bug));
         assert!(
             text.as_ref().is_some_and(|text| text.contains("the module shows")),
             "{bug:?}: {text:?}"
@@ -251,7 +250,7 @@ fn what_is_discarded_does_not_come_back_whatever_fails_meanwhile() {
 
 #[test]
 fn while_a_header_cannot_be_written_discards_of_other_blocks_go_on_and_a_close_says_it() {
-    let mut rig = Rig::new(true, 1, Planted::default());
+    let mut rig = Rig::new(true, 1, Rules::default());
     let cache = rig.open();
     rig.write_back(&cache, 0..3, 1);
     rig.run(cache.close()).unwrap();
@@ -298,7 +297,7 @@ fn while_a_header_cannot_be_written_discards_of_other_blocks_go_on_and_a_close_s
 #[test]
 fn a_close_empties_what_it_cannot_read() {
     for extended in [false, true] {
-        let rig = Rig::new(extended, 1, Planted::default());
+        let rig = Rig::new(extended, 1, Rules::default());
         let cache = rig.open();
         rig.write_back(&cache, 0..1, 1);
         rig.run(cache.write(Sector(0), &[2; 512])).unwrap();
@@ -317,7 +316,7 @@ fn a_close_empties_what_it_cannot_read() {
 #[test]
 fn the_newest_segment_is_never_written_without_reading_it() {
     for extended in [false, true] {
-        let mut rig = Rig::new(extended, 1, Planted::default());
+        let mut rig = Rig::new(extended, 1, Rules::default());
         let cache = rig.open();
         rig.write_back(&cache, 0..1, 1);
         rig.cache.bad.lock().reads = header(0);
@@ -337,7 +336,7 @@ fn the_newest_segment_is_never_written_without_reading_it() {
 /// ones: of block 0 a whole and a partial one that are written back; of block 1 the same, in one
 /// segment, and partial ones that are not written back.
 fn crashed(extended: bool) -> Rig {
-    let mut rig = Rig::new(extended, 1, Planted::default());
+    let mut rig = Rig::new(extended, 1, Rules::default());
     let cache = rig.open();
     let write = |sector, sectors: usize, fill| {
         let data = vec![fill; sectors * SECTOR_BYTES];

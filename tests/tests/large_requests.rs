@@ -1,6 +1,6 @@
 //! Large requests are not chopped: what lies in one piece is moved in one piece.
 
-use libwb::cache::{Cache, Tunables};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::device::{BlockDevice, Device, IoBuf, IoFuture, MemDevice, SharedBuf};
 use libwb::format::{
     BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, encode_superblock_block, to_u64,
@@ -88,8 +88,9 @@ fn a_large_request_is_one_write_or_read_for_each_piece_that_it_lies_in() {
     let backing = Noted::new(MemDevice::new("backing", to_u64(2 * REQUEST_BYTES)));
     let (cache, backing_device): (Device, Device) = (cache_device.clone(), backing.clone());
     let runtime = Arc::new(reactor.handle().clone());
-    let cache =
-        reactor.block_on(Cache::open(cache, backing_device, runtime, Tunables::default())).unwrap();
+    let cache = reactor
+        .block_on(Cache::open(cache, backing_device, runtime, OpenOptions::serve()))
+        .unwrap();
     cache.pause();
     let data: Vec<u8> = (0..=250u8).cycle().flat_map(|of| [of; 512]).take(REQUEST_BYTES).collect();
     cache_device.take(0);

@@ -6,7 +6,7 @@
 //! `UnreadableLeft` and `HalfEmptiedTrusted` need a device that fails in the midst of a discard:
 //! `handover.rs`. Those of blocks that cannot be written back are in `stuck.rs`.
 
-use libwb::planted::Bug;
+use libwb::rules::Rule;
 use std::panic::catch_unwind;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use wb_tests::sim::real::WriteCache;
@@ -15,43 +15,43 @@ use wb_tests::sim::run;
 /// Where each bug is looked for: the first seed, and how many may be needed from there. Where the
 /// first one that shows it is far from 0, the search begins shortly before. A change of the engine
 /// changes what each seed comes to, so that there is room for more.
-const SEEDS_NEEDED: &[(Bug, u64, u64)] = &[
-    (Bug::FlushAcknowledgedEarly, 0, 100),
-    (Bug::BackingNotFlushed, 0, 20),
-    (Bug::MergeDropsOldSectors, 0, 20),
-    (Bug::PinsIgnored, 50, 300),
-    (Bug::VolatileWrittenBack, 250, 500),
-    (Bug::SupersededLeftOut, 0, 100),
-    (Bug::DurableSupersedes, 0, 200),
-    (Bug::GapSkipped, 50, 500),
-    (Bug::LossWindowIgnored, 0, 200),
-    (Bug::WrittenOverGap, 0, 300),
-    (Bug::RotServed, 0, 200),
-    (Bug::CommittedOverwritten, 0, 100),
-    (Bug::CommitCountedLate, 0, 1000),
-    (Bug::OpenEndLeft, 0, 500),
-    (Bug::CutShortIgnored, 800, 1000),
-    (Bug::UnclaimedTrusted, 0, 500),
-    (Bug::DurableClaimedEarly, 200, 800),
-    (Bug::DiscardNotFlushed, 0, 200),
-    (Bug::DiscardLeavesDirty, 0, 100),
-    (Bug::DiscardAheadOfLog, 0, 200),
-    (Bug::DiscardOutlivesSlot, 0, 500),
-    (Bug::DirectOverLogged, 0, 500),
-    (Bug::DirectNotFlushed, 0, 500),
-    (Bug::DirectAheadOfLog, 300, 1000),
-    (Bug::DirectLeavesCached, 0, 500),
-    (Bug::CellOutlivesDirect, 700, 2000),
-    (Bug::CellOutlivesWrite, 0, 500),
-    (Bug::CellOutlivesDiscard, 300, 1500),
-    (Bug::EpochsMixed, 600, 800),
-    (Bug::FailedFlushForgiven, 100, 800),
-    (Bug::RotForgiven, 0, 50),
+const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
+    (Rule::FlushWaitsForDevice, 0, 100),
+    (Rule::BackingFlushedBeforeRecord, 0, 20),
+    (Rule::MergeKeepsOldSectors, 0, 20),
+    (Rule::PinsRespected, 50, 300),
+    (Rule::OnlyDurableWrittenBack, 250, 500),
+    (Rule::OlderWrittenUnlessNewerInBatch, 0, 100),
+    (Rule::OlderWrittenThoughNewerDurable, 0, 200),
+    (Rule::RecoveryStopsAtGap, 50, 500),
+    (Rule::LossWindowKept, 0, 200),
+    (Rule::WrittenWithoutGap, 0, 300),
+    (Rule::ReadsVerified, 0, 200),
+    (Rule::CommittedNeverOverwritten, 0, 100),
+    (Rule::DurableAsOfFlushStart, 0, 1000),
+    (Rule::OpenEndClosed, 0, 500),
+    (Rule::RecoveryStopsAtCutShort, 800, 1000),
+    (Rule::UnclaimedReadWhole, 0, 500),
+    (Rule::OnlyDurableClaimed, 200, 800),
+    (Rule::DiscardFlushed, 0, 200),
+    (Rule::DiscardCoversDirty, 0, 100),
+    (Rule::DiscardAfterLogFlush, 0, 200),
+    (Rule::DiscardMarkEndsWithSlot, 0, 500),
+    (Rule::LoggedStaysInLog, 0, 500),
+    (Rule::WriteAroundFlushed, 0, 500),
+    (Rule::WriteAroundAfterLogFlush, 300, 1000),
+    (Rule::WriteAroundDropsCached, 0, 500),
+    (Rule::WriteAroundCancelsAdmission, 700, 2000),
+    (Rule::WriteCancelsAdmission, 0, 500),
+    (Rule::DiscardCancelsAdmission, 300, 1500),
+    (Rule::OneEpochPerBatch, 600, 800),
+    (Rule::FailedFlushFinal, 100, 800),
+    (Rule::RotIsNoPowerCut, 0, 50),
 ];
 
 /// What the simulator says of a seed, if it finds fault with it. An assertion in the engine counts
 /// as well.
-fn verdict(bug: Bug, seed: u64) -> Option<String> {
+fn verdict(bug: Rule, seed: u64) -> Option<String> {
     match catch_unwind(|| run(&WriteCache::with(bug), seed)) {
         Ok(result) => {
             result.err().map(|failure| failure.text.lines().next().unwrap_or_default().to_string())
@@ -61,7 +61,7 @@ fn verdict(bug: Bug, seed: u64) -> Option<String> {
 }
 
 /// Looks for a bug; returns a line for the table, and whether it was found.
-fn look_for(&(bug, first, seeds): &(Bug, u64, u64)) -> (String, bool) {
+fn look_for(&(bug, first, seeds): &(Rule, u64, u64)) -> (String, bool) {
     let found = (first..first + seeds).find_map(|seed| verdict(bug, seed).map(|text| (seed, text)));
     let line = match &found {
         Some((seed, text)) => {

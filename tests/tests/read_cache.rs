@@ -8,7 +8,7 @@ use libwb::format::{
     BLOCK_BYTES, SECTOR_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
     encode_superblock_block, to_u64, to_usize,
 };
-use libwb::planted::{Bug, Planted};
+use libwb::rules::{Rule, Rules};
 use libwb::runtime::Runtime;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -40,10 +40,10 @@ struct Rig {
 
 impl Rig {
     fn new(segments: u64, blocks: u64, tunables: Tunables) -> Rig {
-        Rig::planted(segments, blocks, tunables, Planted::default())
+        Rig::planted(segments, blocks, tunables, Rules::default())
     }
 
-    fn planted(segments: u64, blocks: u64, tunables: Tunables, planted: Planted) -> Rig {
+    fn planted(segments: u64, blocks: u64, tunables: Tunables, planted: Rules) -> Rig {
         let simulation = Simulation::new(1);
         let runtime = simulation.runtime().clone();
         let mut log =
@@ -54,8 +54,12 @@ impl Rig {
         let cache_device = Arc::new(SimDevice::new(&runtime, "cache", log, 512));
         let backing = Arc::new(SimDevice::new(&runtime, "backing", content, 512));
         let devices = (cache_device.clone(), backing.clone());
-        let opening =
-            Cache::open_planted(devices.0, devices.1, Arc::new(runtime), tunables, planted);
+        let opening = Cache::open(
+            devices.0,
+            devices.1,
+            Arc::new(runtime),
+            OpenOptions::serve().tunables(tunables).rules(planted),
+        );
         let cache = simulation.block_on(opening).expect("an end").expect("a fresh cache");
         let shows = vec![OLD; to_usize(blocks * BLOCK)];
         Rig { simulation, cache_device, backing, cache, shows }
@@ -298,7 +302,7 @@ fn a_sequence_beyond_the_threshold_is_not_cached_and_parts_of_blocks_are_not() {
 }
 
 /// What is on its way into the cache, or there, when it becomes old.
-fn becomes_old(planted: Planted) {
+fn becomes_old(planted: Rules) {
     let cells = 4;
     for discards in [false, true] {
         for is_injected in [false, true] {
@@ -333,9 +337,9 @@ fn becomes_old(planted: Planted) {
 
 #[test]
 fn what_is_written_or_discarded_is_not_served_as_it_was_read() {
-    becomes_old(Planted::default());
-    for bug in [Bug::CellOutlivesWrite, Bug::CellOutlivesDiscard] {
-        let shows = catch_unwind(AssertUnwindSafe(|| becomes_old(Planted::new(bug)))).is_err();
+    becomes_old(Rules::default());
+    for bug in [Rule::WriteCancelsAdmission, Rule::DiscardCancelsAdmission] {
+        let shows = catch_unwind(AssertUnwindSafe(|| becomes_old(Rules::breaking(bug)))).is_err();
         assert!(shows, "{bug:?} goes unnoticed");
     }
 }

@@ -4,7 +4,7 @@
 
 use fastrand::Rng;
 use futures_lite::future::block_on;
-use libwb::cache::{Cache, CacheError, Purpose, Tunables};
+use libwb::cache::{Cache, CacheError, OpenOptions};
 use libwb::device::sim::{SimDevice, Simulation};
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{
@@ -144,8 +144,7 @@ fn made_by_libwb(cache: &[u8], backing: &[u8]) -> Value {
         let simulation = Simulation::new(1);
         let backing = Arc::new(MemDevice::with_content("backing", backing.to_vec()));
         let runtime = Arc::new(simulation.runtime().clone());
-        let opening =
-            Cache::open_for(device, backing, runtime, Tunables::default(), Purpose::read_only());
+        let opening = Cache::open(device, backing, runtime, OpenOptions::read_only());
         match simulation.block_on(opening).expect("an end") {
             Err(CacheError::Log(_)) => found["refused"] = true.into(),
             Err(CacheError::Device(_)) => found["unreadable"] = "at open".into(),

@@ -3,7 +3,7 @@
 //! `WB_SIM_SEED` chooses the seed of `one_seed`; `WB_SIM_FIRST_SEED` and `WB_SIM_SEEDS` those of
 //! `many_seeds`.
 
-use libwb::cache::{Cache, Purpose, Tunables};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::device::sim::{Crash, SimDevice, Simulation};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{
@@ -146,7 +146,7 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
         .block_on(async {
             let (cache, backing): (Device, Device) = (cache.clone(), backing.clone());
             create(&cache, None, |_| ()).await.expect("an empty cache");
-            let cache = Cache::open(cache, backing, runtime.clone(), Tunables::default())
+            let cache = Cache::open(cache, backing, runtime.clone(), OpenOptions::serve())
                 .await
                 .expect("open");
             cache.pause();
@@ -163,9 +163,8 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
     simulation
         .block_on(async {
             let (cache, backing): (Device, Device) = (cache.clone(), backing.clone());
-            let purpose = Purpose::replay_until(SegmentId(2));
-            let opening =
-                Cache::open_for(cache, backing, runtime.clone(), Tunables::default(), purpose);
+            let purpose = OpenOptions::replay_until(SegmentId(2));
+            let opening = Cache::open(cache, backing, runtime.clone(), purpose);
             let cache = opening.await.expect("open");
             cache.drain().await.expect("written back");
         })
@@ -176,7 +175,7 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
         .map(|(name, before)| device(name, before.snapshot().image(|_, _| false)));
     let volume = simulation.block_on(async {
         let cache =
-            Cache::open(cache, backing, runtime.clone(), Tunables::default()).await.expect("open");
+            Cache::open(cache, backing, runtime.clone(), OpenOptions::serve()).await.expect("open");
         cache.read(Sector(0), IoBuf::zeroed(BLOCK_BYTES * PLACES as usize)).await.expect("read")
     });
     let volume = volume.expect("no crash");

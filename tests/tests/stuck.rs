@@ -3,11 +3,11 @@
 //! laps, and power cuts change nothing of that.
 
 use byteorder::{ByteOrder, LittleEndian};
-use libwb::cache::{Cache, CacheError, Tunables};
+use libwb::cache::{Cache, CacheError, OpenOptions};
 use libwb::device::sim::{Crash, SimDevice, Simulation};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_u64, to_usize};
-use libwb::planted::{Bug, Planted};
+use libwb::rules::{Rule, Rules};
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::sync::Arc;
@@ -34,7 +34,7 @@ fn version_of(data: &[u8]) -> u64 {
 
 struct Rig {
     simulation: Simulation,
-    planted: Planted,
+    planted: Rules,
     cache: Arc<SimDevice>,
     backing: Arc<SimDevice>,
     /// The version of each block that must survive, and the newest.
@@ -49,7 +49,7 @@ struct Rig {
 struct Cut;
 
 impl Rig {
-    fn new(seed: u64, planted: Planted) -> Rig {
+    fn new(seed: u64, planted: Rules) -> Rig {
         let simulation = Simulation::new(seed);
         let cache = SimDevice::new(simulation.runtime(), "cache", fresh_cache(SEGMENTS, true), 512);
         let backing =
@@ -73,8 +73,7 @@ impl Rig {
     fn open(&self) -> Result<Cache, Cut> {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
         let runtime = Arc::new(self.simulation.runtime().clone());
-        let opened =
-            Cache::open_planted(cache, backing, runtime, Tunables::default(), self.planted);
+        let opened = Cache::open(cache, backing, runtime, OpenOptions::serve().rules(self.planted));
         self.finish(opened).map(|opened| opened.expect("a sound cache"))
     }
 
@@ -210,7 +209,7 @@ impl Rig {
 }
 
 /// One course of it.
-fn run(seed: u64, planted: Planted, cut_after: Option<u64>) {
+fn run(seed: u64, planted: Rules, cut_after: Option<u64>) {
     println!("seed {seed}, a power cut after {cut_after:?} requests");
     let mut rig = Rig::new(seed, planted);
     let went = rig.go_through(cut_after);
@@ -221,41 +220,41 @@ fn run(seed: u64, planted: Planted, cut_after: Option<u64>) {
 
 #[test]
 fn the_log_goes_on_although_two_blocks_are_stuck() {
-    run(1, Planted::default(), None);
+    run(1, Rules::default(), None);
 }
 
 #[test]
 fn power_cuts_do_not_lose_blocks_that_are_stuck() {
     for seed in 0..48 {
-        run(seed, Planted::default(), Some(20 + seed % 24 * (seed % 24) * 5));
+        run(seed, Rules::default(), Some(20 + seed % 24 * (seed % 24) * 5));
     }
 }
 
 /// Whether some course finds a bug.
-fn is_found(bug: Bug) -> bool {
+fn is_found(bug: Rule) -> bool {
     let cuts = (0..150).map(|nth| Some(1900 + nth * 13)).chain([None]);
-    let planted = || Planted::new(bug);
+    let planted = || Rules::breaking(bug);
     cuts.zip(0..).any(|(cut, seed)| std::panic::catch_unwind(|| run(seed, planted(), cut)).is_err())
 }
 
 #[test]
 fn a_block_that_is_left_behind_is_missed() {
-    assert!(is_found(Bug::StuckLeftBehind));
+    assert!(is_found(Rule::StuckMoved));
 }
 
 #[test]
 fn a_block_that_moves_before_its_copy_is_durable_is_missed() {
-    assert!(is_found(Bug::MovedNotDurable));
+    assert!(is_found(Rule::MovedMadeDurable));
 }
 
 #[test]
 fn a_lost_block_that_is_moved_as_a_sound_one_is_noticed() {
-    assert!(is_found(Bug::LostTrusted));
+    assert!(is_found(Rule::LostMarked));
 }
 
 #[test]
 fn where_nothing_can_be_written_back_writes_fail_when_the_log_is_full() {
-    let mut rig = Rig::new(3, Planted::default());
+    let mut rig = Rig::new(3, Rules::default());
     let cache = rig.open().ok().expect("no cut");
     for block in 0..BLOCKS {
         rig.backing.go_bad(BlockNo(block).bytes());

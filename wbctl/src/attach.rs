@@ -14,7 +14,7 @@ use crate::place::Name;
 use crate::signals::{self, Stage, Stages};
 use crate::{leftovers, logging, rival, salvage, watch};
 use anyhow::{Context, Result, anyhow, bail};
-use libwb::cache::{Cache, CacheError, Purpose};
+use libwb::cache::{Cache, CacheError, OpenOptions};
 use libwb::cli::{self, Exit, Io, Output, human_size};
 use libwb::control;
 use libwb::device::Device;
@@ -282,8 +282,8 @@ fn recover(
     let tunables = volume.tunables()?;
     let open = async |known| {
         let (cache, backing) = (cache.clone(), backing.clone());
-        let purpose = if args.read_only { Purpose::read_only() } else { Purpose::serve() };
-        Cache::open_for(cache, backing, io.runtime(), tunables.clone(), purpose.knowing(known))
+        let purpose = if args.read_only { OpenOptions::read_only() } else { OpenOptions::serve() };
+        Cache::open(cache, backing, io.runtime(), purpose.knowing(known).tunables(tunables.clone()))
             .await
     };
     let opened = io.block_on(args.salvage.open(cache, backing, past.reach, open));

@@ -5,7 +5,7 @@ use crate::notes::{self, About};
 use crate::older::Past;
 use crate::{Pair, rival, salvage};
 use anyhow::{Result, bail};
-use libwb::cache::{Cache, CacheError, Purpose, Tunables};
+use libwb::cache::{Cache, CacheError, OpenOptions};
 use libwb::cli::{self, Io, Output, Progress, count, human_size};
 use libwb::device::probe::{Access, open_pair};
 use libwb::device::{Device, Overlay};
@@ -150,8 +150,8 @@ fn write_back(
 ) -> Result<Report> {
     let open = async |known| {
         let (cache, backing) = (cache.clone(), backing.clone());
-        let purpose = Purpose::replay().knowing(known);
-        Cache::open_for(cache, backing, io.runtime(), Tunables::default(), purpose).await
+        let purpose = OpenOptions::replay().knowing(known);
+        Cache::open(cache, backing, io.runtime(), purpose).await
     };
     let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, known, open))?;
     let before = cache.status();
@@ -192,18 +192,12 @@ fn write_back_until(
 ) -> Result<Report> {
     // Of a dry run, what recovery puts right is not to reach the device either.
     let backing = if args.dry_run { Arc::new(Overlay::over(backing)) } else { backing };
-    let open = |purpose: Purpose| {
+    let open = |purpose: OpenOptions| {
         let (cache, backing) = (cache.clone(), backing.clone());
-        io.block_on(Cache::open_for(
-            cache,
-            backing,
-            io.runtime(),
-            Tunables::default(),
-            purpose.knowing(known),
-        ))
+        io.block_on(Cache::open(cache, backing, io.runtime(), purpose.knowing(known)))
     };
-    let purpose = Purpose::replay_until(until);
-    let (cache, mixed_with_segment) = match open(purpose) {
+    let purpose = OpenOptions::replay_until(until);
+    let (cache, mixed_with_segment) = match open(purpose.clone()) {
         Err(CacheError::Log(LogError::Ahead { segment, .. })) if args.older => {
             (open(purpose.mixing(true))?, Some(segment.0))
         }

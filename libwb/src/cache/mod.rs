@@ -1,304 +1,168 @@
 //! The cache engine.
 //!
 //! Runtime-agnostic: it knows block devices and a [`Runtime`], but no file, thread or front end, so
-//! that the daemon and the simulator run the same code. [`state`](self) is pure and lives under one
-//! short lock; no I/O and no waiting happens while it is held. Requests are futures that their
-//! callers poll; appending, flushing and write-back are background tasks.
+//! that the daemon and the simulator run the same code. Its state is pure and lives under one short
+//! lock; no I/O and no waiting happens while that is held. Requests are futures that their callers
+//! poll; appending, flushing and write-back are background tasks.
 
-mod access;
-mod age;
-mod ahead;
-mod appender;
-mod bypass;
-mod commits;
-mod direct;
-mod discard;
-mod fence;
-mod handover;
-mod index;
-mod latency;
-mod meter;
-mod open;
-mod policy;
-mod purpose;
-mod rate;
-mod read;
-mod staging;
+mod background;
+mod busy_meter;
+mod engine;
+mod error;
+mod figures;
+mod life;
+mod request;
+mod shared_flush;
 mod state;
-mod statistics;
-mod status;
-mod stuck;
-mod table;
 #[cfg(test)]
 mod tests;
-mod throttle;
 mod tunables;
-mod write;
-mod writeback;
 
-pub use access::{Access, Accesses};
-pub use latency::{Histogram, Latencies, Timed};
-pub use open::refuse_size;
-pub use purpose::Purpose;
-pub use rate::Pace;
-pub use statistics::{Counters, Statistics};
-pub use status::Status;
-pub use stuck::StuckBlocks;
+pub use error::CacheError;
+pub use figures::accesses::{Access, Accesses};
+pub use figures::counters::Counters;
+pub use figures::latency::{Histogram, Latencies, Timed};
+pub use figures::statistics::Statistics;
+pub use figures::status::Status;
+pub use life::open::refuse_size;
+pub use life::options::OpenOptions;
+pub use state::pacing::PACING_DIVISOR;
+pub use state::rate::Pace;
+pub use state::stuck::StuckBlocks;
+pub use state::writeback_state::URGENT_BELOW;
 pub use tunables::{TunableError, TunableValue, Tunables, WriteMode, WritebackOrder};
 
-use crate::device::{BlockDevice, Device, DeviceError, Operation};
-use crate::format::{
-    Reason, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, SuperblockExtension, to_u64,
-};
-use crate::log::LogError;
-use crate::log::create::write_extension;
-use crate::planted::{Bug, Planted};
+use crate::device::{BlockDevice, Device, IoBuf};
+use crate::format::Sector;
+use crate::log::live::Totals;
+use crate::log::reach::{Reach, Seen};
+use crate::log::recovery::Recovery;
 use crate::runtime::Runtime;
-use commits::Position;
-use event_listener::Event;
-use futures_util::lock::Mutex as AsyncMutex;
-use latency::AtomicLatencies;
-use meter::{Flushes, Metered};
-use nix::errno::Errno;
-use parking_lot::{Mutex, MutexGuard};
-use state::State;
-use statistics::{AtomicCounters, Baseline};
+use engine::Engine;
+use request::Space;
+use state::shared::Waiter;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
-
-/// Writes are paced when less than this part of the log is free: one in so many.
-pub const PACED_BELOW: u64 = throttle::TIGHT;
-/// The log is written back, whatever the load, when less than this part of it is free: one in so
-/// many.
-pub const URGENT_BELOW: u64 = 8;
-
-const _: () = assert!(SUPERBLOCK_REGION_BYTES.is_multiple_of(SECTOR_BYTES as u64));
-
-/// Why a cache cannot do what was asked.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum CacheError {
-    /// The log cannot be read or trusted.
-    #[error(transparent)]
-    Log(#[from] LogError),
-    /// A device failed.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// The cache device failed earlier, so nothing more can be kept.
-    #[error("writes are refused since the cache device failed: {0}")]
-    Failed(DeviceError),
-    /// The log is full.
-    #[error("the log is full, and write-back does not get on: {0}")]
-    Full(DeviceError),
-    /// All that could be written back was.
-    #[error("all else is written back, but {0}")]
-    Stuck(StuckBlocks),
-    /// The request does not lie within the volume.
-    #[error("request of {length} bytes at sector {sector} is unaligned or outside the volume")]
-    OutOfRange {
-        /// Where it begins.
-        sector: Sector,
-        /// Its length in bytes.
-        length: u64,
-    },
-    /// The backing device has more blocks than the index can name.
-    #[error(
-        "{backing}: too large for a backing device: {bytes} bytes, and at most {maximum} are \
-         supported"
-    )]
-    TooLarge {
-        /// The backing device.
-        backing: String,
-        /// Its size in bytes.
-        bytes: u64,
-        /// The largest size that would do, in bytes.
-        maximum: u64,
-    },
-    /// The cache is being closed.
-    #[error("the volume is being detached")]
-    Closed,
-    /// The cache was closed, but a segment that is written back could not be emptied.
-    #[error(
-        "all data is kept, but the kernel module must not get this cache yet, for it would take \
-         old data for new: {0}. Attach and detach the volume once more, or use wbcheck --repair, \
-         before it does"
-    )]
-    NotHandedOver(DeviceError),
-}
-
-impl CacheError {
-    /// The error number that a front end reports.
-    pub fn errno(&self) -> Errno {
-        match self {
-            CacheError::OutOfRange { .. } => Errno::EINVAL,
-            CacheError::Closed => Errno::ESHUTDOWN,
-            CacheError::Device(error) if error.operation == Operation::Discard => error.cause,
-            CacheError::Log(_)
-            | CacheError::Device(_)
-            | CacheError::Failed(_)
-            | CacheError::Full(_)
-            | CacheError::Stuck(_)
-            | CacheError::NotHandedOver(_) => Errno::EIO,
-            CacheError::TooLarge { .. } => Errno::EFBIG,
-        }
-    }
-}
 
 /// A cached volume. Cheap to clone; all clones are the same volume.
 #[derive(Clone)]
 pub struct Cache {
-    inner: Arc<Inner>,
-}
-
-/// Who waits for what.
-#[derive(Default)]
-struct Events {
-    /// Requests: something became durable, or written back, or written, or failed.
-    changed: Event,
-    /// The appender: a segment was sealed, a slot unpinned, or something became durable.
-    appender: Event,
-    /// The flusher: somebody wants durability, or something was written.
-    flusher: Event,
-    /// Write-back: there may be something to do.
-    writeback: Event,
-    /// Staging: enough blocks are there, or there may be room for them.
-    staging: Event,
-}
-
-impl Events {
-    fn wake_all(&self) {
-        for event in [&self.changed, &self.appender, &self.flusher, &self.writeback, &self.staging]
-        {
-            event.notify(usize::MAX);
-        }
-    }
-}
-
-struct Inner {
-    cache: Device,
-    /// The backing device, as requests use it.
-    backing: Metered,
-    /// The same, as write-back uses it.
-    writeback_device: Metered,
-    backing_flushes: Flushes,
-    runtime: Arc<dyn Runtime>,
-    tunables: Mutex<Tunables>,
-    state: Mutex<State>,
-    events: Events,
-    counters: AtomicCounters,
-    latencies: AtomicLatencies,
-    baseline: Baseline,
-    /// Held while the cache device is flushed: of two flushes at once, one could take the other's
-    /// error.
-    flushing: AsyncMutex<()>,
-    recovery_time: Duration,
-    /// Bytes of the log that recovery read.
-    recovery_bytes: u64,
-    /// Held while segments are emptied for a discard.
-    emptying: AsyncMutex<()>,
-    /// The backing device has refused a discard.
-    cannot_discard: AtomicBool,
-    /// The same, of zeros for which it is to keep the space.
-    cannot_zero: AtomicBool,
-    /// What the cache device carries beyond the base format, if it does.
-    extension: Option<SuperblockExtension>,
-    /// The generation of its newest page that is durable.
-    generation: AtomicU64,
-    /// What segments carry of its UUID.
-    digest: Option<u32>,
-    planted: Planted,
-}
-
-impl Inner {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock()
-    }
-
-    /// Waits on an event until the state gives an answer.
-    async fn wait<T>(&self, event: &Event, mut answer: impl FnMut(&mut State) -> Option<T>) -> T {
-        loop {
-            if let Some(answer) = answer(&mut self.lock()) {
-                return answer;
-            }
-            let listener = event.listen();
-            if let Some(answer) = answer(&mut self.lock()) {
-                return answer;
-            }
-            listener.await;
-        }
-    }
-
-    /// Nothing is acknowledged any more that is not durable.
-    fn fail(&self, error: DeviceError) {
-        tracing::error!("the cache device failed, writes are refused from now on: {error}");
-        self.lock().failure.get_or_insert(error);
-        self.events.wake_all();
-    }
-
-    fn check_range(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
-        let aligned = length.is_multiple_of(to_u64(SECTOR_BYTES));
-        let end = sector.0.checked_add(length / to_u64(SECTOR_BYTES));
-        if aligned && end.is_some_and(|end| end <= self.backing.size() / to_u64(SECTOR_BYTES)) {
-            return Ok(());
-        }
-        Err(CacheError::OutOfRange { sector, length })
-    }
+    engine: Arc<Engine>,
 }
 
 impl Cache {
-    /// The volume's size in bytes: that of the backing device.
-    pub fn size(&self) -> u64 {
-        self.inner.backing.size()
-    }
-
-    /// The tunables in force.
-    pub fn tunables(&self) -> Tunables {
-        self.inner.tunables.lock().clone()
-    }
-
-    /// Changes the tunables, from now on.
-    pub fn set_tunables(&self, tunables: Tunables) {
-        self.inner.lock().configure(&tunables);
-        *self.inner.tunables.lock() = tunables;
-        self.inner.events.writeback.notify(usize::MAX);
-        self.inner.events.staging.notify(usize::MAX);
-    }
-
-    /// Writes nothing back any more, but for a drain that is asked for, and when the log is full
-    /// and writes wait.
-    pub fn pause(&self) {
-        self.inner.lock().paused = true;
-    }
-
-    /// Waits until no batch is being written back. After a [`Cache::pause`], that is the end of the
-    /// one under way, if there is one, and of drains that were asked for.
-    pub async fn batch_ended(&self) {
-        self.inner
-            .wait(&self.inner.events.changed, |state| (!state.rate.is_working()).then_some(()))
-            .await;
-    }
-
-    /// Ends a [`Cache::pause`].
-    pub fn resume(&self) {
-        self.inner.lock().paused = false;
-        self.inner.events.writeback.notify(usize::MAX);
-    }
-
-    /// Makes everything that was acknowledged before survive a power cut; in the modes `through`
-    /// and `around`, the loss of the cache device, too.
+    /// Recovers the log of a cache device, and starts to serve the volume. Until the log has been
+    /// found sound and to fit the backing device, nothing is written to either.
     ///
     /// # Errors
-    /// When the cache device fails; nothing is known then of what was not flushed before. In those
-    /// modes, also when the backing device does. And when the cache is being closed.
+    /// - A device fails.
+    /// - The cache device holds no cache, or its log is corrupt.
+    /// - The log does not fit the backing device.
+    /// - What the options refuse.
+    pub async fn open(
+        cache: Device,
+        backing: Device,
+        runtime: Arc<dyn Runtime>,
+        options: OpenOptions,
+    ) -> Result<Cache, CacheError> {
+        let engine = life::open::open(cache, backing, runtime, options).await?;
+        Ok(Cache { engine })
+    }
+
+    /// What [`Cache::open`] would recover with [`OpenOptions::replay`]. Refuses what that would
+    /// refuse, and changes nothing.
+    ///
+    /// # Errors
+    /// As [`Cache::open`].
+    pub async fn examine(
+        cache: &Device,
+        backing: &Device,
+        known: Option<Reach>,
+    ) -> Result<(Recovery, Totals), CacheError> {
+        life::open::examine(cache, backing, known).await
+    }
+
+    /// The volume's size in bytes: that of the backing device.
+    pub fn size(&self) -> u64 {
+        self.engine.backing.size()
+    }
+
+    /// Reads the newest acknowledged data, from wherever it lies, and fills the whole buffer.
+    ///
+    /// # Errors
+    /// When the request lies outside the volume, or a device fails that alone holds the data.
+    pub async fn read(&self, sector: Sector, buf: IoBuf) -> Result<IoBuf, CacheError> {
+        self.engine.read(sector, buf).await
+    }
+
+    /// Writes as much as can be acknowledged without waiting, from the front. Returns how many
+    /// bytes that is.
+    ///
+    /// # Errors
+    /// When the request lies outside the volume, the cache is being closed, or the cache device
+    /// failed.
+    pub fn write_ready(&self, sector: Sector, data: &[u8]) -> Result<usize, CacheError> {
+        self.engine.write_ready(sector, data)
+    }
+
+    /// Goes on with a write whose front [`Cache::write_ready`] has taken. `sector` and `data` are
+    /// the rest.
+    ///
+    /// # Errors
+    /// When the cache is being closed or a device fails. Parts may have been written.
+    pub async fn write_rest(&self, sector: Sector, data: &[u8]) -> Result<(), CacheError> {
+        self.engine.write_rest(sector, data).await
+    }
+
+    /// Writes. The data is acknowledged from RAM, as a disk with a volatile write cache does;
+    /// [`Cache::flush`] makes it durable. A write around the log is durable when this returns.
+    ///
+    /// # Errors
+    /// As [`Cache::write_ready`] and [`Cache::write_rest`].
+    pub async fn write(&self, sector: Sector, data: &[u8]) -> Result<(), CacheError> {
+        self.engine.write(sector, data).await
+    }
+
+    /// Writes, and makes it durable before it is acknowledged ("force unit access").
+    ///
+    /// # Errors
+    /// As [`Cache::write`] and [`Cache::flush`].
+    pub async fn write_fua(&self, sector: Sector, data: &[u8]) -> Result<(), CacheError> {
+        self.write(sector, data).await?;
+        self.flush().await
+    }
+
+    /// Makes `length` bytes from `sector` on read as zeros, and gives up their space. Durable when
+    /// it returns.
+    ///
+    /// # Errors
+    /// The [`CacheError::errno`] is `EOPNOTSUPP` when the backing device cannot discard, or
+    /// write-back is in strict order. It also fails
+    ///
+    /// - when the range is not within the volume, or the cache is being closed;
+    /// - when a device fails, also where data of the range in a written-back segment cannot be
+    ///   erased. Parts may have been discarded.
+    pub async fn discard(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
+        self.engine.clear(sector, length, Space::GivenUp).await
+    }
+
+    /// As [`Cache::discard`], but the range keeps its space on the backing device.
+    ///
+    /// # Errors
+    /// As [`Cache::discard`].
+    pub async fn zero(&self, sector: Sector, length: u64) -> Result<(), CacheError> {
+        self.engine.clear(sector, length, Space::Kept).await
+    }
+
+    /// Makes everything that was acknowledged before survive a power cut. In the modes `through`
+    /// and `around`, it also survives the loss of the cache device then.
+    ///
+    /// # Errors
+    /// - The cache device fails. Nothing is known then of what was not flushed before.
+    /// - In the modes `through` and `around`, the backing device fails.
+    /// - The cache is being closed.
     pub async fn flush(&self) -> Result<(), CacheError> {
-        self.inner.counters.flushes.add(1);
-        self.inner.flush_log().await?;
-        // What still is in the log goes where the mode promises it to be.
-        let leftover = {
-            let state = self.inner.lock();
-            state.bypass.mode != WriteMode::Back && state.dirty_blocks > 0
-        };
-        if leftover { self.drain().await } else { Ok(()) }
+        self.engine.flush().await
     }
 
     /// Writes everything back that is dirty at the time of the call. Dropped, it leaves the rest to
@@ -308,10 +172,7 @@ impl Cache {
     /// When a device fails, and write-back goes on trying by itself; or when the cache is being
     /// closed.
     pub async fn drain(&self) -> Result<(), CacheError> {
-        let target = self.inner.seal().await?;
-        // Once the newest versions are durable, older ones need not be written.
-        self.inner.wait_durable(Position::end_of(target)).await?;
-        self.inner.drain_to(target).await
+        self.engine.drain().await
     }
 
     /// Takes no more requests, makes everything durable, ends the background tasks, and prepares
@@ -321,161 +182,58 @@ impl Cache {
     /// When the cache device fails. The tasks are ended all the same. With
     /// [`CacheError::NotHandedOver`], nothing is lost.
     pub async fn close(&self) -> Result<(), CacheError> {
-        self.inner.lock().closing = true;
-        self.inner.events.wake_all();
-        let flushed = self.inner.close_log().await;
-        self.inner
-            .wait(&self.inner.events.changed, |state| state.fenced.is_empty().then_some(()))
-            .await;
-        self.inner.lock().stopping = true;
-        self.inner.events.wake_all();
-        self.inner.wait(&self.inner.events.changed, |state| (state.tasks == 0).then_some(())).await;
-        flushed?;
-        let lost = self.inner.lock().stuck_blocks().map_or(0, |stuck| stuck.lost);
-        if lost > 0 {
-            tracing::warn!(
-                "{lost} blocks are lost; the kernel module would not know, and take what is left \
-                 of them for data"
-            );
-        }
-        if let Err(error) = self.inner.retrying(|| self.inner.hand_over()).await {
-            // It may have been closed in order before, at the same segment.
-            let _ = self.inner.mark(None).await;
-            return Err(CacheError::NotHandedOver(error));
-        }
-        let newest = self.inner.lock().durable;
-        Ok(self.inner.mark(Some(newest)).await?)
-    }
-}
-
-/// A drain that somebody waits for.
-struct Drain<'a> {
-    to: SegmentId,
-    inner: &'a Inner,
-}
-
-impl<'a> Drain<'a> {
-    fn to(to: SegmentId, inner: &'a Inner) -> Drain<'a> {
-        inner.lock().drains.push(to);
-        inner.events.writeback.notify(usize::MAX);
-        Drain { to, inner }
-    }
-}
-
-impl Drop for Drain<'_> {
-    fn drop(&mut self) {
-        let mut state = self.inner.lock();
-        if let Some(nth) = state.drains.iter().position(|&to| to == self.to) {
-            state.drains.swap_remove(nth);
-        }
-    }
-}
-
-impl Inner {
-    /// Whether a flush makes a commit, or closes the segment. In strict order each batch of
-    /// write-back ends with a flush, and the record of it names whole segments.
-    fn commits(&self) -> bool {
-        self.digest.is_some() && self.tunables.lock().writeback_order != WritebackOrder::Strict
+        self.engine.close().await
     }
 
-    /// Makes everything durable that was acknowledged before.
-    async fn flush_log(&self) -> Result<(), CacheError> {
-        let target =
-            if self.commits() { self.want_commit()? } else { Position::end_of(self.seal().await?) };
-        self.wait_durable(target).await
+    /// The tunables in force.
+    pub fn tunables(&self) -> Tunables {
+        self.engine.tunables.lock().clone()
     }
 
-    /// Writes back every segment up to one that is durable.
-    async fn drain_to(&self, target: SegmentId) -> Result<(), CacheError> {
-        let _drain = Drain::to(target, self);
-        let stops = self.lock().stops;
-        self.wait(&self.events.changed, |state| match &state.failure {
-            Some(failure) => Some(Err(CacheError::Failed(failure.clone()))),
-            None if state.written_back >= target => Some(match state.stuck_blocks() {
-                None => Ok(()),
-                Some(stuck) => Err(CacheError::Stuck(stuck)),
-            }),
-            None if state.stops > stops => {
-                self.counters.last_writeback_error().map(|error| Err(CacheError::Device(error)))
-            }
-            None => state.stopping.then_some(Err(CacheError::Closed)),
-        })
-        .await
+    /// Changes the tunables, from now on.
+    pub fn set_tunables(&self, tunables: Tunables) {
+        self.engine.state.lock().configure(&tunables);
+        *self.engine.tunables.lock() = tunables;
+        self.engine.state.wake(Waiter::Writeback);
+        self.engine.state.wake(Waiter::Admission);
     }
 
-    /// Asks for a commit of what is in RAM, if it is not durable. Returns what a flush waits for.
-    fn want_commit(&self) -> Result<Position, CacheError> {
-        let mut state = self.lock();
-        if let Some(failure) = &state.failure {
-            return Err(CacheError::Failed(failure.clone()));
-        }
-        if state.stopping {
-            return Err(CacheError::Closed);
-        }
-        let target = state.newest_position();
-        state.want(target);
-        drop(state);
-        self.events.appender.notify(usize::MAX);
-        Ok(target)
+    /// Pauses write-back. A drain is still served, and write-back goes on while the log is full and
+    /// writes wait.
+    pub fn pause(&self) {
+        self.engine.state.lock().writeback.pause();
     }
 
-    /// Closes the last segment, and makes everything durable.
-    async fn close_log(&self) -> Result<(), CacheError> {
-        let last = self.seal().await?;
-        self.wait_durable(Position::end_of(last)).await
+    /// Waits until no batch is being written back. After a [`Cache::pause`], that is the end of the
+    /// batch under way, if there is one, and of drains that were asked for.
+    pub async fn batch_ended(&self) {
+        let state = &self.engine.state;
+        state.wait(Waiter::Request, |it| (!it.writeback.is_working()).then_some(())).await;
     }
 
-    /// Seals the open segment if it holds anything. Returns the segment that holds the newest data.
-    async fn seal(&self) -> Result<SegmentId, CacheError> {
-        let target = self.lock().newest;
-        self.wait(&self.events.changed, |state| {
-            if let Some(failure) = &state.failure {
-                return Some(Err(CacheError::Failed(failure.clone())));
-            }
-            if state.stopping {
-                return Some(Err(CacheError::Closed));
-            }
-            // Somebody else may have sealed it, and may have opened the next.
-            let sealed = state.last_sealed() >= target || state.seal(reason(state)).is_ok();
-            sealed.then(|| {
-                state.end_epoch(target);
-                Ok(())
-            })
-        })
-        .await?;
-        self.events.appender.notify(usize::MAX);
-        Ok(target)
+    /// Ends a [`Cache::pause`].
+    pub fn resume(&self) {
+        self.engine.state.lock().writeback.resume();
     }
 
-    /// Notes in the superblock extension that the cache was closed in order, with this segment as
-    /// its newest, or was not.
-    async fn mark(&self, clean: Option<SegmentId>) -> Result<(), DeviceError> {
-        let Some(extension) = &self.extension else { return Ok(()) };
-        if extension.clean == clean {
-            return Ok(());
-        }
-        let page = SuperblockExtension { clean, ..extension.next() };
-        write_extension(&self.cache, &page).await?;
-        self.cache.flush().await?;
-        self.generation.store(page.generation, Ordering::Relaxed);
-        Ok(())
+    /// The state at this moment.
+    pub fn status(&self) -> Status {
+        self.engine.status()
     }
 
-    async fn wait_durable(&self, target: Position) -> Result<(), CacheError> {
-        self.lock().want(target);
-        self.events.flusher.notify(usize::MAX);
-        let early = self.planted.has(Bug::FlushAcknowledgedEarly);
-        self.wait(&self.events.changed, |state| match &state.failure {
-            Some(failure) => Some(Err(CacheError::Failed(failure.clone()))),
-            None if state.durable_to >= target => Some(Ok(())),
-            None if early && state.written_position() >= target => Some(Ok(())),
-            None => state.stopping.then_some(Err(CacheError::Closed)),
-        })
-        .await
+    /// Which cache it is, and how far it has come for good; `None` for one of the base format,
+    /// which has no identity.
+    pub fn seen(&self) -> Option<Seen> {
+        self.engine.seen()
     }
-}
 
-/// Why a segment that somebody waits for is closed.
-fn reason(state: &State) -> Reason {
-    if state.closing { Reason::Close } else { Reason::Flush }
+    /// Lets all counters start anew.
+    pub fn clear_statistics(&self) {
+        self.engine.clear_statistics();
+    }
+
+    /// Notes how long a request took, as its front end saw it.
+    pub fn took(&self, request: Timed, time: Duration) {
+        self.engine.took(request, time);
+    }
 }

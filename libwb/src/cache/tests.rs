@@ -1,7 +1,7 @@
 //! The engine on devices in memory. Crashes are the simulator's business; here it is the plain
 //! behaviour.
 
-use super::{Access, Cache, CacheError, Purpose, Tunables};
+use super::{Access, Cache, CacheError, OpenOptions, Tunables};
 use crate::device::{BlockDevice, Device, IoBuf, MemDevice};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
@@ -48,7 +48,7 @@ impl Rig {
     fn open(&self) -> Cache {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
         let runtime = Arc::new(self.reactor.handle().clone());
-        self.reactor.block_on(Cache::open(cache, backing, runtime, Tunables::default())).unwrap()
+        self.reactor.block_on(Cache::open(cache, backing, runtime, OpenOptions::serve())).unwrap()
     }
 
     fn write(&self, cache: &Cache, sector: usize, count: usize, version: u8) {
@@ -399,20 +399,15 @@ fn a_cache_says_how_far_it_has_come_for_good_and_an_older_copy_is_refused_untouc
     let backing: Device = rig.backing.clone();
     let before = rig.backing.content();
     let purposes = [
-        Purpose::serve(),
-        Purpose::replay(),
-        Purpose::read_only(),
-        Purpose::replay_until(SegmentId(1)),
+        OpenOptions::serve(),
+        OpenOptions::replay(),
+        OpenOptions::read_only(),
+        OpenOptions::replay_until(SegmentId(1)),
     ];
-    let open = |purpose: Purpose| {
+    let open = |options: OpenOptions| {
         let runtime = Arc::new(rig.reactor.handle().clone());
-        let opening = Cache::open_for(
-            older.clone(),
-            backing.clone(),
-            runtime,
-            Tunables::default(),
-            purpose.knowing(known),
-        );
+        let options = options.knowing(known);
+        let opening = Cache::open(older.clone(), backing.clone(), runtime, options);
         rig.reactor.block_on(opening).err()
     };
     for purpose in purposes {

@@ -3,33 +3,33 @@
 use super::volume::{Engine, Outcome, Taste, Volume};
 use crate::outlook::Recover;
 use fastrand::Rng;
-use libwb::cache::{Cache, Tunables, WriteMode, WritebackOrder};
+use libwb::cache::{Cache, OpenOptions, Tunables, WriteMode, WritebackOrder};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{HeaderFault, SECTOR_BYTES, Sector, SegmentId, to_u64};
 use libwb::log::recovery::{Recovery, recover};
 use libwb::log::scan::{SlotFault, SlotState, Superblock};
-use libwb::planted::{Bug, Planted};
+use libwb::rules::{Rule, Rules};
 use libwb::runtime::Runtime;
 use std::sync::Arc;
 
 /// Opens caches.
 #[derive(Clone, Copy, Debug)]
 pub struct WriteCache {
-    planted: Planted,
+    planted: Rules,
     recover: Recover,
 }
 
 impl Default for WriteCache {
     fn default() -> WriteCache {
-        WriteCache { planted: Planted::default(), recover }
+        WriteCache { planted: Rules::default(), recover }
     }
 }
 
 impl WriteCache {
     /// Opens caches that have a bug.
-    pub fn with(bug: Bug) -> WriteCache {
-        let recover = if bug == Bug::RotForgiven { recover_forgiving } else { recover };
-        WriteCache { planted: Planted::new(bug), recover }
+    pub fn with(bug: Rule) -> WriteCache {
+        let recover = if bug == Rule::RotIsNoPowerCut { recover_forgiving } else { recover };
+        WriteCache { planted: Rules::breaking(bug), recover }
     }
 }
 
@@ -67,7 +67,13 @@ impl Engine for WriteCache {
         let tunables = tunables(taste);
         let planted = self.planted;
         Box::pin(async move {
-            let opened = Cache::open_planted(cache, backing, runtime, tunables, planted).await;
+            let opened = Cache::open(
+                cache,
+                backing,
+                runtime,
+                OpenOptions::serve().tunables(tunables).rules(planted),
+            )
+            .await;
             opened.map(|cache| Arc::new(Open(cache)) as Arc<dyn Volume>).map_err(|e| e.to_string())
         })
     }

@@ -2,7 +2,7 @@
 //! hold.
 
 use fastrand::Rng;
-use libwb::cache::{Cache, Tunables, WriteMode};
+use libwb::cache::{Cache, OpenOptions, Tunables, WriteMode};
 use libwb::cli::Io;
 use libwb::device::IoBuf;
 use libwb::device::probe::Access;
@@ -311,7 +311,7 @@ impl Pair {
     fn open(&self, io: &Io) -> Result<Cache, String> {
         let cache = io.open(&self.cache(), Access::Write).map_err(|e| e.to_string())?;
         let backing = io.open(&self.backing(), Access::Write).map_err(|e| e.to_string())?;
-        io.block_on(Cache::open(cache, backing, io.runtime(), Tunables::default()))
+        io.block_on(Cache::open(cache, backing, io.runtime(), OpenOptions::serve()))
             .map_err(|e| e.to_string())
     }
 

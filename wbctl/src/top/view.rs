@@ -1,7 +1,7 @@
 //! What `wbctl top` shows: from what the daemon tells to a picture, without a terminal.
 
 use crate::interval::{Interval, log_in_use};
-use libwb::cache::{PACED_BELOW, URGENT_BELOW};
+use libwb::cache::{PACING_DIVISOR, URGENT_BELOW};
 use libwb::cli::{human_rate, human_size, human_time, percent};
 use libwb::control::{LiveStatus, VolumeStatus};
 use libwb::format::{SEGMENT_BYTES, to_u64};
@@ -18,7 +18,7 @@ const KEPT: usize = 1000;
 /// How wide the names at the left are.
 const NAMES: u16 = 13;
 /// From here on, writes are slowed down: a part of the log in use.
-const TIGHT: f64 = 1.0 - 1.0 / PACED_BELOW as f64;
+const TIGHT: f64 = 1.0 - 1.0 / PACING_DIVISOR as f64;
 /// From here on, write-back goes on whatever the load.
 const NEARLY_FULL: f64 = 1.0 - 1.0 / URGENT_BELOW as f64;
 

@@ -1,0 +1,10 @@
+//! Background tasks: what the engine does beside requests.
+
+mod admission;
+mod appender;
+pub(super) mod batch;
+mod flusher;
+mod moving;
+mod policy;
+mod runs;
+mod writeback;

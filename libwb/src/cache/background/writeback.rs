@@ -1,0 +1,152 @@
+//! Write-back: oldest segments first, many at a time, sorted and merged; then the record.
+
+use super::batch::{BatchOutcome, BatchStop};
+use crate::cache::engine::Engine;
+use crate::cache::state::State;
+use crate::cache::state::segment_log::Item;
+use crate::cache::state::stuck::Passage;
+use crate::device::DeviceError;
+use crate::format::{BLOCK_BYTES, BlockNo, Record, SegmentId, to_u64};
+use crate::log::create::write_record;
+use crate::rules::Rule;
+use futures_lite::future::yield_now;
+use std::time::Duration;
+
+/// Segments of a batch that are looked at before other tasks run.
+const SEGMENTS_AT_ONCE: u64 = 32;
+
+/// What a batch is to write, and what it passes over.
+#[derive(Default)]
+struct Batch {
+    items: Vec<Item>,
+    /// Stuck blocks that are not tried, each with its segment.
+    passed_over: Vec<(SegmentId, BlockNo)>,
+}
+
+impl Batch {
+    /// Takes in a segment of a batch that ends with `last`.
+    fn add(&mut self, state: &State, id: SegmentId, last: SegmentId, now: Duration) {
+        let is_draining = state.writeback.is_draining(&state.log);
+        for item in state.log.items_of(id, last) {
+            match state.stuck.is_passed_over(item.block, is_draining, now) {
+                true => self.passed_over.push((id, item.block)),
+                false => self.items.push(item),
+            }
+        }
+    }
+}
+
+impl Engine {
+    /// Writes back every segment up to `last`, and then lets their slots be reused. Where some
+    /// blocks cannot be written back, that goes for the segments before them.
+    pub(super) async fn write_back(&self, last: SegmentId) -> Result<(), BatchStop> {
+        let started = self.runtime.now();
+        let first = {
+            let mut visit = self.state.lock();
+            let state = &mut *visit;
+            state.stuck.prune(&state.log);
+            state.log.written_back().next()
+        };
+        let mut batch = Batch::default();
+        for id in (first.0..=last.0).map(SegmentId) {
+            batch.add(&self.state.lock(), id, last, started);
+            self.let_others(id).await;
+        }
+        let Batch { items, passed_over } = batch;
+        self.state.lock().writeback.batch_begun(started, to_u64(items.len()));
+        let written = async {
+            let written = self.write_items(items).await?;
+            self.pass(last, written, passed_over).await
+        };
+        let written = written.await;
+        let is_done = written.as_ref().is_ok_and(|(_, stop)| stop.is_none());
+        self.state.lock().writeback.batch_written(self.runtime.now(), is_done);
+        let (up_to, stop) = written?;
+        for id in (first.0..=up_to.0).map(SegmentId) {
+            self.state.lock().log.segment_written_back(id);
+            self.let_others(id).await;
+        }
+        stop.map_or(Ok(()), Err)
+    }
+
+    /// Moves what was not written back, where that may be, and records how far the log is written
+    /// back then. Returns how far that is, and why no further, or why to wait before the next
+    /// batch: when this one has written nothing.
+    async fn pass(
+        &self,
+        last: SegmentId,
+        BatchOutcome { failed, any: wrote }: BatchOutcome,
+        passed_over: Vec<(SegmentId, BlockNo)>,
+    ) -> Result<(SegmentId, Option<BatchStop>), BatchStop> {
+        if let Some(failed) = failed.first().filter(|_| self.reaches_further_than(last)) {
+            return Err(BatchStop::Device(failed.error.clone()));
+        }
+        let any = !failed.is_empty() || !passed_over.is_empty();
+        let passage = {
+            let tunables = self.tunables.lock().clone();
+            let mut visit = self.state.lock();
+            let state = &mut *visit;
+            let (is_strict, has_crcs) = (state.is_strict(&tunables), self.digest.is_some());
+            let movable = |lost: bool| !is_strict && (has_crcs || !lost);
+            let now = self.runtime.now();
+            state.stuck.passage(&state.log, last, failed, passed_over, movable, now)
+        };
+        let Passage { mut up_to, moves, mut obstacle } = passage;
+        if !self.rules.keep(Rule::StuckMoved) {
+            (up_to, obstacle) = (last, None);
+        } else if any {
+            let moved = self.move_stuck(&moves, up_to).await;
+            let (done, why) = moved.map_err(|_| BatchStop::Closing)?;
+            if let Some((id, _)) = moves.get(done) {
+                up_to = id.minus(1);
+                obstacle = why.map(|error| (error, false)).or(obstacle);
+            }
+            // What was moved, and newer versions that stand for what was not: all that the record
+            // relies on.
+            if self.rules.keep(Rule::MovedMadeDurable) {
+                self.flush_log().await.map_err(|_| BatchStop::Closing)?;
+            }
+        }
+        if any && !wrote {
+            // With nothing but such blocks in the log, they would be moved on and on.
+            let mut visit = self.state.lock();
+            let state = &mut *visit;
+            let stuck = state.stuck.report(&state.log);
+            obstacle = obstacle.or(stuck.map(|stuck| (stuck.error, true)));
+        }
+        if up_to > self.state.lock().log.written_back() {
+            self.write_record(up_to).await?;
+        }
+        let stop = obstacle.map(|(error, may_be_moved)| match may_be_moved {
+            true => BatchStop::Stuck(error),
+            false => BatchStop::Device(error),
+        });
+        Ok((up_to, stop))
+    }
+
+    /// Whether the next batch is to go on after this segment: see
+    /// [`State::reaches_further_than`].
+    pub(super) fn reaches_further_than(&self, last: SegmentId) -> bool {
+        let tunables = self.tunables.lock().clone();
+        self.state.lock().reaches_further_than(last, &tunables)
+    }
+
+    /// Lets other tasks run now and then: a batch may be large.
+    async fn let_others(&self, id: SegmentId) {
+        if id.0.is_multiple_of(SEGMENTS_AT_ONCE) {
+            yield_now().await;
+        }
+    }
+
+    /// Makes it durable that every segment up to `id` is written back.
+    pub(crate) async fn write_record(&self, id: SegmentId) -> Result<(), DeviceError> {
+        self.state.lock().writeback.set_record_in_doubt(true);
+        write_record(&self.cache, Record { id, digest: self.digest }).await?;
+        self.counters.cache_write_bytes.add(to_u64(BLOCK_BYTES));
+        if self.rules.keep(Rule::RecordMadeDurable) {
+            self.flush_cache_device().await?;
+            self.state.lock().writeback.set_record_in_doubt(false);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,183 @@
+//! How long requests take: histograms whose buckets double in width.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Buckets of a histogram. The last one takes all that is longer than the one before: half a
+/// minute.
+const BUCKETS: usize = 26;
+
+/// A kind of request whose time is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timed {
+    /// A read.
+    Read,
+    /// A write.
+    Write,
+    /// A flush.
+    Flush,
+}
+
+impl Timed {
+    /// All kinds.
+    pub const ALL: [Timed; 3] = [Timed::Read, Timed::Write, Timed::Flush];
+
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Timed::Read => "read",
+            Timed::Write => "write",
+            Timed::Flush => "flush",
+        }
+    }
+}
+
+#[derive(Default)]
+struct AtomicHistogram {
+    buckets: [AtomicU64; BUCKETS],
+    nanoseconds: AtomicU64,
+}
+
+#[derive(Default)]
+pub(crate) struct AtomicLatencies([AtomicHistogram; 3]);
+
+impl AtomicLatencies {
+    pub(crate) fn add(&self, kind: Timed, time: Duration) {
+        let histogram = &self.0[kind as usize];
+        histogram.buckets[bucket(time)].fetch_add(1, Ordering::Relaxed);
+        let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        histogram.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> Latencies {
+        Latencies(self.0.each_ref().map(|histogram| Histogram {
+            buckets: histogram.buckets.iter().map(|count| count.load(Ordering::Relaxed)).collect(),
+            total: Duration::from_nanos(histogram.nanoseconds.load(Ordering::Relaxed)),
+        }))
+    }
+}
+
+/// The first bucket whose limit is not below the time.
+fn bucket(time: Duration) -> usize {
+    let microseconds = time.as_nanos().div_ceil(1000).max(1);
+    let doublings = u128::BITS - (microseconds - 1).leading_zeros();
+    (doublings as usize).min(BUCKETS - 1)
+}
+
+/// How many requests took how long.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Histogram {
+    /// How many took up to 1 µs, then up to 2, up to 4, and so on; the last bucket has no limit.
+    /// May be empty.
+    pub buckets: Vec<u64>,
+    /// What all took together.
+    pub total: Duration,
+}
+
+impl Histogram {
+    /// How many requests were measured.
+    pub fn count(&self) -> u64 {
+        self.buckets.iter().fold(0, |sum, count| sum.saturating_add(*count))
+    }
+
+    /// Each bucket: up to how long, and how many. The last has no limit.
+    pub fn iter(&self) -> impl Iterator<Item = (Option<Duration>, u64)> {
+        let last = self.buckets.len().saturating_sub(1);
+        (0..).zip(&self.buckets).map(move |(nth, &count)| {
+            let limit = 1u64.checked_shl(nth).filter(|_| (nth as usize) < last);
+            (limit.map(Duration::from_micros), count)
+        })
+    }
+
+    /// So many requests of a thousand took no longer than this: the limit of their bucket. That of
+    /// the last bucket is where it begins. `None` if nothing was measured.
+    pub fn per_mille(&self, share: u64) -> Option<Duration> {
+        let count = u128::from(self.count());
+        let wanted = (count * u128::from(share)).div_ceil(1000).max(1);
+        let mut seen = 0;
+        let mut longest = Duration::from_micros(1);
+        for (limit, count) in self.iter() {
+            longest = limit.unwrap_or(longest);
+            seen += u128::from(count);
+            if seen >= wanted {
+                return Some(longest);
+            }
+        }
+        None
+    }
+
+    /// What was measured since an earlier look.
+    pub fn since(&self, earlier: &Histogram) -> Histogram {
+        let before = earlier.buckets.iter().chain(std::iter::repeat(&0));
+        Histogram {
+            buckets: self
+                .buckets
+                .iter()
+                .zip(before)
+                .map(|(now, before)| now.saturating_sub(*before))
+                .collect(),
+            total: self.total.saturating_sub(earlier.total),
+        }
+    }
+}
+
+/// The times of each kind of request.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Latencies([Histogram; 3]);
+
+impl Latencies {
+    /// The times of one kind.
+    pub fn of(&self, kind: Timed) -> &Histogram {
+        &self.0[kind as usize]
+    }
+
+    pub(crate) fn since(&self, earlier: &Latencies) -> Latencies {
+        Latencies(Timed::ALL.map(|kind| self.of(kind).since(earlier.of(kind))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: Duration = Duration::from_micros(1);
+
+    #[test]
+    fn a_bucket_takes_times_up_to_its_limit() {
+        let all = AtomicLatencies::default();
+        let times = [
+            Duration::ZERO,
+            US,
+            US + Duration::from_nanos(1),
+            2 * US,
+            3 * US,
+            4 * US,
+            Duration::from_secs(3600),
+        ];
+        for time in times {
+            all.add(Timed::Write, time);
+        }
+        let latencies = all.get();
+        let write = latencies.of(Timed::Write);
+        assert_eq!(write.buckets[..4], [2, 2, 2, 0]);
+        assert_eq!((write.count(), write.buckets.last()), (7, Some(&1)));
+        assert_eq!(write.total, times.iter().sum());
+        assert_eq!(latencies.of(Timed::Read).count(), 0);
+        let limits: Vec<_> = write.iter().map(|(limit, _)| limit).collect();
+        assert_eq!((limits[2], limits[BUCKETS - 1]), (Some(4 * US), None));
+    }
+
+    #[test]
+    fn percentiles_are_the_limits_of_their_buckets() {
+        let mut buckets = vec![0; BUCKETS];
+        assert_eq!(
+            Histogram { buckets: buckets.clone(), ..Histogram::default() }.per_mille(500),
+            None
+        );
+        (buckets[3], buckets[10], buckets[BUCKETS - 1]) = (98, 1, 1);
+        let histogram = Histogram { buckets, ..Histogram::default() };
+        let found = [500, 980, 981, 990, 999].map(|share| histogram.per_mille(share).unwrap() / 8);
+        assert_eq!(found, [US, US, 128 * US, 128 * US, (1 << 21) * US]);
+        assert_eq!(histogram.since(&histogram).count(), 0);
+    }
+}

@@ -1,0 +1,258 @@
+//! Opening a cache: recovery, and what must be put right before the first request.
+
+use super::options::OpenOptions;
+use super::replay::Replay;
+use crate::cache::background::batch::BatchStop;
+use crate::cache::busy_meter::BusyMeter;
+use crate::cache::engine::Engine;
+use crate::cache::error::CacheError;
+use crate::cache::figures::counters::AtomicCounters;
+use crate::cache::figures::latency::AtomicLatencies;
+use crate::cache::figures::statistics::Baseline;
+use crate::cache::shared_flush::SharedFlush;
+use crate::cache::state::State;
+use crate::cache::state::index::MAX_BLOCKS;
+use crate::cache::state::segment_log::{Item, SegmentLog};
+use crate::cache::state::shared::SharedState;
+use crate::cache::tunables::Tunables;
+use crate::device::{BlockDevice, Device, DeviceError, Overlay, all};
+use crate::format::{BLOCK_BYTES, SECTOR_BYTES, SegmentId, Slot, SuperblockExtension, to_u64};
+use crate::log::Use;
+use crate::log::create::{close_segment, write_extension, write_filler};
+use crate::log::live::{Totals, live_totals};
+use crate::log::reach::Reach;
+use crate::log::recovery::{Damage, Explanation, Recovery};
+use crate::log::scan::BackingFacts;
+use crate::rules::Rule;
+use crate::runtime::Runtime;
+use futures_util::lock::Mutex as AsyncMutex;
+use futures_util::{StreamExt, stream};
+use parking_lot::Mutex;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Headers that are erased at the same time.
+const ERASE_DEPTH: usize = 32;
+
+/// Recovers the log of a cache device, and starts to serve the volume. Until the log has been found
+/// sound and to fit the backing device, nothing is written to either.
+pub(crate) async fn open(
+    cache: Device,
+    backing: Device,
+    runtime: Arc<dyn Runtime>,
+    options: OpenOptions,
+) -> Result<Arc<Engine>, CacheError> {
+    if options.read_only {
+        let (cache, backing) = (Overlay::over(cache), Overlay::over(backing));
+        let tunables = Tunables { read_cache_threshold: 0, ..Tunables::default() };
+        let options = options.tunables(tunables);
+        return open_on(Arc::new(cache), Arc::new(backing), runtime, options).await;
+    }
+    if options.until.is_some() {
+        // What a daemon that was killed has left in its volatile cache must not be lost once the
+        // backing device has it. The overlay has no flush.
+        cache.flush().await?;
+        return open_on(Arc::new(Overlay::over(cache)), backing, runtime, options).await;
+    }
+    open_on(cache, backing, runtime, options).await
+}
+
+/// What [`open`] would recover for [`OpenOptions::replay`]. Refuses what that would refuse, and
+/// changes nothing.
+pub(crate) async fn examine(
+    cache: &Device,
+    backing: &Device,
+    known: Option<Reach>,
+) -> Result<(Recovery, Totals), CacheError> {
+    check_size(backing)?;
+    let options = OpenOptions { wanted: Use::Read, ..OpenOptions::replay().knowing(known) };
+    let replay = Replay::read(cache, backing, &options).await?;
+    let live = live_totals(cache, replay.superblock.geometry, &replay.recovery, None).await?;
+    Ok((replay.recovery, live))
+}
+
+async fn open_on(
+    cache: Device,
+    backing: Device,
+    runtime: Arc<dyn Runtime>,
+    options: OpenOptions,
+) -> Result<Arc<Engine>, CacheError> {
+    let started = runtime.now();
+    check_size(&backing)?;
+    let replay = Replay::read(&cache, &backing, &options).await?;
+    let Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages } = replay;
+    let OpenOptions { until, read_only, tunables, rules, .. } = options;
+    let geometry = superblock.geometry;
+    let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
+    let grown = grown(superblock.extension.as_ref(), &backing);
+    let log = SegmentLog::new(geometry, index, written_back, recovery.point, ages, rules);
+    // The kernel module would stop at damaged segments.
+    let damaged = recovery.damage.iter().filter(|it| it.explanation == Explanation::WrittenBack);
+    let damaged = damaged.map(|it| it.expected).collect();
+    let mut state = State::new(log, staged.max(written_back), damaged, rules);
+    state.configure(&tunables);
+    if until.is_some() {
+        // The log does not go on: nothing is written back before a drain asks for it.
+        state.writeback.pause();
+    }
+    let opened = runtime.now();
+    let extension = superblock.extension;
+    let engine = Arc::new(Engine {
+        cache,
+        writeback_device: BusyMeter::new(backing.clone(), runtime.clone()),
+        backing_flushes: SharedFlush::default(),
+        backing: BusyMeter::new(backing, runtime.clone()),
+        tunables: Mutex::new(tunables),
+        state: SharedState::new(state, runtime.clone()),
+        runtime,
+        counters: AtomicCounters::default(),
+        latencies: AtomicLatencies::default(),
+        baseline: Baseline::at(opened),
+        flushing: AsyncMutex::default(),
+        recovery_time: opened.saturating_sub(started),
+        recovery_bytes: bytes_read,
+        emptying: AsyncMutex::default(),
+        cannot_discard: AtomicBool::new(false),
+        cannot_zero: AtomicBool::new(false),
+        digest: extension.as_ref().map(SuperblockExtension::digest),
+        generation: extension.as_ref().map_or(0, |page| page.generation).into(),
+        extension: grown.clone().or(extension),
+        rules,
+    });
+    engine.settle(&recovery, written_back, leftovers).await?;
+    if let Some(page) = grown {
+        write_extension(&engine.cache, &page).await?;
+        engine.cache.flush().await?;
+        engine.generation.store(page.generation, Ordering::Relaxed);
+    }
+    if !read_only {
+        engine.start_tasks();
+    }
+    Ok(engine)
+}
+
+/// What to record when the backing device is larger than it was, so that it is noticed should it
+/// shrink again.
+fn grown(extension: Option<&SuperblockExtension>, backing: &Device) -> Option<SuperblockExtension> {
+    let extension = extension?;
+    let (before, sectors) = (extension.backing_sectors, BackingFacts::of(backing).sectors);
+    if before == 0 || sectors <= before {
+        return None;
+    }
+    let bytes = |sectors: u64| sectors.saturating_mul(to_u64(SECTOR_BYTES));
+    tracing::info!(
+        "{} has grown from {} to {} bytes, and the volume with it",
+        backing.name(),
+        bytes(before),
+        bytes(sectors)
+    );
+    Some(SuperblockExtension { backing_sectors: sectors, ..extension.next() })
+}
+
+/// The index must be able to name every block of the volume.
+fn check_size(backing: &Device) -> Result<(), CacheError> {
+    refuse_size(backing.name(), backing.size())
+}
+
+/// Refuses a size in bytes that a backing device of this name cannot have.
+///
+/// # Errors
+/// When it is too large.
+pub fn refuse_size(backing: &str, bytes: u64) -> Result<(), CacheError> {
+    let maximum = MAX_BLOCKS * to_u64(BLOCK_BYTES);
+    if bytes <= maximum {
+        return Ok(());
+    }
+    Err(CacheError::TooLarge { backing: backing.into(), bytes, maximum })
+}
+
+impl Engine {
+    /// Makes the devices agree with what recovery decided. A crash in the midst of it changes
+    /// nothing of that.
+    async fn settle(
+        &self,
+        recovery: &Recovery,
+        written_back: SegmentId,
+        leftovers: Vec<Item>,
+    ) -> Result<(), CacheError> {
+        // A daemon that was killed may have left segments in the cache device's volatile cache, and
+        // a discard in the backing device's. Reads show them, so the next flush must cover them.
+        self.cache.flush().await?;
+        self.backing.flush().await?;
+        match self.write_items(leftovers).await {
+            Err(BatchStop::Device(error) | BatchStop::Stuck(error)) => return Err(error.into()),
+            Ok(written) => {
+                if let Some(failed) = written.failed.into_iter().next() {
+                    return Err(failed.error.into());
+                }
+            }
+            Err(BatchStop::Closing) => {}
+        }
+        // The record must stand before dropped segments are erased: without them, W no longer
+        // follows from H.
+        if written_back > recovery.record {
+            self.write_record(written_back).await?;
+        }
+        // While dropped segments stand, the log does not end below the record, whatever is damaged.
+        self.renew(&recovery.damage).await;
+        // The log will grow up to dropped segments again, and what is half there could be made
+        // whole by a write of the same data.
+        let geometry = self.state.lock().log.geometry();
+        let torn =
+            recovery.damage.iter().filter(|damage| damage.explanation == Explanation::PowerCut);
+        let dropped = recovery.dropped.iter().map(|&id| geometry.slot_of(id));
+        let slots: Vec<Slot> = dropped.chain(torn.map(|damage| damage.slot)).collect();
+        if !slots.is_empty() && self.rules.keep(Rule::DroppedErased) {
+            // With a single slot, only what it holds bears out the record.
+            let filler = if geometry.slots() == 1 { recovery.point } else { SegmentId::NONE };
+            self.erase(slots.into_iter().map(|slot| (slot, filler)).collect()).await?;
+        }
+        // The log goes on after the newest segment. Only when nothing is left that could be taken
+        // for what followed it, may its header say that it was closed.
+        if let Some(id) = recovery.open_end().filter(|_| self.rules.keep(Rule::OpenEndClosed)) {
+            close_segment(&self.cache, geometry, id).await?;
+            self.cache.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Makes what is damaged and written back sound. It has no explanation any more once the log
+    /// has come near it, and the kernel module would read no further than there. What cannot be
+    /// written is no worse than it was.
+    async fn renew(&self, damage: &[Damage]) {
+        let damaged = damage.iter().filter(|damage| damage.explanation == Explanation::WrittenBack);
+        let slots: Vec<_> = damaged.map(|damage| (damage.slot, damage.expected)).collect();
+        if self.extension.is_some()
+            && !slots.is_empty()
+            && let Err(error) = self.erase(slots).await
+        {
+            tracing::warn!("a damaged segment that is written back is left as it is: {error}");
+        }
+    }
+
+    /// Erases the headers of slots, or puts empty segments with these ids there. It is durable
+    /// afterwards.
+    async fn erase(&self, slots: Vec<(Slot, SegmentId)>) -> Result<(), DeviceError> {
+        let geometry = self.state.lock().log.geometry();
+        let erase = |(slot, id)| {
+            write_filler(
+                &self.cache,
+                geometry,
+                slot,
+                (id, SegmentId::NONE),
+                self.extension.as_ref(),
+            )
+        };
+        all(stream::iter(slots.into_iter().map(erase)).buffer_unordered(ERASE_DEPTH)).await?;
+        self.cache.flush().await
+    }
+
+    fn start_tasks(self: &Arc<Self>) {
+        self.state.lock().lifecycle.tasks_started(5);
+        self.runtime.spawn(Box::pin(self.clone().appender()));
+        self.runtime.spawn(Box::pin(self.clone().flusher()));
+        self.runtime.spawn(Box::pin(self.clone().writeback()));
+        self.runtime.spawn(Box::pin(self.clone().syncer()));
+        self.runtime.spawn(Box::pin(self.clone().admitter()));
+    }
+}

@@ -1,0 +1,196 @@
+//! The log as recovery reads it, and what its segments hold.
+
+use super::mixture::Later;
+use super::options::{OpenOptions, Reading};
+use crate::cache::state::ages::Ages;
+use crate::cache::state::index::Index;
+use crate::cache::state::segment_log::Item;
+use crate::device::Device;
+use crate::format::{Geometry, PLACES, Place, Sector, SegmentId, Slot, to_usize};
+use crate::log::LogError;
+use crate::log::live::{Beyond, first_outside};
+use crate::log::reach::Reach;
+use crate::log::recovery::{Recovery, recover};
+use crate::log::scan::{
+    BackingFacts, SlotContent, Superblock, check_pairing, read_superblock, scan, scan_headers,
+    scan_trusting,
+};
+use crate::rules::{Rule, Rules};
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+/// A log as it was read, and what its segments hold.
+pub(super) struct Replay {
+    pub(super) superblock: Superblock,
+    pub(super) recovery: Recovery,
+    pub(super) index: Index,
+    /// Dirty sectors of older versions that the newest version of their block does not carry. They
+    /// had been written back when the newer version was made, but the log does not say so.
+    pub(super) leftovers: Vec<Item>,
+    /// The newest live segment with a clean entry, of which the index knows nothing.
+    pub(super) staged: SegmentId,
+    pub(super) bytes_read: u64,
+    pub(super) ages: Ages,
+}
+
+fn replay_until(
+    cache: &Device,
+    recovery: Recovery,
+    until: SegmentId,
+) -> Result<Recovery, LogError> {
+    let points = recovery.points();
+    if points.contains(&until) {
+        return Ok(recovery.until(until));
+    }
+    let (first, last) = points.into_inner();
+    Err(LogError::NoSuchPoint { device: cache.name().to_string(), until, first, last })
+}
+
+/// What the slots hold, live or not, while they are read.
+struct Slots<'a> {
+    geometry: Geometry,
+    backing: &'a Device,
+    index: Index,
+    /// Where the first entry in a slot lies that does not fit on the backing device.
+    outside: HashMap<Slot, Sector>,
+    /// Slots with clean entries.
+    staged: HashSet<Slot>,
+    bytes_read: u64,
+    ages: Ages,
+}
+
+impl Slots<'_> {
+    fn backing_sectors(&self) -> u64 {
+        BackingFacts::of(self.backing).sectors
+    }
+
+    /// Takes in a slot. What was taken in of it before counts no more.
+    fn visit(&mut self, slot: Slot, content: &SlotContent) {
+        self.bytes_read += content.bytes_read;
+        self.index.forget(slot);
+        self.outside.remove(&slot);
+        self.staged.remove(&slot);
+        let Some(header) = content.header.as_ref().filter(|_| content.state.valid_id().is_some())
+        else {
+            return;
+        };
+        if let Some(extension) = &header.extension {
+            self.ages.set(slot, Duration::from_millis(extension.time));
+        }
+        for (entry, place) in header.metablocks.iter().zip((0..).map(|index| Place { slot, index }))
+        {
+            // Staged by read caching. What it holds may be older than the backing device by now:
+            // the kernel module writes around a cache without a trace in the log.
+            if entry.dirty.is_clean() {
+                self.staged.insert(slot);
+                continue;
+            }
+            if let Some(sector) = first_outside(entry.block, entry.dirty, self.backing_sectors()) {
+                self.outside.entry(slot).or_insert(sector);
+                continue;
+            }
+            self.index.hold(entry.block, entry.dirty, place);
+            if let Some(crc) = entry.crc {
+                self.index.set_crc(place, crc);
+            }
+        }
+    }
+
+    /// Applies what a live segment holds.
+    fn apply(&mut self, id: SegmentId, leftovers: &mut Vec<Item>) {
+        let slot = self.geometry.slot_of(id);
+        let places = || (0..PLACES).map(|index| Place { slot, index });
+        places()
+            .filter_map(|place| self.index.at(place))
+            .for_each(|(block, _)| self.index.fetch(block));
+        for place in places() {
+            let Some((block, dirty)) = self.index.at(place) else { continue };
+            if let Some(old) = self.index.link(block, place) {
+                let sectors = old.dirty.without(dirty);
+                if !sectors.is_clean() {
+                    leftovers.push(Item { block, place: old.place, sectors, discarded: false });
+                }
+            }
+        }
+    }
+}
+
+impl Replay {
+    pub(super) async fn read(
+        cache: &Device,
+        backing: &Device,
+        options: &OpenOptions,
+    ) -> Result<Replay, LogError> {
+        let OpenOptions { reading, until, wanted, known, mixes, rules, .. } = options;
+        let superblock = read_superblock(cache, *wanted).await?;
+        let geometry = superblock.geometry;
+        let mut slots = Slots {
+            geometry,
+            backing,
+            index: Index::new(geometry, superblock.extension.is_some()),
+            outside: HashMap::new(),
+            staged: HashSet::new(),
+            bytes_read: 0,
+            ages: Ages::new(geometry.slots()),
+        };
+        let visit = |slot, content: &_| slots.visit(slot, content);
+        let reads_unclaimed = rules.keep(Rule::UnclaimedReadWhole);
+        let states = match reading {
+            Reading::Whole => scan(cache, geometry, visit).await,
+            Reading::Headers if reads_unclaimed => scan_trusting(cache, &superblock, visit).await,
+            Reading::Headers => scan_headers(cache, geometry, visit).await,
+        };
+        let recovery = recover(&superblock, &states).refuse_corrupt(cache)?;
+        known.map_or(Ok(()), |known| known.refuse_older(cache, Reach::of(&recovery)))?;
+        let later = until.map(|until| Later::of(cache, backing, geometry, &recovery, until));
+        let recovery = match *until {
+            Some(until) => replay_until(cache, recovery, until)?,
+            None => recovery,
+        };
+        if let Some(extension) = &superblock.extension {
+            check_pairing(cache, extension, &BackingFacts::of(backing))?;
+        }
+        let replay = slots.replay(cache, &superblock, recovery, *rules)?;
+        if let Some(later) = later.filter(|_| !mixes) {
+            later.refuse_mixture(&replay.index).await?;
+        }
+        Ok(replay)
+    }
+}
+
+impl Slots<'_> {
+    fn replay(
+        mut self,
+        cache: &Device,
+        superblock: &Superblock,
+        recovery: Recovery,
+        rules: Rules,
+    ) -> Result<Replay, LogError> {
+        let above = !rules.keep(Rule::RecoveryStopsAtGap)
+            || !rules.keep(Rule::RecoveryStopsAtCutShort) && recovery.is_open;
+        let above = recovery.dropped.iter().copied().filter(|_| above);
+        let live: Vec<SegmentId> = recovery.live().chain(above).collect();
+        let mut holds_live = vec![false; self.geometry.all_slots().len()];
+        for &id in &live {
+            let slot = self.geometry.slot_of(id);
+            holds_live[to_usize(slot.0.into())] = true;
+            if let Some(&sector) = self.outside.get(&slot) {
+                return Err(Beyond { id, sector }.refuse(cache, &BackingFacts::of(self.backing)));
+            }
+        }
+        for (slot, _) in self.geometry.all_slots().zip(holds_live).filter(|(_, live)| !live) {
+            self.index.forget(slot);
+        }
+        let mut leftovers = Vec::new();
+        let mut staged = SegmentId::NONE;
+        for id in live {
+            self.apply(id, &mut leftovers);
+            if self.staged.contains(&self.geometry.slot_of(id)) {
+                staged = id;
+            }
+        }
+        let Slots { index, bytes_read, ages, .. } = self;
+        let superblock = superblock.clone();
+        Ok(Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages })
+    }
+}

@@ -1,0 +1,269 @@
+//! How blocks get into the open segment: writes, zeros of discards, admitted reads, moved blocks.
+
+use super::State;
+use super::fragment::{Fragment, fragments};
+use super::index::Cached;
+use super::pacing::PACING_DIVISOR;
+use super::stuck::MovedBlock;
+use super::wait::{Reserve, Wait};
+use crate::cache::error::CacheError;
+use crate::cache::figures::accesses::Access;
+use crate::device::IoBuf;
+use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, Place, Sector, SegmentId};
+use crate::rules::Rule;
+use std::ops::Range;
+
+/// Why a write cannot go on at once.
+pub(crate) enum Obstacle {
+    Wait(Wait),
+    /// Older dirty sectors of the block lie on the cache device and must be read first.
+    Merge {
+        block: BlockNo,
+        old: Cached,
+        id: SegmentId,
+    },
+    /// Dirty sectors of the block are to be kept, and are lost.
+    Lost(Place),
+    Error(CacheError),
+}
+
+impl From<Wait> for Obstacle {
+    fn from(wait: Wait) -> Obstacle {
+        Obstacle::Wait(wait)
+    }
+}
+
+/// What became of a write on top of an older version.
+pub(crate) enum Merged {
+    Done,
+    /// The older version is not the newest any more, or has been written back.
+    Changed,
+    Wait(Wait),
+}
+
+impl State {
+    /// How a request meets a block of which the cache holds this version.
+    pub(crate) fn access(&self, at: &Fragment, cached: Option<Cached>, write: bool) -> Access {
+        let in_ram = cached.is_some_and(|cached| self.log.in_ram(cached.place).is_some());
+        Access { write, hit: cached.is_some(), in_ram, whole: at.is_whole_block() }
+    }
+
+    /// Takes the next place of the log for the newest version of a block. Nothing older of it can
+    /// be admitted any more.
+    fn take_place(
+        &mut self,
+        block: BlockNo,
+        dirty: DirtyBits,
+        reserve: Reserve,
+    ) -> Result<&mut [u8; BLOCK_BYTES], Wait> {
+        let place = self.log.take_place(block, dirty, reserve)?;
+        if self.rules.keep(Rule::WriteCancelsAdmission) {
+            self.admission.cancel(block);
+        }
+        Ok(place)
+    }
+
+    /// Writes from the front until something is in the way. Returns the bytes taken, and what is in
+    /// the way.
+    pub(crate) fn write_some(&mut self, sector: Sector, data: &[u8]) -> (usize, Option<Obstacle>) {
+        if let Err(error) = self.lifecycle.check_open() {
+            return (0, Some(Obstacle::Error(error)));
+        }
+        for fragment in fragments(sector, data.len()) {
+            let bytes = &data[fragment.at..fragment.at + fragment.length];
+            if let Err(obstacle) = self.write_fragment(&fragment, bytes) {
+                return (fragment.at, Some(obstacle));
+            }
+        }
+        self.log.seal_if_full();
+        (data.len(), None)
+    }
+
+    fn write_fragment(&mut self, new: &Fragment, bytes: &[u8]) -> Result<(), Obstacle> {
+        if self.locks.is_locked(new.block) {
+            return Err(Obstacle::Wait(Wait::RangeLock(new.block)));
+        }
+        let old = self.log.newest_version(new.block);
+        let access = self.access(new, old, true);
+        self.place_fragment(new, bytes, old)?;
+        self.accesses.count(access);
+        Ok(())
+    }
+
+    fn place_fragment(
+        &mut self,
+        new: &Fragment,
+        bytes: &[u8],
+        old: Option<Cached>,
+    ) -> Result<(), Obstacle> {
+        let dirty = new.bits();
+        if let Some(old) = old {
+            if let Some(data) = self.log.overwrite(old, dirty) {
+                new.copy_into(data, bytes);
+                return Ok(());
+            }
+            // The new version must carry on what is not written back and not overwritten, so that
+            // it alone holds all of that.
+            let carries_on = self.log.is_dirty(old) && !old.dirty.without(dirty).is_clean();
+            if carries_on && self.rules.keep(Rule::MergeKeepsOldSectors) {
+                if self.log.is_lost(old.place) {
+                    return Err(Obstacle::Lost(old.place));
+                }
+                let Some(base) = self.log.in_ram(old.place).copied() else {
+                    let id = self.log.id_of(old.place.slot);
+                    return Err(Obstacle::Merge { block: new.block, old, id });
+                };
+                return Ok(self.place_merged(new, bytes, old.dirty, &base)?);
+            }
+        }
+        let data = self.take_place(new.block, dirty, Reserve::Keep)?;
+        if !dirty.is_all() {
+            // No request reads the other sectors, but no other block's data is to lie there.
+            data.fill(0);
+        }
+        new.copy_into(data, bytes);
+        Ok(())
+    }
+
+    fn place_merged(
+        &mut self,
+        new: &Fragment,
+        bytes: &[u8],
+        old_dirty: DirtyBits,
+        base: &[u8; BLOCK_BYTES],
+    ) -> Result<(), Wait> {
+        let data = self.take_place(new.block, old_dirty.union(new.bits()), Reserve::Keep)?;
+        data.copy_from_slice(base);
+        new.copy_into(data, bytes);
+        Ok(())
+    }
+
+    /// Writes a fragment on top of an older version, whose data was read from segment `id`.
+    pub(crate) fn merge(
+        &mut self,
+        new: &Fragment,
+        bytes: &[u8],
+        (old, id): (Cached, SegmentId),
+        base: &[u8; BLOCK_BYTES],
+    ) -> Result<Merged, CacheError> {
+        self.lifecycle.check_open()?;
+        let is_newest = self.log.newest_version(new.block) == Some(old);
+        if !is_newest || self.log.id_of(old.place.slot) != id || !self.log.is_dirty(old) {
+            return Ok(Merged::Changed);
+        }
+        if self.locks.is_locked(new.block) {
+            return Ok(Merged::Wait(Wait::RangeLock(new.block)));
+        }
+        let access = self.access(new, Some(old), true);
+        let placed = self.place_merged(new, bytes, old.dirty, base);
+        Ok(match placed {
+            Ok(()) => {
+                self.accesses.count(access);
+                Merged::Done
+            }
+            Err(wait) => Merged::Wait(wait),
+        })
+    }
+
+    /// The backing device gets a newer version of a block, or of a part of it, around the log.
+    pub(crate) fn supersede(&mut self, new: &Fragment) {
+        let old = self.log.newest_version(new.block);
+        let access = self.access(new, old, true);
+        self.accesses.count(access);
+        if self.rules.keep(Rule::WriteAroundCancelsAdmission) {
+            self.admission.cancel(new.block);
+        }
+        if let Some(old) = old.filter(|_| self.rules.keep(Rule::WriteAroundDropsCached)) {
+            self.drop_written_back(new.block, old);
+        }
+    }
+
+    /// Drops the cached version of a block, which is written back: the backing device gets a newer
+    /// one.
+    fn drop_written_back(&mut self, block: BlockNo, old: Cached) {
+        self.log.drop_version(block);
+        self.stale.outdated(self.log.id_of(old.place.slot));
+    }
+
+    /// Writes zeros over what the log holds of some blocks that is not written back, dirty or
+    /// clean, and drops what is. Returns the block that it got to.
+    pub(crate) fn cover(
+        &mut self,
+        blocks: Range<BlockNo>,
+        is_space_given_up: bool,
+    ) -> (BlockNo, Result<(), Wait>) {
+        for block in (blocks.start.0..blocks.end.0).map(BlockNo) {
+            if self.rules.keep(Rule::DiscardCancelsAdmission) {
+                self.admission.cancel(block);
+            }
+            let Some(old) = self.log.newest_version(block) else { continue };
+            if !self.log.is_live(old.place) {
+                self.drop_written_back(block, old);
+                continue;
+            }
+            if !self.rules.keep(Rule::DiscardCoversDirty) {
+                continue;
+            }
+            if let Some(data) = self.log.overwrite(old, DirtyBits::ALL) {
+                data.fill(0);
+            } else {
+                match self.take_place(block, DirtyBits::ALL, Reserve::Keep) {
+                    Ok(data) => data.fill(0),
+                    Err(wait) => return (block, Err(wait)),
+                }
+            }
+            // Else write-back would fill again what the backing device has given up.
+            if is_space_given_up {
+                self.log.mark_discarded(block);
+            }
+        }
+        self.log.seal_if_full();
+        (blocks.end, Ok(()))
+    }
+
+    /// Whether clean blocks may be put into the log: it is nowhere near full, so that no writer
+    /// comes to wait for a slot that they take, and the appender keeps up.
+    pub(crate) fn may_admit(&self) -> bool {
+        let lap = self.log.geometry().lap();
+        let has_room = self.log.free_slots() > 1 + lap / PACING_DIVISOR;
+        has_room && self.log.may_seal() && !self.lifecycle.is_ending()
+    }
+
+    /// Puts up to `most` waiting blocks into the log as clean entries. Returns how many.
+    pub(crate) fn admit_some(&mut self, most: u64) -> u64 {
+        let mut admitted = 0;
+        while admitted < most
+            && self.may_admit()
+            && let Some((block, data)) = self.admission.pop()
+        {
+            match self.take_place(block, DirtyBits::CLEAN, Reserve::Keep) {
+                Ok(place) => place.copy_from_slice(&data),
+                // There was room for it.
+                Err(_) => break,
+            }
+            admitted += 1;
+        }
+        self.log.seal_if_full();
+        admitted
+    }
+
+    /// Writes a stuck block to the end of the log once more, if what was read of it is still its
+    /// newest version. Returns whether it is.
+    pub(crate) fn move_block(&mut self, moved: &MovedBlock) -> Result<bool, Wait> {
+        let MovedBlock { block, from, data, lost } = moved;
+        if self.log.newest_version(*block) != Some(*from) {
+            return Ok(false);
+        }
+        // A range lock does not matter: the data stays the same. And a discard that holds one may
+        // wait for a slot, which waits for this.
+        let place: &mut [u8; BLOCK_BYTES] = self.take_place(*block, from.dirty, Reserve::Use)?;
+        place.copy_from_slice(IoBuf::block_at(data, 0));
+        if lost.is_some() && self.rules.keep(Rule::LostMarked) {
+            self.log.mark_last_lost();
+        }
+        if let Some(newest) = self.log.newest_version(*block) {
+            self.stuck.moved(*block, newest.place, lost.as_ref());
+        }
+        Ok(true)
+    }
+}

@@ -1,0 +1,168 @@
+//! Versions of blocks: where the newest one lies, what it holds, and what write-back must take.
+
+use super::SegmentLog;
+use super::segments::offset_in_segment;
+use crate::cache::state::index::Cached;
+use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, SegmentId};
+use crate::rules::Rule;
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+/// A version of a block, or some sectors of it, to be written back.
+#[derive(Clone, Copy)]
+pub(crate) struct Item {
+    pub(crate) block: BlockNo,
+    pub(crate) place: Place,
+    pub(crate) sectors: DirtyBits,
+    /// These are the zeros of a discard.
+    pub(crate) discarded: bool,
+}
+
+impl SegmentLog {
+    /// The newest version of a block, if the cache holds any.
+    pub(crate) fn newest_version(&self, block: BlockNo) -> Option<Cached> {
+        self.index.get(block)
+    }
+
+    /// The CRC-32C of what a place holds, if it is known.
+    pub(crate) fn crc(&self, place: Place) -> Option<u32> {
+        self.index.crc(place)
+    }
+
+    /// How many blocks the cache holds a version of.
+    pub(crate) fn used_blocks(&self) -> usize {
+        self.index.len()
+    }
+
+    /// Drops the version of a block that the cache holds. The place stays taken.
+    pub(crate) fn drop_version(&mut self, block: BlockNo) {
+        self.index.remove(block);
+    }
+
+    /// Whether a place lies in a segment that recovery would apply: one that is not written back.
+    pub(crate) fn is_live(&self, place: Place) -> bool {
+        self.id_of(place.slot) > self.written_back
+    }
+
+    /// Whether a version holds data that the backing device lacks.
+    pub(crate) fn is_dirty(&self, version: Cached) -> bool {
+        !version.dirty.is_clean() && self.is_live(version.place)
+    }
+
+    /// Whether the log that recovery would apply holds anything of a block.
+    pub(crate) fn is_logged(&self, block: BlockNo) -> bool {
+        self.index.get(block).is_some_and(|cached| self.is_live(cached.place))
+    }
+
+    /// Which sectors of a block are to be read from where the cache holds this version.
+    pub(crate) fn readable_sectors(&self, cached: Cached) -> DirtyBits {
+        match cached.dirty {
+            bits if bits.is_clean() || bits.is_all() => DirtyBits::ALL,
+            bits if self.is_live(cached.place) => bits,
+            // Written back: the backing device has all of it.
+            _ => DirtyBits::CLEAN,
+        }
+    }
+
+    /// A place's data, while its segment is in RAM.
+    pub(crate) fn in_ram(&self, place: Place) -> Option<&[u8; BLOCK_BYTES]> {
+        let id = self.id_of(place.slot);
+        let at = offset_in_segment(place.index);
+        if let Some(open) = self.open.as_ref().filter(|open| open.id == id) {
+            return Some(open.buf.block_at(at));
+        }
+        let front = self.sealed.front()?.id;
+        let nth = usize::try_from(id.0.checked_sub(front.0)?).ok()?;
+        Some(self.sealed.get(nth)?.buf.block_at(at))
+    }
+
+    /// Whether a place lies in RAM and holds a lost block.
+    pub(crate) fn is_lost(&self, place: Place) -> bool {
+        let id = self.id_of(place.slot);
+        let open = self.open.as_ref().filter(|open| open.id == id).map(|open| open.lost);
+        let sealed = || self.sealed.iter().find(|sealed| sealed.id == id).map(|it| it.lost);
+        open.or_else(sealed).is_some_and(|lost| lost.has(place.index))
+    }
+
+    /// What a segment holds: each block and its place.
+    fn entries(&self, id: SegmentId) -> impl Iterator<Item = (Place, BlockNo, DirtyBits)> {
+        let slot = self.geometry.slot_of(id);
+        (0..PLACES).filter_map(move |index| {
+            let place = Place { slot, index };
+            self.index.at(place).map(|(block, dirty)| (place, block, dirty))
+        })
+    }
+
+    /// Whether a segment holds some of these blocks, in whatever version.
+    pub(crate) fn holds_any(&self, id: SegmentId, blocks: &Range<BlockNo>) -> bool {
+        self.entries(id).any(|(_, block, _)| blocks.contains(&block))
+    }
+
+    /// Of each of these blocks, the oldest segment up to `last` that holds anything of it and is
+    /// not written back.
+    pub(crate) fn oldest_versions(
+        &self,
+        last: SegmentId,
+        mut wanted: BTreeSet<BlockNo>,
+    ) -> BTreeSet<(SegmentId, BlockNo)> {
+        let mut found = BTreeSet::new();
+        let mut segments = (self.written_back.next().0..=last.0).map(SegmentId);
+        while !wanted.is_empty()
+            && let Some(id) = segments.next()
+        {
+            let held = self.entries(id).filter(|(_, block, _)| wanted.remove(block));
+            found.extend(held.map(|(_, block, _)| (id, block)));
+        }
+        found
+    }
+
+    /// What of a segment a batch that ends with `last` must write back.
+    pub(crate) fn items_of(&self, id: SegmentId, last: SegmentId) -> Vec<Item> {
+        let item = |(place, block, sectors): (Place, BlockNo, DirtyBits)| {
+            let newest = self.index.get(block).filter(|_| !sectors.is_clean())?;
+            if newest.place == place {
+                let discarded = self.index.is_discarded(place) && sectors.is_all();
+                return Some(Item { block, place, sectors, discarded });
+            }
+            // A newer version in this batch carries all that this one does. One beyond the batch
+            // does not stand for it: should a power cut undo that one, or the cache device be lost
+            // before its turn, the backing device would hold neither.
+            let newer = self.id_of(newest.place.slot);
+            let superseded = newer <= last
+                || !self.rules.keep(Rule::OlderWrittenUnlessNewerInBatch)
+                || !self.rules.keep(Rule::OlderWrittenThoughNewerDurable)
+                    && newer <= self.durable();
+            // What the newest version lacks was written back before that was made, though the
+            // record may not say so. Something newer than this one may have been.
+            let sectors = sectors.intersection(newest.dirty);
+            (!sectors.is_clean() && !superseded).then_some(Item {
+                block,
+                place,
+                sectors,
+                discarded: false,
+            })
+        };
+        self.entries(id).filter_map(item).collect()
+    }
+
+    /// The newest segment with a newer version of one of these neighbouring places.
+    pub(crate) fn newest_replacement(&self, first: Place, blocks: usize) -> Option<SegmentId> {
+        let places = (first.index..).take(blocks).map(|index| Place { index, ..first });
+        let newer = |place: Place| {
+            let newest = self.index.get(self.index.at(place)?.0)?;
+            (newest.place != place).then(|| self.id_of(newest.place.slot))
+        };
+        places.filter_map(newer).max()
+    }
+
+    /// Segment `id`, the one after `written_back`, is written back, and that is recorded durably.
+    pub(crate) fn segment_written_back(&mut self, id: SegmentId) {
+        debug_assert_eq!(id, self.written_back.next());
+        let is_newest = |&(place, block, dirty): &(Place, BlockNo, DirtyBits)| {
+            !dirty.is_clean() && self.index.get(block).is_some_and(|newest| newest.place == place)
+        };
+        let clean = self.entries(id).filter(is_newest).count();
+        self.dirty_blocks -= crate::format::to_u64(clean);
+        self.written_back = id;
+    }
+}

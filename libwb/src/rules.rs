@@ -1,0 +1,122 @@
+//! The rules that keep data safe, each of which the simulator's tests break once, to prove that
+//! they would notice.
+//!
+//! Where a rule decides something, the code asks [`Rules::keep`]. Without the feature `sim` the
+//! answer is always yes, and the compiler leaves nothing of the question.
+
+#![cfg_attr(
+    not(feature = "sim"),
+    allow(unreachable_pub, reason = "exported with the feature alone")
+)]
+
+/// A rule that a test can break.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// A flush is acknowledged only after the cache device was flushed.
+    FlushWaitsForDevice,
+    /// The superblock record is durable before the slots that it frees are reused.
+    RecordMadeDurable,
+    /// The backing device is flushed before the record says that segments are written back.
+    BackingFlushedBeforeRecord,
+    /// Recovery applies nothing above a gap.
+    RecoveryStopsAtGap,
+    /// A write to part of a block carries on the dirty sectors of the version before it.
+    MergeKeepsOldSectors,
+    /// No slot is overwritten while its old content is read.
+    PinsRespected,
+    /// Only durable segments are written back.
+    OnlyDurableWrittenBack,
+    /// Write-back leaves out an older version only if a newer one is in the same batch.
+    OlderWrittenUnlessNewerInBatch,
+    /// A newer version beyond the batch does not stand for an older one, even if it is durable.
+    OlderWrittenThoughNewerDurable,
+    /// Segments that recovery dropped are erased.
+    DroppedErased,
+    /// The appender runs ahead of the last flush by no more than the loss window.
+    LossWindowKept,
+    /// The header of a segment is written anew only when its last commit is durable.
+    CommitReplacedOnlyWhenDurable,
+    /// A block that belongs to a commit is not overwritten in place.
+    CommittedNeverOverwritten,
+    /// A flush of the device makes durable what was written when it began, and no more.
+    DurableAsOfFlushStart,
+    /// A segment that ends with a commit is closed before the log goes on.
+    OpenEndClosed,
+    /// Recovery applies nothing above a segment that is cut short.
+    RecoveryStopsAtCutShort,
+    /// Recovery reads a segment whole unless a header says that it was durable.
+    UnclaimedReadWhole,
+    /// A segment counts as written only when all segments before it do.
+    WrittenWithoutGap,
+    /// A failed flush of the cache device is final.
+    FailedFlushFinal,
+    /// Data from the cache device is served only if its CRC is right.
+    ReadsVerified,
+    /// A header claims durability only for segments that are durable.
+    OnlyDurableClaimed,
+    /// The backing device is flushed before a discard is acknowledged.
+    DiscardFlushed,
+    /// A discard writes zeros over dirty data in the log.
+    DiscardCoversDirty,
+    /// A place no longer counts as the zeros of a discard once its slot is used again.
+    DiscardMarkEndsWithSlot,
+    /// Earlier writes are durable before a discard takes effect.
+    DiscardAfterLogFlush,
+    /// A segment that is to be emptied is emptied even if it cannot be read.
+    UnreadableEmptied,
+    /// A segment counts as emptied only when a write of that and a flush succeeded.
+    EmptiedOnlyWhenFlushed,
+    /// In strict order, a batch takes one epoch.
+    OneEpochPerBatch,
+    /// Writes wait for a range lock.
+    RangeLocksRespected,
+    /// A write goes through the log if the log holds an older version of its block.
+    LoggedStaysInLog,
+    /// The backing device is flushed before a write around the log is acknowledged.
+    WriteAroundFlushed,
+    /// Earlier writes are durable before a write goes around the log.
+    WriteAroundAfterLogFlush,
+    /// A write around the log drops the older version that is cached.
+    WriteAroundDropsCached,
+    /// A write around the log cancels the admission of its block.
+    WriteAroundCancelsAdmission,
+    /// A write cancels the admission of its block, so that nothing older is admitted.
+    WriteCancelsAdmission,
+    /// A discard cancels the admission of its blocks.
+    DiscardCancelsAdmission,
+    /// A block that could not be written back counts as moved only when its copy is durable.
+    MovedMadeDurable,
+    /// A block that could not be written back is moved before its segment is given up.
+    StuckMoved,
+    /// A lost block is moved with a CRC that its data does not match.
+    LostMarked,
+    /// Recovery does not take rot for the work of a power cut. The engine never asks; the check of
+    /// flipped bits does.
+    RotIsNoPowerCut,
+}
+
+/// The rules that an open cache keeps: all of them, unless a test breaks one.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Rules {
+    #[cfg(feature = "sim")]
+    broken: Option<Rule>,
+}
+
+impl Rules {
+    /// All rules but one.
+    #[cfg(feature = "sim")]
+    pub fn breaking(rule: Rule) -> Rules {
+        Rules { broken: Some(rule) }
+    }
+
+    /// Whether this rule is kept.
+    pub(crate) fn keep(self, rule: Rule) -> bool {
+        #[cfg(feature = "sim")]
+        return self.broken != Some(rule);
+        #[cfg(not(feature = "sim"))]
+        {
+            let _ = rule;
+            true
+        }
+    }
+}

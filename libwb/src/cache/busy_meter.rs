@@ -53,7 +53,7 @@ impl BusyMeter {
         BusyMeter { device, runtime, busy: Arc::default() }
     }
 
-    /// For how long anything was under way through this, all in all.
+    /// The total time in which anything was under way through this.
     pub(crate) fn busy_here(&self) -> Duration {
         let busy = self.busy.lock();
         let now = if busy.in_flight > 0 {

@@ -14,7 +14,7 @@ pub(crate) struct SharedFlush {
     /// Held during a flush.
     alone: AsyncMutex<()>,
     failed: AtomicU64,
-    /// SharedFlush are numbered in the order in which they begin, from 1 on.
+    /// Flushes are numbered in the order in which they begin, from 1 on.
     begun: AtomicU64,
     /// The newest one that did not fail.
     succeeded: AtomicU64,

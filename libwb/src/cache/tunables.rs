@@ -1,6 +1,5 @@
-//! What an administrator may set. Names and ranges are the kernel module's (its readme and its own
-//! test suite), but for `nr_max_batched_writeback`, which may be larger here, and for what the
-//! module lacks.
+//! What an administrator may set. Names and ranges are the kernel module's (from its readme and its
+//! own test suite). Here `nr_max_batched_writeback` may be larger, and some tunables are new.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -9,27 +8,27 @@ use std::ops::RangeInclusive;
 /// A cache's tunables.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tunables {
-    /// Write-back leaves the backing device alone while that was busy for at least so many percent
-    /// of the last second. 0: nothing is written back until the log is nearly full.
+    /// Write-back leaves the backing device alone when others kept it busy for at least this many
+    /// percent of the last second. 0: nothing is written back until the log is nearly full.
     pub writeback_threshold: u32,
-    /// How many segments write-back takes at a time, at most; more of them merge better.
+    /// The most segments that write-back takes at a time; more of them merge better.
     pub nr_max_batched_writeback: u32,
     /// Whether the backing device alone is a true prefix of the write history at all times, flush
     /// by flush.
     pub writeback_order: WritebackOrder,
     /// Where writes go first.
     pub write_mode: WriteMode,
-    /// Large writes of sequences longer than so many KiB go around the cache. 0: none do.
+    /// Large writes of sequences longer than this many KiB go around the cache. 0: none do.
     pub sequential_cutoff: u32,
     /// How many seconds a write may stay volatile without a flush; 0: for ever.
     pub sync_data_interval: u32,
-    /// Blocks that are read again and again from the backing device are put into the cache, but for
+    /// Blocks that are read repeatedly from the backing device are put into the cache, except in
     /// sequences of more neighbouring blocks than this. 0: none are.
     pub read_cache_threshold: u32,
-    /// How many such blocks wait in memory at a time for their way into the cache, 4 KiB each.
+    /// The most blocks that wait in memory to be put into the cache for reads, 4 KiB each.
     pub nr_read_cache_cells: u32,
-    /// In the kernel module, how many seconds go by between updates of the superblock record. Here
-    /// the record is always up to date, and this is kept for those who set or read it.
+    /// The kernel module updates the superblock record every this many seconds. Here the record is
+    /// always up to date; the tunable is kept for scripts that set or read it.
     pub update_sb_record_interval: u32,
 }
 
@@ -41,17 +40,18 @@ pub enum WriteMode {
     Back,
     /// To the backing device; what is written is cached for reads.
     Through,
-    /// To the backing device; what the cache holds of it is forgotten.
+    /// To the backing device; the cache drops what it holds of it.
     Around,
 }
 
 /// What the backing device alone holds while write-back is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WritebackOrder {
-    /// All up to the last batch, and any part of the batch under way: the newest version of each
-    /// block.
+    /// Everything up to the last batch, and any part of the batch under way, which writes the
+    /// newest version of each block.
     Sorted,
-    /// All up to some flush, and any part of what was written between that and the next.
+    /// Everything up to some flush, and any part of what was written between that flush and the
+    /// next.
     Strict,
 }
 
@@ -77,14 +77,19 @@ impl fmt::Display for TunableValue {
 /// Why a tunable cannot be set.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TunableError {
-    /// There is none of that name.
+    /// No tunable has that name.
     #[error("unknown tunable '{key}'; known: {}", Tunables::keys().collect::<Vec<_>>().join(", "))]
     Unknown {
         /// The name.
         key: String,
     },
     /// Not a number, or out of range.
-    #[error("{key}={value}: must be a number from {} to {}{}", range.start(), range.end(), counting(unit))]
+    #[error(
+        "{key}={value}: must be a number from {} to {}{}",
+        range.start(),
+        range.end(),
+        counting(unit)
+    )]
     Range {
         /// The name.
         key: &'static str,
@@ -95,7 +100,7 @@ pub enum TunableError {
         /// What the number counts; empty for a plain one.
         unit: &'static str,
     },
-    /// None of the words that it takes.
+    /// Not one of the words that it takes.
     #[error("{key}={value}: must be one of: {}", words.join(", "))]
     Word {
         /// The name.
@@ -107,7 +112,8 @@ pub enum TunableError {
     },
     /// It would break what another promises.
     #[error(
-        "with writeback_order=strict all writes go through the log; set {key}={} first, or writeback_order=sorted",
+        "with writeback_order=strict all writes go through the log; set {key}={} first, or \
+         writeback_order=sorted",
         if *key == "write_mode" { "back" } else { "0" }
     )]
     Conflict {
@@ -134,8 +140,8 @@ fn counting(unit: &str) -> String {
 }
 
 /// Reads a size such as "4096", "512M" or "10GiB", in bytes. Units are powers of 1024: K, M, G, T,
-/// with or without "iB"; "B" stands for bytes. `None` when it is no such size, or larger than 64
-/// bits can tell.
+/// with or without "iB"; "B" stands for bytes. `None` when it is no such size, or too large for
+/// 64 bits.
 fn parse_size(text: &str) -> Option<u64> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
@@ -341,8 +347,8 @@ impl Tunables {
         if key == WRITE_AROUND.key { "write_mode" } else { key }
     }
 
-    /// What the numbers of a tunable count, for people; empty for a plain number, a word, and what
-    /// is no tunable.
+    /// What the numbers of a tunable count, for people. Empty for a plain number, a word, and an
+    /// unknown tunable.
     pub fn unit(key: &str) -> &'static str {
         definition(key).map_or("", |definition| definition.unit)
     }
@@ -350,7 +356,7 @@ impl Tunables {
     /// Whether the tunables go together.
     ///
     /// # Errors
-    /// Where one promises what another breaks.
+    /// When one promises what another breaks.
     pub fn check(&self) -> Result<(), TunableError> {
         let around = match (self.write_mode, self.sequential_cutoff) {
             (WriteMode::Back, 0) => None,
@@ -366,7 +372,7 @@ impl Tunables {
     /// Sets one tunable from its name and value.
     ///
     /// # Errors
-    /// When there is no such tunable, or the value is none that it takes.
+    /// When there is no such tunable, or it does not take the value.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), TunableError> {
         let definition =
             definition(key).ok_or_else(|| TunableError::Unknown { key: key.into() })?;

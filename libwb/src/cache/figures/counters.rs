@@ -66,8 +66,7 @@ counters! {
     write_bytes,
     /// Flush requests.
     flushes,
-    /// Commits of segments that were not closed yet, each made by a flush, or several that share
-    /// it.
+    /// Commits of segments that were not closed yet. One or several flushes share each.
     commits,
     /// Segments written to the cache device, and closed.
     segments_written,
@@ -75,8 +74,7 @@ counters! {
     partial_segments_written,
     /// Bytes written to the cache device: segments, superblock records, emptied segments.
     cache_write_bytes,
-    /// Blocks read, or written through the cache, that were kept for reads, on their way to the
-    /// cache device.
+    /// Blocks read, or written through the cache, that were kept to be cached for reads.
     staged_blocks,
     /// Clean blocks put into the log by read caching.
     injected_blocks,
@@ -88,16 +86,15 @@ counters! {
     discarded_bytes,
     /// Reads that failed on the cache device.
     cache_read_errors,
-    /// Batches of write-back that failed, in whole or in part; each is tried again.
+    /// Batches of write-back that failed at least in part; each is tried again.
     writeback_errors,
-    /// Blocks that could not be written back, each time that they were kept in the log beyond their
-    /// segment's turn.
+    /// How often a block that could not be written back was moved to the end of the log.
     moved_blocks,
 }
 
 impl AtomicCounters {
     /// A commit, or the rest of a segment that is closed for this reason, was written to the cache
-    /// device: so many bytes and a header. The segment has so many blocks.
+    /// device: a header and this many bytes. The segment has this many blocks.
     pub(crate) fn appended(&self, reason: Reason, blocks: usize, bytes: usize) {
         self.cache_write_bytes.add(to_u64(BLOCK_BYTES + bytes));
         if reason == Reason::Open {

@@ -89,8 +89,8 @@ impl Histogram {
         })
     }
 
-    /// So many requests of a thousand took no longer than this: the limit of their bucket. That of
-    /// the last bucket is where it begins. `None` if nothing was measured.
+    /// The time within which this many requests of a thousand ended: the limit of their bucket. For
+    /// the last bucket it is where that begins. `None` if nothing was measured.
     pub fn per_mille(&self, share: u64) -> Option<Duration> {
         let count = u128::from(self.count());
         let wanted = (count * u128::from(share)).div_ceil(1000).max(1);

@@ -43,8 +43,8 @@ pub struct Status {
     pub durable: SegmentId,
     /// Every segment up to this one is written back.
     pub written_back: SegmentId,
-    /// For how long the oldest data that is not written back has been waiting; `None` where nothing
-    /// waits, or nobody knows, as of what was in a cache of the base format.
+    /// How long the oldest dirty data has been waiting for write-back. `None` if nothing waits, or
+    /// its age is unknown, as in the base format.
     pub oldest_dirty: Option<Duration>,
     /// Write-back is paused.
     pub paused: bool,
@@ -52,7 +52,7 @@ pub struct Status {
     pub writing_back: bool,
     /// Why writes are refused, if they are.
     pub failure: Option<String>,
-    /// Why write-back does not get on, if it does not.
+    /// Why write-back fails, if it does.
     pub writeback_error: Option<String>,
     /// Blocks that cannot be written back while others can, if there are any.
     pub stuck: Option<StuckBlocks>,
@@ -62,12 +62,12 @@ pub struct Status {
     pub recovery_bytes: u64,
     /// The tunables in force.
     pub tunables: Tunables,
-    /// Dirty blocks without those of the batch under way that have been written to the backing
-    /// device. They count as dirty until all of the batch is durable there.
+    /// Dirty blocks that are not yet on the backing device. Blocks of the batch under way count as
+    /// dirty until all of the batch is durable there.
     pub blocks_to_write_back: u64,
-    /// How fast write-back was in the last minute while it worked; `None` while it does not get on.
+    /// How fast write-back was in the last minute while it worked; `None` while it fails.
     pub writeback_pace: Option<Pace>,
-    /// What was counted since the cache was opened, or since [`Cache::clear_statistics`](crate::cache::Cache::clear_statistics).
+    /// What was counted since the cache was opened, or its counters were told to start anew.
     pub statistics: Statistics,
 }
 

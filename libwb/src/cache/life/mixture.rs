@@ -98,7 +98,7 @@ impl<'a> Later<'a> {
         index: &Index,
     ) -> Result<Option<(SegmentId, HashMap<BlockNo, Telling>)>, LogError> {
         for id in self.until.next().0..=self.last.0 {
-            // Of several versions, the newest counts.
+            // The newest of several versions counts.
             let entries = self.entries(id..=id, |_| true).await?;
             let entries: HashMap<BlockNo, Entry> =
                 entries.into_iter().map(|entry| (entry.block, entry)).collect();
@@ -124,7 +124,7 @@ impl<'a> Later<'a> {
         if !is_telling(&data, entry.dirty) || is_as_it_was && are_same(&data, &found, entry.dirty) {
             return Ok(None);
         }
-        // What is as it was at the point is not later, though it may have become the same again.
+        // Data that equals the version at the point is not later, though it may have changed back.
         let found = if is_as_it_was { IoBuf::zeroed(0) } else { found };
         Ok(Some(Telling { found, is_later: false }))
     }

@@ -64,7 +64,7 @@ impl Slots<'_> {
         BackingFacts::of(self.backing).sectors
     }
 
-    /// Takes in a slot. What was taken in of it before counts no more.
+    /// Takes in a slot, instead of what was taken in of it before.
     fn visit(&mut self, slot: Slot, content: &SlotContent) {
         self.bytes_read += content.bytes_read;
         self.index.forget(slot);
@@ -79,8 +79,8 @@ impl Slots<'_> {
         }
         for (entry, place) in header.metablocks.iter().zip((0..).map(|index| Place { slot, index }))
         {
-            // Staged by read caching. What it holds may be older than the backing device by now:
-            // the kernel module writes around a cache without a trace in the log.
+            // A clean entry of a read cache. It may be older than the backing device by now: the
+            // kernel module writes around a cache without a trace in the log.
             if entry.dirty.is_clean() {
                 self.staged.insert(slot);
                 continue;

@@ -1,15 +1,17 @@
 //! Block → place: where the newest version of each cached block lies.
 //!
-//! All of it is allocated once, about 15 bytes for each place: what the place holds, six bytes; the
-//! CRC of its data, where the cache keeps any, four and a bit; and a [`Table`] that finds the place
-//! of a block's newest version by looking the block up in the first part, between four and five.
+//! All of it is allocated once, about 15 bytes for each place:
+//!
+//! - six bytes for what the place holds;
+//! - four bytes and a bit for the CRC of its data, if the cache keeps any;
+//! - between four and five bytes for a [`Table`], which finds the place of a block's newest version.
 
 use super::table::Table;
 use crate::format::{BlockNo, DirtyBits, Geometry, PLACES, Place, Slot};
 use crate::sys::prefer_huge_pages;
 use std::hash::{BuildHasher, RandomState};
 
-/// Volumes have at most so many blocks, 4 PiB: a block number plus one fits five bytes. Opening a
+/// The most blocks that a volume has, 4 PiB: a block number plus one fits five bytes. Opening a
 /// cache checks it.
 pub(crate) const MAX_BLOCKS: u64 = (1 << 40) - 1;
 
@@ -25,14 +27,14 @@ pub(crate) struct Index {
     places: Box<[Held]>,
     /// The CRC-32C of what each place holds; or none at all.
     crcs: Box<[u32]>,
-    /// Of which places that is known, a bit for each. Any number may be a CRC, and whoever chooses
-    /// what is written can choose it, so that none of them can stand for "not known".
+    /// A bit for each place: whether its CRC is known. No number can stand for "not known": any may
+    /// be a CRC, and a user who chooses what is written can choose it.
     known: Box<[u64]>,
     /// Which places hold the zeros of a discard, a bit for each; empty until there is one.
     discarded: Vec<u64>,
     /// Numbers of places.
     newest: Table,
-    /// Nobody can choose blocks that meet in the table.
+    /// Keeps users from choosing blocks that meet in the table.
     secret: u64,
 }
 
@@ -90,8 +92,8 @@ impl Index {
         known.then(|| self.crcs[number(place) as usize])
     }
 
-    /// Notes the CRC-32C of what a place holds. Forgotten where the cache keeps none, or the place
-    /// holds nothing.
+    /// Notes the CRC-32C of what a place holds. Does nothing where the cache keeps no CRCs, or the
+    /// place holds nothing.
     pub(crate) fn set_crc(&mut self, place: Place, crc: u32) {
         if self.at(place).is_some()
             && let Some(kept) = self.crcs.get_mut(number(place) as usize)
@@ -130,7 +132,7 @@ impl Index {
         self.link(block, place);
     }
 
-    /// Notes what a place holds, which no lookup finds before [`Index::link`].
+    /// Notes what a place holds. No lookup finds that before [`Index::link`].
     pub(crate) fn hold(&mut self, block: BlockNo, dirty: DirtyBits, place: Place) {
         let number = number(place);
         // An entry must not outlive what its place holds: the table asks the place for its hash.
@@ -143,7 +145,7 @@ impl Index {
         }
     }
 
-    /// To be called for some blocks that are looked up next: see [`Table::fetch`].
+    /// Prepares the lookup of a block: see [`Table::fetch`].
     pub(crate) fn fetch(&self, block: BlockNo) {
         self.newest.fetch(self.hash(block));
     }
@@ -167,8 +169,8 @@ impl Index {
         Cached { place: place(number), dirty: DirtyBits(dirty) }
     }
 
-    /// Changes the dirty bits of a place that holds something, and is about to hold something else
-    /// of the same block.
+    /// Changes the dirty bits of a place that holds something. It is about to hold other data of the
+    /// same block.
     pub(crate) fn set_dirty(&mut self, place: Place, dirty: DirtyBits) {
         debug_assert!(self.at(place).is_some());
         self.not_discarded(number(place));
@@ -243,10 +245,17 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashMap;
 
+    fn three_slots() -> Geometry {
+        let bytes = SUPERBLOCK_REGION_BYTES + 3 * to_u64(SEGMENT_BYTES);
+        Geometry::of_device(bytes).expect("three slots")
+    }
+
     proptest! {
         #[test]
-        fn behaves_like_a_map_under_a_wrapping_log(blocks in prop::collection::vec((0..300u64, any::<u8>()), 0..1500)) {
-            let geometry = Geometry::of_device(SUPERBLOCK_REGION_BYTES + 3 * to_u64(SEGMENT_BYTES)).expect("three slots");
+        fn behaves_like_a_map_under_a_wrapping_log(
+            blocks in prop::collection::vec((0..300u64, any::<u8>()), 0..1500),
+        ) {
+            let geometry = three_slots();
             let mut index = Index::new(geometry, true);
             let mut model: HashMap<u64, Cached> = HashMap::new();
             for (at, (block, dirty)) in blocks.into_iter().enumerate() {
@@ -266,12 +275,11 @@ mod tests {
         }
     }
 
-    /// The engine forgets a slot before it writes there. Whoever does not must find no more than
-    /// what was there is lost.
+    /// The engine forgets a slot before it writes there. Without that, the old entries must be gone
+    /// all the same.
     #[test]
     fn a_place_that_is_taken_again_leaves_no_entry_behind() {
-        let geometry = Geometry::of_device(SUPERBLOCK_REGION_BYTES + 3 * to_u64(SEGMENT_BYTES))
-            .expect("three slots");
+        let geometry = three_slots();
         let mut index = Index::new(geometry, true);
         for lap in 0..100 {
             for number in 0..3 * u32::from(PLACES) {

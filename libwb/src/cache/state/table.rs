@@ -1,10 +1,10 @@
 //! A hash table of numbers that is allocated once and may be filled almost to the last cell.
 //!
-//! Each entry lies in one of two buckets, which its hash tells, a cache line each: so a search
-//! looks at two lines, however full the table is, and a removal leaves nothing behind. Where both
-//! buckets are full, an entry of them moves to its other bucket, and so on (cuckoo hashing),
-//! [`MAX_MOVES`] times at most. What even that finds no room for is kept aside, where a search goes
-//! through all of it; the hash being secret, that does not come up.
+//! It is a cuckoo hash table. Each entry lies in one of two buckets that its hash names. A bucket is
+//! a cache line. So a search looks at two lines, however full the table is, and a removal leaves
+//! nothing behind. When both buckets are full, an entry moves to its other bucket, and so on, at
+//! most [`MAX_MOVES`] times. If that makes no room, the entry is kept aside, where a search looks at
+//! all entries. Since the hash is secret, that hardly happens.
 
 use crate::format::{to_u64, to_usize};
 use crate::sys::prefer_huge_pages;
@@ -46,10 +46,9 @@ pub(crate) enum At {
 }
 
 impl Table {
-    /// A table for numbers below `limit`, each at most once: it is nowhere near full with all of
-    /// them.
+    /// A table for numbers below `limit`, each at most once. All of them leave it far from full.
     pub(crate) fn new(limit: u32) -> Table {
-        // One in eight cells stays free, so that hardly an insertion in a hundred finds both its
+        // One cell in eight stays free, so that hardly one insertion in a hundred finds both
         // buckets full.
         let cells = to_usize(limit.into()) + to_usize(limit.into()) / 7;
         let number_bits = u32::BITS - limit.leading_zeros();
@@ -102,8 +101,8 @@ impl Table {
         Some((At::Aside(aside), self.aside[aside]))
     }
 
-    /// Has the processor fetch what a search for this hash looks at. Searches that each wait for
-    /// that take longer than a round of these for all of them.
+    /// Has the processor fetch what a search for this hash looks at. For several searches it is
+    /// quicker to fetch for all first than to wait in each.
     pub(crate) fn fetch(&self, hash: u64) {
         let [one, other] = self.buckets_of(hash);
         black_box(self.bucket(one)[0] ^ self.bucket(other)[0]);
@@ -202,7 +201,7 @@ fn low_half(n: u64) -> u32 {
 mod tests {
     use super::*;
 
-    /// Nothing is known of these numbers but that they are different: no hash helps.
+    /// All that is known of these numbers is that they differ: no hash helps.
     #[test]
     fn numbers_that_all_have_the_same_hash_are_found_all_the_same() {
         const LIMIT: u32 = 500;

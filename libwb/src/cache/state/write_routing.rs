@@ -6,8 +6,7 @@
 use crate::cache::tunables::{Tunables, WriteMode, WritebackOrder};
 use crate::format::{SECTOR_BYTES, Sector, to_u64};
 
-/// Sequences that are remembered. Beyond that, the one that was longest without a write is
-/// forgotten.
+/// Sequences that are remembered. Beyond that, the one without a write for longest is forgotten.
 const SEQUENCES: usize = 32;
 /// Smaller writes of a sequence than this, in bytes, go through the log as others do: around it,
 /// each costs a flush of the backing device.

@@ -1,7 +1,7 @@
 //! What is read lies in RAM, on the cache device or on the backing device, sector by sector, and
 //! what is read again and again comes to lie on the cache device.
 
-use libwb::cache::{Cache, Counters, Tunables};
+use libwb::cache::{Cache, Counters, OpenOptions, Tunables};
 use libwb::device::IoBuf;
 use libwb::device::sim::{Faults, SimDevice, Simulation};
 use libwb::format::{

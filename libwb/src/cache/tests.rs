@@ -398,7 +398,7 @@ fn a_cache_says_how_far_it_has_come_for_good_and_an_older_copy_is_refused_untouc
     let older: Device = Arc::new(MemDevice::with_content("copy", copy.clone()));
     let backing: Device = rig.backing.clone();
     let before = rig.backing.content();
-    let purposes = [
+    let ways = [
         OpenOptions::serve(),
         OpenOptions::replay(),
         OpenOptions::read_only(),
@@ -410,11 +410,10 @@ fn a_cache_says_how_far_it_has_come_for_good_and_an_older_copy_is_refused_untouc
         let opening = Cache::open(older.clone(), backing.clone(), runtime, options);
         rig.reactor.block_on(opening).err()
     };
-    for purpose in purposes {
-        assert!(
-            matches!(open(purpose), Some(CacheError::Log(LogError::Older { .. }))),
-            "{purpose:?}"
-        );
+    for options in ways {
+        let refused = open(options.clone());
+        let is_older = matches!(refused, Some(CacheError::Log(LogError::Older { .. })));
+        assert!(is_older, "{options:?}");
     }
     let examined = rig.reactor.block_on(Cache::examine(&older, &backing, known)).unwrap_err();
     assert_eq!(

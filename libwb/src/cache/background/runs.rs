@@ -118,7 +118,7 @@ pub(super) fn device_reads(pieces: &[Piece]) -> Vec<DeviceRead> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::format::Slot;
+    use crate::format::{BlockNo, DirtyBits, Slot};
 
     fn item(block: u64, id: u64, index: u8, sectors: u8) -> Item {
         let place = Place { slot: Slot(u32::try_from(id).expect("small")), index };

@@ -208,6 +208,7 @@ impl Misses {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::BLOCK_BYTES;
 
     fn admission(threshold: u32, limit: u32) -> ReadAdmission {
         let mut admission = ReadAdmission::new(1000);

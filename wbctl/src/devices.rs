@@ -132,6 +132,6 @@ impl Devices {
 fn fate(gone: Gone) -> &'static str {
     match gone {
         Gone::Deleted => "is gone with it",
-        Gone::Replaced(_) | Gone::Moved(_) => "is in the one that was open, and only there",
+        Gone::Replaced(_) | Gone::Moved(_) => "is in the one that was open",
     }
 }

@@ -2,7 +2,7 @@
 
 .PHONY: demo test sim soak stress fuzz test-vm bench deps tools build install uninstall deb package deny advisories fmt
 
-# How many courses of work and crashes `make sim` simulates, and `make soak`; the first seed of the
+# How many scenarios of work and crashes `make sim` simulates, and `make soak`; the first seed of the
 # latter.
 SIM_SEEDS = 2000
 SEEDS = 20000

@@ -22,7 +22,7 @@ summary=
 for target in "${targets[@]}"; do
     mkdir -p "fuzz/corpus/$target"
     log=$(mktemp)
-    # A recipe is short; a request may be a little longer than the 64 KiB that are read of it.
+    # A script is short; a request may be a little longer than the 64 KiB that are read of it.
     length=4096
     [ "$target" = control ] && length=70000
     cargo fuzz run --sanitizer none "$target" "fuzz/corpus/$target" "fuzz/seeds/$target" -- -max_total_time="$seconds" \

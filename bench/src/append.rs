@@ -3,7 +3,7 @@
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig;
+use crate::setup;
 use anyhow::Result;
 use fastrand::Rng;
 use libwb::cache::{Cache, Tunables};
@@ -23,11 +23,11 @@ const BURST: u64 = 4096;
 /// Writes the same number of bytes to the file in both ways, in turn, each time until they are
 /// durable.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
-    rig::lock_memory();
+    setup::lock_memory();
     let reactor = Reactor::start()?;
     let bytes = BYTES_PER_SECOND * u64::from(options.seconds);
     // Write-back begins when half of the log is dirty.
-    let device = rig::file(&reactor, &options.dir, "cache", bytes * 2 + bytes / 4)?;
+    let device = setup::file(&reactor, &options.dir, "cache", bytes * 2 + bytes / 4)?;
     let rounds = (0..options.rounds)
         .map(|_| {
             let baseline = sequential(&reactor, &device, bytes)?;
@@ -48,16 +48,16 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
 
 fn sequential(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
     let started = Instant::now();
-    reactor.block_on(rig::write_sequentially(device, bytes))?;
-    rig::check_signals()?;
-    Ok(rig::megabytes_per_second(bytes, started))
+    reactor.block_on(setup::write_sequentially(device, bytes))?;
+    setup::check_signals()?;
+    Ok(setup::megabytes_per_second(bytes, started))
 }
 
 fn random(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
     let backing = Arc::new(MemDevice::new("backing", VOLUME_BYTES));
     let runtime = Arc::new(reactor.handle().clone());
     reactor.block_on(async {
-        rig::format(device).await?;
+        setup::format(device).await?;
         let cache = Cache::open(device.clone(), backing, runtime, Tunables::default()).await?;
         let started = Instant::now();
         let mut random = Rng::with_seed(1);
@@ -66,11 +66,11 @@ fn random(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
             let to = BlockNo(random.u64(..VOLUME_BYTES / to_u64(BLOCK_BYTES)));
             cache.write(to.sector(), &block).await?;
             if nth % BURST == 0 {
-                rig::check_signals()?;
+                setup::check_signals()?;
             }
         }
         cache.flush().await?;
-        let figure = rig::megabytes_per_second(bytes, started);
+        let figure = setup::megabytes_per_second(bytes, started);
         cache.close().await?;
         Ok(figure)
     })

@@ -3,7 +3,7 @@
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig::{self, SEGMENT};
+use crate::setup::{self, SEGMENT};
 use anyhow::Result;
 use async_task::Runnable;
 use fastrand::Rng;
@@ -59,7 +59,7 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
 }
 
 fn round(source: &[u8], writes: u64, log: Log) -> Result<Round> {
-    rig::check_signals()?;
+    setup::check_signals()?;
     let baseline = copy_and_checksum(source, writes);
     Ok(Round { baseline, cache: engine(source, writes, log)? })
 }
@@ -95,7 +95,7 @@ fn engine(source: &[u8], writes: u64, log: Log) -> Result<f64> {
     let here = Arc::new(ThisThread::new());
     let runtime = here.clone();
     here.block_on(async move {
-        rig::format(&cache).await?;
+        setup::format(&cache).await?;
         let cache = Cache::open(cache, backing, runtime, Tunables::default()).await?;
         let mut random = Rng::with_seed(1);
         let started = processor_time();

@@ -3,7 +3,7 @@
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig;
+use crate::setup;
 use anyhow::Result;
 use fastrand::Rng;
 use futures_util::future::try_join_all;
@@ -31,7 +31,7 @@ struct Cost {
 /// Measures both sides in turn, with one request at a time and with sixteen.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     let reactor = Reactor::start()?;
-    let device = rig::file(&reactor, &options.dir, "cache", LOG_BYTES)?;
+    let device = setup::file(&reactor, &options.dir, "cache", LOG_BYTES)?;
     let mut latency = Vec::new();
     let mut bytes = Vec::new();
     let rows = [
@@ -46,7 +46,7 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     for (depth, name, log_name, bytes_name) in rows {
         let (mut times, mut log, mut written) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..options.rounds {
-            rig::check_signals()?;
+            setup::check_signals()?;
             let length = Duration::from_secs(options.seconds.into());
             let baseline = reactor.block_on(raw(&device, depth, length))?;
             let cost = reactor.block_on(engine(&reactor, &device, depth, length))?;
@@ -116,7 +116,7 @@ async fn raw(device: &Device, depth: u64, length: Duration) -> Result<f64> {
 
 async fn engine(reactor: &Reactor, device: &Device, depth: u64, length: Duration) -> Result<Cost> {
     let backing = Arc::new(MemDevice::new("backing", VOLUME_BYTES));
-    rig::format(device).await?;
+    setup::format(device).await?;
     let runtime = Arc::new(reactor.handle().clone());
     let cache = Cache::open(device.clone(), backing, runtime, Tunables::default()).await?;
     let before = cache.status();

@@ -2,10 +2,10 @@
 //! time, so that what is seen is the policy, and not what else the machine does.
 
 use crate::Options;
+use crate::metered_device::MeteredDevice;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig;
+use crate::setup;
 use crate::virtual_time::VirtualTime;
-use crate::watched::Watched;
 use anyhow::{Context, Result};
 use futures_util::future::try_join_all;
 use libwb::cache::{Cache, Tunables};
@@ -52,10 +52,10 @@ pub(crate) fn measure(_options: &Options) -> Result<Vec<Table>> {
     let runtime: Arc<dyn Runtime> = Arc::new(time.clone());
     let cache: Device = Arc::new(MemDevice::new("cache", LOG_BYTES));
     let memory: Device = Arc::new(MemDevice::new("backing", VOLUME_BYTES));
-    let backing: Device = Arc::new(Watched::throttled(memory, runtime.clone(), RATE));
+    let backing: Device = Arc::new(MeteredDevice::throttled(memory, runtime.clone(), RATE));
     let seen = Seen::default();
     let run = async {
-        rig::format(&cache).await?;
+        setup::format(&cache).await?;
         let cache = Cache::open(cache, backing, runtime, Tunables::default()).await?;
         try_join_all((0..WRITERS).map(|_| writer(&cache, &seen, &time))).await?;
         let took = seen.full_since.get().map(|since| time.now() - since).unwrap_or_default();
@@ -69,7 +69,7 @@ pub(crate) fn measure(_options: &Options) -> Result<Vec<Table>> {
 async fn writer(cache: &Cache, seen: &Seen, time: &VirtualTime) -> Result<()> {
     let data = [0x5a; BLOCK_BYTES];
     while seen.full_since.get().is_none_or(|since| time.now() - since < LENGTH) {
-        rig::check_signals()?;
+        setup::check_signals()?;
         let nth = seen.next.get();
         seen.next.set(nth + 1);
         if seen.full_since.get().is_none() {

@@ -1,10 +1,10 @@
 //! A loop device over a cache, against the same front end without one: over plain memory where the
 //! cache device is memory, and over a file where it is a file.
 
-use crate::fio::{self, Load};
-use crate::memory::{Memory, Plain};
+use crate::fio::{self, Workload};
 use crate::report::{Goal, Round, Row, Table};
-use crate::{Options, rig};
+use crate::uncached::{DeviceVolume, MemoryVolume};
+use crate::{Options, setup};
 use anyhow::Result;
 use libwb::cache::{Cache, Tunables};
 use libwb::device::{Device, MemDevice};
@@ -19,16 +19,16 @@ const VOLUME_BYTES: u64 = 512 << 20;
 /// More than a cache is written in a second.
 const BYTES_PER_SECOND: u64 = 600 << 20;
 
-const LOADS: [Load; 4] = [
-    Load { name: "4 KiB random write, 32 in flight", pattern: "randwrite", depth: 32 },
-    Load { name: "4 KiB random write, 1 in flight", pattern: "randwrite", depth: 1 },
-    Load { name: "4 KiB random read, 32 in flight", pattern: "randread", depth: 32 },
-    Load { name: "4 KiB random read, 1 in flight", pattern: "randread", depth: 1 },
+const WORKLOADS: [Workload; 4] = [
+    Workload { name: "4 KiB random write, 32 in flight", pattern: "randwrite", depth: 32 },
+    Workload { name: "4 KiB random write, 1 in flight", pattern: "randwrite", depth: 1 },
+    Workload { name: "4 KiB random read, 32 in flight", pattern: "randread", depth: 32 },
+    Workload { name: "4 KiB random read, 1 in flight", pattern: "randread", depth: 1 },
 ];
 
 /// Measures both pairs.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
-    rig::lock_memory();
+    setup::lock_memory();
     Ok(vec![in_memory(options)?, on_files(options)?])
 }
 
@@ -48,15 +48,15 @@ fn in_memory(options: &Options) -> Result<Table> {
         title: "Loop device: cache and backing device are in memory".into(),
         unit: "requests per second",
         baseline: "the same front end over plain memory",
-        rows: compare(options, &reactor, Memory::new(VOLUME_BYTES), device, backing)?,
+        rows: compare(options, &reactor, MemoryVolume::new(VOLUME_BYTES), device, backing)?,
     })
 }
 
 fn on_files(options: &Options) -> Result<Table> {
     let reactor = Reactor::start()?;
-    let file = |name, bytes| rig::file(&reactor, &options.dir, name, bytes);
+    let file = |name, bytes| setup::file(&reactor, &options.dir, name, bytes);
     let (device, backing) = (file("cache", log_bytes(options))?, file("backing", VOLUME_BYTES)?);
-    let plain = Plain(file("plain", VOLUME_BYTES)?);
+    let plain = DeviceVolume(file("plain", VOLUME_BYTES)?);
     Ok(Table {
         title: format!(
             "Loop device: cache and backing device are files with direct I/O in {}",
@@ -77,7 +77,7 @@ fn compare(
     backing: Device,
 ) -> Result<Vec<Row>> {
     let cache = reactor.block_on(async {
-        rig::format(&device).await?;
+        setup::format(&device).await?;
         let runtime = Arc::new(reactor.handle().clone());
         anyhow::Ok(Cache::open(device, backing, runtime, Tunables::default()).await?)
     })?;
@@ -108,7 +108,7 @@ fn rows(
 ) -> Result<Vec<Row>> {
     fio::fill(baseline.path())?;
     fio::fill(cached.path())?;
-    let mut rounds = LOADS.map(|load| (load, Vec::new()));
+    let mut rounds = WORKLOADS.map(|load| (load, Vec::new()));
     for nth in 0..options.rounds {
         for (load, rounds) in &mut rounds {
             // What an earlier load has left must not be written back while this one runs.

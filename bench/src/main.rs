@@ -7,17 +7,17 @@ mod append;
 mod attach;
 mod check;
 mod cpu;
-mod disk;
 mod fio;
 mod flush;
 mod full;
 mod full_log;
 mod loops;
-mod memory;
+mod metered_device;
+mod model_disk;
 mod report;
-mod rig;
+mod setup;
+mod uncached;
 mod virtual_time;
-mod watched;
 mod writeback;
 
 use anyhow::{Result, ensure};
@@ -110,7 +110,7 @@ fn run(cli: &Cli) -> Result<()> {
             "only root can make loop devices and mounts; all but 'loop' and 'all' need no root"
         );
     }
-    rig::watch_signals()?;
+    setup::watch_signals()?;
     let mut tables: Vec<Table> = Vec::new();
     for (what, measure) in MEASUREMENTS {
         if !all && cli.what != what {

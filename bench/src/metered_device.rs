@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// A device that is watched.
-pub(crate) struct Watched {
+pub(crate) struct MeteredDevice {
     device: Device,
     read_bytes: AtomicU64,
     pace: Option<Pace>,
@@ -22,9 +22,9 @@ struct Pace {
     until: Mutex<Duration>,
 }
 
-impl Watched {
-    pub(crate) fn new(device: Device) -> Watched {
-        Watched { device, read_bytes: AtomicU64::new(0), pace: None }
+impl MeteredDevice {
+    pub(crate) fn new(device: Device) -> MeteredDevice {
+        MeteredDevice { device, read_bytes: AtomicU64::new(0), pace: None }
     }
 
     /// A device that writes only so many bytes in a second, one request after the other.
@@ -32,9 +32,12 @@ impl Watched {
         device: Device,
         runtime: Arc<dyn Runtime>,
         bytes_per_second: f64,
-    ) -> Watched {
+    ) -> MeteredDevice {
         let until = Mutex::new(runtime.now());
-        Watched { pace: Some(Pace { runtime, bytes_per_second, until }), ..Watched::new(device) }
+        MeteredDevice {
+            pace: Some(Pace { runtime, bytes_per_second, until }),
+            ..MeteredDevice::new(device)
+        }
     }
 
     /// Bytes read since the beginning.
@@ -43,7 +46,7 @@ impl Watched {
     }
 }
 
-impl BlockDevice for Watched {
+impl BlockDevice for MeteredDevice {
     fn name(&self) -> &Arc<str> {
         self.device.name()
     }

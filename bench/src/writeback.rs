@@ -3,9 +3,9 @@
 //! neighbours merged.
 
 use crate::Options;
-use crate::disk::{ModelDisk, QUEUE};
+use crate::model_disk::{ModelDisk, QUEUE};
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig;
+use crate::setup;
 use crate::virtual_time::VirtualTime;
 use anyhow::{Context, Result};
 use fastrand::Rng;
@@ -39,7 +39,7 @@ pub(crate) fn measure(_options: &Options) -> Result<Vec<Table>> {
     ];
     let mut rows = Vec::new();
     for (name, goal, set) in sets {
-        rig::check_signals()?;
+        setup::check_signals()?;
         let writes = set(WRITTEN_BYTES / to_u64(BLOCK_BYTES));
         let baseline = module(&writes)?;
         rows.push(Row::new(name, goal, vec![Round { baseline, cache: engine(&writes)? }]));
@@ -61,7 +61,7 @@ fn engine(writes: &[BlockNo]) -> Result<f64> {
     let disk = ModelDisk::new(runtime.clone(), DISK_BYTES);
     let device: Device = Arc::new(MemDevice::new("cache", LOG_BYTES));
     let run = async {
-        rig::format(&device).await?;
+        setup::format(&device).await?;
         let cache = Cache::open(device, Arc::new(disk), runtime, Tunables::default()).await?;
         cache.pause();
         let data = [0x5a; BLOCK_BYTES];

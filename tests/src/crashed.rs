@@ -1,6 +1,6 @@
 //! Cache devices as a killed process leaves them when all that was written had been flushed.
 
-use crate::recipe::VOLUME_BYTES;
+use crate::damage_script::VOLUME_BYTES;
 use crate::{cache_bytes, noise};
 use libwb::cache::{Cache, Tunables, WritebackOrder};
 use libwb::device::sim::Simulation;
@@ -28,18 +28,18 @@ pub struct Crashed {
 
 /// All there are. Those whose segments are small come first.
 pub static CRASHED: LazyLock<Vec<Crashed>> = LazyLock::new(|| {
-    let course = Course::begin;
+    let start = CrashedBuilder::start;
     vec![
-        course("many flushes, one segment").many_flushes(),
-        course("more than a lap, and flushes that close a segment").lap(),
-        course("drained, and gone on").drained(),
-        course("closed in order, and gone on").closed(),
-        course("many flushes, two segments").two_segments(),
-        course("one flush, two segments").one_flush(),
+        start("many flushes, one segment").many_flushes(),
+        start("more than a lap, and flushes that close a segment").lap(),
+        start("drained, and gone on").drained(),
+        start("closed in order, and gone on").closed(),
+        start("many flushes, two segments").two_segments(),
+        start("one flush, two segments").one_flush(),
     ]
 });
 
-struct Course {
+struct CrashedBuilder {
     name: &'static str,
     simulation: Simulation,
     cache: Arc<MemDevice>,
@@ -49,10 +49,10 @@ struct Course {
     writes: Cell<u64>,
 }
 
-impl Course {
-    fn begin(name: &'static str) -> Course {
+impl CrashedBuilder {
+    fn start(name: &'static str) -> CrashedBuilder {
         let size = cache_bytes(SEGMENTS);
-        let course = Course {
+        let builder = CrashedBuilder {
             name,
             simulation: Simulation::new(1),
             cache: Arc::new(MemDevice::new("cache", size)),
@@ -60,10 +60,10 @@ impl Course {
             volume: RefCell::new(vec![0; to_usize(VOLUME_BYTES)]),
             writes: Cell::new(0),
         };
-        let device: Device = course.cache.clone();
+        let device: Device = builder.cache.clone();
         let extension = SuperblockExtension::new(Uuid::from_u128(9), size);
-        course.run(create(&device, Some(&extension), |_| ())).expect("a cache");
-        course
+        builder.run(create(&device, Some(&extension), |_| ())).expect("a cache");
+        builder
     }
 
     fn run<T>(&self, future: impl Future<Output = T>) -> T {

@@ -16,19 +16,19 @@ use uuid::Uuid;
 
 /// Size of the volumes that the images belong to.
 pub const VOLUME_BYTES: u64 = 16 << 20;
-/// Images that a recipe may start from: the golden ones, an empty one, two that wb wrote, and those
+/// Images that a script may start from: the golden ones, an empty one, two that wb wrote, and those
 /// of crashed caches.
 pub const BASES: usize = GOLDEN.len() + 3 + CRASHED_BASES;
 /// So many of [`CRASHED`], whose segments are small.
 pub const CRASHED_BASES: usize = 4;
 /// Segments of the images that are not golden.
 const SEGMENTS: u32 = 6;
-/// The most changes that a recipe has. More are left out.
+/// The most changes that a script has. More are left out.
 const MAX_CHANGES: usize = 64;
 
 /// An image, and what is changed in it, one after the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Recipe {
+pub struct DamageScript {
     /// Which of [`BASES`] images; any number names one.
     pub base: u8,
     /// What is changed.
@@ -78,20 +78,20 @@ pub enum Change {
     },
 }
 
-impl Recipe {
-    /// Reads a recipe off any bytes.
-    pub fn decode(bytes: &[u8]) -> Recipe {
-        let Some((&base, mut rest)) = bytes.split_first() else { return Recipe::default() };
+impl DamageScript {
+    /// Reads a script off any bytes.
+    pub fn decode(bytes: &[u8]) -> DamageScript {
+        let Some((&base, mut rest)) = bytes.split_first() else { return DamageScript::default() };
         let mut changes = Vec::new();
         while changes.len() < MAX_CHANGES
             && let Some(change) = Change::decode(&mut rest)
         {
             changes.push(change);
         }
-        Recipe { base, changes }
+        DamageScript { base, changes }
     }
 
-    /// The bytes of a recipe.
+    /// The bytes of a script.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![self.base];
         self.changes.iter().for_each(|change| change.encode(&mut bytes));
@@ -270,7 +270,7 @@ fn written_by_wb(extended: bool, closed: Option<bool>) -> Vec<u8> {
 }
 
 /// Recipes to start from: each image as it is, and in each the damage that has a meaning.
-pub fn seeds() -> Vec<Recipe> {
+pub fn seeds() -> Vec<DamageScript> {
     let region = u32::try_from(SUPERBLOCK_REGION_BYTES).unwrap_or_default();
     let segment = u32::try_from(SEGMENT_BYTES).unwrap_or_default();
     let write = |at, bytes: &[u8]| Change::Write { at, bytes: bytes.to_vec() };
@@ -294,11 +294,11 @@ pub fn seeds() -> Vec<Recipe> {
             vec![Change::Cut { sectors: 1024 }],
             vec![Change::Cut { sectors: 700 }],
         ] {
-            seeds.push(Recipe { base, changes });
+            seeds.push(DamageScript { base, changes });
         }
     }
     for base in (0u8..).take(BASES).skip(BASES - CRASHED_BASES) {
-        let flip = |at| Recipe {
+        let flip = |at| DamageScript {
             base,
             changes: vec![Change::Flip { at, bit: u8::try_from(at % 7).unwrap_or_default() }],
         };
@@ -341,9 +341,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recipe_is_read_as_it_was_written() {
-        for recipe in seeds() {
-            assert_eq!(Recipe::decode(&recipe.encode()), recipe);
+    fn a_script_is_read_as_it_was_written() {
+        for script in seeds() {
+            assert_eq!(DamageScript::decode(&script.encode()), script);
         }
     }
 

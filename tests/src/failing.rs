@@ -24,7 +24,7 @@ const FOREVER: Duration = Duration::from_secs(1 << 31);
 
 /// What fails, with EIO unless it says otherwise. By default, nothing.
 #[derive(Clone, Debug, Default)]
-pub struct Faults {
+pub struct FileFaults {
     /// Reads of any byte in this range.
     pub reads: Range<u64>,
     /// All writes. None of their data arrives.
@@ -58,7 +58,7 @@ impl Drop for Hang<'_> {
 
 #[derive(Default)]
 struct State {
-    faults: Mutex<Faults>,
+    faults: Mutex<FileFaults>,
     /// The faults are others.
     changed: Condvar,
 }
@@ -86,26 +86,26 @@ impl FailingFile {
     }
 
     /// Fails from now on, and in no other way.
-    pub fn fail(&self, faults: Faults) {
+    pub fn fail(&self, faults: FileFaults) {
         *self.state.faults.lock() = faults;
         self.state.changed.notify_all();
     }
 
     /// Answers neither writes nor flushes, as long as the value lives.
     pub fn hang(&self) -> Hang<'_> {
-        self.fail(Faults { hangs: true, ..Faults::default() });
+        self.fail(FileFaults { hangs: true, ..FileFaults::default() });
         Hang(self)
     }
 
     /// Writes of any byte in a range hang, as long as the value lives.
     pub fn hang_writes(&self, hanging_writes: Range<u64>) -> Hang<'_> {
-        self.fail(Faults { hanging_writes, ..Faults::default() });
+        self.fail(FileFaults { hanging_writes, ..FileFaults::default() });
         Hang(self)
     }
 
     /// Works from now on.
     pub fn heal(&self) {
-        self.fail(Faults::default());
+        self.fail(FileFaults::default());
     }
 }
 
@@ -119,8 +119,8 @@ impl Files {
     /// Answers now, or when this does not hang any more.
     fn answer(
         &self,
-        hangs: impl Fn(&Faults) -> bool + Send + 'static,
-        answer: impl FnOnce(&Faults) + Send + 'static,
+        hangs: impl Fn(&FileFaults) -> bool + Send + 'static,
+        answer: impl FnOnce(&FileFaults) + Send + 'static,
     ) {
         let faults = self.state.faults.lock().clone();
         if !hangs(&faults) {
@@ -214,7 +214,7 @@ impl Filesystem for Files {
         let (file, data) = (self.file.clone(), data.to_vec());
         let end = offset + to_u64(data.len());
         let overlaps = move |range: &Range<u64>| offset < range.end && range.start < end;
-        let hangs = move |faults: &Faults| faults.hangs || overlaps(&faults.hanging_writes);
+        let hangs = move |faults: &FileFaults| faults.hangs || overlaps(&faults.hanging_writes);
         self.answer(hangs, move |faults| match u32::try_from(data.len()) {
             _ if faults.full => reply.error(fuser::Errno::ENOSPC),
             Ok(length) if !faults.writes && file.write_all_at(&data, offset).is_ok() => {

@@ -1,7 +1,7 @@
 //! What must hold for any input. The fuzzer finds the inputs; property tests try some in every run.
 
-use crate::recipe::{Recipe, VOLUME_BYTES};
-use crate::rot::{Outcome, Subject};
+use crate::bit_flip::{FlipEffect, Subject};
+use crate::damage_script::{DamageScript, VOLUME_BYTES};
 use futures_lite::future::block_on;
 use libwb::cache::{Cache, CacheError, Tunables};
 use libwb::control::{Reply, Request, answer};
@@ -23,13 +23,13 @@ use std::sync::Arc;
 /// Three sectors are written here.
 const WRITTEN: Sector = Sector(13);
 
-/// Any bytes as a recipe of a cache device: all that the programs read of it is read, without panic
+/// Any bytes as a script of a cache device: all that the programs read of it is read, without panic
 /// and without end.
 ///
 /// # Panics
 /// When that does not hold.
 pub fn device(bytes: &[u8]) {
-    read_everything(Recipe::decode(bytes).build());
+    read_everything(DamageScript::decode(bytes).build());
 }
 
 /// Reads the log on an image in every way there is.
@@ -64,21 +64,21 @@ pub fn read_everything(image: Vec<u8>) {
     }
 }
 
-/// Any bytes as a recipe of a cache device, which the engine opens. Where all that is wrong with it
+/// Any bytes as a script of a cache device, which the engine opens. Where all that is wrong with it
 /// is a bit of a crashed cache, that loses nothing in silence that the device can prove.
 ///
 /// # Panics
 /// When that does not hold; and as [`serve`].
 pub fn recovery(bytes: &[u8]) {
-    let recipe = Recipe::decode(bytes);
-    serve(&recipe.build());
-    if let Some((crashed, at, bit)) = recipe.flipped()
+    let script = DamageScript::decode(bytes);
+    serve(&script.build());
+    if let Some((crashed, at, bit)) = script.flipped()
         && at < to_u64(crashed.cache.len())
     {
         let (cache, backing) = (crashed.cache.clone(), crashed.backing.clone());
         let outcome = Subject::new(cache, backing, recover).expect("a sound log").judge(at, bit);
         assert!(
-            !matches!(outcome, Outcome::Wrong(_)),
+            !matches!(outcome, FlipEffect::Wrong(_)),
             "{}, byte {at}, bit {bit}: {outcome:?}",
             crashed.name
         );
@@ -92,17 +92,17 @@ pub fn recovery(bytes: &[u8]) {
 /// # Panics
 /// When that does not hold.
 pub fn serve(image: &[u8]) {
-    let rig = Rig {
+    let test = TestVolume {
         simulation: Simulation::new(1),
         cache: Arc::new(MemDevice::with_content("cache", image.to_vec())),
         backing: Arc::new(MemDevice::new("backing", VOLUME_BYTES)),
     };
-    let mut volume = rig.applied();
-    let cache = match rig.open() {
+    let mut volume = test.applied();
+    let cache = match test.open() {
         Ok(cache) => cache,
         Err(CacheError::Log(_)) => {
-            assert!(rig.cache.content() == image, "refused, and changed");
-            let is_zero = |block: &BlockNo| rig.written_back(*block)[..] == [0; BLOCK_BYTES];
+            assert!(test.cache.content() == image, "refused, and changed");
+            let is_zero = |block: &BlockNo| test.written_back(*block)[..] == [0; BLOCK_BYTES];
             return assert!(volume.keys().all(is_zero), "refused, and written to");
         }
         // A block whose own checksum is wrong under a right one of its segment.
@@ -111,41 +111,41 @@ pub fn serve(image: &[u8]) {
     };
     // Nor can such a block be read.
     volume.retain(|&block, wanted| {
-        let served = rig.read(&cache, block);
+        let served = test.read(&cache, block);
         assert!(served.as_ref().is_none_or(|served| *served == *wanted), "not what the log says");
         served.is_some()
     });
     let data = [0x5a; 3 * SECTOR_BYTES];
-    if rig.run(cache.write(WRITTEN, &data)).is_ok()
+    if test.run(cache.write(WRITTEN, &data)).is_ok()
         && let Some(block) = volume.get_mut(&WRITTEN.block())
     {
         block[WRITTEN.in_block() * SECTOR_BYTES..][..data.len()].copy_from_slice(&data);
     }
-    rig.run(cache.flush()).expect("a device that works");
+    test.run(cache.flush()).expect("a device that works");
     // The process is killed. What was fit for use is so again.
     drop(cache);
-    rig.simulation.kill_tasks();
-    let cache = rig.open().expect("a cache that was served before");
-    let drained = rig.run(cache.drain()).is_ok();
-    if rig.run(cache.close()).is_err() {
+    test.simulation.kill_tasks();
+    let cache = test.open().expect("a cache that was served before");
+    let drained = test.run(cache.drain()).is_ok();
+    if test.run(cache.close()).is_err() {
         return;
     }
-    let is_back = |(&block, data): (&BlockNo, &Vec<u8>)| rig.written_back(block)[..] == data[..];
+    let is_back = |(&block, data): (&BlockNo, &Vec<u8>)| test.written_back(block)[..] == data[..];
     assert!(!drained || volume.iter().all(is_back), "not what was served");
-    let again = rig.open().expect("a cache that was closed in order");
+    let again = test.open().expect("a cache that was closed in order");
     let is_same = |(&block, data): (&BlockNo, &Vec<u8>)| {
-        rig.read(&again, block).is_some_and(|served| served == *data)
+        test.read(&again, block).is_some_and(|served| served == *data)
     };
     assert!(volume.iter().all(is_same), "not what was served before");
 }
 
-struct Rig {
+struct TestVolume {
     simulation: Simulation,
     cache: Arc<MemDevice>,
     backing: Arc<MemDevice>,
 }
 
-impl Rig {
+impl TestVolume {
     fn run<T>(&self, future: impl Future<Output = T>) -> T {
         self.simulation.block_on(future).expect("an end")
     }

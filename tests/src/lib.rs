@@ -17,18 +17,18 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+pub mod bit_flip;
 pub mod crafted;
 pub mod crashed;
+pub mod damage_script;
 mod failing;
 mod filesystem;
 pub mod fuzzed;
-pub mod outlook;
-pub mod recipe;
-pub mod rot;
+pub mod recovered_view;
 pub mod sim;
 mod volume;
 
-pub use failing::{FailingFile, Faults, Hang};
+pub use failing::{FailingFile, FileFaults, Hang};
 pub use filesystem::{Filesystem, Writer, check_files, fio_verify, has_program, succeeds, unmount};
 pub use volume::{Attached, PATIENCE, Volume};
 

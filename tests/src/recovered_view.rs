@@ -37,7 +37,7 @@ pub enum Reading {
 
 /// A log that recovery accepts.
 #[derive(Clone, Debug)]
-pub struct Outlook {
+pub struct RecoveredView {
     /// What recovery makes of it.
     pub recovery: Recovery,
     /// The blocks that live segments hold something of.
@@ -49,27 +49,27 @@ pub struct Outlook {
     geometry: Geometry,
 }
 
-impl Outlook {
+impl RecoveredView {
     /// Reads a device as recovery does.
     ///
     /// # Errors
     /// When that refuses it; says why.
-    pub fn of(device: &Device, reading: Reading) -> Result<Outlook, String> {
+    pub fn of(device: &Device, reading: Reading) -> Result<RecoveredView, String> {
         let superblock =
             block_on(read_superblock(device, Use::Write)).map_err(|e| e.to_string())?;
-        Outlook::with(device, &superblock, reading, recover)
+        RecoveredView::with(device, &superblock, reading, recover)
     }
 
-    /// As [`Outlook::of`], of a device of which the superblock was read.
+    /// As [`RecoveredView::of`], of a device of which the superblock was read.
     ///
     /// # Errors
-    /// As [`Outlook::of`].
+    /// As [`RecoveredView::of`].
     pub fn with(
         device: &Device,
         superblock: &Superblock,
         reading: Reading,
         recover: Recover,
-    ) -> Result<Outlook, String> {
+    ) -> Result<RecoveredView, String> {
         let geometry = superblock.geometry;
         let mut headers: HashMap<Slot, SegmentHeader> = HashMap::new();
         let visit = |slot, content: &SlotContent| {
@@ -98,7 +98,7 @@ impl Outlook {
             }
             live.push(header);
         }
-        Ok(Outlook { recovery, blocks, live, slots, geometry })
+        Ok(RecoveredView { recovery, blocks, live, slots, geometry })
     }
 
     /// A block of the volume as the engine serves it; none where it refuses that, for the data is

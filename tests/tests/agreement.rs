@@ -25,8 +25,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tempfile::TempDir;
 use wb_tests::crashed::CRASHED;
-use wb_tests::outlook::{Outlook, Reading};
-use wb_tests::recipe::{VOLUME_BYTES, seeds};
+use wb_tests::damage_script::{VOLUME_BYTES, seeds};
+use wb_tests::recovered_view::{Reading, RecoveredView};
 use wb_tests::{Outcome, crafted, run, zeros};
 
 /// Random damage that is tried.
@@ -47,7 +47,7 @@ fn subjects() -> Vec<Subject> {
         image,
         by_programs: true,
     });
-    let recipes = seeds().into_iter().map(|recipe| (format!("{recipe:?}"), recipe.build()));
+    let scripts = seeds().into_iter().map(|script| (format!("{script:?}"), script.build()));
     let random =
         (0..RANDOM).map(|seed| (format!("random damage, seed {seed}"), crafted::random(seed)));
     let flips = CRASHED.iter().flat_map(|crashed| {
@@ -63,7 +63,7 @@ fn subjects() -> Vec<Subject> {
             (format!("{}, byte {at}, bit 0", crashed.name), image)
         })
     });
-    let others = recipes.chain(random).chain(flips).enumerate();
+    let others = scripts.chain(random).chain(flips).enumerate();
     let others = others.map(|(nth, (what, image))| Subject {
         what,
         image,
@@ -125,7 +125,7 @@ struct Attached {
     unreadable: Vec<u64>,
 }
 
-fn attached(image: &[u8], outlook: Option<&Outlook>) -> Option<Attached> {
+fn attached(image: &[u8], view: Option<&RecoveredView>) -> Option<Attached> {
     let simulation = Simulation::new(1);
     let runtime = Arc::new(simulation.runtime().clone());
     let work = async {
@@ -134,7 +134,7 @@ fn attached(image: &[u8], outlook: Option<&Outlook>) -> Option<Attached> {
         cache.pause();
         let status = cache.status();
         let mut unreadable = Vec::new();
-        for block in outlook.into_iter().flat_map(|outlook| outlook.blocks.keys()) {
+        for block in view.into_iter().flat_map(|view| view.blocks.keys()) {
             if cache.read(block.sector(), IoBuf::zeroed(BLOCK_BYTES)).await.is_err() {
                 unreadable.push(block.0);
             }
@@ -204,19 +204,19 @@ fn compare(image: &[u8]) -> Result<(), String> {
     if checked != examined {
         return Err(format!("wbcheck: {checked:?}; replay: {examined:?}"));
     }
-    let outlook = Outlook::of(&cache, Reading::Trusting).ok();
-    let attached = attached(image, outlook.as_ref());
+    let view = RecoveredView::of(&cache, Reading::Trusting).ok();
+    let attached = attached(image, view.as_ref());
     match (&checked, &attached) {
         (Verdict::Refused, None) => {}
         (Verdict::Kept { .. }, None) => {
             return Err(format!("wbcheck: {checked:?}; attach refuses"));
         }
         (verdict, Some(attached)) => {
-            let (Ok(scanned), Some(outlook)) = (&scanned, &outlook) else {
+            let (Ok(scanned), Some(view)) = (&scanned, &view) else {
                 return Err("attach opens what is refused".into());
             };
             differs_by_rot_of_data(&cache, scanned)?;
-            compare_attached(&cache, verdict, attached, outlook)?;
+            compare_attached(&cache, verdict, attached, view)?;
         }
     }
     match scanned {
@@ -229,11 +229,11 @@ fn compare_attached(
     cache: &Device,
     verdict: &Verdict,
     attached: &Attached,
-    outlook: &Outlook,
+    view: &RecoveredView,
 ) -> Result<(), String> {
-    let (point, segments) = (outlook.recovery.point.0, outlook.recovery.live_count());
+    let (point, segments) = (view.recovery.point.0, view.recovery.live_count());
     let found = (attached.point, attached.segments, attached.dirty_blocks);
-    let wanted = (point, segments, outlook.blocks.len() as u64);
+    let wanted = (point, segments, view.blocks.len() as u64);
     if found != wanted {
         return Err(format!(
             "attach has point, segments and dirty blocks {found:?}, recovery {wanted:?}"
@@ -245,8 +245,7 @@ fn compare_attached(
         return Err(format!("attach has {found:?}; wbcheck: {verdict:?}"));
     }
     let backing = vec![0; to_usize(VOLUME_BYTES)];
-    let rotten =
-        outlook.blocks.keys().filter(|block| outlook.read(cache, &backing, **block).is_none());
+    let rotten = view.blocks.keys().filter(|block| view.read(cache, &backing, **block).is_none());
     let rotten: Vec<u64> = rotten.map(|block| block.0).collect();
     if rotten != attached.unreadable {
         return Err(format!(

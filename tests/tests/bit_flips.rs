@@ -14,9 +14,9 @@ use libwb::log::recovery::recover;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use wb_tests::bit_flip::{FlipEffect, Subject};
 use wb_tests::crashed::{CRASHED, Crashed};
-use wb_tests::outlook::Outlook;
-use wb_tests::rot::{Outcome, Subject};
+use wb_tests::recovered_view::RecoveredView;
 
 /// Of so many flips, one is tried on the engine itself.
 const ENGINE_EVERY: usize = 499;
@@ -88,7 +88,7 @@ fn fields(names: &[(usize, &'static str)], size: usize, at: u64, part: &'static 
 }
 
 /// All that is flipped of a device; of the unused bytes of pages, only some unless it `is_first`.
-fn all_fields(crashed: &Crashed, sound: &Outlook, is_first: bool) -> Vec<Field> {
+fn all_fields(crashed: &Crashed, sound: &RecoveredView, is_first: bool) -> Vec<Field> {
     let geometry = Geometry::of_device(to_u64(crashed.cache.len())).expect("a cache");
     let mut all =
         fields(&RECORD, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES - to_u64(SECTOR_BYTES), "record");
@@ -176,12 +176,12 @@ struct Counts {
 }
 
 impl Counts {
-    fn add(&mut self, outcome: &Outcome) {
+    fn add(&mut self, outcome: &FlipEffect) {
         match outcome {
-            Outcome::Whole => self.whole += 1,
-            Outcome::Refused => self.refused += 1,
-            Outcome::UnprovenLost => self.lost += 1,
-            Outcome::Wrong(_) => self.wrong += 1,
+            FlipEffect::Whole => self.whole += 1,
+            FlipEffect::Refused => self.refused += 1,
+            FlipEffect::UnprovenLost => self.lost += 1,
+            FlipEffect::Wrong(_) => self.wrong += 1,
         }
     }
 
@@ -227,24 +227,24 @@ fn is_judged_right(
     subject: &Subject,
     crashed: &Crashed,
     (at, bit): (u64, u8),
-    judged: &Outcome,
+    judged: &FlipEffect,
 ) -> bool {
-    let blocks: Vec<BlockNo> = subject.outlook().blocks.keys().copied().collect();
+    let blocks: Vec<BlockNo> = subject.view().blocks.keys().copied().collect();
     subject.flip(at, bit);
     let served = served_by_engine(subject.device(), &crashed.backing, &blocks);
     subject.flip(at, bit);
-    let Some(served) = served else { return *judged == Outcome::Refused };
+    let Some(served) = served else { return *judged == FlipEffect::Refused };
     let is_lost = |(data, block): (&Option<Vec<u8>>, &BlockNo)| {
         data.as_ref().is_some_and(|data| data[..] != *subject.block(*block))
     };
     match judged {
-        Outcome::Whole => served.iter().zip(&blocks).all(|(data, block)| {
+        FlipEffect::Whole => served.iter().zip(&blocks).all(|(data, block)| {
             data.as_ref().is_some_and(|data| data[..] == *subject.block(*block))
         }),
-        Outcome::Refused => {
+        FlipEffect::Refused => {
             served.iter().any(Option::is_none) && !served.iter().zip(&blocks).any(is_lost)
         }
-        Outcome::UnprovenLost | Outcome::Wrong(_) => served.iter().zip(&blocks).any(is_lost),
+        FlipEffect::UnprovenLost | FlipEffect::Wrong(_) => served.iter().zip(&blocks).any(is_lost),
     }
 }
 
@@ -263,14 +263,14 @@ fn flip_all(crashed: &Crashed, is_first: bool) -> (Table, Vec<String>) {
     let mut table = Table::new();
     let mut faults: BTreeMap<(&str, &str, String), (u64, String)> = BTreeMap::new();
     let mut flips = 0;
-    for field in all_fields(crashed, subject.outlook(), is_first) {
+    for field in all_fields(crashed, subject.view(), is_first) {
         for (at, bit) in field.flips() {
             let outcome = subject.judge(at, bit);
             table.entry((field.part, field.name)).or_default().add(&outcome);
             flips += 1;
             let fault = match &outcome {
-                Outcome::Wrong(_) => "loses what is proved to have been durable",
-                Outcome::UnprovenLost if field.is_proved => "loses what was flushed",
+                FlipEffect::Wrong(_) => "loses what is proved to have been durable",
+                FlipEffect::UnprovenLost if field.is_proved => "loses what was flushed",
                 _ if flips % ENGINE_EVERY != 0 => continue,
                 _ if is_judged_right(&subject, crashed, (at, bit), &outcome) => continue,
                 _ => "is not what the engine makes of it",

@@ -3,13 +3,13 @@
 use libwb::cache::WriteMode;
 use libwb::planted::Bug;
 use std::sync::Arc;
+use wb_tests::sim::engine::Engine;
 use wb_tests::sim::exhaustive::Step::{
     self, Batch, Caching, Cut, Discard, DiscardBehind, Drain, Flush, FlushBehind, Mode, Read,
     Reopen, Sleep, Slow, Write, WriteFua,
 };
 use wb_tests::sim::exhaustive::{Left, Script, Tally, explore};
 use wb_tests::sim::real::WriteCache;
-use wb_tests::sim::volume::Engine;
 
 /// Interleavings that each script is run with.
 const SEEDS: u64 = 2;

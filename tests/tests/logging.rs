@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Stdio;
 use wb_tests::{
-    Attached, FailingFile, Faults, MIB, PATIENCE, Volume, needs_serving, noise, overwrite,
+    Attached, FailingFile, FileFaults, MIB, PATIENCE, Volume, needs_serving, noise, overwrite,
 };
 
 /// A new volume of 32 MiB, on a cache device that can fail.
@@ -49,7 +49,7 @@ fn write_and_flush(device: &Path, at: u64, data: &[u8]) {
 
 /// So many reads of dirty data that fail, each of which is worth a line of the log.
 fn fail_reads(cache: &FailingFile, device: &Path, count: u64) {
-    cache.fail(Faults { reads: 0..u64::MAX, ..Faults::default() });
+    cache.fail(FileFaults { reads: 0..u64::MAX, ..FileFaults::default() });
     for n in 0..count {
         read(device, n % 256 * 4096, 4096).expect_err("a device that fails");
     }

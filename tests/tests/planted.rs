@@ -4,7 +4,7 @@
 //! between two commits, `RecordNotDurable` a slot that is reused just before a power cut, and
 //! `DroppedNotErased` a log that grows up to what an earlier power cut had cut off.
 //! `UnreadableLeft` and `HalfEmptiedTrusted` need a device that fails in the midst of a discard:
-//! `handover.rs`. Those of blocks that cannot be written back are in `stuck.rs`.
+//! `kernel_compat.rs`. Those of blocks that cannot be written back are in `stuck.rs`.
 
 use libwb::planted::Bug;
 use std::panic::catch_unwind;

@@ -22,7 +22,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use tempfile::TempDir;
 use wb_tests::crashed::CRASHED;
-use wb_tests::recipe::{BASES, Change, Recipe, VOLUME_BYTES, seeds};
+use wb_tests::damage_script::{BASES, Change, DamageScript, VOLUME_BYTES, seeds};
 use wb_tests::sim::real::WriteCache;
 use wb_tests::sim::run_watched;
 use wb_tests::{GOLDEN, crafted, golden_bytes, has_program, noise, skip};
@@ -31,8 +31,8 @@ use wb_tests::{GOLDEN, crafted, golden_bytes, has_program, noise, skip};
 const DAMAGED: u64 = 250;
 /// Logs that are made at random.
 const CRAFTED: u64 = 120;
-/// How many courses of the simulator.
-const COURSES: u64 = 12;
+/// How many scenarios of the simulator.
+const SCENARIOS: u64 = 12;
 /// Devices that differ, of which a report tells.
 const SHOWN: usize = 5;
 
@@ -219,8 +219,8 @@ fn a_second_reader_reads_crafted_devices() {
             &backing,
         );
     }
-    for recipe in seeds() {
-        reader.compare(&format!("{recipe:?}"), &recipe.build(), &backing);
+    for script in seeds() {
+        reader.compare(&format!("{script:?}"), &script.build(), &backing);
     }
     reader.end();
 }
@@ -231,7 +231,7 @@ fn a_second_reader_reads_crafted_devices() {
 fn a_second_reader_reads_what_is_torn_and_damaged() {
     const HEADER: u32 = (1 << 20) + 2 * (512 << 10);
     let base = u8::try_from(GOLDEN.len() + 1).expect("few bases");
-    let image = Recipe { base, changes: Vec::new() }.build();
+    let image = DamageScript { base, changes: Vec::new() }.build();
     let header = &image[to_usize(HEADER.into())..][..BLOCK_BYTES];
     let (length, before) = (u32::from(header[12]), u32::from(header[57]));
     assert!((header[28], length > before, before > 0) == (6, true, true), "{length} {before}");
@@ -250,8 +250,8 @@ fn a_second_reader_reads_what_is_torn_and_damaged() {
         vec![unaligned.clone()],
         vec![unaligned, seal],
     ] {
-        let recipe = Recipe { base, changes };
-        reader.compare(&format!("{recipe:?}"), &recipe.build(), &noise(1, VOLUME_BYTES));
+        let script = DamageScript { base, changes };
+        reader.compare(&format!("{script:?}"), &script.build(), &noise(1, VOLUME_BYTES));
     }
     reader.end();
 }
@@ -268,8 +268,8 @@ fn a_second_reader_reads_ids_that_no_log_reaches() {
         let header = write((1 << 20) + u32::from(slot) * (512 << 10), id);
         let recorded = write((1 << 20) - 512, id - 1);
         let seal = Change::Reseal { slot, blocks: false };
-        let recipe = Recipe { base, changes: vec![header, recorded, seal] };
-        reader.compare(&format!("{recipe:?}"), &recipe.build(), &noise(1, VOLUME_BYTES));
+        let script = DamageScript { base, changes: vec![header, recorded, seal] };
+        reader.compare(&format!("{script:?}"), &script.build(), &noise(1, VOLUME_BYTES));
     }
     assert_eq!((reader.accepted, reader.refused), (1, 3));
     reader.end();
@@ -283,8 +283,8 @@ fn a_second_reader_reads_damaged_devices() {
         |name, default| std::env::var(name).map_or(default, |text| text.parse().expect("a number"));
     let first = number("WB_READER_FIRST", 0);
     for seed in first..first + number("WB_READER_DEVICES", DAMAGED) {
-        let recipe = damaged(&mut Rng::with_seed(seed));
-        reader.compare(&format!("seed {seed}: {recipe:?}"), &recipe.build(), &backing);
+        let script = damaged(&mut Rng::with_seed(seed));
+        reader.compare(&format!("seed {seed}: {script:?}"), &script.build(), &backing);
     }
     reader.end();
 }
@@ -292,11 +292,11 @@ fn a_second_reader_reads_damaged_devices() {
 #[test]
 fn a_second_reader_reads_the_devices_of_the_simulator() {
     let mut reader = reader!();
-    for seed in 0..COURSES {
+    for seed in 0..SCENARIOS {
         let mut nth = 0;
         let mut watch = |cache: &_, backing: &_| {
             nth += 1;
-            let name = format!("end {nth} of a process in the course of seed {seed}");
+            let name = format!("end {nth} of a process in the scenario of seed {seed}");
             reader.compare(&name, &content(cache), &content(backing));
         };
         run_watched(&WriteCache::default(), seed, &mut watch).expect("a sound engine");
@@ -310,10 +310,10 @@ fn content(device: &SimDevice) -> Vec<u8> {
 
 /// A device with some damage, most of it where the format has meaning, and much of it in one slot.
 /// Half of them wb wrote.
-fn damaged(rng: &mut Rng) -> Recipe {
+fn damaged(rng: &mut Rng) -> DamageScript {
     let first = if rng.bool() { GOLDEN.len() + 1 } else { 0 };
     let base = u8::try_from(rng.usize(first..BASES)).unwrap_or_default();
-    let image = Recipe { base, changes: Vec::new() }.build();
+    let image = DamageScript { base, changes: Vec::new() }.build();
     let focus = rng.u8(0..6);
     let mut changes = Vec::new();
     for _ in 0..1 << rng.u32(0..4) {
@@ -358,7 +358,7 @@ fn damaged(rng: &mut Rng) -> Recipe {
         changes.push(Change::Write { at, bytes: vec![byte] });
         changes.extend(seal.filter(|_| rng.bool()));
     }
-    Recipe { base, changes }
+    DamageScript { base, changes }
 }
 
 /// What the hex dump in wb(5) shows, as a device of so many bytes.

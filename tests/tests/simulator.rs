@@ -1,4 +1,4 @@
-//! Courses of work and crashes on simulated devices, one for each seed.
+//! Scenarios of work and crashes on simulated devices, one for each seed.
 //!
 //! `WB_SIM_SEED` chooses the seed of `one_seed`; `WB_SIM_FIRST_SEED` and `WB_SIM_SEEDS` those of
 //! `many_seeds`.
@@ -14,9 +14,9 @@ use libwb::runtime::Runtime;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use wb_tests::sim::broken_engines::{Flaw, SimpleEngine};
+use wb_tests::sim::engine::Engine;
 use wb_tests::sim::real::WriteCache;
-use wb_tests::sim::toys::{Flaw, Toy};
-use wb_tests::sim::volume::Engine;
 use wb_tests::sim::{Failure, run};
 
 /// `make sim` and `make soak` run more.
@@ -56,7 +56,7 @@ fn run_seeds(engine: &(dyn Engine + Sync), seeds: std::ops::Range<u64>) {
 /// The first seed, of so many, that shows the flaw.
 fn caught(flaw: Flaw, seeds: u64) -> Failure {
     (0..seeds)
-        .find_map(|seed| run(&Toy(flaw), seed).err())
+        .find_map(|seed| run(&SimpleEngine(flaw), seed).err())
         .unwrap_or_else(|| panic!("{flaw:?} goes unnoticed"))
 }
 
@@ -79,7 +79,7 @@ fn many_seeds() {
 }
 
 #[test]
-fn a_seed_repeats_its_course_exactly() {
+fn a_seed_repeats_its_scenario_exactly() {
     for seed in 0..20 {
         let report = run(&WriteCache::default(), seed).expect("a sound engine");
         assert_eq!(run(&WriteCache::default(), seed).expect("a sound engine"), report);
@@ -87,8 +87,8 @@ fn a_seed_repeats_its_course_exactly() {
 }
 
 #[test]
-fn a_correct_toy_passes() {
-    run_seeds(&Toy(Flaw::None), 0..60);
+fn a_correct_engine_passes() {
+    run_seeds(&SimpleEngine(Flaw::None), 0..60);
 }
 
 #[test]

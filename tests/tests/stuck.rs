@@ -32,7 +32,7 @@ fn version_of(data: &[u8]) -> u64 {
     LittleEndian::read_u64(&data[8..])
 }
 
-struct Rig {
+struct TestVolume {
     simulation: Simulation,
     planted: Planted,
     cache: Arc<SimDevice>,
@@ -48,13 +48,13 @@ struct Rig {
 /// The power went.
 struct Cut;
 
-impl Rig {
-    fn new(seed: u64, planted: Planted) -> Rig {
+impl TestVolume {
+    fn new(seed: u64, planted: Planted) -> TestVolume {
         let simulation = Simulation::new(seed);
         let cache = SimDevice::new(simulation.runtime(), "cache", fresh_cache(SEGMENTS, true), 512);
         let backing =
             SimDevice::new(simulation.runtime(), "backing", fresh_backing(8 * BLOCKS), 512);
-        Rig {
+        TestVolume {
             simulation,
             planted,
             cache: Arc::new(cache),
@@ -209,14 +209,14 @@ impl Rig {
     }
 }
 
-/// One course of it.
+/// One scenario of it.
 fn run(seed: u64, planted: Planted, cut_after: Option<u64>) {
     println!("seed {seed}, a power cut after {cut_after:?} requests");
-    let mut rig = Rig::new(seed, planted);
-    let went = rig.go_through(cut_after);
+    let mut test = TestVolume::new(seed, planted);
+    let went = test.go_through(cut_after);
     assert!(went.is_ok() || cut_after.is_some());
-    rig.cut();
-    assert!(rig.end().is_ok(), "no cut any more");
+    test.cut();
+    assert!(test.end().is_ok(), "no cut any more");
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn power_cuts_do_not_lose_blocks_that_are_stuck() {
     }
 }
 
-/// Whether some course finds a bug.
+/// Whether any scenario finds a bug.
 fn is_found(bug: Bug) -> bool {
     let cuts = (0..150).map(|nth| Some(1900 + nth * 13)).chain([None]);
     let planted = || Planted::new(bug);
@@ -255,21 +255,21 @@ fn a_lost_block_that_is_moved_as_a_sound_one_is_noticed() {
 
 #[test]
 fn where_nothing_can_be_written_back_writes_fail_when_the_log_is_full() {
-    let mut rig = Rig::new(3, Planted::default());
-    let cache = rig.open().ok().expect("no cut");
+    let mut test = TestVolume::new(3, Planted::default());
+    let cache = test.open().ok().expect("no cut");
     for block in 0..BLOCKS {
-        rig.backing.go_bad(BlockNo(block).bytes());
+        test.backing.go_bad(BlockNo(block).bytes());
     }
     let refused = (0..BLOCKS).find_map(|block| {
         let block = BlockNo(block);
-        rig.finish(cache.write(block.sector(), &data(block, 1))).ok().expect("no cut").err()
+        test.finish(cache.write(block.sector(), &data(block, 1))).ok().expect("no cut").err()
     });
     assert!(matches!(refused, Some(CacheError::Full(_))), "{refused:?}");
-    rig.backing.heal_bad();
-    let healed = rig.simulation.runtime().clone();
-    rig.finish(libwb::runtime::Runtime::sleep(&healed, Duration::from_secs(60)))
+    test.backing.heal_bad();
+    let healed = test.simulation.runtime().clone();
+    test.finish(libwb::runtime::Runtime::sleep(&healed, Duration::from_secs(60)))
         .ok()
         .expect("no cut");
-    rig.write(&cache, BlockNo(BLOCKS - 1), 2).ok().expect("a write");
-    rig.finish(cache.drain()).ok().expect("no cut").expect("a drain");
+    test.write(&cache, BlockNo(BLOCKS - 1), 2).ok().expect("a write");
+    test.finish(cache.drain()).ok().expect("no cut").expect("a drain");
 }

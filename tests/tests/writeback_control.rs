@@ -4,7 +4,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::process::{Child, Stdio};
 use wb_tests::{
-    FailingFile, Faults, LoopDevice, MIB, Volume, needs_serving, noise, overwrite, read_at,
+    FailingFile, FileFaults, LoopDevice, MIB, Volume, needs_serving, noise, overwrite, read_at,
     wait_for,
 };
 
@@ -205,7 +205,7 @@ fn the_rate_of_write_back_is_not_shown_while_it_fails() {
     assert!(rate > Some(0.0), "{}", told());
     let shown = volume.must(&["status", name]);
     assert!(shown.contains("/s while it works"), "{shown}");
-    backing.fail(Faults { writes: true, ..Faults::default() });
+    backing.fail(FileFaults { writes: true, ..FileFaults::default() });
     write(&volume, &attached.device, MIB);
     assert_eq!(volume.wbctl(&["drain", name]).code, 1);
     let status = volume.wbctl(&["status", name]);

@@ -38,7 +38,7 @@ impl Past {
 }
 
 /// Every write that was not lost, and every flush that was acknowledged.
-pub struct Ledger {
+pub struct BackingHistory {
     sectors: Vec<Vec<Past>>,
     /// Sectors that a discard has begun on. Nobody knows which of several discards they show, so
     /// that they are only judged in strict order, where nothing is discarded.
@@ -51,11 +51,11 @@ pub struct Ledger {
     moved: bool,
 }
 
-impl Ledger {
+impl BackingHistory {
     /// The history of a volume of so many sectors that has not begun.
-    pub fn new(sectors: u64) -> Ledger {
+    pub fn new(sectors: u64) -> BackingHistory {
         let first = Past { acknowledged: 0, ..Past::new(WriteId(0), 0) };
-        Ledger {
+        BackingHistory {
             sectors: vec![vec![first]; to_usize(sectors)],
             discarded: vec![false; to_usize(sectors)],
             flushes: Vec::new(),
@@ -208,63 +208,83 @@ mod tests {
 
     #[test]
     fn what_came_after_a_flush_needs_what_came_before() {
-        let mut ledger = Ledger::new(2);
+        let mut backing_history = BackingHistory::new(2);
         for (write, sector, at) in [(1, 0, 10), (2, 1, 20)] {
-            ledger.begins(WriteId(write), false, sector..sector + 1, at);
-            ledger.ends(WriteId(write), sector..sector + 1, at + 1);
+            backing_history.begins(WriteId(write), false, sector..sector + 1, at);
+            backing_history.ends(WriteId(write), sector..sector + 1, at + 1);
         }
-        assert_eq!(ledger.check_strict(&shows([0, 2])), Ok(()), "without a flush, in any order");
-        ledger.flushed(12, 15);
-        assert!(ledger.check_strict(&shows([0, 2])).unwrap_err().contains("lacks write 1"));
+        assert_eq!(
+            backing_history.check_strict(&shows([0, 2])),
+            Ok(()),
+            "without a flush, in any order"
+        );
+        backing_history.flushed(12, 15);
+        assert!(
+            backing_history.check_strict(&shows([0, 2])).unwrap_err().contains("lacks write 1")
+        );
         for right in [[0, 0], [1, 0], [1, 2]] {
-            assert_eq!(ledger.check_strict(&shows(right)), Ok(()));
+            assert_eq!(backing_history.check_strict(&shows(right)), Ok(()));
         }
-        ledger.recovered(1, WriteId(0), 30);
-        assert!(ledger.check_strict(&shows([1, 2])).unwrap_err().contains("lost"));
-        assert!(ledger.check(&shows([1, 2]), SegmentId::NONE).unwrap_err().contains("lost"));
+        backing_history.recovered(1, WriteId(0), 30);
+        assert!(backing_history.check_strict(&shows([1, 2])).unwrap_err().contains("lost"));
+        assert!(
+            backing_history.check(&shows([1, 2]), SegmentId::NONE).unwrap_err().contains("lost")
+        );
     }
 
     #[test]
     fn what_was_drained_is_there_and_of_what_came_later_any_part() {
-        let mut ledger = Ledger::new(2);
+        let mut backing_history = BackingHistory::new(2);
         for (write, sector, at) in [(1, 0, 10), (2, 1, 20)] {
-            ledger.begins(WriteId(write), false, sector..sector + 1, at);
-            ledger.ends(WriteId(write), sector..sector + 1, at + 1);
+            backing_history.begins(WriteId(write), false, sector..sector + 1, at);
+            backing_history.ends(WriteId(write), sector..sector + 1, at + 1);
         }
-        ledger.drained(15);
+        backing_history.drained(15);
         for right in [[1, 0], [1, 2]] {
-            assert_eq!(ledger.check(&shows(right), SegmentId::NONE), Ok(()));
+            assert_eq!(backing_history.check(&shows(right), SegmentId::NONE), Ok(()));
         }
         assert!(
-            ledger.check(&shows([0, 2]), SegmentId::NONE).unwrap_err().contains("lacks write 1")
+            backing_history
+                .check(&shows([0, 2]), SegmentId::NONE)
+                .unwrap_err()
+                .contains("lacks write 1")
         );
-        ledger.logged(WriteId(2), 1..2, SegmentId(7));
-        assert_eq!(ledger.check(&shows([1, 0]), SegmentId(6)), Ok(()));
-        assert!(ledger.check(&shows([1, 0]), SegmentId(7)).unwrap_err().contains("lacks write 2"));
-        ledger.record_lost();
-        assert_eq!(ledger.check(&shows([0, 2]), SegmentId(7)), Ok(()), "it is written back again");
-        ledger.begins(WriteId(3), true, 0..1, 30);
+        backing_history.logged(WriteId(2), 1..2, SegmentId(7));
+        assert_eq!(backing_history.check(&shows([1, 0]), SegmentId(6)), Ok(()));
+        assert!(
+            backing_history
+                .check(&shows([1, 0]), SegmentId(7))
+                .unwrap_err()
+                .contains("lacks write 2")
+        );
+        backing_history.record_lost();
+        assert_eq!(
+            backing_history.check(&shows([0, 2]), SegmentId(7)),
+            Ok(()),
+            "it is written back again"
+        );
+        backing_history.begins(WriteId(3), true, 0..1, 30);
         let mut zeros = shows([1, 2]);
         zeros[..SECTOR_BYTES].fill(0);
         assert_eq!(
-            ledger.check(&zeros, SegmentId::NONE),
+            backing_history.check(&zeros, SegmentId::NONE),
             Ok(()),
             "what was discarded is not judged"
         );
         zeros[SECTOR_BYTES..].fill(0);
-        assert!(ledger.check(&zeros, SegmentId::NONE).unwrap_err().contains("lost"));
+        assert!(backing_history.check(&zeros, SegmentId::NONE).unwrap_err().contains("lost"));
     }
 
     #[test]
     fn of_two_discards_that_may_have_been_recovered_either_may_be_what_shows() {
-        let mut ledger = Ledger::new(1);
+        let mut backing_history = BackingHistory::new(1);
         for (write, zeros, submitted, acknowledged) in [(1, true, 10, 26), (2, false, 20, 21)] {
-            ledger.begins(WriteId(write), zeros, 0..1, submitted);
-            ledger.ends(WriteId(write), 0..1, acknowledged);
+            backing_history.begins(WriteId(write), zeros, 0..1, submitted);
+            backing_history.ends(WriteId(write), 0..1, acknowledged);
         }
-        ledger.begins(WriteId(3), true, 0..1, 30);
-        ledger.recovered(0, WriteId(1), 40);
-        ledger.drained(50);
-        assert_eq!(ledger.check(&[0; SECTOR_BYTES], SegmentId::NONE), Ok(()));
+        backing_history.begins(WriteId(3), true, 0..1, 30);
+        backing_history.recovered(0, WriteId(1), 40);
+        backing_history.drained(50);
+        assert_eq!(backing_history.check(&[0; SECTOR_BYTES], SegmentId::NONE), Ok(()));
     }
 }

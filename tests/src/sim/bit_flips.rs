@@ -2,8 +2,8 @@
 //! copy, or the volume is the same; elsewhere, only that may be lost in silence which nothing on
 //! the device proves to have been durable.
 
-use crate::outlook::Recover;
-use crate::rot::{Outcome, Subject};
+use crate::bit_flip::{FlipEffect, Subject};
+use crate::recovered_view::Recover;
 use fastrand::Rng;
 use libwb::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, HEADER_CHECKSUM_START, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES,
@@ -42,9 +42,9 @@ pub(super) fn check(
         let bit = rng.u8(..8);
         let outcome = subject.judge(at, bit);
         let is_right = match outcome {
-            Outcome::Whole | Outcome::Refused => true,
-            Outcome::UnprovenLost => !proves_itself,
-            Outcome::Wrong(_) => false,
+            FlipEffect::Whole | FlipEffect::Refused => true,
+            FlipEffect::UnprovenLost => !proves_itself,
+            FlipEffect::Wrong(_) => false,
         };
         if !is_right {
             return Err(format!(
@@ -86,7 +86,7 @@ impl Spot {
             }
             4 => None,
             kind => {
-                let header = rng.choice(&subject.outlook().live)?;
+                let header = rng.choice(&subject.view().live)?;
                 let at = subject.geometry().slot_offset(subject.geometry().slot_of(header.id));
                 let nth = u64::from(rng.u8(..header.length().max(1)));
                 if kind < 7 {

@@ -1,8 +1,8 @@
 //! Clients that read and write a volume at random, and tell the oracle.
 
+use super::engine::{EngineConfig, EngineVolume};
 use super::oracle::Oracle;
 use super::stamp;
-use super::volume::{Taste, Volume};
 use fastrand::Rng;
 use libwb::device::IoBuf;
 use libwb::device::sim::SimRuntime;
@@ -79,7 +79,7 @@ impl Habits {
 /// One client.
 pub struct Client {
     /// What it works on.
-    pub volume: Arc<dyn Volume>,
+    pub volume: Arc<dyn EngineVolume>,
     /// Whom it tells.
     pub oracle: Arc<Mutex<Oracle>>,
     /// Where its pauses pass.
@@ -91,7 +91,7 @@ pub struct Client {
     /// Whether operations may fail.
     pub faulty: bool,
     /// What the tunables may be.
-    pub taste: Taste,
+    pub config: EngineConfig,
 }
 
 impl Client {
@@ -105,7 +105,7 @@ impl Client {
             }
             let habits = self.habits.clone();
             if self.rng.u32(..1000) < habits.tunes {
-                self.volume.tune(Taste { number: self.rng.u64(..), ..self.taste });
+                self.volume.tune(EngineConfig { seed: self.rng.u64(..), ..self.config });
             }
             if self.rng.u32(..1000) < habits.drains {
                 self.flush(true).await;

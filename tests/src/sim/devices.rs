@@ -1,4 +1,4 @@
-//! The devices of a simulated course: how they begin, and how they fail for a while.
+//! The devices of a simulated scenario: how they begin, and how they fail for a while.
 
 use super::stamp::{self, WriteId};
 use fastrand::Rng;

@@ -1,7 +1,7 @@
 //! What the simulator puts to the test: something that makes a volume of a cache device and a
 //! backing device.
 
-use crate::outlook::Recover;
+use crate::recovered_view::Recover;
 use futures_util::future::BoxFuture;
 use libwb::cache::WriteMode;
 use libwb::device::{Device, IoBuf};
@@ -10,13 +10,13 @@ use libwb::runtime::Runtime;
 use std::sync::Arc;
 
 /// The outcome of an operation; errors are text, since the simulator only reports them.
-pub type Outcome<T> = BoxFuture<'static, Result<T, String>>;
+pub type EngineFuture<T> = BoxFuture<'static, Result<T, String>>;
 
 /// What to choose settings by.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Taste {
+pub struct EngineConfig {
     /// A random number.
-    pub number: u64,
+    pub seed: u64,
     /// Whether write-back is to be in strict order.
     pub strict: bool,
     /// Where all writes go first; `None`: as the number has it, and large ones around the log.
@@ -28,7 +28,7 @@ pub struct Taste {
 }
 
 /// An open volume.
-pub trait Volume: Send + Sync {
+pub trait EngineVolume: Send + Sync {
     /// Its size in bytes.
     fn size(&self) -> u64;
     /// The newest segment of its log.
@@ -38,21 +38,21 @@ pub trait Volume: Send + Sync {
         false
     }
     /// Fills a buffer.
-    fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf>;
+    fn read(&self, sector: Sector, buf: IoBuf) -> EngineFuture<IoBuf>;
     /// Writes.
-    fn write(&self, sector: Sector, data: Vec<u8>) -> Outcome<()>;
+    fn write(&self, sector: Sector, data: Vec<u8>) -> EngineFuture<()>;
     /// Writes, and makes that durable before it is acknowledged.
-    fn write_fua(&self, sector: Sector, data: Vec<u8>) -> Outcome<()>;
+    fn write_fua(&self, sector: Sector, data: Vec<u8>) -> EngineFuture<()>;
     /// Makes so many sectors read as zeros, durably.
-    fn discard(&self, sector: Sector, count: u64) -> Outcome<()>;
+    fn discard(&self, sector: Sector, count: u64) -> EngineFuture<()>;
     /// Makes acknowledged writes durable.
-    fn flush(&self) -> Outcome<()>;
+    fn flush(&self) -> EngineFuture<()>;
     /// Brings the backing device up to date.
-    fn drain(&self) -> Outcome<()>;
+    fn drain(&self) -> EngineFuture<()>;
     /// Changes its settings.
-    fn tune(&self, taste: Taste);
+    fn tune(&self, config: EngineConfig);
     /// Flushes, and ends the background tasks.
-    fn close(&self) -> Outcome<()>;
+    fn close(&self) -> EngineFuture<()>;
 }
 
 /// Something that opens volumes.
@@ -68,8 +68,8 @@ pub trait Engine: Send + Sync {
         cache: Device,
         backing: Device,
         runtime: Arc<dyn Runtime>,
-        taste: Taste,
-    ) -> Outcome<Arc<dyn Volume>>;
+        config: EngineConfig,
+    ) -> EngineFuture<Arc<dyn EngineVolume>>;
 
     /// What recovery makes of a log; `None` where there is none on the cache device.
     fn recovery(&self) -> Option<Recover> {

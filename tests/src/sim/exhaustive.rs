@@ -6,10 +6,10 @@
 //! change, the most is asked.
 
 use super::devices::{fresh_backing, fresh_cache, record_of};
+use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
 use super::module;
 use super::oracle::Oracle;
 use super::stamp;
-use super::volume::{Engine, Outcome, Taste, Volume};
 use fastrand::Rng;
 use futures_util::FutureExt;
 use libwb::cache::WriteMode;
@@ -310,7 +310,7 @@ fn recover(engine: &dyn Engine, [cache, backing]: [Vec<u8>; 2]) -> Result<Vec<u8
         cache,
         backing.clone(),
         Arc::new(simulation.runtime().clone()),
-        taste(WriteMode::Back),
+        config(WriteMode::Back),
     );
     let recovering = async {
         let volume = opening.await?;
@@ -345,7 +345,7 @@ impl Run {
         let devices =
             devices(&simulation, [fresh_cache(script.segments, extended), fresh_backing(sectors)]);
         let mut oracle = Oracle::new(sectors);
-        oracle.keep_ledger();
+        oracle.keep_backing_history();
         let explorer = Explorer {
             engine,
             oracle: Arc::new(Mutex::new(oracle)),
@@ -373,27 +373,31 @@ impl Run {
         closed.and_then(|()| self.verdict())
     }
 
-    fn open(&self) -> Result<Arc<dyn Volume>, String> {
+    fn open(&self) -> Result<Arc<dyn EngineVolume>, String> {
         let (explorer, devices) = (self.explorer.clone(), self.devices.clone());
         self.simulation.runtime().observe(move || explorer.crash_now(&devices));
         let [cache, backing] = self.devices.clone();
         let runtime = Arc::new(self.simulation.runtime().clone());
-        self.finish(self.explorer.engine.open(cache, backing, runtime, taste(WriteMode::Back)))
+        self.finish(self.explorer.engine.open(cache, backing, runtime, config(WriteMode::Back)))
     }
 
-    fn end(&self, volume: Arc<dyn Volume>) {
+    fn end(&self, volume: Arc<dyn EngineVolume>) {
         self.simulation.runtime().observe_no_more();
         drop(volume);
         self.simulation.kill_tasks();
     }
 
-    fn reopen(&mut self, volume: Arc<dyn Volume>) -> Result<Arc<dyn Volume>, String> {
+    fn reopen(&mut self, volume: Arc<dyn EngineVolume>) -> Result<Arc<dyn EngineVolume>, String> {
         self.finish(volume.close())?;
         self.end(volume);
         self.open()
     }
 
-    fn cut(&mut self, volume: Arc<dyn Volume>, left: Left) -> Result<Arc<dyn Volume>, String> {
+    fn cut(
+        &mut self,
+        volume: Arc<dyn EngineVolume>,
+        left: Left,
+    ) -> Result<Arc<dyn EngineVolume>, String> {
         self.explorer.crash_now(&self.devices);
         self.verdict()?;
         self.end(volume);
@@ -417,7 +421,7 @@ impl Run {
         self.open()
     }
 
-    fn step(&self, volume: &Arc<dyn Volume>, step: Step) -> Result<(), String> {
+    fn step(&self, volume: &Arc<dyn EngineVolume>, step: Step) -> Result<(), String> {
         let oracle = &self.explorer.oracle;
         match step {
             Step::Write(first, count) => {
@@ -462,12 +466,12 @@ impl Run {
                     _ => self.finish(flushing)?,
                 }
             }
-            Step::Mode(mode) => volume.tune(taste(mode)),
+            Step::Mode(mode) => volume.tune(config(mode)),
             Step::Batch(segments) => {
-                volume.tune(Taste { batch: Some(segments), ..taste(WriteMode::Back) });
+                volume.tune(EngineConfig { batch: Some(segments), ..config(WriteMode::Back) });
             }
             Step::Caching(cells) => {
-                volume.tune(Taste { cells: Some(cells), ..taste(WriteMode::Back) })
+                volume.tune(EngineConfig { cells: Some(cells), ..config(WriteMode::Back) })
             }
             Step::Slow(factor) => self.devices[1].set_slowness(factor),
             Step::Sleep(millis) => {
@@ -494,16 +498,16 @@ impl Run {
 }
 
 /// Tunables that are the same each time, but for the mode.
-fn taste(mode: WriteMode) -> Taste {
-    Taste { number: 1, mode: Some(mode), ..Taste::default() }
+fn config(mode: WriteMode) -> EngineConfig {
+    EngineConfig { seed: 1, mode: Some(mode), ..EngineConfig::default() }
 }
 
 fn discard(
     oracle: Arc<Mutex<Oracle>>,
-    volume: Arc<dyn Volume>,
+    volume: Arc<dyn EngineVolume>,
     first: Sector,
     count: u64,
-) -> Outcome<()> {
+) -> EngineFuture<()> {
     Box::pin(async move {
         let discard = oracle.lock().discard_begins(first, count);
         let result = volume.discard(first, count).await;
@@ -512,7 +516,11 @@ fn discard(
     })
 }
 
-fn flush(oracle: Arc<Mutex<Oracle>>, volume: Arc<dyn Volume>, drain: bool) -> Outcome<()> {
+fn flush(
+    oracle: Arc<Mutex<Oracle>>,
+    volume: Arc<dyn EngineVolume>,
+    drain: bool,
+) -> EngineFuture<()> {
     Box::pin(async move {
         let began = oracle.lock().flush_begins();
         let result = if drain { volume.drain().await } else { volume.flush().await };

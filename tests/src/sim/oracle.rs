@@ -21,7 +21,7 @@
 //! After the death of the process alone it may still be lost down to the last flush, but what was
 //! not recovered never comes back.
 
-use super::ledger::Ledger;
+use super::backing_history::BackingHistory;
 use super::stamp::{self, Content, WriteId};
 use libwb::device::sim::Crash;
 use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
@@ -83,7 +83,7 @@ pub struct Oracle {
     /// When the reads under way began.
     reads: BTreeSet<Moment>,
     /// Kept where the backing device alone is judged as well.
-    ledger: Option<Ledger>,
+    backing_history: Option<BackingHistory>,
     /// A power cut may cut a write that is not durable within a block.
     tears_blocks: bool,
     /// The first violation.
@@ -110,7 +110,7 @@ impl Oracle {
             events: Vec::new(),
             writes: 0,
             reads: BTreeSet::new(),
-            ledger: None,
+            backing_history: None,
             tears_blocks: false,
             failure: None,
         }
@@ -122,22 +122,22 @@ impl Oracle {
     }
 
     /// From now on, the backing device alone can be judged, too.
-    pub fn keep_ledger(&mut self) {
-        self.ledger = Some(Ledger::new(to_u64(self.sectors.len())));
+    pub fn keep_backing_history(&mut self) {
+        self.backing_history = Some(BackingHistory::new(to_u64(self.sectors.len())));
     }
 
     /// The superblock record is lost.
     pub fn record_lost(&mut self) {
         self.note("the superblock record is lost");
-        if let Some(ledger) = &mut self.ledger {
-            ledger.record_lost();
+        if let Some(backing_history) = &mut self.backing_history {
+            backing_history.record_lost();
         }
     }
 
     /// Blocks that the backing device did not take were moved to the end of the log.
     pub fn blocks_moved(&mut self) {
-        if let Some(ledger) = &mut self.ledger {
-            ledger.blocks_moved();
+        if let Some(backing_history) = &mut self.backing_history {
+            backing_history.blocks_moved();
         }
     }
 
@@ -151,15 +151,15 @@ impl Oracle {
         written_back: SegmentId,
         strict: bool,
     ) -> Result<(), String> {
-        let Some(ledger) = &self.ledger else { return Ok(()) };
-        ledger.check(data, written_back)?;
-        if strict { ledger.check_strict(data) } else { Ok(()) }
+        let Some(backing_history) = &self.backing_history else { return Ok(()) };
+        backing_history.check(data, written_back)?;
+        if strict { backing_history.check_strict(data) } else { Ok(()) }
     }
 
     /// A write that was acknowledged lies in this segment of the log or in one before.
     pub fn logged(&mut self, write: WriteId, first: Sector, count: u64, segment: SegmentId) {
-        if let Some(ledger) = &mut self.ledger {
-            ledger.logged(write, first.0..first.0 + count, segment);
+        if let Some(backing_history) = &mut self.backing_history {
+            backing_history.logged(write, first.0..first.0 + count, segment);
         }
     }
 
@@ -224,8 +224,8 @@ impl Oracle {
         for sector in range.clone() {
             self.sectors[to_usize(sector)].push(version);
         }
-        if let Some(ledger) = &mut self.ledger {
-            ledger.begins(write, zeros, range.clone(), submitted);
+        if let Some(backing_history) = &mut self.backing_history {
+            backing_history.begins(write, zeros, range.clone(), submitted);
         }
         let what = if zeros { "discard" } else { "write" };
         self.events.push((submitted, Event::Submit(write, what, range)));
@@ -253,8 +253,8 @@ impl Oracle {
     pub fn write_ends(&mut self, write: WriteId, first: Sector, count: u64, acknowledged: bool) {
         let now = self.tick();
         let range = first.0..first.0 + count;
-        if let Some(ledger) = self.ledger.as_mut().filter(|_| acknowledged) {
-            ledger.ends(write, range.clone(), now);
+        if let Some(backing_history) = self.backing_history.as_mut().filter(|_| acknowledged) {
+            backing_history.ends(write, range.clone(), now);
         }
         for sector in range.clone() {
             let versions = &mut self.sectors[to_usize(sector)];
@@ -299,10 +299,10 @@ impl Oracle {
         let now = self.tick();
         if acknowledged {
             self.flushed = self.flushed.max(began);
-            if let Some(ledger) = &mut self.ledger {
-                ledger.flushed(began, now);
+            if let Some(backing_history) = &mut self.backing_history {
+                backing_history.flushed(began, now);
                 if what == "drain" {
-                    ledger.drained(began);
+                    backing_history.drained(began);
                 }
             }
         }
@@ -426,8 +426,8 @@ impl Oracle {
         let now = self.tick();
         self.reads.clear();
         for ((sector, versions), &version) in (0..).zip(&mut self.sectors).zip(shown) {
-            if let Some(ledger) = &mut self.ledger {
-                ledger.recovered(sector, version.write, now);
+            if let Some(backing_history) = &mut self.backing_history {
+                backing_history.recovered(sector, version.write, now);
             }
             let mut version = version;
             version.acknowledged = version.acknowledged.min(now);

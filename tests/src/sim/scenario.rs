@@ -1,11 +1,11 @@
-//! A simulated course of events: a volume is opened, used, and crashed, again and again, as a seed
+//! A simulated scenario: a volume is opened, used, and crashed, again and again, as a seed
 //! decides.
 
+use super::bit_flips;
 use super::clients::{Client, Habits};
 use super::devices::{fresh_backing, fresh_cache, record_of, spoil_some, trouble};
+use super::engine::{Engine, EngineConfig, EngineVolume};
 use super::oracle::Oracle;
-use super::rot;
-use super::volume::{Engine, Taste, Volume};
 use fastrand::Rng;
 use futures_channel::oneshot;
 use libwb::cache::WriteMode;
@@ -19,21 +19,21 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-mod handover;
+mod kernel_compat;
 
 /// How often a drain is tried again once failing devices are sound again.
 const DRAIN_TRIES: u32 = 5;
 
 /// What a seed came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Report {
+pub struct SeedReport {
     /// A hash of everything that happened.
     pub trace: u64,
     /// How often the process died or the power failed.
     pub crashes: u32,
 }
 
-/// A course that went wrong.
+/// A scenario that went wrong.
 #[derive(Clone, Debug)]
 pub struct Failure {
     /// The seed.
@@ -54,9 +54,9 @@ fn command(seed: u64) -> String {
 }
 
 /// Names the seed should the engine panic.
-struct Witness(u64);
+struct SeedOnPanic(u64);
 
-impl Drop for Witness {
+impl Drop for SeedOnPanic {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("seed {} panics; to repeat it: {}", self.0, command(self.0));
@@ -64,11 +64,11 @@ impl Drop for Witness {
     }
 }
 
-/// Runs the course that a seed decides.
+/// Runs the scenario that a seed decides.
 ///
 /// # Errors
 /// When the engine breaks a rule.
-pub fn run(engine: &dyn Engine, seed: u64) -> Result<Report, Failure> {
+pub fn run(engine: &dyn Engine, seed: u64) -> Result<SeedReport, Failure> {
     run_watched(engine, seed, &mut |_, _| ())
 }
 
@@ -84,32 +84,32 @@ pub fn run_watched(
     engine: &dyn Engine,
     seed: u64,
     watch: &mut Watch<'_>,
-) -> Result<Report, Failure> {
-    let _witness = Witness(seed);
-    let mut course = Course::new(engine, seed, watch);
-    let result = course.run();
-    let trace = course.runtime().trace();
+) -> Result<SeedReport, Failure> {
+    let _witness = SeedOnPanic(seed);
+    let mut scenario = Scenario::new(engine, seed, watch);
+    let result = scenario.run();
+    let trace = scenario.runtime().trace();
     result
-        .map(|()| Report { trace, crashes: course.crashes })
-        .map_err(|text| Failure { seed, text: format!("{text}\nsettings: {}", course.settings) })
+        .map(|()| SeedReport { trace, crashes: scenario.crashes })
+        .map_err(|text| Failure { seed, text: format!("{text}\nsettings: {}", scenario.settings) })
 }
 
-struct Course<'a> {
+struct Scenario<'a> {
     engine: &'a dyn Engine,
     watch: &'a mut Watch<'a>,
     simulation: Simulation,
     rng: Rng,
-    /// Decides what came to the simulator later, so that the courses of seeds without it stay as
+    /// Decides what came to the simulator later, so that the scenarios of seeds without it stay as
     /// they were.
-    later: Rng,
-    /// Decides what is done with copies of the devices, which changes nothing of the course.
-    aside: Rng,
+    later_rng: Rng,
+    /// Decides what is done with copies of the devices, which changes nothing of the scenario.
+    copy_rng: Rng,
     oracle: Arc<Mutex<Oracle>>,
     cache: Arc<SimDevice>,
     backing: Arc<SimDevice>,
     /// The unit of the volume's I/O, in sectors.
     unit: u64,
-    /// Whether devices fail in this course.
+    /// Whether devices fail in this scenario.
     faulty: bool,
     /// Whether the cache device carries the extension, so that rot of its data is noticed.
     extended: bool,
@@ -117,9 +117,9 @@ struct Course<'a> {
     /// and the log must be recovered without.
     forgetful: bool,
     /// What the tunables may be.
-    taste: Taste,
+    config: EngineConfig,
     /// The engine at work, or the last one that was.
-    volume: Option<Arc<dyn Volume>>,
+    volume: Option<Arc<dyn EngineVolume>>,
     /// The worst crash since the volume was last looked at.
     crashed: Option<Crash>,
     crashes: u32,
@@ -127,14 +127,14 @@ struct Course<'a> {
 }
 
 /// How one life of the engine went on after a stage of it.
-enum Life<T> {
-    Goes(T),
+enum Stage<T> {
+    Done(T),
     /// It is halted in the middle of something, for a crash.
     Halted,
 }
 
-impl<'a> Course<'a> {
-    fn new(engine: &'a dyn Engine, seed: u64, watch: &'a mut Watch<'a>) -> Course<'a> {
+impl<'a> Scenario<'a> {
+    fn new(engine: &'a dyn Engine, seed: u64, watch: &'a mut Watch<'a>) -> Scenario<'a> {
         let simulation = Simulation::new(seed);
         let runtime = simulation.runtime().clone();
         let mut rng = Rng::with_seed(!seed);
@@ -161,10 +161,10 @@ impl<'a> Course<'a> {
         // older versions come back.
         let all_logged = forgetful || strict || !seed.is_multiple_of(4);
         let mode = all_logged.then_some(WriteMode::Back);
-        let taste = Taste { strict, mode, ..Taste::default() };
+        let config = EngineConfig { strict, mode, ..EngineConfig::default() };
         let mut oracle = Oracle::new(sectors);
         if strict || seed.is_multiple_of(2) {
-            oracle.keep_ledger();
+            oracle.keep_backing_history();
         }
         if engine.tears_blocks() {
             oracle.let_blocks_tear();
@@ -174,13 +174,13 @@ impl<'a> Course<'a> {
              {cache_block_size} and {block_size}, backing device {slowness} times slower, faulty: \
              {faulty}, forgetful: {forgetful}, strict: {strict}, all through the log: {all_logged}"
         );
-        Course {
+        Scenario {
             engine,
             watch,
             simulation,
             rng,
-            later: Rng::with_seed(seed.rotate_left(32)),
-            aside: Rng::with_seed(!seed.rotate_left(32)),
+            later_rng: Rng::with_seed(seed.rotate_left(32)),
+            copy_rng: Rng::with_seed(!seed.rotate_left(32)),
             oracle: Arc::new(Mutex::new(oracle)),
             cache: Arc::new(cache),
             backing: Arc::new(backing),
@@ -188,7 +188,7 @@ impl<'a> Course<'a> {
             faulty,
             extended,
             forgetful,
-            taste,
+            config,
             volume: None,
             crashed: None,
             crashes: 0,
@@ -203,16 +203,16 @@ impl<'a> Course<'a> {
     fn run(&mut self) -> Result<(), String> {
         for life in 0..self.rng.u32(1..8) {
             self.oracle.lock().note(format!("life {life} begins"));
-            if let Life::Halted = self.life()? {
+            if let Stage::Halted = self.run_process()? {
                 self.crash();
                 self.repair_a_copy()?;
             }
         }
-        self.last_life()
+        self.run_last_process()
     }
 
     /// Opens the volume, looks at it, uses it, and closes it or is halted on the way.
-    fn life(&mut self) -> Result<Life<()>, String> {
+    fn run_process(&mut self) -> Result<Stage<()>, String> {
         if let Some(points) = match self.rng.u32(..10) {
             0..2 => Some(self.rng.u64(1..80)),
             2..8 => Some(1 << self.rng.u32(3..12)).map(|most| self.rng.u64(most / 2..most)),
@@ -220,37 +220,37 @@ impl<'a> Course<'a> {
         } {
             self.runtime().halt_after_io(points);
         }
-        let Life::Goes(volume) = self.open()? else { return Ok(Life::Halted) };
-        let Life::Goes(()) = self.look(&volume)? else { return Ok(Life::Halted) };
-        let Life::Goes(()) = self.work(&volume)? else { return Ok(Life::Halted) };
-        if self.faulty && self.later.u32(..3) == 0 {
+        let Stage::Done(volume) = self.open()? else { return Ok(Stage::Halted) };
+        let Stage::Done(()) = self.verify_all(&volume)? else { return Ok(Stage::Halted) };
+        let Stage::Done(()) = self.run_clients(&volume)? else { return Ok(Stage::Halted) };
+        if self.faulty && self.later_rng.u32(..3) == 0 {
             return self.close_in_trouble(volume);
         }
         self.heal();
         // A device that has failed may leave the engine no way but to start again.
         match self.rng.u32(..if self.faulty { 2 } else { 6 }) {
-            0..2 => Ok(Life::Halted),
-            2 => self.sleep_a_while().map(|()| Life::Halted),
+            0..2 => Ok(Stage::Halted),
+            2 => self.sleep_a_while().map(|()| Stage::Halted),
             n => self.close(volume, n == 3),
         }
     }
 
-    fn open(&mut self) -> Result<Life<Arc<dyn Volume>>, String> {
+    fn open(&mut self) -> Result<Stage<Arc<dyn EngineVolume>>, String> {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
-        let taste = Taste { number: self.rng.u64(..), ..self.taste };
-        let opening = self.engine.open(cache, backing, Arc::new(self.runtime().clone()), taste);
+        let config = EngineConfig { seed: self.rng.u64(..), ..self.config };
+        let opening = self.engine.open(cache, backing, Arc::new(self.runtime().clone()), config);
         Ok(match self.finish("opening", opening)? {
-            Life::Goes(Ok(volume)) => {
+            Stage::Done(Ok(volume)) => {
                 self.volume = Some(volume.clone());
-                Life::Goes(volume)
+                Stage::Done(volume)
             }
-            Life::Goes(Err(e)) => return Err(self.failed(&format!("opening failed: {e}"))),
-            Life::Halted => Life::Halted,
+            Stage::Done(Err(e)) => return Err(self.failed(&format!("opening failed: {e}"))),
+            Stage::Halted => Stage::Halted,
         })
     }
 
     /// Reads the whole volume and has the oracle judge it.
-    fn look(&mut self, volume: &Arc<dyn Volume>) -> Result<Life<()>, String> {
+    fn verify_all(&mut self, volume: &Arc<dyn EngineVolume>) -> Result<Stage<()>, String> {
         let began = self.oracle.lock().read_begins();
         let mut data = Vec::new();
         let chunk = to_u64(SECTOR_BYTES) * self.unit * (1 << self.rng.u32(4..9));
@@ -260,9 +260,9 @@ impl<'a> Course<'a> {
             let reading =
                 volume.read(Sector(at / to_u64(SECTOR_BYTES)), IoBuf::zeroed(to_usize(length)));
             match self.finish("reading", reading)? {
-                Life::Goes(Ok(part)) => data.extend_from_slice(&part),
-                Life::Goes(Err(e)) => return Err(self.failed(&format!("reading failed: {e}"))),
-                Life::Halted => return Ok(Life::Halted),
+                Stage::Done(Ok(part)) => data.extend_from_slice(&part),
+                Stage::Done(Err(e)) => return Err(self.failed(&format!("reading failed: {e}"))),
+                Stage::Halted => return Ok(Stage::Halted),
             }
         }
         let mut oracle = self.oracle.lock();
@@ -274,13 +274,13 @@ impl<'a> Course<'a> {
             None => oracle.read_ends(began, Sector(0), &data),
         }
         drop(oracle);
-        self.verdict().map(Life::Goes)
+        self.verdict().map(Stage::Done)
     }
 
     /// Lets clients loose on the volume.
-    fn work(&mut self, volume: &Arc<dyn Volume>) -> Result<Life<()>, String> {
+    fn run_clients(&mut self, volume: &Arc<dyn EngineVolume>) -> Result<Stage<()>, String> {
         let mut habits = Habits::any(&mut self.rng, self.unit);
-        if self.taste.strict {
+        if self.config.strict {
             habits.discard_nothing();
         }
         // What a discard has made the log forget, only the record keeps from coming back.
@@ -296,7 +296,7 @@ impl<'a> Course<'a> {
                 rng: self.rng.fork(),
                 habits: habits.clone(),
                 faulty: self.faulty,
-                taste: self.taste,
+                config: self.config,
             };
             let (done, end) = oneshot::channel();
             let operations = self.rng.u32(1..=operations);
@@ -306,8 +306,8 @@ impl<'a> Course<'a> {
             }));
             ends.push(end);
         }
-        if self.faulty && self.later.u32(..3) == 0 {
-            spoil_some(&self.backing, &mut self.later);
+        if self.faulty && self.later_rng.u32(..3) == 0 {
+            spoil_some(&self.backing, &mut self.later_rng);
         }
         if self.faulty {
             let rng = self.rng.fork();
@@ -318,35 +318,35 @@ impl<'a> Course<'a> {
         let all = futures_util::future::join_all(ends);
         let life = self.finish("the clients' work", all)?;
         Ok(match life {
-            Life::Goes(_) => Life::Goes(()),
-            Life::Halted => Life::Halted,
+            Stage::Done(_) => Stage::Done(()),
+            Stage::Halted => Stage::Halted,
         })
     }
 
-    fn close(&mut self, volume: Arc<dyn Volume>, drain: bool) -> Result<Life<()>, String> {
+    fn close(&mut self, volume: Arc<dyn EngineVolume>, drain: bool) -> Result<Stage<()>, String> {
         if drain {
             self.backing.heal_bad();
         }
-        if drain && let Life::Halted = self.settle("drain", || volume.drain())? {
-            return Ok(Life::Halted);
+        if drain && let Stage::Halted = self.settle("drain", || volume.drain())? {
+            return Ok(Stage::Halted);
         }
         // A close erases segments that the record covers, so from now on the log needs its record.
         self.forgetful = false;
-        if self.rng.bool() && !self.taste.strict {
+        if self.rng.bool() && !self.config.strict {
             self.discard_meanwhile(&volume);
         }
-        if let Life::Halted = self.settle("close", || volume.close())? {
-            return Ok(Life::Halted);
+        if let Stage::Halted = self.settle("close", || volume.close())? {
+            return Ok(Stage::Halted);
         }
         drop(volume);
         self.oracle.lock().note("closed");
         self.end_process(Crash::Kill);
-        self.look_as_the_module_does()?;
-        Ok(Life::Goes(()))
+        self.verify_as_kernel_module()?;
+        Ok(Stage::Done(()))
     }
 
     /// Discards that come at any moment of the close that follows, and may fail.
-    fn discard_meanwhile(&mut self, volume: &Arc<dyn Volume>) {
+    fn discard_meanwhile(&mut self, volume: &Arc<dyn EngineVolume>) {
         let (volume, oracle, runtime) =
             (volume.clone(), self.oracle.clone(), self.runtime().clone());
         let mut rng = self.rng.fork();
@@ -369,23 +369,23 @@ impl<'a> Course<'a> {
     fn settle(
         &mut self,
         what: &'static str,
-        operation: impl Fn() -> super::volume::Outcome<()>,
-    ) -> Result<Life<()>, String> {
+        operation: impl Fn() -> super::engine::EngineFuture<()>,
+    ) -> Result<Stage<()>, String> {
         for left in (0..DRAIN_TRIES).rev() {
             let began = self.oracle.lock().flush_begins();
-            let Life::Goes(result) = self.finish(what, operation())? else {
-                return Ok(Life::Halted);
+            let Stage::Done(result) = self.finish(what, operation())? else {
+                return Ok(Stage::Halted);
             };
             self.oracle.lock().flush_ends(what, began, result.is_ok());
             match result {
-                Ok(()) => return Ok(Life::Goes(())),
+                Ok(()) => return Ok(Stage::Done(())),
                 Err(e) if left == 0 || !self.faulty => {
                     return Err(self.failed(&format!("{what} failed: {e}")));
                 }
                 Err(_) => self.sleep(Duration::from_secs(60))?,
             }
         }
-        Ok(Life::Goes(()))
+        Ok(Stage::Done(()))
     }
 
     /// Ends a life in the middle of it.
@@ -403,13 +403,14 @@ impl<'a> Course<'a> {
 
     /// At times, bits flip in a copy of the cache device.
     fn flip_bits(&self) {
-        // Not the course's own dice: what comes after is the same.
+        // Not the scenario's own dice: what comes after is the same.
         let mut rng = Rng::with_seed(self.runtime().trace());
         let Some(recover) = self.engine.recovery().filter(|_| self.extended && rng.u32(..3) == 0)
         else {
             return;
         };
-        let flips = rot::check(self.cache.content(), self.backing.content(), recover, &mut rng);
+        let flips =
+            bit_flips::check(self.cache.content(), self.backing.content(), recover, &mut rng);
         if let Err(text) = flips {
             self.oracle.lock().fail(&text);
         }
@@ -445,7 +446,7 @@ impl<'a> Course<'a> {
         let written_back = record_of(&self.cache.content());
         let mut oracle = self.oracle.lock();
         if let Err(text) =
-            oracle.allows_alone(&self.backing.content(), written_back, self.taste.strict)
+            oracle.allows_alone(&self.backing.content(), written_back, self.config.strict)
         {
             oracle.fail(&text);
         }
@@ -453,18 +454,18 @@ impl<'a> Course<'a> {
 
     /// Without any more crash: the volume is right, and after a drain the backing device is the
     /// volume.
-    fn last_life(&mut self) -> Result<(), String> {
+    fn run_last_process(&mut self) -> Result<(), String> {
         self.oracle.lock().note("the last life begins");
         self.backing.heal_bad();
-        let Life::Goes(volume) = self.open()? else {
+        let Stage::Done(volume) = self.open()? else {
             return Err(self.failed("halted for no reason"));
         };
-        self.look(&volume)?;
+        self.verify_all(&volume)?;
         self.settle("drain", || volume.drain())?;
         self.settle("close", || volume.close())?;
         drop(volume);
         self.end_process(Crash::Kill);
-        self.look_as_the_module_does()?;
+        self.verify_as_kernel_module()?;
         self.check_log()?;
         let content = self.backing.durable();
         let mut oracle = self.oracle.lock();
@@ -512,12 +513,12 @@ impl<'a> Course<'a> {
     }
 
     /// Runs everything until `future` is done.
-    fn finish<T>(&self, what: &str, future: impl Future<Output = T>) -> Result<Life<T>, String> {
+    fn finish<T>(&self, what: &str, future: impl Future<Output = T>) -> Result<Stage<T>, String> {
         let result = self.simulation.block_on(future);
         self.verdict()?;
         match result {
-            Ok(value) => Ok(Life::Goes(value)),
-            Err(Stop::Halted) => Ok(Life::Halted),
+            Ok(value) => Ok(Stage::Done(value)),
+            Err(Stop::Halted) => Ok(Stage::Halted),
             Err(stop) => Err(self.failed(&format!("{what}: {stop}"))),
         }
     }

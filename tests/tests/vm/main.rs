@@ -24,7 +24,7 @@ const MODULES: [(&str, &str, Work, Option<End>); 13] = [
     ("module-fresh", "", Work::Nothing, Some(End::Close)),
     ("module-whole", "", Work::Whole, Some(End::Close)),
     ("module-partial", "", Work::Partial, Some(End::Cut)),
-    ("module-flushes", "", Work::Flushes, Some(End::Cut)),
+    ("module-flushes", "", Work::FlushHeavy, Some(End::Cut)),
     ("module-wrapped", "", Work::Wrapped, Some(End::Cut)),
     ("module-writeback", "writeback_threshold 100", Work::Wrapped, Some(End::Close)),
     (
@@ -41,7 +41,7 @@ const MODULES: [(&str, &str, Work, Option<End>); 13] = [
     ),
     ("module-odd-size", "", Work::Partial, Some(End::Close)),
     ("cut-partial", "", Work::Partial, None),
-    ("cut-flushes", "", Work::Flushes, None),
+    ("cut-flushes", "", Work::FlushHeavy, None),
     ("cut-wrapped", "", Work::Wrapped, None),
     ("cut-writeback", "writeback_threshold 100", Work::Wrapped, None),
 ];
@@ -56,7 +56,7 @@ const OURS: [(&str, Work, End); 15] = [
     ("fresh", Work::Nothing, End::Close),
     ("whole", Work::Whole, End::Close),
     ("partial", Work::Partial, End::Close),
-    ("flushes", Work::Flushes, End::Close),
+    ("flushes", Work::FlushHeavy, End::Close),
     ("wrapped", Work::Wrapped, End::Close),
     ("drained", Work::Drained, End::Close),
     ("modes", Work::Modes, End::Close),

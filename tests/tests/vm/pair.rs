@@ -20,7 +20,7 @@ const CACHE_TAIL_SECTORS: u64 = 9;
 /// Sectors of a volume.
 const SECTORS: u64 = 16 * 1024;
 
-/// What a course of work is made of.
+/// What a scenario is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
     /// Nothing at all.
@@ -32,7 +32,7 @@ pub(crate) enum Work {
     Partial,
     /// A flush after nearly every write, so that segments are closed almost empty and the log
     /// wraps.
-    Flushes,
+    FlushHeavy,
     /// Several times what the log holds.
     Wrapped,
     /// Writes among reads.
@@ -169,7 +169,7 @@ impl Pair {
             Work::Nothing => return ops,
             Work::Whole | Work::Drained => 60,
             Work::Partial | Work::Aged => 150,
-            Work::Flushes => 40,
+            Work::FlushHeavy => 40,
             Work::Wrapped => 200,
             Work::Reads | Work::Mixed => 80,
             Work::Modes => 250,
@@ -177,16 +177,18 @@ impl Pair {
         for _ in 0..writes {
             let partial = match work {
                 Work::Partial | Work::Aged => true,
-                Work::Wrapped | Work::Mixed | Work::Flushes | Work::Modes => self.rng.u8(..3) == 0,
+                Work::Wrapped | Work::Mixed | Work::FlushHeavy | Work::Modes => {
+                    self.rng.u8(..3) == 0
+                }
                 _ => false,
             };
             let most = match work {
                 Work::Wrapped => 32,
-                Work::Flushes => 2,
+                Work::FlushHeavy => 2,
                 _ => 12,
             };
             ops.push(self.write(partial, most));
-            let flush = if work == Work::Flushes { 0.9 } else { 0.05 };
+            let flush = if work == Work::FlushHeavy { 0.9 } else { 0.05 };
             if self.rng.f64() < flush {
                 ops.push(Op::Flush);
             }

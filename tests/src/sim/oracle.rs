@@ -23,53 +23,17 @@
 
 use super::backing_history::BackingHistory;
 use super::stamp::{self, Content, WriteId};
+use events::{Event, history};
 use libwb::device::sim::Crash;
 use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
-use std::ops::Range;
+use version::{NEVER, Version, candidates, forget, may_be_read, may_be_recovered};
 
 mod blocks;
+mod events;
+mod version;
 
-/// A moment, as a count of events.
-pub type Moment = u64;
-
-const NEVER: Moment = Moment::MAX;
-/// How much of a sector's history a report shows.
-const EVENTS_SHOWN: usize = 60;
-
-/// A write as one of its sectors knows it.
-#[derive(Clone, Copy, Debug)]
-struct Version {
-    write: WriteId,
-    submitted: Moment,
-    acknowledged: Moment,
-    /// It is a discard, and the sector reads as zeros.
-    zeros: bool,
-    /// It was durable when it was acknowledged.
-    durable: bool,
-    /// When it is known to have taken effect: acknowledged, or shown by a read.
-    effective: Moment,
-    /// Its write returned an error, and nothing is known for certain.
-    failed: bool,
-    /// When it was known to be replaced, and by which write, where reads have shown that.
-    replaced: Option<(Moment, WriteId)>,
-}
-
-impl Version {
-    /// Whether this one came before `other` for certain.
-    fn precedes(&self, other: &Version) -> bool {
-        self.acknowledged < other.submitted
-    }
-}
-
-#[derive(Clone, Debug)]
-enum Event {
-    Submit(WriteId, &'static str, Range<u64>),
-    Done(WriteId, Range<u64>, bool),
-    Flush(&'static str, Moment, bool),
-    Note(String),
-}
+pub use version::Moment;
 
 /// The history of a volume, and the judge of what it shows.
 pub struct Oracle {
@@ -177,7 +141,7 @@ impl Oracle {
     /// A violation that the caller has found.
     pub fn fail(&mut self, text: &str) {
         if self.failure.is_none() {
-            self.failure = Some(format!("{text}\n{}", self.history(None)));
+            self.failure = Some(format!("{text}\n{}", history(&self.events, None)));
         }
     }
 
@@ -191,7 +155,7 @@ impl Oracle {
             self.failure = Some(format!(
                 "at {}, sector {sector} {text}\n{}",
                 self.now,
-                self.history(Some(sector))
+                history(&self.events, Some(sector))
             ));
         }
     }
@@ -360,7 +324,10 @@ impl Oracle {
     pub fn allows(&self, data: &[u8]) -> Result<(), String> {
         let shown = self.decode(data).and_then(|shown| self.check_recovered(&shown));
         shown.map(drop).map_err(|(sector, text)| {
-            format!("sector {sector} {text}, after recovery\n{}", self.history(Some(sector)))
+            format!(
+                "sector {sector} {text}, after recovery\n{}",
+                history(&self.events, Some(sector))
+            )
         })
     }
 
@@ -455,102 +422,6 @@ impl Oracle {
         self.events
             .push((now, Event::Note(format!("recovered from {crash:?}; all sectors agree"))));
     }
-
-    /// What happened to a sector, or to all.
-    fn history(&self, sector: Option<u64>) -> String {
-        let concerns = |range: &Range<u64>| sector.is_none_or(|sector| range.contains(&sector));
-        let lines: Vec<String> = self
-            .events
-            .iter()
-            .filter_map(|(moment, event)| {
-                let text = match event {
-                    Event::Submit(write, what, range) => concerns(range)
-                        .then(|| format!("{write}, a {what} of sectors {range:?}, submitted")),
-                    Event::Done(write, range, ok) => concerns(range).then(|| {
-                        format!("{write} {}", if *ok { "acknowledged" } else { "failed" })
-                    }),
-                    Event::Flush(what, began, ok) => Some(format!(
-                        "{what} submitted at {began} {}",
-                        if *ok { "acknowledged" } else { "failed" }
-                    )),
-                    Event::Note(text) => Some(text.clone()),
-                };
-                text.map(|text| format!("{moment:>8}  {text}"))
-            })
-            .collect();
-        let skipped = lines.len().saturating_sub(EVENTS_SHOWN);
-        let mut history = match sector {
-            Some(sector) => format!("history of sector {sector}:\n"),
-            None => "history:\n".to_string(),
-        };
-        if skipped > 0 {
-            let _ = writeln!(history, "          ({skipped} earlier events)");
-        }
-        history + &lines[skipped..].join("\n")
-    }
-}
-
-/// Drops versions that nothing may show any more: one that took effect before `moment`, since when
-/// every read and every recovery must show it or something newer, comes after them.
-fn forget(versions: &mut Vec<Version>, moment: Moment) {
-    let certain = versions.iter().filter(|version| version.acknowledged < moment);
-    if let Some(newest) = certain.max_by_key(|version| version.submitted).copied() {
-        versions.retain(|version| !version.precedes(&newest));
-    }
-}
-
-/// The versions that a sector may show: one, or all that are zeros.
-fn candidates(versions: &[Version], content: Content) -> Result<Vec<Version>, String> {
-    let matches = |version: &&Version| match content {
-        Content::Of(write) => version.write == write && !version.zeros,
-        Content::Zeros => version.zeros,
-    };
-    let found: Vec<Version> = versions.iter().filter(matches).copied().collect();
-    if !found.is_empty() {
-        return Ok(found);
-    }
-    Err(match content {
-        Content::Of(write) => format!(
-            "shows {write}, which has been replaced for good, was lost in a crash, or was never \
-             made here"
-        ),
-        Content::Zeros => "holds zeros, though nothing that could show has discarded it".into(),
-    })
-}
-
-/// Whether a read that began at `began` may show a version.
-fn may_be_read(versions: &[Version], shown: &Version, began: Moment) -> Result<(), String> {
-    let write = shown.write;
-    if let Some((moment, by)) = shown.replaced.filter(|(moment, _)| *moment < began) {
-        return Err(format!(
-            "shows {write}, which {by} had replaced by {moment}, as a read has shown"
-        ));
-    }
-    let newer = versions.iter().find(|v| v.effective < began && shown.effective < v.submitted);
-    newer.map_or(Ok(()), |newer| Err(format!("shows {write}, which is older than {}", newer.write)))
-}
-
-/// Whether a version may be what is recovered of the state at a moment.
-fn may_be_recovered(
-    versions: &[Version],
-    shown: &Version,
-    moment: Moment,
-    reason: &str,
-) -> Result<(), String> {
-    let write = shown.write;
-    let kept = |v: &&Version| v.acknowledged < moment || v.durable;
-    if let Some(lost) = versions.iter().find(|v| kept(v) && shown.precedes(v)) {
-        let why = if lost.durable { "that one was durable" } else { reason };
-        return Err(format!("shows {write} and lacks {}, though {why}", lost.write));
-    }
-    let replaced = shown.replaced.and_then(|(_, by)| versions.iter().find(|v| v.write == by));
-    if replaced.is_some_and(|by| by.acknowledged < moment) {
-        let by = shown.replaced.map_or(WriteId(0), |(_, by)| by);
-        return Err(format!(
-            "shows {write}, which reads had shown replaced by {by}, though {reason}"
-        ));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,25 +1,22 @@
 //! A simulated scenario: a volume is opened, used, and crashed, again and again, as a seed
 //! decides.
 
-use super::bit_flips;
-use super::clients::{Client, Habits};
-use super::devices::{fresh_backing, fresh_cache, record_of, spoil_some, trouble};
 use super::engine::{Engine, EngineConfig, EngineVolume};
 use super::oracle::Oracle;
 use fastrand::Rng;
-use futures_channel::oneshot;
-use libwb::cache::WriteMode;
 use libwb::device::sim::{Crash, Faults, SimDevice, SimRuntime, Simulation, Stop};
-use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
-use libwb::format::{BLOCK_BYTES, RECORD_BLOCK_OFFSET, SECTOR_BYTES, Sector, to_u64, to_usize};
-use libwb::log::{Use, recovery, scan};
+use libwb::device::{BlockDevice, Device};
+use libwb::format::{BLOCK_BYTES, RECORD_BLOCK_OFFSET, Sector, to_usize};
 use libwb::runtime::Runtime;
 use parking_lot::Mutex;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+mod checks;
 mod kernel_compat;
+mod load;
+mod setup;
 
 /// How often a drain is tried again once failing devices are sound again.
 const DRAIN_TRIES: u32 = 5;
@@ -133,69 +130,7 @@ enum Stage<T> {
     Halted,
 }
 
-impl<'a> Scenario<'a> {
-    fn new(engine: &'a dyn Engine, seed: u64, watch: &'a mut Watch<'a>) -> Scenario<'a> {
-        let simulation = Simulation::new(seed);
-        let runtime = simulation.runtime().clone();
-        let mut rng = Rng::with_seed(!seed);
-        let segments = match rng.u32(..3) {
-            0 => 3,
-            1 => rng.u64(1..=14),
-            _ => rng.u64(8..=20),
-        };
-        let unit = if rng.u32(..8) == 0 { 8 } else { 1 };
-        let block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
-        let cache_block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
-        let sectors = volume_sectors(&mut rng, block_size);
-        let extended = rng.bool();
-        let cache =
-            SimDevice::new(&runtime, "cache", fresh_cache(segments, extended), cache_block_size);
-        let backing = SimDevice::new(&runtime, "backing", fresh_backing(sectors), block_size);
-        let slowness = rng.choice([1, 1, 10, 100]).unwrap_or(1);
-        backing.set_slowness(slowness);
-        let faulty = rng.u32(..5) == 0;
-        let forgetful = !extended && rng.u32(..4) == 0;
-        // Without its record, the log is written back again from further back.
-        let strict = rng.u32(..6) == 0 && !forgetful;
-        // Nothing goes around the log there: in strict order it may not, and without its record
-        // older versions come back.
-        let all_logged = forgetful || strict || !seed.is_multiple_of(4);
-        let mode = all_logged.then_some(WriteMode::Back);
-        let config = EngineConfig { strict, mode, ..EngineConfig::default() };
-        let mut oracle = Oracle::new(sectors);
-        if strict || seed.is_multiple_of(2) {
-            oracle.keep_backing_history();
-        }
-        if engine.tears_blocks() {
-            oracle.let_blocks_tear();
-        }
-        let settings = format!(
-            "{segments} segments, extended: {extended}, {sectors} sectors, block sizes \
-             {cache_block_size} and {block_size}, backing device {slowness} times slower, faulty: \
-             {faulty}, forgetful: {forgetful}, strict: {strict}, all through the log: {all_logged}"
-        );
-        Scenario {
-            engine,
-            watch,
-            simulation,
-            rng,
-            later_rng: Rng::with_seed(seed.rotate_left(32)),
-            copy_rng: Rng::with_seed(!seed.rotate_left(32)),
-            oracle: Arc::new(Mutex::new(oracle)),
-            cache: Arc::new(cache),
-            backing: Arc::new(backing),
-            unit,
-            faulty,
-            extended,
-            forgetful,
-            config,
-            volume: None,
-            crashed: None,
-            crashes: 0,
-            settings,
-        }
-    }
-
+impl Scenario<'_> {
     fn runtime(&self) -> &SimRuntime {
         self.simulation.runtime()
     }
@@ -249,80 +184,6 @@ impl<'a> Scenario<'a> {
         })
     }
 
-    /// Reads the whole volume and has the oracle judge it.
-    fn verify_all(&mut self, volume: &Arc<dyn EngineVolume>) -> Result<Stage<()>, String> {
-        let began = self.oracle.lock().read_begins();
-        let mut data = Vec::new();
-        let chunk = to_u64(SECTOR_BYTES) * self.unit * (1 << self.rng.u32(4..9));
-        while to_u64(data.len()) < volume.size() {
-            let at = to_u64(data.len());
-            let length = chunk.min(volume.size() - at);
-            let reading =
-                volume.read(Sector(at / to_u64(SECTOR_BYTES)), IoBuf::zeroed(to_usize(length)));
-            match self.finish("reading", reading)? {
-                Stage::Done(Ok(part)) => data.extend_from_slice(&part),
-                Stage::Done(Err(e)) => return Err(self.failed(&format!("reading failed: {e}"))),
-                Stage::Halted => return Ok(Stage::Halted),
-            }
-        }
-        let mut oracle = self.oracle.lock();
-        match self.crashed.take() {
-            Some(crash) => {
-                oracle.read_fails(began);
-                oracle.recovered(crash, &data);
-            }
-            None => oracle.read_ends(began, Sector(0), &data),
-        }
-        drop(oracle);
-        self.verdict().map(Stage::Done)
-    }
-
-    /// Lets clients loose on the volume.
-    fn run_clients(&mut self, volume: &Arc<dyn EngineVolume>) -> Result<Stage<()>, String> {
-        let mut habits = Habits::any(&mut self.rng, self.unit);
-        if self.config.strict {
-            habits.discard_nothing();
-        }
-        // What a discard has made the log forget, only the record keeps from coming back.
-        self.forgetful &= !habits.discards();
-        let clients = self.rng.u32(1..=8);
-        let operations = 1 << self.rng.u32(0..8);
-        let mut ends = Vec::new();
-        for _ in 0..clients {
-            let client = Client {
-                volume: volume.clone(),
-                oracle: self.oracle.clone(),
-                runtime: self.runtime().clone(),
-                rng: self.rng.fork(),
-                habits: habits.clone(),
-                faulty: self.faulty,
-                config: self.config,
-            };
-            let (done, end) = oneshot::channel();
-            let operations = self.rng.u32(1..=operations);
-            self.runtime().spawn(Box::pin(async move {
-                client.run(operations).await;
-                let _ = done.send(());
-            }));
-            ends.push(end);
-        }
-        if self.faulty && self.later_rng.u32(..3) == 0 {
-            spoil_some(&self.backing, &mut self.later_rng);
-        }
-        if self.faulty {
-            let rng = self.rng.fork();
-            let devices = [self.cache.clone(), self.backing.clone()];
-            let trouble = trouble(self.runtime().clone(), devices, self.extended, rng);
-            self.runtime().spawn(Box::pin(trouble));
-        }
-        let all = futures_util::future::join_all(ends);
-        let life = self.finish("the clients' work", all)?;
-        Ok(match life {
-            Stage::Done(_) => Stage::Done(()),
-            Stage::Halted => Stage::Halted,
-        })
-    }
-
     fn close(&mut self, volume: Arc<dyn EngineVolume>, drain: bool) -> Result<Stage<()>, String> {
         if drain {
             self.backing.heal_bad();
@@ -343,26 +204,6 @@ impl<'a> Scenario<'a> {
         self.end_process(Crash::Kill);
         self.verify_as_kernel_module()?;
         Ok(Stage::Done(()))
-    }
-
-    /// Discards that come at any moment of the close that follows, and may fail.
-    fn discard_meanwhile(&mut self, volume: &Arc<dyn EngineVolume>) {
-        let (volume, oracle, runtime) =
-            (volume.clone(), self.oracle.clone(), self.runtime().clone());
-        let mut rng = self.rng.fork();
-        let unit = self.unit;
-        self.runtime().spawn(Box::pin(async move {
-            let units = volume.size() / (to_u64(SECTOR_BYTES) * unit);
-            for _ in 0..rng.u32(1..20) {
-                let micros = rng.u64(..2000);
-                runtime.sleep(Duration::from_micros(micros)).await;
-                let first = rng.u64(..units);
-                let (first, count) = (Sector(first * unit), rng.u64(1..=units - first) * unit);
-                let discard = oracle.lock().discard_begins(first, count);
-                let done = volume.discard(first, count).await;
-                oracle.lock().durable_write_ends(discard, first, count, done.is_ok());
-            }
-        }));
     }
 
     /// Something that implies a flush. Where devices have failed, it is tried again.
@@ -401,21 +242,6 @@ impl<'a> Scenario<'a> {
         }
     }
 
-    /// At times, bits flip in a copy of the cache device.
-    fn flip_bits(&self) {
-        // Not the scenario's own dice: what comes after is the same.
-        let mut rng = Rng::with_seed(self.runtime().trace());
-        let Some(recover) = self.engine.recovery().filter(|_| self.extended && rng.u32(..3) == 0)
-        else {
-            return;
-        };
-        let flips =
-            bit_flips::check(self.cache.content(), self.backing.content(), recover, &mut rng);
-        if let Err(text) = flips {
-            self.oracle.lock().fail(&text);
-        }
-    }
-
     /// Drops all tasks, and leaves the devices as a crash, or the end of a process, does.
     fn end_process(&mut self, crash: Crash) {
         self.simulation.kill_tasks();
@@ -430,25 +256,6 @@ impl<'a> Scenario<'a> {
             content[to_usize(RECORD_BLOCK_OFFSET)..][..BLOCK_BYTES].fill(0);
             self.cache =
                 Arc::new(SimDevice::new(self.runtime(), "cache", content, self.cache.block_size()));
-        }
-    }
-
-    /// The backing device must do if the cache device is lost at this moment.
-    fn judge_backing_alone(&self) {
-        if self.volume.as_ref().is_some_and(|volume| volume.has_moved_blocks()) {
-            self.oracle.lock().blocks_moved();
-        }
-        // Before it is known what the last crash has left, segments may bear the numbers of some
-        // that it has lost.
-        if self.crashed.is_some() {
-            return;
-        }
-        let written_back = record_of(&self.cache.content());
-        let mut oracle = self.oracle.lock();
-        if let Err(text) =
-            oracle.allows_alone(&self.backing.content(), written_back, self.config.strict)
-        {
-            oracle.fail(&text);
         }
     }
 
@@ -474,26 +281,6 @@ impl<'a> Scenario<'a> {
         oracle.read_ends(began, Sector(0), &content);
         drop(oracle);
         self.verdict()
-    }
-
-    /// Whatever the cache device holds, it is nothing that a crash does not explain.
-    fn check_log(&self) -> Result<(), String> {
-        let device: Device = Arc::new(MemDevice::with_content("cache", self.cache.content()));
-        let checked = self.simulation.block_on(async {
-            let superblock =
-                scan::read_superblock(&device, Use::Write).await.map_err(|e| e.to_string())?;
-            let slots = scan::scan(&device, superblock.geometry, |_, _| ()).await;
-            let recovery = recovery::recover(&superblock, &slots);
-            match recovery.corruption.is_empty() {
-                true => Ok(()),
-                false => Err(format!("the log is corrupt: {recovery:#?}")),
-            }
-        });
-        match checked {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(e)) => Err(self.failed(&e)),
-            Err(stop) => Err(self.failed(&format!("scanning the log: {stop}"))),
-        }
     }
 
     fn heal(&mut self) {
@@ -532,12 +319,4 @@ impl<'a> Scenario<'a> {
         oracle.fail(text);
         oracle.failure().unwrap_or(text).to_string()
     }
-}
-
-/// 256 KiB to 4 MiB; at times no whole number of blocks.
-fn volume_sectors(rng: &mut Rng, block_size: u32) -> u64 {
-    let most = 512 << rng.u32(0..=4);
-    let blocks = rng.u64(most / 2..=most) / 8;
-    let odd = if block_size == 512 && rng.u32(..4) == 0 { rng.u64(1..8) } else { 0 };
-    blocks * 8 + odd
 }

@@ -1,7 +1,7 @@
 //! The unit of what a crash leaves of an acknowledged write: each of its blocks is there whole or
 //! not at all, and none without those before it.
 
-use super::{NEVER, Version};
+use super::version::{NEVER, Version};
 use crate::sim::stamp::WriteId;
 use libwb::format::SECTORS_PER_BLOCK;
 use std::collections::HashMap;

@@ -1,13 +1,14 @@
-//! What the backing device alone may hold: the day the cache device is lost.
+//! What the backing device alone may hold if the cache device is lost.
 //!
-//! In any order of write-back, it lacks nothing that lies in segments that are written back, as the
-//! superblock record has it, and nothing that was acknowledged before a drain that was
-//! acknowledged; and it shows nothing that was lost. Of what came later, any part. Nobody knows
-//! which segment a write went to; but when it was acknowledged, that was the newest or one before.
+//! In any order of write-back, the backing device holds all data of the segments that the
+//! superblock record declares written back. It also holds every write acknowledged before the last
+//! acknowledged drain began. It never shows a write that was lost. It may hold any part of later
+//! writes. The exact segment of a write is unknown: it is the newest segment at acknowledgement, or
+//! an older one.
 //!
-//! In strict order, it is what a disk with a volatile cache would hold: all up to some flush, and
-//! any part of what came after that, up to the next. So if it shows a write that was submitted
-//! after a flush had been acknowledged, it lacks nothing that had been acknowledged before that
+//! In strict order, the backing device holds what a disk with a volatile cache would: everything up
+//! to some flush, and any part of what came between that flush and the next. If it shows a write
+//! submitted after a flush was acknowledged, it must hold every write acknowledged before that
 //! flush was submitted.
 
 use super::oracle::Moment;
@@ -40,19 +41,19 @@ impl Past {
 /// Every write that was not lost, and every flush that was acknowledged.
 pub struct BackingHistory {
     sectors: Vec<Vec<Past>>,
-    /// Sectors that a discard has begun on. Nobody knows which of several discards they show, so
-    /// that they are only judged in strict order, where nothing is discarded.
+    /// Sectors on which a discard has begun. All discards look the same, so only strict order,
+    /// which has none, judges these sectors.
     discarded: Vec<bool>,
-    /// When each was submitted, and when it was acknowledged.
+    /// When each flush was submitted, and when it was acknowledged.
     flushes: Vec<(Moment, Moment)>,
     /// When the last drain was submitted that was acknowledged.
     drained: Moment,
-    /// The backing device may lack blocks although their segments are written back.
+    /// Whether the backing device may lack blocks of segments that are written back.
     moved: bool,
 }
 
 impl BackingHistory {
-    /// The history of a volume of so many sectors that has not begun.
+    /// The empty history of a volume of `sectors` sectors.
     pub fn new(sectors: u64) -> BackingHistory {
         let first = Past { acknowledged: 0, ..Past::new(WriteId(0), 0) };
         BackingHistory {
@@ -64,7 +65,7 @@ impl BackingHistory {
         }
     }
 
-    /// Blocks that the backing device did not take were moved to the end of the log.
+    /// The engine moved blocks that the backing device refused to the end of the log.
     pub fn blocks_moved(&mut self) {
         self.moved = true;
     }
@@ -107,13 +108,13 @@ impl BackingHistory {
         self.drained = self.drained.max(submitted);
     }
 
-    /// Nobody knows any more what is written back: the log is written back again, from further
-    /// back, and until that has been done the backing device may show what came before a drain.
+    /// The record is lost. The engine writes the log back again from an older segment, so the
+    /// backing device may meanwhile show older data than at the last drain.
     pub fn record_lost(&mut self) {
         self.drained = 0;
     }
 
-    /// A sector was recovered with a write; what came after that is lost.
+    /// Recovery showed this write in a sector; later writes to the sector are lost.
     pub fn recovered(&mut self, sector: u64, write: WriteId, now: Moment) {
         let pasts = &mut self.sectors[to_usize(sector)];
         if let Some(shown) = pasts.iter_mut().find(|past| past.write == write) {
@@ -123,8 +124,8 @@ impl BackingHistory {
         }
     }
 
-    /// Whether the backing device alone may hold this while the segments up to `written_back` are,
-    /// in any order of write-back.
+    /// Whether the backing device alone may hold `data` once the segments up to `written_back` are
+    /// written back, in any order.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -156,8 +157,7 @@ impl BackingHistory {
         Ok(())
     }
 
-    /// Whether the backing device alone may hold this where write-back was in strict order all the
-    /// time.
+    /// Whether the backing device alone may hold `data` if write-back was always in strict order.
     ///
     /// # Errors
     /// What is wrong with it.

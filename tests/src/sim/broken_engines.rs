@@ -1,9 +1,9 @@
-//! SimpleEngine engines: one that is correct, if slow, and some that are broken in a known way, to prove
-//! that the simulator finds what it is there to find.
+//! Simple engines that prove that the simulator finds bugs: a slow but correct one, and others that
+//! are broken in a known way.
 //!
-//! A engine keeps acknowledged writes in a queue in memory and brings them to the backing device one
-//! by one, each with a flush of its own. A power cut so leaves a prefix. It does not use the cache
-//! device.
+//! A simple engine keeps acknowledged writes in a queue in memory and brings them to the backing
+//! device one by one, each with a flush of its own. So a power cut leaves a prefix. It does not use
+//! the cache device.
 
 use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
 use futures_util::lock::Mutex as AsyncMutex;
@@ -88,7 +88,7 @@ struct SimpleVolume {
     flaw: Flaw,
     backing: Device,
     queue: Mutex<VecDeque<Entry>>,
-    /// Held while entries move to the device, and while a read puts both together.
+    /// Held while entries move to the device, and while a read combines both.
     turn: AsyncMutex<()>,
     counter: Mutex<u32>,
 }

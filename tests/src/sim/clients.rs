@@ -1,4 +1,4 @@
-//! Clients that read and write a volume at random, and tell the oracle.
+//! Clients that read and write a volume at random and tell the oracle what they did.
 
 use super::engine::{EngineConfig, EngineVolume};
 use super::oracle::Oracle;
@@ -22,7 +22,7 @@ pub struct Habits {
     unit: u64,
     /// Out of 100 operations, how many write.
     writes: u32,
-    /// Out of 100 writes, how many are durable when they are acknowledged.
+    /// Out of 100 writes, how many are durable once acknowledged (FUA).
     fua: u32,
     /// Out of 100 operations, how many discard.
     discards: u32,
@@ -32,20 +32,20 @@ pub struct Habits {
     flushes: u32,
     /// Out of 1000 operations, how many drain.
     drains: u32,
-    /// Out of 100 operations, how many are preceded by a pause.
+    /// Out of 100 operations, how many a pause precedes.
     pauses: u32,
-    /// I/O is up to 2 to this power units long, mostly.
+    /// Most I/O is at most 2 to this power units long.
     size_bits: u32,
     /// Out of 100 operations, how many go to the hot spot.
     hot: u32,
     /// The hot spot, in units.
     hot_units: u64,
-    /// Out of 100 operations, how many go on where the last one ended.
+    /// Out of 100 operations, how many continue where the last one ended.
     sequential: u32,
 }
 
 impl Habits {
-    /// In strict order, discards are refused.
+    /// Turns discards off. The engine refuses them in strict order.
     pub fn discard_nothing(&mut self) {
         self.discards = 0;
     }
@@ -55,7 +55,7 @@ impl Habits {
         self.discards > 0
     }
 
-    /// Habits for a volume whose unit of I/O is so many sectors.
+    /// Random habits for a volume whose unit of I/O is `unit` sectors.
     pub fn any(rng: &mut Rng, unit: u64) -> Habits {
         let often =
             |rng: &mut Rng, choices: &[u32]| rng.choice(choices.iter().copied()).unwrap_or(0);
@@ -82,7 +82,7 @@ pub struct Client {
     pub volume: Arc<dyn EngineVolume>,
     /// Whom it tells.
     pub oracle: Arc<Mutex<Oracle>>,
-    /// Where its pauses pass.
+    /// The clock of its pauses.
     pub runtime: SimRuntime,
     /// How it decides.
     pub rng: Rng,
@@ -90,7 +90,7 @@ pub struct Client {
     pub habits: Habits,
     /// Whether operations may fail.
     pub faulty: bool,
-    /// What the tunables may be.
+    /// What the tunables are chosen by.
     pub config: EngineConfig,
 }
 
@@ -141,7 +141,7 @@ impl Client {
             _ if rng.u32(..100) < habits.hot => rng.u64(..habits.hot_units),
             _ => rng.u64(..units),
         };
-        // Half of what is large enough to hold a block begins with one.
+        // Half of the requests that can hold a block begin at one.
         let first = if count >= 8 && rng.bool() { first / 8 * 8 } else { first };
         let first = first.min(units - count);
         (first * habits.unit, count * habits.unit)

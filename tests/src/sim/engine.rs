@@ -1,5 +1,4 @@
-//! What the simulator puts to the test: something that makes a volume of a cache device and a
-//! backing device.
+//! What the simulator tests: an engine that makes a volume of a cache device and a backing device.
 
 use crate::recovered_view::Recover;
 use futures_util::future::BoxFuture;
@@ -12,18 +11,18 @@ use std::sync::Arc;
 /// The outcome of an operation; errors are text, since the simulator only reports them.
 pub type EngineFuture<T> = BoxFuture<'static, Result<T, String>>;
 
-/// What to choose settings by.
+/// What an engine's tunables are chosen by.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct EngineConfig {
-    /// A random number.
+    /// Seeds the choice.
     pub seed: u64,
-    /// Whether write-back is to be in strict order.
+    /// Whether write-back is in strict order.
     pub strict: bool,
-    /// Where all writes go first; `None`: as the number has it, and large ones around the log.
+    /// Where all writes go first. `None`: the seed decides, and large writes may go around the log.
     pub mode: Option<WriteMode>,
-    /// With how many cells all that is read twice is cached; `None`: as the number has it.
+    /// How many cells cache what is read twice. `None`: the seed decides.
     pub cells: Option<u32>,
-    /// How many segments are written back at a time; `None`: as the number has it.
+    /// How many segments are written back at a time. `None`: the seed decides.
     pub batch: Option<u32>,
 }
 
@@ -33,7 +32,7 @@ pub trait EngineVolume: Send + Sync {
     fn size(&self) -> u64;
     /// The newest segment of its log.
     fn newest(&self) -> SegmentId;
-    /// Whether it has moved blocks that could not be written back.
+    /// Whether the engine has moved blocks that it could not write back.
     fn has_moved_blocks(&self) -> bool {
         false
     }
@@ -41,28 +40,28 @@ pub trait EngineVolume: Send + Sync {
     fn read(&self, sector: Sector, buf: IoBuf) -> EngineFuture<IoBuf>;
     /// Writes.
     fn write(&self, sector: Sector, data: Vec<u8>) -> EngineFuture<()>;
-    /// Writes, and makes that durable before it is acknowledged.
+    /// Writes, and acknowledges only once the data is durable.
     fn write_fua(&self, sector: Sector, data: Vec<u8>) -> EngineFuture<()>;
-    /// Makes so many sectors read as zeros, durably.
+    /// Makes a number of sectors read as zeros, durably.
     fn discard(&self, sector: Sector, count: u64) -> EngineFuture<()>;
     /// Makes acknowledged writes durable.
     fn flush(&self) -> EngineFuture<()>;
     /// Brings the backing device up to date.
     fn drain(&self) -> EngineFuture<()>;
-    /// Changes its settings.
+    /// Changes its tunables.
     fn tune(&self, config: EngineConfig);
     /// Flushes, and ends the background tasks.
     fn close(&self) -> EngineFuture<()>;
 }
 
-/// Something that opens volumes.
+/// Opens volumes.
 pub trait Engine: Send + Sync {
-    /// Whether a power cut may leave part of a block of a write that is not durable.
+    /// Whether a power cut may tear a block of a write that is not durable.
     fn tears_blocks(&self) -> bool {
         false
     }
 
-    /// Opens a volume, recovering it if need be.
+    /// Opens a volume, and recovers it if necessary.
     fn open(
         &self,
         cache: Device,
@@ -71,7 +70,7 @@ pub trait Engine: Send + Sync {
         config: EngineConfig,
     ) -> EngineFuture<Arc<dyn EngineVolume>>;
 
-    /// What recovery makes of a log; `None` where there is none on the cache device.
+    /// The engine's recovery of a log; `None` if it keeps no log.
     fn recovery(&self) -> Option<Recover> {
         None
     }

@@ -1,9 +1,8 @@
-//! Every crash of a short script: the power fails before every change on a device, and of what is
-//! not durable then every combination of writes survives, and the newest write in parts.
+//! Every crash of a short script. The power fails before each change to a device. Of the writes
+//! that are not durable then, every combination survives, and the newest write survives in parts.
 //!
-//! A crash that leaves what an earlier one has left is recovered only once. Nothing changes between
-//! two changes on the devices but what has been acknowledged, which only grows; so just before each
-//! change, the most is asked.
+//! If two crashes leave the same devices, only the first is recovered. Between two changes to the
+//! devices, only the acknowledged writes grow. So the moment just before a change demands the most.
 
 use super::devices::{fresh_backing, fresh_cache};
 use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
@@ -31,36 +30,35 @@ const UNIT: u32 = 512;
 /// One step of a script.
 #[derive(Clone, Copy, Debug)]
 pub enum Step {
-    /// Writes so many sectors from the first on.
+    /// Writes a number of sectors from the first on.
     Write(u64, u64),
-    /// Discards so many sectors from the first on.
+    /// Discards a number of sectors from the first on.
     Discard(u64, u64),
-    /// Begins to discard. The steps that follow do not wait for it.
+    /// Starts a discard. The next steps do not wait for it.
     DiscardBehind(u64, u64),
-    /// Writes so many sectors from the first on, durably.
+    /// Writes a number of sectors from the first on, durably.
     WriteFua(u64, u64),
-    /// Reads so many sectors from the first on.
+    /// Reads a number of sectors from the first on.
     Read(u64, u64),
     /// Flushes, and waits for it.
     Flush,
-    /// Begins to flush. The steps that follow do not wait for it.
+    /// Starts a flush. The next steps do not wait for it.
     FlushBehind,
-    /// Writes back all that is dirty.
+    /// Writes back all dirty data.
     Drain,
-    /// From now on, writes go there first.
+    /// Sends writes there first from now on.
     Mode(WriteMode),
-    /// From now on, whole blocks that are read twice are cached, with so many on their way at a
-    /// time.
+    /// Caches whole blocks that are read twice from now on, with this many cells.
     Caching(u32),
-    /// From now on, so many segments are written back at a time.
+    /// Writes back this many segments at a time from now on.
     Batch(u32),
     /// Lets milliseconds pass.
     Sleep(u64),
-    /// Makes the backing device so many times slower.
+    /// Makes the backing device slower by this factor.
     Slow(u32),
     /// Closes the volume and opens it again.
     Reopen,
-    /// The power fails, and of what is not durable only this is left; the volume is opened again.
+    /// Cuts the power, leaves only this of what is not durable, and opens the volume again.
     Cut(Left),
 }
 
@@ -84,11 +82,11 @@ pub struct Script {
     pub segments: u64,
     /// How many blocks the volume has.
     pub blocks: u64,
-    /// What is done.
+    /// What it does.
     pub steps: &'static [Step],
 }
 
-/// Runs a script on an engine, with every crash.
+/// Runs a script on an engine and crashes it in every way.
 ///
 /// # Errors
 /// When a crash breaks a rule.
@@ -180,7 +178,7 @@ impl ScriptRun {
             }),
             backing.image(|_, _| !matches!(left, Left::Nothing)),
         ];
-        // From here on this is the state, and a crash in the midst of recovery does not change it.
+        // This is the state from now on. A crash during recovery does not change it.
         let data = recover(&*self.explorer.engine, images.clone())?;
         self.explorer.oracle.lock().recovered(Crash::PowerCut, &data);
         self.explorer.verdict()?;

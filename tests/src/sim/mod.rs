@@ -1,5 +1,5 @@
-//! The crash simulator: a seed decides a scenario of work, crashes and recoveries on simulated
-//! devices, and an oracle judges every read by the history of the volume.
+//! The crash simulator. A seed decides a scenario of work, crashes and recoveries on simulated
+//! devices. An oracle judges every read by the history of the volume.
 
 pub mod backing_history;
 mod bit_flips;

@@ -1,24 +1,23 @@
-//! The oracle: which contents of a volume its history allows.
+//! The oracle decides which contents of a volume its history allows.
 //!
-//! Time is a count of events. Writes are ordered where one was acknowledged before the other was
-//! submitted; otherwise they are concurrent, and either order will do. Two rules follow.
+//! Time is a count of events. One write precedes another if it was acknowledged before the other
+//! was submitted. Otherwise the two are concurrent, and either order is right. Two rules follow.
 //!
-//! *Reads.* A sector shows a write that was submitted before the read ended, and that no other
-//! write had replaced for certain when the read began. A write that a read has shown has taken
-//! effect by then.
+//! *Reads.* A sector shows a write that was submitted before the read ended and that no other write
+//! had certainly replaced when the read began. A write that a read has shown has taken effect by
+//! then.
 //!
-//! *Crashes.* What is recovered is the state at one moment T, at or after the submission of the
-//! last acknowledged flush. A write that any sector shows was submitted before T; so every write
-//! acknowledged before the latest such submission is in the state: in each of its sectors, it or
-//! something no older shows. Writes under way at T may be there in part; of one that was
-//! acknowledged, each block is there whole or not at all, and none without those before it
-//! ([`blocks`]).
+//! *Crashes.* Recovery shows the state at one moment T, at or after the submission of the last
+//! acknowledged flush. A write that any sector shows was submitted before T. So every write
+//! acknowledged before the latest such submission is in the state: each of its sectors shows it or
+//! something no older. A write under way at T may be there in part. Of an acknowledged write, each
+//! block is there whole or not at all, and no block without those before it ([`blocks`]).
 //!
-//! *Discards* are writes of zeros. A sector that shows zeros may show any of them, so it is enough
-//! that one is right.
+//! *Discards* are writes of zeros. A sector of zeros may show any discard, so one right discard is
+//! enough.
 //!
-//! After a power cut what was recovered lies on the media, and becomes the state from the start.
-//! After the death of the process alone it may still be lost down to the last flush, but what was
+//! After a power cut, the recovered state is durable, and the history starts from it. After the
+//! death of the process alone, a later power cut may still undo it down to the last flush. What was
 //! not recovered never comes back.
 
 use super::backing_history::BackingHistory;
@@ -46,16 +45,16 @@ pub struct Oracle {
     writes: u64,
     /// When the reads under way began.
     reads: BTreeSet<Moment>,
-    /// Kept where the backing device alone is judged as well.
+    /// Set if the backing device alone is judged as well.
     backing_history: Option<BackingHistory>,
-    /// A power cut may cut a write that is not durable within a block.
+    /// Whether a power cut may tear a block of a write that is not durable.
     tears_blocks: bool,
     /// The first violation.
     failure: Option<String>,
 }
 
 impl Oracle {
-    /// A volume of so many sectors, each as write 0 fills it.
+    /// The history of a volume of `sectors` sectors, each as write 0 fills it.
     pub fn new(sectors: u64) -> Oracle {
         let first = Version {
             write: WriteId(0),
@@ -80,12 +79,12 @@ impl Oracle {
         }
     }
 
-    /// The volume does not promise that blocks are whole after a power cut.
+    /// Allows torn blocks after a power cut.
     pub fn let_blocks_tear(&mut self) {
         self.tears_blocks = true;
     }
 
-    /// From now on, the backing device alone can be judged, too.
+    /// Starts to judge the backing device alone, too.
     pub fn keep_backing_history(&mut self) {
         self.backing_history = Some(BackingHistory::new(to_u64(self.sectors.len())));
     }
@@ -98,14 +97,15 @@ impl Oracle {
         }
     }
 
-    /// Blocks that the backing device did not take were moved to the end of the log.
+    /// The engine moved blocks that the backing device refused to the end of the log.
     pub fn blocks_moved(&mut self) {
         if let Some(backing_history) = &mut self.backing_history {
             backing_history.blocks_moved();
         }
     }
 
-    /// Whether the backing device alone may hold this while the segments up to `written_back` are.
+    /// Whether the backing device alone may hold `data` once the segments up to `written_back` are
+    /// written back.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -138,7 +138,7 @@ impl Oracle {
         self.events.push((now, Event::Note(text.into())));
     }
 
-    /// A violation that the caller has found.
+    /// Records a violation that the caller has found.
     pub fn fail(&mut self, text: &str) {
         if self.failure.is_none() {
             self.failure = Some(format!("{text}\n{}", history(&self.events, None)));
@@ -196,7 +196,7 @@ impl Oracle {
         write
     }
 
-    /// As [`Oracle::write_ends`], of a write or a discard that is durable if it was acknowledged.
+    /// As [`Oracle::write_ends`], for a write or a discard that is durable once acknowledged.
     pub fn durable_write_ends(
         &mut self,
         write: WriteId,
@@ -258,7 +258,7 @@ impl Oracle {
         self.reads.remove(&began);
     }
 
-    /// A flush, or something that implies one, has ended that began at `began`.
+    /// A flush, or an operation that implies one, that began at `began` has ended.
     pub fn flush_ends(&mut self, what: &'static str, began: Moment, acknowledged: bool) {
         let now = self.tick();
         if acknowledged {
@@ -300,7 +300,7 @@ impl Oracle {
             .map(|shown| (shown, may_be_read(versions, &shown, began)))
             .partition(|(_, judged)| judged.is_ok());
         let &[(shown, _)] = right.as_slice() else {
-            // Of several discards nobody knows which one it was.
+            // Several discards look the same.
             let first_wrong = wrong.into_iter().next().filter(|_| right.is_empty());
             return first_wrong.map_or(Ok(()), |(_, judged)| judged);
         };
@@ -388,7 +388,7 @@ impl Oracle {
         Ok(recovered)
     }
 
-    /// Takes what was recovered for the state to go on from.
+    /// Takes the recovered content as the state from now on.
     fn start_from(&mut self, crash: Crash, shown: &[Version]) {
         let now = self.tick();
         self.reads.clear();

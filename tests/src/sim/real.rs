@@ -1,4 +1,4 @@
-//! The engine itself, with tunables that a seed chooses.
+//! The real engine, with tunables that a seed chooses.
 
 use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
 use crate::recovered_view::Recover;
@@ -33,7 +33,7 @@ impl WriteCache {
     }
 }
 
-/// Recovery that takes for the work of a power cut what is none.
+/// A recovery that mistakes any damage for the work of a power cut.
 fn recover_forgiving(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     let forgiven = |state: &SlotState| match state {
         SlotState::Invalid {

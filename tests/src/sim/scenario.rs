@@ -1,5 +1,4 @@
-//! A simulated scenario: a volume is opened, used, and crashed, again and again, as a seed
-//! decides.
+//! A scenario that a seed decides: open a volume, use it, crash it, and begin again.
 
 use super::engine::{Engine, EngineConfig, EngineVolume};
 use super::oracle::Oracle;
@@ -18,10 +17,10 @@ mod kernel_compat;
 mod load;
 mod setup;
 
-/// How often a drain is tried again once failing devices are sound again.
+/// How many times to try a drain once the failing devices work again.
 const DRAIN_TRIES: u32 = 5;
 
-/// What a seed came to.
+/// The result of one seed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SeedReport {
     /// A hash of everything that happened.
@@ -30,7 +29,7 @@ pub struct SeedReport {
     pub crashes: u32,
 }
 
-/// A scenario that went wrong.
+/// A scenario in which the engine broke a rule.
 #[derive(Clone, Debug)]
 pub struct Failure {
     /// The seed.
@@ -50,7 +49,7 @@ fn command(seed: u64) -> String {
     format!("WB_SIM_SEED={seed} cargo test -p wb-tests --test simulator one_seed -- --nocapture")
 }
 
-/// Names the seed should the engine panic.
+/// Prints the seed if the engine panics.
 struct SeedOnPanic(u64);
 
 impl Drop for SeedOnPanic {
@@ -69,8 +68,8 @@ pub fn run(engine: &dyn Engine, seed: u64) -> Result<SeedReport, Failure> {
     run_watched(engine, seed, &mut |_, _| ())
 }
 
-/// Who is shown the cache device and the backing device as each crash, and each end of the process,
-/// leaves them.
+/// Called with the cache device and the backing device after each crash and each end of the
+/// process.
 pub type Watch<'a> = dyn FnMut(&SimDevice, &SimDevice) + 'a;
 
 /// As [`run`], with somebody who watches.
@@ -96,10 +95,10 @@ struct Scenario<'a> {
     watch: &'a mut Watch<'a>,
     simulation: Simulation,
     rng: Rng,
-    /// Decides what came to the simulator later, so that the scenarios of seeds without it stay as
-    /// they were.
+    /// Decides what the simulator learned later. Drawing from `rng` would change the scenario of
+    /// every seed.
     later_rng: Rng,
-    /// Decides what is done with copies of the devices, which changes nothing of the scenario.
+    /// Decides what happens to copies of the devices. The scenario itself does not depend on it.
     copy_rng: Rng,
     oracle: Arc<Mutex<Oracle>>,
     cache: Arc<SimDevice>,
@@ -108,25 +107,25 @@ struct Scenario<'a> {
     unit: u64,
     /// Whether devices fail in this scenario.
     faulty: bool,
-    /// Whether the cache device carries the extension, so that rot of its data is noticed.
+    /// Whether the cache device carries the extension, which reveals rotten data.
     extended: bool,
-    /// Whether the superblock record is lost now and then. The kernel module hardly ever writes it,
-    /// and the log must be recovered without.
+    /// Whether the scenario loses the superblock record now and then. The kernel module hardly ever
+    /// writes it, so recovery must do without it.
     forgetful: bool,
-    /// What the tunables may be.
+    /// What the tunables are chosen by.
     config: EngineConfig,
-    /// The engine at work, or the last one that was.
+    /// The open volume, or the last one that was open.
     volume: Option<Arc<dyn EngineVolume>>,
-    /// The worst crash since the volume was last looked at.
+    /// The worst crash since the volume was last verified.
     crashed: Option<Crash>,
     crashes: u32,
     settings: String,
 }
 
-/// How one life of the engine went on after a stage of it.
+/// How one stage of a process ended.
 enum Stage<T> {
     Done(T),
-    /// It is halted in the middle of something, for a crash.
+    /// A crash halted the process during the stage.
     Halted,
 }
 
@@ -146,7 +145,8 @@ impl Scenario<'_> {
         self.run_last_process()
     }
 
-    /// Opens the volume, looks at it, uses it, and closes it or is halted on the way.
+    /// Opens the volume, verifies it, uses it, and closes it, unless a crash halts the process
+    /// first.
     fn run_process(&mut self) -> Result<Stage<()>, String> {
         if let Some(points) = match self.rng.u32(..10) {
             0..2 => Some(self.rng.u64(1..80)),
@@ -162,7 +162,7 @@ impl Scenario<'_> {
             return self.close_in_trouble(volume);
         }
         self.heal();
-        // A device that has failed may leave the engine no way but to start again.
+        // After a device failure, a restart may be the engine's only way to recover.
         match self.rng.u32(..if self.faulty { 2 } else { 6 }) {
             0..2 => Ok(Stage::Halted),
             2 => self.sleep_a_while().map(|()| Stage::Halted),
@@ -191,7 +191,7 @@ impl Scenario<'_> {
         if drain && let Stage::Halted = self.settle("drain", || volume.drain())? {
             return Ok(Stage::Halted);
         }
-        // A close erases segments that the record covers, so from now on the log needs its record.
+        // A close erases segments that the record covers, so the log needs its record from now on.
         self.forgetful = false;
         if self.rng.bool() && !self.config.strict {
             self.discard_meanwhile(&volume);
@@ -206,7 +206,7 @@ impl Scenario<'_> {
         Ok(Stage::Done(()))
     }
 
-    /// Something that implies a flush. Where devices have failed, it is tried again.
+    /// Runs an operation that implies a flush, and repeats it after device failures.
     fn settle(
         &mut self,
         what: &'static str,
@@ -229,20 +229,20 @@ impl Scenario<'_> {
         Ok(Stage::Done(()))
     }
 
-    /// Ends a life in the middle of it.
+    /// Ends the process without warning.
     fn crash(&mut self) {
         let crash = if self.rng.u32(..3) == 0 { Crash::Kill } else { Crash::PowerCut };
         self.crashes += 1;
         self.oracle.lock().note(format!("{crash:?} at {:?}", self.runtime().now()));
         self.end_process(crash);
         self.flip_bits();
-        // What a power cut has left is on the media, and a later kill does not change that.
+        // A later kill does not change what a power cut left on the media.
         if self.crashed != Some(Crash::PowerCut) {
             self.crashed = Some(crash);
         }
     }
 
-    /// Drops all tasks, and leaves the devices as a crash, or the end of a process, does.
+    /// Drops all tasks, and leaves the devices as a crash or the end of a process does.
     fn end_process(&mut self, crash: Crash) {
         self.simulation.kill_tasks();
         self.judge_backing_alone();
@@ -259,8 +259,8 @@ impl Scenario<'_> {
         }
     }
 
-    /// Without any more crash: the volume is right, and after a drain the backing device is the
-    /// volume.
+    /// Without another crash, the volume must be right, and a drain must make the backing device
+    /// equal to it.
     fn run_last_process(&mut self) -> Result<(), String> {
         self.oracle.lock().note("the last life begins");
         self.backing.heal_bad();

@@ -14,28 +14,28 @@ use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-/// Of so many crashes, about one is also repaired for the kernel module.
+/// About one in this many crashes is also repaired for the kernel module.
 const REPAIRED_ONE_IN: u32 = 16;
 
-/// What a script came to.
+/// The result of a script.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
     /// Moments at which the power failed.
     pub moments: u64,
-    /// Crashes: moments, and what of the writes survived.
+    /// Crashes: one for each moment and each set of surviving writes.
     pub crashes: u64,
-    /// Of them those that left different devices.
+    /// Crashes that left different devices, each of which was recovered.
     pub recoveries: u64,
 }
 
-/// Crashes at every moment that it is shown.
+/// Crashes the devices at every moment that it is shown.
 pub(super) struct Explorer {
     pub(super) engine: Arc<dyn Engine>,
     pub(super) oracle: Arc<Mutex<Oracle>>,
     /// What each crash so far has left.
     seen: Mutex<HashMap<Survivors, After>>,
-    /// What devices and volumes held after those crashes. Most held the same, so that each content
-    /// is kept once.
+    /// What devices and volumes held after those crashes. Most held the same, so each content is
+    /// kept once.
     contents: Mutex<HashSet<Content>>,
     tally: Mutex<Tally>,
     rng: Mutex<Rng>,
@@ -127,14 +127,14 @@ impl After {
     }
 }
 
-/// What a volume reads as after a crash that left these devices. After a drain, the backing device
-/// is the same.
+/// What a volume reads as after a crash that left these devices. Checks that a drain makes the
+/// backing device equal to it.
 pub(super) fn recover(
     engine: &dyn Engine,
     [cache, backing]: [Vec<u8>; 2],
 ) -> Result<Vec<u8>, String> {
     let simulation = Simulation::new(1);
-    // A repair takes far longer than all else, so some of them do, whichever.
+    // A repair takes far longer than the rest, so only a sample is repaired.
     let is_repaired = crc32c(&cache).is_multiple_of(REPAIRED_ONE_IN);
     let for_module = is_repaired
         .then(|| module::volume_after_repair(cache.clone(), backing.clone()))
@@ -166,7 +166,7 @@ pub(super) fn recover(
     }
 }
 
-/// Tunables that are the same each time, but for the mode.
+/// The same tunables each time, apart from the mode.
 pub(super) fn config(mode: WriteMode) -> EngineConfig {
     EngineConfig { seed: 1, mode: Some(mode), ..EngineConfig::default() }
 }

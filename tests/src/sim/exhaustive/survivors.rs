@@ -4,16 +4,16 @@ use fastrand::Rng;
 use libwb::device::sim::Snapshot;
 use libwb::format::{BLOCK_BYTES, SECTOR_BYTES};
 
-/// Up to so many writes that are not durable, all their combinations are tried; of more, a choice.
+/// Up to this many writes that are not durable, all combinations are tried.
 const MAX_COMBINED: usize = 8;
-/// Random combinations where there are more.
+/// How many random combinations are tried for more writes.
 const RANDOM_COMBINATIONS: u32 = 64;
 
-/// What of the writes that are not durable survives.
+/// Which of the writes that are not durable survive.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Survivors {
-    /// For the cache and the backing device, for each write whether any of it is there. No `false`
-    /// at the end.
+    /// For the cache and the backing device: whether any part of each write survives. The list
+    /// never ends in `false`.
     writes: [Vec<bool>; 2],
     torn: Option<Torn>,
 }
@@ -25,7 +25,7 @@ struct Torn {
     number: usize,
     /// In sectors from its first.
     cut: usize,
-    /// What is before the cut survives, else what is after it.
+    /// Whether the part before the cut survives, rather than the part after it.
     front: bool,
 }
 
@@ -46,7 +46,7 @@ impl Survivors {
     }
 }
 
-/// All that a power cut at a moment may leave, or a choice of it where that is too much.
+/// Everything that a power cut at a moment may leave, or a sample if that is too much.
 pub(super) fn outcomes(moment: &[Snapshot; 2], rng: &mut Rng) -> Vec<Survivors> {
     let undurable: Vec<(usize, usize)> = (0..2)
         .flat_map(|device| {
@@ -95,8 +95,8 @@ fn combinations(count: usize, rng: &mut Rng) -> Vec<Vec<bool>> {
     chosen
 }
 
-/// The ways to tear the newest write to a device: near its ends, at its first block's end, and in
-/// the middle.
+/// The ways to tear the newest write to a device: near its ends, at the end of its first block, and
+/// in the middle.
 fn tears(device: usize, moment: &Snapshot) -> Vec<Torn> {
     let Some(newest) = moment.undurable().last() else { return Vec::new() };
     let mut cuts = vec![

@@ -1,11 +1,11 @@
-//! The history that a report of a failure shows.
+//! The events of a volume, as the report of a failure shows them.
 
 use super::version::Moment;
 use crate::sim::stamp::WriteId;
 use std::fmt::Write as _;
 use std::ops::Range;
 
-/// How much of a sector's history a report shows.
+/// How many events of a sector a report shows.
 const EVENTS_SHOWN: usize = 60;
 
 #[derive(Clone, Debug)]

@@ -1,4 +1,4 @@
-//! What one sector may show, and which of its versions a read or a recovery may show.
+//! The versions of a sector, and which of them a read or a recovery may show.
 
 use crate::sim::stamp::{Content, WriteId};
 
@@ -13,27 +13,27 @@ pub(super) struct Version {
     pub(super) write: WriteId,
     pub(super) submitted: Moment,
     pub(super) acknowledged: Moment,
-    /// It is a discard, and the sector reads as zeros.
+    /// Whether it is a discard, after which the sector reads as zeros.
     pub(super) zeros: bool,
-    /// It was durable when it was acknowledged.
+    /// Whether it was durable once acknowledged.
     pub(super) durable: bool,
-    /// When it is known to have taken effect: acknowledged, or shown by a read.
+    /// When it certainly had taken effect: it was acknowledged, or a read showed it.
     pub(super) effective: Moment,
-    /// Its write returned an error, and nothing is known for certain.
+    /// Whether its write returned an error, so that nothing about it is certain.
     pub(super) failed: bool,
-    /// When it was known to be replaced, and by which write, where reads have shown that.
+    /// When reads showed that another write had replaced it, and which.
     pub(super) replaced: Option<(Moment, WriteId)>,
 }
 
 impl Version {
-    /// Whether this one came before `other` for certain.
+    /// Whether this version certainly came before `other`.
     pub(super) fn precedes(&self, other: &Version) -> bool {
         self.acknowledged < other.submitted
     }
 }
 
-/// Drops versions that nothing may show any more: one that took effect before `moment`, since when
-/// every read and every recovery must show it or something newer, comes after them.
+/// Drops versions that nothing may show any more. Every read and recovery since `moment` must show
+/// the newest write acknowledged before it, or something newer.
 pub(super) fn forget(versions: &mut Vec<Version>, moment: Moment) {
     let certain = versions.iter().filter(|version| version.acknowledged < moment);
     if let Some(newest) = certain.max_by_key(|version| version.submitted).copied() {
@@ -41,7 +41,7 @@ pub(super) fn forget(versions: &mut Vec<Version>, moment: Moment) {
     }
 }
 
-/// The versions that a sector may show: one, or all that are zeros.
+/// The versions that match what a sector shows: one, or every discard.
 pub(super) fn candidates(versions: &[Version], content: Content) -> Result<Vec<Version>, String> {
     let matches = |version: &&Version| match content {
         Content::Of(write) => version.write == write && !version.zeros,
@@ -76,7 +76,7 @@ pub(super) fn may_be_read(
     newer.map_or(Ok(()), |newer| Err(format!("shows {write}, which is older than {}", newer.write)))
 }
 
-/// Whether a version may be what is recovered of the state at a moment.
+/// Whether recovery of the state at a moment may show a version.
 pub(super) fn may_be_recovered(
     versions: &[Version],
     shown: &Version,

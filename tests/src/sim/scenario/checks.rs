@@ -1,4 +1,4 @@
-//! What is checked between the processes of a scenario, beside every read.
+//! The checks of a scenario that come in addition to the oracle's check of every read.
 
 use super::{Scenario, Stage};
 use crate::sim::bit_flips;
@@ -11,7 +11,7 @@ use libwb::log::{Use, recovery, scan};
 use std::sync::Arc;
 
 impl Scenario<'_> {
-    /// Reads the whole volume and has the oracle judge it.
+    /// Reads the whole volume and asks the oracle to judge it.
     pub(super) fn verify_all(
         &mut self,
         volume: &Arc<dyn EngineVolume>,
@@ -42,9 +42,9 @@ impl Scenario<'_> {
         self.verdict().map(Stage::Done)
     }
 
-    /// At times, bits flip in a copy of the cache device.
+    /// Now and then, flips bits in a copy of the cache device.
     pub(super) fn flip_bits(&self) {
-        // Not the scenario's own dice: what comes after is the same.
+        // A separate generator leaves the rest of the scenario unchanged.
         let mut rng = Rng::with_seed(self.runtime().trace());
         let Some(recover) = self.engine.recovery().filter(|_| self.extended && rng.u32(..3) == 0)
         else {
@@ -57,13 +57,12 @@ impl Scenario<'_> {
         }
     }
 
-    /// The backing device must do if the cache device is lost at this moment.
+    /// Checks what users would be left with if the cache device were lost now.
     pub(super) fn judge_backing_alone(&self) {
         if self.volume.as_ref().is_some_and(|volume| volume.has_moved_blocks()) {
             self.oracle.lock().blocks_moved();
         }
-        // Before it is known what the last crash has left, segments may bear the numbers of some
-        // that it has lost.
+        // Until the volume is verified after a crash, new segments may reuse the ids of lost ones.
         if self.crashed.is_some() {
             return;
         }
@@ -76,7 +75,7 @@ impl Scenario<'_> {
         }
     }
 
-    /// Whatever the cache device holds, it is nothing that a crash does not explain.
+    /// A crash must explain everything that the cache device holds.
     pub(super) fn check_log(&self) -> Result<(), String> {
         let device: Device = Arc::new(MemDevice::with_content("cache", self.cache.content()));
         let checked = self.simulation.block_on(async {

@@ -1,4 +1,4 @@
-//! What the kernel module would make of the devices, when it may have them.
+//! Checks that the kernel module could take over the devices.
 
 use super::{Scenario, Stage};
 use crate::sim::devices::closing_trouble;
@@ -11,8 +11,8 @@ use libwb::runtime::Runtime;
 use std::sync::Arc;
 
 impl Scenario<'_> {
-    /// Closes the volume while the cache device fails. If the close says that it has gone well,
-    /// that must be true.
+    /// Closes the volume while the cache device fails. A close that reports success must have
+    /// succeeded.
     pub(super) fn close_in_trouble(
         &mut self,
         volume: Arc<dyn EngineVolume>,
@@ -43,7 +43,7 @@ impl Scenario<'_> {
         Ok(Stage::Done(()))
     }
 
-    /// The kernel module may have a cache that was closed.
+    /// Checks that the kernel module would show the same volume after a close.
     pub(super) fn verify_as_kernel_module(&self) -> Result<(), String> {
         let shown = module::volume(&self.cache.content(), self.backing.content());
         let volume = shown.map_err(|text| self.failed(&text))?;
@@ -54,8 +54,8 @@ impl Scenario<'_> {
         drop(oracle);
         self.verdict()
     }
-    /// After a crash, a repair makes a cache ready for the kernel module, be it after a second
-    /// attempt. It must show the same volume then as we would recover.
+    /// Repairs a copy of a crashed cache for the kernel module, with a second attempt if a power
+    /// cut ends the first. The module must then show the volume that we would recover.
     pub(super) fn repair_a_copy(&mut self) -> Result<(), String> {
         if self.copy_rng.u32(..16) != 0 {
             return Ok(());
@@ -90,7 +90,7 @@ impl Scenario<'_> {
         }
     }
 
-    /// What we recover from copies of the devices.
+    /// The volume that we recover from copies of the devices.
     fn recovered_aside(&self, simulation: &Simulation) -> Result<Vec<u8>, String> {
         let copy = |name, content| -> Device { Arc::new(MemDevice::with_content(name, content)) };
         let devices =

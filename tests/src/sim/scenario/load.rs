@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 impl Scenario<'_> {
-    /// Lets clients loose on the volume.
+    /// Runs random clients on the volume.
     pub(super) fn run_clients(
         &mut self,
         volume: &Arc<dyn EngineVolume>,
@@ -20,7 +20,7 @@ impl Scenario<'_> {
         if self.config.strict {
             habits.discard_nothing();
         }
-        // What a discard has made the log forget, only the record keeps from coming back.
+        // After a discard, only the record keeps the discarded data from coming back.
         self.forgetful &= !habits.discards();
         let clients = self.rng.u32(1..=8);
         let operations = 1 << self.rng.u32(0..8);
@@ -60,7 +60,7 @@ impl Scenario<'_> {
         })
     }
 
-    /// Discards that come at any moment of the close that follows, and may fail.
+    /// Starts discards that run during the close that follows and may fail.
     pub(super) fn discard_meanwhile(&mut self, volume: &Arc<dyn EngineVolume>) {
         let (volume, oracle, runtime) =
             (volume.clone(), self.oracle.clone(), self.runtime().clone());

@@ -33,10 +33,10 @@ impl<'a> Scenario<'a> {
         backing.set_slowness(slowness);
         let faulty = rng.u32(..5) == 0;
         let forgetful = !extended && rng.u32(..4) == 0;
-        // Without its record, the log is written back again from further back.
+        // Without its record, write-back starts again from an older segment.
         let strict = rng.u32(..6) == 0 && !forgetful;
-        // Nothing goes around the log there: in strict order it may not, and without its record
-        // older versions come back.
+        // There, all writes go through the log. Strict order demands it, and without a record older
+        // versions would come back.
         let all_logged = forgetful || strict || !seed.is_multiple_of(4);
         let mode = all_logged.then_some(WriteMode::Back);
         let config = EngineConfig { strict, mode, ..EngineConfig::default() };
@@ -75,7 +75,7 @@ impl<'a> Scenario<'a> {
     }
 }
 
-/// 256 KiB to 4 MiB; at times no whole number of blocks.
+/// The size of a volume: 256 KiB to 4 MiB, not always a whole number of blocks.
 fn volume_sectors(rng: &mut Rng, block_size: u32) -> u64 {
     let most = 512 << rng.u32(0..=4);
     let blocks = rng.u64(most / 2..=most) / 8;

@@ -42,10 +42,12 @@ struct Options {
     #[arg(long, global = true)]
     json: bool,
     /// How long to measure each figure in each round
-    #[arg(long, global = true, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=60))]
+    #[arg(long, global = true, default_value_t = 3, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=60))]
     seconds: u32,
     /// How often to measure each figure
-    #[arg(long, global = true, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    #[arg(long, global = true, default_value_t = 3, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
     /// Where to put the cache and backing files; a filesystem with direct I/O says most
     #[arg(long, global = true, value_name = "DIR", default_value_os_t = std::env::temp_dir())]

@@ -142,7 +142,8 @@ fn uniform(count: u64) -> Vec<BlockNo> {
 
 /// The nth most frequent block is written as often as 1/n; neighbours in frequency are none on the
 /// disk.
-#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a model
+// A model.
+#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 fn zipf(count: u64) -> Vec<BlockNo> {
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
     let mut random = Rng::with_seed(2);

@@ -251,7 +251,10 @@ pub fn requests() -> Vec<Vec<u8>> {
         r#"{"request":"detach","drain":true,"force":false}"#,
         r#"{"reply":"progress","dirty_bytes":4096}"#,
         r#"{"reply":"error","message":"\u00e4\n"}"#,
-        r#"{"reply":"status","name":"data","state":"attached","device":null,"cache":"/c","backing":"/b","live":null}"#,
+        concat!(
+            r#"{"reply":"status","name":"data","state":"attached","device":null,"#,
+            r#""cache":"/c","backing":"/b","live":null}"#
+        ),
     ];
     lines.map(|line| format!("{line}\n").into_bytes()).to_vec()
 }

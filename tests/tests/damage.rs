@@ -93,7 +93,10 @@ proptest! {
     }
 
     #[test]
-    fn a_flipped_bit_of_a_crashed_cache_loses_nothing_that_can_be_proved(base in 0..CRASHED_BASES, flip in flip()) {
+    fn a_flipped_bit_of_a_crashed_cache_loses_nothing_that_can_be_proved(
+        base in 0..CRASHED_BASES,
+        flip in flip(),
+    ) {
         let base = u8::try_from(BASES - CRASHED_BASES + base).expect("a byte");
         fuzzed::recovery(&DamageScript { base, changes: vec![flip] }.encode());
     }

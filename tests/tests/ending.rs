@@ -112,8 +112,7 @@ fn a_signal_that_is_not_to_end_it_neither_ends_nor_stops_a_daemon() {
 }
 
 #[test]
-fn a_second_signal_ends_a_daemon_whose_cache_device_hangs_and_a_later_attach_finds_what_was_flushed()
- {
+fn a_second_signal_ends_a_daemon_whose_cache_device_hangs_and_flushed_data_survives() {
     needs_serving!("losetup");
     let (volume, cache) = on_failing(true);
     let mut attached = volume.attach_with(&[]);

@@ -173,8 +173,7 @@ fn a_cache_device_that_fails_writes_or_flushes_acknowledges_nothing_more_and_rea
 }
 
 #[test]
-fn what_the_cache_device_cannot_read_comes_from_the_backing_device_if_it_is_clean_and_fails_if_it_is_dirty()
- {
+fn blocks_that_the_cache_device_cannot_read_come_from_the_backing_device_unless_dirty() {
     needs_serving!();
     let (volume, cache, _block) = on_failing_cache(false);
     let mut attached = volume.attach_with(&[]);

@@ -53,10 +53,10 @@ pub(super) fn outcomes(moment: &[Snapshot; 2], rng: &mut Rng) -> Vec<Survivors> 
             moment[device].undurable().iter().map(move |write| (device, write.number))
         })
         .collect();
-    let survivors = |kept: &dyn Fn(usize) -> bool, torn| {
+    let survivors = |kept: &dyn Fn(usize) -> bool, torn: Option<Torn>| {
         let mut writes = [0, 1].map(|device: usize| vec![true; moment[device].submitted()]);
         for (nth, &(device, number)) in undurable.iter().enumerate() {
-            let in_part = matches!(torn, Some(Torn { device: d, number: n, .. }) if (d, n) == (device, number));
+            let in_part = torn.is_some_and(|it| (it.device, it.number) == (device, number));
             writes[device][number] = kept(nth) || in_part;
         }
         for device in &mut writes {

@@ -6,22 +6,21 @@ use crate::report::{Goal, Round, Row, Table};
 use crate::setup;
 use anyhow::Result;
 use fastrand::Rng;
-use libwb::cache::{Cache, Tunables};
 use libwb::device::{Device, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_u64};
 use libwb::reactor::Reactor;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Written on each side for each second that a figure is to take; the slower side takes longer.
+/// Bytes written on each side for each second of a measurement. The slower side takes longer.
 const BYTES_PER_SECOND: u64 = 1 << 30;
-/// Never written to: the log is longer than what is written.
+/// The backing device gets no writes: the log is longer than all that is written.
 const VOLUME_BYTES: u64 = 256 << 20;
-/// Writes between two looks for a signal.
+/// How many writes between two checks for a signal.
 const BURST: u64 = 4096;
 
-/// Writes the same number of bytes to the file in both ways, in turn, each time until they are
-/// durable.
+/// Writes the same number of bytes to the file in both ways, in turn, and makes them durable each
+/// time.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     setup::lock_memory();
     let reactor = Reactor::start()?;
@@ -57,8 +56,7 @@ fn random(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
     let backing = Arc::new(MemDevice::new("backing", VOLUME_BYTES));
     let runtime = Arc::new(reactor.handle().clone());
     reactor.block_on(async {
-        setup::format(device).await?;
-        let cache = Cache::open(device.clone(), backing, runtime, Tunables::default()).await?;
+        let cache = setup::new_cache(device.clone(), backing, runtime).await?;
         let started = Instant::now();
         let mut random = Rng::with_seed(1);
         let block = [0x5a; BLOCK_BYTES];

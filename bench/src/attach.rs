@@ -1,4 +1,4 @@
-//! Attaching a cache of 64 GiB that is full of dirty blocks: what is read, how long it takes, and
+//! Attaches a cache of 64 GiB that is full of dirty blocks: what that reads, how long it takes, and
 //! what stays in memory.
 
 use crate::full_log::{self, Data, VOLUME_BLOCKS};
@@ -15,9 +15,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 const CACHE_BYTES: u64 = 64 << 30;
-/// What attaching may take.
+/// How many seconds attaching may take.
 const SECONDS: f64 = 3.0;
-/// What the kernel module takes for a cached block, about.
+/// What the kernel module needs for a cached block, approximately.
 const MODULE_BYTES: f64 = 48.0;
 const MOST_BYTES: f64 = 16.0;
 

@@ -36,8 +36,8 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     }])
 }
 
-// The reactor lets go of a file some time after its last use; wbcheck wants it to itself. So each
-// use has a reactor, which has let go of all when it ends.
+// The reactor closes a file some time after its last use, and wbcheck needs exclusive access. So
+// each use has its own reactor, which closes all files when it ends.
 
 fn full_cache(dir: &Path) -> Result<TempPath> {
     let reactor = Reactor::start()?;

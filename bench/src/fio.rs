@@ -37,7 +37,7 @@ struct Direction {
 /// Applies a load of 4 KiB requests for some seconds. Returns requests per second.
 pub(crate) fn run(device: &Path, load: Workload, seconds: u32) -> Result<f64> {
     let mut command = command(device, load.pattern, 4096, load.depth);
-    // A short run-up, so that neither side is measured while it starts.
+    // A short run-up keeps the start of both sides out of the figures.
     command
         .args(["--time_based", "--norandommap", "--ramp_time=500ms"])
         .arg(format!("--runtime={seconds}"));

@@ -1,12 +1,11 @@
-//! A loop device over a cache, against the same front end without one: over plain memory where the
-//! cache device is memory, and over a file where it is a file.
+//! A loop device over a cache, against the same front end without a cache. Both stand on memory, or
+//! both on files.
 
 use crate::fio::{self, Workload};
 use crate::report::{Goal, Round, Row, Table};
 use crate::uncached::{DeviceVolume, MemoryVolume};
 use crate::{Options, setup};
 use anyhow::Result;
-use libwb::cache::{Cache, Tunables};
 use libwb::device::{Device, MemDevice};
 use libwb::format::to_usize;
 use libwb::reactor::Reactor;
@@ -14,9 +13,9 @@ use libwb::serve::Volume;
 use libwb::serve::loopdev::{LoopDevice, Options as LoopOptions, Reserved};
 use std::sync::Arc;
 
-/// What is served: few enough bytes that all of them fit the cache, so that reads are hits.
+/// The size of the volume. All of it fits the cache, so that reads are hits.
 const VOLUME_BYTES: u64 = 512 << 20;
-/// More than a cache is written in a second.
+/// More bytes than a cache takes in a second.
 const BYTES_PER_SECOND: u64 = 600 << 20;
 
 const WORKLOADS: [Workload; 4] = [
@@ -32,14 +31,14 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     Ok(vec![in_memory(options)?, on_files(options)?])
 }
 
-/// Write-back begins when half of the log is dirty; it is to be idle while a figure is taken.
+/// Write-back begins when half of the log is dirty, and must be idle during measurements.
 fn log_bytes(options: &Options) -> u64 {
     2 * (VOLUME_BYTES + BYTES_PER_SECOND * u64::from(options.seconds + 1))
 }
 
 fn in_memory(options: &Options) -> Result<Table> {
     let reactor = Reactor::start()?;
-    // Not zeros, which are given memory as late as they are written.
+    // Not zeros, for which the kernel allocates memory only on the first write.
     let memory = |name, bytes| -> Device {
         Arc::new(MemDevice::with_content(name, vec![0xa5; to_usize(bytes)]))
     };
@@ -76,11 +75,8 @@ fn compare(
     device: Device,
     backing: Device,
 ) -> Result<Vec<Row>> {
-    let cache = reactor.block_on(async {
-        setup::format(&device).await?;
-        let runtime = Arc::new(reactor.handle().clone());
-        anyhow::Ok(Cache::open(device, backing, runtime, Tunables::default()).await?)
-    })?;
+    let runtime = Arc::new(reactor.handle().clone());
+    let cache = reactor.block_on(setup::new_cache(device, backing, runtime))?;
     let baseline = serve(baseline, reactor)?;
     let cached = match serve(cache.clone(), reactor) {
         Ok(cached) => cached,
@@ -111,10 +107,10 @@ fn rows(
     let mut rounds = WORKLOADS.map(|load| (load, Vec::new()));
     for nth in 0..options.rounds {
         for (load, rounds) in &mut rounds {
-            // What an earlier load has left must not be written back while this one runs.
+            // The dirty data of an earlier load must not be written back while this one runs.
             drain()?;
             let run = |served: &LoopDevice| fio::run(served.path(), *load, options.seconds);
-            // Neither is always the first, in case that is of advantage.
+            // Each side goes first in turn, in case that is an advantage.
             rounds.push(if nth % 2 == 0 {
                 let baseline = run(baseline)?;
                 Round { baseline, cache: run(cached)? }

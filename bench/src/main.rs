@@ -1,7 +1,6 @@
-//! `wb-bench`: what wb costs. Each figure is measured beside the thing that it is compared with, in
-//! the same run and in turn with it, and the ratio is the median over rounds: the machine may be
-//! slower tomorrow, the ratio is not. Some, such as bytes of memory, are held against a fixed
-//! figure that they name.
+//! `wb-bench` measures what wb costs. It measures each figure in turn with its baseline in the same
+//! run, and reports the median of the ratios over rounds. A slower machine does not change the
+//! ratio. Some figures, such as bytes of memory, have a fixed baseline, which they name.
 
 mod append;
 mod attach;

@@ -1,4 +1,4 @@
-//! A device that counts what is read, and that may be slow.
+//! A device that counts what is read and may limit the rate of writes.
 
 use libwb::device::{BlockDevice, Device, IoBuf, IoFuture, SharedBuf};
 use libwb::format::to_u64;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A device that is watched.
+/// A device that counts.
 pub(crate) struct MeteredDevice {
     device: Device,
     read_bytes: AtomicU64,
@@ -18,7 +18,7 @@ pub(crate) struct MeteredDevice {
 struct Pace {
     runtime: Arc<dyn Runtime>,
     bytes_per_second: f64,
-    /// When what was asked for so far is done.
+    /// When all requests so far are done.
     until: Mutex<Duration>,
 }
 
@@ -27,7 +27,7 @@ impl MeteredDevice {
         MeteredDevice { device, read_bytes: AtomicU64::new(0), pace: None }
     }
 
-    /// A device that writes only so many bytes in a second, one request after the other.
+    /// A device that writes at most `bytes_per_second`, one request after the other.
     pub(crate) fn throttled(
         device: Device,
         runtime: Arc<dyn Runtime>,

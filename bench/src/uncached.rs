@@ -1,5 +1,5 @@
-//! Volumes without a cache: in plain memory, which is the least that the front end can have to do,
-//! and on a plain device.
+//! Volumes without a cache: in plain memory, which costs the front end least, and on a plain
+//! device.
 
 use libwb::device::{Device, IoBuf, SharedBuf};
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
@@ -24,8 +24,7 @@ impl MemoryVolume {
         )
     }
 
-    /// Visits the range of memory that belongs to a request, shard by shard: `part` gets the place
-    /// in the request.
+    /// Visits the memory of a request, shard by shard. `part` gets the offset in the request.
     fn visit(
         &self,
         sector: Sector,

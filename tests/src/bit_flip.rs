@@ -13,15 +13,15 @@ use libwb::log::scan::{Superblock, read_superblock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// What a flipped bit comes to.
+/// The effect of a flipped bit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FlipEffect {
     /// The volume is what it was.
     Whole,
-    /// The cache is refused, or blocks of it when they are read.
+    /// Recovery refuses the cache, or reads of some of its blocks fail.
     Refused,
-    /// Blocks have fallen back, in silence, to what they were before: all that nothing on the
-    /// device proves was durable, or the end of that.
+    /// Blocks silently fell back to older data. The device does not prove that the lost data was
+    /// durable.
     UnprovenLost,
     /// Anything else.
     Wrong(String),
@@ -44,9 +44,9 @@ pub struct Subject {
     recover: Recover,
     /// All entries of live segments, in the order of the log.
     entries: Vec<Entry>,
-    /// How many of them are proved to have been durable.
+    /// How many of them the device proves durable.
     proven: usize,
-    /// The blocks that they are of.
+    /// The blocks that the entries belong to.
     volume: BTreeMap<BlockNo, Vec<u8>>,
 }
 
@@ -100,7 +100,7 @@ impl Subject {
             .is_some_and(|record| record.digest.is_some())
     }
 
-    /// The device, in which a bit is flipped while one is judged.
+    /// The device. While a bit is judged, it is flipped here.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -124,8 +124,8 @@ impl Subject {
         (is_ours && self.superblock.geometry.slot_of(header.id) == slot).then_some(header)
     }
 
-    /// Lists the entries of live segments, and counts those that some header or the clean mark
-    /// proves.
+    /// Lists the entries of live segments, and counts those that a header or the clean mark proves
+    /// durable.
     fn read_log(&mut self) {
         let geometry = self.superblock.geometry;
         let mut durable =
@@ -147,7 +147,7 @@ impl Subject {
         }
     }
 
-    /// Flips a bit, says what comes of it, and flips it back.
+    /// Flips a bit, judges the effect, and flips it back.
     pub fn judge(&self, at: u64, bit: u8) -> FlipEffect {
         self.flip(at, bit);
         let outcome = self.outcome(at);
@@ -171,7 +171,7 @@ impl Subject {
         let Ok(superblock) = block_on(read_superblock(&self.device, Use::Write)) else {
             return FlipEffect::Refused;
         };
-        // Of two that are the same, the rest of the device makes the same.
+        // If the superblock reads the same, so does the rest of the device.
         if at < SUPERBLOCK_REGION_BYTES && superblock == self.superblock {
             return FlipEffect::Whole;
         }
@@ -184,7 +184,7 @@ impl Subject {
         }
     }
 
-    /// Whose data lies there.
+    /// The place of the data block at an offset.
     fn place_of(&self, at: u64) -> Option<Place> {
         let at = to_usize(at.checked_sub(SUPERBLOCK_REGION_BYTES)?);
         let block = (at % SEGMENT_BYTES / BLOCK_BYTES).checked_sub(1)?;
@@ -231,7 +231,7 @@ impl Subject {
         }
     }
 
-    /// Whether these blocks are what they were when the log had come to so many entries.
+    /// Whether these blocks hold what they held when the log had `cut` entries.
     fn is_state(&self, cut: usize, served: &BTreeMap<BlockNo, Option<Vec<u8>>>) -> bool {
         served
             .iter()

@@ -1,4 +1,4 @@
-//! Cache devices as a killed process leaves them when all that was written had been flushed.
+//! Cache devices as a killed process leaves them after it flushed all writes.
 
 use crate::damage_script::VOLUME_BYTES;
 use crate::{cache_bytes, noise};
@@ -14,19 +14,19 @@ use uuid::Uuid;
 /// Segments of these caches.
 const SEGMENTS: u32 = 6;
 
-/// A cache with the extension whose process was killed.
+/// A cache with the extension after its process was killed.
 pub struct Crashed {
-    /// What had been done to it.
+    /// What was done to it.
     pub name: &'static str,
     /// The cache device.
     pub cache: Vec<u8>,
     /// The backing device.
     pub backing: Vec<u8>,
-    /// The volume: all of it had been flushed.
+    /// The content of the volume, all flushed.
     pub volume: Vec<u8>,
 }
 
-/// All there are. Those whose segments are small come first.
+/// All crashed caches. Those with small segments come first.
 pub static CRASHED: LazyLock<Vec<Crashed>> = LazyLock::new(|| {
     let start = CrashedBuilder::start;
     vec![
@@ -94,7 +94,7 @@ impl CrashedBuilder {
         self.flush(cache);
     }
 
-    /// The process is killed.
+    /// Kills the process.
     fn crashed(self, cache: Cache) -> Crashed {
         drop(cache);
         self.simulation.kill_tasks();

@@ -1,4 +1,4 @@
-//! What must hold for any input. The fuzzer finds the inputs; property tests try some in every run.
+//! What must hold for any input. The fuzzer finds inputs, and property tests try some in every run.
 
 use crate::bit_flip::{FlipEffect, Subject};
 use crate::damage_script::{DamageScript, VOLUME_BYTES};
@@ -20,11 +20,11 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// Three sectors are written here.
+/// Where three sectors are written.
 const WRITTEN: Sector = Sector(13);
 
-/// Any bytes as a script of a cache device: all that the programs read of it is read, without panic
-/// and without end.
+/// Makes a cache device from any bytes as a damage script, and reads all that the programs read of
+/// it. No read may panic or loop.
 ///
 /// # Panics
 /// When that does not hold.
@@ -35,7 +35,7 @@ pub fn device(bytes: &[u8]) {
 /// Reads the log on an image in every way there is.
 ///
 /// # Panics
-/// When what a scan found is not there.
+/// When a scan found something that is not there.
 pub fn read_everything(image: Vec<u8>) {
     let device: Device = Arc::new(MemDevice::with_content("cache", image));
     let superblock = match block_on(examine_superblock(&device)) {
@@ -64,8 +64,9 @@ pub fn read_everything(image: Vec<u8>) {
     }
 }
 
-/// Any bytes as a script of a cache device, which the engine opens. Where all that is wrong with it
-/// is a bit of a crashed cache, that loses nothing in silence that the device can prove.
+/// Makes a cache device from any bytes as a damage script, and opens it with the engine. If the
+/// script only flips a bit of a crashed cache, nothing that the device proves durable may be
+/// silently lost.
 ///
 /// # Panics
 /// When that does not hold; and as [`serve`].
@@ -85,9 +86,9 @@ pub fn recovery(bytes: &[u8]) {
     }
 }
 
-/// Serves an image as the daemon does, if it is fit for that: the volume is what the live segments
-/// make of the backing device, and stays the same over a write, a drain and another start. An image
-/// that is refused is left as it was.
+/// Serves an image as the daemon does, if the engine accepts it. The volume must be what the live
+/// segments make of the backing device. It must stay the same over a write, a drain and another
+/// start. A refused image must stay as it was.
 ///
 /// # Panics
 /// When that does not hold.
@@ -105,11 +106,11 @@ pub fn serve(image: &[u8]) {
             let is_zero = |block: &BlockNo| test.written_back(*block)[..] == [0; BLOCK_BYTES];
             return assert!(volume.keys().all(is_zero), "refused, and written to");
         }
-        // A block whose own checksum is wrong under a right one of its segment.
+        // The checksum of a block is wrong, though that of its segment is right.
         Err(CacheError::Device(_)) => return,
         Err(error) => panic!("{error}"),
     };
-    // Nor can such a block be read.
+    // Reads of such a block fail, too.
     volume.retain(|&block, wanted| {
         let served = test.read(&cache, block);
         assert!(served.as_ref().is_none_or(|served| *served == *wanted), "not what the log says");
@@ -122,7 +123,7 @@ pub fn serve(image: &[u8]) {
         block[WRITTEN.in_block() * SECTOR_BYTES..][..data.len()].copy_from_slice(&data);
     }
     test.run(cache.flush()).expect("a device that works");
-    // The process is killed. What was fit for use is so again.
+    // Kills the process. The engine must accept the cache again.
     drop(cache);
     test.simulation.kill_tasks();
     let cache = test.open().expect("a cache that was served before");
@@ -160,14 +161,14 @@ impl TestVolume {
         ))
     }
 
-    /// What the live segments, applied in order, make of the backing device: of all blocks that any
-    /// header names, and the one that is written later.
+    /// What the live segments, applied in order, make of the backing device. Covers all blocks that
+    /// a header names, and the one that is written later.
     fn applied(&self) -> BTreeMap<BlockNo, Vec<u8>> {
         let device: Device = self.cache.clone();
         let mut volume = BTreeMap::from([(WRITTEN.block(), vec![0; BLOCK_BYTES])]);
         let Ok(superblock) = block_on(read_superblock(&device, Use::Write)) else { return volume };
         let geometry = superblock.geometry;
-        // As the engine does: rot in old data is left to whoever reads it.
+        // As the engine does, leaves rot in old data to later reads.
         let mut headers = HashMap::new();
         let states = block_on(scan_trusting(&device, &superblock, |slot, content| {
             let named = content
@@ -195,7 +196,7 @@ impl TestVolume {
         volume
     }
 
-    /// A block of the volume; none where it cannot be read.
+    /// A block of the volume; `None` if it cannot be read.
     fn read(&self, cache: &Cache, block: BlockNo) -> Option<Vec<u8>> {
         let read = self.run(cache.read(block.sector(), IoBuf::zeroed(BLOCK_BYTES)));
         read.ok().map(|data| data.to_vec())
@@ -227,7 +228,7 @@ pub fn control(bytes: &[u8]) {
     });
     let mut reply = String::new();
     if let Err(e) = client.read_to_string(&mut reply) {
-        // So it ends where not all that was sent has been read.
+        // The connection is reset if the daemon has not read everything.
         assert_eq!(e.kind(), ErrorKind::ConnectionReset);
     }
     assert!(reply.ends_with('\n') && reply.lines().count() == 1, "{reply:?}");
@@ -242,7 +243,7 @@ pub fn control(bytes: &[u8]) {
     }
 }
 
-/// What [`control`] may start from: every request, and replies.
+/// The inputs that fuzzing of [`control`] starts from: every request, and replies.
 pub fn requests() -> Vec<Vec<u8>> {
     let lines = [
         r#"{"request":"status"}"#,

@@ -1,5 +1,5 @@
-//! What recovery makes of a cache device: whether it refuses it, and which version of each block
-//! counts.
+//! What recovery makes of a cache device: whether it refuses the device, and which version of each
+//! block counts.
 
 use futures_lite::future::block_on;
 use libwb::device::{Device, IoBuf};
@@ -16,11 +16,11 @@ use std::collections::{BTreeMap, HashMap};
 pub struct Source {
     /// The block.
     pub place: Place,
-    /// What its CRC must be, where that is kept.
+    /// What its CRC must be, if the device keeps one.
     pub crc: Option<u32>,
 }
 
-/// The newest versions of a block's sectors; none where the backing device has it.
+/// The newest versions of a block's sectors; `None` for sectors on the backing device.
 pub type Sources = [Option<Source>; 8];
 
 /// What decides over a log: [`recover`], or one with a flaw.
@@ -60,7 +60,7 @@ impl RecoveredView {
         RecoveredView::with(device, &superblock, reading, recover)
     }
 
-    /// As [`RecoveredView::of`], of a device of which the superblock was read.
+    /// As [`RecoveredView::of`], for a device whose superblock was read before.
     ///
     /// # Errors
     /// As [`RecoveredView::of`].

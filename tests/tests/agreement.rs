@@ -31,7 +31,7 @@ use wb_tests::{Outcome, crafted, run, zeros};
 
 /// Random damage that is tried.
 const RANDOM: u64 = 120;
-/// Of devices that are not crafted one by one, the programs look at one in so many.
+/// The programs look at one in this many devices, and at each crafted one.
 const PROGRAMS_EVERY: usize = 40;
 
 /// A device, and whether the programs are to look at it as well.
@@ -149,7 +149,7 @@ fn attached(image: &[u8], view: Option<&RecoveredView>) -> Option<Attached> {
     simulation.block_on(work).expect("an end")
 }
 
-/// Whether a segment is sound but for rot in blocks of its data.
+/// Whether a segment is sound apart from rot in blocks of its data.
 fn is_rot_of_data(cache: &Device, scanned: &Scanned, slot: Slot) -> bool {
     let geometry = scanned.superblock.geometry;
     let content = block_on(read_slot(cache, geometry, slot));

@@ -18,7 +18,7 @@ use wb_tests::bit_flip::{FlipEffect, Subject};
 use wb_tests::crashed::{CRASHED, Crashed};
 use wb_tests::recovered_view::RecoveredView;
 
-/// Of so many flips, one is tried on the engine itself.
+/// One in this many flips is tried on the engine itself.
 const ENGINE_EVERY: usize = 499;
 /// Of a segment with more entries than this, only some are flipped.
 const MANY: u8 = 32;

@@ -274,8 +274,8 @@ const CACHED: &[Step] = &[
     Drain,
 ];
 
-/// Whole segments, several on their way, of which the oldest is lost: what is above the gap is
-/// dropped, and the log grows up to it again.
+/// Whole segments, several on their way. The oldest is lost: what is above the gap is dropped, and
+/// the log grows up to it again.
 const GAPS: &[Step] = &[
     Write(0, 3 * SEGMENT),
     Sleep(100),

@@ -69,8 +69,8 @@ fn a_daemon_that_dies_while_its_page_cache_is_dirty_is_gone_and_the_volume_can_b
         let kept = noise(1, MIB);
         overwrite(&attached.device, 0, &kept);
         flush(&attached.device).unwrap();
-        // More than the log takes at once, through the page cache, and nobody has the device open
-        // any more.
+        // More than the log takes at once, through the page cache, and no process has the device
+        // open any more.
         overwrite(&attached.device, 64 * MIB, &noise(2, 128 * MIB));
         attached.signal(signal);
         must_have_ended(&mut attached);

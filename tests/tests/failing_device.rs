@@ -160,7 +160,7 @@ fn a_cache_device_that_fails_writes_or_flushes_acknowledges_nothing_more_and_rea
         // tells.
         write(&attached.device, 8 * MIB, &noise(4, 64 * 1024)).unwrap();
         assert_eq!(errno(&flush(&attached.device)), EIO);
-        // The device works again, but what it has lost by the failure nobody knows.
+        // The device works again, but what it lost in the failure is unknown.
         cache.heal();
         only_reads_go_on(&volume, &mut attached, &kept);
         drop(attached);

@@ -201,7 +201,7 @@ fn discards_what_cannot_be_read(planted: Planted, extended: bool, seed: u64) -> 
     }
 }
 
-/// A discard fails in the midst of the write that empties a segment, and is tried again.
+/// A discard fails during the write that empties a segment, and is tried again.
 fn discards_again(planted: Planted, extended: bool, seed: u64) -> Result<(), String> {
     let mut test = TestVolume::new(extended, seed, planted);
     let cache = test.open();

@@ -22,7 +22,7 @@ fn open(simulation: &Simulation, devices: &[Arc<SimDevice>; 2], sync_data_interv
     cache
 }
 
-/// What a power cut leaves of a write that nobody flushes, some time after it.
+/// What a power cut leaves of a write without a flush, some time later.
 fn left_after(time: Duration, sync_data_interval: u32) -> Vec<u8> {
     let simulation = Simulation::new(3);
     let mut log = vec![0; to_usize(SUPERBLOCK_REGION_BYTES) + 8 * SEGMENT_BYTES];

@@ -24,7 +24,7 @@ const OLD: u64 = 0;
 const ZEROS: u64 = u64::MAX;
 const READS_FAIL: Faults = Faults { read: 1.0, write: 0.0, flush: 0.0 };
 
-/// Caches whatever is read twice, with room for so many blocks on their way.
+/// Tunables that cache whatever is read twice, with this many cells.
 fn reads_cached(nr_read_cache_cells: u32) -> Tunables {
     Tunables { read_cache_threshold: 127, nr_read_cache_cells, ..Tunables::default() }
 }
@@ -121,7 +121,7 @@ impl TestVolume {
         self.cache.status().statistics.counters
     }
 
-    /// Lets virtual time pass until so many blocks were put into the log for reads.
+    /// Lets virtual time pass until the log holds this many blocks for reads.
     fn wait_for_injected(&self, blocks: u64) {
         for _ in 0..1000 {
             if self.counters().injected_blocks >= blocks {

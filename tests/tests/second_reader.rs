@@ -31,9 +31,9 @@ use wb_tests::{GOLDEN, crafted, golden_bytes, has_program, noise, skip};
 const DAMAGED: u64 = 250;
 /// Logs that are made at random.
 const CRAFTED: u64 = 120;
-/// How many scenarios of the simulator.
+/// How many scenarios of the simulator to read.
 const SCENARIOS: u64 = 12;
-/// Devices that differ, of which a report tells.
+/// How many devices that differ a report names.
 const SHOWN: usize = 5;
 
 /// The second reader, which reads one device after the other.
@@ -361,7 +361,7 @@ fn damaged(rng: &mut Rng) -> DamageScript {
     DamageScript { base, changes }
 }
 
-/// What the hex dump in wb(5) shows, as a device of so many bytes.
+/// What the hex dump in wb(5) shows, as a device of a given size.
 fn worked_example(page: &str, bytes: usize) -> Vec<u8> {
     let mut image = Vec::new();
     let mut repeats = false;

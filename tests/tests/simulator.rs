@@ -21,7 +21,7 @@ use wb_tests::sim::{Failure, run};
 
 /// `make sim` and `make soak` run more.
 const DEFAULT_SEEDS: u64 = 100;
-/// Failures that are shown of one test.
+/// How many failures of one test are shown.
 const SHOWN: usize = 3;
 
 fn number(variable: &str) -> Option<u64> {
@@ -53,7 +53,7 @@ fn run_seeds(engine: &(dyn Engine + Sync), seeds: std::ops::Range<u64>) {
     assert!(text.is_empty(), "{}", text.join("\n\n"));
 }
 
-/// The first seed, of so many, that shows the flaw.
+/// The first of `seeds` seeds that shows the flaw.
 fn caught(flaw: Flaw, seeds: u64) -> Failure {
     (0..seeds)
         .find_map(|seed| run(&SimpleEngine(flaw), seed).err())
@@ -133,8 +133,9 @@ fn a_hang_is_caught() {
     assert!(text.contains("deadlock") || text.contains("stuck"), "{text}");
 }
 
-/// What a killed daemon has left in the volatile cache of the cache device must not be lost any
-/// more once the backing device has it: what is durable of the log would be replayed over it.
+/// Once the backing device has data that a killed daemon left in the volatile cache of the cache
+/// device, the log must not lose that data. Otherwise a replay of the durable log would overwrite
+/// it.
 #[test]
 fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
     let simulation = Simulation::new(1);
@@ -152,7 +153,7 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
             cache.pause();
             cache.write(Sector(0), &[1; BLOCK_BYTES]).await.expect("written");
             cache.flush().await.expect("durable");
-            // A whole segment, which is written and not flushed.
+            // Writes a whole segment without a flush.
             cache.write(Sector(0), &[2; BLOCK_BYTES * PLACES as usize]).await.expect("written");
             runtime.sleep(Duration::from_millis(200)).await;
             assert_eq!((cache.status().written.0, cache.status().durable.0), (2, 1));
@@ -171,7 +172,7 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
         })
         .expect("no crash");
     simulation.kill_tasks();
-    // The power fails, and nothing is left that is not durable.
+    // The power fails, and only durable data is left.
     let [cache, backing] = [("cache", cache), ("backing", backing)]
         .map(|(name, before)| device(name, before.snapshot().image(|_, _| false)));
     let volume = simulation.block_on(async {

@@ -151,7 +151,7 @@ impl TestVolume {
         Ok(())
     }
 
-    /// With a power cut after so many requests to devices, if any.
+    /// Cuts the power after `cut_after` requests to devices, if that is given.
     fn go_through(&mut self, cut_after: Option<u64>) -> Result<(), Cut> {
         let cache = self.open()?;
         self.write(&cache, ROTTEN, 1)?;

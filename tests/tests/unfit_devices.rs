@@ -1,5 +1,5 @@
-//! Devices that cannot work, or that somebody else uses, are refused before anything is written:
-//! with a line that says what, where, and what to do.
+//! wb refuses devices that cannot work or that others use, before it writes anything: with a line
+//! that says what, where, and what to do.
 
 use libwb::device::IoBuf;
 use nix::libc::O_DIRECT;

@@ -17,7 +17,7 @@ fn json_lines(text: &str) -> Vec<serde_json::Value> {
     text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
 }
 
-/// Three segments, of which block 7 is in the first and the last; segment 3 is torn.
+/// Three segments. The first and the last hold block 7; segment 3 is torn.
 fn small_log(dir: &TempDir) -> std::path::PathBuf {
     let cache = zeros(dir, "cache", cache_bytes(8));
     assert_eq!(wb!("wbformat", &cache).code, 0);

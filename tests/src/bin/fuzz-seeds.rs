@@ -1,5 +1,5 @@
-//! Writes the inputs that fuzzing starts from: `fuzz-seeds FOLDER`. They are made of the golden
-//! images at run time, so that none need be kept.
+//! Writes the inputs that fuzzing starts from: `fuzz-seeds FOLDER`. It makes them from the golden
+//! images, so the repository need not keep them.
 
 use std::path::Path;
 use std::process::ExitCode;

@@ -1,6 +1,6 @@
 //! Clients that read and write a volume at random and tell the oracle what they did.
 
-use super::engine::{EngineConfig, EngineVolume};
+use super::engine::{EngineConfig, EngineFuture, EngineVolume};
 use super::oracle::Oracle;
 use super::stamp;
 use fastrand::Rng;
@@ -76,6 +76,35 @@ impl Habits {
     }
 }
 
+/// Discards, and tells the oracle.
+pub(super) fn discard(
+    oracle: Arc<Mutex<Oracle>>,
+    volume: Arc<dyn EngineVolume>,
+    first: Sector,
+    count: u64,
+) -> EngineFuture<()> {
+    Box::pin(async move {
+        let discard = oracle.lock().discard_begins(first, count);
+        let result = volume.discard(first, count).await;
+        oracle.lock().durable_write_ends(discard, first, count, result.is_ok());
+        result
+    })
+}
+
+/// Flushes or drains, and tells the oracle.
+pub(super) fn flush(
+    oracle: Arc<Mutex<Oracle>>,
+    volume: Arc<dyn EngineVolume>,
+    drain: bool,
+) -> EngineFuture<()> {
+    Box::pin(async move {
+        let began = oracle.lock().flush_begins();
+        let result = if drain { volume.drain().await } else { volume.flush().await };
+        oracle.lock().flush_ends(if drain { "drain" } else { "flush" }, began, result.is_ok());
+        result
+    })
+}
+
 /// One client.
 pub struct Client {
     /// What it works on.
@@ -148,9 +177,8 @@ impl Client {
     }
 
     async fn discard(&self, first: Sector, count: u64) {
-        let discard = self.oracle.lock().discard_begins(first, count);
-        let result = self.volume.discard(first, count).await;
-        self.oracle.lock().durable_write_ends(discard, first, count, result.is_ok());
+        let (oracle, volume) = (self.oracle.clone(), self.volume.clone());
+        let result = discard(oracle, volume, first, count).await;
         self.judge("a discard", result.err());
     }
 
@@ -189,10 +217,9 @@ impl Client {
     }
 
     async fn flush(&self, drain: bool) {
-        let began = self.oracle.lock().flush_begins();
+        let (oracle, volume) = (self.oracle.clone(), self.volume.clone());
+        let result = flush(oracle, volume, drain).await;
         let what = if drain { "drain" } else { "flush" };
-        let result = if drain { self.volume.drain().await } else { self.volume.flush().await };
-        self.oracle.lock().flush_ends(what, began, result.is_ok());
         self.judge(what, result.err());
     }
 

@@ -4,8 +4,9 @@
 //! If two crashes leave the same devices, only the first is recovered. Between two changes to the
 //! devices, only the acknowledged writes grow. So the moment just before a change demands the most.
 
+use super::clients::{discard, flush};
 use super::devices::{fresh_backing, fresh_cache};
-use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
+use super::engine::{Engine, EngineConfig, EngineVolume};
 use super::oracle::Oracle;
 use super::stamp;
 use explorer::{Explorer, config, recover};
@@ -15,7 +16,6 @@ use libwb::device::IoBuf;
 use libwb::device::sim::{Crash, SimDevice, Simulation};
 use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, Sector, to_u64, to_usize};
 use libwb::runtime::Runtime;
-use parking_lot::Mutex;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -263,33 +263,6 @@ impl ScriptRun {
         self.explorer.verdict()?;
         done
     }
-}
-
-fn discard(
-    oracle: Arc<Mutex<Oracle>>,
-    volume: Arc<dyn EngineVolume>,
-    first: Sector,
-    count: u64,
-) -> EngineFuture<()> {
-    Box::pin(async move {
-        let discard = oracle.lock().discard_begins(first, count);
-        let result = volume.discard(first, count).await;
-        oracle.lock().durable_write_ends(discard, first, count, result.is_ok());
-        result
-    })
-}
-
-fn flush(
-    oracle: Arc<Mutex<Oracle>>,
-    volume: Arc<dyn EngineVolume>,
-    drain: bool,
-) -> EngineFuture<()> {
-    Box::pin(async move {
-        let began = oracle.lock().flush_begins();
-        let result = if drain { volume.drain().await } else { volume.flush().await };
-        oracle.lock().flush_ends(if drain { "drain" } else { "flush" }, began, result.is_ok());
-        result
-    })
 }
 
 fn devices(simulation: &Simulation, [cache, backing]: [Vec<u8>; 2]) -> [Arc<SimDevice>; 2] {

@@ -112,7 +112,7 @@ impl Pair {
     /// A copy of both devices, under another name.
     pub(crate) fn copy(&self, root: &Path, name: &str) -> Pair {
         let dir = root.join(name);
-        // New files: an engine that was stopped in the midst may hold the old ones.
+        // New files: an engine that was stopped half-way may still hold the old ones.
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir).unwrap();
         let copy = Pair {

@@ -1,7 +1,7 @@
 //! The clients of a scenario.
 
 use super::{Scenario, Stage};
-use crate::sim::clients::{Client, Habits};
+use crate::sim::clients::{Client, Habits, discard};
 use crate::sim::devices::{spoil_some, trouble};
 use crate::sim::engine::EngineVolume;
 use futures_channel::oneshot;
@@ -73,9 +73,7 @@ impl Scenario<'_> {
                 runtime.sleep(Duration::from_micros(micros)).await;
                 let first = rng.u64(..units);
                 let (first, count) = (Sector(first * unit), rng.u64(1..=units - first) * unit);
-                let discard = oracle.lock().discard_begins(first, count);
-                let done = volume.discard(first, count).await;
-                oracle.lock().durable_write_ends(discard, first, count, done.is_ok());
+                let _ = discard(oracle.clone(), volume.clone(), first, count).await;
             }
         }));
     }

@@ -270,7 +270,8 @@ fn written_by_wb(extended: bool, closed: Option<bool>) -> Vec<u8> {
     memory.content()
 }
 
-/// Recipes to start from: each image as it is, and in each the damage that has a meaning.
+/// Scripts that fuzzing starts from: each image as it is, and each with every meaningful kind of
+/// damage.
 pub fn seeds() -> Vec<DamageScript> {
     let region = u32::try_from(SUPERBLOCK_REGION_BYTES).unwrap_or_default();
     let segment = u32::try_from(SEGMENT_BYTES).unwrap_or_default();

@@ -1,9 +1,9 @@
-//! Every tool makes the same of a device, whatever is wrong with it: whether it is fit for use,
-//! where its log ends, and what is kept.
+//! Every tool gives the same verdict on a device, however damaged: whether it is fit for use, where
+//! its log ends, and what is kept.
 //!
-//! One difference is meant: attach reads the headers alone of what later headers say was durable.
-//! Rot in the *data* of such a segment does not keep it from attaching; the block fails when it is
-//! read.
+//! One difference is intended: attach reads only the headers of segments that later headers declare
+//! durable. Rot in the *data* of such a segment does not prevent attach. Reads of the block fail
+//! instead.
 
 use futures_lite::future::block_on;
 use libwb::cache::{Cache, Tunables};
@@ -29,12 +29,12 @@ use wb_tests::damage_script::{VOLUME_BYTES, seeds};
 use wb_tests::recovered_view::{Reading, RecoveredView};
 use wb_tests::{Outcome, crafted, run, zeros};
 
-/// Random damage that is tried.
+/// How many random kinds of damage are tried.
 const RANDOM: u64 = 120;
 /// The programs look at one in this many devices, and at each crafted one.
 const PROGRAMS_EVERY: usize = 40;
 
-/// A device, and whether the programs are to look at it as well.
+/// A device, and whether to run the programs on it as well.
 struct Subject {
     what: String,
     image: Vec<u8>,
@@ -80,7 +80,7 @@ fn backing() -> Device {
     Arc::new(MemDevice::new("backing", VOLUME_BYTES))
 }
 
-/// What a tool makes of a device: why it refuses it, or what it keeps.
+/// A tool's verdict on a device: why it refuses the device, or what it keeps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Verdict {
     Refused,
@@ -95,7 +95,7 @@ fn kept(recovery: &Recovery, dirty_blocks: u64) -> Verdict {
     }
 }
 
-/// As wbcheck and wbdump look at it.
+/// The verdict of wbcheck and wbdump.
 fn checked(cache: &Device, scanned: &Result<Scanned, LogError>) -> Verdict {
     let Ok(scanned) = scanned else { return Verdict::Refused };
     let recovery = scanned.recovery();
@@ -108,7 +108,7 @@ fn checked(cache: &Device, scanned: &Result<Scanned, LogError>) -> Verdict {
     if live.beyond_count > 0 { Verdict::Refused } else { kept(&recovery, live.dirty_blocks) }
 }
 
-/// As replay does.
+/// The verdict of replay.
 fn examined(cache: &Device) -> Verdict {
     match block_on(Cache::examine(cache, &backing(), None)) {
         Ok((recovery, live)) => kept(&recovery, live.dirty_blocks),
@@ -116,8 +116,8 @@ fn examined(cache: &Device) -> Verdict {
     }
 }
 
-/// As attach does: the point and how many dirty blocks there are, and which of these blocks cannot
-/// be read.
+/// The verdict of attach: the recovery point, the number of dirty blocks, and which of these blocks
+/// cannot be read.
 struct Attached {
     point: u64,
     segments: u64,
@@ -163,7 +163,7 @@ fn is_rot_of_data(cache: &Device, scanned: &Scanned, slot: Slot) -> bool {
         });
         header.is_whole && rotten.next().is_some()
     };
-    // Of one that is cut short, the header that is shown lacks the entries that do not stand.
+    // If a segment is cut short, the header shown lacks the entries that do not count.
     let block = block_on(cache.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)))
         .expect("a header");
     let header = SegmentHeader::decode(block.block_at(0));
@@ -177,8 +177,8 @@ fn is_rot_of_data(cache: &Device, scanned: &Scanned, slot: Slot) -> bool {
     is_damaged && header.is_ok_and(|header| is_rotten(&header))
 }
 
-/// The one difference that is meant. Where attach takes another view of some slots than a scan of
-/// everything, it is rot of their data alone that it does not see.
+/// Checks the one intended difference. If attach sees some slots otherwise than a full scan, only
+/// rot of their data may be the reason.
 fn differs_by_rot_of_data(cache: &Device, scanned: &Scanned) -> Result<(), String> {
     let superblock = block_on(read_superblock(cache, Use::Write)).map_err(|e| e.to_string())?;
     let trusted = block_on(scan_trusting(cache, &superblock, |_, _| ()));
@@ -262,7 +262,7 @@ fn compare_attached(
     }
 }
 
-/// Each way on leads to what it says, and every tool takes that.
+/// Each way to salvage a log leads to the announced result, which every tool accepts.
 fn compare_salvage(image: &[u8], scanned: &Scanned) -> Result<(), String> {
     let cache = device(image);
     let ways = block_on(scanned.ways(&cache)).map_err(|e| e.to_string())?;
@@ -298,7 +298,7 @@ fn compare_salvage(image: &[u8], scanned: &Scanned) -> Result<(), String> {
     Ok(())
 }
 
-/// The files of a device that the programs look at.
+/// The files of a device that the programs read.
 struct Files {
     dir: TempDir,
     cache: PathBuf,
@@ -395,9 +395,9 @@ fn compare_live(files: &Files, check: &Value) -> Result<(), String> {
     }
 }
 
-/// What is said of a slot is the same when a segment is asked for alone. Of the others, only the
-/// headers are read then: where the data of others is rotten, the log may end elsewhere, and a
-/// damaged slot be explained otherwise.
+/// wbdump describes a slot in the same way if asked for one segment alone. It then reads only the
+/// headers of the others. So if their data is rotten, the log may end elsewhere, and a damaged slot
+/// may have another explanation.
 fn compare_each_segment(files: &Files, image: &[u8], check: &Value) -> Result<(), String> {
     let number = |name: &str| check[name].as_u64().unwrap_or_default();
     let [newest, point, written_back] =
@@ -420,7 +420,7 @@ fn compare_each_segment(files: &Files, image: &[u8], check: &Value) -> Result<()
             Some(_) => is_any(&["damaged"]),
             None if id <= written_back => is_any(&["sound", "not there"]),
             None if id <= point => is_any(&["sound", "sound-after-power-cut"]),
-            // After a gap that is no power cut's doing it may be sound in itself, or be the gap.
+            // After a gap that no power cut explains, the slot may be sound, or be the gap.
             None if check["verdict"] == "corrupt" => true,
             None => is_any(&["sound-after-power-cut", "not there"]),
         };
@@ -433,7 +433,7 @@ fn compare_each_segment(files: &Files, image: &[u8], check: &Value) -> Result<()
     Ok(())
 }
 
-/// Whether headers alone do not show all that is wrong with the slots but this.
+/// Whether the headers of the other slots hide some damage.
 fn is_data_rotten_elsewhere(image: &[u8], but: u64) -> bool {
     let cache = device(image);
     let geometry = block_on(examine_superblock(&cache)).expect("a superblock").geometry;
@@ -450,7 +450,7 @@ fn is_same_but_for_the_name(one: &Value, other: &Value) -> bool {
     *one == renamed
 }
 
-/// How many blocks of a cache wbcheck says are lost.
+/// How many lost blocks wbcheck reports in a cache.
 fn lost_blocks(cache: &Path) -> usize {
     let found = run("wbcheck", ["--json".as_ref(), cache.as_os_str()]);
     assert_eq!(
@@ -461,7 +461,7 @@ fn lost_blocks(cache: &Path) -> usize {
     found.json()["lost_blocks"].as_array().map_or(0, Vec::len)
 }
 
-/// replay takes each way on that wbcheck shows, and says the same of it.
+/// replay takes each way that wbcheck offers, and reports the same about it.
 fn compare_replays(files: &Files, check: &Value) -> Result<(), String> {
     let ways = check["salvage"].as_array().expect("a list");
     for way in Way::ALL {
@@ -474,7 +474,7 @@ fn compare_replays(files: &Files, check: &Value) -> Result<(), String> {
             Some(plan) if done.code == 0 && done.json()["salvage"] == *plan => {}
             // What is kept does not fit.
             Some(_) if done.stderr.contains("holds data for sector") => {}
-            // A block that is lost stays in the cache, and wbcheck says so as well.
+            // A lost block stays in the cache, and wbcheck reports it, too.
             Some(_)
                 if done.code == 1
                     && done.stderr.contains("cannot be read from the cache device any more")

@@ -1,7 +1,6 @@
-//! One bit of a cache flips whose process was killed when all that was written had been flushed.
-//! The volume is whole, or it is refused; or the flip is one of which nothing on the device tells:
-//! then only the newest commit of the newest segment is lost, of which nothing says that it was
-//! durable.
+//! One bit flips in a cache whose process was killed after it flushed all writes. Then the volume
+//! is whole, or the engine refuses it. If nothing on the device reveals the flip, only the newest
+//! commit of the newest segment may be lost, which nothing proves durable.
 
 use libwb::cache::{Cache, Purpose, Tunables};
 use libwb::device::sim::Simulation;
@@ -20,7 +19,7 @@ use wb_tests::recovered_view::RecoveredView;
 
 /// One in this many flips is tried on the engine itself.
 const ENGINE_EVERY: usize = 499;
-/// Of a segment with more entries than this, only some are flipped.
+/// If a segment has more entries than this, the test flips only some of them.
 const MANY: u8 = 32;
 
 /// The fields of the first sector of a header: where they begin. See wb(5).
@@ -65,16 +64,16 @@ const PAGE: [(usize, &str); 13] = [
     (4092, "CRC"),
 ];
 
-/// Bytes of a cache device, and what they are.
+/// A field of a cache device.
 struct Field {
     at: Range<u64>,
     part: &'static str,
     name: &'static str,
-    /// Nothing of it may be lost in silence: it proves itself.
+    /// Whether a checksum covers it, so that nothing may be silently lost.
     is_proved: bool,
-    /// From one byte that is flipped to the next.
+    /// The distance between two bytes that are flipped.
     step: usize,
-    /// How many bits of it are.
+    /// How many bits of each byte are flipped.
     bits: u8,
 }
 
@@ -87,7 +86,7 @@ fn fields(names: &[(usize, &'static str)], size: usize, at: u64, part: &'static 
     names.iter().zip(ends).map(field).collect()
 }
 
-/// All that is flipped of a device; of the unused bytes of pages, only some unless it `is_first`.
+/// All fields to flip in a device. Of the unused bytes of pages, only some unless it `is_first`.
 fn all_fields(crashed: &Crashed, sound: &RecoveredView, is_first: bool) -> Vec<Field> {
     let geometry = Geometry::of_device(to_u64(crashed.cache.len())).expect("a cache");
     let mut all =
@@ -166,7 +165,7 @@ impl Field {
     }
 }
 
-/// How many flips came to what.
+/// How many flips had which effect.
 #[derive(Clone, Copy, Default)]
 struct Counts {
     whole: u64,
@@ -193,7 +192,7 @@ impl Counts {
     }
 }
 
-/// A cache, opened by the engine, which reads these blocks; none where it refuses one.
+/// The blocks as the engine reads them from a cache; `None` where it refuses.
 fn served_by_engine(
     cache: &Device,
     backing: &[u8],
@@ -222,7 +221,7 @@ fn served_by_engine(
     simulation.block_on(work).expect("an end")
 }
 
-/// Whether the engine makes of a flipped bit what was judged.
+/// Whether the engine confirms the judgement of a flipped bit.
 fn is_judged_right(
     subject: &Subject,
     crashed: &Crashed,
@@ -250,8 +249,8 @@ fn is_judged_right(
 
 type Table = BTreeMap<(&'static str, &'static str), Counts>;
 
-/// What the flips of one cache come to, and what is wrong with that: of each field, how often and
-/// an example.
+/// The effects of the flips of one cache, and what is wrong with them: for each field, how often
+/// and an example.
 fn flip_all(crashed: &Crashed, is_first: bool) -> (Table, Vec<String>) {
     let subject =
         Subject::new(crashed.cache.clone(), crashed.backing.clone(), recover).expect("a sound log");

@@ -1,6 +1,6 @@
-//! A cache device that fails while written-back segments are to be emptied: what was discarded, or
-//! written around the log, does not come back when the kernel module gets the cache, and what
-//! cannot be emptied keeps nothing else waiting.
+//! A cache device fails while the engine empties written-back segments. Discarded data and data
+//! replaced around the log must not come back when the kernel module gets the cache. A segment that
+//! cannot be emptied must not delay others.
 
 use libwb::cache::{Cache, CacheError, Tunables, WriteMode};
 use libwb::device::sim::{Crash, Faults, SimDevice, Simulation};
@@ -27,7 +27,7 @@ const BLOCKS: usize = 16;
 const SEEDS: u64 = 20;
 const BLOCK: u64 = to_u64(BLOCK_BYTES);
 
-/// Reads and writes that touch these bytes fail; nothing of such a write arrives.
+/// Reads and writes that touch these bytes fail, and such a write has no effect.
 #[derive(Clone, Default)]
 struct Bad {
     reads: Range<u64>,
@@ -165,7 +165,7 @@ impl TestVolume {
         *self.cache.bad.lock() = Bad::default();
     }
 
-    /// The power fails.
+    /// Cuts the power.
     fn cut(&mut self) {
         self.simulation.kill_tasks();
         let left = self.cache.device().crash(Crash::PowerCut);
@@ -173,7 +173,7 @@ impl TestVolume {
         self.backing = Arc::new(self.backing.crash(Crash::PowerCut));
     }
 
-    /// What fills a block for the kernel module, if it got the devices now.
+    /// The byte that fills a block as the kernel module would show it now.
     fn for_module(&self, block: u64) -> Result<u8, String> {
         let volume = module::volume(&self.cache.device().content(), self.backing.content())?;
         Ok(volume[to_usize(block * BLOCK)])
@@ -223,7 +223,7 @@ fn discards_again(planted: Planted, extended: bool, seed: u64) -> Result<(), Str
 
 type Scenario = fn(Planted, bool, u64) -> Result<(), String>;
 
-/// The first failure, of seeds with and without the extension.
+/// The first failure among seeds with and without the extension.
 fn failure(scenario: Scenario, planted: Planted) -> Option<String> {
     let all = (0..SEEDS).flat_map(|seed| [false, true].map(|extended| (extended, seed)));
     let judge = |(extended, seed)| {
@@ -271,7 +271,7 @@ fn while_a_header_cannot_be_written_discards_of_other_blocks_go_on_and_a_close_s
     for block in [0, 4] {
         test.discard(&cache, block).expect("a discard of other blocks");
     }
-    // What is to go around the log goes on top of it.
+    // A write that should go around the log goes on top of it.
     cache.set_tunables(Tunables { write_mode: WriteMode::Around, ..cache.tunables() });
     test.write(&cache, 3, 2);
     assert_eq!(cache.status().statistics.counters.direct_write_bytes, 0);
@@ -281,7 +281,7 @@ fn while_a_header_cannot_be_written_discards_of_other_blocks_go_on_and_a_close_s
     assert!(matches!(closed, Err(CacheError::NotHandedOver(_))), "{closed:?}");
     assert_eq!(test.clean_mark(), None);
 
-    // Nothing is lost by that, and once the device works, the module may have it.
+    // That loses nothing, and once the device works, the module may take over.
     test.heal();
     test.cut();
     let cache = test.open();
@@ -313,7 +313,7 @@ fn a_close_empties_what_it_cannot_read() {
     }
 }
 
-/// A write of it that is torn could end the log below what is recorded as written back.
+/// A torn write of it could end the log below what the record declares written back.
 #[test]
 fn the_newest_segment_is_never_written_without_reading_it() {
     for extended in [false, true] {
@@ -337,9 +337,9 @@ fn the_newest_segment_is_never_written_without_reading_it() {
     }
 }
 
-/// A cache that has crashed with versions of a block that the kernel module would mistake for newer
-/// ones: of block 0 a whole and a partial one that are written back; of block 1 the same, in one
-/// segment, and partial ones that are not written back.
+/// A crashed cache with versions of a block that the kernel module would mistake for newer ones.
+/// Block 0 has a whole and a partial version, both written back. Block 1 has the same in one
+/// segment, and partial versions that are not written back.
 fn crashed(extended: bool) -> TestVolume {
     let mut test = TestVolume::new(extended, 1, Planted::default());
     let cache = test.open();

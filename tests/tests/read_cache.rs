@@ -1,5 +1,5 @@
-//! What is read lies in RAM, on the cache device or on the backing device, sector by sector, and
-//! what is read again and again comes to lie on the cache device.
+//! Reads find each sector in RAM, on the cache device or on the backing device. What is read
+//! repeatedly moves to the cache device.
 
 use libwb::cache::{Cache, Counters, Tunables};
 use libwb::device::IoBuf;
@@ -29,7 +29,7 @@ fn reads_cached(nr_read_cache_cells: u32) -> Tunables {
     Tunables { read_cache_threshold: 127, nr_read_cache_cells, ..Tunables::default() }
 }
 
-/// A volume on simulated devices, and which write each of its sectors is to show.
+/// A volume on simulated devices, and the write that each of its sectors must show.
 struct TestVolume {
     simulation: Simulation,
     cache_device: Arc<SimDevice>,
@@ -79,7 +79,7 @@ impl TestVolume {
         self.shows[to_usize(first)..to_usize(first + count)].fill(write);
     }
 
-    /// Writes those sectors of a block whose bits are set.
+    /// Writes the sectors of a block whose bits are set.
     fn write_pattern(&mut self, block: u64, pattern: u8, write: u64) {
         for sector in (0..BLOCK).filter(|sector| pattern >> sector & 1 == 1) {
             self.write(block * BLOCK + sector, 1, write);
@@ -141,7 +141,7 @@ impl TestVolume {
         self.wait_for_injected(injected);
     }
 
-    /// What of the volume was read from the backing device, in bytes, while something was done.
+    /// How many bytes an action reads from the backing device.
     fn backing_reads(&self, work: impl FnOnce()) -> u64 {
         let before = self.counters().backing_read_bytes;
         work();
@@ -152,7 +152,7 @@ impl TestVolume {
         self.run(self.cache.flush()).expect("sound devices");
     }
 
-    /// After a drain and a close, the backing device is the volume.
+    /// Drains and closes. The backing device must then equal the volume.
     fn end(self) {
         self.run(self.cache.drain()).expect("sound devices");
         self.check(0, to_u64(self.shows.len()));
@@ -185,7 +185,7 @@ fn a_read_takes_each_sector_from_where_its_newest_version_lies() {
     test.cache.resume();
     test.run(test.cache.drain()).expect("sound devices");
     test.check(5, 255 * BLOCK);
-    // What is written back is not carried on by what is written now.
+    // New writes do not affect what was written back.
     all().for_each(|(block, pattern)| test.write_pattern(block, pattern.reverse_bits(), 4));
     test.check_parts(0..256);
     test.end();
@@ -291,7 +291,7 @@ fn a_sequence_beyond_the_threshold_is_not_cached_and_parts_of_blocks_are_not() {
         test.check(200 * BLOCK + 1, BLOCK - 1);
         assert!(test.counters().injected_blocks == 0, "in round {round}");
     }
-    // All that was of them in cells was given up: there is room for eight others.
+    // The cells of the earlier blocks are free again, so there is room for eight others.
     test.check(300 * BLOCK, 8 * BLOCK);
     test.check(300 * BLOCK, 8 * BLOCK);
     test.wait_for_injected(8);
@@ -300,7 +300,7 @@ fn a_sequence_beyond_the_threshold_is_not_cached_and_parts_of_blocks_are_not() {
     test.end();
 }
 
-/// What is on its way into the cache, or there, when it becomes old.
+/// Blocks that become outdated on their way into the cache, or there.
 fn becomes_old(planted: Planted) {
     let cells = 4;
     for discards in [false, true] {
@@ -431,7 +431,7 @@ fn read_caching_is_switched_on_and_off_while_the_volume_is_attached() {
     assert_eq!(refused.code, 1);
     assert!(refused.stderr.contains("must be a number from 0 to 127"), "{refused:?}");
     let counter = |key: &str| volume.status()["live"]["counters"][key].as_u64().unwrap_or_default();
-    // Past the page cache, 4 KiB at a time and none next to the other.
+    // Past the page cache, 4 KiB at a time, and no two neighbours.
     let read_some = || {
         use std::os::unix::fs::{FileExt, OpenOptionsExt};
         let device = std::fs::File::options()

@@ -1,6 +1,5 @@
-//! A second reader of the format, which was written from wb(5) alone (`tests/reader`), and libwb
-//! make the same of every device there is: whether it is refused, which segments count, and what
-//! the volume is.
+//! The second reader of the format (`tests/reader`), written from wb(5) alone, and libwb agree on
+//! every device: whether it is refused, which segments count, and what the volume holds.
 
 use fastrand::Rng;
 use futures_lite::future::block_on;
@@ -27,9 +26,9 @@ use wb_tests::sim::real::WriteCache;
 use wb_tests::sim::run_watched;
 use wb_tests::{GOLDEN, crafted, golden_bytes, has_program, noise, skip};
 
-/// `WB_READER_FIRST` and `WB_READER_DEVICES` try other damaged devices, and more of them.
+/// `WB_READER_FIRST` and `WB_READER_DEVICES` choose which damaged devices to try, and how many.
 const DAMAGED: u64 = 250;
-/// Logs that are made at random.
+/// How many random logs to read.
 const CRAFTED: u64 = 120;
 /// How many scenarios of the simulator to read.
 const SCENARIOS: u64 = 12;
@@ -50,14 +49,14 @@ struct Reader {
 }
 
 impl Reader {
-    /// Starts it; none where there is no Python.
+    /// Starts the reader; `None` without Python.
     fn start() -> Option<Reader> {
         if !has_program("python3") {
             return None;
         }
         let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("reader/reader.py");
         let mut command = Command::new("python3");
-        // Without a folder for compiled files beside it.
+        // Python must not leave compiled files in the source tree.
         command
             .args(["-B".as_ref(), program.as_os_str()])
             .stdin(Stdio::piped())
@@ -95,7 +94,7 @@ impl Reader {
         if ours["unreadable"] == "at open"
             && theirs["unreadable"].as_array().is_some_and(|it| !it.is_empty())
         {
-            // That some block cannot be read, libwb has noticed earlier.
+            // libwb notices unreadable blocks earlier.
             ours["unreadable"] = theirs["unreadable"].clone();
         }
         if reasons.is_empty() {
@@ -120,7 +119,7 @@ impl Reader {
     }
 }
 
-/// What libwb makes of a device, in the words of the reader.
+/// libwb's view of a device, in the reader's terms.
 fn made_by_libwb(cache: &[u8], backing: &[u8]) -> Value {
     let device: Device = Arc::new(MemDevice::with_content("cache", cache.to_vec()));
     let Ok(superblock) = block_on(read_superblock(&device, Use::Read)) else {
@@ -225,7 +224,7 @@ fn a_second_reader_reads_crafted_devices() {
     reader.end();
 }
 
-/// Damage of two kinds at once, which hardly any seed has: to the newest segment of a cache that
+/// Two kinds of damage at once, which hardly any seed has: to the newest segment of a cache that
 /// was not closed.
 #[test]
 fn a_second_reader_reads_what_is_torn_and_damaged() {
@@ -256,7 +255,7 @@ fn a_second_reader_reads_what_is_torn_and_damaged() {
     reader.end();
 }
 
-/// The first that no log reaches, and the last before it.
+/// The first id that no log reaches, and the last before it.
 #[test]
 fn a_second_reader_reads_ids_that_no_log_reaches() {
     let base = u8::try_from(GOLDEN.len()).expect("few bases");
@@ -308,8 +307,8 @@ fn content(device: &SimDevice) -> Vec<u8> {
     device.content()
 }
 
-/// A device with some damage, most of it where the format has meaning, and much of it in one slot.
-/// Half of them wb wrote.
+/// A device with random damage, mostly in meaningful fields and often in one slot. wb wrote half of
+/// these devices.
 fn damaged(rng: &mut Rng) -> DamageScript {
     let first = if rng.bool() { GOLDEN.len() + 1 } else { 0 };
     let base = u8::try_from(rng.usize(first..BASES)).unwrap_or_default();

@@ -1,6 +1,6 @@
-//! Blocks that cannot be written back: one that the backing device does not take, and one that the
-//! cache device has altered. All others are written back and take no harm, the log goes on for many
-//! laps, and power cuts change nothing of that.
+//! Blocks that cannot be written back: one that the backing device refuses, and one that rots on
+//! the cache device. The engine still writes back all others, and the log goes on for many laps,
+//! even with power cuts.
 
 use byteorder::{ByteOrder, LittleEndian};
 use libwb::cache::{Cache, CacheError, Tunables};
@@ -21,7 +21,7 @@ const ROTTEN: BlockNo = BlockNo(10);
 /// A block that cannot be written to the backing device.
 const REFUSED: BlockNo = BlockNo(20);
 
-/// What a block holds in a version: nothing else on either device.
+/// The content of a version of a block, which appears nowhere else.
 fn data(block: BlockNo, version: u64) -> Vec<u8> {
     [block.0, version, 0x77].map(u64::to_le_bytes).concat().repeat(BLOCK_BYTES / 24 + 1)
         [..BLOCK_BYTES]
@@ -37,7 +37,7 @@ struct TestVolume {
     planted: Planted,
     cache: Arc<SimDevice>,
     backing: Arc<SimDevice>,
-    /// The version of each block that must survive, and the newest.
+    /// For each block, the version that must survive, and the newest.
     flushed: BTreeMap<u64, u64>,
     newest: BTreeMap<u64, u64>,
     /// The newest version of [`REFUSED`].
@@ -45,7 +45,7 @@ struct TestVolume {
     lost: bool,
 }
 
-/// The power went.
+/// The power failed.
 struct Cut;
 
 impl TestVolume {
@@ -138,7 +138,7 @@ impl TestVolume {
             for nth in 0..SEGMENTS * 127 {
                 self.write(cache, BlockNo(100 + nth * 7 % (BLOCKS - 100)), version)?;
                 if nth % 50 == 0 {
-                    // That is looked at, and written anew, at any moment.
+                    // The test reads the lost block, and writes it anew, at any moment.
                     let _ = cache.status();
                     self.refused += 1;
                     self.write(cache, REFUSED, self.refused)?;
@@ -170,17 +170,17 @@ impl TestVolume {
         let drained = self.finish(cache.drain())?;
         let Err(CacheError::Stuck(stuck)) = drained else { panic!("{drained:?}") };
         assert_eq!((stuck.refused, stuck.lost), (1, 1), "{stuck}");
-        // A part of a block cannot be written on top of what is lost.
+        // A write to part of a lost block fails.
         assert!(self.finish(cache.write(ROTTEN.sector(), &[1; 512]))?.is_err());
         self.flush(&cache)
     }
 
-    /// Everything can be written back once the backing device takes it, and what was lost is
+    /// Everything can be written back once the backing device accepts it and the lost block is
     /// written anew.
     fn end(&mut self) -> Result<(), Cut> {
         let cache = self.open()?;
-        // Rot is on the media, and a crash does not mend it. Before, recovery might have had to
-        // read it.
+        // Rot is on the media, and a crash does not mend it. Earlier, recovery might have had to
+        // read the rotten block.
         if self.cache.content().chunks(BLOCK_BYTES).any(|held| held == data(ROTTEN, 1)) {
             self.rot(ROTTEN, 1);
         }

@@ -1,5 +1,5 @@
-//! wb refuses devices that cannot work or that others use, before it writes anything: with a line
-//! that says what, where, and what to do.
+//! wb refuses devices that cannot work or that others use, before it writes anything. The message
+//! says what is wrong, where, and what to do.
 
 use libwb::device::IoBuf;
 use nix::libc::O_DIRECT;

@@ -1,5 +1,4 @@
-//! A cache device and a backing device, what is written to their volume, and what the volume must
-//! hold.
+//! A cache device and a backing device, the steps on their volume, and what the volume must hold.
 
 use fastrand::Rng;
 use libwb::cache::{Cache, Tunables, WriteMode};
@@ -20,7 +19,7 @@ const CACHE_TAIL_SECTORS: u64 = 9;
 /// Sectors of a volume.
 const SECTORS: u64 = 16 * 1024;
 
-/// What a scenario is made of.
+/// The kind of work of a scenario.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
     /// Nothing at all.
@@ -39,7 +38,7 @@ pub(crate) enum Work {
     Reads,
     /// Some of everything.
     Mixed,
-    /// Whole blocks, and then all is written back; only we do that on demand.
+    /// Whole blocks, and then a drain, which only wb does on demand.
     Drained,
     /// Parts of blocks that are written back, and then others; only we write back on demand.
     Aged,
@@ -62,9 +61,9 @@ pub(crate) enum Op {
 pub(crate) enum End {
     /// In order.
     Close,
-    /// The power goes some time after the last flush.
+    /// The power fails some time after the last flush.
     Cut,
-    /// So it does, and then the cache is repaired, not opened.
+    /// The power fails, and then the cache is repaired, not opened.
     Repair,
 }
 
@@ -76,7 +75,7 @@ pub(crate) struct Pair {
     writes: u64,
     /// What the volume must hold.
     pub(crate) volume: Vec<u8>,
-    /// The power went while it was written: only a recovery can tell what the volume holds.
+    /// The power failed during writes: only a recovery can tell what the volume holds.
     pub(crate) interrupted: bool,
     /// The log has a superblock record and was not closed by us: the kernel module may read old
     /// data from it.

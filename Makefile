@@ -1,24 +1,25 @@
-# Everything a developer or a newcomer runs. `make demo` and `make test` install what they need.
+# Everything that developers and newcomers run. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak stress fuzz test-vm bench deps tools build install uninstall deb package deny advisories fmt
+.PHONY: demo test sim soak stress fuzz test-vm bench deps tools build install uninstall deb \
+	package deny advisories fmt
 
-# How many courses of work and crashes `make sim` simulates, and `make soak`; the first seed of the
-# latter.
+# How many scenarios of work and crashes `make sim` and `make soak` simulate, and the first seed of
+# `make soak`.
 SIM_SEEDS = 2000
 SEEDS = 20000
 FIRST = 0
-# How long `make fuzz` runs each target.
+# How many seconds `make fuzz` runs each target.
 SECONDS = 180
-# How long `make stress` goes on.
+# How many seconds `make stress` runs.
 STRESS_SECONDS = 300
 
-# What the build needs (libblkid and what binds to it), and what the tests drive the volumes with.
-PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fsprogs xfsprogs fio zstd util-linux udev \
-	python3 strace
+# What the build needs (libblkid and the tools to bind to it), and what the tests use on volumes.
+PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fsprogs xfsprogs fio \
+	zstd util-linux udev python3 strace
 
-# A virtual machine with the real kernel module, and what builds the module for its kernel.
-VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod dmsetup dkms linux-image-amd64 linux-headers-amd64 \
-	dm-writeboost-dkms
+# What runs a virtual machine with the real kernel module, and what builds the module.
+VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod dmsetup dkms linux-image-amd64 \
+	linux-headers-amd64 dm-writeboost-dkms
 
 demo: deps
 	cargo build --release --workspace --bins
@@ -29,12 +30,12 @@ test: deps sim
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
 	tests/run.sh
 
-# Against the real kernel module, in a virtual machine: a few minutes.
+# Tests wb against the real kernel module in a virtual machine. Takes a few minutes.
 test-vm: deps
 	@tests/install-packages.sh $(VM_PACKAGES)
 	tests/vm/run.sh
 
-# Built as the tests are, so that nothing is built twice.
+# Uses the build of the tests, so that nothing is built twice.
 sim: deps
 	cargo build --workspace --all-features --bins
 	"$${CARGO_TARGET_DIR:-target}/debug/soak" $(SIM_SEEDS)
@@ -42,11 +43,11 @@ sim: deps
 soak: deps
 	cargo run --release -p wb-tests --bin soak -- $(SEEDS) $(FIRST)
 
-# A volume under load while everything that can be set is, for minutes; `make test` does so for
-# seconds.
+# Changes all settings of a volume under load, for minutes. `make test` does so for seconds.
 stress: deps
 	cargo build --workspace --all-features --bins
-	WB_STRESS_SECONDS=$(STRESS_SECONDS) cargo test -p wb-tests --all-features --test everyday -- under_load
+	WB_STRESS_SECONDS=$(STRESS_SECONDS) \
+		cargo test -p wb-tests --all-features --test everyday -- under_load
 
 fuzz: deps
 	$(call cargo-tool,fuzz)
@@ -60,25 +61,28 @@ build: deps
 	cargo build --release --workspace --bins
 	$(RELEASE)/manual $(RELEASE)/share
 
-# Where `make install` puts things; systemd and udev look in /usr/lib and /etc alone.
+# Where `make install` puts files. systemd and udev look only in /usr/lib and /etc.
 PREFIX = /usr
 SYSTEM = /usr/lib
 RELEASE = $${CARGO_TARGET_DIR:-target}/release
 PROGRAMS = wbctl wbformat wbcheck wbdump
 
-# The programs, the manual, completions, and what systemd and udev need; after `make build`.
+# Installs the programs, the manual, completions, and files for systemd and udev.
+# Run `make build` first.
 install:
 	@for file in $(PROGRAMS) share/man/man7/wb.7; do test -e "$(RELEASE)/$$file" || { \
 		echo "make install: there is no $(RELEASE)/$$file; first: make build" >&2; exit 1; }; done
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(addprefix $(RELEASE)/,$(PROGRAMS))
 	install -D -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man5 man/wb.5
-	cd $(RELEASE)/share && find . -type f -exec install -D -m 644 {} $(abspath $(DESTDIR)$(PREFIX))/share/{} \;
+	cd $(RELEASE)/share && find . -type f \
+		-exec install -D -m 644 {} $(abspath $(DESTDIR)$(PREFIX))/share/{} \;
 	install -D -m 644 -t $(DESTDIR)$(SYSTEM)/udev/rules.d dist/udev/60-wb.rules
 	install -d $(DESTDIR)$(SYSTEM)/systemd/system
-	sed 's|/usr/bin/|$(PREFIX)/bin/|' dist/systemd/wb@.service > $(DESTDIR)$(SYSTEM)/systemd/system/wb@.service
+	sed 's|/usr/bin/|$(PREFIX)/bin/|' dist/systemd/wb@.service \
+		> $(DESTDIR)$(SYSTEM)/systemd/system/wb@.service
 	chmod 644 $(DESTDIR)$(SYSTEM)/systemd/system/wb@.service
 
-# Volumes and what records them stay.
+# Keeps all volumes and their records.
 uninstall:
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/bin/,$(PROGRAMS)) $(DESTDIR)$(PREFIX)/share/man/man5/wb.5 \
 		$(addprefix $(DESTDIR)$(PREFIX)/share/man/man8/,$(addsuffix .8,$(PROGRAMS))) \
@@ -88,26 +92,26 @@ uninstall:
 		$(addprefix $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/,$(addsuffix .fish,$(PROGRAMS))) \
 		$(DESTDIR)$(SYSTEM)/udev/rules.d/60-wb.rules $(DESTDIR)$(SYSTEM)/systemd/system/wb@.service
 
-# A Debian package of the release build, in target/debian.
+# Makes a Debian package of the release build, in target/debian.
 deb: build
 	$(call cargo-tool,deb)
 	@tests/install-packages.sh dpkg-dev binutils
 	$(MAKE) package
 
-# The package holds what `make install` installs, so that there is one list of it.
+# The package holds what `make install` installs, so there is only one list of files.
 package:
 	rm -rf $(RELEASE)/package
 	$(MAKE) install PREFIX=/usr DESTDIR=$(RELEASE)/package
 	strip $(addprefix $(RELEASE)/package/usr/bin/,$(PROGRAMS))
 	cargo deb --no-build --offline -p wbctl
 
-# Licences and sources of all dependencies, by deny.toml.
+# Checks licences and sources of all dependencies against deny.toml.
 deny:
 	$(call cargo-tool,deny)
 	cargo fetch --quiet --locked
 	cargo deny --offline check --hide-inclusion-graph bans licenses sources
 
-# Known vulnerabilities of all dependencies. Fetches the database of them.
+# Checks all dependencies for known vulnerabilities. Fetches the database of vulnerabilities.
 advisories:
 	$(call cargo-tool,deny)
 	cargo deny check advisories
@@ -115,13 +119,13 @@ advisories:
 deps:
 	@tests/install-packages.sh $(PACKAGES)
 
-# With these, `make test` skips nothing that can be had.
+# With these, `make test` skips only what this machine cannot run.
 tools: deps
 	$(call cargo-tool,deb)
 	$(call cargo-tool,fuzz)
 	$(call cargo-tool,deny)
 
-# Installs a subcommand of cargo, unless it is there.
+# Installs a subcommand of cargo if it is missing.
 cargo-tool = cargo $(1) --version >/dev/null 2>&1 || cargo install cargo-$(1) --locked --quiet
 
 fmt:

@@ -1,6 +1,6 @@
 #!/bin/bash
-# run.sh SECONDS [TARGET...] fuzzes each target for so long, and closes with a line for each. What
-# it finds stays in fuzz/artifacts, and what it learns in fuzz/corpus.
+# run.sh SECONDS [TARGET...] fuzzes each target for that many seconds, and prints a line for each at
+# the end. Findings stay in fuzz/artifacts, and new inputs in fuzz/corpus.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:?"how many seconds for each target?"}
@@ -9,10 +9,10 @@ targets=("$@")
 [ ${#targets[@]} -gt 0 ] || targets=(device recovery control)
 
 cargo run --quiet -p wb-tests --bin fuzz-seeds -- fuzz/seeds || exit 1
-# The same versions of everything as in the workspace.
+# Uses the same versions of all dependencies as the workspace.
 cp Cargo.lock fuzz/Cargo.lock
-# Nothing unsafe is in reach of the targets, so that no sanitizer is needed. What cargo fuzz asks of
-# the compiler besides is for nightly ones, which a stable one is told to allow.
+# The targets reach no unsafe code, so they need no sanitizer. cargo fuzz also passes options of
+# nightly compilers, which this makes a stable one accept.
 export RUSTC_BOOTSTRAP=1
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target}/fuzz
 cargo fuzz build --sanitizer none || exit 1
@@ -22,11 +22,12 @@ summary=
 for target in "${targets[@]}"; do
     mkdir -p "fuzz/corpus/$target"
     log=$(mktemp)
-    # A recipe is short; a request may be a little longer than the 64 KiB that are read of it.
+    # A damage script is short. A request may exceed the 64 KiB that the daemon reads of it.
     length=4096
     [ "$target" = control ] && length=70000
-    cargo fuzz run --sanitizer none "$target" "fuzz/corpus/$target" "fuzz/seeds/$target" -- -max_total_time="$seconds" \
-        -max_len=$length -len_control=0 -rss_limit_mb=2048 -timeout=20 -print_final_stats=1 >"$log" 2>&1
+    cargo fuzz run --sanitizer none "$target" "fuzz/corpus/$target" "fuzz/seeds/$target" -- \
+        -max_total_time="$seconds" -max_len=$length -len_control=0 -rss_limit_mb=2048 \
+        -timeout=20 -print_final_stats=1 >"$log" 2>&1
     ended=$?
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$log")
     coverage=$(grep -Eo 'cov: [0-9]+ ft: [0-9]+' "$log" | tail -1)

@@ -1,6 +1,6 @@
 #!/bin/bash
-# A write cache in front of a "disk", a crash in the midst of writing, and every file whole
-# afterwards. usage: demo.sh FOLDER_OF_PROGRAMS
+# Shows a write cache in front of a "disk", crashes it during writes, and checks that every file is
+# whole afterwards. usage: demo.sh FOLDER_OF_PROGRAMS
 set -euo pipefail
 bin=$(cd "$1" && pwd)
 if [ "$(id -u)" != 0 ]; then exec sudo "$0" "$bin"; fi
@@ -18,7 +18,10 @@ end() {
     ! mountpoint -q "$mnt" || umount -l "$mnt" || true
     [ -z "$daemon" ] || kill "$daemon" 2>/dev/null || true
     wait
-    if [ $status != 0 ]; then echo "the demo failed; what the daemon said:"; cat "$dir/daemon.log" || true; fi
+    if [ $status != 0 ]; then
+        echo "the demo failed; the daemon said:"
+        cat "$dir/daemon.log" || true
+    fi
     rm -rf "$dir"
     exit $status
 }
@@ -26,7 +29,7 @@ trap end EXIT
 
 attach() {
     printf '  $ wbctl attach %s &\n' "$name"
-    # What an earlier daemon has said there would pass for this one's word.
+    # The line of an earlier daemon would pass for this one's.
     rm -f "$dir/ready"
     "$bin/wbctl" attach "$name" > "$dir/ready" 2>> "$dir/daemon.log" &
     daemon=$!
@@ -40,8 +43,11 @@ attach() {
     echo "    ready $device"
 }
 files() { (cd "$1" && find . -type f -print0 | sort -z | xargs -0 sha256sum); }
-# Checks the copies in a folder against the checksums that were taken when they were synced.
-verify() { (cd "$1" && sha256sum --quiet -c "$dir/checksums") && echo "    all $(wc -l < "$dir/checksums") files are whole"; }
+# Checks the copies in a folder against the checksums taken when they were synced.
+verify() {
+    (cd "$1" && sha256sum --quiet -c "$dir/checksums") &&
+        echo "    all $(wc -l < "$dir/checksums") files are whole"
+}
 
 PATH=$bin:$PATH
 say "1. A disk of 2 GiB, an SSD of 128 MiB in front of it (two files in $dir)"
@@ -55,8 +61,9 @@ show mkfs.ext4 -q "$device"
 mkdir "$mnt"
 show mount "$device" "$mnt"
 mkdir "$mnt/files" "$mnt/more"
-# 200 MiB of them, and no file alone more than 20.
-find /usr/bin /usr/share /usr/include -xdev -type f -size -20M ! -name $'*\n*' -printf '%s %p\n' 2>/dev/null |
+# 200 MiB of files, none of them larger than 20 MiB.
+find /usr/bin /usr/share /usr/include -xdev -type f -size -20M ! -name $'*\n*' \
+    -printf '%s %p\n' 2>/dev/null |
     awk '(bytes += $1) <= 200 * 1048576 { sub(/^[0-9]+ /, ""); print }' |
     tr '\n' '\0' | xargs -0 cp --parents -t "$mnt/files" || true
 sync -f "$mnt"
@@ -64,9 +71,11 @@ show wbctl list
 files "$mnt/files" > "$dir/checksums"
 echo "    copied $(wc -l < "$dir/checksums") files, $(du -sh "$mnt/files" | cut -f1); all synced"
 
-say "3. The daemon dies by SIGKILL while more is being written, and while the disk lacks some of it"
+say "3. SIGKILL ends the daemon during writes, while the disk still lacks some of the data"
 show wbctl pause "$name"
-(while true; do cp -r "$mnt"/files/usr/bin/[a-d]* "$mnt/more" && sync -f "$mnt" || exit; done) >/dev/null 2>&1 &
+(while true; do
+    cp -r "$mnt"/files/usr/bin/[a-d]* "$mnt/more" && sync -f "$mnt" || exit
+done) >/dev/null 2>&1 &
 writer=$!
 for _ in $(seq 300); do
     dirty=$(wbctl status "$name" --json | sed -n 's/.*"dirty_bytes":\([0-9]*\).*/\1/p')
@@ -84,13 +93,13 @@ umount "$mnt" 2>/dev/null || umount -l "$mnt"
 say "4. What is on the SSD?"
 show wbcheck "$ssd" --backing "$disk"
 
-say "5. Attach again: recover the log, then every file that was synced must be there"
+say "5. Attach again: wb recovers the log, and every synced file must be there"
 attach
 show mount "$device" "$mnt"
 verify "$mnt/files"
 umount "$mnt"
 
-say "6. Write everything back and detach: the disk alone is the filesystem now"
+say "6. Write everything back and detach: now the disk alone holds the filesystem"
 show wbctl detach "$name" --drain
 wait $daemon
 daemon=

@@ -1,6 +1,5 @@
 #!/bin/sh
-# Installs those of the named Debian packages that are missing. Does nothing on a machine without
-# dpkg.
+# Installs the named Debian packages that are missing. Does nothing on a machine without dpkg.
 set -eu
 command -v dpkg-query >/dev/null || { echo "not a Debian machine: install by hand: $*"; exit 0; }
 missing=
@@ -15,4 +14,5 @@ as_root=
 export DEBIAN_FRONTEND=noninteractive
 # shellcheck disable=SC2086 # a list of words
 $as_root apt-get update -qq &&
-    $as_root apt-get install -o DPkg::Lock::Timeout=300 -y -qq --no-install-recommends $missing >/dev/null
+    $as_root apt-get install -o DPkg::Lock::Timeout=300 -y -qq --no-install-recommends $missing \
+        >/dev/null

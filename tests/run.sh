@@ -1,6 +1,6 @@
 #!/bin/bash
-# Runs all tests, and closes with how many passed, failed and were skipped. Skipped tests are listed
-# with the reason.
+# Runs all tests, and prints at the end how many passed, failed and were skipped. Lists skipped
+# tests with the reason.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p target
@@ -10,19 +10,23 @@ rm -f "$WB_SKIP_LOG"
 cargo test --workspace --all-features --no-fail-fast 2>&1 | tee "$log"
 ended=$?
 
-passed=$(grep '^test result' "$log" | grep -Eo '[0-9]+ passed' | awk '{ n += $1 } END { print n + 0 }')
-failed=$(grep '^test result' "$log" | grep -Eo '[0-9]+ failed' | awk '{ n += $1 } END { print n + 0 }')
+# count WORD: how many tests have this result
+count() {
+    grep '^test result' "$log" | grep -Eo "[0-9]+ $1" | awk '{ n += $1 } END { print n + 0 }'
+}
+passed=$(count passed)
+failed=$(count failed)
 skipped=0
 if [ -s "$WB_SKIP_LOG" ]; then
     skipped=$(wc -l < "$WB_SKIP_LOG")
     echo
     cat "$WB_SKIP_LOG"
 fi
-# A skipped test ended early, and was counted as passed.
+# A skipped test ends early and counts as passed.
 passed=$((passed - skipped))
 if [ "$passed" -le 0 ]; then echo "no test ran"; exit 1; fi
 
-# Each fuzz target for a moment. It counts as one test.
+# Fuzzes each target for a moment. This counts as one test.
 if ! cargo fuzz --version >/dev/null 2>&1; then
     echo 'SKIPPED fuzz: needs cargo fuzz; `make tools` installs it'
     skipped=$((skipped + 1))

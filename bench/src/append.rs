@@ -3,31 +3,30 @@
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig;
+use crate::setup;
 use anyhow::Result;
 use fastrand::Rng;
-use libwb::cache::{Cache, OpenOptions};
 use libwb::device::{Device, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_u64};
 use libwb::reactor::Reactor;
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Written on each side for each second that a figure is to take; the slower side takes longer.
+/// Bytes written on each side for each second of a measurement. The slower side takes longer.
 const BYTES_PER_SECOND: u64 = 1 << 30;
-/// Never written to: the log is longer than what is written.
+/// The backing device gets no writes: the log is longer than all that is written.
 const VOLUME_BYTES: u64 = 256 << 20;
-/// Writes between two looks for a signal.
+/// How many writes between two checks for a signal.
 const BURST: u64 = 4096;
 
-/// Writes the same number of bytes to the file in both ways, in turn, each time until they are
-/// durable.
+/// Writes the same number of bytes to the file in both ways, in turn, and makes them durable each
+/// time.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
-    rig::lock_memory();
+    setup::lock_memory();
     let reactor = Reactor::start()?;
     let bytes = BYTES_PER_SECOND * u64::from(options.seconds);
     // Write-back begins when half of the log is dirty.
-    let device = rig::file(&reactor, &options.dir, "cache", bytes * 2 + bytes / 4)?;
+    let device = setup::file(&reactor, &options.dir, "cache", bytes * 2 + bytes / 4)?;
     let rounds = (0..options.rounds)
         .map(|_| {
             let baseline = sequential(&reactor, &device, bytes)?;
@@ -48,17 +47,16 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
 
 fn sequential(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
     let started = Instant::now();
-    reactor.block_on(rig::write_sequentially(device, bytes))?;
-    rig::check_signals()?;
-    Ok(rig::megabytes_per_second(bytes, started))
+    reactor.block_on(setup::write_sequentially(device, bytes))?;
+    setup::check_signals()?;
+    Ok(setup::megabytes_per_second(bytes, started))
 }
 
 fn random(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
     let backing = Arc::new(MemDevice::new("backing", VOLUME_BYTES));
     let runtime = Arc::new(reactor.handle().clone());
     reactor.block_on(async {
-        rig::format(device).await?;
-        let cache = Cache::open(device.clone(), backing, runtime, OpenOptions::serve()).await?;
+        let cache = setup::new_cache(device.clone(), backing, runtime).await?;
         let started = Instant::now();
         let mut random = Rng::with_seed(1);
         let block = [0x5a; BLOCK_BYTES];
@@ -66,11 +64,11 @@ fn random(reactor: &Reactor, device: &Device, bytes: u64) -> Result<f64> {
             let to = BlockNo(random.u64(..VOLUME_BYTES / to_u64(BLOCK_BYTES)));
             cache.write(to.sector(), &block).await?;
             if nth % BURST == 0 {
-                rig::check_signals()?;
+                setup::check_signals()?;
             }
         }
         cache.flush().await?;
-        let figure = rig::megabytes_per_second(bytes, started);
+        let figure = setup::megabytes_per_second(bytes, started);
         cache.close().await?;
         Ok(figure)
     })

@@ -1,11 +1,11 @@
-//! Attaching a cache of 64 GiB that is full of dirty blocks: what is read, how long it takes, and
+//! Attaches a cache of 64 GiB that is full of dirty blocks: what that reads, how long it takes, and
 //! what stays in memory.
 
-use crate::disk::ModelDisk;
 use crate::full_log::{self, Data, VOLUME_BLOCKS};
+use crate::metered_device::MeteredDevice;
+use crate::model_disk::ModelDisk;
 use crate::report::{Goal, Round, Row, Table};
-use crate::watched::Watched;
-use crate::{Options, rig};
+use crate::{Options, setup};
 use anyhow::{Context, Result};
 use libwb::cache::{Cache, OpenOptions, Tunables};
 use libwb::device::Device;
@@ -15,9 +15,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 const CACHE_BYTES: u64 = 64 << 30;
-/// What attaching may take.
+/// How many seconds attaching may take.
 const SECONDS: f64 = 3.0;
-/// What the kernel module takes for a cached block, about.
+/// What the kernel module needs for a cached block, approximately.
 const MODULE_BYTES: f64 = 48.0;
 const MOST_BYTES: f64 = 16.0;
 
@@ -70,9 +70,9 @@ pub(crate) fn memory(options: &Options) -> Result<Vec<Table>> {
 }
 
 fn attach(options: &Options) -> Result<Attached> {
-    rig::check_signals()?;
+    setup::check_signals()?;
     let reactor = Reactor::start()?;
-    let device = rig::sparse_file(&reactor, &options.dir, "cache", CACHE_BYTES)?;
+    let device = setup::sparse_file(&reactor, &options.dir, "cache", CACHE_BYTES)?;
     // Nothing is read from it or written back to it.
     let runtime = Arc::new(reactor.handle().clone());
     let backing: Device =
@@ -80,17 +80,15 @@ fn attach(options: &Options) -> Result<Attached> {
     // Nothing is written back.
     let tunables = Tunables { writeback_threshold: 0, ..Tunables::default() };
     reactor.block_on(async {
-        rig::format(&device).await?;
-        full_log::fill(&device, &rig::extension(&device), Data::Holes).await?;
-        let watched = Arc::new(Watched::new(device));
+        setup::format(&device).await?;
+        full_log::fill(&device, &setup::extension(&device), Data::Holes).await?;
+        let metered = Arc::new(MeteredDevice::new(device));
         let before = resident_bytes()?;
         let started = Instant::now();
-        let cache =
-            Cache::open(watched.clone(), backing, runtime, OpenOptions::serve().tunables(tunables))
-                .await?;
+        let cache = Cache::open(metered.clone(), backing, runtime, OpenOptions::serve().tunables(tunables)).await?;
         let seconds = started.elapsed().as_secs_f64();
         cache.pause();
-        let read = mib(watched.read_bytes());
+        let read = mib(metered.read_bytes());
         let blocks = cache.status().used_blocks;
         let bytes_per_block = per(resident_bytes()?.saturating_sub(before), blocks);
         Ok(Attached { read, seconds, bytes_per_block })

@@ -2,7 +2,7 @@
 
 use crate::full_log::{self, Data};
 use crate::report::{Goal, Round, Row, Table};
-use crate::{Options, rig};
+use crate::{Options, setup};
 use anyhow::{Context, Result, ensure};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use libwb::device::{Device, IoBuf};
@@ -21,7 +21,7 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     let path = full_cache(&options.dir)?;
     let mut rounds = Vec::new();
     for _ in 0..options.rounds {
-        rig::check_signals()?;
+        setup::check_signals()?;
         let baseline = megabytes_per_second(|| read_whole(&path))?;
         rounds.push(Round { baseline, cache: megabytes_per_second(|| wbcheck(&path))? });
     }
@@ -36,36 +36,36 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     }])
 }
 
-// The reactor lets go of a file some time after its last use; wbcheck wants it to itself. So each
-// use has a reactor, which has let go of all when it ends.
+// The reactor closes a file some time after its last use, and wbcheck needs exclusive access. So
+// each use has its own reactor, which closes all files when it ends.
 
 fn full_cache(dir: &Path) -> Result<TempPath> {
     let reactor = Reactor::start()?;
-    let (path, device) = rig::named_file(&reactor, dir, "cache", CACHE_BYTES)?;
+    let (path, device) = setup::named_file(&reactor, dir, "cache", CACHE_BYTES)?;
     reactor.block_on(async {
-        rig::format(&device).await?;
-        full_log::fill(&device, &rig::extension(&device), Data::Written).await
+        setup::format(&device).await?;
+        full_log::fill(&device, &setup::extension(&device), Data::Written).await
     })?;
     Ok(path)
 }
 
 fn read_whole(path: &Path) -> Result<()> {
     let reactor = Reactor::start()?;
-    let device = rig::opened(&reactor, path)?;
+    let device = setup::opened(&reactor, path)?;
     reactor.block_on(read(&device))
 }
 
 fn megabytes_per_second(work: impl FnOnce() -> Result<()>) -> Result<f64> {
     let started = Instant::now();
     work()?;
-    Ok(rig::megabytes_per_second(CACHE_BYTES, started))
+    Ok(setup::megabytes_per_second(CACHE_BYTES, started))
 }
 
 async fn read(device: &Device) -> Result<()> {
     let reads = (0..CACHE_BYTES / to_u64(READ_BYTES))
         .map(|nth| device.read(nth * to_u64(READ_BYTES), IoBuf::zeroed(READ_BYTES)));
     stream::iter(reads)
-        .buffer_unordered(rig::SEGMENTS_IN_FLIGHT)
+        .buffer_unordered(setup::SEGMENTS_IN_FLIGHT)
         .try_for_each(async |_| Ok(()))
         .await?;
     Ok(())

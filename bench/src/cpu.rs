@@ -1,15 +1,13 @@
-//! Processor time per write into the engine, all of its background work included, on devices in
-//! memory.
+//! Processor time per write into the engine, with all of its background work, on devices in memory.
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig::{self, SEGMENT};
+use crate::setup::{self, SEGMENT};
 use anyhow::Result;
 use async_task::Runnable;
 use fastrand::Rng;
 use futures_lite::future::{poll_once, yield_now};
 use futures_util::future::BoxFuture;
-use libwb::cache::{Cache, OpenOptions};
 use libwb::device::{Device, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_u64};
 use libwb::runtime::Runtime;
@@ -21,7 +19,7 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The volume, and of the same size the memory that writes come from: larger than the processor's
+/// The size of the volume, and of the memory that writes come from: larger than the processor's
 /// caches.
 const VOLUME_BYTES: usize = 128 << 20;
 /// Writes in a round for each second that a figure is to take.
@@ -31,7 +29,7 @@ const WRITES_PER_SECOND: u64 = 100_000;
 enum Log {
     /// Nothing is written back.
     Long,
-    /// A few percent of what is written: write-back runs all the time.
+    /// A few percent of the written data: write-back runs all the time.
     Short,
 }
 
@@ -59,7 +57,7 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
 }
 
 fn round(source: &[u8], writes: u64, log: Log) -> Result<Round> {
-    rig::check_signals()?;
+    setup::check_signals()?;
     let baseline = copy_and_checksum(source, writes);
     Ok(Round { baseline, cache: engine(source, writes, log)? })
 }
@@ -89,14 +87,13 @@ fn engine(source: &[u8], writes: u64, log: Log) -> Result<f64> {
         Log::Long => bytes * 2 + bytes / 4,
         Log::Short => 32 << 20,
     };
-    // Not zeros, so that all of it is resident.
+    // Not zeros, so that all memory is resident.
     let cache: Device = Arc::new(MemDevice::with_content("cache", vec![0xa5; log]));
     let backing: Device = Arc::new(MemDevice::with_content("backing", vec![0xa5; VOLUME_BYTES]));
     let here = Arc::new(ThisThread::new());
     let runtime = here.clone();
     here.block_on(async move {
-        rig::format(&cache).await?;
-        let cache = Cache::open(cache, backing, runtime, OpenOptions::serve()).await?;
+        let cache = setup::new_cache(cache, backing, runtime).await?;
         let mut random = Rng::with_seed(1);
         let started = processor_time();
         for _ in 0..writes {
@@ -120,7 +117,7 @@ fn nanoseconds_each(started: Duration, count: u64) -> f64 {
     processor_time().saturating_sub(started).as_secs_f64() * 1e9 / count as f64
 }
 
-/// Runs all tasks on the thread that waits for one of them. Sleeps do not end: nothing here is
+/// Runs all tasks on the thread that waits for one of them. Sleeps never end, since nothing here is
 /// idle.
 struct ThisThread {
     tasks: Arc<Mutex<VecDeque<Runnable>>>,
@@ -132,8 +129,8 @@ impl ThisThread {
         ThisThread { tasks: Arc::default(), started: Instant::now() }
     }
 
-    /// Polls a future, and runs the tasks that are ready in between, until it ends. Everything here
-    /// is either ready or waits for another task, so there is no need to sleep.
+    /// Polls a future until it ends, and runs ready tasks in between. A task is either ready or
+    /// waits for another task, so there is no need to sleep.
     fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         let mut future = std::pin::pin!(future);
         futures_lite::future::block_on(async {

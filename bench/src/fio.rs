@@ -1,6 +1,6 @@
-//! Load from fio.
+//! Workload from fio.
 
-use crate::rig;
+use crate::setup;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use std::io::Read;
@@ -10,7 +10,7 @@ use std::time::Duration;
 
 /// What to do to a device.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Load {
+pub(crate) struct Workload {
     pub(crate) name: &'static str,
     /// In fio's words.
     pub(crate) pattern: &'static str,
@@ -35,9 +35,9 @@ struct Direction {
 }
 
 /// Applies a load of 4 KiB requests for some seconds. Returns requests per second.
-pub(crate) fn run(device: &Path, load: Load, seconds: u32) -> Result<f64> {
+pub(crate) fn run(device: &Path, load: Workload, seconds: u32) -> Result<f64> {
     let mut command = command(device, load.pattern, 4096, load.depth);
-    // A short run-up, so that neither side is measured while it starts.
+    // A short run-up keeps the start of both sides out of the figures.
     command
         .args(["--time_based", "--norandommap", "--ramp_time=500ms"])
         .arg(format!("--runtime={seconds}"));
@@ -78,7 +78,7 @@ fn finish(mut command: Command) -> Result<Job> {
         stdout.read_to_string(&mut text).map(|_| text)
     });
     while running.0.try_wait()?.is_none() {
-        rig::check_signals()?;
+        setup::check_signals()?;
         std::thread::sleep(Duration::from_millis(20));
     }
     let text = reader.join().map_err(|_| anyhow::anyhow!("fio's output cannot be read"))??;

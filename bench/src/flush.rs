@@ -1,13 +1,12 @@
-//! Small writes that are flushed one by one: how long each takes, and what it costs the cache
-//! device.
+//! Small writes with a flush each: how long each takes, and what it costs the cache device.
 
 use crate::Options;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig;
+use crate::setup;
 use anyhow::Result;
 use fastrand::Rng;
 use futures_util::future::try_join_all;
-use libwb::cache::{Cache, OpenOptions, Status};
+use libwb::cache::Status;
 use libwb::device::{Device, IoBuf, MemDevice, SharedBuf};
 use libwb::format::{BLOCK_BYTES, BlockNo, PLACES, SEGMENT_BYTES, to_u64};
 use libwb::reactor::Reactor;
@@ -31,7 +30,7 @@ struct Cost {
 /// Measures both sides in turn, with one request at a time and with sixteen.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     let reactor = Reactor::start()?;
-    let device = rig::file(&reactor, &options.dir, "cache", LOG_BYTES)?;
+    let device = setup::file(&reactor, &options.dir, "cache", LOG_BYTES)?;
     let mut latency = Vec::new();
     let mut bytes = Vec::new();
     let rows = [
@@ -46,7 +45,7 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     for (depth, name, log_name, bytes_name) in rows {
         let (mut times, mut log, mut written) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..options.rounds {
-            rig::check_signals()?;
+            setup::check_signals()?;
             let length = Duration::from_secs(options.seconds.into());
             let baseline = reactor.block_on(raw(&device, depth, length))?;
             let cost = reactor.block_on(engine(&reactor, &device, depth, length))?;
@@ -77,8 +76,8 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     ])
 }
 
-/// Does something over and over, several at a time. Returns the mean time in microseconds, and how
-/// often it was done.
+/// Repeats an operation, several at a time. Returns the mean time in microseconds, and the number
+/// of repetitions.
 async fn repeat(
     depth: u64,
     length: Duration,
@@ -116,9 +115,8 @@ async fn raw(device: &Device, depth: u64, length: Duration) -> Result<f64> {
 
 async fn engine(reactor: &Reactor, device: &Device, depth: u64, length: Duration) -> Result<Cost> {
     let backing = Arc::new(MemDevice::new("backing", VOLUME_BYTES));
-    rig::format(device).await?;
     let runtime = Arc::new(reactor.handle().clone());
-    let cache = Cache::open(device.clone(), backing, runtime, OpenOptions::serve()).await?;
+    let cache = setup::new_cache(device.clone(), backing, runtime).await?;
     let before = cache.status();
     let data = [0x5a; BLOCK_BYTES];
     let once = async |nth| {
@@ -136,7 +134,7 @@ async fn engine(reactor: &Reactor, device: &Device, depth: u64, length: Duration
     })
 }
 
-/// Bytes of the log taken since its beginning: whole segments, and of the current one a part.
+/// Bytes of the log used since its beginning: whole segments, and part of the current one.
 #[allow(clippy::cast_precision_loss)] // a figure
 fn log_bytes(status: &Status) -> f64 {
     let places = status.current.0 * u64::from(PLACES) + status.next_place % u64::from(PLACES);

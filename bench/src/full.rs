@@ -1,14 +1,14 @@
-//! Writes from an empty cache to a full one, over a backing device that is much slower. In virtual
-//! time, so that what is seen is the policy, and not what else the machine does.
+//! Writes from an empty cache to a full one, over a much slower backing device. Virtual time shows
+//! the policy alone, and not what else the machine does.
 
 use crate::Options;
+use crate::metered_device::MeteredDevice;
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig;
+use crate::setup;
 use crate::virtual_time::VirtualTime;
-use crate::watched::Watched;
 use anyhow::{Context, Result};
 use futures_util::future::try_join_all;
-use libwb::cache::{Cache, OpenOptions};
+use libwb::cache::Cache;
 use libwb::device::{Device, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_u64, to_usize};
 use libwb::runtime::Runtime;
@@ -19,14 +19,14 @@ use std::time::Duration;
 const LOG_BYTES: u64 = 128 << 20;
 const VOLUME_BYTES: u64 = 1 << 30;
 const VOLUME_BLOCKS: u64 = VOLUME_BYTES / BLOCK_BYTES as u64;
-/// What the backing device writes in a second.
+/// What the backing device writes in a second, in bytes.
 const RATE: f64 = 64.0 * 1024.0 * 1024.0;
 const WRITERS: usize = 8;
-/// What a write takes that waits for nothing. A front end is about as fast.
+/// How long a write takes that waits for nothing. A front end is about as fast.
 const SERVICE: Duration = Duration::from_micros(20);
 /// How long the full cache is watched.
 const LENGTH: Duration = Duration::from_secs(30);
-/// The log counts as full from the moment when less than this part of it is free: one in so many.
+/// The log counts as full once less than one part in this many is free.
 const FULL: u64 = 8;
 
 /// How far the log has filled up.
@@ -46,36 +46,35 @@ struct Seen {
     next: Cell<u64>,
 }
 
-/// Measures once: nothing here is left to chance.
+/// Measures once: the result is the same each time.
 pub(crate) fn measure(_options: &Options) -> Result<Vec<Table>> {
     let time = VirtualTime::default();
     let runtime: Arc<dyn Runtime> = Arc::new(time.clone());
     let cache: Device = Arc::new(MemDevice::new("cache", LOG_BYTES));
     let memory: Device = Arc::new(MemDevice::new("backing", VOLUME_BYTES));
-    let backing: Device = Arc::new(Watched::throttled(memory, runtime.clone(), RATE));
+    let backing: Device = Arc::new(MeteredDevice::throttled(memory, runtime.clone(), RATE));
     let seen = Seen::default();
     let run = async {
-        rig::format(&cache).await?;
-        let cache = Cache::open(cache, backing, runtime, OpenOptions::serve()).await?;
+        let cache = setup::new_cache(cache, backing, runtime).await?;
         try_join_all((0..WRITERS).map(|_| writer(&cache, &seen, &time))).await?;
         let took = seen.full_since.get().map(|since| time.now() - since).unwrap_or_default();
         cache.close().await?;
         anyhow::Ok(took)
     };
-    let took = time.block_on(run).context("somebody waits for nothing")??;
+    let took = time.block_on(run).context("a future waits for an event that never comes")??;
     Ok(tables(&seen, took))
 }
 
 async fn writer(cache: &Cache, seen: &Seen, time: &VirtualTime) -> Result<()> {
     let data = [0x5a; BLOCK_BYTES];
     while seen.full_since.get().is_none_or(|since| time.now() - since < LENGTH) {
-        rig::check_signals()?;
+        setup::check_signals()?;
         let nth = seen.next.get();
         seen.next.set(nth + 1);
         if seen.full_since.get().is_none() {
             note_phase(cache, seen, time);
         }
-        // Scattered, and none twice before all were written: the factor is odd.
+        // Scattered, and no block twice before all were written: the factor is odd.
         let block = BlockNo(nth.wrapping_mul(0x9e37_79b9) % VOLUME_BLOCKS);
         let before = time.now();
         cache.write(block.sector(), &data).await?;

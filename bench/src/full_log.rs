@@ -10,14 +10,14 @@ use libwb::format::{
 
 /// Blocks of the volume: 1 TiB.
 pub(crate) const VOLUME_BLOCKS: u64 = 1 << 28;
-/// How far a segment's header says that the log is durable: so many before itself.
+/// A segment's header says that the log is durable up to this many segments before itself.
 const UNDURABLE: u64 = 8;
 
 /// What the data blocks hold.
 pub(crate) enum Data {
-    /// Zeros, which are not written: the device holds nothing but them.
+    /// Zeros, which are not written: the device already holds zeros.
     Holes,
-    /// Something.
+    /// Anything but zeros, written out.
     Written,
 }
 
@@ -47,7 +47,7 @@ pub(crate) async fn fill(
 }
 
 fn header(block: &mut [u8; BLOCK_BYTES], slot: Slot, digest: u32, crc: u32, payload: &[u8]) {
-    // Distinct, and scattered over the volume: the factor is odd.
+    // Blocks are distinct and scattered over the volume: the factor is odd.
     let block_at = |place: u64| BlockNo(place.wrapping_mul(0x9e37_79b9_7f4a_7c15) % VOLUME_BLOCKS);
     let first = u64::from(slot.0) * u64::from(PLACES);
     let metablocks: Vec<_> = (first..first + u64::from(PLACES))

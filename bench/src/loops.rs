@@ -1,12 +1,11 @@
-//! A loop device over a cache, against the same front end without one: over plain memory where the
-//! cache device is memory, and over a file where it is a file.
+//! A loop device over a cache, against the same front end without a cache. Both stand on memory, or
+//! both on files.
 
-use crate::fio::{self, Load};
-use crate::memory::{Memory, Plain};
+use crate::fio::{self, Workload};
 use crate::report::{Goal, Round, Row, Table};
-use crate::{Options, rig};
+use crate::uncached::{DeviceVolume, MemoryVolume};
+use crate::{Options, setup};
 use anyhow::Result;
-use libwb::cache::{Cache, OpenOptions};
 use libwb::device::{Device, MemDevice};
 use libwb::format::to_usize;
 use libwb::reactor::Reactor;
@@ -14,32 +13,32 @@ use libwb::serve::Volume;
 use libwb::serve::loopdev::{LoopDevice, Options as LoopOptions, Reserved};
 use std::sync::Arc;
 
-/// What is served: few enough bytes that all of them fit the cache, so that reads are hits.
+/// The size of the volume. All of it fits the cache, so that reads are hits.
 const VOLUME_BYTES: u64 = 512 << 20;
-/// More than a cache is written in a second.
+/// More bytes than a cache takes in a second.
 const BYTES_PER_SECOND: u64 = 600 << 20;
 
-const LOADS: [Load; 4] = [
-    Load { name: "4 KiB random write, 32 in flight", pattern: "randwrite", depth: 32 },
-    Load { name: "4 KiB random write, 1 in flight", pattern: "randwrite", depth: 1 },
-    Load { name: "4 KiB random read, 32 in flight", pattern: "randread", depth: 32 },
-    Load { name: "4 KiB random read, 1 in flight", pattern: "randread", depth: 1 },
+const WORKLOADS: [Workload; 4] = [
+    Workload { name: "4 KiB random write, 32 in flight", pattern: "randwrite", depth: 32 },
+    Workload { name: "4 KiB random write, 1 in flight", pattern: "randwrite", depth: 1 },
+    Workload { name: "4 KiB random read, 32 in flight", pattern: "randread", depth: 32 },
+    Workload { name: "4 KiB random read, 1 in flight", pattern: "randread", depth: 1 },
 ];
 
 /// Measures both pairs.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
-    rig::lock_memory();
+    setup::lock_memory();
     Ok(vec![in_memory(options)?, on_files(options)?])
 }
 
-/// Write-back begins when half of the log is dirty; it is to be idle while a figure is taken.
+/// Write-back begins when half of the log is dirty, and must be idle during measurements.
 fn log_bytes(options: &Options) -> u64 {
     2 * (VOLUME_BYTES + BYTES_PER_SECOND * u64::from(options.seconds + 1))
 }
 
 fn in_memory(options: &Options) -> Result<Table> {
     let reactor = Reactor::start()?;
-    // Not zeros, which are given memory as late as they are written.
+    // Not zeros, for which the kernel allocates memory only on the first write.
     let memory = |name, bytes| -> Device {
         Arc::new(MemDevice::with_content(name, vec![0xa5; to_usize(bytes)]))
     };
@@ -48,15 +47,15 @@ fn in_memory(options: &Options) -> Result<Table> {
         title: "Loop device: cache and backing device are in memory".into(),
         unit: "requests per second",
         baseline: "the same front end over plain memory",
-        rows: compare(options, &reactor, Memory::new(VOLUME_BYTES), device, backing)?,
+        rows: compare(options, &reactor, MemoryVolume::new(VOLUME_BYTES), device, backing)?,
     })
 }
 
 fn on_files(options: &Options) -> Result<Table> {
     let reactor = Reactor::start()?;
-    let file = |name, bytes| rig::file(&reactor, &options.dir, name, bytes);
+    let file = |name, bytes| setup::file(&reactor, &options.dir, name, bytes);
     let (device, backing) = (file("cache", log_bytes(options))?, file("backing", VOLUME_BYTES)?);
-    let plain = Plain(file("plain", VOLUME_BYTES)?);
+    let plain = DeviceVolume(file("plain", VOLUME_BYTES)?);
     Ok(Table {
         title: format!(
             "Loop device: cache and backing device are files with direct I/O in {}",
@@ -76,11 +75,8 @@ fn compare(
     device: Device,
     backing: Device,
 ) -> Result<Vec<Row>> {
-    let cache = reactor.block_on(async {
-        rig::format(&device).await?;
-        let runtime = Arc::new(reactor.handle().clone());
-        anyhow::Ok(Cache::open(device, backing, runtime, OpenOptions::serve()).await?)
-    })?;
+    let runtime = Arc::new(reactor.handle().clone());
+    let cache = reactor.block_on(setup::new_cache(device, backing, runtime))?;
     let baseline = serve(baseline, reactor)?;
     let cached = match serve(cache.clone(), reactor) {
         Ok(cached) => cached,
@@ -108,13 +104,13 @@ fn rows(
 ) -> Result<Vec<Row>> {
     fio::fill(baseline.path())?;
     fio::fill(cached.path())?;
-    let mut rounds = LOADS.map(|load| (load, Vec::new()));
+    let mut rounds = WORKLOADS.map(|load| (load, Vec::new()));
     for nth in 0..options.rounds {
         for (load, rounds) in &mut rounds {
-            // What an earlier load has left must not be written back while this one runs.
+            // The dirty data of an earlier load must not be written back while this one runs.
             drain()?;
             let run = |served: &LoopDevice| fio::run(served.path(), *load, options.seconds);
-            // Neither is always the first, in case that is of advantage.
+            // Each side goes first in turn, in case that is an advantage.
             rounds.push(if nth % 2 == 0 {
                 let baseline = run(baseline)?;
                 Round { baseline, cache: run(cached)? }

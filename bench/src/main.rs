@@ -1,23 +1,22 @@
-//! `wb-bench`: what wb costs. Each figure is measured beside the thing that it is compared with, in
-//! the same run and in turn with it, and the ratio is the median over rounds: the machine may be
-//! slower tomorrow, the ratio is not. Some, such as bytes of memory, are held against a fixed
-//! figure that they name.
+//! `wb-bench` measures what wb costs. It measures each figure in turn with its baseline in the same
+//! run, and reports the median of the ratios over rounds. A slower machine does not change the
+//! ratio. Some figures, such as bytes of memory, have a fixed baseline, which they name.
 
 mod append;
 mod attach;
 mod check;
 mod cpu;
-mod disk;
 mod fio;
 mod flush;
 mod full;
 mod full_log;
 mod loops;
-mod memory;
+mod metered_device;
+mod model_disk;
 mod report;
-mod rig;
+mod setup;
+mod uncached;
 mod virtual_time;
-mod watched;
 mod writeback;
 
 use anyhow::{Result, ensure};
@@ -42,10 +41,12 @@ struct Options {
     #[arg(long, global = true)]
     json: bool,
     /// How long to measure each figure in each round
-    #[arg(long, global = true, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=60))]
+    #[arg(long, global = true, default_value_t = 3, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=60))]
     seconds: u32,
     /// How often to measure each figure
-    #[arg(long, global = true, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100))]
+    #[arg(long, global = true, default_value_t = 3, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
     /// Where to put the cache and backing files; a filesystem with direct I/O says most
     #[arg(long, global = true, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
@@ -110,7 +111,7 @@ fn run(cli: &Cli) -> Result<()> {
             "only root can make loop devices and mounts; all but 'loop' and 'all' need no root"
         );
     }
-    rig::watch_signals()?;
+    setup::watch_signals()?;
     let mut tables: Vec<Table> = Vec::new();
     for (what, measure) in MEASUREMENTS {
         if !all && cli.what != what {

@@ -8,7 +8,7 @@ use std::fmt;
 pub(crate) struct Table {
     /// What was measured, where.
     pub(crate) title: String,
-    /// Of what the figures are a count.
+    /// The unit of the figures.
     pub(crate) unit: &'static str,
     /// What the baseline is.
     pub(crate) baseline: &'static str,
@@ -68,7 +68,7 @@ pub(crate) struct Round {
 }
 
 impl Row {
-    /// Sums rounds up.
+    /// Summarizes rounds.
     pub(crate) fn new(workload: &'static str, goal: Goal, rounds: Vec<Round>) -> Row {
         let ratio = median(rounds.iter().map(|round| round.cache / round.baseline));
         Row {
@@ -83,7 +83,7 @@ impl Row {
     }
 }
 
-/// The middle one; of an even number, the mean of the two in the middle.
+/// The middle figure, or the mean of the two middle ones.
 fn median(figures: impl Iterator<Item = f64>) -> f64 {
     let mut figures: Vec<f64> = figures.collect();
     figures.sort_by(f64::total_cmp);
@@ -127,7 +127,7 @@ impl fmt::Display for Table {
     }
 }
 
-/// With as many digits as say something.
+/// A figure with as many digits as are useful.
 fn figure(value: f64) -> String {
     if value.abs() < 100.0 { format!("{value:.2}") } else { format!("{value:.0}") }
 }

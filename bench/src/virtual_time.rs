@@ -1,4 +1,4 @@
-//! A runtime on one thread whose time passes only when nothing is left to do: a model of a disk
+//! A runtime on one thread whose time passes only if nothing is left to do. So a model of a disk
 //! takes no real time.
 
 use async_task::Runnable;
@@ -22,12 +22,12 @@ struct State {
     timers_made: u64,
 }
 
-/// The runtime. All clones are the same.
+/// The runtime. All clones share it.
 #[derive(Clone, Default)]
 pub(crate) struct VirtualTime(Arc<Mutex<State>>);
 
 impl VirtualTime {
-    /// Runs everything until a future ends. None when nothing is left that could end it.
+    /// Runs everything until a future ends. `None` if nothing is left that could end it.
     pub(crate) fn block_on<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         let mut future = pin!(future);
         futures_lite::future::block_on(async {
@@ -76,8 +76,8 @@ impl Runtime for VirtualTime {
             if state.now >= timer.0 {
                 return Poll::Ready(());
             }
-            // One timer, however often it is polled: where futures are polled together, each that
-            // fired would add to all.
+            // One timer, however often it is polled. Otherwise futures that are polled together
+            // would add timers each time.
             state.timers.insert(timer, context.waker().clone());
             Poll::Pending
         }))

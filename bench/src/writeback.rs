@@ -1,16 +1,15 @@
-//! The time that a hard disk, as modelled, takes to get what is dirty, under the engine's policy
-//! and under the kernel module's, which is modelled here: the oldest 32 segments at a time, sorted,
-//! neighbours merged.
+//! The time that a modelled hard disk needs for write-back under the engine's policy and under the
+//! kernel module's. The module's policy is modelled here: it takes the oldest 32 segments at a
+//! time, sorts their blocks and merges neighbours.
 
 use crate::Options;
-use crate::disk::{ModelDisk, QUEUE};
+use crate::model_disk::{ModelDisk, QUEUE};
 use crate::report::{Goal, Round, Row, Table};
-use crate::rig;
+use crate::setup;
 use crate::virtual_time::VirtualTime;
 use anyhow::{Context, Result};
 use fastrand::Rng;
 use futures_util::{StreamExt, stream};
-use libwb::cache::{Cache, OpenOptions};
 use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, BlockNo, PLACES, SEGMENT_BYTES, to_u64, to_usize};
 use libwb::runtime::Runtime;
@@ -21,14 +20,14 @@ use std::sync::Arc;
 const WRITTEN_BYTES: u64 = 1 << 30;
 const DISK_BYTES: u64 = 1 << 40;
 const DISK_BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES as u64;
-/// Twice what is written: write-back begins when half of the log is dirty.
+/// Twice the written data: write-back begins when half of the log is dirty.
 const LOG_BYTES: u64 = 2 * WRITTEN_BYTES + (64 << 20);
 /// What the module takes at a time.
 const MODULE_BATCH: usize = 32;
-/// The longest write, of either.
+/// The longest write of either policy.
 const RUN_BLOCKS: u64 = (1 << 20) / BLOCK_BYTES as u64;
 
-/// Measures each set once: nothing here is left to chance.
+/// Measures each set once: the result is the same each time.
 pub(crate) fn measure(_options: &Options) -> Result<Vec<Table>> {
     type Set = (&'static str, Goal, fn(u64) -> Vec<BlockNo>);
     let sets: [Set; 4] = [
@@ -39,7 +38,7 @@ pub(crate) fn measure(_options: &Options) -> Result<Vec<Table>> {
     ];
     let mut rows = Vec::new();
     for (name, goal, set) in sets {
-        rig::check_signals()?;
+        setup::check_signals()?;
         let writes = set(WRITTEN_BYTES / to_u64(BLOCK_BYTES));
         let baseline = module(&writes)?;
         rows.push(Row::new(name, goal, vec![Round { baseline, cache: engine(&writes)? }]));
@@ -61,8 +60,7 @@ fn engine(writes: &[BlockNo]) -> Result<f64> {
     let disk = ModelDisk::new(runtime.clone(), DISK_BYTES);
     let device: Device = Arc::new(MemDevice::new("cache", LOG_BYTES));
     let run = async {
-        rig::format(&device).await?;
-        let cache = Cache::open(device, Arc::new(disk), runtime, OpenOptions::serve()).await?;
+        let cache = setup::new_cache(device, Arc::new(disk), runtime).await?;
         cache.pause();
         let data = [0x5a; BLOCK_BYTES];
         for block in writes {
@@ -75,7 +73,7 @@ fn engine(writes: &[BlockNo]) -> Result<f64> {
         cache.close().await?;
         anyhow::Ok(took.as_secs_f64())
     };
-    time.block_on(run).context("the engine waits for nothing")?
+    time.block_on(run).context("the engine waits for an event that never comes")?
 }
 
 fn module(writes: &[BlockNo]) -> Result<f64> {
@@ -104,12 +102,12 @@ fn module(writes: &[BlockNo]) -> Result<f64> {
             .await;
         }
     };
-    time.block_on(run).context("the disk waits for nothing")?;
+    time.block_on(run).context("the disk waits for an event that never comes")?;
     Ok(time.now().as_secs_f64())
 }
 
-/// Which blocks each segment holds. One that is written again while its segment is open takes no
-/// second place.
+/// Which blocks each segment holds. A block that is written again while its segment is open takes
+/// no second place.
 fn segments(writes: &[BlockNo]) -> Vec<HashSet<BlockNo>> {
     let mut segments = vec![HashSet::new()];
     for &block in writes {
@@ -140,9 +138,10 @@ fn uniform(count: u64) -> Vec<BlockNo> {
     (0..count).map(|_| BlockNo(random.u64(..DISK_BLOCKS))).collect()
 }
 
-/// The nth most frequent block is written as often as 1/n; neighbours in frequency are none on the
-/// disk.
-#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a model
+/// The nth most frequent block is written in proportion to 1/n. Neighbours in frequency are not
+/// neighbours on the disk.
+// A model.
+#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
 fn zipf(count: u64) -> Vec<BlockNo> {
     const ODD: u64 = 0x9e37_79b9_7f4a_7c15;
     let mut random = Rng::with_seed(2);
@@ -154,14 +153,14 @@ fn zipf(count: u64) -> Vec<BlockNo> {
     (0..count).map(|_| one()).collect()
 }
 
-/// Sixteen files grow at a time, 64 KiB by 64 KiB, each in a free stretch of one of 256 groups; a
-/// journal of 128 MiB goes round; the group's bitmap and an inode block are written each time.
+/// Sixteen files grow at a time, 64 KiB by 64 KiB, each in a free stretch of one of 256 groups.
+/// Each step also writes the group's bitmap, an inode block, and a circular journal of 128 MiB.
 fn filesystem(count: u64) -> Vec<BlockNo> {
     files(count, false)
 }
 
-/// And one write in ten goes into a database of 4 GiB, anywhere: to get these few alone takes
-/// longer than all else.
+/// In addition, one write in ten goes anywhere into a database of 4 GiB. Write-back of these few
+/// alone takes longer than that of all others.
 fn filesystem_with_database(count: u64) -> Vec<BlockNo> {
     files(count, true)
 }
@@ -176,7 +175,7 @@ fn files(count: u64, with_database: bool) -> Vec<BlockNo> {
     let mut random = Rng::with_seed(3);
     let mut writes: Vec<BlockNo> = Vec::new();
     let mut free: Vec<u64> = (0..GROUPS).map(|group| group * GROUP + METADATA).collect();
-    // Of each file, where it goes on, and how many chunks are to come.
+    // For each file: where it continues, and how many chunks are left.
     let mut files = [(0, 0_u64); 16];
     let mut journal = 0;
     while to_u64(writes.len()) < count {

@@ -1,4 +1,5 @@
-"""CRC-32C (Castagnoli; initial value and final xor all ones), in Python alone and yet fast enough for devices."""
+"""CRC-32C (Castagnoli; initial value and final xor all ones) in pure Python, fast enough for
+devices."""
 import functools
 
 BLOCK = 4096
@@ -9,14 +10,14 @@ for value in range(256):
         value = value >> 1 ^ (POLYNOMIAL if value & 1 else 0)
     TABLE.append(value)
 
-# Multiples of the polynomial that have few terms: x^5685 + x^1362 + x^426 + 1, and so on. With one,
-# all bits of a message above x^5685 are moved down at once, many hundred at a time, which Python
-# does faster than byte by byte.
+# Multiples of the polynomial that have few terms: x^5685 + x^1362 + x^426 + 1, and so on. Each
+# moves many hundred bits of a message above its highest power down at once. Python does that faster
+# than byte by byte.
 FOLDS = ((5685, 1362, 426), (1160, 544, 452, 428, 128), (290, 136, 113, 107, 32))
 
 
 def register(data, state):
-    """What becomes of the register when data runs through it. Bit 0 of the first byte is the highest power of x."""
+    """The register after data has run through it. Bit 0 of the first byte is the highest power."""
     bits = 8 * len(data)
     message = int.from_bytes(data, "little") ^ state
     for top, *terms in FOLDS:
@@ -39,13 +40,13 @@ def crc32c(data):
     return register(data, 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
-# What each bit of a CRC becomes when a block of zeros follows. The CRC of A and then a block B is
-# that of A, moved past a block of zeros, xor that of B.
+# What each bit of a CRC becomes when a block of zeros follows. The CRC of A followed by a block B
+# is the CRC of A, moved past a block of zeros, xor the CRC of B.
 PAST_BLOCK = [register(bytes(BLOCK), 1 << bit) for bit in range(32)]
 
 
 def append_block(crc, block):
-    """The CRC of what had this CRC and a block that follows it."""
+    """The CRC of data with the CRC `crc`, followed by `block`."""
     moved = crc32c(block)
     for bit in range(32):
         if crc >> bit & 1:
@@ -54,4 +55,5 @@ def append_block(crc, block):
 
 
 assert crc32c(b"123456789") == 0xE3069283
-assert crc32c(bytes(range(256)) * 48) == append_block(crc32c(bytes(range(256)) * 32), bytes(range(256)) * 16)
+NUMBERS = bytes(range(256))
+assert crc32c(NUMBERS * 48) == append_block(crc32c(NUMBERS * 32), NUMBERS * 16)

@@ -1,17 +1,23 @@
 #!/usr/bin/env python3
 """A second reader of cache devices, written from wb(5) alone.
 
-    reader.py CACHE [BACKING]     prints what the cache device holds, as a line of JSON
-    reader.py                     the same for each line "CACHE" or "CACHE<tab>BACKING" of standard input
+    reader.py CACHE [BACKING]   prints what the cache device holds, as a line of JSON
+    reader.py                   the same for each line of standard input, which is
+                                "CACHE" or "CACHE<tab>BACKING"
 
-It changes nothing and needs nothing but Python 3. It is a test of the manual page: where it and wb differ, the page
-or one of the two is wrong. So it must not be mended by a look at wb's code, but by a better page. The sections named
-below are those of wb(5).
+It changes nothing and needs only Python 3. It tests the manual page: where it and wb differ, the
+page or one of the two is wrong. So mend it with a better page, never with a look at wb's code. The
+sections named below are those of wb(5).
 
-Members of the JSON: "refused", a list of reasons, empty where the device is accepted; "record", the superblock record;
-"written_back" (W), "highest" (H), "point" (P), "skipped", "dropped" and "live", ids of segments; "clean", whether the
-cache was closed in order and nothing was written since; "read_only", whether it must not be written. With a backing
-device, "unreadable", the blocks whose data fails its CRC, and "sha256", that of the volume where there are none.
+Members of the JSON:
+
+    refused       a list of reasons, empty if the device is accepted
+    record        the superblock record
+    written_back, highest, point    W, H and P, ids of segments
+    skipped, dropped, live          lists of ids of segments
+    read_only     whether the device must not be written
+    unreadable    with a backing device: the blocks whose data fails its CRC
+    sha256        with a backing device: the SHA-256 of the volume, if all blocks are readable
 """
 import hashlib
 import json
@@ -26,8 +32,7 @@ PLACES = 127
 LARGEST_ID = 1 << 56
 LAST_SANE_ID = 1 << 55
 
-# --- Layout
-# ----------------------------------------------------------------------------------------------------------
+# --- Layout ---
 
 
 def u32(data, at):
@@ -39,7 +44,7 @@ def u64(data, at):
 
 
 def without(data, *places):
-    """The same bytes, with four zeros at each of some places, which is how a CRC is taken over itself."""
+    """The same bytes with four zeros at each place. A CRC that covers itself is taken this way."""
     data = bytearray(data)
     for at in places:
         data[at : at + 4] = bytes(4)
@@ -54,7 +59,8 @@ class Page:
         self.generation = u64(block, 8)
         holds = u32(block, 4092) == crc32c(block[:4092])
         self.is_sound = self.is_there and holds and self.generation < 2**63
-        self.version, self.incompatible, self.read_compatible, has_mark = struct.unpack_from("<4I", block, 16)
+        numbers = struct.unpack_from("<4I", block, 16)
+        self.version, self.incompatible, self.read_compatible, has_mark = numbers
         self.clean = u64(block, 32) if has_mark == 1 else 0
         self.digest = crc32c(block[48:64])
         self.backing_sectors = u64(block, 128)
@@ -105,7 +111,8 @@ class Slot:
                 if before_commits:
                     self.proved = u32(first, 24) == crc32c(without(self.header, 24))
                 else:
-                    self.proved = first[56] == 1 and u32(first, 64) == crc32c(without(first, 24, 64))
+                    cleared = without(first, 24, 64)
+                    self.proved = first[56] == 1 and u32(first, 64) == crc32c(cleared)
                 if not self.proved:
                     return "torn" if before_commits else "damaged"
             elif digest is not None:
@@ -148,7 +155,8 @@ class Slot:
         crc = crc32c(header[512:])
         for index in range(length):
             crc = append_block(crc, self.data(index))
-        entries = [struct.unpack_from("<QBBxxI", header, 512 + 16 * index) for index in range(length)]
+        places = range(512, 512 + 16 * length, 16)
+        entries = [struct.unpack_from("<QBBxxI", header, at) for at in places]
         if crc != checksum or any(address % 8 for address, *_ in entries):
             return False
         self.entries = entries
@@ -158,12 +166,11 @@ class Slot:
         return self.device.read(self.offset + BLOCK * (1 + index), BLOCK)
 
 
-# --- Recovery
-# --------------------------------------------------------------------------------------------------------
+# --- Recovery ---
 
 
 class Device:
-    """A device or file, of which only what is asked for is read."""
+    """A device or file. Reads only what the caller asks for."""
 
     def __init__(self, path):
         self.fd = os.open(path, os.O_RDONLY)
@@ -177,7 +184,7 @@ class Device:
 
 
 class Log:
-    """What recovery makes of a cache device. `refused` says why it must not be used, if it must not."""
+    """What recovery makes of a cache device. `refused` holds the reasons not to use it."""
 
     def __init__(self, device):
         self.refused = []
@@ -187,9 +194,10 @@ class Log:
             return self.refuse("size")
         if u32(device.read(0, 4), 0) != 0x57427374:
             return self.refuse("magic")
-        # Of two with the same generation, max() takes the first.
+        # If both have the same generation, max() takes the first.
         pages = [Page(device.read(at, BLOCK)) for at in (128 * 1024, 64 * 1024)]
-        self.page = max((page for page in pages if page.is_sound), key=lambda page: page.generation, default=None)
+        sound = [page for page in pages if page.is_sound]
+        self.page = max(sound, key=lambda page: page.generation, default=None)
         digest = self.page and self.page.digest
         record = Record(device.read(REGION - SECTOR, SECTOR), digest)
         if not record.is_sound:
@@ -228,7 +236,7 @@ class Log:
         return [slot.id for slot in self.all_slots if slot.kind == "valid"]
 
     def find_claims(self):
-        """What headers that prove themselves say, and the clean mark."""
+        """Reads the claims of proved headers, and the clean mark."""
         self.durable = self.page.clean if self.page else 0
         self.claimed_back = 0
         for slot in self.all_slots:
@@ -239,7 +247,7 @@ class Log:
                     self.claimed_back = max(self.claimed_back, slot.written_back)
 
     def find_incomplete(self):
-        """Segments that end the log, if they may; those that may not are damaged."""
+        """Finds segments that end the log. Those that may not end it count as damaged."""
         ids = self.valid_ids()
         highest = max(ids, default=0)
         modules = max((i for i in ids if not self.slot_of(i).proved), default=0)
@@ -251,8 +259,8 @@ class Log:
                 self.last.add(segment)
         for segment in self.last:
             if segment <= self.durable or highest - segment >= self.window() or segment < modules:
-                # Why it lacks blocks does not matter here; what explains a torn one explains it as
-                # well.
+                # Why it lacks blocks does not matter here. What explains a torn segment explains it
+                # as well.
                 self.slot_of(segment).kind = "torn"
 
     def window(self):
@@ -284,7 +292,8 @@ class Log:
             self.refuse("gap")
         if self.page and len({self.slot_of(segment).proved for segment in self.dropped}) == 2:
             self.refuse("written-past-hole")
-        under_overwrite = self.slots == 1 and self.highest == 0 and self.all_slots[0].kind != "empty"
+        is_alone = self.slots == 1 and self.highest == 0
+        under_overwrite = is_alone and self.all_slots[0].kind != "empty"
         if self.record > self.highest and not under_overwrite:
             self.refuse("record-beyond-log")
         if self.point > LAST_SANE_ID:
@@ -296,7 +305,7 @@ class Log:
                 self.refuse("damaged")
 
     def is_explained(self, slot):
-        """Whether a power cut explains what a slot holds, or that is written back."""
+        """Whether a power cut explains what a slot holds, or its content is written back."""
         newest = self.point + self.window()
         if newest - (newest - 1 - slot.number) % self.slots > self.point:
             return slot.kind == "torn" or slot.kind == "uncommitted" and slot.id < self.start
@@ -304,17 +313,16 @@ class Log:
         return 0 < held < self.start
 
 
-# --- The volume
-# ------------------------------------------------------------------------------------------------------
+# --- The volume ---
 
 
 def volume(log, backing):
-    """The volume as one text of bytes, and the blocks of it that cannot be read."""
+    """The content of the volume, and its blocks that cannot be read."""
     sectors = backing.size // SECTOR
     if log.page and log.page.backing_sectors not in (0, sectors):
         return log.refuse("backing-size")
     content = bytearray(backing.read(0, backing.size))
-    # Which entry each sector shows, by its number; later ones replace earlier ones.
+    # The entry that each sector shows, by its number. Later entries replace earlier ones.
     shown = {}
     for segment in log.live:
         slot = log.slot_of(segment)
@@ -323,7 +331,8 @@ def volume(log, backing):
                 if dirty >> bit & 1:
                     if address + bit >= sectors:
                         return log.refuse("beyond-backing")
-                    shown[address + bit] = (slot, index, crc if log.page and flags & 1 else None)
+                    kept = crc if log.page and flags & 1 else None
+                    shown[address + bit] = (slot, index, kept)
     unreadable = set()
     for sector, (slot, index, crc) in shown.items():
         data = slot.data(index)
@@ -335,12 +344,13 @@ def volume(log, backing):
 
 
 def read(cache, backing=None):
-    """What there is to say of a cache device, and of the volume that it makes with a backing device."""
+    """Describes a cache device, and the volume that it makes with a backing device."""
     device = Device(cache)
     log = Log(device)
     result = {"refused": log.refused}
     if log.highest is not None:
-        names = ("record", "written_back", "highest", "point", "skipped", "dropped", "live", "read_only")
+        ids = ("record", "written_back", "highest", "point", "skipped", "dropped", "live")
+        names = (*ids, "read_only")
         result.update((name, getattr(log, name)) for name in names)
     if backing is not None and not log.refused:
         backing = Device(backing)

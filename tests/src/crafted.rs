@@ -1,4 +1,4 @@
-//! Cache devices with logs that were made by hand, and what may be wrong with them.
+//! Cache devices with logs made by hand, and damage to them.
 
 use crate::cache_bytes;
 use fastrand::Rng;
@@ -56,7 +56,7 @@ impl Log {
         self.put_blocks(id, LENGTH, durable, Reason::Full, None)
     }
 
-    /// Writes a segment with so many blocks, by wb if it says that so many segments are durable.
+    /// Writes a segment of `length` blocks. If it claims that segments are durable, wb wrote it.
     fn put_blocks(
         mut self,
         id: u64,
@@ -89,7 +89,7 @@ impl Log {
         self
     }
 
-    /// Writes a segment of two commits: so many blocks, and all.
+    /// Writes a segment of two commits: the first blocks, then all.
     fn put_commits(self, id: u64, first: u8, all: u8, durable: u64, reason: Reason) -> Log {
         let log = self.put_blocks(id, first, Some(durable), Reason::Open, None);
         let header = &log.image[log.at(id)..];
@@ -213,7 +213,7 @@ fn damaged(extended: bool) -> Vec<(&'static str, Log)> {
     ]
 }
 
-/// Logs of which headers, marks or pages tell more than a scan of the segments does.
+/// Logs whose headers, marks or pages tell more than a scan of the segments.
 fn with_evidence() -> Vec<(&'static str, Log)> {
     let new = |newest| Log::new(SLOTS, newest, true);
     let torn = |durable| {
@@ -289,7 +289,7 @@ fn with_evidence() -> Vec<(&'static str, Log)> {
     ]
 }
 
-/// A log with some damage that a seed chooses.
+/// A log with damage that a seed chooses.
 pub fn random(seed: u64) -> Vec<u8> {
     let mut rng = Rng::with_seed(seed);
     let slots = if rng.u8(..4) == 0 { rng.u32(1..6) } else { SLOTS };

@@ -1,6 +1,6 @@
-//! Cache devices as a killed process leaves them when all that was written had been flushed.
+//! Cache devices as a killed process leaves them after it flushed all writes.
 
-use crate::recipe::VOLUME_BYTES;
+use crate::damage_script::VOLUME_BYTES;
 use crate::{cache_bytes, noise};
 use libwb::cache::{Cache, OpenOptions, Tunables, WritebackOrder};
 use libwb::device::sim::Simulation;
@@ -14,32 +14,32 @@ use uuid::Uuid;
 /// Segments of these caches.
 const SEGMENTS: u32 = 6;
 
-/// A cache with the extension whose process was killed.
+/// A cache with the extension after its process was killed.
 pub struct Crashed {
-    /// What had been done to it.
+    /// What was done to it.
     pub name: &'static str,
     /// The cache device.
     pub cache: Vec<u8>,
     /// The backing device.
     pub backing: Vec<u8>,
-    /// The volume: all of it had been flushed.
+    /// The content of the volume, all flushed.
     pub volume: Vec<u8>,
 }
 
-/// All there are. Those whose segments are small come first.
+/// All crashed caches. Those with small segments come first.
 pub static CRASHED: LazyLock<Vec<Crashed>> = LazyLock::new(|| {
-    let course = Course::begin;
+    let start = CrashedBuilder::start;
     vec![
-        course("many flushes, one segment").many_flushes(),
-        course("more than a lap, and flushes that close a segment").lap(),
-        course("drained, and gone on").drained(),
-        course("closed in order, and gone on").closed(),
-        course("many flushes, two segments").two_segments(),
-        course("one flush, two segments").one_flush(),
+        start("many flushes, one segment").many_flushes(),
+        start("more than a lap, and flushes that close a segment").lap(),
+        start("drained, and gone on").drained(),
+        start("closed in order, and gone on").closed(),
+        start("many flushes, two segments").two_segments(),
+        start("one flush, two segments").one_flush(),
     ]
 });
 
-struct Course {
+struct CrashedBuilder {
     name: &'static str,
     simulation: Simulation,
     cache: Arc<MemDevice>,
@@ -49,10 +49,10 @@ struct Course {
     writes: Cell<u64>,
 }
 
-impl Course {
-    fn begin(name: &'static str) -> Course {
+impl CrashedBuilder {
+    fn start(name: &'static str) -> CrashedBuilder {
         let size = cache_bytes(SEGMENTS);
-        let course = Course {
+        let builder = CrashedBuilder {
             name,
             simulation: Simulation::new(1),
             cache: Arc::new(MemDevice::new("cache", size)),
@@ -60,10 +60,10 @@ impl Course {
             volume: RefCell::new(vec![0; to_usize(VOLUME_BYTES)]),
             writes: Cell::new(0),
         };
-        let device: Device = course.cache.clone();
+        let device: Device = builder.cache.clone();
         let extension = SuperblockExtension::new(Uuid::from_u128(9), size);
-        course.run(create(&device, Some(&extension), |_| ())).expect("a cache");
-        course
+        builder.run(create(&device, Some(&extension), |_| ())).expect("a cache");
+        builder
     }
 
     fn run<T>(&self, future: impl Future<Output = T>) -> T {
@@ -73,12 +73,7 @@ impl Course {
     fn open(&self, order: WritebackOrder) -> Cache {
         let runtime = Arc::new(self.simulation.runtime().clone());
         let tunables = Tunables { writeback_order: order, ..Tunables::default() };
-        self.run(Cache::open(
-            self.cache.clone(),
-            self.backing.clone(),
-            runtime,
-            OpenOptions::serve().tunables(tunables),
-        ))
+        self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, OpenOptions::serve().tunables(tunables)))
         .expect("a cache")
     }
 
@@ -99,7 +94,7 @@ impl Course {
         self.flush(cache);
     }
 
-    /// The process is killed.
+    /// Kills the process.
     fn crashed(self, cache: Cache) -> Crashed {
         drop(cache);
         self.simulation.kill_tasks();

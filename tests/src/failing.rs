@@ -1,6 +1,5 @@
-//! A device that fails for real, below a real daemon: a file in a FUSE mount of the test's own,
-//! whose reads, writes and flushes fail, or are not answered, when the test says so. It needs no
-//! device mapper.
+//! A device that really fails below a real daemon: a file in a FUSE mount of the test. Its reads,
+//! writes and flushes fail or hang when the test says so. It needs no device mapper.
 
 use fuser::{
     BackgroundSession, Config, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
@@ -19,12 +18,12 @@ use std::time::{Duration, UNIX_EPOCH};
 
 const NAME: &str = "device.img";
 const FILE: INodeNo = INodeNo(2);
-/// How long the kernel may believe what it was told of the file, which never changes.
+/// How long the kernel may cache the attributes of the file, which never change.
 const FOREVER: Duration = Duration::from_secs(1 << 31);
 
-/// What fails, with EIO unless it says otherwise. By default, nothing.
+/// What fails, and with EIO unless noted. By default, nothing.
 #[derive(Clone, Debug, Default)]
-pub struct Faults {
+pub struct FileFaults {
     /// Reads of any byte in this range.
     pub reads: Range<u64>,
     /// All writes. None of their data arrives.
@@ -33,21 +32,22 @@ pub struct Faults {
     pub full: bool,
     /// All flushes.
     pub flushes: bool,
-    /// Writes of any byte in this range do not fail but hang, until this range is another one.
+    /// Writes of any byte in this range. They hang until the range changes.
     pub hanging_writes: Range<u64>,
-    /// Writes and flushes are not answered before the fault is over.
+    /// All writes and flushes. They hang until the fault is over.
     pub hangs: bool,
 }
 
 /// A file that fails on demand. Its mount goes away with this value.
 pub struct FailingFile {
-    /// The file, as the daemon is to open it.
+    /// The path under which the daemon opens the file.
     pub path: PathBuf,
     state: Arc<State>,
     _session: BackgroundSession,
 }
 
-/// Ends with this value. Made after a daemon, it ends before that is waited for.
+/// A hang that ends with this value. Rust drops it before a daemon made earlier, so the daemon can
+/// end.
 pub struct Hang<'a>(&'a FailingFile);
 
 impl Drop for Hang<'_> {
@@ -58,20 +58,20 @@ impl Drop for Hang<'_> {
 
 #[derive(Default)]
 struct State {
-    faults: Mutex<Faults>,
-    /// The faults are others.
+    faults: Mutex<FileFaults>,
+    /// The faults have changed.
     changed: Condvar,
 }
 
 impl Drop for FailingFile {
     fn drop(&mut self) {
-        // Nothing that hangs may keep the mount.
+        // A hung request would keep the mount.
         self.heal();
     }
 }
 
 impl FailingFile {
-    /// Shows the file `content` as one that can fail, in a new folder `on`.
+    /// Shows the file `content` as one that can fail, in the new folder `on`.
     ///
     /// # Panics
     /// When it cannot be mounted.
@@ -85,27 +85,27 @@ impl FailingFile {
         FailingFile { path: on.join(NAME), state, _session: session }
     }
 
-    /// Fails from now on, and in no other way.
-    pub fn fail(&self, faults: Faults) {
+    /// Fails in this way alone from now on.
+    pub fn fail(&self, faults: FileFaults) {
         *self.state.faults.lock() = faults;
         self.state.changed.notify_all();
     }
 
-    /// Answers neither writes nor flushes, as long as the value lives.
+    /// Hangs writes and flushes as long as the value lives.
     pub fn hang(&self) -> Hang<'_> {
-        self.fail(Faults { hangs: true, ..Faults::default() });
+        self.fail(FileFaults { hangs: true, ..FileFaults::default() });
         Hang(self)
     }
 
-    /// Writes of any byte in a range hang, as long as the value lives.
+    /// Hangs writes of any byte in a range as long as the value lives.
     pub fn hang_writes(&self, hanging_writes: Range<u64>) -> Hang<'_> {
-        self.fail(Faults { hanging_writes, ..Faults::default() });
+        self.fail(FileFaults { hanging_writes, ..FileFaults::default() });
         Hang(self)
     }
 
     /// Works from now on.
     pub fn heal(&self) {
-        self.fail(Faults::default());
+        self.fail(FileFaults::default());
     }
 }
 
@@ -116,11 +116,11 @@ struct Files {
 }
 
 impl Files {
-    /// Answers now, or when this does not hang any more.
+    /// Answers now, or once the request no longer hangs.
     fn answer(
         &self,
-        hangs: impl Fn(&Faults) -> bool + Send + 'static,
-        answer: impl FnOnce(&Faults) + Send + 'static,
+        hangs: impl Fn(&FileFaults) -> bool + Send + 'static,
+        answer: impl FnOnce(&FileFaults) + Send + 'static,
     ) {
         let faults = self.state.faults.lock().clone();
         if !hangs(&faults) {
@@ -173,7 +173,7 @@ impl Filesystem for Files {
     }
 
     fn open(&self, _request: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        // One write that hangs keeps no other waiting.
+        // A write that hangs must not delay others.
         let flags = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
         reply.opened(FileHandle(0), flags);
     }
@@ -214,7 +214,7 @@ impl Filesystem for Files {
         let (file, data) = (self.file.clone(), data.to_vec());
         let end = offset + to_u64(data.len());
         let overlaps = move |range: &Range<u64>| offset < range.end && range.start < end;
-        let hangs = move |faults: &Faults| faults.hangs || overlaps(&faults.hanging_writes);
+        let hangs = move |faults: &FileFaults| faults.hangs || overlaps(&faults.hanging_writes);
         self.answer(hangs, move |faults| match u32::try_from(data.len()) {
             _ if faults.full => reply.error(fuser::Errno::ENOSPC),
             Ok(length) if !faults.writes && file.write_all_at(&data, offset).is_ok() => {

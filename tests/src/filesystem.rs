@@ -1,5 +1,4 @@
-//! Filesystems on a volume: making, mounting and checking them, and a writer whose files can be
-//! told to be whole.
+//! Makes, mounts and checks filesystems on a volume, and writes files that prove to be whole.
 
 use crate::{LoopDevice, system, volume::Attached};
 use std::fs::File;
@@ -46,14 +45,14 @@ impl Filesystem {
         succeeds(Command::new(self.programs()[1]).args(options).arg(device));
     }
 
-    /// Mounts an image of one, read-only, and calls `body` with the folder.
+    /// Mounts an image of a filesystem read-only, and calls `body` with the folder.
     ///
     /// # Panics
     /// When it cannot be mounted.
     pub fn with_image<T>(self, image: &Path, body: impl FnOnce(&Path) -> T) -> T {
         let on = TempDir::with_prefix("wb-test-image-").expect("a temporary folder");
         let device = LoopDevice::attach(image).expect("a loop device");
-        // Without replay of the journal: the image must be clean as it is.
+        // Does not replay the journal: the image must be clean as it is.
         let options = if self == Filesystem::Ext4 { "ro,noload" } else { "ro,norecovery" };
         succeeds(Command::new("mount").args(["-o", options]).arg(&device.path).arg(on.path()));
         let _mounted = Mounted(on.path());
@@ -69,7 +68,7 @@ impl Drop for Mounted<'_> {
     }
 }
 
-/// Unmounts a folder, if need be while it is in use.
+/// Unmounts a folder, even if it is in use.
 pub fn unmount(on: &Path) {
     let plain = Command::new("umount").arg(on).output();
     if !plain.is_ok_and(|output| output.status.success()) {
@@ -94,8 +93,8 @@ pub fn has_program(name: &str) -> bool {
     system("sh", &["-c", &format!("command -v {name}")]).is_some()
 }
 
-/// A thread that writes files with known content and makes each durable, until it fails or is
-/// stopped.
+/// A thread that writes files with known content and makes each durable. It goes on until it fails
+/// or is stopped.
 pub struct Writer {
     thread: JoinHandle<()>,
     /// Files that are durable.
@@ -149,7 +148,7 @@ fn file_name(dir: &Path, n: u32) -> PathBuf {
     dir.join(n.to_string())
 }
 
-/// From one byte to 200 KB, no two alike.
+/// The content of a file: one byte to 200 KB, no two files alike.
 fn content(n: u32) -> Vec<u8> {
     let length = 1 + u64::from(n) * 7919 % 200_000;
     (0..length)
@@ -170,8 +169,8 @@ pub fn check_files(dir: &Path, count: u32) {
     }
 }
 
-/// Runs fio with data that verifies itself: writes in random order, of one sector to 1 MiB, 32 at a
-/// time, and reads it all again.
+/// Runs fio with data that verifies itself. It writes one sector to 1 MiB in random order, 32
+/// requests at a time, and reads all of it again.
 ///
 /// # Panics
 /// When it finds a difference.

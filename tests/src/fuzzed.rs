@@ -1,7 +1,7 @@
-//! What must hold for any input. The fuzzer finds the inputs; property tests try some in every run.
+//! What must hold for any input. The fuzzer finds inputs, and property tests try some in every run.
 
-use crate::recipe::{Recipe, VOLUME_BYTES};
-use crate::rot::{Outcome, Subject};
+use crate::bit_flip::{FlipEffect, Subject};
+use crate::damage_script::{DamageScript, VOLUME_BYTES};
 use futures_lite::future::block_on;
 use libwb::cache::{Cache, CacheError, OpenOptions};
 use libwb::control::{Reply, Request, answer};
@@ -20,22 +20,22 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-/// Three sectors are written here.
+/// Where three sectors are written.
 const WRITTEN: Sector = Sector(13);
 
-/// Any bytes as a recipe of a cache device: all that the programs read of it is read, without panic
-/// and without end.
+/// Makes a cache device from any bytes as a damage script, and reads all that the programs read of
+/// it. No read may panic or loop.
 ///
 /// # Panics
 /// When that does not hold.
 pub fn device(bytes: &[u8]) {
-    read_everything(Recipe::decode(bytes).build());
+    read_everything(DamageScript::decode(bytes).build());
 }
 
 /// Reads the log on an image in every way there is.
 ///
 /// # Panics
-/// When what a scan found is not there.
+/// When a scan found something that is not there.
 pub fn read_everything(image: Vec<u8>) {
     let device: Device = Arc::new(MemDevice::with_content("cache", image));
     let superblock = match block_on(examine_superblock(&device)) {
@@ -64,110 +64,106 @@ pub fn read_everything(image: Vec<u8>) {
     }
 }
 
-/// Any bytes as a recipe of a cache device, which the engine opens. Where all that is wrong with it
-/// is a bit of a crashed cache, that loses nothing in silence that the device can prove.
+/// Makes a cache device from any bytes as a damage script, and opens it with the engine. If the
+/// script only flips a bit of a crashed cache, nothing that the device proves durable may be
+/// silently lost.
 ///
 /// # Panics
 /// When that does not hold; and as [`serve`].
 pub fn recovery(bytes: &[u8]) {
-    let recipe = Recipe::decode(bytes);
-    serve(&recipe.build());
-    if let Some((crashed, at, bit)) = recipe.flipped()
+    let script = DamageScript::decode(bytes);
+    serve(&script.build());
+    if let Some((crashed, at, bit)) = script.flipped()
         && at < to_u64(crashed.cache.len())
     {
         let (cache, backing) = (crashed.cache.clone(), crashed.backing.clone());
         let outcome = Subject::new(cache, backing, recover).expect("a sound log").judge(at, bit);
         assert!(
-            !matches!(outcome, Outcome::Wrong(_)),
+            !matches!(outcome, FlipEffect::Wrong(_)),
             "{}, byte {at}, bit {bit}: {outcome:?}",
             crashed.name
         );
     }
 }
 
-/// Serves an image as the daemon does, if it is fit for that: the volume is what the live segments
-/// make of the backing device, and stays the same over a write, a drain and another start. An image
-/// that is refused is left as it was.
+/// Serves an image as the daemon does, if the engine accepts it. The volume must be what the live
+/// segments make of the backing device. It must stay the same over a write, a drain and another
+/// start. A refused image must stay as it was.
 ///
 /// # Panics
 /// When that does not hold.
 pub fn serve(image: &[u8]) {
-    let rig = Rig {
+    let test = TestVolume {
         simulation: Simulation::new(1),
         cache: Arc::new(MemDevice::with_content("cache", image.to_vec())),
         backing: Arc::new(MemDevice::new("backing", VOLUME_BYTES)),
     };
-    let mut volume = rig.applied();
-    let cache = match rig.open() {
+    let mut volume = test.applied();
+    let cache = match test.open() {
         Ok(cache) => cache,
         Err(CacheError::Log(_)) => {
-            assert!(rig.cache.content() == image, "refused, and changed");
-            let is_zero = |block: &BlockNo| rig.written_back(*block)[..] == [0; BLOCK_BYTES];
+            assert!(test.cache.content() == image, "refused, and changed");
+            let is_zero = |block: &BlockNo| test.written_back(*block)[..] == [0; BLOCK_BYTES];
             return assert!(volume.keys().all(is_zero), "refused, and written to");
         }
-        // A block whose own checksum is wrong under a right one of its segment.
+        // The checksum of a block is wrong, though that of its segment is right.
         Err(CacheError::Device(_)) => return,
         Err(error) => panic!("{error}"),
     };
-    // Nor can such a block be read.
+    // Reads of such a block fail, too.
     volume.retain(|&block, wanted| {
-        let served = rig.read(&cache, block);
+        let served = test.read(&cache, block);
         assert!(served.as_ref().is_none_or(|served| *served == *wanted), "not what the log says");
         served.is_some()
     });
     let data = [0x5a; 3 * SECTOR_BYTES];
-    if rig.run(cache.write(WRITTEN, &data)).is_ok()
+    if test.run(cache.write(WRITTEN, &data)).is_ok()
         && let Some(block) = volume.get_mut(&WRITTEN.block())
     {
         block[WRITTEN.in_block() * SECTOR_BYTES..][..data.len()].copy_from_slice(&data);
     }
-    rig.run(cache.flush()).expect("a device that works");
-    // The process is killed. What was fit for use is so again.
+    test.run(cache.flush()).expect("a device that works");
+    // Kills the process. The engine must accept the cache again.
     drop(cache);
-    rig.simulation.kill_tasks();
-    let cache = rig.open().expect("a cache that was served before");
-    let drained = rig.run(cache.drain()).is_ok();
-    if rig.run(cache.close()).is_err() {
+    test.simulation.kill_tasks();
+    let cache = test.open().expect("a cache that was served before");
+    let drained = test.run(cache.drain()).is_ok();
+    if test.run(cache.close()).is_err() {
         return;
     }
-    let is_back = |(&block, data): (&BlockNo, &Vec<u8>)| rig.written_back(block)[..] == data[..];
+    let is_back = |(&block, data): (&BlockNo, &Vec<u8>)| test.written_back(block)[..] == data[..];
     assert!(!drained || volume.iter().all(is_back), "not what was served");
-    let again = rig.open().expect("a cache that was closed in order");
+    let again = test.open().expect("a cache that was closed in order");
     let is_same = |(&block, data): (&BlockNo, &Vec<u8>)| {
-        rig.read(&again, block).is_some_and(|served| served == *data)
+        test.read(&again, block).is_some_and(|served| served == *data)
     };
     assert!(volume.iter().all(is_same), "not what was served before");
 }
 
-struct Rig {
+struct TestVolume {
     simulation: Simulation,
     cache: Arc<MemDevice>,
     backing: Arc<MemDevice>,
 }
 
-impl Rig {
+impl TestVolume {
     fn run<T>(&self, future: impl Future<Output = T>) -> T {
         self.simulation.block_on(future).expect("an end")
     }
 
     fn open(&self) -> Result<Cache, CacheError> {
         let runtime = Arc::new(self.simulation.runtime().clone());
-        self.run(Cache::open(
-            self.cache.clone(),
-            self.backing.clone(),
-            runtime,
-            OpenOptions::serve(),
-        ))
+        self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, OpenOptions::serve()))
     }
 
-    /// What the live segments, applied in order, make of the backing device: of all blocks that any
-    /// header names, and the one that is written later.
+    /// What the live segments, applied in order, make of the backing device. Covers all blocks that
+    /// a header names, and the one that is written later.
     fn applied(&self) -> BTreeMap<BlockNo, Vec<u8>> {
         let device: Device = self.cache.clone();
         let mut volume = BTreeMap::from([(WRITTEN.block(), vec![0; BLOCK_BYTES])]);
         let Ok(superblock) = block_on(read_superblock(&device, Use::Write)) else { return volume };
         let geometry = superblock.geometry;
-        // As the engine does: rot in old data is left to whoever reads it.
+        // As the engine does, leaves rot in old data to later reads.
         let mut headers = HashMap::new();
         let states = block_on(scan_trusting(&device, &superblock, |slot, content| {
             let named = content
@@ -195,7 +191,7 @@ impl Rig {
         volume
     }
 
-    /// A block of the volume; none where it cannot be read.
+    /// A block of the volume; `None` if it cannot be read.
     fn read(&self, cache: &Cache, block: BlockNo) -> Option<Vec<u8>> {
         let read = self.run(cache.read(block.sector(), IoBuf::zeroed(BLOCK_BYTES)));
         read.ok().map(|data| data.to_vec())
@@ -227,7 +223,7 @@ pub fn control(bytes: &[u8]) {
     });
     let mut reply = String::new();
     if let Err(e) = client.read_to_string(&mut reply) {
-        // So it ends where not all that was sent has been read.
+        // The connection is reset if the daemon has not read everything.
         assert_eq!(e.kind(), ErrorKind::ConnectionReset);
     }
     assert!(reply.ends_with('\n') && reply.lines().count() == 1, "{reply:?}");
@@ -242,7 +238,7 @@ pub fn control(bytes: &[u8]) {
     }
 }
 
-/// What [`control`] may start from: every request, and replies.
+/// The inputs that fuzzing of [`control`] starts from: every request, and replies.
 pub fn requests() -> Vec<Vec<u8>> {
     let lines = [
         r#"{"request":"status"}"#,
@@ -251,7 +247,10 @@ pub fn requests() -> Vec<Vec<u8>> {
         r#"{"request":"detach","drain":true,"force":false}"#,
         r#"{"reply":"progress","dirty_bytes":4096}"#,
         r#"{"reply":"error","message":"\u00e4\n"}"#,
-        r#"{"reply":"status","name":"data","state":"attached","device":null,"cache":"/c","backing":"/b","live":null}"#,
+        concat!(
+            r#"{"reply":"status","name":"data","state":"attached","device":null,"#,
+            r#""cache":"/c","backing":"/b","live":null}"#
+        ),
     ];
     lines.map(|line| format!("{line}\n").into_bytes()).to_vec()
 }

@@ -1,6 +1,6 @@
 //! What the end-to-end tests share: the programs, the golden devices, damage, and loop devices.
 //!
-//! A test that cannot run here says so through [`skip!`], never by passing in silence.
+//! A test that cannot run here must say so with [`skip!`], and not pass silently.
 
 use libwb::device::IoBuf;
 use libwb::format::{
@@ -17,25 +17,25 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
+pub mod bit_flip;
 pub mod crafted;
 pub mod crashed;
+pub mod damage_script;
 mod failing;
 mod filesystem;
 pub mod fuzzed;
-pub mod outlook;
-pub mod recipe;
-pub mod rot;
+pub mod recovered_view;
 pub mod sim;
 mod volume;
 
-pub use failing::{FailingFile, Faults, Hang};
+pub use failing::{FailingFile, FileFaults, Hang};
 pub use filesystem::{Filesystem, Writer, check_files, fio_verify, has_program, succeeds, unmount};
 pub use volume::{Attached, PATIENCE, Volume};
 
 /// Bytes of a mebibyte.
 pub const MIB: u64 = 1 << 20;
 
-/// The devices in `tests/golden`, each written by the real kernel module.
+/// The devices in `tests/golden`. The real kernel module wrote each of them.
 pub const GOLDEN: [&str; 9] = [
     "fresh",
     "few-1",
@@ -48,7 +48,7 @@ pub const GOLDEN: [&str; 9] = [
     "around-1",
 ];
 
-/// The number of a user and a group that own nothing.
+/// The id of a user and a group that own nothing.
 pub const NOBODY: u32 = 65534;
 
 /// Ends the test as skipped: prints `SKIPPED test-name: reason` on standard error, and appends that
@@ -77,8 +77,7 @@ pub fn note_skip(reason: &str) {
     }
 }
 
-/// Ends the test as skipped unless volumes can be served here and the programs that are named are
-/// there.
+/// Ends the test as skipped unless this machine can serve volumes and has the named programs.
 #[macro_export]
 macro_rules! needs_serving {
     ($($program:expr),* $(,)?) => {
@@ -111,7 +110,7 @@ pub fn how_to_repeat() -> String {
     )
 }
 
-/// Waits until something is so; false when it has not become so within [`PATIENCE`].
+/// Waits until a condition holds; returns false if it does not hold within [`PATIENCE`].
 pub fn wait_for(mut so: impl FnMut() -> bool) -> bool {
     let started = Instant::now();
     while !so() {
@@ -136,11 +135,11 @@ pub fn bin(name: &str) -> PathBuf {
     program
 }
 
-/// A file of the folder `dist`, with each program where the workspace has built it instead of where
-/// it is installed.
+/// The text of a file in `dist`, with the paths of installed programs replaced by those of the
+/// built ones.
 ///
 /// # Panics
-/// When it does not name the program.
+/// When the file does not name a program.
 pub fn dist(file: &str, programs: &[&str]) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../dist").join(file);
     let mut text = std::fs::read_to_string(path).expect("a file in dist");
@@ -152,7 +151,7 @@ pub fn dist(file: &str, programs: &[&str]) -> String {
     text
 }
 
-/// What a program said and how it ended.
+/// What a program printed and how it ended.
 #[derive(Debug)]
 pub struct Outcome {
     /// The exit code.
@@ -190,13 +189,13 @@ impl Outcome {
     /// Standard output as one JSON value.
     ///
     /// # Panics
-    /// When it is none.
+    /// When it is not JSON.
     pub fn json(&self) -> serde_json::Value {
         serde_json::from_str(&self.stdout).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 }
 
-/// Runs one of the programs to its end. It keeps no notes about caches.
+/// Runs one of the programs to its end. The program keeps no notes about caches.
 ///
 /// # Panics
 /// When it cannot be started, hangs, or is ended by a signal.
@@ -215,9 +214,9 @@ macro_rules! wb {
     };
 }
 
-/// The command `wbctl` of a volume, to be run by an ordinary user who owns nothing, or by who runs
-/// the test if that is not root. Where only root can get at the program, it is a copy of it beside
-/// the volume.
+/// A `wbctl` command for a volume, run by an ordinary user who owns nothing. If the test does not
+/// run as root, its own user runs the command. If only root can reach the program, the command runs
+/// a copy beside the volume.
 ///
 /// # Panics
 /// When it cannot be copied.
@@ -240,8 +239,8 @@ pub fn as_nobody(volume: &Volume, args: &[&str]) -> Command {
                 .or_else(|_| std::fs::copy(bin("wbctl"), &program).map(drop))
                 .expect("room for a program");
         }
-        // A process that another thread has just started may still have the copy open to write,
-        // which keeps it from being run.
+        // Another thread's new process may still have the copy open for writing, which prevents
+        // execution.
         assert!(wait_for(|| can_run(&program)), "{} cannot be run by others", program.display());
     }
     let mut command = Command::new(program);
@@ -250,7 +249,7 @@ pub fn as_nobody(volume: &Volume, args: &[&str]) -> Command {
     command
 }
 
-/// A command that first does something in the shell that runs it, such as to set a limit.
+/// A command whose shell first runs `shell`, such as to set a limit.
 pub fn after(shell: &str, command: &Command) -> Command {
     let mut inside = Command::new("sh");
     inside.args(["-c", &format!("{shell} && exec \"$@\""), "sh"]).arg(command.get_program());
@@ -259,13 +258,13 @@ pub fn after(shell: &str, command: &Command) -> Command {
     inside
 }
 
-/// Runs a program of the system; `None` when it is not there or fails.
+/// Runs a program of the system; `None` if it is missing or fails.
 pub fn system(program: &str, args: &[&str]) -> Option<String> {
     let output = Command::new(program).args(args).stdin(Stdio::null()).output().ok()?;
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// A copy of a golden pair of devices, which goes away with this value.
+/// A copy of a golden pair of devices, removed with this value.
 pub struct Golden {
     /// The cache device.
     pub cache: PathBuf,
@@ -387,20 +386,20 @@ pub fn write_record(cache: &Path, id: u64) {
     overwrite(cache, SUPERBLOCK_REGION_BYTES - 512, &sector);
 }
 
-/// A loop device over a file; detached when this value goes away.
+/// A loop device over a file, detached when this value is dropped.
 pub struct LoopDevice {
     /// Such as `/dev/loop3`.
     pub path: PathBuf,
 }
 
 impl LoopDevice {
-    /// Attaches a file. `None` where that is not possible: not root, or no loop devices.
+    /// Attaches a file. `None` if the test is not root or there are no loop devices.
     pub fn attach(file: &Path) -> Option<LoopDevice> {
         LoopDevice::attach_with(&[], file)
     }
 
-    /// Attaches a file, to be read alone. (What `blockdev --setro` does to a loop device stays when
-    /// it stands on another file.)
+    /// Attaches a file read-only. (`blockdev --setro` would outlast the file: it stays with the
+    /// loop device.)
     pub fn attach_read_only(file: &Path) -> Option<LoopDevice> {
         LoopDevice::attach_with(&["--read-only"], file)
     }
@@ -440,7 +439,7 @@ pub fn golden_volume_sha256(name: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name).join("expect.json");
     let text = std::fs::read_to_string(path).expect("a golden pair");
     let expect: serde_json::Value = serde_json::from_str(&text).expect("JSON");
-    // The pair in write-around mode has no recovery: its volume is what it was.
+    // The pair in write-around mode has no recovery: its volume did not change.
     let sha256 = expect["after_recovery"]["volume_sha256"].as_str();
     sha256.or(expect["volume_sha256_before_power_cut"].as_str()).expect("a SHA-256").into()
 }

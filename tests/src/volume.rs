@@ -1,4 +1,4 @@
-//! A volume of a test's own: its devices, configuration and run folders, and the daemon that serves
+//! A volume of one test: its devices, its configuration and run folders, and the daemon that serves
 //! it.
 
 use crate::{
@@ -16,11 +16,11 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// Against hanging only: nothing that is waited for should take a tenth of it.
+/// Only guards against hangs: no wait should take a tenth of it.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A volume: a cache device and a backing device, both files, and the folders that wbctl keeps its
-/// own files in. Its name is unique on this machine. All files go away with this value.
+/// A volume: a cache device and a backing device, both files, and the folders of wbctl. Its name is
+/// unique on this machine. All files are removed with this value.
 pub struct Volume {
     /// The volume's name.
     pub name: String,
@@ -30,7 +30,7 @@ pub struct Volume {
     pub backing: PathBuf,
     /// The folder of all files of this volume.
     pub dir: TempDir,
-    /// The loop devices that this volume was served as.
+    /// The loop devices that have served this volume.
     served: Mutex<Vec<Served>>,
 }
 
@@ -54,8 +54,7 @@ impl Volume {
         )
     }
 
-    /// A new volume, made by `wbctl create`, though its cache may be larger than its backing
-    /// device.
+    /// A new volume, made by `wbctl create`. Its cache may be larger than its backing device.
     ///
     /// # Panics
     /// When wbctl fails.
@@ -66,20 +65,19 @@ impl Volume {
         volume
     }
 
-    /// A new volume of at least 3 MiB whose daemon was killed with dirty data in the cache, of
-    /// which the header of a segment is rotten.
+    /// A new volume of at least 3 MiB. Its daemon was killed with dirty data in the cache, and the
+    /// header of a segment is rotten.
     ///
     /// # Panics
     /// When it cannot be made.
     pub fn corrupt(segments: u32, backing_bytes: u64) -> Volume {
         let volume = Volume::created(segments, backing_bytes);
-        let mut attached = volume.attach_with(&[]);
+        let attached = volume.attach_with(&[]);
         overwrite(&attached.device, 0, &noise(1, 3 << 20));
         File::open(&attached.device)
             .and_then(|device| device.sync_all())
             .expect("a device that takes writes");
-        attached.kill();
-        drop(attached);
+        attached.crash();
         flip_bit(&volume.cache, segment_offset(&volume.cache, 1) + 520);
         volume
     }
@@ -173,7 +171,7 @@ impl Volume {
         self.must(&[&["create", self.name.as_str()], &self.pair()[..], more].concat())
     }
 
-    /// The object that `wbctl status --json` prints, whatever it says of the volume.
+    /// The object that `wbctl status --json` prints, whatever the volume's state.
     ///
     /// # Panics
     /// When wbctl fails.
@@ -183,7 +181,7 @@ impl Volume {
         outcome.json()
     }
 
-    /// Attaches the volume, named and with both devices, so that it need not be recorded.
+    /// Attaches the volume by name and both devices, so it need not be recorded.
     ///
     /// # Panics
     /// When it does not get ready.
@@ -208,7 +206,7 @@ impl Volume {
         self.start_with(command, stderr.into())
     }
 
-    /// Runs a command that attaches this volume, with such a standard error.
+    /// Runs a command that attaches this volume, with `stderr` as its standard error.
     ///
     /// # Panics
     /// When it does not get ready.
@@ -229,10 +227,10 @@ impl Volume {
         attached
     }
 
-    /// The loop devices that stand on this volume, whether their daemons live or not.
+    /// The loop devices on this volume, whether or not their daemons live.
     ///
     /// # Panics
-    /// When another thread panicked over it.
+    /// When another thread panicked with the lock.
     pub fn loop_devices(&self) -> Vec<PathBuf> {
         let served = self.served.lock().expect("a lock");
         served
@@ -242,7 +240,7 @@ impl Volume {
             .collect()
     }
 
-    /// Waits until no loop device stands on this volume.
+    /// Waits until no loop device is left on this volume.
     pub fn is_gone(&self) -> bool {
         wait_for(|| self.loop_devices().is_empty())
     }
@@ -291,8 +289,8 @@ fn first_line(from: impl std::io::Read + Send + 'static) -> Option<String> {
     line.recv_timeout(PATIENCE).ok()
 }
 
-/// A running daemon. When this value goes away, what was mounted through it is unmounted, the
-/// daemon is ended, and its loop device is made sure to be gone.
+/// A running daemon. Dropping this value unmounts what was mounted through it, ends the daemon, and
+/// makes sure that its loop device is gone.
 pub struct Attached<'a> {
     /// The loop device.
     pub device: PathBuf,
@@ -329,7 +327,7 @@ impl Attached<'_> {
         self.child.id()
     }
 
-    /// How the daemon ended, when it has within a time.
+    /// How the daemon ended, if it did within a time.
     ///
     /// # Panics
     /// When the system does not say.
@@ -382,6 +380,11 @@ impl Attached<'_> {
         self.wait();
     }
 
+    /// Kills the daemon without warning, and waits until its loop device is gone.
+    pub fn crash(mut self) {
+        self.kill();
+    }
+
     /// Ends the FUSE connection of a daemon that cannot be killed.
     fn abort(&self) {
         let shown =
@@ -420,7 +423,7 @@ impl Attached<'_> {
         on
     }
 
-    /// Unmounts everything that was mounted, if need be while it is in use.
+    /// Unmounts everything that was mounted, even if it is in use.
     pub fn unmount(&mut self) {
         for on in self.mounts.drain(..).rev() {
             crate::unmount(&on);

@@ -1,7 +1,6 @@
-//! One bit of a cache flips whose process was killed when all that was written had been flushed.
-//! The volume is whole, or it is refused; or the flip is one of which nothing on the device tells:
-//! then only the newest commit of the newest segment is lost, of which nothing says that it was
-//! durable.
+//! One bit flips in a cache whose process was killed after it flushed all writes. Then the volume
+//! is whole, or the engine refuses it. If nothing on the device reveals the flip, only the newest
+//! commit of the newest segment may be lost, which nothing proves durable.
 
 use libwb::cache::{Cache, OpenOptions};
 use libwb::device::sim::Simulation;
@@ -14,13 +13,13 @@ use libwb::log::recovery::recover;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
+use wb_tests::bit_flip::{FlipEffect, Subject};
 use wb_tests::crashed::{CRASHED, Crashed};
-use wb_tests::outlook::Outlook;
-use wb_tests::rot::{Outcome, Subject};
+use wb_tests::recovered_view::RecoveredView;
 
-/// Of so many flips, one is tried on the engine itself.
+/// One in this many flips is tried on the engine itself.
 const ENGINE_EVERY: usize = 499;
-/// Of a segment with more entries than this, only some are flipped.
+/// If a segment has more entries than this, the test flips only some of them.
 const MANY: u8 = 32;
 
 /// The fields of the first sector of a header: where they begin. See wb(5).
@@ -65,16 +64,16 @@ const PAGE: [(usize, &str); 13] = [
     (4092, "CRC"),
 ];
 
-/// Bytes of a cache device, and what they are.
+/// A field of a cache device.
 struct Field {
     at: Range<u64>,
     part: &'static str,
     name: &'static str,
-    /// Nothing of it may be lost in silence: it proves itself.
+    /// Whether a checksum covers it, so that nothing may be silently lost.
     is_proved: bool,
-    /// From one byte that is flipped to the next.
+    /// The distance between two bytes that are flipped.
     step: usize,
-    /// How many bits of it are.
+    /// How many bits of each byte are flipped.
     bits: u8,
 }
 
@@ -87,8 +86,8 @@ fn fields(names: &[(usize, &'static str)], size: usize, at: u64, part: &'static 
     names.iter().zip(ends).map(field).collect()
 }
 
-/// All that is flipped of a device; of the unused bytes of pages, only some unless it `is_first`.
-fn all_fields(crashed: &Crashed, sound: &Outlook, is_first: bool) -> Vec<Field> {
+/// All fields to flip in a device. Of the unused bytes of pages, only some unless it `is_first`.
+fn all_fields(crashed: &Crashed, sound: &RecoveredView, is_first: bool) -> Vec<Field> {
     let geometry = Geometry::of_device(to_u64(crashed.cache.len())).expect("a cache");
     let mut all =
         fields(&RECORD, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES - to_u64(SECTOR_BYTES), "record");
@@ -166,7 +165,7 @@ impl Field {
     }
 }
 
-/// How many flips came to what.
+/// How many flips had which effect.
 #[derive(Clone, Copy, Default)]
 struct Counts {
     whole: u64,
@@ -176,12 +175,12 @@ struct Counts {
 }
 
 impl Counts {
-    fn add(&mut self, outcome: &Outcome) {
+    fn add(&mut self, outcome: &FlipEffect) {
         match outcome {
-            Outcome::Whole => self.whole += 1,
-            Outcome::Refused => self.refused += 1,
-            Outcome::UnprovenLost => self.lost += 1,
-            Outcome::Wrong(_) => self.wrong += 1,
+            FlipEffect::Whole => self.whole += 1,
+            FlipEffect::Refused => self.refused += 1,
+            FlipEffect::UnprovenLost => self.lost += 1,
+            FlipEffect::Wrong(_) => self.wrong += 1,
         }
     }
 
@@ -193,7 +192,7 @@ impl Counts {
     }
 }
 
-/// A cache, opened by the engine, which reads these blocks; none where it refuses one.
+/// The blocks as the engine reads them from a cache; `None` where it refuses.
 fn served_by_engine(
     cache: &Device,
     backing: &[u8],
@@ -215,36 +214,36 @@ fn served_by_engine(
     simulation.block_on(work).expect("an end")
 }
 
-/// Whether the engine makes of a flipped bit what was judged.
+/// Whether the engine confirms the judgement of a flipped bit.
 fn is_judged_right(
     subject: &Subject,
     crashed: &Crashed,
     (at, bit): (u64, u8),
-    judged: &Outcome,
+    judged: &FlipEffect,
 ) -> bool {
-    let blocks: Vec<BlockNo> = subject.outlook().blocks.keys().copied().collect();
+    let blocks: Vec<BlockNo> = subject.view().blocks.keys().copied().collect();
     subject.flip(at, bit);
     let served = served_by_engine(subject.device(), &crashed.backing, &blocks);
     subject.flip(at, bit);
-    let Some(served) = served else { return *judged == Outcome::Refused };
+    let Some(served) = served else { return *judged == FlipEffect::Refused };
     let is_lost = |(data, block): (&Option<Vec<u8>>, &BlockNo)| {
         data.as_ref().is_some_and(|data| data[..] != *subject.block(*block))
     };
     match judged {
-        Outcome::Whole => served.iter().zip(&blocks).all(|(data, block)| {
+        FlipEffect::Whole => served.iter().zip(&blocks).all(|(data, block)| {
             data.as_ref().is_some_and(|data| data[..] == *subject.block(*block))
         }),
-        Outcome::Refused => {
+        FlipEffect::Refused => {
             served.iter().any(Option::is_none) && !served.iter().zip(&blocks).any(is_lost)
         }
-        Outcome::UnprovenLost | Outcome::Wrong(_) => served.iter().zip(&blocks).any(is_lost),
+        FlipEffect::UnprovenLost | FlipEffect::Wrong(_) => served.iter().zip(&blocks).any(is_lost),
     }
 }
 
 type Table = BTreeMap<(&'static str, &'static str), Counts>;
 
-/// What the flips of one cache come to, and what is wrong with that: of each field, how often and
-/// an example.
+/// The effects of the flips of one cache, and what is wrong with them: for each field, how often
+/// and an example.
 fn flip_all(crashed: &Crashed, is_first: bool) -> (Table, Vec<String>) {
     let subject =
         Subject::new(crashed.cache.clone(), crashed.backing.clone(), recover).expect("a sound log");
@@ -256,14 +255,14 @@ fn flip_all(crashed: &Crashed, is_first: bool) -> (Table, Vec<String>) {
     let mut table = Table::new();
     let mut faults: BTreeMap<(&str, &str, String), (u64, String)> = BTreeMap::new();
     let mut flips = 0;
-    for field in all_fields(crashed, subject.outlook(), is_first) {
+    for field in all_fields(crashed, subject.view(), is_first) {
         for (at, bit) in field.flips() {
             let outcome = subject.judge(at, bit);
             table.entry((field.part, field.name)).or_default().add(&outcome);
             flips += 1;
             let fault = match &outcome {
-                Outcome::Wrong(_) => "loses what is proved to have been durable",
-                Outcome::UnprovenLost if field.is_proved => "loses what was flushed",
+                FlipEffect::Wrong(_) => "loses what is proved to have been durable",
+                FlipEffect::UnprovenLost if field.is_proved => "loses what was flushed",
                 _ if flips % ENGINE_EVERY != 0 => continue,
                 _ if is_judged_right(&subject, crashed, (at, bit), &outcome) => continue,
                 _ => "is not what the engine makes of it",

@@ -19,7 +19,7 @@ fn the_backing_device_alone_holds_what_was_written_back_and_of_what_was_on_its_w
     needs_serving!();
     let volume = Volume::created(64, 16 * MIB);
     let name = volume.name.as_str();
-    let mut attached = volume.attach_with(&["nr_max_batched_writeback=2"]);
+    let attached = volume.attach_with(&["nr_max_batched_writeback=2"]);
     let before = noise(1, 16 * MIB);
     write(&attached.device, 0, &before);
     volume.must(&["drain", name]);
@@ -38,8 +38,7 @@ fn the_backing_device_alone_holds_what_was_written_back_and_of_what_was_on_its_w
     };
     volume.must(&["resume", name]);
     assert!(wait_for(written_back), "{}", volume.status());
-    attached.kill();
-    drop(attached);
+    attached.crash();
     std::fs::remove_file(&volume.cache).expect("a cache device to lose");
     let left = read_at(&volume.backing, 0, 16 * MIB);
     let mut newer = before.clone();

@@ -121,7 +121,7 @@ fn on_hanging_cache() -> (Volume, FailingFile) {
     (volume, cache)
 }
 
-/// Writes a block, of which the volume's page cache keeps nothing.
+/// Writes a block that the volume's page cache does not keep.
 fn write_block(device: &std::path::Path) {
     let file = File::options()
         .write(true)
@@ -203,7 +203,7 @@ fn clients_that_ask_for_nothing_or_drop_by_drop_do_not_stay_for_ever() {
     assert!(is_error(&line), "{line:?}");
     drop(reader);
     dribbling.join().unwrap();
-    // One that hangs up in the midst of a drain.
+    // A client that hangs up during a drain.
     drop(Asking::of(&volume, "\"drain\""));
     attached.detach(&[]);
 }

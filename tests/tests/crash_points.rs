@@ -3,17 +3,17 @@
 use libwb::cache::WriteMode;
 use libwb::rules::Rule;
 use std::sync::Arc;
+use wb_tests::sim::engine::Engine;
 use wb_tests::sim::exhaustive::Step::{
     self, Batch, Caching, Cut, Discard, DiscardBehind, Drain, Flush, FlushBehind, Mode, Read,
     Reopen, Sleep, Slow, Write, WriteFua,
 };
 use wb_tests::sim::exhaustive::{Left, Script, Tally, explore};
 use wb_tests::sim::real::WriteCache;
-use wb_tests::sim::volume::Engine;
 
-/// Interleavings that each script is run with.
+/// How many interleavings to run each script with.
 const SEEDS: u64 = 2;
-/// Interleavings within which a planted bug is to show.
+/// How many interleavings a planted bug may need to show.
 const BUG_SEEDS: u64 = 8;
 /// Sectors of a whole segment's blocks.
 const SEGMENT: u64 = 127 * 8;
@@ -33,7 +33,7 @@ const MERGES: &[Step] = &[
     Flush,
 ];
 
-/// Each flush takes a slot, so that the log goes around, more than once.
+/// Each flush takes a slot, so that the log wraps more than once.
 const LAPS: &[Step] = &[
     Write(0, 8),
     Flush,
@@ -69,9 +69,9 @@ const DRAINS: &[Step] = &[
     Drain,
 ];
 
-/// Several commits of one segment, with parts of blocks written again between them, flushes that
-/// share one, a commit torn in its header or its data, and a second crash after that; then the
-/// segment is closed, and the log goes around.
+/// Several commits of one segment. Parts of blocks are written again between them, and flushes
+/// share a commit. A commit is torn in its header or its data, and a second crash follows. Then the
+/// segment is closed, and the log wraps.
 const COMMITS: &[Step] = &[
     Write(0, 8),
     Flush,
@@ -154,8 +154,8 @@ const CUTS: &[Step] = &[
     Drain,
 ];
 
-/// Discards of what is dirty in RAM and on the cache device, of what is written back, of parts of
-/// blocks, and with writes that come between.
+/// Discards of dirty data in RAM and on the cache device, of data that is written back, and of
+/// parts of blocks, with writes in between.
 const DISCARDS: &[Step] = &[
     Write(0, 24),
     Flush,
@@ -176,7 +176,7 @@ const DISCARDS: &[Step] = &[
     Drain,
 ];
 
-/// Writes that come between while a slow backing device discards, and are written back at once.
+/// Writes during a discard on a slow backing device, which are written back at once.
 const FENCES: &[Step] = &[
     Write(0, 64),
     Drain,
@@ -194,8 +194,8 @@ const FENCES: &[Step] = &[
     Read(0, 64),
 ];
 
-/// Writes around the log, of blocks that it holds, held, or never held, with a change of mode in
-/// between and writes that come meanwhile.
+/// Writes around the log, to blocks that it holds, held, or never held, with a change of mode and
+/// other writes in between.
 const AROUND: &[Step] = &[
     Write(0, 24),
     Write(41, 3),
@@ -230,8 +230,8 @@ const AROUND: &[Step] = &[
     Flush,
 ];
 
-/// Blocks that are cached for reads, with writes and discards before their cells are put into the
-/// log, and after that.
+/// Blocks that are cached for reads, with writes and discards before and after their cells reach
+/// the log.
 const CACHED: &[Step] = &[
     Write(0, 12),
     Drain,
@@ -274,8 +274,8 @@ const CACHED: &[Step] = &[
     Drain,
 ];
 
-/// Whole segments, several on their way, of which the oldest is lost: what is above the gap is
-/// dropped, and the log grows up to it again.
+/// Whole segments, several on their way. The oldest is lost: what is above the gap is dropped, and
+/// the log grows up to it again.
 const GAPS: &[Step] = &[
     Write(0, 3 * SEGMENT),
     Sleep(100),
@@ -288,8 +288,8 @@ const GAPS: &[Step] = &[
     Flush,
 ];
 
-/// The same blocks in several segments, which are written back a few at a time: what is written
-/// back stands on the backing device alone, whatever lies in later segments.
+/// The same blocks in several segments, written back a few at a time. The backing device alone must
+/// hold what is written back, whatever later segments hold.
 const BATCHES: &[Step] = &[
     Batch(1),
     Write(0, SEGMENT),
@@ -412,7 +412,7 @@ fn gaps() {
     everywhere("gaps", &[5, 8], GAPS);
 }
 
-/// Rules bugs show, to prove that the crashes are what they are meant to be.
+/// Rules bugs must show, to prove that the crashes find bugs.
 #[test]
 fn planted_bugs_show() {
     let cases = [

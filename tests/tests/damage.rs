@@ -4,8 +4,8 @@
 
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_usize};
 use proptest::prelude::*;
+use wb_tests::damage_script::{BASES, CRASHED_BASES, Change, DamageScript, seeds};
 use wb_tests::fuzzed;
-use wb_tests::recipe::{BASES, CRASHED_BASES, Change, Recipe, seeds};
 
 /// Anywhere, but most of all where the format has meaning: the superblock, its record, and headers.
 fn write() -> impl Strategy<Value = Change> {
@@ -46,16 +46,16 @@ fn change() -> impl Strategy<Value = Change> {
     ]
 }
 
-fn recipe(changes: std::ops::Range<usize>) -> impl Strategy<Value = Recipe> {
+fn script(changes: std::ops::Range<usize>) -> impl Strategy<Value = DamageScript> {
     let base = (0u8..).take(BASES).collect::<Vec<_>>();
     (prop::sample::select(base), prop::collection::vec(change(), changes))
-        .prop_map(|(base, changes)| Recipe { base, changes })
+        .prop_map(|(base, changes)| DamageScript { base, changes })
 }
 
 #[test]
 fn what_the_fuzzer_starts_from_holds() {
-    for recipe in seeds() {
-        let bytes = recipe.encode();
+    for script in seeds() {
+        let bytes = script.encode();
         fuzzed::device(&bytes);
         fuzzed::recovery(&bytes);
     }
@@ -72,7 +72,9 @@ fn a_flipped_bit_of_a_header_that_is_written_back_costs_nothing() {
     {
         let base = u8::try_from(base).expect("a byte");
         let at = (1 << 20) + slot * (512 << 10);
-        fuzzed::recovery(&Recipe { base, changes: vec![Change::Flip { at, bit: 0 }] }.encode());
+        fuzzed::recovery(
+            &DamageScript { base, changes: vec![Change::Flip { at, bit: 0 }] }.encode(),
+        );
     }
 }
 
@@ -80,25 +82,28 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(150))]
 
     #[test]
-    fn damaged_devices_are_read_without_panic(recipe in recipe(1..14)) {
-        fuzzed::read_everything(recipe.build());
+    fn damaged_devices_are_read_without_panic(script in script(1..14)) {
+        fuzzed::read_everything(script.build());
     }
 
     /// With little damage, many of them are fit to be served.
     #[test]
-    fn damaged_devices_are_opened_or_refused_without_panic(recipe in recipe(0..5)) {
-        fuzzed::serve(&recipe.build());
+    fn damaged_devices_are_opened_or_refused_without_panic(script in script(0..5)) {
+        fuzzed::serve(&script.build());
     }
 
     #[test]
-    fn a_flipped_bit_of_a_crashed_cache_loses_nothing_that_can_be_proved(base in 0..CRASHED_BASES, flip in flip()) {
+    fn a_flipped_bit_of_a_crashed_cache_loses_nothing_that_can_be_proved(
+        base in 0..CRASHED_BASES,
+        flip in flip(),
+    ) {
         let base = u8::try_from(BASES - CRASHED_BASES + base).expect("a byte");
-        fuzzed::recovery(&Recipe { base, changes: vec![flip] }.encode());
+        fuzzed::recovery(&DamageScript { base, changes: vec![flip] }.encode());
     }
 
     #[test]
-    fn any_bytes_are_a_recipe(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
-        Recipe::decode(&bytes).build();
+    fn any_bytes_are_a_script(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        DamageScript::decode(&bytes).build();
     }
 
     #[test]

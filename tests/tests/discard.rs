@@ -49,7 +49,7 @@ fn is_zeros(data: &[u8]) -> bool {
 fn what_was_discarded_reads_as_zeros_and_stays_so_after_a_crash() {
     needs_serving!("blkdiscard");
     let volume = Volume::created(16, 32 * MIB);
-    let mut attached = volume.attach_with(&[]);
+    let attached = volume.attach_with(&[]);
     write(&attached.device, 0, &noise(1, 24 * MIB));
     volume.must(&["drain", &volume.name]);
     // Half of it is dirty again.
@@ -70,8 +70,7 @@ fn what_was_discarded_reads_as_zeros_and_stays_so_after_a_crash() {
     assert!(left + MIB < full && left + 3 * MIB > full, "{left} of {full} bytes are left");
     let status = volume.status();
     assert!(status["live"]["counters"]["discarded_bytes"].as_u64() > Some(5 * MIB), "{status}");
-    attached.kill();
-    drop(attached);
+    attached.crash();
     let attached = volume.attach_with(&[]);
     expect(&attached.device);
     attached.detach(&["--drain"]);

@@ -1,5 +1,5 @@
-//! What is wrong with one volume keeps nobody from the others: a daemon that does not answer, a
-//! record that cannot be read.
+//! A fault of one volume, such as a silent daemon or an unreadable record, does not affect the
+//! others.
 
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};

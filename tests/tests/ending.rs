@@ -69,8 +69,8 @@ fn a_daemon_that_dies_while_its_page_cache_is_dirty_is_gone_and_the_volume_can_b
         let kept = noise(1, MIB);
         overwrite(&attached.device, 0, &kept);
         flush(&attached.device).unwrap();
-        // More than the log takes at once, through the page cache, and nobody has the device open
-        // any more.
+        // More than the log takes at once, through the page cache, and no process has the device
+        // open any more.
         overwrite(&attached.device, 64 * MIB, &noise(2, 128 * MIB));
         attached.signal(signal);
         must_have_ended(&mut attached);
@@ -112,8 +112,7 @@ fn a_signal_that_is_not_to_end_it_neither_ends_nor_stops_a_daemon() {
 }
 
 #[test]
-fn a_second_signal_ends_a_daemon_whose_cache_device_hangs_and_a_later_attach_finds_what_was_flushed()
- {
+fn a_second_signal_ends_a_daemon_whose_cache_device_hangs_and_flushed_data_survives() {
     needs_serving!("losetup");
     let (volume, cache) = on_failing(true);
     let mut attached = volume.attach_with(&[]);

@@ -172,7 +172,7 @@ fn names(json: &Value, found: &mut BTreeSet<String>) {
     }
 }
 
-/// Programs with commands of which the manual tells one by one.
+/// Programs whose commands the manual describes one by one.
 const COMMANDS: [(&str, &[&str]); 2] = [
     ("wbctl", &["status", "list", "get", "replay", "upgrade", "import"]),
     ("wbdump", &["super", "segments", "segment", "blocks", "block"]),

@@ -99,7 +99,7 @@ fn meddle(volume: &Volume, attached: &Attached<'_>, nth: usize) {
         &["status", name, "--json"],
     ];
     volume.must(steps[nth % steps.len()]);
-    // The last quarter belongs to nobody else.
+    // No other client uses the last quarter.
     let offset = (192 + nth as u64 % 60) * MIB + 4096 * (nth as u64 % 7);
     let range =
         ["--offset", &offset.to_string(), "--length", &(MIB + 512).to_string()].map(String::from);

@@ -9,7 +9,8 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use wb_tests::{
-    Attached, FailingFile, Faults, LoopDevice, MIB, Volume, needs_serving, noise, read_at, wait_for,
+    Attached, FailingFile, FileFaults, LoopDevice, MIB, Volume, needs_serving, noise, read_at,
+    wait_for,
 };
 
 const ALL: std::ops::Range<u64> = 0..u64::MAX;
@@ -60,8 +61,8 @@ fn on_failing_cache(is_block: bool) -> (Volume, FailingFile, Option<LoopDevice>)
 fn write_back_that_fails_keeps_the_data_dirty_and_goes_on_later() {
     needs_serving!();
     for faults in [
-        Faults { writes: true, ..Faults::default() },
-        Faults { flushes: true, ..Faults::default() },
+        FileFaults { writes: true, ..FileFaults::default() },
+        FileFaults { flushes: true, ..FileFaults::default() },
     ] {
         let (volume, backing) = on_failing_backing();
         let mut attached = volume.attach_with(&[]);
@@ -103,7 +104,7 @@ fn a_bad_sector_of_the_backing_device_fails_reads_of_it_alone_and_only_while_it_
     let device = attached.device.clone();
     let old = noise(0, 32 * MIB);
     let old = |at: u64, bytes: u64| &old[to_usize(at)..to_usize(at + bytes)];
-    backing.fail(Faults { reads: 8 * MIB..8 * MIB + 512, ..Faults::default() });
+    backing.fail(FileFaults { reads: 8 * MIB..8 * MIB + 512, ..FileFaults::default() });
     assert_eq!(errno(&read(&device, 8 * MIB, 512)), EIO);
     assert_eq!(errno(&read(&device, 8 * MIB - 4096, 8192)), EIO);
     assert_eq!(read(&device, 8 * MIB - 4096, 4096).unwrap(), old(8 * MIB - 4096, 4096));
@@ -112,7 +113,7 @@ fn a_bad_sector_of_the_backing_device_fails_reads_of_it_alone_and_only_while_it_
     backing.heal();
     assert_eq!(read(&device, 8 * MIB, 512).unwrap(), old(8 * MIB, 512));
     // What the cache holds is not read from there.
-    backing.fail(Faults { reads: 8 * MIB..8 * MIB + 512, ..Faults::default() });
+    backing.fail(FileFaults { reads: 8 * MIB..8 * MIB + 512, ..FileFaults::default() });
     write(&device, 8 * MIB, &noise(2, 4096)).unwrap();
     assert_eq!(read(&device, 8 * MIB, 4096).unwrap(), noise(2, 4096));
     assert!(attached.is_running());
@@ -144,8 +145,8 @@ fn only_reads_go_on(volume: &Volume, attached: &mut Attached<'_>, kept: &[u8]) {
 #[test]
 fn a_cache_device_that_fails_writes_or_flushes_acknowledges_nothing_more_and_reads_go_on() {
     needs_serving!();
-    let writes = Faults { writes: true, ..Faults::default() };
-    let flushes = Faults { flushes: true, ..Faults::default() };
+    let writes = FileFaults { writes: true, ..FileFaults::default() };
+    let flushes = FileFaults { flushes: true, ..FileFaults::default() };
     for (faults, is_block) in
         [(writes.clone(), false), (flushes.clone(), false), (writes, true), (flushes, true)]
     {
@@ -159,7 +160,7 @@ fn a_cache_device_that_fails_writes_or_flushes_acknowledges_nothing_more_and_rea
         // tells.
         write(&attached.device, 8 * MIB, &noise(4, 64 * 1024)).unwrap();
         assert_eq!(errno(&flush(&attached.device)), EIO);
-        // The device works again, but what it has lost by the failure nobody knows.
+        // The device works again, but what it lost in the failure is unknown.
         cache.heal();
         only_reads_go_on(&volume, &mut attached, &kept);
         drop(attached);
@@ -172,8 +173,7 @@ fn a_cache_device_that_fails_writes_or_flushes_acknowledges_nothing_more_and_rea
 }
 
 #[test]
-fn what_the_cache_device_cannot_read_comes_from_the_backing_device_if_it_is_clean_and_fails_if_it_is_dirty()
- {
+fn blocks_that_the_cache_device_cannot_read_come_from_the_backing_device_unless_dirty() {
     needs_serving!();
     let (volume, cache, _block) = on_failing_cache(false);
     let mut attached = volume.attach_with(&[]);
@@ -181,7 +181,7 @@ fn what_the_cache_device_cannot_read_comes_from_the_backing_device_if_it_is_clea
     write(&device, 4 * MIB, &noise(5, MIB)).unwrap();
     flush(&device).unwrap();
     volume.must(&["drain", &volume.name]);
-    cache.fail(Faults { reads: ALL, ..Faults::default() });
+    cache.fail(FileFaults { reads: ALL, ..FileFaults::default() });
     write(&device, 8 * MIB, &noise(6, MIB)).unwrap();
     flush(&device).unwrap();
     // Written back again and again in vain; meanwhile it is in the cache alone.

@@ -10,7 +10,7 @@ use wb_tests::{Outcome, bin, has_program, skip};
 
 const PROGRAMS: [&str; 4] = ["wbctl", "wbformat", "wbcheck", "wbdump"];
 
-/// What is installed, but for the folder that `PREFIX` names and the one of systemd and udev.
+/// What is installed, apart from the folder of `PREFIX` and that of systemd and udev.
 fn wanted(prefix: &str) -> BTreeSet<String> {
     let mut files: BTreeSet<String> = PROGRAMS
         .iter()

@@ -11,7 +11,7 @@ use parking_lot::Mutex;
 use std::sync::Arc;
 
 const SEGMENTS: usize = 4;
-/// What fills so many segments.
+/// Data that fills a number of segments.
 const REQUEST_BYTES: usize = SEGMENTS * 127 * BLOCK_BYTES;
 
 /// A device that notes where it was read and written, and how much.

@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Stdio;
 use wb_tests::{
-    Attached, FailingFile, Faults, MIB, PATIENCE, Volume, needs_serving, noise, overwrite,
+    Attached, FailingFile, FileFaults, MIB, PATIENCE, Volume, needs_serving, noise, overwrite,
 };
 
 /// A new volume of 32 MiB, on a cache device that can fail.
@@ -21,7 +21,7 @@ fn on_failing_cache() -> (Volume, FailingFile) {
     (volume, cache)
 }
 
-/// Attaches with a standard error that nobody reads, and in which there is no room.
+/// Attaches with a standard error that is full and that no process reads.
 fn attach_stalled(volume: &Volume) -> (Attached<'_>, PipeReader) {
     let (reader, mut writer) = pipe().expect("a pipe");
     rustix::pipe::fcntl_setpipe_size(&writer, 4096).expect("a small pipe");
@@ -47,9 +47,9 @@ fn write_and_flush(device: &Path, at: u64, data: &[u8]) {
     File::open(device).and_then(|device| device.sync_all()).expect("a volume that goes on");
 }
 
-/// So many reads of dirty data that fail, each of which is worth a line of the log.
+/// How many reads of dirty data fail. Each failure writes a line to the log.
 fn fail_reads(cache: &FailingFile, device: &Path, count: u64) {
-    cache.fail(Faults { reads: 0..u64::MAX, ..Faults::default() });
+    cache.fail(FileFaults { reads: 0..u64::MAX, ..FileFaults::default() });
     for n in 0..count {
         read(device, n % 256 * 4096, 4096).expect_err("a device that fails");
     }

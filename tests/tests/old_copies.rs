@@ -111,19 +111,17 @@ fn a_copy_from_before_the_last_detach_is_refused_whatever_the_volume_is_called()
 fn a_copy_of_a_running_volume_is_refused_by_what_its_log_lacks() {
     needs_serving!();
     let volume = Volume::created(16, 16 * MIB);
-    let mut attached = volume.attach_with(&[]);
+    let attached = volume.attach_with(&[]);
     volume.must(&["pause", &volume.name]);
     write(&attached, 0, 1);
     let dirty = copy(&volume, "dirty.img");
     volume.must(&["drain", &volume.name]);
     let empty = copy(&volume, "empty.img");
     write(&attached, 0, 2);
-    attached.kill();
-    drop(attached);
-    // The daemon was killed, but has come back, and notes what it finds.
-    let mut attached = volume.attach_with(&[]);
-    attached.kill();
-    drop(attached);
+    attached.crash();
+    // The killed daemon is back, and notes what it finds.
+    let attached = volume.attach_with(&[]);
+    attached.crash();
     let known = "durable up to segment 2, written back up to segment 1 (";
     is_refused(
         &volume,
@@ -174,10 +172,9 @@ fn a_daemon_notes_now_and_again_how_far_its_cache_has_come() {
 fn a_replay_notes_what_it_leaves_and_one_until_a_point_or_one_that_only_looks_does_not() {
     needs_serving!();
     let volume = Volume::created(16, 16 * MIB);
-    let mut attached = volume.attach_with(&[]);
+    let attached = volume.attach_with(&[]);
     write(&attached, 0, 1);
-    attached.kill();
-    drop(attached);
+    attached.crash();
     let (copy, before) = (copy(&volume, "copy.img"), note(&volume));
     replays(&volume, &volume.cache, &["--dry-run"]);
     replays(&volume, &volume.cache, &["--until", "1"]);
@@ -263,10 +260,9 @@ fn what_cannot_be_noted_or_read_is_told_and_the_volume_is_served_all_the_same() 
 fn a_second_cache_is_refused_while_the_recorded_one_is_dirty() {
     needs_serving!();
     let volume = Volume::created(16, 16 * MIB);
-    let mut attached = volume.attach_with(&[]);
+    let attached = volume.attach_with(&[]);
     write(&attached, 0, 1);
-    attached.kill();
-    drop(attached);
+    attached.crash();
     let second = zeros(&volume.dir, "second.img", cache_bytes(16));
     assert_eq!(wb!("wbformat", &second, "--backing", &volume.backing).code, 0);
     let whose = format!(
@@ -325,7 +321,7 @@ fn an_ordinary_user_replays_without_notes() {
     assert_eq!(wb!("wbctl", "upgrade", "--cache", &pair.cache, "--backing", &pair.backing).code, 0);
     let mut command = Command::new(bin("wbctl"));
     command.args(["replay", "--cache"]).arg(&pair.cache).arg("--backing").arg(&pair.backing);
-    // Where nobody but root may write.
+    // A folder in which only root may write.
     command.env("WB_STATE_DIR", folder.join("state"));
     if nix::unistd::geteuid().is_root() {
         use std::os::unix::process::CommandExt;

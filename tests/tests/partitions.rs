@@ -43,7 +43,7 @@ fn the_partitions_of_a_volume_are_shown_and_none_stays_behind() {
     overwrite(&volume.backing, 0, &partition_table());
     let by_kernel = is_read_by_the_kernel(&volume.backing);
     for is_killed in [false, true] {
-        let mut attached = volume.attach_with(&[]);
+        let attached = volume.attach_with(&[]);
         let device = attached.device.clone();
         let shows =
             Path::new("/sys/class/block").join(device.file_name().unwrap()).join("loop/partscan");
@@ -55,8 +55,7 @@ fn the_partitions_of_a_volume_are_shown_and_none_stays_behind() {
             assert_eq!(partitions(&device).len(), 1, "partx adds it");
         }
         if is_killed {
-            attached.kill();
-            drop(attached);
+            attached.crash();
         } else {
             attached.detach(&[]);
         }

@@ -16,18 +16,13 @@ const STEP: Duration = Duration::from_millis(50);
 fn open(simulation: &Simulation, devices: &[Arc<SimDevice>; 2], sync_data_interval: u32) -> Cache {
     let tunables = Tunables { sync_data_interval, ..Tunables::default() };
     let [cache, backing] = devices.clone();
-    let opening = Cache::open(
-        cache,
-        backing,
-        Arc::new(simulation.runtime().clone()),
-        OpenOptions::serve().tunables(tunables),
-    );
+    let opening = Cache::open(cache, backing, Arc::new(simulation.runtime().clone()), OpenOptions::serve().tunables(tunables));
     let cache = simulation.block_on(opening).expect("an end").expect("a sound log");
     cache.pause();
     cache
 }
 
-/// What a power cut leaves of a write that nobody flushes, some time after it.
+/// What a power cut leaves of a write without a flush, some time later.
 fn left_after(time: Duration, sync_data_interval: u32) -> Vec<u8> {
     let simulation = Simulation::new(3);
     let mut log = vec![0; to_usize(SUPERBLOCK_REGION_BYTES) + 8 * SEGMENT_BYTES];

@@ -1,10 +1,10 @@
-//! The simulator finds bugs: each of those that can be planted shows within a few seeds. Some that
-//! few seeds come to are left to the scripts that crash at every moment: `FenceIgnored` needs a
-//! write in the midst of a discard, `CommitOverUndurable` a header that is torn in the short time
-//! between two commits, `RecordNotDurable` a slot that is reused just before a power cut, and
-//! `DroppedNotErased` a log that grows up to what an earlier power cut had cut off.
-//! `UnreadableLeft` and `HalfEmptiedTrusted` need a device that fails in the midst of a discard:
-//! `handover.rs`. Those of blocks that cannot be written back are in `stuck.rs`.
+//! The simulator finds each planted bug within a few seeds. Some bugs show in few seeds only. The
+//! scripts of `crash_points.rs`, which crash at every moment, find those: `FenceIgnored` needs a
+//! write during a discard. `CommitOverUndurable` needs a header that is torn in the short time
+//! between two commits. `RecordNotDurable` needs a slot that is reused just before a power cut.
+//! `DroppedNotErased` needs a log that grows up to what an earlier power cut had cut off.
+//! `kernel_compat.rs` finds `UnreadableLeft` and `HalfEmptiedTrusted`, which need a device that
+//! fails during a discard. `stuck.rs` finds bugs about blocks that cannot be written back.
 
 use libwb::rules::Rule;
 use std::panic::catch_unwind;
@@ -12,9 +12,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use wb_tests::sim::real::WriteCache;
 use wb_tests::sim::run;
 
-/// Where each bug is looked for: the first seed, and how many may be needed from there. Where the
-/// first one that shows it is far from 0, the search begins shortly before. A change of the engine
-/// changes what each seed comes to, so that there is room for more.
+/// The seeds to search for each bug: the first seed, and how many may be needed. If the first seed
+/// that shows the bug is far from 0, the search begins shortly before it. The ranges leave room,
+/// because a change of the engine changes the scenario of each seed.
 const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::FlushWaitsForDevice, 0, 100),
     (Rule::BackingFlushedBeforeRecord, 0, 20),
@@ -49,8 +49,7 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::RotIsNoPowerCut, 0, 50),
 ];
 
-/// What the simulator says of a seed, if it finds fault with it. An assertion in the engine counts
-/// as well.
+/// The simulator's failure for a seed, if any. A panic of the engine counts as well.
 fn verdict(bug: Rule, seed: u64) -> Option<String> {
     match catch_unwind(|| run(&WriteCache::with(bug), seed)) {
         Ok(result) => {
@@ -60,7 +59,7 @@ fn verdict(bug: Rule, seed: u64) -> Option<String> {
     }
 }
 
-/// Looks for a bug; returns a line for the table, and whether it was found.
+/// Searches for a bug; returns a line for the table, and whether the search found it.
 fn look_for(&(bug, first, seeds): &(Rule, u64, u64)) -> (String, bool) {
     let found = (first..first + seeds).find_map(|seed| verdict(bug, seed).map(|text| (seed, text)));
     let line = match &found {

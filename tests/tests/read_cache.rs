@@ -1,5 +1,5 @@
-//! What is read lies in RAM, on the cache device or on the backing device, sector by sector, and
-//! what is read again and again comes to lie on the cache device.
+//! Reads find each sector in RAM, on the cache device or on the backing device. What is read
+//! repeatedly moves to the cache device.
 
 use libwb::cache::{Cache, Counters, OpenOptions, Tunables};
 use libwb::device::IoBuf;
@@ -24,13 +24,13 @@ const OLD: u64 = 0;
 const ZEROS: u64 = u64::MAX;
 const READS_FAIL: Faults = Faults { read: 1.0, write: 0.0, flush: 0.0 };
 
-/// Caches whatever is read twice, with room for so many blocks on their way.
+/// Tunables that cache whatever is read twice, with this many cells.
 fn reads_cached(nr_read_cache_cells: u32) -> Tunables {
     Tunables { read_cache_threshold: 127, nr_read_cache_cells, ..Tunables::default() }
 }
 
-/// A volume on simulated devices, and which write each of its sectors is to show.
-struct Rig {
+/// A volume on simulated devices, and the write that each of its sectors must show.
+struct TestVolume {
     simulation: Simulation,
     cache_device: Arc<SimDevice>,
     backing: Arc<SimDevice>,
@@ -38,12 +38,12 @@ struct Rig {
     shows: Vec<u64>,
 }
 
-impl Rig {
-    fn new(segments: u64, blocks: u64, tunables: Tunables) -> Rig {
-        Rig::planted(segments, blocks, tunables, Rules::default())
+impl TestVolume {
+    fn new(segments: u64, blocks: u64, tunables: Tunables) -> TestVolume {
+        TestVolume::planted(segments, blocks, tunables, Rules::default())
     }
 
-    fn planted(segments: u64, blocks: u64, tunables: Tunables, planted: Rules) -> Rig {
+    fn planted(segments: u64, blocks: u64, tunables: Tunables, planted: Rules) -> TestVolume {
         let simulation = Simulation::new(1);
         let runtime = simulation.runtime().clone();
         let mut log =
@@ -54,15 +54,11 @@ impl Rig {
         let cache_device = Arc::new(SimDevice::new(&runtime, "cache", log, 512));
         let backing = Arc::new(SimDevice::new(&runtime, "backing", content, 512));
         let devices = (cache_device.clone(), backing.clone());
-        let opening = Cache::open(
-            devices.0,
-            devices.1,
-            Arc::new(runtime),
-            OpenOptions::serve().tunables(tunables).rules(planted),
-        );
+        let opening =
+            Cache::open(devices.0, devices.1, Arc::new(runtime), OpenOptions::serve().tunables(tunables).rules(planted));
         let cache = simulation.block_on(opening).expect("an end").expect("a fresh cache");
         let shows = vec![OLD; to_usize(blocks * BLOCK)];
-        Rig { simulation, cache_device, backing, cache, shows }
+        TestVolume { simulation, cache_device, backing, cache, shows }
     }
 
     fn run<T>(&self, future: impl Future<Output = T>) -> T {
@@ -78,12 +74,12 @@ impl Rig {
     }
 
     fn write(&mut self, first: u64, count: u64, write: u64) {
-        self.run(self.cache.write(Sector(first), &Rig::data(first, count, write)))
+        self.run(self.cache.write(Sector(first), &TestVolume::data(first, count, write)))
             .expect("sound devices");
         self.shows[to_usize(first)..to_usize(first + count)].fill(write);
     }
 
-    /// Writes those sectors of a block whose bits are set.
+    /// Writes the sectors of a block whose bits are set.
     fn write_pattern(&mut self, block: u64, pattern: u8, write: u64) {
         for sector in (0..BLOCK).filter(|sector| pattern >> sector & 1 == 1) {
             self.write(block * BLOCK + sector, 1, write);
@@ -125,7 +121,7 @@ impl Rig {
         self.cache.status().statistics.counters
     }
 
-    /// Lets virtual time pass until so many blocks were put into the log for reads.
+    /// Lets virtual time pass until the log holds this many blocks for reads.
     fn wait_for_injected(&self, blocks: u64) {
         for _ in 0..1000 {
             if self.counters().injected_blocks >= blocks {
@@ -145,7 +141,7 @@ impl Rig {
         self.wait_for_injected(injected);
     }
 
-    /// What of the volume was read from the backing device, in bytes, while something was done.
+    /// How many bytes an action reads from the backing device.
     fn backing_reads(&self, work: impl FnOnce()) -> u64 {
         let before = self.counters().backing_read_bytes;
         work();
@@ -156,13 +152,16 @@ impl Rig {
         self.run(self.cache.flush()).expect("sound devices");
     }
 
-    /// After a drain and a close, the backing device is the volume.
+    /// Drains and closes. The backing device must then equal the volume.
     fn end(self) {
         self.run(self.cache.drain()).expect("sound devices");
         self.check(0, to_u64(self.shows.len()));
         self.run(self.cache.close()).expect("sound devices");
         for (sector, bytes) in (0..).zip(self.backing.content().chunks(SECTOR_BYTES)) {
-            assert!(bytes == Rig::data(sector, 1, self.shows[to_usize(sector)]), "sector {sector}");
+            assert!(
+                bytes == TestVolume::data(sector, 1, self.shows[to_usize(sector)]),
+                "sector {sector}"
+            );
         }
     }
 }
@@ -170,26 +169,26 @@ impl Rig {
 /// Each block has its own of the 256 patterns in which its sectors lie here or there.
 #[test]
 fn a_read_takes_each_sector_from_where_its_newest_version_lies() {
-    let mut rig = Rig::new(64, 256, Tunables::default());
-    rig.cache.pause();
+    let mut test = TestVolume::new(64, 256, Tunables::default());
+    test.cache.pause();
     let all = || (0..=255u8).map(|pattern| (u64::from(pattern), pattern));
-    all().for_each(|(block, pattern)| rig.write_pattern(block, pattern, 1));
-    rig.flush();
+    all().for_each(|(block, pattern)| test.write_pattern(block, pattern, 1));
+    test.flush();
     // On the cache device, and the rest on the backing device.
-    rig.check_parts(0..256);
-    rig.check(3, 250 * BLOCK);
+    test.check_parts(0..256);
+    test.check(3, 250 * BLOCK);
     // In RAM on top of that: every other sector of what is on the cache device, and of what is not.
-    all().for_each(|(block, pattern)| rig.write_pattern(block, pattern & 0b1100_0101, 2));
-    rig.check(0, 256 * BLOCK);
-    all().for_each(|(block, pattern)| rig.write_pattern(block, !pattern & 0b0101_1001, 3));
-    rig.check_parts(0..256);
-    rig.cache.resume();
-    rig.run(rig.cache.drain()).expect("sound devices");
-    rig.check(5, 255 * BLOCK);
-    // What is written back is not carried on by what is written now.
-    all().for_each(|(block, pattern)| rig.write_pattern(block, pattern.reverse_bits(), 4));
-    rig.check_parts(0..256);
-    rig.end();
+    all().for_each(|(block, pattern)| test.write_pattern(block, pattern & 0b1100_0101, 2));
+    test.check(0, 256 * BLOCK);
+    all().for_each(|(block, pattern)| test.write_pattern(block, !pattern & 0b0101_1001, 3));
+    test.check_parts(0..256);
+    test.cache.resume();
+    test.run(test.cache.drain()).expect("sound devices");
+    test.check(5, 255 * BLOCK);
+    // New writes do not affect what was written back.
+    all().for_each(|(block, pattern)| test.write_pattern(block, pattern.reverse_bits(), 4));
+    test.check_parts(0..256);
+    test.end();
 }
 
 /// Each block has its own of the ways in which each of eight sectors lies in RAM, on the cache
@@ -199,8 +198,8 @@ fn a_read_composes_ram_cache_and_backing_per_sector_in_every_combination() {
     const WAYS: u64 = 3u64.pow(8);
     /// Blocks that fit into a segment.
     const AT_A_TIME: u64 = 127;
-    let mut rig = Rig::new(16, WAYS, Tunables::default());
-    rig.cache.pause();
+    let mut test = TestVolume::new(16, WAYS, Tunables::default());
+    test.cache.pause();
     for first in (0..WAYS).step_by(to_usize(AT_A_TIME)) {
         let blocks = first..WAYS.min(first + AT_A_TIME);
         for (write, place) in [(1, 1), (2, 2)] {
@@ -209,128 +208,131 @@ fn a_read_composes_ram_cache_and_backing_per_sector_in_every_combination() {
                 let pattern = (0..8)
                     .filter(|&sector| lies(sector))
                     .fold(0, |bits, sector| bits | 1 << sector);
-                rig.write_pattern(block, pattern, write);
+                test.write_pattern(block, pattern, write);
             }
             if place == 1 {
                 // On a device without the extension, this closes the segment, so that nothing of it
                 // is left in RAM.
-                rig.flush();
+                test.flush();
             }
         }
         for block in blocks.clone() {
-            rig.check(block * BLOCK, BLOCK);
+            test.check(block * BLOCK, BLOCK);
             let from = block % 7;
-            rig.check(block * BLOCK + from, 1 + block / 7 % (BLOCK - from));
+            test.check(block * BLOCK + from, 1 + block / 7 % (BLOCK - from));
         }
-        rig.check(first * BLOCK + 3, (blocks.end - first) * BLOCK - 5);
-        rig.run(rig.cache.drain()).expect("sound devices");
+        test.check(first * BLOCK + 3, (blocks.end - first) * BLOCK - 5);
+        test.run(test.cache.drain()).expect("sound devices");
     }
-    rig.cache.resume();
-    rig.end();
+    test.cache.resume();
+    test.end();
 }
 
 /// The same on top of blocks that the cache holds clean.
 #[test]
 fn a_part_that_is_written_to_a_block_cached_for_reads_leaves_the_rest_to_the_backing_device() {
     for is_open in [false, true] {
-        let mut rig = Rig::new(128, 256, reads_cached(4));
-        rig.cache.pause();
+        let mut test = TestVolume::new(128, 256, reads_cached(4));
+        test.cache.pause();
         for four in (0..=255u8).collect::<Vec<_>>().chunks(4) {
-            rig.warm(four[0].into()..u64::from(four[3]) + 1);
+            test.warm(four[0].into()..u64::from(four[3]) + 1);
             if !is_open {
-                rig.flush();
+                test.flush();
             }
-            assert_eq!(rig.cache.status().dirty_blocks, u64::from(four[0]).saturating_sub(1));
-            four.iter().for_each(|&pattern| rig.write_pattern(pattern.into(), pattern, 1));
+            assert_eq!(test.cache.status().dirty_blocks, u64::from(four[0]).saturating_sub(1));
+            four.iter().for_each(|&pattern| test.write_pattern(pattern.into(), pattern, 1));
         }
-        assert_eq!(rig.cache.status().dirty_blocks, 255);
-        rig.check_parts(0..256);
-        rig.flush();
-        rig.check(1, 255 * BLOCK);
-        rig.end();
+        assert_eq!(test.cache.status().dirty_blocks, 255);
+        test.check_parts(0..256);
+        test.flush();
+        test.check(1, 255 * BLOCK);
+        test.end();
     }
 }
 
 #[test]
 fn what_is_read_twice_is_cached_and_is_neither_dirty_nor_written_back() {
-    let rig = Rig::new(8, 400, reads_cached(64));
+    let test = TestVolume::new(8, 400, reads_cached(64));
     let blocks = 127 * BLOCK;
-    let once = rig.backing_reads(|| rig.check(0, blocks));
-    assert_eq!((once, rig.counters().staged_blocks), (127 * 4096, 0), "a scan is not cached");
-    rig.check(0, blocks);
-    rig.wait_for_injected(64);
-    assert_eq!(rig.counters().staged_blocks, 64, "as many as there are cells");
-    rig.cache.set_tunables(Tunables::default());
-    assert_eq!(rig.backing_reads(|| rig.check(0, blocks)), 63 * 4096);
-    rig.flush();
+    let once = test.backing_reads(|| test.check(0, blocks));
+    assert_eq!((once, test.counters().staged_blocks), (127 * 4096, 0), "a scan is not cached");
+    test.check(0, blocks);
+    test.wait_for_injected(64);
+    assert_eq!(test.counters().staged_blocks, 64, "as many as there are cells");
+    test.cache.set_tunables(Tunables::default());
+    assert_eq!(test.backing_reads(|| test.check(0, blocks)), 63 * 4096);
+    test.flush();
     assert_eq!(
-        rig.backing_reads(|| rig.check(0, blocks)),
+        test.backing_reads(|| test.check(0, blocks)),
         63 * 4096,
         "the rest lies on the cache device"
     );
-    rig.run(rig.cache.drain()).expect("sound devices");
-    let counters = rig.counters();
-    assert_eq!((rig.cache.status().dirty_blocks, counters.written_back_bytes), (0, 0));
+    test.run(test.cache.drain()).expect("sound devices");
+    let counters = test.counters();
+    assert_eq!((test.cache.status().dirty_blocks, counters.written_back_bytes), (0, 0));
     for _ in 0..3 {
         assert_eq!(
-            rig.backing_reads(|| rig.check(200 * BLOCK, blocks)),
+            test.backing_reads(|| test.check(200 * BLOCK, blocks)),
             127 * 4096,
             "switched off"
         );
     }
-    assert_eq!(rig.counters().staged_blocks, 64);
-    rig.end();
+    assert_eq!(test.counters().staged_blocks, 64);
+    test.end();
 }
 
 #[test]
 fn a_sequence_beyond_the_threshold_is_not_cached_and_parts_of_blocks_are_not() {
-    let rig = Rig::new(8, 400, Tunables { read_cache_threshold: 8, ..reads_cached(8) });
+    let test = TestVolume::new(8, 400, Tunables { read_cache_threshold: 8, ..reads_cached(8) });
     for round in 0..4 {
-        rig.check(0, 9 * BLOCK);
+        test.check(0, 9 * BLOCK);
         // One by one as well.
-        (100..120).for_each(|block| rig.check(block * BLOCK, BLOCK));
-        rig.check(200 * BLOCK + 1, BLOCK - 1);
-        assert!(rig.counters().injected_blocks == 0, "in round {round}");
+        (100..120).for_each(|block| test.check(block * BLOCK, BLOCK));
+        test.check(200 * BLOCK + 1, BLOCK - 1);
+        assert!(test.counters().injected_blocks == 0, "in round {round}");
     }
-    // All that was of them in cells was given up: there is room for eight others.
-    rig.check(300 * BLOCK, 8 * BLOCK);
-    rig.check(300 * BLOCK, 8 * BLOCK);
-    rig.wait_for_injected(8);
-    assert_eq!(rig.backing_reads(|| rig.check(300 * BLOCK, 8 * BLOCK)), 0);
-    assert_eq!(rig.backing_reads(|| rig.check(0, 9 * BLOCK)), 9 * 4096);
-    rig.end();
+    // The cells of the earlier blocks are free again, so there is room for eight others.
+    test.check(300 * BLOCK, 8 * BLOCK);
+    test.check(300 * BLOCK, 8 * BLOCK);
+    test.wait_for_injected(8);
+    assert_eq!(test.backing_reads(|| test.check(300 * BLOCK, 8 * BLOCK)), 0);
+    assert_eq!(test.backing_reads(|| test.check(0, 9 * BLOCK)), 9 * 4096);
+    test.end();
 }
 
-/// What is on its way into the cache, or there, when it becomes old.
+/// Blocks that become outdated on their way into the cache, or there.
 fn becomes_old(planted: Rules) {
     let cells = 4;
     for discards in [false, true] {
         for is_injected in [false, true] {
-            let mut rig = Rig::planted(8, 64, reads_cached(cells), planted);
+            let mut test = TestVolume::planted(8, 64, reads_cached(cells), planted);
             if is_injected {
-                rig.warm(0..4);
+                test.warm(0..4);
             } else {
                 for _ in 0..2 {
-                    rig.check(0, 3 * BLOCK);
+                    test.check(0, 3 * BLOCK);
                 }
-                assert_eq!((rig.counters().staged_blocks, rig.counters().injected_blocks), (3, 0));
+                assert_eq!(
+                    (test.counters().staged_blocks, test.counters().injected_blocks),
+                    (3, 0)
+                );
             }
             if discards {
-                rig.discard(BLOCK, 2 * BLOCK);
+                test.discard(BLOCK, 2 * BLOCK);
             } else {
-                rig.write(BLOCK, BLOCK, 7);
-                rig.write(2 * BLOCK + 3, 2, 7);
+                test.write(BLOCK, BLOCK, 7);
+                test.write(2 * BLOCK + 3, 2, 7);
             }
-            rig.run(rig.cache.drain()).expect("sound devices");
-            rig.check_parts(0..4);
+            test.run(test.cache.drain()).expect("sound devices");
+            test.check_parts(0..4);
             // Whatever is left in the cells comes into the log.
             for _ in 0..2 {
-                (8..12).for_each(|block| rig.check(2 * block * BLOCK, BLOCK));
+                (8..12).for_each(|block| test.check(2 * block * BLOCK, BLOCK));
             }
-            rig.run(rig.simulation.runtime().sleep(Duration::from_secs(5)));
-            assert!(rig.counters().injected_blocks > 0);
-            rig.check_parts(0..4);
-            rig.end();
+            test.run(test.simulation.runtime().sleep(Duration::from_secs(5)));
+            assert!(test.counters().injected_blocks > 0);
+            test.check_parts(0..4);
+            test.end();
         }
     }
 }
@@ -346,77 +348,77 @@ fn what_is_written_or_discarded_is_not_served_as_it_was_read() {
 
 #[test]
 fn a_write_while_the_block_is_being_read_wins_over_what_was_read() {
-    let mut rig = Rig::new(8, 64, reads_cached(1));
-    rig.check(0, BLOCK);
-    rig.backing.set_slowness(100);
-    let (reader, runtime) = (rig.cache.clone(), rig.simulation.runtime().clone());
+    let mut test = TestVolume::new(8, 64, reads_cached(1));
+    test.check(0, BLOCK);
+    test.backing.set_slowness(100);
+    let (reader, runtime) = (test.cache.clone(), test.simulation.runtime().clone());
     runtime.spawn(Box::pin(async move {
         let _ = reader.read(Sector(0), IoBuf::zeroed(BLOCK_BYTES)).await;
     }));
     // The read is under way, and holds the only cell.
-    rig.run(runtime.sleep(Duration::from_micros(1)));
-    rig.write(0, BLOCK, 1);
-    rig.run(runtime.sleep(Duration::from_secs(10)));
-    assert_eq!(rig.counters().staged_blocks, 0);
-    rig.check(0, BLOCK);
-    rig.end();
+    test.run(runtime.sleep(Duration::from_micros(1)));
+    test.write(0, BLOCK, 1);
+    test.run(runtime.sleep(Duration::from_secs(10)));
+    assert_eq!(test.counters().staged_blocks, 0);
+    test.check(0, BLOCK);
+    test.end();
 }
 
 #[test]
 fn errors_of_either_device_surface_in_reads_that_need_it_and_go_away_again() {
-    let mut rig = Rig::new(8, 64, reads_cached(4));
-    rig.cache.pause();
-    rig.warm(0..4);
-    rig.write(8 * BLOCK, BLOCK, 1);
-    rig.write(9 * BLOCK + 2, 1, 1);
-    rig.flush();
-    assert_eq!(rig.cache.status().dirty_blocks, 2);
-    rig.backing.set_faults(READS_FAIL);
-    rig.check(0, 4 * BLOCK);
-    rig.check(8 * BLOCK, BLOCK);
-    rig.check(9 * BLOCK + 2, 1);
+    let mut test = TestVolume::new(8, 64, reads_cached(4));
+    test.cache.pause();
+    test.warm(0..4);
+    test.write(8 * BLOCK, BLOCK, 1);
+    test.write(9 * BLOCK + 2, 1, 1);
+    test.flush();
+    assert_eq!(test.cache.status().dirty_blocks, 2);
+    test.backing.set_faults(READS_FAIL);
+    test.check(0, 4 * BLOCK);
+    test.check(8 * BLOCK, BLOCK);
+    test.check(9 * BLOCK + 2, 1);
     for (first, count) in [(9 * BLOCK, BLOCK), (20 * BLOCK, 1), (3 * BLOCK, 2 * BLOCK)] {
         for _ in 0..3 {
-            assert!(rig.read(first, count).is_err_and(|e| e.contains("backing")), "{first}");
+            assert!(test.read(first, count).is_err_and(|e| e.contains("backing")), "{first}");
         }
     }
-    assert_eq!(rig.counters().staged_blocks, 4, "nothing is staged of what could not be read");
-    rig.backing.set_faults(Faults::default());
-    rig.check_parts(0..64);
-    assert_eq!(rig.cache.status().dirty_blocks, 2);
-    rig.cache_device.set_faults(READS_FAIL);
+    assert_eq!(test.counters().staged_blocks, 4, "nothing is staged of what could not be read");
+    test.backing.set_faults(Faults::default());
+    test.check_parts(0..64);
+    assert_eq!(test.cache.status().dirty_blocks, 2);
+    test.cache_device.set_faults(READS_FAIL);
     // Clean data is on the backing device too.
-    rig.check(0, 4 * BLOCK);
-    rig.check(9 * BLOCK, 2);
+    test.check(0, 4 * BLOCK);
+    test.check(9 * BLOCK, 2);
     for (first, count) in [(8 * BLOCK, BLOCK), (9 * BLOCK, BLOCK), (9 * BLOCK + 2, 1)] {
-        let read = rig.read(first, count);
+        let read = test.read(first, count);
         assert!(
             read.as_ref().is_err_and(|e| e.contains("cache")),
             "{first}: {:?}",
             read.map(|_| ())
         );
     }
-    rig.cache_device.set_faults(Faults::default());
-    rig.check_parts(0..64);
-    rig.cache.resume();
-    rig.end();
+    test.cache_device.set_faults(Faults::default());
+    test.check_parts(0..64);
+    test.cache.resume();
+    test.end();
 }
 
 #[test]
 fn a_cache_of_three_segments_goes_round_and_round_under_small_strided_writes() {
-    let mut rig = Rig::new(3, 1024, reads_cached(16));
+    let mut test = TestVolume::new(3, 1024, reads_cached(16));
     let sectors = 1024 * BLOCK;
     for (round, stride) in (1..).zip([9, 17, 8, 33]) {
         for at in (round..sectors).step_by(stride) {
-            rig.write(at, 1, round);
+            test.write(at, 1, round);
             if at % 7 == 0 {
-                rig.check(at / BLOCK * BLOCK, BLOCK);
+                test.check(at / BLOCK * BLOCK, BLOCK);
             }
         }
-        rig.check(0, sectors);
+        test.check(0, sectors);
     }
-    assert!(rig.counters().segments_written > 9, "{:?}", rig.counters());
-    rig.end();
+    assert!(test.counters().segments_written > 9, "{:?}", test.counters());
+    test.end();
 }
 
 #[test]
@@ -429,7 +431,7 @@ fn read_caching_is_switched_on_and_off_while_the_volume_is_attached() {
     assert_eq!(refused.code, 1);
     assert!(refused.stderr.contains("must be a number from 0 to 127"), "{refused:?}");
     let counter = |key: &str| volume.status()["live"]["counters"][key].as_u64().unwrap_or_default();
-    // Past the page cache, 4 KiB at a time and none next to the other.
+    // Past the page cache, 4 KiB at a time, and no two neighbours.
     let read_some = || {
         use std::os::unix::fs::{FileExt, OpenOptionsExt};
         let device = std::fs::File::options()

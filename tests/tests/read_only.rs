@@ -26,14 +26,13 @@ fn a_volume_with_dirty_data_takes_no_write_and_nothing_that_leads_to_one() {
     needs_serving!();
     let volume = Volume::created(16, 8 * MIB);
     let name = volume.name.as_str();
-    let mut attached = volume.attach_with(&[]);
+    let attached = volume.attach_with(&[]);
     volume.must(&["pause", name]);
     overwrite(&attached.device, 4096, &noise(5, 3 * MIB));
     File::open(&attached.device)
         .and_then(|device| device.sync_all())
         .expect("a device that takes writes");
-    attached.kill();
-    drop(attached);
+    attached.crash();
     let before = volume.images();
     let attached = volume.attach_with(&["--read-only"]);
     assert_eq!(volume.status()["state"], "attached read-only");

@@ -198,7 +198,7 @@ fn a_segment_that_is_cut_short_is_closed_with_the_last_commit_that_stands() {
 fn after_a_crash_the_kernel_module_reads_the_volume_from_what_a_repair_leaves() {
     needs_serving!();
     let volume = Volume::created(8, MIB);
-    let mut attached = volume.attach();
+    let attached = volume.attach();
     // Past the page cache, which would make whole blocks of it.
     let write = |device: &Path, seed, bytes| {
         let device =
@@ -210,8 +210,7 @@ fn after_a_crash_the_kernel_module_reads_the_volume_from_what_a_repair_leaves() 
     write(&attached.device, 1, 4096);
     write(&attached.device, 2, 512);
     let want = [&noise(2, 512)[..], &noise(1, 4096)[512..]].concat();
-    attached.kill();
-    drop(attached);
+    attached.crash();
     let for_module = || {
         let [cache, backing] =
             [&volume.cache, &volume.backing].map(|path| std::fs::read(path).unwrap());

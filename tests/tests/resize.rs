@@ -49,11 +49,10 @@ fn refuses_to(volume: &Volume, commands: &[Vec<&str>], why: &str) {
 fn a_backing_device_that_has_grown_is_served_whole_and_may_not_shrink_again() {
     needs_serving!();
     let volume = Volume::created(16, 16 * MIB);
-    let mut attached = volume.attach_with(&[]);
+    let attached = volume.attach_with(&[]);
     overwrite(&attached.device, 15 * MIB, &noise(1, MIB));
     File::open(&attached.device).unwrap().sync_all().unwrap();
-    attached.kill();
-    drop(attached);
+    attached.crash();
 
     resize(&volume.backing, 24 * MIB + 512);
     refuses(

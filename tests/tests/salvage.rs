@@ -247,7 +247,8 @@ proptest! {
         for way in Way::ALL {
             let cache: Device = Arc::new(MemDevice::with_content("cache", image.clone()));
             let backing: Device = Arc::new(MemDevice::new("backing", 16 * MIB));
-            let scanned = block_on(Scanned::read(&cache, Use::Write, |_| ())).expect("a superblock");
+            let scanning = Scanned::read(&cache, Use::Write, |_| ());
+            let scanned = block_on(scanning).expect("a superblock");
             match block_on(scanned.salvage(&cache, way)) {
                 Ok(Some(plan)) => block_on(plan.apply(&cache)).expect("a device in memory"),
                 Ok(None) => {}

@@ -1,6 +1,5 @@
-//! A second reader of the format, which was written from wb(5) alone (`tests/reader`), and libwb
-//! make the same of every device there is: whether it is refused, which segments count, and what
-//! the volume is.
+//! The second reader of the format (`tests/reader`), written from wb(5) alone, and libwb agree on
+//! every device: whether it is refused, which segments count, and what the volume holds.
 
 use fastrand::Rng;
 use futures_lite::future::block_on;
@@ -22,18 +21,18 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use tempfile::TempDir;
 use wb_tests::crashed::CRASHED;
-use wb_tests::recipe::{BASES, Change, Recipe, VOLUME_BYTES, seeds};
+use wb_tests::damage_script::{BASES, Change, DamageScript, VOLUME_BYTES, seeds};
 use wb_tests::sim::real::WriteCache;
 use wb_tests::sim::run_watched;
 use wb_tests::{GOLDEN, crafted, golden_bytes, has_program, noise, skip};
 
-/// `WB_READER_FIRST` and `WB_READER_DEVICES` try other damaged devices, and more of them.
+/// `WB_READER_FIRST` and `WB_READER_DEVICES` choose which damaged devices to try, and how many.
 const DAMAGED: u64 = 250;
-/// Logs that are made at random.
+/// How many random logs to read.
 const CRAFTED: u64 = 120;
-/// How many courses of the simulator.
-const COURSES: u64 = 12;
-/// Devices that differ, of which a report tells.
+/// How many scenarios of the simulator to read.
+const SCENARIOS: u64 = 12;
+/// How many devices that differ a report names.
 const SHOWN: usize = 5;
 
 /// The second reader, which reads one device after the other.
@@ -50,14 +49,14 @@ struct Reader {
 }
 
 impl Reader {
-    /// Starts it; none where there is no Python.
+    /// Starts the reader; `None` without Python.
     fn start() -> Option<Reader> {
         if !has_program("python3") {
             return None;
         }
         let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("reader/reader.py");
         let mut command = Command::new("python3");
-        // Without a folder for compiled files beside it.
+        // Python must not leave compiled files in the source tree.
         command
             .args(["-B".as_ref(), program.as_os_str()])
             .stdin(Stdio::piped())
@@ -95,7 +94,7 @@ impl Reader {
         if ours["unreadable"] == "at open"
             && theirs["unreadable"].as_array().is_some_and(|it| !it.is_empty())
         {
-            // That some block cannot be read, libwb has noticed earlier.
+            // libwb notices unreadable blocks earlier.
             ours["unreadable"] = theirs["unreadable"].clone();
         }
         if reasons.is_empty() {
@@ -120,7 +119,7 @@ impl Reader {
     }
 }
 
-/// What libwb makes of a device, in the words of the reader.
+/// libwb's view of a device, in the reader's terms.
 fn made_by_libwb(cache: &[u8], backing: &[u8]) -> Value {
     let device: Device = Arc::new(MemDevice::with_content("cache", cache.to_vec()));
     let Ok(superblock) = block_on(read_superblock(&device, Use::Read)) else {
@@ -218,19 +217,19 @@ fn a_second_reader_reads_crafted_devices() {
             &backing,
         );
     }
-    for recipe in seeds() {
-        reader.compare(&format!("{recipe:?}"), &recipe.build(), &backing);
+    for script in seeds() {
+        reader.compare(&format!("{script:?}"), &script.build(), &backing);
     }
     reader.end();
 }
 
-/// Damage of two kinds at once, which hardly any seed has: to the newest segment of a cache that
+/// Two kinds of damage at once, which hardly any seed has: to the newest segment of a cache that
 /// was not closed.
 #[test]
 fn a_second_reader_reads_what_is_torn_and_damaged() {
     const HEADER: u32 = (1 << 20) + 2 * (512 << 10);
     let base = u8::try_from(GOLDEN.len() + 1).expect("few bases");
-    let image = Recipe { base, changes: Vec::new() }.build();
+    let image = DamageScript { base, changes: Vec::new() }.build();
     let header = &image[to_usize(HEADER.into())..][..BLOCK_BYTES];
     let (length, before) = (u32::from(header[12]), u32::from(header[57]));
     assert!((header[28], length > before, before > 0) == (6, true, true), "{length} {before}");
@@ -249,13 +248,13 @@ fn a_second_reader_reads_what_is_torn_and_damaged() {
         vec![unaligned.clone()],
         vec![unaligned, seal],
     ] {
-        let recipe = Recipe { base, changes };
-        reader.compare(&format!("{recipe:?}"), &recipe.build(), &noise(1, VOLUME_BYTES));
+        let script = DamageScript { base, changes };
+        reader.compare(&format!("{script:?}"), &script.build(), &noise(1, VOLUME_BYTES));
     }
     reader.end();
 }
 
-/// The first that no log reaches, and the last before it.
+/// The first id that no log reaches, and the last before it.
 #[test]
 fn a_second_reader_reads_ids_that_no_log_reaches() {
     let base = u8::try_from(GOLDEN.len()).expect("few bases");
@@ -267,8 +266,8 @@ fn a_second_reader_reads_ids_that_no_log_reaches() {
         let header = write((1 << 20) + u32::from(slot) * (512 << 10), id);
         let recorded = write((1 << 20) - 512, id - 1);
         let seal = Change::Reseal { slot, blocks: false };
-        let recipe = Recipe { base, changes: vec![header, recorded, seal] };
-        reader.compare(&format!("{recipe:?}"), &recipe.build(), &noise(1, VOLUME_BYTES));
+        let script = DamageScript { base, changes: vec![header, recorded, seal] };
+        reader.compare(&format!("{script:?}"), &script.build(), &noise(1, VOLUME_BYTES));
     }
     assert_eq!((reader.accepted, reader.refused), (1, 3));
     reader.end();
@@ -282,8 +281,8 @@ fn a_second_reader_reads_damaged_devices() {
         |name, default| std::env::var(name).map_or(default, |text| text.parse().expect("a number"));
     let first = number("WB_READER_FIRST", 0);
     for seed in first..first + number("WB_READER_DEVICES", DAMAGED) {
-        let recipe = damaged(&mut Rng::with_seed(seed));
-        reader.compare(&format!("seed {seed}: {recipe:?}"), &recipe.build(), &backing);
+        let script = damaged(&mut Rng::with_seed(seed));
+        reader.compare(&format!("seed {seed}: {script:?}"), &script.build(), &backing);
     }
     reader.end();
 }
@@ -291,11 +290,11 @@ fn a_second_reader_reads_damaged_devices() {
 #[test]
 fn a_second_reader_reads_the_devices_of_the_simulator() {
     let mut reader = reader!();
-    for seed in 0..COURSES {
+    for seed in 0..SCENARIOS {
         let mut nth = 0;
         let mut watch = |cache: &_, backing: &_| {
             nth += 1;
-            let name = format!("end {nth} of a process in the course of seed {seed}");
+            let name = format!("end {nth} of a process in the scenario of seed {seed}");
             reader.compare(&name, &content(cache), &content(backing));
         };
         run_watched(&WriteCache::default(), seed, &mut watch).expect("a sound engine");
@@ -307,12 +306,12 @@ fn content(device: &SimDevice) -> Vec<u8> {
     device.content()
 }
 
-/// A device with some damage, most of it where the format has meaning, and much of it in one slot.
-/// Half of them wb wrote.
-fn damaged(rng: &mut Rng) -> Recipe {
+/// A device with random damage, mostly in meaningful fields and often in one slot. wb wrote half of
+/// these devices.
+fn damaged(rng: &mut Rng) -> DamageScript {
     let first = if rng.bool() { GOLDEN.len() + 1 } else { 0 };
     let base = u8::try_from(rng.usize(first..BASES)).unwrap_or_default();
-    let image = Recipe { base, changes: Vec::new() }.build();
+    let image = DamageScript { base, changes: Vec::new() }.build();
     let focus = rng.u8(0..6);
     let mut changes = Vec::new();
     for _ in 0..1 << rng.u32(0..4) {
@@ -357,10 +356,10 @@ fn damaged(rng: &mut Rng) -> Recipe {
         changes.push(Change::Write { at, bytes: vec![byte] });
         changes.extend(seal.filter(|_| rng.bool()));
     }
-    Recipe { base, changes }
+    DamageScript { base, changes }
 }
 
-/// What the hex dump in wb(5) shows, as a device of so many bytes.
+/// What the hex dump in wb(5) shows, as a device of a given size.
 fn worked_example(page: &str, bytes: usize) -> Vec<u8> {
     let mut image = Vec::new();
     let mut repeats = false;

@@ -1,4 +1,4 @@
-//! Courses of work and crashes on simulated devices, one for each seed.
+//! Scenarios of work and crashes on simulated devices, one for each seed.
 //!
 //! `WB_SIM_SEED` chooses the seed of `one_seed`; `WB_SIM_FIRST_SEED` and `WB_SIM_SEEDS` those of
 //! `many_seeds`.
@@ -14,14 +14,14 @@ use libwb::runtime::Runtime;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+use wb_tests::sim::broken_engines::{Flaw, SimpleEngine};
+use wb_tests::sim::engine::Engine;
 use wb_tests::sim::real::WriteCache;
-use wb_tests::sim::toys::{Flaw, Toy};
-use wb_tests::sim::volume::Engine;
 use wb_tests::sim::{Failure, run};
 
 /// `make sim` and `make soak` run more.
 const DEFAULT_SEEDS: u64 = 100;
-/// Failures that are shown of one test.
+/// How many failures of one test are shown.
 const SHOWN: usize = 3;
 
 fn number(variable: &str) -> Option<u64> {
@@ -53,10 +53,10 @@ fn run_seeds(engine: &(dyn Engine + Sync), seeds: std::ops::Range<u64>) {
     assert!(text.is_empty(), "{}", text.join("\n\n"));
 }
 
-/// The first seed, of so many, that shows the flaw.
+/// The first of `seeds` seeds that shows the flaw.
 fn caught(flaw: Flaw, seeds: u64) -> Failure {
     (0..seeds)
-        .find_map(|seed| run(&Toy(flaw), seed).err())
+        .find_map(|seed| run(&SimpleEngine(flaw), seed).err())
         .unwrap_or_else(|| panic!("{flaw:?} goes unnoticed"))
 }
 
@@ -79,7 +79,7 @@ fn many_seeds() {
 }
 
 #[test]
-fn a_seed_repeats_its_course_exactly() {
+fn a_seed_repeats_its_scenario_exactly() {
     for seed in 0..20 {
         let report = run(&WriteCache::default(), seed).expect("a sound engine");
         assert_eq!(run(&WriteCache::default(), seed).expect("a sound engine"), report);
@@ -87,8 +87,8 @@ fn a_seed_repeats_its_course_exactly() {
 }
 
 #[test]
-fn a_correct_toy_passes() {
-    run_seeds(&Toy(Flaw::None), 0..60);
+fn a_correct_engine_passes() {
+    run_seeds(&SimpleEngine(Flaw::None), 0..60);
 }
 
 #[test]
@@ -133,8 +133,9 @@ fn a_hang_is_caught() {
     assert!(text.contains("deadlock") || text.contains("stuck"), "{text}");
 }
 
-/// What a killed daemon has left in the volatile cache of the cache device must not be lost any
-/// more once the backing device has it: what is durable of the log would be replayed over it.
+/// Once the backing device has data that a killed daemon left in the volatile cache of the cache
+/// device, the log must not lose that data. Otherwise a replay of the durable log would overwrite
+/// it.
 #[test]
 fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
     let simulation = Simulation::new(1);
@@ -152,7 +153,7 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
             cache.pause();
             cache.write(Sector(0), &[1; BLOCK_BYTES]).await.expect("written");
             cache.flush().await.expect("durable");
-            // A whole segment, which is written and not flushed.
+            // Writes a whole segment without a flush.
             cache.write(Sector(0), &[2; BLOCK_BYTES * PLACES as usize]).await.expect("written");
             runtime.sleep(Duration::from_millis(200)).await;
             assert_eq!((cache.status().written.0, cache.status().durable.0), (2, 1));
@@ -170,7 +171,7 @@ fn what_is_replayed_until_a_point_is_durable_in_the_log_before() {
         })
         .expect("no crash");
     simulation.kill_tasks();
-    // The power fails, and nothing is left that is not durable.
+    // The power fails, and only durable data is left.
     let [cache, backing] = [("cache", cache), ("backing", backing)]
         .map(|(name, before)| device(name, before.snapshot().image(|_, _| false)));
     let volume = simulation.block_on(async {

@@ -23,7 +23,7 @@ fn statistics(volume: &Volume) -> Value {
     volume.status()["live"]["statistics"].clone()
 }
 
-/// How many whole blocks were written of which the cache held a version, or none.
+/// How many whole blocks were written that the cache held, and that it did not hold.
 fn written_blocks(volume: &Volume, hit: bool) -> u64 {
     let accesses = statistics(volume)["accesses"].as_array().expect("a list").clone();
     let is_meant =

@@ -1,6 +1,6 @@
-//! Blocks that cannot be written back: one that the backing device does not take, and one that the
-//! cache device has altered. All others are written back and take no harm, the log goes on for many
-//! laps, and power cuts change nothing of that.
+//! Blocks that cannot be written back: one that the backing device refuses, and one that rots on
+//! the cache device. The engine still writes back all others, and the log goes on for many laps,
+//! even with power cuts.
 
 use byteorder::{ByteOrder, LittleEndian};
 use libwb::cache::{Cache, CacheError, OpenOptions};
@@ -21,7 +21,7 @@ const ROTTEN: BlockNo = BlockNo(10);
 /// A block that cannot be written to the backing device.
 const REFUSED: BlockNo = BlockNo(20);
 
-/// What a block holds in a version: nothing else on either device.
+/// The content of a version of a block, which appears nowhere else.
 fn data(block: BlockNo, version: u64) -> Vec<u8> {
     [block.0, version, 0x77].map(u64::to_le_bytes).concat().repeat(BLOCK_BYTES / 24 + 1)
         [..BLOCK_BYTES]
@@ -32,12 +32,12 @@ fn version_of(data: &[u8]) -> u64 {
     LittleEndian::read_u64(&data[8..])
 }
 
-struct Rig {
+struct TestVolume {
     simulation: Simulation,
     planted: Rules,
     cache: Arc<SimDevice>,
     backing: Arc<SimDevice>,
-    /// The version of each block that must survive, and the newest.
+    /// For each block, the version that must survive, and the newest.
     flushed: BTreeMap<u64, u64>,
     newest: BTreeMap<u64, u64>,
     /// The newest version of [`REFUSED`].
@@ -45,16 +45,16 @@ struct Rig {
     lost: bool,
 }
 
-/// The power went.
+/// The power failed.
 struct Cut;
 
-impl Rig {
-    fn new(seed: u64, planted: Rules) -> Rig {
+impl TestVolume {
+    fn new(seed: u64, planted: Rules) -> TestVolume {
         let simulation = Simulation::new(seed);
         let cache = SimDevice::new(simulation.runtime(), "cache", fresh_cache(SEGMENTS, true), 512);
         let backing =
             SimDevice::new(simulation.runtime(), "backing", fresh_backing(8 * BLOCKS), 512);
-        Rig {
+        TestVolume {
             simulation,
             planted,
             cache: Arc::new(cache),
@@ -73,7 +73,8 @@ impl Rig {
     fn open(&self) -> Result<Cache, Cut> {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
         let runtime = Arc::new(self.simulation.runtime().clone());
-        let opened = Cache::open(cache, backing, runtime, OpenOptions::serve().rules(self.planted));
+        let opened =
+            Cache::open(cache, backing, runtime, OpenOptions::serve().rules(self.planted));
         self.finish(opened).map(|opened| opened.expect("a sound cache"))
     }
 
@@ -137,7 +138,7 @@ impl Rig {
             for nth in 0..SEGMENTS * 127 {
                 self.write(cache, BlockNo(100 + nth * 7 % (BLOCKS - 100)), version)?;
                 if nth % 50 == 0 {
-                    // That is looked at, and written anew, at any moment.
+                    // The test reads the lost block, and writes it anew, at any moment.
                     let _ = cache.status();
                     self.refused += 1;
                     self.write(cache, REFUSED, self.refused)?;
@@ -150,7 +151,7 @@ impl Rig {
         Ok(())
     }
 
-    /// With a power cut after so many requests to devices, if any.
+    /// Cuts the power after `cut_after` requests to devices, if that is given.
     fn go_through(&mut self, cut_after: Option<u64>) -> Result<(), Cut> {
         let cache = self.open()?;
         self.write(&cache, ROTTEN, 1)?;
@@ -169,17 +170,17 @@ impl Rig {
         let drained = self.finish(cache.drain())?;
         let Err(CacheError::Stuck(stuck)) = drained else { panic!("{drained:?}") };
         assert_eq!((stuck.refused, stuck.lost), (1, 1), "{stuck}");
-        // A part of a block cannot be written on top of what is lost.
+        // A write to part of a lost block fails.
         assert!(self.finish(cache.write(ROTTEN.sector(), &[1; 512]))?.is_err());
         self.flush(&cache)
     }
 
-    /// Everything can be written back once the backing device takes it, and what was lost is
+    /// Everything can be written back once the backing device accepts it and the lost block is
     /// written anew.
     fn end(&mut self) -> Result<(), Cut> {
         let cache = self.open()?;
-        // Rot is on the media, and a crash does not mend it. Before, recovery might have had to
-        // read it.
+        // Rot is on the media, and a crash does not mend it. Earlier, recovery might have had to
+        // read the rotten block.
         if self.cache.content().chunks(BLOCK_BYTES).any(|held| held == data(ROTTEN, 1)) {
             self.rot(ROTTEN, 1);
         }
@@ -208,14 +209,14 @@ impl Rig {
     }
 }
 
-/// One course of it.
+/// One scenario of it.
 fn run(seed: u64, planted: Rules, cut_after: Option<u64>) {
     println!("seed {seed}, a power cut after {cut_after:?} requests");
-    let mut rig = Rig::new(seed, planted);
-    let went = rig.go_through(cut_after);
+    let mut test = TestVolume::new(seed, planted);
+    let went = test.go_through(cut_after);
     assert!(went.is_ok() || cut_after.is_some());
-    rig.cut();
-    assert!(rig.end().is_ok(), "no cut any more");
+    test.cut();
+    assert!(test.end().is_ok(), "no cut any more");
 }
 
 #[test]
@@ -230,7 +231,7 @@ fn power_cuts_do_not_lose_blocks_that_are_stuck() {
     }
 }
 
-/// Whether some course finds a bug.
+/// Whether any scenario finds a bug.
 fn is_found(bug: Rule) -> bool {
     let cuts = (0..150).map(|nth| Some(1900 + nth * 13)).chain([None]);
     let planted = || Rules::breaking(bug);
@@ -254,21 +255,21 @@ fn a_lost_block_that_is_moved_as_a_sound_one_is_noticed() {
 
 #[test]
 fn where_nothing_can_be_written_back_writes_fail_when_the_log_is_full() {
-    let mut rig = Rig::new(3, Rules::default());
-    let cache = rig.open().ok().expect("no cut");
+    let mut test = TestVolume::new(3, Rules::default());
+    let cache = test.open().ok().expect("no cut");
     for block in 0..BLOCKS {
-        rig.backing.go_bad(BlockNo(block).bytes());
+        test.backing.go_bad(BlockNo(block).bytes());
     }
     let refused = (0..BLOCKS).find_map(|block| {
         let block = BlockNo(block);
-        rig.finish(cache.write(block.sector(), &data(block, 1))).ok().expect("no cut").err()
+        test.finish(cache.write(block.sector(), &data(block, 1))).ok().expect("no cut").err()
     });
     assert!(matches!(refused, Some(CacheError::Full(_))), "{refused:?}");
-    rig.backing.heal_bad();
-    let healed = rig.simulation.runtime().clone();
-    rig.finish(libwb::runtime::Runtime::sleep(&healed, Duration::from_secs(60)))
+    test.backing.heal_bad();
+    let healed = test.simulation.runtime().clone();
+    test.finish(libwb::runtime::Runtime::sleep(&healed, Duration::from_secs(60)))
         .ok()
         .expect("no cut");
-    rig.write(&cache, BlockNo(BLOCKS - 1), 2).ok().expect("a write");
-    rig.finish(cache.drain()).ok().expect("no cut").expect("a drain");
+    test.write(&cache, BlockNo(BLOCKS - 1), 2).ok().expect("a write");
+    test.finish(cache.drain()).ok().expect("no cut").expect("a drain");
 }

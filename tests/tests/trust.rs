@@ -105,7 +105,7 @@ fn a_daemon_does_what_root_says_and_nobody_else() {
     needs_serving!();
     let volume = Volume::created(4, 8 * MIB);
     let attached = volume.attach_with(&[]);
-    // As if somebody had opened what wb keeps shut.
+    // As if an administrator had opened what wb keeps shut.
     for folder in [volume.dir.path(), &volume.path("run"), volume.socket().parent().unwrap()] {
         set_permissions(folder, Permissions::from_mode(0o755)).unwrap();
     }

@@ -1,5 +1,5 @@
-//! Devices that cannot work, or that somebody else uses, are refused before anything is written:
-//! with a line that says what, where, and what to do.
+//! wb refuses devices that cannot work or that others use, before it writes anything. The message
+//! says what is wrong, where, and what to do.
 
 use libwb::device::IoBuf;
 use nix::libc::O_DIRECT;
@@ -8,8 +8,8 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use wb_tests::{
-    FailingFile, Faults, LoopDevice, MIB, Outcome, Volume, bin, cache_bytes, golden, has_program,
-    needs_serving, noise, read_at, sha256, skip, system, unmount, wait_for, wb, zeros,
+    FailingFile, FileFaults, LoopDevice, MIB, Outcome, Volume, bin, cache_bytes, golden,
+    has_program, needs_serving, noise, read_at, sha256, skip, system, unmount, wait_for, wb, zeros,
 };
 
 fn text(path: &Path) -> &str {
@@ -274,7 +274,7 @@ fn a_cache_device_that_is_full_for_a_while_costs_nothing() {
     volume.cache = cache.path.clone();
     volume.create(&[]);
     let attached = volume.attach_with(&[]);
-    cache.fail(Faults { full: true, ..Faults::default() });
+    cache.fail(FileFaults { full: true, ..FileFaults::default() });
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| {
             let device =

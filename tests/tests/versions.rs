@@ -126,7 +126,7 @@ fn whatever_a_daemon_leaves_out_the_rest_is_shown_and_detach_works() {
                 json["name"] == name && json["state"] == "attached",
                 "without {pointer}: {shown:?}"
             );
-            // What nobody told is null, never a number that looks true.
+            // What the daemon does not tell is null, never a number that looks true.
             let there = json.pointer(&pointer).filter(|value| !value.is_null());
             let is_known = ["/name", "/state"].contains(&pointer.as_str());
             assert!(

@@ -191,8 +191,8 @@ fn a_device_that_was_cut_short_is_noticed() {
 fn data_beyond_the_end_of_the_backing_device_is_an_error() {
     let dir = TempDir::new().unwrap();
     let cache = formatted(&dir, 14);
-    // The last block there can be, of which only the first sectors are dirty; and a clean block,
-    // which does not matter.
+    // The last possible block, with only its first sectors dirty; and a clean block, which does not
+    // matter.
     write_segment(&cache, 1, &[entry(3, 0x0f), entry(1 << 40, 0)], 1);
     let exact = zeros(&dir, "exact", (3 * 8 + 4) * 512);
     let short = zeros(&dir, "short", (3 * 8 + 3) * 512);

@@ -9,15 +9,15 @@ use std::path::Path;
 use std::sync::Arc;
 use tempfile::TempDir;
 use wb_tests::{
-    FailingFile, Faults, Volume, cache_bytes, entry, flip_bit, golden, needs_serving, overwrite,
-    read_at, segment_offset, sha256, wb, write_record, write_segment, zeros,
+    FailingFile, FileFaults, Volume, cache_bytes, entry, flip_bit, golden, needs_serving,
+    overwrite, read_at, segment_offset, sha256, wb, write_record, write_segment, zeros,
 };
 
 fn json_lines(text: &str) -> Vec<serde_json::Value> {
     text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
 }
 
-/// Three segments, of which block 7 is in the first and the last; segment 3 is torn.
+/// Three segments. The first and the last hold block 7; segment 3 is torn.
 fn small_log(dir: &TempDir) -> std::path::PathBuf {
     let cache = zeros(dir, "cache", cache_bytes(8));
     assert_eq!(wb!("wbformat", &cache).code, 0);
@@ -244,7 +244,7 @@ fn a_superblock_of_which_a_block_cannot_be_read_is_shown_without_it() {
         (EXTENSION_OFFSETS[1], "one copy of two: where a superblock extension lies"),
         (RECORD_BLOCK_OFFSET, "at byte 1044480 failed"),
     ] {
-        cache.fail(Faults { reads: offset..offset + 4096, ..Faults::default() });
+        cache.fail(FileFaults { reads: offset..offset + 4096, ..FileFaults::default() });
         let shown = wb!("wbdump", "super", &cache.path, "--json");
         assert_eq!((shown.code, shown.stderr.lines().count()), (0, 1), "{shown:?}");
         assert!(shown.stderr.contains(why), "{why:?} is not in {shown:?}");

@@ -22,7 +22,7 @@ fn set(volume: &Volume, tunables: &[&str]) {
     volume.must(&[&["set", volume.name.as_str()], tunables].concat());
 }
 
-/// Writes, past the page cache of the loop device, in pieces of so many bytes.
+/// Writes past the page cache of the loop device, in pieces of a given size.
 fn write_direct(device: &std::path::Path, offset: u64, bytes: &[u8], piece: u64) {
     let source = tempfile::NamedTempFile::new().expect("a temporary file");
     std::fs::write(source.path(), bytes).expect("a temporary file");

@@ -4,7 +4,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::process::{Child, Stdio};
 use wb_tests::{
-    FailingFile, Faults, LoopDevice, MIB, Volume, needs_serving, noise, overwrite, read_at,
+    FailingFile, FileFaults, LoopDevice, MIB, Volume, needs_serving, noise, overwrite, read_at,
     wait_for,
 };
 
@@ -67,7 +67,7 @@ fn a_paused_volume_writes_back_when_it_is_resumed_or_drained() {
         metrics.contains(&format!("wb_oldest_dirty_seconds{{volume=\"{name}\"}}")),
         "{metrics}"
     );
-    // A drain is what somebody wants now.
+    // A drain must not wait.
     volume.must(&["drain", name]);
     assert_eq!(dirty(&volume), 0);
     assert_eq!(volume.status()["live"]["oldest_dirty_seconds"], serde_json::Value::Null);
@@ -84,10 +84,9 @@ fn a_paused_volume_writes_back_when_it_is_resumed_or_drained() {
 fn the_age_of_dirty_data_is_known_after_a_crash() {
     needs_serving!();
     let volume = Volume::created(8, 8 * MIB);
-    let mut attached = volume.attach_with(&["writeback_threshold=0"]);
+    let attached = volume.attach_with(&["writeback_threshold=0"]);
     write(&volume, &attached.device, MIB);
-    attached.kill();
-    drop(attached);
+    attached.crash();
     let attached = volume.attach_with(&["writeback_threshold=0"]);
     let age = volume.status()["live"]["oldest_dirty_seconds"].as_f64();
     assert!(age.is_some_and(|age| age < 3600.0), "{age:?}");
@@ -168,7 +167,7 @@ fn an_interrupted_drain_says_the_number_that_list_says() {
     volume.create(&[]);
     let name = volume.name.as_str();
     let attached = volume.attach_with(&["writeback_threshold=0"]);
-    // Two runs, of which the second hangs, so that the batch is half written.
+    // Two runs. The second hangs, so that the batch is half written.
     write(&volume, &attached.device, 2 * MIB);
     let hanging = backing.hang_writes(MIB..2 * MIB);
     let mut drain = volume.command(&["drain", name]).stderr(Stdio::piped()).spawn().expect("wbctl");
@@ -205,7 +204,7 @@ fn the_rate_of_write_back_is_not_shown_while_it_fails() {
     assert!(rate > Some(0.0), "{}", told());
     let shown = volume.must(&["status", name]);
     assert!(shown.contains("/s while it works"), "{shown}");
-    backing.fail(Faults { writes: true, ..Faults::default() });
+    backing.fail(FileFaults { writes: true, ..FileFaults::default() });
     write(&volume, &attached.device, MIB);
     assert_eq!(volume.wbctl(&["drain", name]).code, 1);
     let status = volume.wbctl(&["status", name]);

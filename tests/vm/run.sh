@@ -5,7 +5,7 @@ cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin:/sbin
 module=dm-writeboost/2.2.17
 
-# The newest kernel with headers to build the module for, among those it is known to build for.
+# The newest kernel that the module is known to build for.
 kernel=${WB_VM_KERNEL:-$(cd /lib/modules && printf '%s\n' 6.1.* | sort -V | tail -n 1)}
 if ! modinfo --set-version "$kernel" dm-writeboost >/dev/null 2>&1; then
     as_root=

@@ -1,6 +1,6 @@
-//! Reads and writes a volume in the VM, all without the page cache. `tests/vm/run.sh` builds it as
-//! one static program: in an emulated machine, a process for each request would cost more than all
-//! the rest.
+//! Reads and writes a volume in the VM, without the page cache. `tests/vm/run.sh` builds it as one
+//! static program. In an emulated machine, a process for each request would cost more than all
+//! else.
 //!
 //! usage: volume write DEVICE NAME, which does what NAME.ops says with the data in NAME.data; or
 //! volume dump DEVICE FILE

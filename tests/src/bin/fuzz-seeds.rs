@@ -1,18 +1,18 @@
-//! Writes the inputs that fuzzing starts from: `fuzz-seeds FOLDER`. They are made of the golden
-//! images at run time, so that none need be kept.
+//! Writes the inputs that fuzzing starts from: `fuzz-seeds FOLDER`. It makes them from the golden
+//! images, so the repository need not keep them.
 
 use std::path::Path;
 use std::process::ExitCode;
+use wb_tests::damage_script::{DamageScript, seeds};
 use wb_tests::fuzzed::requests;
-use wb_tests::recipe::{Recipe, seeds};
 
 fn main() -> ExitCode {
     let Some(folder) = std::env::args_os().nth(1) else {
         eprintln!("usage: fuzz-seeds FOLDER");
         return ExitCode::from(2);
     };
-    let recipes: Vec<Vec<u8>> = seeds().iter().map(Recipe::encode).collect();
-    let targets = [("device", &recipes), ("recovery", &recipes), ("control", &requests())];
+    let scripts: Vec<Vec<u8>> = seeds().iter().map(DamageScript::encode).collect();
+    let targets = [("device", &scripts), ("recovery", &scripts), ("control", &requests())];
     for (target, inputs) in targets {
         if let Err(e) = write(&Path::new(&folder).join(target), inputs) {
             eprintln!("fuzz-seeds: {}: {e}", folder.display());

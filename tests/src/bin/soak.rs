@@ -1,7 +1,7 @@
 //! Runs the simulator over many seeds, on all cores: `soak SEEDS [FIRST]`.
 //!
-//! Shows how far it is, and closes with how many seeds ran and how often they crashed. Fails if any
-//! seed does.
+//! Shows its progress, and at the end how many seeds ran and how often they crashed. Fails if any
+//! seed fails.
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,7 +12,7 @@ use wb_tests::sim::run;
 
 /// Between two lines of progress.
 const PROGRESS: Duration = Duration::from_secs(5);
-/// Failures after which no more seeds are begun.
+/// After this many failures, no more seeds start.
 const ENOUGH: u64 = 5;
 
 #[derive(Default)]
@@ -52,7 +52,7 @@ impl Counts {
     }
 }
 
-/// Runs so many seeds; returns whether all were well.
+/// Runs `seeds` seeds from `first` on; returns whether all passed.
 fn soak(first: u64, seeds: u64) -> bool {
     let started = Instant::now();
     let counts = Counts::default();

@@ -1,8 +1,8 @@
-//! Clients that read and write a volume at random, and tell the oracle.
+//! Clients that read and write a volume at random and tell the oracle what they did.
 
+use super::engine::{EngineConfig, EngineFuture, EngineVolume};
 use super::oracle::Oracle;
 use super::stamp;
-use super::volume::{Taste, Volume};
 use fastrand::Rng;
 use libwb::device::IoBuf;
 use libwb::device::sim::SimRuntime;
@@ -22,7 +22,7 @@ pub struct Habits {
     unit: u64,
     /// Out of 100 operations, how many write.
     writes: u32,
-    /// Out of 100 writes, how many are durable when they are acknowledged.
+    /// Out of 100 writes, how many are durable once acknowledged (FUA).
     fua: u32,
     /// Out of 100 operations, how many discard.
     discards: u32,
@@ -32,20 +32,20 @@ pub struct Habits {
     flushes: u32,
     /// Out of 1000 operations, how many drain.
     drains: u32,
-    /// Out of 100 operations, how many are preceded by a pause.
+    /// Out of 100 operations, how many a pause precedes.
     pauses: u32,
-    /// I/O is up to 2 to this power units long, mostly.
+    /// Most I/O is at most 2 to this power units long.
     size_bits: u32,
     /// Out of 100 operations, how many go to the hot spot.
     hot: u32,
     /// The hot spot, in units.
     hot_units: u64,
-    /// Out of 100 operations, how many go on where the last one ended.
+    /// Out of 100 operations, how many continue where the last one ended.
     sequential: u32,
 }
 
 impl Habits {
-    /// In strict order, discards are refused.
+    /// Turns discards off. The engine refuses them in strict order.
     pub fn discard_nothing(&mut self) {
         self.discards = 0;
     }
@@ -55,7 +55,7 @@ impl Habits {
         self.discards > 0
     }
 
-    /// Habits for a volume whose unit of I/O is so many sectors.
+    /// Random habits for a volume whose unit of I/O is `unit` sectors.
     pub fn any(rng: &mut Rng, unit: u64) -> Habits {
         let often =
             |rng: &mut Rng, choices: &[u32]| rng.choice(choices.iter().copied()).unwrap_or(0);
@@ -76,13 +76,42 @@ impl Habits {
     }
 }
 
+/// Discards, and tells the oracle.
+pub(super) fn discard(
+    oracle: Arc<Mutex<Oracle>>,
+    volume: Arc<dyn EngineVolume>,
+    first: Sector,
+    count: u64,
+) -> EngineFuture<()> {
+    Box::pin(async move {
+        let discard = oracle.lock().discard_begins(first, count);
+        let result = volume.discard(first, count).await;
+        oracle.lock().durable_write_ends(discard, first, count, result.is_ok());
+        result
+    })
+}
+
+/// Flushes or drains, and tells the oracle.
+pub(super) fn flush(
+    oracle: Arc<Mutex<Oracle>>,
+    volume: Arc<dyn EngineVolume>,
+    drain: bool,
+) -> EngineFuture<()> {
+    Box::pin(async move {
+        let began = oracle.lock().flush_begins();
+        let result = if drain { volume.drain().await } else { volume.flush().await };
+        oracle.lock().flush_ends(if drain { "drain" } else { "flush" }, began, result.is_ok());
+        result
+    })
+}
+
 /// One client.
 pub struct Client {
     /// What it works on.
-    pub volume: Arc<dyn Volume>,
+    pub volume: Arc<dyn EngineVolume>,
     /// Whom it tells.
     pub oracle: Arc<Mutex<Oracle>>,
-    /// Where its pauses pass.
+    /// The clock of its pauses.
     pub runtime: SimRuntime,
     /// How it decides.
     pub rng: Rng,
@@ -90,8 +119,8 @@ pub struct Client {
     pub habits: Habits,
     /// Whether operations may fail.
     pub faulty: bool,
-    /// What the tunables may be.
-    pub taste: Taste,
+    /// What the tunables are chosen by.
+    pub config: EngineConfig,
 }
 
 impl Client {
@@ -105,7 +134,7 @@ impl Client {
             }
             let habits = self.habits.clone();
             if self.rng.u32(..1000) < habits.tunes {
-                self.volume.tune(Taste { number: self.rng.u64(..), ..self.taste });
+                self.volume.tune(EngineConfig { seed: self.rng.u64(..), ..self.config });
             }
             if self.rng.u32(..1000) < habits.drains {
                 self.flush(true).await;
@@ -141,16 +170,15 @@ impl Client {
             _ if rng.u32(..100) < habits.hot => rng.u64(..habits.hot_units),
             _ => rng.u64(..units),
         };
-        // Half of what is large enough to hold a block begins with one.
+        // Half of the requests that can hold a block begin at one.
         let first = if count >= 8 && rng.bool() { first / 8 * 8 } else { first };
         let first = first.min(units - count);
         (first * habits.unit, count * habits.unit)
     }
 
     async fn discard(&self, first: Sector, count: u64) {
-        let discard = self.oracle.lock().discard_begins(first, count);
-        let result = self.volume.discard(first, count).await;
-        self.oracle.lock().durable_write_ends(discard, first, count, result.is_ok());
+        let (oracle, volume) = (self.oracle.clone(), self.volume.clone());
+        let result = discard(oracle, volume, first, count).await;
         self.judge("a discard", result.err());
     }
 
@@ -189,10 +217,9 @@ impl Client {
     }
 
     async fn flush(&self, drain: bool) {
-        let began = self.oracle.lock().flush_begins();
+        let (oracle, volume) = (self.oracle.clone(), self.volume.clone());
+        let result = flush(oracle, volume, drain).await;
         let what = if drain { "drain" } else { "flush" };
-        let result = if drain { self.volume.drain().await } else { self.volume.flush().await };
-        self.oracle.lock().flush_ends(what, began, result.is_ok());
         self.judge(what, result.err());
     }
 

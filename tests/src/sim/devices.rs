@@ -1,4 +1,4 @@
-//! The devices of a simulated course: how they begin, and how they fail for a while.
+//! The devices of a scenario: what they hold at first, and how they fail for a while.
 
 use super::stamp::{self, WriteId};
 use fastrand::Rng;
@@ -45,13 +45,13 @@ pub fn fresh_cache(segments: u64, extended: bool) -> Vec<u8> {
     content
 }
 
-/// What the superblock record of a cache device says is written back.
+/// The newest segment that the superblock record of a cache device declares written back.
 pub(super) fn record_of(cache: &[u8]) -> SegmentId {
     let block = cache[to_usize(RECORD_BLOCK_OFFSET)..].first_chunk().expect("a cache device");
     decode_record(block).map_or(SegmentId::NONE, |record| record.id)
 }
 
-/// Makes the devices fail for a while, a few times, and sound again.
+/// Makes the devices fail for a while and work again, a few times.
 pub(super) async fn trouble(
     runtime: SimRuntime,
     devices: [Arc<SimDevice>; 2],
@@ -71,7 +71,7 @@ pub(super) async fn trouble(
         if rots {
             rot_some(&cache, &mut rng);
         }
-        // What cannot be read for longer is given up.
+        // The engine gives up what it cannot read for longer.
         let longest = if rots || Arc::ptr_eq(device, &cache) { 500_000 } else { 5_000_000 };
         let trouble = rng.u64(1..longest);
         runtime.sleep(Duration::from_micros(trouble)).await;
@@ -99,7 +99,7 @@ pub(super) async fn closing_trouble(runtime: SimRuntime, cache: Arc<SimDevice>, 
     cache.set_faults(Faults::default());
 }
 
-/// Rots some of a cache device's data, but no header.
+/// Rots some data of a cache device, but no header.
 fn rot_some(cache: &SimDevice, rng: &mut Rng) {
     let segments = (cache.size() - SUPERBLOCK_REGION_BYTES) / to_u64(SEGMENT_BYTES);
     for _ in 0..1 << rng.u32(..10) {

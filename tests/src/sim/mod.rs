@@ -1,17 +1,17 @@
-//! The crash simulator: a seed decides a course of work, crashes and recoveries on simulated
-//! devices, and an oracle judges every read by the history of the volume.
+//! The crash simulator. A seed decides a scenario of work, crashes and recoveries on simulated
+//! devices. An oracle judges every read by the history of the volume.
 
+pub mod backing_history;
+mod bit_flips;
+pub mod broken_engines;
 pub mod clients;
-pub mod course;
 pub mod devices;
+pub mod engine;
 pub mod exhaustive;
-pub mod ledger;
 pub mod module;
 pub mod oracle;
 pub mod real;
-mod rot;
+pub mod scenario;
 pub mod stamp;
-pub mod toys;
-pub mod volume;
 
-pub use course::{Failure, Report, run, run_watched};
+pub use scenario::{Failure, SeedReport, run, run_watched};

@@ -1,5 +1,5 @@
-//! What the kernel module would show of a volume if it got the devices now: its recovery as wb(5)
-//! describes it.
+//! What the kernel module would show of a volume if it took over the devices now. It recovers as
+//! wb(5) describes.
 
 use super::devices::record_of;
 use futures_lite::future::block_on;
@@ -13,7 +13,7 @@ use libwb::log::{LogError, Use};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// The version of a block that the module has come to.
+/// A version of a block that the module's recovery finds.
 struct Version {
     id: SegmentId,
     dirty: DirtyBits,
@@ -48,7 +48,7 @@ pub async fn repair(cache: &Device) -> Result<(), LogError> {
     Ok(())
 }
 
-/// The whole volume, after a repair, which leaves nothing to repair.
+/// The whole volume as the module shows it after a repair. A second repair must find nothing to do.
 ///
 /// # Errors
 /// When the log is corrupt, or as [`volume`].
@@ -65,10 +65,10 @@ pub fn volume_after_repair(cache: Vec<u8>, backing: Vec<u8>) -> Result<Vec<u8>, 
     }
 }
 
-/// The whole volume.
+/// The whole volume as the module shows it.
 ///
 /// # Errors
-/// When the module would give up the log, or some of it.
+/// When the module would reject the log or some of it.
 pub fn volume(cache: &[u8], mut backing: Vec<u8>) -> Result<Vec<u8>, String> {
     let geometry = Geometry::of_device(to_u64(cache.len())).map_err(|e| e.to_string())?;
     let header_at =
@@ -84,14 +84,15 @@ pub fn volume(cache: &[u8], mut backing: Vec<u8>) -> Result<Vec<u8>, String> {
         }
         segments.push((slot, header));
     }
-    // It begins after the newest segment, which are the oldest ones on a device that wb has closed.
+    // The module begins after the newest segment. On a device that wb closed, the oldest segments
+    // follow it.
     segments.sort_by_key(|(_, header)| header.id);
     let mut newest: HashMap<BlockNo, Version> = HashMap::new();
     for (slot, header) in &segments {
         for (index, entry) in (0..).zip(&header.metablocks) {
             let at = to_usize(geometry.place_offset(Place { slot: *slot, index }));
             let version = Version { id: header.id, dirty: entry.dirty, at };
-            // Whatever the record says.
+            // The module writes this back whatever the record says.
             if let Some(old) = newest.get(&entry.block).filter(|_| version.is_partial()) {
                 old.copy(cache, entry.block, old.dirty, &mut backing);
             }

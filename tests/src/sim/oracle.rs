@@ -1,75 +1,38 @@
-//! The oracle: which contents of a volume its history allows.
+//! The oracle decides which contents of a volume its history allows.
 //!
-//! Time is a count of events. Writes are ordered where one was acknowledged before the other was
-//! submitted; otherwise they are concurrent, and either order will do. Two rules follow.
+//! Time is a count of events. One write precedes another if it was acknowledged before the other
+//! was submitted. Otherwise the two are concurrent, and either order is right. Two rules follow.
 //!
-//! *Reads.* A sector shows a write that was submitted before the read ended, and that no other
-//! write had replaced for certain when the read began. A write that a read has shown has taken
-//! effect by then.
+//! *Reads.* A sector shows a write that was submitted before the read ended and that no other write
+//! had certainly replaced when the read began. A write that a read has shown has taken effect by
+//! then.
 //!
-//! *Crashes.* What is recovered is the state at one moment T, at or after the submission of the
-//! last acknowledged flush. A write that any sector shows was submitted before T; so every write
-//! acknowledged before the latest such submission is in the state: in each of its sectors, it or
-//! something no older shows. Writes under way at T may be there in part; of one that was
-//! acknowledged, each block is there whole or not at all, and none without those before it
-//! ([`blocks`]).
+//! *Crashes.* Recovery shows the state at one moment T, at or after the submission of the last
+//! acknowledged flush. A write that any sector shows was submitted before T. So every write
+//! acknowledged before the latest such submission is in the state: each of its sectors shows it or
+//! something no older. A write under way at T may be there in part. Of an acknowledged write, each
+//! block is there whole or not at all, and no block without those before it ([`blocks`]).
 //!
-//! *Discards* are writes of zeros. A sector that shows zeros may show any of them, so it is enough
-//! that one is right.
+//! *Discards* are writes of zeros. A sector of zeros may show any discard, so one right discard is
+//! enough.
 //!
-//! After a power cut what was recovered lies on the media, and becomes the state from the start.
-//! After the death of the process alone it may still be lost down to the last flush, but what was
+//! After a power cut, the recovered state is durable, and the history starts from it. After the
+//! death of the process alone, a later power cut may still undo it down to the last flush. What was
 //! not recovered never comes back.
 
-use super::ledger::Ledger;
+use super::backing_history::BackingHistory;
 use super::stamp::{self, Content, WriteId};
+use events::{Event, history};
 use libwb::device::sim::Crash;
 use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
-use std::ops::Range;
+use version::{NEVER, Version, candidates, forget, may_be_read, may_be_recovered};
 
 mod blocks;
+mod events;
+mod version;
 
-/// A moment, as a count of events.
-pub type Moment = u64;
-
-const NEVER: Moment = Moment::MAX;
-/// How much of a sector's history a report shows.
-const EVENTS_SHOWN: usize = 60;
-
-/// A write as one of its sectors knows it.
-#[derive(Clone, Copy, Debug)]
-struct Version {
-    write: WriteId,
-    submitted: Moment,
-    acknowledged: Moment,
-    /// It is a discard, and the sector reads as zeros.
-    zeros: bool,
-    /// It was durable when it was acknowledged.
-    durable: bool,
-    /// When it is known to have taken effect: acknowledged, or shown by a read.
-    effective: Moment,
-    /// Its write returned an error, and nothing is known for certain.
-    failed: bool,
-    /// When it was known to be replaced, and by which write, where reads have shown that.
-    replaced: Option<(Moment, WriteId)>,
-}
-
-impl Version {
-    /// Whether this one came before `other` for certain.
-    fn precedes(&self, other: &Version) -> bool {
-        self.acknowledged < other.submitted
-    }
-}
-
-#[derive(Clone, Debug)]
-enum Event {
-    Submit(WriteId, &'static str, Range<u64>),
-    Done(WriteId, Range<u64>, bool),
-    Flush(&'static str, Moment, bool),
-    Note(String),
-}
+pub use version::Moment;
 
 /// The history of a volume, and the judge of what it shows.
 pub struct Oracle {
@@ -82,16 +45,16 @@ pub struct Oracle {
     writes: u64,
     /// When the reads under way began.
     reads: BTreeSet<Moment>,
-    /// Kept where the backing device alone is judged as well.
-    ledger: Option<Ledger>,
-    /// A power cut may cut a write that is not durable within a block.
+    /// Set if the backing device alone is judged as well.
+    backing_history: Option<BackingHistory>,
+    /// Whether a power cut may tear a block of a write that is not durable.
     tears_blocks: bool,
     /// The first violation.
     failure: Option<String>,
 }
 
 impl Oracle {
-    /// A volume of so many sectors, each as write 0 fills it.
+    /// The history of a volume of `sectors` sectors, each as write 0 fills it.
     pub fn new(sectors: u64) -> Oracle {
         let first = Version {
             write: WriteId(0),
@@ -110,38 +73,39 @@ impl Oracle {
             events: Vec::new(),
             writes: 0,
             reads: BTreeSet::new(),
-            ledger: None,
+            backing_history: None,
             tears_blocks: false,
             failure: None,
         }
     }
 
-    /// The volume does not promise that blocks are whole after a power cut.
+    /// Allows torn blocks after a power cut.
     pub fn let_blocks_tear(&mut self) {
         self.tears_blocks = true;
     }
 
-    /// From now on, the backing device alone can be judged, too.
-    pub fn keep_ledger(&mut self) {
-        self.ledger = Some(Ledger::new(to_u64(self.sectors.len())));
+    /// Starts to judge the backing device alone, too.
+    pub fn keep_backing_history(&mut self) {
+        self.backing_history = Some(BackingHistory::new(to_u64(self.sectors.len())));
     }
 
     /// The superblock record is lost.
     pub fn record_lost(&mut self) {
         self.note("the superblock record is lost");
-        if let Some(ledger) = &mut self.ledger {
-            ledger.record_lost();
+        if let Some(backing_history) = &mut self.backing_history {
+            backing_history.record_lost();
         }
     }
 
-    /// Blocks that the backing device did not take were moved to the end of the log.
+    /// The engine moved blocks that the backing device refused to the end of the log.
     pub fn blocks_moved(&mut self) {
-        if let Some(ledger) = &mut self.ledger {
-            ledger.blocks_moved();
+        if let Some(backing_history) = &mut self.backing_history {
+            backing_history.blocks_moved();
         }
     }
 
-    /// Whether the backing device alone may hold this while the segments up to `written_back` are.
+    /// Whether the backing device alone may hold `data` once the segments up to `written_back` are
+    /// written back.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -151,15 +115,15 @@ impl Oracle {
         written_back: SegmentId,
         strict: bool,
     ) -> Result<(), String> {
-        let Some(ledger) = &self.ledger else { return Ok(()) };
-        ledger.check(data, written_back)?;
-        if strict { ledger.check_strict(data) } else { Ok(()) }
+        let Some(backing_history) = &self.backing_history else { return Ok(()) };
+        backing_history.check(data, written_back)?;
+        if strict { backing_history.check_strict(data) } else { Ok(()) }
     }
 
     /// A write that was acknowledged lies in this segment of the log or in one before.
     pub fn logged(&mut self, write: WriteId, first: Sector, count: u64, segment: SegmentId) {
-        if let Some(ledger) = &mut self.ledger {
-            ledger.logged(write, first.0..first.0 + count, segment);
+        if let Some(backing_history) = &mut self.backing_history {
+            backing_history.logged(write, first.0..first.0 + count, segment);
         }
     }
 
@@ -174,10 +138,10 @@ impl Oracle {
         self.events.push((now, Event::Note(text.into())));
     }
 
-    /// A violation that the caller has found.
+    /// Records a violation that the caller has found.
     pub fn fail(&mut self, text: &str) {
         if self.failure.is_none() {
-            self.failure = Some(format!("{text}\n{}", self.history(None)));
+            self.failure = Some(format!("{text}\n{}", history(&self.events, None)));
         }
     }
 
@@ -191,7 +155,7 @@ impl Oracle {
             self.failure = Some(format!(
                 "at {}, sector {sector} {text}\n{}",
                 self.now,
-                self.history(Some(sector))
+                history(&self.events, Some(sector))
             ));
         }
     }
@@ -224,15 +188,15 @@ impl Oracle {
         for sector in range.clone() {
             self.sectors[to_usize(sector)].push(version);
         }
-        if let Some(ledger) = &mut self.ledger {
-            ledger.begins(write, zeros, range.clone(), submitted);
+        if let Some(backing_history) = &mut self.backing_history {
+            backing_history.begins(write, zeros, range.clone(), submitted);
         }
         let what = if zeros { "discard" } else { "write" };
         self.events.push((submitted, Event::Submit(write, what, range)));
         write
     }
 
-    /// As [`Oracle::write_ends`], of a write or a discard that is durable if it was acknowledged.
+    /// As [`Oracle::write_ends`], for a write or a discard that is durable once acknowledged.
     pub fn durable_write_ends(
         &mut self,
         write: WriteId,
@@ -253,8 +217,8 @@ impl Oracle {
     pub fn write_ends(&mut self, write: WriteId, first: Sector, count: u64, acknowledged: bool) {
         let now = self.tick();
         let range = first.0..first.0 + count;
-        if let Some(ledger) = self.ledger.as_mut().filter(|_| acknowledged) {
-            ledger.ends(write, range.clone(), now);
+        if let Some(backing_history) = self.backing_history.as_mut().filter(|_| acknowledged) {
+            backing_history.ends(write, range.clone(), now);
         }
         for sector in range.clone() {
             let versions = &mut self.sectors[to_usize(sector)];
@@ -294,15 +258,15 @@ impl Oracle {
         self.reads.remove(&began);
     }
 
-    /// A flush, or something that implies one, has ended that began at `began`.
+    /// A flush, or an operation that implies one, that began at `began` has ended.
     pub fn flush_ends(&mut self, what: &'static str, began: Moment, acknowledged: bool) {
         let now = self.tick();
         if acknowledged {
             self.flushed = self.flushed.max(began);
-            if let Some(ledger) = &mut self.ledger {
-                ledger.flushed(began, now);
+            if let Some(backing_history) = &mut self.backing_history {
+                backing_history.flushed(began, now);
                 if what == "drain" {
-                    ledger.drained(began);
+                    backing_history.drained(began);
                 }
             }
         }
@@ -336,7 +300,7 @@ impl Oracle {
             .map(|shown| (shown, may_be_read(versions, &shown, began)))
             .partition(|(_, judged)| judged.is_ok());
         let &[(shown, _)] = right.as_slice() else {
-            // Of several discards nobody knows which one it was.
+            // Several discards look the same.
             let first_wrong = wrong.into_iter().next().filter(|_| right.is_empty());
             return first_wrong.map_or(Ok(()), |(_, judged)| judged);
         };
@@ -360,7 +324,10 @@ impl Oracle {
     pub fn allows(&self, data: &[u8]) -> Result<(), String> {
         let shown = self.decode(data).and_then(|shown| self.check_recovered(&shown));
         shown.map(drop).map_err(|(sector, text)| {
-            format!("sector {sector} {text}, after recovery\n{}", self.history(Some(sector)))
+            format!(
+                "sector {sector} {text}, after recovery\n{}",
+                history(&self.events, Some(sector))
+            )
         })
     }
 
@@ -421,13 +388,13 @@ impl Oracle {
         Ok(recovered)
     }
 
-    /// Takes what was recovered for the state to go on from.
+    /// Takes the recovered content as the state from now on.
     fn start_from(&mut self, crash: Crash, shown: &[Version]) {
         let now = self.tick();
         self.reads.clear();
         for ((sector, versions), &version) in (0..).zip(&mut self.sectors).zip(shown) {
-            if let Some(ledger) = &mut self.ledger {
-                ledger.recovered(sector, version.write, now);
+            if let Some(backing_history) = &mut self.backing_history {
+                backing_history.recovered(sector, version.write, now);
             }
             let mut version = version;
             version.acknowledged = version.acknowledged.min(now);
@@ -455,102 +422,6 @@ impl Oracle {
         self.events
             .push((now, Event::Note(format!("recovered from {crash:?}; all sectors agree"))));
     }
-
-    /// What happened to a sector, or to all.
-    fn history(&self, sector: Option<u64>) -> String {
-        let concerns = |range: &Range<u64>| sector.is_none_or(|sector| range.contains(&sector));
-        let lines: Vec<String> = self
-            .events
-            .iter()
-            .filter_map(|(moment, event)| {
-                let text = match event {
-                    Event::Submit(write, what, range) => concerns(range)
-                        .then(|| format!("{write}, a {what} of sectors {range:?}, submitted")),
-                    Event::Done(write, range, ok) => concerns(range).then(|| {
-                        format!("{write} {}", if *ok { "acknowledged" } else { "failed" })
-                    }),
-                    Event::Flush(what, began, ok) => Some(format!(
-                        "{what} submitted at {began} {}",
-                        if *ok { "acknowledged" } else { "failed" }
-                    )),
-                    Event::Note(text) => Some(text.clone()),
-                };
-                text.map(|text| format!("{moment:>8}  {text}"))
-            })
-            .collect();
-        let skipped = lines.len().saturating_sub(EVENTS_SHOWN);
-        let mut history = match sector {
-            Some(sector) => format!("history of sector {sector}:\n"),
-            None => "history:\n".to_string(),
-        };
-        if skipped > 0 {
-            let _ = writeln!(history, "          ({skipped} earlier events)");
-        }
-        history + &lines[skipped..].join("\n")
-    }
-}
-
-/// Drops versions that nothing may show any more: one that took effect before `moment`, since when
-/// every read and every recovery must show it or something newer, comes after them.
-fn forget(versions: &mut Vec<Version>, moment: Moment) {
-    let certain = versions.iter().filter(|version| version.acknowledged < moment);
-    if let Some(newest) = certain.max_by_key(|version| version.submitted).copied() {
-        versions.retain(|version| !version.precedes(&newest));
-    }
-}
-
-/// The versions that a sector may show: one, or all that are zeros.
-fn candidates(versions: &[Version], content: Content) -> Result<Vec<Version>, String> {
-    let matches = |version: &&Version| match content {
-        Content::Of(write) => version.write == write && !version.zeros,
-        Content::Zeros => version.zeros,
-    };
-    let found: Vec<Version> = versions.iter().filter(matches).copied().collect();
-    if !found.is_empty() {
-        return Ok(found);
-    }
-    Err(match content {
-        Content::Of(write) => format!(
-            "shows {write}, which has been replaced for good, was lost in a crash, or was never \
-             made here"
-        ),
-        Content::Zeros => "holds zeros, though nothing that could show has discarded it".into(),
-    })
-}
-
-/// Whether a read that began at `began` may show a version.
-fn may_be_read(versions: &[Version], shown: &Version, began: Moment) -> Result<(), String> {
-    let write = shown.write;
-    if let Some((moment, by)) = shown.replaced.filter(|(moment, _)| *moment < began) {
-        return Err(format!(
-            "shows {write}, which {by} had replaced by {moment}, as a read has shown"
-        ));
-    }
-    let newer = versions.iter().find(|v| v.effective < began && shown.effective < v.submitted);
-    newer.map_or(Ok(()), |newer| Err(format!("shows {write}, which is older than {}", newer.write)))
-}
-
-/// Whether a version may be what is recovered of the state at a moment.
-fn may_be_recovered(
-    versions: &[Version],
-    shown: &Version,
-    moment: Moment,
-    reason: &str,
-) -> Result<(), String> {
-    let write = shown.write;
-    let kept = |v: &&Version| v.acknowledged < moment || v.durable;
-    if let Some(lost) = versions.iter().find(|v| kept(v) && shown.precedes(v)) {
-        let why = if lost.durable { "that one was durable" } else { reason };
-        return Err(format!("shows {write} and lacks {}, though {why}", lost.write));
-    }
-    let replaced = shown.replaced.and_then(|(_, by)| versions.iter().find(|v| v.write == by));
-    if replaced.is_some_and(|by| by.acknowledged < moment) {
-        let by = shown.replaced.map_or(WriteId(0), |(_, by)| by);
-        return Err(format!(
-            "shows {write}, which reads had shown replaced by {by}, though {reason}"
-        ));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
-//! The engine itself, with tunables that a seed chooses.
+//! The real engine, with tunables that a seed chooses.
 
-use super::volume::{Engine, Outcome, Taste, Volume};
-use crate::outlook::Recover;
+use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
+use crate::recovered_view::Recover;
 use fastrand::Rng;
 use libwb::cache::{Cache, OpenOptions, Tunables, WriteMode, WritebackOrder};
 use libwb::device::{Device, IoBuf};
@@ -33,7 +33,7 @@ impl WriteCache {
     }
 }
 
-/// Recovery that takes for the work of a power cut what is none.
+/// A recovery that mistakes any damage for the work of a power cut.
 fn recover_forgiving(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     let forgiven = |state: &SlotState| match state {
         SlotState::Invalid {
@@ -62,19 +62,15 @@ impl Engine for WriteCache {
         cache: Device,
         backing: Device,
         runtime: Arc<dyn Runtime>,
-        taste: Taste,
-    ) -> Outcome<Arc<dyn Volume>> {
-        let tunables = tunables(taste);
+        config: EngineConfig,
+    ) -> EngineFuture<Arc<dyn EngineVolume>> {
+        let tunables = tunables(config);
         let planted = self.planted;
         Box::pin(async move {
-            let opened = Cache::open(
-                cache,
-                backing,
-                runtime,
-                OpenOptions::serve().tunables(tunables).rules(planted),
-            )
-            .await;
-            opened.map(|cache| Arc::new(Open(cache)) as Arc<dyn Volume>).map_err(|e| e.to_string())
+            let opened = Cache::open(cache, backing, runtime, OpenOptions::serve().tunables(tunables).rules(planted)).await;
+            opened
+                .map(|cache| Arc::new(Open(cache)) as Arc<dyn EngineVolume>)
+                .map_err(|e| e.to_string())
         })
     }
 
@@ -83,26 +79,30 @@ impl Engine for WriteCache {
     }
 }
 
-fn tunables(taste: Taste) -> Tunables {
-    let mut rng = Rng::with_seed(taste.number);
+fn tunables(config: EngineConfig) -> Tunables {
+    let mut rng = Rng::with_seed(config.seed);
     let mut tunables = Tunables {
         nr_max_batched_writeback: rng.choice([1, 2, 4, 32]).unwrap_or(32),
         writeback_threshold: rng.choice([0, 70, 70, 100]).unwrap_or(70),
         sync_data_interval: rng.choice([0, 0, 1, 5]).unwrap_or(0),
-        writeback_order: if taste.strict { WritebackOrder::Strict } else { WritebackOrder::Sorted },
+        writeback_order: if config.strict {
+            WritebackOrder::Strict
+        } else {
+            WritebackOrder::Sorted
+        },
         read_cache_threshold: rng.choice([0, 0, 1, 8, 127]).unwrap_or(0),
         nr_read_cache_cells: rng.choice([1, 8, 40, 2048]).unwrap_or(2048),
-        write_mode: taste.mode.unwrap_or_else(|| write_mode(&mut rng)),
-        sequential_cutoff: match taste.mode {
+        write_mode: config.mode.unwrap_or_else(|| write_mode(&mut rng)),
+        sequential_cutoff: match config.mode {
             Some(_) => 0,
             None => rng.choice([0, 0, 0, 0, 128, 1024]).unwrap_or(0),
         },
         ..Tunables::default()
     };
-    if let Some(batch) = taste.batch {
+    if let Some(batch) = config.batch {
         tunables.nr_max_batched_writeback = batch;
     }
-    if let Some(cells) = taste.cells {
+    if let Some(cells) = config.cells {
         (tunables.read_cache_threshold, tunables.nr_read_cache_cells) = (127, cells);
     }
     tunables
@@ -118,7 +118,7 @@ fn write_mode(rng: &mut Rng) -> WriteMode {
 
 struct Open(Cache);
 
-impl Volume for Open {
+impl EngineVolume for Open {
     fn size(&self) -> u64 {
         self.0.size()
     }
@@ -131,47 +131,47 @@ impl Volume for Open {
         self.0.status().statistics.counters.moved_blocks > 0
     }
 
-    fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf> {
+    fn read(&self, sector: Sector, buf: IoBuf) -> EngineFuture<IoBuf> {
         let cache = self.0.clone();
         Box::pin(async move { cache.read(sector, buf).await.map_err(|e| e.to_string()) })
     }
 
-    fn write(&self, sector: Sector, data: Vec<u8>) -> Outcome<()> {
+    fn write(&self, sector: Sector, data: Vec<u8>) -> EngineFuture<()> {
         let cache = self.0.clone();
         Box::pin(async move { cache.write(sector, &data).await.map_err(|e| e.to_string()) })
     }
 
-    fn write_fua(&self, sector: Sector, data: Vec<u8>) -> Outcome<()> {
+    fn write_fua(&self, sector: Sector, data: Vec<u8>) -> EngineFuture<()> {
         let cache = self.0.clone();
         Box::pin(async move { cache.write_fua(sector, &data).await.map_err(|e| e.to_string()) })
     }
 
-    fn discard(&self, sector: Sector, count: u64) -> Outcome<()> {
+    fn discard(&self, sector: Sector, count: u64) -> EngineFuture<()> {
         let cache = self.0.clone();
         let length = count * to_u64(SECTOR_BYTES);
         Box::pin(async move { cache.discard(sector, length).await.map_err(|e| e.to_string()) })
     }
 
-    fn tune(&self, taste: Taste) {
-        if taste.number.is_multiple_of(8) {
+    fn tune(&self, config: EngineConfig) {
+        if config.seed.is_multiple_of(8) {
             self.0.pause();
         } else {
             self.0.resume();
         }
-        self.0.set_tunables(tunables(taste));
+        self.0.set_tunables(tunables(config));
     }
 
-    fn flush(&self) -> Outcome<()> {
+    fn flush(&self) -> EngineFuture<()> {
         let cache = self.0.clone();
         Box::pin(async move { cache.flush().await.map_err(|e| e.to_string()) })
     }
 
-    fn drain(&self) -> Outcome<()> {
+    fn drain(&self) -> EngineFuture<()> {
         let cache = self.0.clone();
         Box::pin(async move { cache.drain().await.map_err(|e| e.to_string()) })
     }
 
-    fn close(&self) -> Outcome<()> {
+    fn close(&self) -> EngineFuture<()> {
         let cache = self.0.clone();
         Box::pin(async move { cache.close().await.map_err(|e| e.to_string()) })
     }

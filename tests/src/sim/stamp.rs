@@ -1,20 +1,20 @@
 //! What a sector of a simulated volume holds: its own address and the number of the write that
-//! filled it, over and over, so that misplaced, torn and mixed-up data are told apart. Some blocks
-//! end in four bytes that make their CRC-32C 0, which is as good a CRC as any other.
+//! filled it, over and over. This tells misplaced, torn and mixed-up data apart. Some blocks end in
+//! four bytes that make their CRC-32C 0, which is as good a CRC as any other.
 
 use byteorder::{ByteOrder, LittleEndian};
 use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, Sector, crc32c, to_u64};
 use std::fmt;
 
-/// In the top bits of each address word, so that no stamp is zeros.
+/// Set in the top bits of each address word, so that no stamp is zeros.
 const MARK: u64 = 0x5ec7 << 48;
 const STAMP_BYTES: usize = 16;
 const CRC_BYTES: usize = 4;
-/// Of the whole blocks that one in so many writes fills, the CRC is 0. To a checksum, blocks of the
-/// same CRC are the same, so that two such writes must hardly ever meet in one place of the log,
-/// and in a short script never.
+/// One in this many writes fills whole blocks so that their CRC is 0. A checksum cannot tell blocks
+/// of the same CRC apart. So two such writes must hardly ever share a place of the log, and in a
+/// short script never.
 const CRC_OF_ZERO: u64 = 16;
-/// Which of them.
+/// Which write of each [`CRC_OF_ZERO`] that is.
 const ONE: u64 = 5;
 /// The state of CRC-32C, before the last four bytes are mixed in, that leads to a CRC of 0.
 const LEADS_TO_ZERO: u32 = {
@@ -53,8 +53,7 @@ pub fn fill(data: &mut [u8], first: Sector, write: WriteId) {
     }
 }
 
-/// Whether a sector is the last of its block, and of a write that fills whole blocks so that their
-/// CRC is 0.
+/// Whether a sector is the last of its block and its write makes the CRC of whole blocks 0.
 fn may_lack_its_end(sector: Sector, write: WriteId) -> bool {
     (sector.0 + 1).is_multiple_of(to_u64(BLOCK_BYTES / SECTOR_BYTES))
         && write.0 % CRC_OF_ZERO == ONE
@@ -69,10 +68,10 @@ pub enum Content {
     Zeros,
 }
 
-/// Who filled a sector.
+/// Which write filled a sector.
 ///
 /// # Errors
-/// What is wrong when nobody can have.
+/// What is wrong if no write can have.
 pub fn decode(bytes: &[u8], sector: Sector) -> Result<Content, String> {
     if bytes.iter().all(|&byte| byte == 0) {
         return Ok(Content::Zeros);

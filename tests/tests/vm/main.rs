@@ -18,13 +18,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// Pairs that the module makes: name, its options, what it writes, and how it ends; if not at all,
-/// the module writes on until the power goes.
+/// Pairs that the module makes: name, its options, what it writes, and how it ends. Without an end,
+/// the module writes until the power fails.
 const MODULES: [(&str, &str, Work, Option<End>); 13] = [
     ("module-fresh", "", Work::Nothing, Some(End::Close)),
     ("module-whole", "", Work::Whole, Some(End::Close)),
     ("module-partial", "", Work::Partial, Some(End::Cut)),
-    ("module-flushes", "", Work::Flushes, Some(End::Cut)),
+    ("module-flushes", "", Work::FlushHeavy, Some(End::Cut)),
     ("module-wrapped", "", Work::Wrapped, Some(End::Cut)),
     ("module-writeback", "writeback_threshold 100", Work::Wrapped, Some(End::Close)),
     (
@@ -41,7 +41,7 @@ const MODULES: [(&str, &str, Work, Option<End>); 13] = [
     ),
     ("module-odd-size", "", Work::Partial, Some(End::Close)),
     ("cut-partial", "", Work::Partial, None),
-    ("cut-flushes", "", Work::Flushes, None),
+    ("cut-flushes", "", Work::FlushHeavy, None),
     ("cut-wrapped", "", Work::Wrapped, None),
     ("cut-writeback", "writeback_threshold 100", Work::Wrapped, None),
 ];
@@ -56,7 +56,7 @@ const OURS: [(&str, Work, End); 15] = [
     ("fresh", Work::Nothing, End::Close),
     ("whole", Work::Whole, End::Close),
     ("partial", Work::Partial, End::Close),
-    ("flushes", Work::Flushes, End::Close),
+    ("flushes", Work::FlushHeavy, End::Close),
     ("wrapped", Work::Wrapped, End::Close),
     ("drained", Work::Drained, End::Close),
     ("modes", Work::Modes, End::Close),
@@ -70,7 +70,7 @@ const OURS: [(&str, Work, End); 15] = [
     ("rep-aged", Work::Aged, End::Repair),
 ];
 
-/// What was found.
+/// The findings.
 #[derive(Default)]
 struct Findings {
     passed: usize,
@@ -91,7 +91,7 @@ impl Findings {
         }
     }
 
-    /// We must read what the volume is to hold.
+    /// Checks that we read what the volume must hold.
     fn we_read(&mut self, pair: &Pair, what: &str) {
         self.note(
             &pair.name,
@@ -105,7 +105,7 @@ fn seed() -> u64 {
     std::env::var("WB_VM_SEED").map_or(1, |text| text.parse().expect("WB_VM_SEED: a number"))
 }
 
-/// An empty folder for the devices, which is left behind for a look at what went wrong.
+/// An empty folder for the devices. It stays, so that a failure can be examined.
 fn folder(name: &str) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("vm").join(name);
     let _ = fs::remove_dir_all(&dir);

@@ -1,5 +1,4 @@
-//! A cache device and a backing device, what is written to their volume, and what the volume must
-//! hold.
+//! A cache device and a backing device, the steps on their volume, and what the volume must hold.
 
 use fastrand::Rng;
 use libwb::cache::{Cache, OpenOptions, Tunables, WriteMode};
@@ -20,7 +19,7 @@ const CACHE_TAIL_SECTORS: u64 = 9;
 /// Sectors of a volume.
 const SECTORS: u64 = 16 * 1024;
 
-/// What a course of work is made of.
+/// The kind of work of a scenario.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
     /// Nothing at all.
@@ -32,14 +31,14 @@ pub(crate) enum Work {
     Partial,
     /// A flush after nearly every write, so that segments are closed almost empty and the log
     /// wraps.
-    Flushes,
+    FlushHeavy,
     /// Several times what the log holds.
     Wrapped,
     /// Writes among reads.
     Reads,
     /// Some of everything.
     Mixed,
-    /// Whole blocks, and then all is written back; only we do that on demand.
+    /// Whole blocks, and then a drain, which only wb does on demand.
     Drained,
     /// Parts of blocks that are written back, and then others; only we write back on demand.
     Aged,
@@ -62,9 +61,9 @@ pub(crate) enum Op {
 pub(crate) enum End {
     /// In order.
     Close,
-    /// The power goes some time after the last flush.
+    /// The power fails some time after the last flush.
     Cut,
-    /// So it does, and then the cache is repaired, not opened.
+    /// The power fails, and then the cache is repaired, not opened.
     Repair,
 }
 
@@ -76,7 +75,7 @@ pub(crate) struct Pair {
     writes: u64,
     /// What the volume must hold.
     pub(crate) volume: Vec<u8>,
-    /// The power went while it was written: only a recovery can tell what the volume holds.
+    /// The power failed during writes: only a recovery can tell what the volume holds.
     pub(crate) interrupted: bool,
     /// The log has a superblock record and was not closed by us: the kernel module may read old
     /// data from it.
@@ -112,7 +111,7 @@ impl Pair {
     /// A copy of both devices, under another name.
     pub(crate) fn copy(&self, root: &Path, name: &str) -> Pair {
         let dir = root.join(name);
-        // New files: an engine that was stopped in the midst may hold the old ones.
+        // New files: an engine that was stopped half-way may still hold the old ones.
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir).unwrap();
         let copy = Pair {
@@ -169,7 +168,7 @@ impl Pair {
             Work::Nothing => return ops,
             Work::Whole | Work::Drained => 60,
             Work::Partial | Work::Aged => 150,
-            Work::Flushes => 40,
+            Work::FlushHeavy => 40,
             Work::Wrapped => 200,
             Work::Reads | Work::Mixed => 80,
             Work::Modes => 250,
@@ -177,16 +176,18 @@ impl Pair {
         for _ in 0..writes {
             let partial = match work {
                 Work::Partial | Work::Aged => true,
-                Work::Wrapped | Work::Mixed | Work::Flushes | Work::Modes => self.rng.u8(..3) == 0,
+                Work::Wrapped | Work::Mixed | Work::FlushHeavy | Work::Modes => {
+                    self.rng.u8(..3) == 0
+                }
                 _ => false,
             };
             let most = match work {
                 Work::Wrapped => 32,
-                Work::Flushes => 2,
+                Work::FlushHeavy => 2,
                 _ => 12,
             };
             ops.push(self.write(partial, most));
-            let flush = if work == Work::Flushes { 0.9 } else { 0.05 };
+            let flush = if work == Work::FlushHeavy { 0.9 } else { 0.05 };
             if self.rng.f64() < flush {
                 ops.push(Op::Flush);
             }

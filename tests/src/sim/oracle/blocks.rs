@@ -1,19 +1,17 @@
-//! The unit of what a crash leaves of an acknowledged write: each of its blocks is there whole or
-//! not at all, and none without those before it.
+//! A crash cuts an acknowledged write only between blocks: each block survives whole or not at all,
+//! and no block survives without those before it.
 
-use super::{NEVER, Version};
+use super::version::{NEVER, Version};
 use crate::sim::stamp::WriteId;
 use libwb::format::SECTORS_PER_BLOCK;
 use std::collections::HashMap;
 
-/// Checks that of each write that was acknowledged, the sectors that show it end where a block
-/// does, and no sector before that end shows anything older. `shown` is what each sector shows,
-/// `sectors` what it might show.
+/// Checks each acknowledged write: the last sector that shows it ends a block, and no sector before
+/// that shows anything older. `shown` is what each sector shows, `sectors` what it might show.
 pub(super) fn check(sectors: &[Vec<Version>], shown: &[Version]) -> Result<(), (u64, String)> {
     let mut ends: HashMap<WriteId, u64> = HashMap::new();
     for (sector, version) in (0..).zip(shown) {
-        // Of several discards nobody knows which one shows; and all are durable when they are
-        // acknowledged.
+        // Several discards look the same, and all are durable once acknowledged.
         if is_acknowledged(version) && !version.zeros {
             ends.insert(version.write, (sector / SECTORS_PER_BLOCK + 1) * SECTORS_PER_BLOCK);
         }

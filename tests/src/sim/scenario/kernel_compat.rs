@@ -1,8 +1,8 @@
-//! What the kernel module would make of the devices, when it may have them.
+//! Checks that the kernel module could take over the devices.
 
-use super::{Course, Life};
+use super::{Scenario, Stage};
 use crate::sim::devices::closing_trouble;
-use crate::sim::volume::Volume;
+use crate::sim::engine::EngineVolume;
 use crate::sim::{module, stamp};
 use libwb::device::sim::{Crash, SimDevice, Simulation};
 use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
@@ -10,38 +10,41 @@ use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use libwb::runtime::Runtime;
 use std::sync::Arc;
 
-impl Course<'_> {
-    /// Closes the volume while the cache device fails. If the close says that it has gone well,
-    /// that must be true.
-    pub(super) fn close_in_trouble(&mut self, volume: Arc<dyn Volume>) -> Result<Life<()>, String> {
+impl Scenario<'_> {
+    /// Closes the volume while the cache device fails. A close that reports success must have
+    /// succeeded.
+    pub(super) fn close_in_trouble(
+        &mut self,
+        volume: Arc<dyn EngineVolume>,
+    ) -> Result<Stage<()>, String> {
         // A close erases segments that the record covers, so from now on the log needs its record.
         self.forgetful = false;
-        if self.later.bool() && !self.taste.strict {
+        if self.later_rng.bool() && !self.config.strict {
             self.discard_meanwhile(&volume);
         }
         let trouble =
-            closing_trouble(self.runtime().clone(), self.cache.clone(), self.later.fork());
+            closing_trouble(self.runtime().clone(), self.cache.clone(), self.later_rng.fork());
         self.runtime().spawn(Box::pin(trouble));
         let began = self.oracle.lock().flush_begins();
-        let Life::Goes(closed) = self.finish("close", volume.close())? else {
-            return Ok(Life::Halted);
+        let Stage::Done(closed) = self.finish("close", volume.close())? else {
+            return Ok(Stage::Halted);
         };
         self.oracle.lock().flush_ends("close", began, closed.is_ok());
         self.heal();
         if closed.is_err() {
-            return Ok(Life::Halted);
+            return Ok(Stage::Halted);
         }
         drop(volume);
-        let crash = if self.later.bool() { Crash::Kill } else { Crash::PowerCut };
+        let crash = if self.later_rng.bool() { Crash::Kill } else { Crash::PowerCut };
         self.oracle.lock().note(format!("closed; {crash:?}"));
         self.end_process(crash);
         self.crashed = Some(crash).filter(|crash| *crash == Crash::PowerCut);
-        self.look_as_the_module_does()?;
-        Ok(Life::Goes(()))
+        self.verify_as_kernel_module()?;
+        Ok(Stage::Done(()))
     }
 
-    /// The kernel module may have a cache that was closed.
-    pub(super) fn look_as_the_module_does(&self) -> Result<(), String> {
+    /// Checks that the kernel module would show the same volume after a close.
+    pub(super) fn verify_as_kernel_module(&self) -> Result<(), String> {
         let shown = module::volume(&self.cache.content(), self.backing.content());
         let volume = shown.map_err(|text| self.failed(&text))?;
         let mut oracle = self.oracle.lock();
@@ -51,18 +54,18 @@ impl Course<'_> {
         drop(oracle);
         self.verdict()
     }
-    /// After a crash, a repair makes a cache ready for the kernel module, be it after a second
-    /// attempt. It must show the same volume then as we would recover.
+    /// Repairs a copy of a crashed cache for the kernel module, with a second attempt if a power
+    /// cut ends the first. The module must then show the volume that we would recover.
     pub(super) fn repair_a_copy(&mut self) -> Result<(), String> {
-        if self.aside.u32(..16) != 0 {
+        if self.copy_rng.u32(..16) != 0 {
             return Ok(());
         }
-        let simulation = Simulation::new(self.aside.u64(..));
+        let simulation = Simulation::new(self.copy_rng.u64(..));
         let ours = self.recovered_aside(&simulation)?;
         let (content, unit) = (self.cache.content(), self.cache.block_size());
         let cache = Arc::new(SimDevice::new(simulation.runtime(), "cache", content, unit));
-        if self.aside.bool() {
-            simulation.runtime().halt_after_io(self.aside.u64(..100));
+        if self.copy_rng.bool() {
+            simulation.runtime().halt_after_io(self.copy_rng.u64(..100));
         }
         let device: Device = cache.clone();
         let attempt = simulation.block_on(module::repair(&device));
@@ -87,14 +90,14 @@ impl Course<'_> {
         }
     }
 
-    /// What we recover from copies of the devices.
+    /// The volume that we recover from copies of the devices.
     fn recovered_aside(&self, simulation: &Simulation) -> Result<Vec<u8>, String> {
         let copy = |name, content| -> Device { Arc::new(MemDevice::with_content(name, content)) };
         let devices =
             [copy("cache", self.cache.content()), copy("backing", self.backing.content())];
         let [cache, backing] = devices;
         let opening =
-            self.engine.open(cache, backing, Arc::new(simulation.runtime().clone()), self.taste);
+            self.engine.open(cache, backing, Arc::new(simulation.runtime().clone()), self.config);
         let reading = async {
             let volume = opening.await?;
             volume.read(Sector(0), IoBuf::zeroed(to_usize(volume.size()))).await

@@ -1,8 +1,8 @@
-//! A hard disk, as far as time goes: it keeps nothing.
+//! A model of a hard disk's timing. It keeps no data.
 //!
-//! 7200 revolutions a minute, tracks of 1 MiB, a seek of 0.5 ms to the next track and 14 ms over
-//! all of them; one head, the same angle on every track, no cache. Of up to 32 requests in its
-//! queue it takes the one that it gets to first.
+//! It has 7200 revolutions a minute, tracks of 1 MiB, one head, the same angle on every track, and
+//! no cache. A seek takes 0.5 ms to the next track and 14 ms over all of them. Of up to 32 requests
+//! in its queue, the disk takes the one that it reaches first.
 
 use futures_channel::oneshot;
 use libwb::device::{BlockDevice, IoBuf, IoFuture, SharedBuf};
@@ -19,8 +19,8 @@ const TRACK_BYTES: u64 = 1 << 20;
 /// Seconds.
 const REVOLUTION: f64 = 60.0 / 7200.0;
 const SHORTEST_SEEK: f64 = 0.0005;
-/// What a seek over a part of the disk takes on top: the root of it, up to a tenth; from there on,
-/// straight on.
+/// What a seek over a part of the disk takes in addition. It grows with the root of the part up to
+/// a tenth of the disk, and linearly beyond.
 const SEEK_OF_ROOT: f64 = 0.016;
 const SEEK_OF_REST: f64 = 0.0093;
 
@@ -37,7 +37,7 @@ struct State {
     head: u64,
 }
 
-/// The disk. All clones are the same.
+/// The disk. All clones share it.
 #[derive(Clone)]
 pub(crate) struct ModelDisk {
     name: Arc<str>,
@@ -61,7 +61,7 @@ impl ModelDisk {
         if must_start {
             self.runtime.spawn(Box::pin(self.clone().work()));
         }
-        // It only ends without an answer when the whole runtime does.
+        // The answer is missing only if the whole runtime ends.
         let _ = ended.await;
     }
 
@@ -97,8 +97,8 @@ impl ModelDisk {
         };
         let angle = fraction(to % TRACK_BYTES, TRACK_BYTES);
         let turn = (angle - (now + seek) / REVOLUTION).rem_euclid(1.0);
-        // The clock counts nanoseconds: what comes next under the head is there, not a revolution
-        // away.
+        // The clock counts nanoseconds. Rounding must not make the sector under the head a
+        // revolution away.
         seek + if turn > 1.0 - 1e-4 { 0.0 } else { turn * REVOLUTION }
     }
 }

@@ -1,5 +1,5 @@
-//! Volumes without a cache: in plain memory, which is the least that the front end can have to do,
-//! and on a plain device.
+//! Volumes without a cache: in plain memory, which costs the front end least, and on a plain
+//! device.
 
 use libwb::device::{Device, IoBuf, SharedBuf};
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
@@ -13,19 +13,18 @@ const SHARD_BYTES: usize = 1 << 16;
 
 /// A volume in plain memory.
 #[derive(Clone)]
-pub(crate) struct Memory(Arc<[Mutex<Box<[u8]>>]>);
+pub(crate) struct MemoryVolume(Arc<[Mutex<Box<[u8]>>]>);
 
-impl Memory {
+impl MemoryVolume {
     /// A volume of at least `bytes` bytes, all of them resident.
-    pub(crate) fn new(bytes: u64) -> Memory {
+    pub(crate) fn new(bytes: u64) -> MemoryVolume {
         let shards = to_usize(bytes).div_ceil(SHARD_BYTES);
-        Memory(
+        MemoryVolume(
             (0..shards).map(|_| Mutex::new(vec![0xa5; SHARD_BYTES].into_boxed_slice())).collect(),
         )
     }
 
-    /// Visits the range of memory that belongs to a request, shard by shard: `part` gets the place
-    /// in the request.
+    /// Visits the memory of a request, shard by shard. `part` gets the offset in the request.
     fn visit(
         &self,
         sector: Sector,
@@ -45,7 +44,7 @@ impl Memory {
     }
 }
 
-impl Volume for Memory {
+impl Volume for MemoryVolume {
     async fn discard(&self, _sector: Sector, _length: u64) -> Result<(), Errno> {
         Err(Errno::EOPNOTSUPP)
     }
@@ -78,9 +77,9 @@ impl Volume for Memory {
 
 /// A volume on a device that is read and written in place.
 #[derive(Clone)]
-pub(crate) struct Plain(pub(crate) Device);
+pub(crate) struct DeviceVolume(pub(crate) Device);
 
-impl Volume for Plain {
+impl Volume for DeviceVolume {
     async fn discard(&self, _sector: Sector, _length: u64) -> Result<(), Errno> {
         Err(Errno::EOPNOTSUPP)
     }
@@ -114,7 +113,7 @@ mod tests {
 
     #[test]
     fn what_is_written_across_shards_is_read_again() {
-        let memory = Memory::new(to_u64(2 * SHARD_BYTES));
+        let memory = MemoryVolume::new(to_u64(2 * SHARD_BYTES));
         let sector = Sector(to_u64(SHARD_BYTES / SECTOR_BYTES - 1));
         let data: Vec<u8> = (0..=255).cycle().take(4 * SECTOR_BYTES).collect();
         assert_eq!(memory.write_ready(sector, &data), Ok(data.len()));

@@ -1,6 +1,6 @@
 //! A bit of a cache device flips: what becomes of the volume?
 
-use crate::outlook::{Outlook, Reading, Recover};
+use crate::recovered_view::{Reading, Recover, RecoveredView};
 use futures_lite::future::block_on;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{
@@ -13,15 +13,15 @@ use libwb::log::scan::{Superblock, read_superblock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-/// What a flipped bit comes to.
+/// The effect of a flipped bit.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum FlipEffect {
     /// The volume is what it was.
     Whole,
-    /// The cache is refused, or blocks of it when they are read.
+    /// Recovery refuses the cache, or reads of some of its blocks fail.
     Refused,
-    /// Blocks have fallen back, in silence, to what they were before: all that nothing on the
-    /// device proves was durable, or the end of that.
+    /// Blocks silently fell back to older data. The device does not prove that the lost data was
+    /// durable.
     UnprovenLost,
     /// Anything else.
     Wrong(String),
@@ -40,13 +40,13 @@ pub struct Subject {
     backing: Vec<u8>,
     device: Device,
     superblock: Superblock,
-    outlook: Outlook,
+    view: RecoveredView,
     recover: Recover,
     /// All entries of live segments, in the order of the log.
     entries: Vec<Entry>,
-    /// How many of them are proved to have been durable.
+    /// How many of them the device proves durable.
     proven: usize,
-    /// The blocks that they are of.
+    /// The blocks that the entries belong to.
     volume: BTreeMap<BlockNo, Vec<u8>>,
 }
 
@@ -60,19 +60,19 @@ impl Subject {
         let device: Device = Arc::new(MemDevice::with_content("cache", image.clone()));
         let superblock =
             block_on(read_superblock(&device, Use::Write)).map_err(|e| e.to_string())?;
-        let outlook = Outlook::with(&device, &superblock, Reading::Trusting, recover)?;
-        if outlook.blocks.keys().any(|block| block.bytes() >= to_u64(backing.len())) {
+        let view = RecoveredView::with(&device, &superblock, Reading::Trusting, recover)?;
+        if view.blocks.keys().any(|block| block.bytes() >= to_u64(backing.len())) {
             return Err("data beyond the end of the backing device".into());
         }
-        let read = |&block| (block, outlook.read(&device, &backing, block));
-        let volume = outlook.blocks.keys().map(read);
+        let read = |&block| (block, view.read(&device, &backing, block));
+        let volume = view.blocks.keys().map(read);
         let volume = volume.filter_map(|(block, data)| Some((block, data?))).collect();
         let mut subject = Subject {
             image,
             backing,
             device,
             superblock,
-            outlook,
+            view,
             recover,
             entries: Vec::new(),
             proven: 0,
@@ -83,8 +83,8 @@ impl Subject {
     }
 
     /// What recovery makes of the device with all its bits right.
-    pub fn outlook(&self) -> &Outlook {
-        &self.outlook
+    pub fn view(&self) -> &RecoveredView {
+        &self.view
     }
 
     /// How the device is laid out.
@@ -100,7 +100,7 @@ impl Subject {
             .is_some_and(|record| record.digest.is_some())
     }
 
-    /// The device, in which a bit is flipped while one is judged.
+    /// The device. While a bit is judged, it is flipped here.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -124,8 +124,8 @@ impl Subject {
         (is_ours && self.superblock.geometry.slot_of(header.id) == slot).then_some(header)
     }
 
-    /// Lists the entries of live segments, and counts those that some header or the clean mark
-    /// proves.
+    /// Lists the entries of live segments, and counts those that a header or the clean mark proves
+    /// durable.
     fn read_log(&mut self) {
         let geometry = self.superblock.geometry;
         let mut durable =
@@ -134,7 +134,7 @@ impl Subject {
             let claim = header.extension.map(|extension| extension.durable).unwrap_or_default();
             durable = durable.max(if claim < header.id { claim } else { SegmentId::NONE });
         }
-        for header in &self.outlook.live {
+        for header in &self.view.live {
             let before =
                 header.extension.and_then(|extension| extension.before).map_or(0, |it| it.length);
             for (index, entry) in (0..).zip(&header.metablocks) {
@@ -147,8 +147,8 @@ impl Subject {
         }
     }
 
-    /// Flips a bit, says what comes of it, and flips it back.
-    pub fn judge(&self, at: u64, bit: u8) -> Outcome {
+    /// Flips a bit, judges the effect, and flips it back.
+    pub fn judge(&self, at: u64, bit: u8) -> FlipEffect {
         self.flip(at, bit);
         let outcome = self.outcome(at);
         self.flip(at, bit);
@@ -167,24 +167,24 @@ impl Subject {
         block_on(self.device.write(sector, data.into())).expect("a sector");
     }
 
-    fn outcome(&self, at: u64) -> Outcome {
+    fn outcome(&self, at: u64) -> FlipEffect {
         let Ok(superblock) = block_on(read_superblock(&self.device, Use::Write)) else {
-            return Outcome::Refused;
+            return FlipEffect::Refused;
         };
-        // Of two that are the same, the rest of the device makes the same.
+        // If the superblock reads the same, so does the rest of the device.
         if at < SUPERBLOCK_REGION_BYTES && superblock == self.superblock {
-            return Outcome::Whole;
+            return FlipEffect::Whole;
         }
         let is_outside = |block: &BlockNo| block.bytes() >= to_u64(self.backing.len());
-        match Outlook::with(&self.device, &superblock, Reading::Trusting, self.recover) {
+        match RecoveredView::with(&self.device, &superblock, Reading::Trusting, self.recover) {
             Ok(found) if !found.blocks.keys().any(is_outside) => {
                 self.compare(&found, self.place_of(at))
             }
-            _ => Outcome::Refused,
+            _ => FlipEffect::Refused,
         }
     }
 
-    /// Whose data lies there.
+    /// The place of the data block at an offset.
     fn place_of(&self, at: u64) -> Option<Place> {
         let at = to_usize(at.checked_sub(SUPERBLOCK_REGION_BYTES)?);
         let block = (at % SEGMENT_BYTES / BLOCK_BYTES).checked_sub(1)?;
@@ -194,8 +194,8 @@ impl Subject {
         })
     }
 
-    fn compare(&self, found: &Outlook, touched: Option<Place>) -> Outcome {
-        let (before, now) = (&self.outlook.blocks, &found.blocks);
+    fn compare(&self, found: &RecoveredView, touched: Option<Place>) -> FlipEffect {
+        let (before, now) = (&self.view.blocks, &found.blocks);
         let named: BTreeSet<BlockNo> = before.keys().chain(now.keys()).copied().collect();
         let is_touched = |block: &BlockNo| {
             let places = now.get(block).into_iter().flatten().flatten().map(|source| source.place);
@@ -215,23 +215,23 @@ impl Subject {
         };
         let lost: Vec<_> = suspects.iter().filter(is_lost).collect();
         match lost.first() {
-            None if served.values().any(Option::is_none) => Outcome::Refused,
-            None => Outcome::Whole,
+            None if served.values().any(Option::is_none) => FlipEffect::Refused,
+            None => FlipEffect::Whole,
             Some(_)
                 if (self.proven..=self.entries.len()).any(|cut| self.is_state(cut, &served)) =>
             {
-                Outcome::UnprovenLost
+                FlipEffect::UnprovenLost
             }
-            Some(first) => Outcome::Wrong(format!(
+            Some(first) => FlipEffect::Wrong(format!(
                 "{} blocks are lost, the first is {first}; recovery point {} instead of {}",
                 lost.len(),
                 found.recovery.point,
-                self.outlook.recovery.point
+                self.view.recovery.point
             )),
         }
     }
 
-    /// Whether these blocks are what they were when the log had come to so many entries.
+    /// Whether these blocks hold what they held when the log had `cut` entries.
     fn is_state(&self, cut: usize, served: &BTreeMap<BlockNo, Option<Vec<u8>>>) -> bool {
         served
             .iter()

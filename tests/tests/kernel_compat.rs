@@ -1,6 +1,6 @@
-//! A cache device that fails while written-back segments are to be emptied: what was discarded, or
-//! written around the log, does not come back when the kernel module gets the cache, and what
-//! cannot be emptied keeps nothing else waiting.
+//! A cache device fails while the engine empties written-back segments. Discarded data and data
+//! replaced around the log must not come back when the kernel module gets the cache. A segment that
+//! cannot be emptied must not delay others.
 
 use libwb::cache::{Cache, CacheError, OpenOptions, Tunables, WriteMode};
 use libwb::device::sim::{Crash, Faults, SimDevice, Simulation};
@@ -27,7 +27,7 @@ const BLOCKS: usize = 16;
 const SEEDS: u64 = 20;
 const BLOCK: u64 = to_u64(BLOCK_BYTES);
 
-/// Reads and writes that touch these bytes fail; nothing of such a write arrives.
+/// Reads and writes that touch these bytes fail, and such a write has no effect.
 #[derive(Clone, Default)]
 struct Bad {
     reads: Range<u64>,
@@ -98,15 +98,15 @@ fn header(slot: u64) -> Range<u64> {
 }
 
 /// A volume on simulated devices, with or without a bug.
-struct Rig {
+struct TestVolume {
     simulation: Simulation,
     cache: Arc<BadPlaces>,
     backing: Arc<SimDevice>,
     planted: Rules,
 }
 
-impl Rig {
-    fn new(extended: bool, seed: u64, planted: Rules) -> Rig {
+impl TestVolume {
+    fn new(extended: bool, seed: u64, planted: Rules) -> TestVolume {
         let simulation = Simulation::new(seed);
         let device = |name, bytes| SimDevice::new(simulation.runtime(), name, vec![0; bytes], 512);
         let cache = device("cache", to_usize(SUPERBLOCK_REGION_BYTES) + SEGMENTS * SEGMENT_BYTES);
@@ -114,9 +114,9 @@ impl Rig {
         let page = SuperblockExtension::new(Uuid::from_u128(7), cache.size());
         let (device, name) = (Mutex::new(Arc::new(cache)), "cache".into());
         let cache = Arc::new(BadPlaces { device, name, bad: Mutex::default() });
-        let rig = Rig { simulation, cache, backing, planted };
-        rig.run(create(&rig.cache(), extended.then_some(&page), |_| ())).expect("an empty cache");
-        rig
+        let test = TestVolume { simulation, cache, backing, planted };
+        test.run(create(&test.cache(), extended.then_some(&page), |_| ())).expect("an empty cache");
+        test
     }
 
     fn cache(&self) -> Device {
@@ -130,12 +130,7 @@ impl Rig {
     fn open(&self) -> Cache {
         let runtime = Arc::new(self.simulation.runtime().clone());
         let tunables = Tunables { writeback_threshold: 0, ..Tunables::default() };
-        let opening = Cache::open(
-            self.cache(),
-            self.backing.clone(),
-            runtime,
-            OpenOptions::serve().tunables(tunables).rules(self.planted),
-        );
+        let opening = Cache::open(self.cache(), self.backing.clone(), runtime, OpenOptions::serve().tunables(tunables).rules(self.planted));
         self.run(opening).expect("a sound cache")
     }
 
@@ -164,7 +159,7 @@ impl Rig {
         *self.cache.bad.lock() = Bad::default();
     }
 
-    /// The power fails.
+    /// Cuts the power.
     fn cut(&mut self) {
         self.simulation.kill_tasks();
         let left = self.cache.device().crash(Crash::PowerCut);
@@ -172,7 +167,7 @@ impl Rig {
         self.backing = Arc::new(self.backing.crash(Crash::PowerCut));
     }
 
-    /// What fills a block for the kernel module, if it got the devices now.
+    /// The byte that fills a block as the kernel module would show it now.
     fn for_module(&self, block: u64) -> Result<u8, String> {
         let volume = module::volume(&self.cache.device().content(), self.backing.content())?;
         Ok(volume[to_usize(block * BLOCK)])
@@ -187,46 +182,46 @@ impl Rig {
 
 /// The header of a segment cannot be read when a block of it is discarded.
 fn discards_what_cannot_be_read(planted: Rules, extended: bool, seed: u64) -> Result<(), String> {
-    let rig = Rig::new(extended, seed, planted);
-    let cache = rig.open();
-    rig.write_back(&cache, 0..2, 1);
-    rig.cache.bad.lock().reads = header(0);
-    rig.discard(&cache, 0).map_err(|e| e.to_string())?;
-    rig.heal();
-    rig.run(cache.close()).map_err(|e| e.to_string())?;
-    match (rig.for_module(0)?, rig.for_module(1)?) {
+    let test = TestVolume::new(extended, seed, planted);
+    let cache = test.open();
+    test.write_back(&cache, 0..2, 1);
+    test.cache.bad.lock().reads = header(0);
+    test.discard(&cache, 0).map_err(|e| e.to_string())?;
+    test.heal();
+    test.run(cache.close()).map_err(|e| e.to_string())?;
+    match (test.for_module(0)?, test.for_module(1)?) {
         (0, 1) => Ok(()),
         shown => Err(format!("the module shows {shown:?}")),
     }
 }
 
-/// A discard fails in the midst of the write that empties a segment, and is tried again.
+/// A discard fails during the write that empties a segment, and is tried again.
 fn discards_again(planted: Rules, extended: bool, seed: u64) -> Result<(), String> {
-    let mut rig = Rig::new(extended, seed, planted);
-    let cache = rig.open();
-    rig.write_back(&cache, 0..2, 1);
-    rig.fail(Faults { write: 1.0, ..Faults::default() });
-    if rig.discard(&cache, 0).is_ok() {
+    let mut test = TestVolume::new(extended, seed, planted);
+    let cache = test.open();
+    test.write_back(&cache, 0..2, 1);
+    test.fail(Faults { write: 1.0, ..Faults::default() });
+    if test.discard(&cache, 0).is_ok() {
         return Err("a discard was acknowledged, though the device fails".into());
     }
-    rig.heal();
-    rig.discard(&cache, 0).map_err(|e| e.to_string())?;
-    rig.cut();
-    let cache = rig.open();
-    rig.run(cache.close()).map_err(|e| e.to_string())?;
-    match rig.for_module(0)? {
+    test.heal();
+    test.discard(&cache, 0).map_err(|e| e.to_string())?;
+    test.cut();
+    let cache = test.open();
+    test.run(cache.close()).map_err(|e| e.to_string())?;
+    match test.for_module(0)? {
         0 => Ok(()),
         shown => Err(format!("the module shows {shown}")),
     }
 }
 
-type Course = fn(Rules, bool, u64) -> Result<(), String>;
+type Scenario = fn(Rules, bool, u64) -> Result<(), String>;
 
-/// The first failure, of seeds with and without the extension.
-fn failure(course: Course, planted: Rules) -> Option<String> {
+/// The first failure among seeds with and without the extension.
+fn failure(scenario: Scenario, planted: Rules) -> Option<String> {
     let all = (0..SEEDS).flat_map(|seed| [false, true].map(|extended| (extended, seed)));
     let judge = |(extended, seed)| {
-        let failed = course(planted, extended, seed).err()?;
+        let failed = scenario(planted, extended, seed).err()?;
         Some(format!("extended: {extended}, seed {seed}: {failed}"))
     };
     all.into_iter().find_map(judge)
@@ -234,13 +229,13 @@ fn failure(course: Course, planted: Rules) -> Option<String> {
 
 #[test]
 fn what_is_discarded_does_not_come_back_whatever_fails_meanwhile() {
-    let courses: [(Course, Rule); 2] = [
+    let scenarios: [(Scenario, Rule); 2] = [
         (discards_what_cannot_be_read, Rule::UnreadableEmptied),
         (discards_again, Rule::EmptiedOnlyWhenFlushed),
     ];
-    for (course, bug) in courses {
-        assert_eq!(failure(course, Rules::default()), None);
-        let text = failure(course, Rules::breaking(bug));
+    for (scenario, bug) in scenarios {
+        assert_eq!(failure(scenario, Rules::default()), None);
+        let text = failure(scenario, Rules::breaking(bug));
         assert!(
             text.as_ref().is_some_and(|text| text.contains("the module shows")),
             "{bug:?}: {text:?}"
@@ -250,109 +245,113 @@ fn what_is_discarded_does_not_come_back_whatever_fails_meanwhile() {
 
 #[test]
 fn while_a_header_cannot_be_written_discards_of_other_blocks_go_on_and_a_close_says_it() {
-    let mut rig = Rig::new(true, 1, Rules::default());
-    let cache = rig.open();
-    rig.write_back(&cache, 0..3, 1);
-    rig.run(cache.close()).unwrap();
-    assert_eq!(rig.clean_mark(), Some(3));
+    let mut test = TestVolume::new(true, 1, Rules::default());
+    let cache = test.open();
+    test.write_back(&cache, 0..3, 1);
+    test.run(cache.close()).unwrap();
+    assert_eq!(test.clean_mark(), Some(3));
 
-    let cache = rig.open();
-    rig.write_back(&cache, 3..6, 1);
+    let cache = test.open();
+    test.write_back(&cache, 3..6, 1);
     // That of segment 4, which holds block 3.
-    *rig.cache.bad.lock() = Bad { reads: header(3), writes: header(3) };
+    *test.cache.bad.lock() = Bad { reads: header(3), writes: header(3) };
     for _ in 0..3 {
-        let refused = rig.discard(&cache, 3);
+        let refused = test.discard(&cache, 3);
         assert!(
             matches!(&refused, Err(CacheError::Device(e)) if e.operation == Operation::Write),
             "{refused:?}"
         );
     }
     for block in [0, 4] {
-        rig.discard(&cache, block).expect("a discard of other blocks");
+        test.discard(&cache, block).expect("a discard of other blocks");
     }
-    // What is to go around the log goes on top of it.
+    // A write that should go around the log goes on top of it.
     cache.set_tunables(Tunables { write_mode: WriteMode::Around, ..cache.tunables() });
-    rig.write(&cache, 3, 2);
+    test.write(&cache, 3, 2);
     assert_eq!(cache.status().statistics.counters.direct_write_bytes, 0);
-    rig.write(&cache, 5, 2);
+    test.write(&cache, 5, 2);
     assert_eq!(cache.status().statistics.counters.direct_write_bytes, BLOCK);
-    let closed = rig.run(cache.close());
+    let closed = test.run(cache.close());
     assert!(matches!(closed, Err(CacheError::NotHandedOver(_))), "{closed:?}");
-    assert_eq!(rig.clean_mark(), None);
+    assert_eq!(test.clean_mark(), None);
 
-    // Nothing is lost by that, and once the device works, the module may have it.
-    rig.heal();
-    rig.cut();
-    let cache = rig.open();
-    let volume = rig.run(cache.read(Sector(0), IoBuf::zeroed(6 * BLOCK_BYTES))).unwrap();
+    // That loses nothing, and once the device works, the module may take over.
+    test.heal();
+    test.cut();
+    let cache = test.open();
+    let volume = test.run(cache.read(Sector(0), IoBuf::zeroed(6 * BLOCK_BYTES))).unwrap();
     let shown: Vec<u8> = volume.iter().copied().step_by(BLOCK_BYTES).collect();
     assert_eq!(shown, [0, 1, 1, 2, 0, 2]);
-    rig.run(cache.close()).unwrap();
-    let for_module: Vec<u8> = (0..6).map(|block| rig.for_module(block).unwrap()).collect();
+    test.run(cache.close()).unwrap();
+    let for_module: Vec<u8> = (0..6).map(|block| test.for_module(block).unwrap()).collect();
     assert_eq!(for_module, shown);
-    assert_eq!(rig.clean_mark(), Some(7));
+    assert_eq!(test.clean_mark(), Some(7));
 }
 
 /// It may hold a version that a later one supersedes.
 #[test]
 fn a_close_empties_what_it_cannot_read() {
     for extended in [false, true] {
-        let rig = Rig::new(extended, 1, Rules::default());
-        let cache = rig.open();
-        rig.write_back(&cache, 0..1, 1);
-        rig.run(cache.write(Sector(0), &[2; 512])).unwrap();
-        rig.run(cache.drain()).unwrap();
-        rig.write_back(&cache, 1..2, 1);
+        let test = TestVolume::new(extended, 1, Rules::default());
+        let cache = test.open();
+        test.write_back(&cache, 0..1, 1);
+        test.run(cache.write(Sector(0), &[2; 512])).unwrap();
+        test.run(cache.drain()).unwrap();
+        test.write_back(&cache, 1..2, 1);
         // Segment 1 holds a whole version of the block, and segment 2 a partial one.
-        rig.cache.bad.lock().reads = header(0).start..header(1).end;
-        rig.run(cache.close()).unwrap();
-        rig.heal();
-        let shown: Vec<u8> = (0..2).map(|block| rig.for_module(block).unwrap()).collect();
+        test.cache.bad.lock().reads = header(0).start..header(1).end;
+        test.run(cache.close()).unwrap();
+        test.heal();
+        let shown: Vec<u8> = (0..2).map(|block| test.for_module(block).unwrap()).collect();
         assert_eq!(shown, [2, 1], "extended: {extended}");
     }
 }
 
-/// A write of it that is torn could end the log below what is recorded as written back.
+/// A torn write of it could end the log below what the record declares written back.
 #[test]
 fn the_newest_segment_is_never_written_without_reading_it() {
     for extended in [false, true] {
-        let mut rig = Rig::new(extended, 1, Rules::default());
-        let cache = rig.open();
-        rig.write_back(&cache, 0..1, 1);
-        rig.cache.bad.lock().reads = header(0);
-        rig.discard(&cache, 0).expect_err("nothing is newer");
-        rig.write(&cache, 1, 1);
-        rig.run(cache.drain()).unwrap();
-        rig.discard(&cache, 0).expect("a newer segment is durable");
-        rig.heal();
-        rig.cut();
-        let cache = rig.open();
-        rig.run(cache.close()).unwrap();
-        assert_eq!((rig.for_module(0), rig.for_module(1)), (Ok(0), Ok(1)), "extended: {extended}");
+        let mut test = TestVolume::new(extended, 1, Rules::default());
+        let cache = test.open();
+        test.write_back(&cache, 0..1, 1);
+        test.cache.bad.lock().reads = header(0);
+        test.discard(&cache, 0).expect_err("nothing is newer");
+        test.write(&cache, 1, 1);
+        test.run(cache.drain()).unwrap();
+        test.discard(&cache, 0).expect("a newer segment is durable");
+        test.heal();
+        test.cut();
+        let cache = test.open();
+        test.run(cache.close()).unwrap();
+        assert_eq!(
+            (test.for_module(0), test.for_module(1)),
+            (Ok(0), Ok(1)),
+            "extended: {extended}"
+        );
     }
 }
 
-/// A cache that has crashed with versions of a block that the kernel module would mistake for newer
-/// ones: of block 0 a whole and a partial one that are written back; of block 1 the same, in one
-/// segment, and partial ones that are not written back.
-fn crashed(extended: bool) -> Rig {
-    let mut rig = Rig::new(extended, 1, Rules::default());
-    let cache = rig.open();
+/// A crashed cache with versions of a block that the kernel module would mistake for newer ones.
+/// Block 0 has a whole and a partial version, both written back. Block 1 has the same in one
+/// segment, and partial versions that are not written back.
+fn crashed(extended: bool) -> TestVolume {
+    let mut test = TestVolume::new(extended, 1, Rules::default());
+    let cache = test.open();
     let write = |sector, sectors: usize, fill| {
         let data = vec![fill; sectors * SECTOR_BYTES];
-        rig.run(cache.write(Sector(sector), &data)).expect("written");
-        rig.run(cache.flush()).expect("durable");
+        test.run(cache.write(Sector(sector), &data)).expect("written");
+        test.run(cache.flush()).expect("durable");
     };
-    rig.write_back(&cache, 0..1, 1);
+    test.write_back(&cache, 0..1, 1);
     write(0, 1, 2);
     write(8, 8, 1);
     write(8, 1, 2);
-    rig.run(cache.drain()).expect("written back");
+    test.run(cache.drain()).expect("written back");
     cache.pause();
     write(9, 1, 3);
     write(8, 1, 4);
-    rig.cut();
-    rig
+    test.cut();
+    test
 }
 
 /// What fills the first three sectors of blocks 0 and 1 of that.
@@ -365,20 +364,23 @@ fn shown(volume: &[u8]) -> [[u8; 3]; 2] {
 #[test]
 fn after_a_crash_a_repair_makes_the_module_read_what_we_recover() {
     for extended in [false, true] {
-        let rig = crashed(extended);
-        let (content, backing) = (rig.cache.device().content(), rig.backing.content());
+        let test = crashed(extended);
+        let (content, backing) = (test.cache.device().content(), test.backing.content());
         assert_ne!(shown(&module::volume(&content, backing.clone()).unwrap()), AFTER_CRASH);
         let repaired = module::volume_after_repair(content, backing).unwrap();
         assert_eq!(shown(&repaired), AFTER_CRASH, "extended: {extended}");
         // And so does a detach.
-        let cache = rig.open();
-        let ours = rig.run(cache.read(Sector(0), IoBuf::zeroed(2 * BLOCK_BYTES))).unwrap();
+        let cache = test.open();
+        let ours = test.run(cache.read(Sector(0), IoBuf::zeroed(2 * BLOCK_BYTES))).unwrap();
         assert_eq!(shown(&ours), AFTER_CRASH);
-        rig.run(cache.close()).unwrap();
-        let closed = rig.cache.device().content();
-        assert_eq!(shown(&module::volume(&closed, rig.backing.content()).unwrap()), AFTER_CRASH);
-        rig.run(module::repair(&rig.cache())).unwrap();
-        assert!(rig.cache.device().content() == closed, "nothing is left to repair after a detach");
+        test.run(cache.close()).unwrap();
+        let closed = test.cache.device().content();
+        assert_eq!(shown(&module::volume(&closed, test.backing.content()).unwrap()), AFTER_CRASH);
+        test.run(module::repair(&test.cache())).unwrap();
+        assert!(
+            test.cache.device().content() == closed,
+            "nothing is left to repair after a detach"
+        );
     }
 }
 
@@ -387,10 +389,10 @@ fn a_power_cut_at_any_moment_of_a_repair_is_harmless() {
     for (extended, seed) in
         [false, true].into_iter().flat_map(|extended| (0..4).map(move |seed| (extended, seed)))
     {
-        let rig = crashed(extended);
-        let (content, backing) = (rig.cache.device().content(), rig.backing.content());
-        let planned = rig.run(async {
-            Scanned::read(&rig.cache(), Use::Write, |_| ()).await?.repair(&rig.cache()).await
+        let test = crashed(extended);
+        let (content, backing) = (test.cache.device().content(), test.backing.content());
+        let planned = test.run(async {
+            Scanned::read(&test.cache(), Use::Write, |_| ()).await?.repair(&test.cache()).await
         });
         let plan = planned.unwrap().expect("something to repair");
         let is_done = (0..).find(|&moment| {

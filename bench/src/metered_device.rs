@@ -1,4 +1,4 @@
-//! A device that counts what is read, and that may be slow.
+//! A device that counts what is read and may limit the rate of writes.
 
 use libwb::device::{BlockDevice, Device, IoBuf, IoFuture, SharedBuf};
 use libwb::format::to_u64;
@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// A device that is watched.
-pub(crate) struct Watched {
+/// A device that counts.
+pub(crate) struct MeteredDevice {
     device: Device,
     read_bytes: AtomicU64,
     pace: Option<Pace>,
@@ -18,23 +18,26 @@ pub(crate) struct Watched {
 struct Pace {
     runtime: Arc<dyn Runtime>,
     bytes_per_second: f64,
-    /// When what was asked for so far is done.
+    /// When all requests so far are done.
     until: Mutex<Duration>,
 }
 
-impl Watched {
-    pub(crate) fn new(device: Device) -> Watched {
-        Watched { device, read_bytes: AtomicU64::new(0), pace: None }
+impl MeteredDevice {
+    pub(crate) fn new(device: Device) -> MeteredDevice {
+        MeteredDevice { device, read_bytes: AtomicU64::new(0), pace: None }
     }
 
-    /// A device that writes only so many bytes in a second, one request after the other.
+    /// A device that writes at most `bytes_per_second`, one request after the other.
     pub(crate) fn throttled(
         device: Device,
         runtime: Arc<dyn Runtime>,
         bytes_per_second: f64,
-    ) -> Watched {
+    ) -> MeteredDevice {
         let until = Mutex::new(runtime.now());
-        Watched { pace: Some(Pace { runtime, bytes_per_second, until }), ..Watched::new(device) }
+        MeteredDevice {
+            pace: Some(Pace { runtime, bytes_per_second, until }),
+            ..MeteredDevice::new(device)
+        }
     }
 
     /// Bytes read since the beginning.
@@ -43,7 +46,7 @@ impl Watched {
     }
 }
 
-impl BlockDevice for Watched {
+impl BlockDevice for MeteredDevice {
     fn name(&self) -> &Arc<str> {
         self.device.name()
     }

@@ -1,50 +1,49 @@
-//! Bits flip in a copy of what a crash has left. Where a field proves itself, recovery refuses the
-//! copy, or the volume is the same; elsewhere, only that may be lost in silence which nothing on
-//! the device proves to have been durable.
+//! Flips bits in a copy of what a crash has left. If the damaged field has a checksum, recovery
+//! must refuse the copy or show the same volume. Elsewhere, recovery may silently lose only what
+//! nothing on the device proves durable.
 
-use crate::outlook::Recover;
-use crate::rot::{Outcome, Subject};
+use crate::bit_flip::{FlipEffect, Subject};
+use crate::recovered_view::Recover;
 use fastrand::Rng;
 use libwb::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, HEADER_CHECKSUM_START, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES,
     Slot, to_u64,
 };
 
-/// Bits that are flipped, one after the other.
+/// How many bits are flipped, one at a time.
 const FLIPS: u32 = 6;
-/// Where the fields of a header's first sector end, and those of a page. After that, there is
-/// padding.
+/// Where the fields of a header's first sector and of a page end. Padding follows.
 const HEADER_FIELDS: u64 = 68;
 const PAGE_FIELDS: u64 = 208;
 
-/// A byte of which a bit flips.
+/// A byte in which a bit flips.
 struct Spot {
     at: u64,
     what: &'static str,
-    /// A damaged field shows that it is damaged.
+    /// Whether a checksum reveals damage to the field.
     proves_itself: bool,
 }
 
 /// Flips bits of a cache device with the extension.
 ///
 /// # Errors
-/// When something is lost that the device proves.
+/// When something is lost that the device proves durable.
 pub(super) fn check(
     cache: Vec<u8>,
     backing: Vec<u8>,
     recover: Recover,
     rng: &mut Rng,
 ) -> Result<(), String> {
-    // A cache that recovery refuses as it is shows when it is opened.
+    // If recovery refuses the cache as it is, opening it will fail too and report that.
     let Ok(subject) = Subject::new(cache, backing, recover) else { return Ok(()) };
     for _ in 0..FLIPS {
         let Some(Spot { at, what, proves_itself }) = Spot::any(&subject, rng) else { continue };
         let bit = rng.u8(..8);
         let outcome = subject.judge(at, bit);
         let is_right = match outcome {
-            Outcome::Whole | Outcome::Refused => true,
-            Outcome::UnprovenLost => !proves_itself,
-            Outcome::Wrong(_) => false,
+            FlipEffect::Whole | FlipEffect::Refused => true,
+            FlipEffect::UnprovenLost => !proves_itself,
+            FlipEffect::Wrong(_) => false,
         };
         if !is_right {
             return Err(format!(
@@ -86,7 +85,7 @@ impl Spot {
             }
             4 => None,
             kind => {
-                let header = rng.choice(&subject.outlook().live)?;
+                let header = rng.choice(&subject.view().live)?;
                 let at = subject.geometry().slot_offset(subject.geometry().slot_of(header.id));
                 let nth = u64::from(rng.u8(..header.length().max(1)));
                 if kind < 7 {

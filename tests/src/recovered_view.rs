@@ -1,5 +1,5 @@
-//! What recovery makes of a cache device: whether it refuses it, and which version of each block
-//! counts.
+//! What recovery makes of a cache device: whether it refuses the device, and which version of each
+//! block counts.
 
 use futures_lite::future::block_on;
 use libwb::device::{Device, IoBuf};
@@ -16,11 +16,11 @@ use std::collections::{BTreeMap, HashMap};
 pub struct Source {
     /// The block.
     pub place: Place,
-    /// What its CRC must be, where that is kept.
+    /// What its CRC must be, if the device keeps one.
     pub crc: Option<u32>,
 }
 
-/// The newest versions of a block's sectors; none where the backing device has it.
+/// The newest versions of a block's sectors; `None` for sectors on the backing device.
 pub type Sources = [Option<Source>; 8];
 
 /// What decides over a log: [`recover`], or one with a flaw.
@@ -37,7 +37,7 @@ pub enum Reading {
 
 /// A log that recovery accepts.
 #[derive(Clone, Debug)]
-pub struct Outlook {
+pub struct RecoveredView {
     /// What recovery makes of it.
     pub recovery: Recovery,
     /// The blocks that live segments hold something of.
@@ -49,27 +49,27 @@ pub struct Outlook {
     geometry: Geometry,
 }
 
-impl Outlook {
+impl RecoveredView {
     /// Reads a device as recovery does.
     ///
     /// # Errors
     /// When that refuses it; says why.
-    pub fn of(device: &Device, reading: Reading) -> Result<Outlook, String> {
+    pub fn of(device: &Device, reading: Reading) -> Result<RecoveredView, String> {
         let superblock =
             block_on(read_superblock(device, Use::Write)).map_err(|e| e.to_string())?;
-        Outlook::with(device, &superblock, reading, recover)
+        RecoveredView::with(device, &superblock, reading, recover)
     }
 
-    /// As [`Outlook::of`], of a device of which the superblock was read.
+    /// As [`RecoveredView::of`], for a device whose superblock was read before.
     ///
     /// # Errors
-    /// As [`Outlook::of`].
+    /// As [`RecoveredView::of`].
     pub fn with(
         device: &Device,
         superblock: &Superblock,
         reading: Reading,
         recover: Recover,
-    ) -> Result<Outlook, String> {
+    ) -> Result<RecoveredView, String> {
         let geometry = superblock.geometry;
         let mut headers: HashMap<Slot, SegmentHeader> = HashMap::new();
         let visit = |slot, content: &SlotContent| {
@@ -98,7 +98,7 @@ impl Outlook {
             }
             live.push(header);
         }
-        Ok(Outlook { recovery, blocks, live, slots, geometry })
+        Ok(RecoveredView { recovery, blocks, live, slots, geometry })
     }
 
     /// A block of the volume as the engine serves it; none where it refuses that, for the data is

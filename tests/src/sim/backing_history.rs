@@ -1,13 +1,14 @@
-//! What the backing device alone may hold: the day the cache device is lost.
+//! What the backing device alone may hold if the cache device is lost.
 //!
-//! In any order of write-back, it lacks nothing that lies in segments that are written back, as the
-//! superblock record has it, and nothing that was acknowledged before a drain that was
-//! acknowledged; and it shows nothing that was lost. Of what came later, any part. Nobody knows
-//! which segment a write went to; but when it was acknowledged, that was the newest or one before.
+//! In any order of write-back, the backing device holds all data of the segments that the
+//! superblock record declares written back. It also holds every write acknowledged before the last
+//! acknowledged drain began. It never shows a write that was lost. It may hold any part of later
+//! writes. The exact segment of a write is unknown: it is the newest segment at acknowledgement, or
+//! an older one.
 //!
-//! In strict order, it is what a disk with a volatile cache would hold: all up to some flush, and
-//! any part of what came after that, up to the next. So if it shows a write that was submitted
-//! after a flush had been acknowledged, it lacks nothing that had been acknowledged before that
+//! In strict order, the backing device holds what a disk with a volatile cache would: everything up
+//! to some flush, and any part of what came between that flush and the next. If it shows a write
+//! submitted after a flush was acknowledged, it must hold every write acknowledged before that
 //! flush was submitted.
 
 use super::oracle::Moment;
@@ -38,24 +39,24 @@ impl Past {
 }
 
 /// Every write that was not lost, and every flush that was acknowledged.
-pub struct Ledger {
+pub struct BackingHistory {
     sectors: Vec<Vec<Past>>,
-    /// Sectors that a discard has begun on. Nobody knows which of several discards they show, so
-    /// that they are only judged in strict order, where nothing is discarded.
+    /// Sectors on which a discard has begun. All discards look the same, so only strict order,
+    /// which has none, judges these sectors.
     discarded: Vec<bool>,
-    /// When each was submitted, and when it was acknowledged.
+    /// When each flush was submitted, and when it was acknowledged.
     flushes: Vec<(Moment, Moment)>,
     /// When the last drain was submitted that was acknowledged.
     drained: Moment,
-    /// The backing device may lack blocks although their segments are written back.
+    /// Whether the backing device may lack blocks of segments that are written back.
     moved: bool,
 }
 
-impl Ledger {
-    /// The history of a volume of so many sectors that has not begun.
-    pub fn new(sectors: u64) -> Ledger {
+impl BackingHistory {
+    /// The empty history of a volume of `sectors` sectors.
+    pub fn new(sectors: u64) -> BackingHistory {
         let first = Past { acknowledged: 0, ..Past::new(WriteId(0), 0) };
-        Ledger {
+        BackingHistory {
             sectors: vec![vec![first]; to_usize(sectors)],
             discarded: vec![false; to_usize(sectors)],
             flushes: Vec::new(),
@@ -64,7 +65,7 @@ impl Ledger {
         }
     }
 
-    /// Blocks that the backing device did not take were moved to the end of the log.
+    /// The engine moved blocks that the backing device refused to the end of the log.
     pub fn blocks_moved(&mut self) {
         self.moved = true;
     }
@@ -107,13 +108,13 @@ impl Ledger {
         self.drained = self.drained.max(submitted);
     }
 
-    /// Nobody knows any more what is written back: the log is written back again, from further
-    /// back, and until that has been done the backing device may show what came before a drain.
+    /// The record is lost. The engine writes the log back again from an older segment, so the
+    /// backing device may meanwhile show older data than at the last drain.
     pub fn record_lost(&mut self) {
         self.drained = 0;
     }
 
-    /// A sector was recovered with a write; what came after that is lost.
+    /// Recovery showed this write in a sector; later writes to the sector are lost.
     pub fn recovered(&mut self, sector: u64, write: WriteId, now: Moment) {
         let pasts = &mut self.sectors[to_usize(sector)];
         if let Some(shown) = pasts.iter_mut().find(|past| past.write == write) {
@@ -123,8 +124,8 @@ impl Ledger {
         }
     }
 
-    /// Whether the backing device alone may hold this while the segments up to `written_back` are,
-    /// in any order of write-back.
+    /// Whether the backing device alone may hold `data` once the segments up to `written_back` are
+    /// written back, in any order.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -156,8 +157,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// Whether the backing device alone may hold this where write-back was in strict order all the
-    /// time.
+    /// Whether the backing device alone may hold `data` if write-back was always in strict order.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -208,63 +208,83 @@ mod tests {
 
     #[test]
     fn what_came_after_a_flush_needs_what_came_before() {
-        let mut ledger = Ledger::new(2);
+        let mut backing_history = BackingHistory::new(2);
         for (write, sector, at) in [(1, 0, 10), (2, 1, 20)] {
-            ledger.begins(WriteId(write), false, sector..sector + 1, at);
-            ledger.ends(WriteId(write), sector..sector + 1, at + 1);
+            backing_history.begins(WriteId(write), false, sector..sector + 1, at);
+            backing_history.ends(WriteId(write), sector..sector + 1, at + 1);
         }
-        assert_eq!(ledger.check_strict(&shows([0, 2])), Ok(()), "without a flush, in any order");
-        ledger.flushed(12, 15);
-        assert!(ledger.check_strict(&shows([0, 2])).unwrap_err().contains("lacks write 1"));
+        assert_eq!(
+            backing_history.check_strict(&shows([0, 2])),
+            Ok(()),
+            "without a flush, in any order"
+        );
+        backing_history.flushed(12, 15);
+        assert!(
+            backing_history.check_strict(&shows([0, 2])).unwrap_err().contains("lacks write 1")
+        );
         for right in [[0, 0], [1, 0], [1, 2]] {
-            assert_eq!(ledger.check_strict(&shows(right)), Ok(()));
+            assert_eq!(backing_history.check_strict(&shows(right)), Ok(()));
         }
-        ledger.recovered(1, WriteId(0), 30);
-        assert!(ledger.check_strict(&shows([1, 2])).unwrap_err().contains("lost"));
-        assert!(ledger.check(&shows([1, 2]), SegmentId::NONE).unwrap_err().contains("lost"));
+        backing_history.recovered(1, WriteId(0), 30);
+        assert!(backing_history.check_strict(&shows([1, 2])).unwrap_err().contains("lost"));
+        assert!(
+            backing_history.check(&shows([1, 2]), SegmentId::NONE).unwrap_err().contains("lost")
+        );
     }
 
     #[test]
     fn what_was_drained_is_there_and_of_what_came_later_any_part() {
-        let mut ledger = Ledger::new(2);
+        let mut backing_history = BackingHistory::new(2);
         for (write, sector, at) in [(1, 0, 10), (2, 1, 20)] {
-            ledger.begins(WriteId(write), false, sector..sector + 1, at);
-            ledger.ends(WriteId(write), sector..sector + 1, at + 1);
+            backing_history.begins(WriteId(write), false, sector..sector + 1, at);
+            backing_history.ends(WriteId(write), sector..sector + 1, at + 1);
         }
-        ledger.drained(15);
+        backing_history.drained(15);
         for right in [[1, 0], [1, 2]] {
-            assert_eq!(ledger.check(&shows(right), SegmentId::NONE), Ok(()));
+            assert_eq!(backing_history.check(&shows(right), SegmentId::NONE), Ok(()));
         }
         assert!(
-            ledger.check(&shows([0, 2]), SegmentId::NONE).unwrap_err().contains("lacks write 1")
+            backing_history
+                .check(&shows([0, 2]), SegmentId::NONE)
+                .unwrap_err()
+                .contains("lacks write 1")
         );
-        ledger.logged(WriteId(2), 1..2, SegmentId(7));
-        assert_eq!(ledger.check(&shows([1, 0]), SegmentId(6)), Ok(()));
-        assert!(ledger.check(&shows([1, 0]), SegmentId(7)).unwrap_err().contains("lacks write 2"));
-        ledger.record_lost();
-        assert_eq!(ledger.check(&shows([0, 2]), SegmentId(7)), Ok(()), "it is written back again");
-        ledger.begins(WriteId(3), true, 0..1, 30);
+        backing_history.logged(WriteId(2), 1..2, SegmentId(7));
+        assert_eq!(backing_history.check(&shows([1, 0]), SegmentId(6)), Ok(()));
+        assert!(
+            backing_history
+                .check(&shows([1, 0]), SegmentId(7))
+                .unwrap_err()
+                .contains("lacks write 2")
+        );
+        backing_history.record_lost();
+        assert_eq!(
+            backing_history.check(&shows([0, 2]), SegmentId(7)),
+            Ok(()),
+            "it is written back again"
+        );
+        backing_history.begins(WriteId(3), true, 0..1, 30);
         let mut zeros = shows([1, 2]);
         zeros[..SECTOR_BYTES].fill(0);
         assert_eq!(
-            ledger.check(&zeros, SegmentId::NONE),
+            backing_history.check(&zeros, SegmentId::NONE),
             Ok(()),
             "what was discarded is not judged"
         );
         zeros[SECTOR_BYTES..].fill(0);
-        assert!(ledger.check(&zeros, SegmentId::NONE).unwrap_err().contains("lost"));
+        assert!(backing_history.check(&zeros, SegmentId::NONE).unwrap_err().contains("lost"));
     }
 
     #[test]
     fn of_two_discards_that_may_have_been_recovered_either_may_be_what_shows() {
-        let mut ledger = Ledger::new(1);
+        let mut backing_history = BackingHistory::new(1);
         for (write, zeros, submitted, acknowledged) in [(1, true, 10, 26), (2, false, 20, 21)] {
-            ledger.begins(WriteId(write), zeros, 0..1, submitted);
-            ledger.ends(WriteId(write), 0..1, acknowledged);
+            backing_history.begins(WriteId(write), zeros, 0..1, submitted);
+            backing_history.ends(WriteId(write), 0..1, acknowledged);
         }
-        ledger.begins(WriteId(3), true, 0..1, 30);
-        ledger.recovered(0, WriteId(1), 40);
-        ledger.drained(50);
-        assert_eq!(ledger.check(&[0; SECTOR_BYTES], SegmentId::NONE), Ok(()));
+        backing_history.begins(WriteId(3), true, 0..1, 30);
+        backing_history.recovered(0, WriteId(1), 40);
+        backing_history.drained(50);
+        assert_eq!(backing_history.check(&[0; SECTOR_BYTES], SegmentId::NONE), Ok(()));
     }
 }

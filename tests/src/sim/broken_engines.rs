@@ -1,11 +1,11 @@
-//! Toy engines: one that is correct, if slow, and some that are broken in a known way, to prove
-//! that the simulator finds what it is there to find.
+//! Simple engines that prove that the simulator finds bugs: a slow but correct one, and others that
+//! are broken in a known way.
 //!
-//! A toy keeps acknowledged writes in a queue in memory and brings them to the backing device one
-//! by one, each with a flush of its own. A power cut so leaves a prefix. It does not use the cache
-//! device.
+//! A simple engine keeps acknowledged writes in a queue in memory and brings them to the backing
+//! device one by one, each with a flush of its own. So a power cut leaves a prefix. It does not use
+//! the cache device.
 
-use super::volume::{Engine, Outcome, Taste, Volume};
+use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
 use futures_util::lock::Mutex as AsyncMutex;
 use libwb::device::{Device, IoBuf};
 use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// What is wrong with a toy.
+/// What is wrong with an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flaw {
     /// Nothing.
@@ -38,11 +38,11 @@ pub enum Flaw {
     Hangs,
 }
 
-/// Opens toys.
+/// Opens broken_engines.
 #[derive(Clone, Copy, Debug)]
-pub struct Toy(pub Flaw);
+pub struct SimpleEngine(pub Flaw);
 
-impl Engine for Toy {
+impl Engine for SimpleEngine {
     /// It writes in place.
     fn tears_blocks(&self) -> bool {
         true
@@ -53,27 +53,27 @@ impl Engine for Toy {
         _cache: Device,
         backing: Device,
         runtime: Arc<dyn Runtime>,
-        _taste: Taste,
-    ) -> Outcome<Arc<dyn Volume>> {
-        let toy = Arc::new(ToyVolume {
+        _taste: EngineConfig,
+    ) -> EngineFuture<Arc<dyn EngineVolume>> {
+        let engine = Arc::new(SimpleVolume {
             flaw: self.0,
             backing,
             queue: Mutex::default(),
             turn: AsyncMutex::new(()),
             counter: Mutex::new(0),
         });
-        let (weak, clock) = (Arc::downgrade(&toy), runtime.clone());
+        let (weak, clock) = (Arc::downgrade(&engine), runtime.clone());
         runtime.spawn(Box::pin(async move {
             loop {
                 clock.sleep(Duration::from_millis(20)).await;
-                let Some(toy) = weak.upgrade() else { return };
-                toy.background().await;
+                let Some(engine) = weak.upgrade() else { return };
+                engine.background().await;
             }
         }));
         Box::pin(async move {
-            // What a toy that was killed had written may be in the device's volatile cache.
-            toy.backing.flush().await.map_err(|e| e.to_string())?;
-            Ok(Arc::new(Handle(toy)) as Arc<dyn Volume>)
+            // What an engine that was killed had written may be in the device's volatile cache.
+            engine.backing.flush().await.map_err(|e| e.to_string())?;
+            Ok(Arc::new(Handle(engine)) as Arc<dyn EngineVolume>)
         })
     }
 }
@@ -84,17 +84,17 @@ struct Entry {
     data: Vec<u8>,
 }
 
-struct ToyVolume {
+struct SimpleVolume {
     flaw: Flaw,
     backing: Device,
     queue: Mutex<VecDeque<Entry>>,
-    /// Held while entries move to the device, and while a read puts both together.
+    /// Held while entries move to the device, and while a read combines both.
     turn: AsyncMutex<()>,
     counter: Mutex<u32>,
 }
 
-impl ToyVolume {
-    /// True once in `n` calls for a toy with this flaw.
+impl SimpleVolume {
+    /// True once in `n` calls for an engine with this flaw.
     fn strikes(&self, flaw: Flaw, n: u32) -> bool {
         let mut counter = self.counter.lock();
         *counter += 1;
@@ -186,10 +186,10 @@ fn overlay(buf: &mut [u8], first: Sector, entry: &Entry) {
     }
 }
 
-/// A handle to a toy; the background task ends with the last one.
-struct Handle(Arc<ToyVolume>);
+/// A handle to an engine; the background task ends with the last one.
+struct Handle(Arc<SimpleVolume>);
 
-impl Volume for Handle {
+impl EngineVolume for Handle {
     fn size(&self) -> u64 {
         self.0.backing.size()
     }
@@ -199,39 +199,39 @@ impl Volume for Handle {
         SegmentId::MAX
     }
 
-    fn read(&self, sector: Sector, buf: IoBuf) -> Outcome<IoBuf> {
-        let toy = self.0.clone();
-        Box::pin(async move { toy.load(sector, buf).await })
+    fn read(&self, sector: Sector, buf: IoBuf) -> EngineFuture<IoBuf> {
+        let engine = self.0.clone();
+        Box::pin(async move { engine.load(sector, buf).await })
     }
 
-    fn write(&self, sector: Sector, data: Vec<u8>) -> Outcome<()> {
+    fn write(&self, sector: Sector, data: Vec<u8>) -> EngineFuture<()> {
         if !self.0.strikes(Flaw::LostWrite, 20) {
             self.0.queue.lock().push_back(Entry { sector, data });
         }
         Box::pin(std::future::ready(Ok(())))
     }
 
-    fn write_fua(&self, sector: Sector, data: Vec<u8>) -> Outcome<()> {
+    fn write_fua(&self, sector: Sector, data: Vec<u8>) -> EngineFuture<()> {
         let (written, flushed) = (self.write(sector, data), self.flush());
         Box::pin(async move { written.await.and(flushed.await) })
     }
 
-    fn discard(&self, sector: Sector, count: u64) -> Outcome<()> {
+    fn discard(&self, sector: Sector, count: u64) -> EngineFuture<()> {
         self.write_fua(sector, vec![0; to_usize(count) * SECTOR_BYTES])
     }
 
-    fn tune(&self, _taste: Taste) {}
+    fn tune(&self, _taste: EngineConfig) {}
 
-    fn flush(&self) -> Outcome<()> {
-        let toy = self.0.clone();
-        Box::pin(async move { toy.store_all().await })
+    fn flush(&self) -> EngineFuture<()> {
+        let engine = self.0.clone();
+        Box::pin(async move { engine.store_all().await })
     }
 
-    fn drain(&self) -> Outcome<()> {
+    fn drain(&self) -> EngineFuture<()> {
         self.flush()
     }
 
-    fn close(&self) -> Outcome<()> {
+    fn close(&self) -> EngineFuture<()> {
         self.flush()
     }
 }

@@ -1,5 +1,5 @@
-//! Images of cache devices, sound and damaged, in a form so short that a fuzzer can change it byte
-//! by byte.
+//! Scripts that make sound or damaged images of cache devices. They are short enough for a fuzzer
+//! to change byte by byte.
 
 use crate::crashed::{CRASHED, Crashed};
 use crate::{GOLDEN, cache_bytes, golden_bytes, noise};
@@ -16,26 +16,26 @@ use uuid::Uuid;
 
 /// Size of the volumes that the images belong to.
 pub const VOLUME_BYTES: u64 = 16 << 20;
-/// Images that a recipe may start from: the golden ones, an empty one, two that wb wrote, and those
-/// of crashed caches.
+/// How many images a script may start from: the golden ones, an empty one, two that wb wrote, and
+/// crashed caches.
 pub const BASES: usize = GOLDEN.len() + 3 + CRASHED_BASES;
-/// So many of [`CRASHED`], whose segments are small.
+/// How many of [`CRASHED`] have small segments.
 pub const CRASHED_BASES: usize = 4;
 /// Segments of the images that are not golden.
 const SEGMENTS: u32 = 6;
-/// The most changes that a recipe has. More are left out.
+/// The most changes of a script. Decoding ignores more.
 const MAX_CHANGES: usize = 64;
 
-/// An image, and what is changed in it, one after the other.
+/// An image, and the changes to it, one after the other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Recipe {
+pub struct DamageScript {
     /// Which of [`BASES`] images; any number names one.
     pub base: u8,
     /// What is changed.
     pub changes: Vec<Change>,
 }
 
-/// A change to an image. What lies outside the image is left out.
+/// A change to an image. It leaves out whatever lies outside the image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// Writes bytes, at most 255.
@@ -45,11 +45,11 @@ pub enum Change {
         /// What.
         bytes: Vec<u8>,
     },
-    /// Makes the checksums of a segment right, whatever it holds.
+    /// Makes the checksums of a segment match its content.
     Reseal {
         /// Which slot.
         slot: u8,
-        /// Also those that the extension keeps of single blocks.
+        /// Also the checksums of single blocks, which the extension keeps.
         blocks: bool,
     },
     /// Makes the CRC of a superblock extension right.
@@ -66,7 +66,7 @@ pub enum Change {
     },
     /// Cuts off the end of the device.
     Cut {
-        /// How much of it, in sectors.
+        /// How many sectors.
         sectors: u16,
     },
     /// Flips a bit.
@@ -78,27 +78,28 @@ pub enum Change {
     },
 }
 
-impl Recipe {
-    /// Reads a recipe off any bytes.
-    pub fn decode(bytes: &[u8]) -> Recipe {
-        let Some((&base, mut rest)) = bytes.split_first() else { return Recipe::default() };
+impl DamageScript {
+    /// Decodes a script from any bytes.
+    pub fn decode(bytes: &[u8]) -> DamageScript {
+        let Some((&base, mut rest)) = bytes.split_first() else { return DamageScript::default() };
         let mut changes = Vec::new();
         while changes.len() < MAX_CHANGES
             && let Some(change) = Change::decode(&mut rest)
         {
             changes.push(change);
         }
-        Recipe { base, changes }
+        DamageScript { base, changes }
     }
 
-    /// The bytes of a recipe.
+    /// The bytes of a script.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![self.base];
         self.changes.iter().for_each(|change| change.encode(&mut bytes));
         bytes
     }
 
-    /// The crashed cache of which this flips one bit and does nothing else, and the bit.
+    /// The crashed cache and the bit, if the script does nothing but flip one bit of a crashed
+    /// cache.
     pub fn flipped(&self) -> Option<(&'static Crashed, u64, u8)> {
         let base = (usize::from(self.base) % BASES).checked_sub(BASES - CRASHED_BASES)?;
         match self.changes[..] {
@@ -116,7 +117,7 @@ impl Recipe {
 }
 
 impl Change {
-    /// Takes a change off the front of some bytes; none when they do not suffice for one.
+    /// Takes a change off the front of some bytes; `None` if they are too few.
     fn decode(bytes: &mut &[u8]) -> Option<Change> {
         let mut take = |n: usize| bytes.split_off(..n);
         Some(match take(1)?[0] % 6 {
@@ -201,7 +202,7 @@ fn slot_range(slot: u8) -> std::ops::Range<usize> {
     start..start + SEGMENT_BYTES
 }
 
-/// The offsets stand in wb(5).
+/// wb(5) has the offsets.
 fn reseal(segment: &mut [u8], blocks: bool) {
     let length = usize::from(segment[12].min(127));
     for nth in (0..length).filter(|_| blocks) {
@@ -237,8 +238,8 @@ static IMAGES: LazyLock<Vec<Vec<u8>>> = LazyLock::new(|| {
         .collect()
 });
 
-/// A small cache device as wb leaves it: with the extension or without, and after writes, closed in
-/// order or not.
+/// A small cache device as wb leaves it, with or without the extension. `closed` says whether wb
+/// closed it after writes; `None` means no writes.
 fn written_by_wb(extended: bool, closed: Option<bool>) -> Vec<u8> {
     let size = cache_bytes(SEGMENTS);
     let memory = Arc::new(MemDevice::new("cache", size));
@@ -252,7 +253,7 @@ fn written_by_wb(extended: bool, closed: Option<bool>) -> Vec<u8> {
         let Some(closed) = closed else { return };
         let cache =
             Cache::open(device, backing, runtime, OpenOptions::serve()).await.expect("a cache");
-        // Blocks written whole and in part, over and over, for more than a lap.
+        // Writes blocks whole and in part, over and over, for more than a lap.
         for round in 0..9 {
             for nth in 0..20 {
                 let sector = Sector((round * 31 + nth * nth * 3) % 900);
@@ -269,8 +270,9 @@ fn written_by_wb(extended: bool, closed: Option<bool>) -> Vec<u8> {
     memory.content()
 }
 
-/// Recipes to start from: each image as it is, and in each the damage that has a meaning.
-pub fn seeds() -> Vec<Recipe> {
+/// Scripts that fuzzing starts from: each image as it is, and each with every meaningful kind of
+/// damage.
+pub fn seeds() -> Vec<DamageScript> {
     let region = u32::try_from(SUPERBLOCK_REGION_BYTES).unwrap_or_default();
     let segment = u32::try_from(SEGMENT_BYTES).unwrap_or_default();
     let write = |at, bytes: &[u8]| Change::Write { at, bytes: bytes.to_vec() };
@@ -294,11 +296,11 @@ pub fn seeds() -> Vec<Recipe> {
             vec![Change::Cut { sectors: 1024 }],
             vec![Change::Cut { sectors: 700 }],
         ] {
-            seeds.push(Recipe { base, changes });
+            seeds.push(DamageScript { base, changes });
         }
     }
     for base in (0u8..).take(BASES).skip(BASES - CRASHED_BASES) {
-        let flip = |at| Recipe {
+        let flip = |at| DamageScript {
             base,
             changes: vec![Change::Flip { at, bit: u8::try_from(at % 7).unwrap_or_default() }],
         };
@@ -307,8 +309,9 @@ pub fn seeds() -> Vec<Recipe> {
     seeds
 }
 
-/// A byte of each field: of the newest segment and its first and last entry and block, of those in
-/// the first two slots, of the record, and of a page. The offsets stand in wb(5).
+/// A byte of each field: of the newest segment, of the segments in the first two slots, of the
+/// record, and of a page. Each segment's first and last entry and block have such bytes, too. wb(5)
+/// has the offsets.
 fn flips(image: &[u8]) -> Vec<u32> {
     const HEADER: [usize; 17] = [0, 7, 8, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 57, 60, 64, 200];
     const ENTRY: [usize; 4] = [0, 8, 9, 12];
@@ -341,9 +344,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_recipe_is_read_as_it_was_written() {
-        for recipe in seeds() {
-            assert_eq!(Recipe::decode(&recipe.encode()), recipe);
+    fn a_script_is_read_as_it_was_written() {
+        for script in seeds() {
+            assert_eq!(DamageScript::decode(&script.encode()), script);
         }
     }
 

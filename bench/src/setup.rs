@@ -1,9 +1,10 @@
-//! What the measurements stand on. Nothing that takes space outlives the program, however it ends:
-//! files lose their names as soon as they are open (but for one that wbcheck opens, which a SIGKILL
-//! leaves), and mounts and loop devices go away with their last user.
+//! What the measurements share. Nothing that takes space outlives the program, however it ends:
+//! files lose their names as soon as they are open, and mounts and loop devices go away with their
+//! last user. The exception is a file that wbcheck opens, which outlives a SIGKILL.
 
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::{StreamExt, TryStreamExt, stream};
+use libwb::cache::{Cache, OpenOptions};
 use libwb::cli;
 use libwb::device::probe::{Access, Opened, open};
 use libwb::device::{Device, IoBuf, SharedBuf, UringDevice};
@@ -11,6 +12,7 @@ use libwb::format::{SuperblockExtension, to_u64, to_usize};
 use libwb::log::LogError;
 use libwb::log::create::create;
 use libwb::reactor::Reactor;
+use libwb::runtime::Runtime;
 use libwb::serve::guard_against_reclaim;
 use nix::sys::signal::Signal;
 use std::fs::File;
@@ -21,28 +23,28 @@ use std::time::Instant;
 use tempfile::{NamedTempFile, TempPath};
 use uuid::Uuid;
 
-/// A write of a whole segment.
+/// The bytes of a write of a whole segment.
 pub(crate) const SEGMENT: usize = 512 * 1024;
-/// Writes to a cache device at a time: as many segments as the engine keeps on their way.
+/// How many writes to a cache device are in flight: as many segments as the engine keeps in flight.
 pub(crate) const SEGMENTS_IN_FLIGHT: usize = 8;
 
 static SIGNALLED: AtomicBool = AtomicBool::new(false);
 
-/// Lets signals end the measurement in order, from now on and in all threads started later.
+/// Lets signals end the measurement in order, in this thread and all that start later.
 pub(crate) fn watch_signals() -> Result<()> {
     let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP];
     Ok(cli::on_signals(signals, |_| SIGNALLED.store(true, Ordering::Relaxed))?)
 }
 
-/// Makes memory resident from the beginning, as the daemon does, or its first use is measured as
-/// well.
+/// Makes memory resident from the beginning, as the daemon does. Otherwise its first use would be
+/// measured as well.
 pub(crate) fn lock_memory() {
     if let Err(why) = guard_against_reclaim() {
         eprintln!("wb-bench: {why}; the figures may be less than the daemon's");
     }
 }
 
-/// Fails once a signal has come.
+/// Fails if a signal has arrived.
 pub(crate) fn check_signals() -> Result<()> {
     ensure!(!SIGNALLED.load(Ordering::Relaxed), "interrupted");
     Ok(())
@@ -51,8 +53,8 @@ pub(crate) fn check_signals() -> Result<()> {
 /// Makes a file of `bytes` bytes of allocated, written space, as a device has it, and opens it for
 /// direct I/O.
 ///
-/// The first write to a hole or to preallocated space is a change of the file's metadata; that
-/// would be measured.
+/// The first write to a hole or to preallocated space changes the file's metadata, which would be
+/// measured.
 pub(crate) fn file(reactor: &Reactor, dir: &Path, name: &str, bytes: u64) -> Result<Device> {
     let file = unnamed_file(dir, name, bytes)?;
     let device: Device = Arc::new(UringDevice::new(reactor.handle(), file));
@@ -60,7 +62,7 @@ pub(crate) fn file(reactor: &Reactor, dir: &Path, name: &str, bytes: u64) -> Res
     Ok(device)
 }
 
-/// Makes a file that reads as zeros and takes no space but for what is written.
+/// Makes a file that reads as zeros and takes space only for what is written.
 pub(crate) fn sparse_file(reactor: &Reactor, dir: &Path, name: &str, bytes: u64) -> Result<Device> {
     let temporary = temporary_file(dir, name, bytes)?;
     opened(reactor, temporary.path())
@@ -122,7 +124,7 @@ pub(crate) async fn write_sequentially(device: &Device, bytes: u64) -> Result<()
     Ok(device.flush().await?)
 }
 
-/// MB in a second, on the average since `started`.
+/// MB per second, on average since `started`.
 #[allow(clippy::cast_precision_loss)] // a figure
 pub(crate) fn megabytes_per_second(bytes: u64, started: Instant) -> f64 {
     bytes as f64 / 1e6 / started.elapsed().as_secs_f64()
@@ -131,6 +133,16 @@ pub(crate) fn megabytes_per_second(bytes: u64, started: Instant) -> f64 {
 /// Makes a cache of a device, as wbformat does.
 pub(crate) async fn format(device: &Device) -> Result<(), LogError> {
     create(device, Some(&extension(device)), |_| ()).await.map(|_| ())
+}
+
+/// Formats a device and opens the cache on it, with default tunables.
+pub(crate) async fn new_cache(
+    device: Device,
+    backing: Device,
+    runtime: Arc<dyn Runtime>,
+) -> Result<Cache> {
+    format(&device).await?;
+    Ok(Cache::open(device, backing, runtime, OpenOptions::serve()).await?)
 }
 
 /// The superblock extension that [`format`](fn@format) writes.

@@ -5,8 +5,9 @@
 //! needs no lock.
 #![allow(unsafe_code)] // io_uring takes addresses; each use below says why its memory stays valid
 
-use crate::device::{InFlight, IoBuf, SharedBuf};
+use crate::buf::{IoBuf, SharedBuf};
 use crate::format::to_u64;
+use crate::pending::InFlight;
 use crate::runtime::Runtime;
 use crate::sys::keep_freed_memory;
 use async_task::Runnable;

@@ -1,7 +1,7 @@
 //! Who uses a device or a file in a way that neither exclusive opening nor a lock shows: loop
 //! devices and swap.
 
-use super::probe::{Identity, sysfs_folder};
+use super::identity::{Identity, sysfs_folder};
 use std::ffi::{OsStr, OsString};
 use std::fs::Metadata;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

@@ -1,11 +1,10 @@
 //! What the cache stands on: block devices with owned, aligned buffers.
 
-mod buf;
 pub mod fit;
 mod held;
+mod identity;
 mod mem;
 mod overlay;
-mod pending;
 pub mod probe;
 #[cfg(feature = "blkid")]
 pub mod signatures;
@@ -15,11 +14,10 @@ pub mod sparse;
 mod uring;
 mod watched;
 
-pub use buf::{IoBuf, SharedBuf};
+pub use crate::buf::{IoBuf, SharedBuf};
+pub use crate::pending::Pending;
 pub use mem::MemDevice;
 pub use overlay::Overlay;
-pub use pending::Pending;
-pub(crate) use pending::{InFlight, Requests};
 pub use uring::UringDevice;
 pub use watched::{Gone, Watched};
 

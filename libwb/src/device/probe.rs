@@ -1,6 +1,8 @@
 //! Opening devices: what they are, how large, who else uses them.
 
 use super::held;
+pub use super::identity::{Identity, identity};
+use super::identity::{serial, sysfs_folder};
 use crate::format::{SECTOR_BYTES, to_u64};
 use crate::sys;
 use nix::errno::Errno;
@@ -153,25 +155,6 @@ fn in_words(cause: &io::Error) -> String {
         .map_or_else(|| cause.to_string(), |n| Errno::from_raw(n).desc().to_string())
 }
 
-/// Which device a path leads to, so that two paths can be told to be one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Identity {
-    /// A block device's number.
-    BlockDevice(u64),
-    /// A file's filesystem and inode.
-    File(u64, u64),
-}
-
-impl Identity {
-    pub(super) fn of(meta: &Metadata) -> Identity {
-        if meta.file_type().is_block_device() {
-            Identity::BlockDevice(meta.rdev())
-        } else {
-            Identity::File(meta.dev(), meta.ino())
-        }
-    }
-}
-
 /// A device, opened and locked.
 #[derive(Debug)]
 pub struct Opened {
@@ -278,11 +261,11 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     }
     // Before the lock was had, another may have been put in its place.
     let identity = Identity::of(&file.metadata().map_err(system)?);
-    if self::identity(path).map_err(system)? != identity {
+    if super::identity::identity(path).map_err(system)? != identity {
         return Err(OpenError::Replaced { path: path.into() });
     }
     let sysfs = is_block.then(|| sysfs_folder(meta.rdev()));
-    let identity_text = sysfs.as_deref().map_or_else(String::new, identity_text);
+    let identity_text = sysfs.as_deref().map_or_else(String::new, serial);
     let stat = sysfs.map(|folder| folder.join("stat"));
     Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
 }
@@ -315,42 +298,9 @@ fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), Op
     }
 }
 
-/// Which device a path leads to, without opening it.
-///
-/// # Errors
-/// When there is nothing.
-pub fn identity(path: &Path) -> io::Result<Identity> {
-    std::fs::metadata(path).map(|meta| Identity::of(&meta))
-}
-
 fn direct_io_fits_sectors(file: &File) -> bool {
     // A filesystem that does not say is believed: the kernel's oldest rule is the logical block
     // size, 512 nearly always.
     sys::direct_io_alignment(file)
         .is_none_or(|n| n > 0 && to_u64(SECTOR_BYTES).is_multiple_of(u64::from(n)))
-}
-
-pub(super) fn sysfs_folder(number: u64) -> PathBuf {
-    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
-    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
-}
-
-/// A block device's own identity as sysfs has it: of a device-mapper or MD device its UUID, of a
-/// disk its world-wide name or serial number, of a partition its disk's with the number of the
-/// partition.
-fn identity_text(dir: &Path) -> String {
-    let read = |file: &str| {
-        let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();
-        Some(text.trim().to_string()).filter(|text| !text.is_empty())
-    };
-    let of_disk = |up: &str| {
-        let names = ["dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial"];
-        names.iter().find_map(|name| read(&format!("{up}{name}")))
-    };
-    match read("partition") {
-        None => of_disk("").unwrap_or_default(),
-        Some(partition) => {
-            of_disk("../").map_or_else(String::new, |disk| format!("{disk}-part{partition}"))
-        }
-    }
 }

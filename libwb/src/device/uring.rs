@@ -1,8 +1,9 @@
 //! Files and block devices through io_uring.
 
 use super::probe::Opened;
-use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, Pending, Requests, SharedBuf};
+use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, Pending, SharedBuf};
 use crate::format::to_u64;
+use crate::pending::Requests;
 use crate::reactor::{Addresses, Handle, OpKind, Target};
 use nix::errno::Errno;
 use std::future::ready;

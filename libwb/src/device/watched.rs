@@ -1,6 +1,7 @@
 //! Whether a device that is open is still what its path leads to.
 
-use super::probe::{Identity, Opened, identity};
+use super::identity::{Identity, identity};
+use super::probe::Opened;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind};

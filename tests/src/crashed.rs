@@ -6,7 +6,7 @@ use libwb::cache::{Cache, Tunables, WritebackOrder};
 use libwb::device::sim::Simulation;
 use libwb::device::{Device, MemDevice};
 use libwb::format::{SECTOR_BYTES, Sector, SuperblockExtension, to_usize};
-use libwb::log::create::create;
+use libwb::log::format_device::create;
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, LazyLock};
 use uuid::Uuid;

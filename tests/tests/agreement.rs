@@ -12,11 +12,9 @@ use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, Place, SegmentHeader, Slot, crc32c, to_usize};
 use libwb::log::live::{dirty_blocks, live_totals};
 use libwb::log::recovery::Recovery;
-use libwb::log::salvage::{Scanned, Way};
-use libwb::log::scan::{
-    SlotFault, SlotState, examine_superblock, read_slot, read_superblock, scan, scan_headers,
-    scan_trusting,
-};
+use libwb::log::salvage::{SalvageMode, Scanned};
+use libwb::log::scan::{SlotFault, SlotState, read_slot, scan, scan_headers, scan_trusting};
+use libwb::log::superblock::{examine_superblock, read_superblock};
 use libwb::log::{LogError, Use};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -266,9 +264,9 @@ fn compare_attached(
 /// Each way on leads to what it says, and every tool takes that.
 fn compare_salvage(image: &[u8], scanned: &Scanned) -> Result<(), String> {
     let cache = device(image);
-    let ways = block_on(scanned.ways(&cache)).map_err(|e| e.to_string())?;
+    let ways = block_on(scanned.salvage_plans(&cache)).map_err(|e| e.to_string())?;
     for plan in ways {
-        let way = plan.way.ok_or("a way without a name")?;
+        let way = plan.mode.ok_or("a way without a name")?;
         let cache = device(image);
         block_on(plan.apply(&cache)).map_err(|e| e.to_string())?;
         let after = block_on(Scanned::read(&cache, Use::Read, |_| ()));
@@ -465,7 +463,7 @@ fn lost_blocks(cache: &Path) -> usize {
 /// replay takes each way on that wbcheck shows, and says the same of it.
 fn compare_replays(files: &Files, check: &Value) -> Result<(), String> {
     let ways = check["salvage"].as_array().expect("a list");
-    for way in Way::ALL {
+    for way in SalvageMode::ALL {
         let plan = ways.iter().find(|plan| plan["way"] == way.to_string());
         let (cache, backing) =
             (files.dir.path().join("copy"), zeros(&files.dir, "other", VOLUME_BYTES));

@@ -10,9 +10,9 @@ use libwb::format::{
     to_u64, to_usize,
 };
 use libwb::log::Use;
-use libwb::log::create::create;
+use libwb::log::format_device::create;
 use libwb::log::salvage::Scanned;
-use libwb::log::scan::read_superblock;
+use libwb::log::superblock::read_superblock;
 use libwb::planted::{Bug, Planted};
 use nix::errno::Errno;
 use parking_lot::Mutex;

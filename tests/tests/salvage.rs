@@ -6,7 +6,7 @@ use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64, to_usize};
 use libwb::log::LogError;
 use libwb::log::Use;
-use libwb::log::salvage::{Scanned, Way};
+use libwb::log::salvage::{SalvageMode, Scanned};
 use nix::libc::O_DIRECT;
 use proptest::prelude::*;
 use std::collections::HashSet;
@@ -244,7 +244,7 @@ proptest! {
             let end = image.len().min(at + bytes.len());
             image[at..end].copy_from_slice(&bytes[..end - at]);
         }
-        for way in Way::ALL {
+        for way in SalvageMode::ALL {
             let cache: Device = Arc::new(MemDevice::with_content("cache", image.clone()));
             let backing: Device = Arc::new(MemDevice::new("backing", 16 * MIB));
             let scanned = block_on(Scanned::read(&cache, Use::Write, |_| ())).expect("a superblock");

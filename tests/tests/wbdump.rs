@@ -4,7 +4,7 @@ use libwb::device::{Device, MemDevice};
 use libwb::format::{
     EXTENSION_OFFSETS, MAGIC, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SuperblockExtension,
 };
-use libwb::log::scan::{BackingFacts, check_pairing};
+use libwb::log::pairing::{BackingFacts, check_pairing};
 use std::path::Path;
 use std::sync::Arc;
 use tempfile::TempDir;

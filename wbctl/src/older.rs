@@ -9,7 +9,7 @@ use libwb::device::Device;
 use libwb::format::{PageFault, SuperblockExtension};
 use libwb::log::LogError;
 use libwb::log::reach::Reach;
-use libwb::log::scan::{RawSuperblock, examine_superblock};
+use libwb::log::superblock::{RawSuperblock, examine_superblock};
 
 /// What is known of a cache that is about to be used.
 pub(crate) struct Past {

@@ -1,6 +1,6 @@
 //! Written-back segments that the kernel module must not find are emptied: before a discard or a
 //! write around the log is acknowledged, and when the cache is closed.
-//! [`log::handover`](crate::log::handover) says which, and why.
+//! [`log::kernel_compat`](crate::log::kernel_compat) says which, and why.
 //!
 //! A segment counts as emptied once its header was written *and* the device flushed after that.
 //! Until then it is in doubt, whatever a read of it shows, and each attempt writes it again. What
@@ -17,7 +17,7 @@ use super::state::State;
 use super::{CacheError, Inner};
 use crate::device::{DeviceError, IoBuf};
 use crate::format::{BLOCK_BYTES, BlockNo, PLACES, Place, SegmentId, to_u64};
-use crate::log::handover::{emptied, segments_to_empty};
+use crate::log::kernel_compat::{emptied, segments_to_empty};
 use crate::planted::Bug;
 use futures_util::{StreamExt, stream};
 use std::ops::Range;

@@ -51,7 +51,7 @@ use crate::format::{
     Reason, SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, SuperblockExtension, to_u64,
 };
 use crate::log::LogError;
-use crate::log::create::write_extension;
+use crate::log::segment_writes::write_extension;
 use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
 use commits::Position;

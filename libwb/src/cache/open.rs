@@ -15,15 +15,15 @@ use crate::format::{
     BLOCK_BYTES, Geometry, PLACES, Place, SECTOR_BYTES, Sector, SegmentId, Slot,
     SuperblockExtension, to_u64, to_usize,
 };
-use crate::log::create::{close_segment, write_extension, write_filler};
-use crate::log::live::{Beyond, Totals, first_outside, live_totals};
+use crate::log::bounds::first_outside;
+use crate::log::live::{Beyond, Totals, live_totals};
+use crate::log::pairing::{BackingFacts, check_pairing};
 use crate::log::reach::Reach;
 use crate::log::recovery::{Damage, Explanation, Recovery, recover};
-use crate::log::scan::{
-    BackingFacts, SlotContent, Superblock, check_pairing, read_superblock, scan, scan_headers,
-    scan_trusting,
-};
-use crate::log::{LogError, Use};
+use crate::log::scan::{SlotContent, scan, scan_headers, scan_trusting};
+use crate::log::segment_writes::{close_segment, write_extension, write_filler};
+use crate::log::superblock::{Superblock, read_superblock};
+use crate::log::{LogError, Use, refuse_older};
 use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
 use futures_util::{StreamExt, stream};
@@ -342,7 +342,7 @@ impl Replay {
             (Reading::Headers, true) => scan_headers(cache, geometry, visit).await,
         };
         let recovery = recover(&superblock, &states).refuse_corrupt(cache)?;
-        known.map_or(Ok(()), |known| known.refuse_older(cache, Reach::of(&recovery)))?;
+        known.map_or(Ok(()), |known| refuse_older(cache, recovery.reach(), known))?;
         let later = until.map(|until| Later::of(cache, backing, geometry, &recovery, until));
         let recovery = match until {
             Some(until) => replay_until(cache, recovery, until)?,
@@ -376,7 +376,8 @@ impl Slots<'_> {
             let slot = self.geometry.slot_of(id);
             holds_live[to_usize(slot.0.into())] = true;
             if let Some(&sector) = self.outside.get(&slot) {
-                return Err(Beyond { id, sector }.refuse(cache, &BackingFacts::of(self.backing)));
+                let backing = BackingFacts::of(self.backing);
+                return Err(backing.refuse_beyond(cache, Beyond { id, sector }));
             }
         }
         for (slot, _) in self.geometry.all_slots().zip(holds_live).filter(|(_, live)| !live) {

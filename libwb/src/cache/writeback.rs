@@ -8,7 +8,7 @@ use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, Record, SECTOR_BYTES, SECTORS_PER_BLOCK,
     Sector, SegmentId, to_u64, to_usize,
 };
-use crate::log::create::write_record;
+use crate::log::segment_writes::write_record;
 use crate::planted::Bug;
 use futures_lite::future::yield_now;
 use futures_util::StreamExt;

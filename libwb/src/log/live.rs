@@ -1,55 +1,20 @@
 //! What the segments that recovery would apply hold.
 
 use super::LogError;
+pub use super::bounds::Beyond;
+use super::bounds::first_outside;
 use super::recovery::{Recovery, recover};
-use super::scan::{
-    BackingFacts, SlotFault, SlotState, Superblock, read_header, read_slot, scan_trusting,
-};
+use super::scan::{SlotFault, SlotState, read_header, read_slot, scan_trusting};
+use super::superblock::Superblock;
 use crate::device::Device;
-use crate::format::{BlockNo, DirtyBits, Geometry, Sector, SegmentHeader, SegmentId, Slot, to_u64};
+use crate::format::{BlockNo, DirtyBits, Geometry, SegmentHeader, SegmentId, Slot, to_u64};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use std::collections::BTreeSet;
-use std::fmt::Display;
 
 /// Headers that are read at the same time; one block of memory each.
 const HEADER_DEPTH: usize = 128;
 /// Entries beyond the end of the backing device that are kept one by one; the rest are counted.
 const BEYOND_KEPT: usize = 100;
-
-/// An entry of the log whose data does not fit on the backing device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Beyond {
-    /// The segment.
-    pub id: SegmentId,
-    /// The first dirty sector of the entry's block that lies outside.
-    pub sector: Sector,
-}
-
-impl Beyond {
-    /// What is wrong, as a sentence: `backing` is called so, and has so many sectors.
-    pub fn in_words(&self, backing: impl Display, sectors: u64) -> String {
-        let Beyond { id, sector } = self;
-        format!(
-            "segment {id} holds data for sector {sector}, but {backing} has only {sectors} sectors"
-        )
-    }
-
-    /// The error that it is for whoever needs the data on that backing device.
-    pub(crate) fn refuse(self, device: &Device, backing: &BackingFacts<'_>) -> LogError {
-        let (device, sectors) = (device.name().to_string(), backing.sectors);
-        LogError::BeyondBacking { device, beyond: self, backing: backing.name.to_string(), sectors }
-    }
-}
-
-/// The first dirty sector of a block that does not lie on a backing device of so many sectors.
-pub(crate) fn first_outside(block: BlockNo, dirty: DirtyBits, sectors: u64) -> Option<Sector> {
-    // A block's first sector is at most 8 below the largest u64, and the last one in it at most 7
-    // above that.
-    let mut runs = dirty.runs().map(|(from, count)| [from, from + count - 1]);
-    let sector = |nth: usize| block.sector().0 + to_u64(nth);
-    let [first, _] = runs.find(|&[_, last]| sector(last) >= sectors)?;
-    Some(Sector(sector(first).max(sectors)))
-}
 
 /// What a set of segments holds.
 #[derive(Clone, Debug, Default)]
@@ -226,7 +191,7 @@ mod tests {
     use super::*;
     use crate::device::{IoBuf, MemDevice};
     use crate::format::{
-        BLOCK_BYTES, BlockNo, DirtyBits, Metablock, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES,
+        BLOCK_BYTES, BlockNo, DirtyBits, Metablock, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
         encode_header, to_u64,
     };
     use futures_lite::future::block_on;
@@ -274,27 +239,6 @@ mod tests {
         assert_eq!(t.beyond, [Beyond { id: SegmentId(2), sector: Sector(u64::MAX) }]);
         let t = block_on(totals(&device, geometry, ids, None, Some(9))).unwrap();
         assert_eq!(t.beyond_count, 2);
-    }
-
-    #[test]
-    fn the_first_dirty_sector_outside_is_named() {
-        let first =
-            |dirty, end| first_outside(BlockNo(2), DirtyBits(dirty), end).map(|sector| sector.0);
-        // Sectors 16 to 23.
-        for (dirty, end, outside) in [
-            (0xff, 24, None),
-            (0xff, 23, Some(23)),
-            (0xff, 20, Some(20)),
-            (0xff, 3, Some(16)),
-            (0b0110_0011, 18, Some(21)),
-            (0b0110_0011, 17, Some(17)),
-            (0b0000_0011, 18, None),
-            (0, 0, None),
-        ] {
-            assert_eq!(first(dirty, end), outside, "{dirty:#b} {end}");
-        }
-        let last = first_outside(BlockNo(u64::MAX / 8), DirtyBits(0x80), u64::MAX);
-        assert_eq!(last, Some(Sector(u64::MAX)));
     }
 
     #[test]

@@ -1,8 +1,5 @@
 //! How far a log has come, by which an older copy of a cache is told from the cache.
 
-use super::LogError;
-use super::recovery::Recovery;
-use crate::device::Device;
 use crate::format::SegmentId;
 use std::fmt;
 use uuid::Uuid;
@@ -28,27 +25,15 @@ pub struct Seen {
 }
 
 impl Reach {
-    /// How far recovery finds that a log has come.
-    pub(crate) fn of(recovery: &Recovery) -> Reach {
-        let (written_back, durable) = recovery.points().into_inner();
-        Reach { durable, written_back }
-    }
-
     /// As far as it is known of a log after a salvage, which may give segments up.
     #[must_use]
     pub fn shortened(self) -> Reach {
         Reach { durable: SegmentId::NONE, ..self }
     }
 
-    /// Refuses a log that has not come as far as this.
-    ///
-    /// # Errors
-    /// [`LogError::Older`], in the name of the device that the log lies on.
-    pub(crate) fn refuse_older(self, device: &Device, found: Reach) -> Result<(), LogError> {
-        if found.durable >= self.durable && found.written_back >= self.written_back {
-            return Ok(());
-        }
-        Err(LogError::Older { device: device.name().to_string(), found, known: self })
+    /// Whether a log that has come so far is not older than one that has come as far as `known`.
+    pub(super) fn covers(self, known: Reach) -> bool {
+        self.durable >= known.durable && self.written_back >= known.written_back
     }
 }
 

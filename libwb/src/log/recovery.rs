@@ -5,9 +5,13 @@
 //! loss window ([`Geometry::loss_window`]). ARCHITECTURE.md gives the rule and why it holds.
 
 use super::LogError;
-use super::scan::{SlotFault, SlotState, Superblock};
+use super::claims::Claims;
+pub use super::corruption::Corruption;
+use super::reach::Reach;
+use super::superblock::Superblock;
+use super::verdict::{SlotFault, SlotState, Valid, proved, slot_index, stray, valid};
 use crate::device::Device;
-use crate::format::{Geometry, HeaderFault, Reason, SegmentExtension, SegmentId, Slot};
+use crate::format::{Geometry, HeaderFault, Reason, SegmentId, Slot};
 use std::borrow::Cow;
 use std::ops::RangeInclusive;
 
@@ -39,95 +43,6 @@ pub struct Damage {
     pub expected: SegmentId,
     /// Why it is not.
     pub explanation: Explanation,
-}
-
-/// Damage to the log that a power cut does not explain.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Corruption {
-    /// Valid segments lie too far beyond the last one that can be applied.
-    #[error(
-        "segment {missing} is missing or damaged, though valid segments reach up to {highest}; a \
-         power cut loses at most the last {window}"
-    )]
-    Gap {
-        /// The first segment that is not there.
-        missing: SegmentId,
-        /// The largest valid id.
-        highest: SegmentId,
-        /// How many a power cut may lose.
-        window: u64,
-    },
-    /// A segment is gone that was known to be durable.
-    #[error(
-        "segment {missing} is missing or damaged, though everything up to segment {durable} was \
-         durable"
-    )]
-    DurableMissing {
-        /// The first segment that is not there.
-        missing: SegmentId,
-        /// What a later header says was durable.
-        durable: SegmentId,
-    },
-    /// The superblock record names a segment that the log has not reached.
-    #[error(
-        "the superblock record says that segment {record} is written back, but the newest segment \
-         is {highest}"
-    )]
-    RecordBeyondLog {
-        /// The record.
-        record: SegmentId,
-        /// The largest valid id.
-        highest: SegmentId,
-    },
-    /// A sound segment stands where it cannot have been written on a device of this size.
-    #[error(
-        "slot {slot} holds segment {id}, which belongs elsewhere; has the device been truncated \
-         or resized?"
-    )]
-    WrongSlot {
-        /// Where.
-        slot: Slot,
-        /// The segment.
-        id: SegmentId,
-    },
-    /// A slot that may hold live data cannot be read.
-    #[error(
-        "slot {slot} cannot be read, and what it holds may not be written back; the device is \
-         failing, or was not ready"
-    )]
-    Unreadable {
-        /// Where.
-        slot: Slot,
-    },
-    /// The kernel module has gone on with a log of wb that had a hole from a power cut.
-    #[error(
-        "segment {missing} was lost in a power cut, and the kernel module has written after it, \
-         up to segment {highest}"
-    )]
-    WrittenPastHole {
-        /// The segment that is not there.
-        missing: SegmentId,
-        /// The largest valid id.
-        highest: SegmentId,
-    },
-    /// The log has nearly run out of ids, which no real one does.
-    #[error("the log goes on at segment {id}, which none reaches")]
-    GarbageId {
-        /// The recovery point.
-        id: SegmentId,
-    },
-    /// Segments of wb, or a record, but no superblock extension.
-    #[error(
-        "both copies of the superblock extension are gone or damaged, so that it cannot be told \
-         to which backing device the log belongs"
-    )]
-    PairingLost,
-    /// A slot holds garbage that no write under way explains.
-    #[error("slot {slot} holds no valid segment, and no power cut explains that")]
-    Unexplained {
-        /// Where.
-        slot: Slot,
-    },
 }
 
 /// What recovery makes of a valid segment.
@@ -239,107 +154,14 @@ impl Recovery {
         }
     }
 
+    /// How far the log has come.
+    pub(crate) fn reach(&self) -> Reach {
+        let (written_back, durable) = self.points().into_inner();
+        Reach { durable, written_back }
+    }
+
     fn first_live(&self) -> SegmentId {
         self.skipped.last().copied().unwrap_or(self.written_back).next()
-    }
-}
-
-/// What headers say beyond the base format, those of valid segments and torn ones: a first sector
-/// that proves itself is as it was written. And what the clean mark says. Facts that were true
-/// then, and stay true.
-#[derive(Default)]
-struct Claims {
-    /// Every segment up to this one was durable.
-    durable: SegmentId,
-    /// Every segment up to this one was written back.
-    written_back: SegmentId,
-}
-
-impl Claims {
-    fn of(superblock: &Superblock, slots: &[SlotState]) -> Claims {
-        let clean = superblock.extension.as_ref().and_then(|extension| extension.clean);
-        // Closing in order makes everything durable as well, and that stays true whoever has
-        // written since.
-        let mut claims = Claims { durable: clean.unwrap_or_default(), ..Claims::default() };
-        for (id, extension) in slots.iter().filter_map(|state| proved(state, superblock)) {
-            // A header can only speak of segments before its own.
-            let before = |claim: SegmentId| if claim < id { claim } else { SegmentId::NONE };
-            claims.durable = claims.durable.max(before(extension.durable));
-            claims.written_back = claims.written_back.max(before(extension.written_back));
-        }
-        claims
-    }
-}
-
-pub(super) type Valid = (SegmentId, Option<SegmentExtension>);
-
-/// A slot's segment, if it is valid and not one of an earlier cache on the device.
-pub(super) fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid> {
-    let SlotState::Valid { id, extension, .. } = state else { return None };
-    if stray(state, superblock).is_some() {
-        return None;
-    }
-    let foreign = extension.as_ref().is_some_and(|its| is_foreign(superblock, its));
-    (!foreign).then_some((*id, *extension))
-}
-
-/// On a device with the extension, a header is damaged that has neither wb's marker nor the kernel
-/// module's zeros: what id it names.
-fn stray(state: &SlotState, superblock: &Superblock) -> Option<u64> {
-    let names = match *state {
-        SlotState::Valid { id, is_stray: true, .. } => Some(id.0),
-        SlotState::Invalid { stray, .. } => stray,
-        SlotState::Valid { .. } | SlotState::Empty => None,
-    };
-    names.filter(|_| superblock.extension.is_some())
-}
-
-/// The segment of which a slot holds a header that proves itself, valid or not, if it is not one of
-/// an earlier cache.
-pub(super) fn proved(
-    state: &SlotState,
-    superblock: &Superblock,
-) -> Option<(SegmentId, SegmentExtension)> {
-    let found = match *state {
-        SlotState::Valid { id, extension, .. } => extension.map(|extension| (id, extension)),
-        SlotState::Invalid { proved, .. } => proved,
-        SlotState::Empty => None,
-    };
-    found.filter(|(_, extension)| !is_foreign(superblock, extension))
-}
-
-fn is_foreign(superblock: &Superblock, extension: &SegmentExtension) -> bool {
-    superblock.extension.as_ref().is_some_and(|ours| ours.digest() != extension.digest)
-}
-
-/// What headers alone tell of the segments that need not be read whole.
-pub(super) struct Proof {
-    durable: SegmentId,
-    written_back: SegmentId,
-    highest: SegmentId,
-    geometry: Geometry,
-}
-
-impl Proof {
-    /// Nothing on a device that the kernel module has written since: it overwrites what it has not
-    /// recorded as written back.
-    pub(super) fn by_headers(superblock: &Superblock, slots: &[SlotState]) -> Option<Proof> {
-        let geometry = superblock.geometry;
-        let segments: Vec<Valid> =
-            slots.iter().filter_map(|state| valid(state, superblock)).collect();
-        let (highest, newest) = segments.iter().copied().max_by_key(|&(id, _)| id)?;
-        newest?;
-        let Claims { durable, written_back } = Claims::of(superblock, slots);
-        let written_back = written_back.max(superblock.record).max(highest.minus(geometry.lap()));
-        Some(Proof { durable, written_back, highest, geometry })
-    }
-
-    /// Whether a segment with a sound header is whole, but for rot: it was durable, and was not
-    /// being overwritten.
-    pub(super) fn covers(&self, id: SegmentId) -> bool {
-        let Proof { durable, written_back, highest, geometry } = *self;
-        let next = id.plus(geometry.lap());
-        id <= durable && (id > written_back || next > highest.plus(geometry.write_window()))
     }
 }
 
@@ -482,10 +304,6 @@ fn went_on_past_a_hole(superblock: &Superblock, segments: &[Valid], point: Segme
     superblock.extension.is_some()
         && dropped.clone().any(|ours| ours)
         && dropped.clone().any(|ours| !ours)
-}
-
-pub(super) fn slot_index(slot: Slot) -> usize {
-    slot.0 as usize
 }
 
 /// The kernel module seldom writes the superblock record, so a slot just above H − n may be under

@@ -49,7 +49,7 @@ pub async fn find_segment(
 
 #[cfg(test)]
 mod tests {
-    use super::super::rig::Log;
+    use super::super::test_log::TestLog;
     use super::*;
     use crate::device::MemDevice;
     use crate::format::{SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64, to_usize};
@@ -67,7 +67,7 @@ mod tests {
     #[test]
     fn a_segment_of_either_format_is_found_without_the_superblock() {
         for extended in [true, false] {
-            let mut image = Log::new(20, extended).image;
+            let mut image = TestLog::new(20, extended).image;
             image[..REGION].fill(0);
             assert_eq!(found(image.clone()), Some(15), "the first slot holds the second lap");
             // Nothing is left of it but one segment.

@@ -1,10 +1,10 @@
 //! Giving a device of the kernel module the extension, in place.
 
 use super::LogError;
-use super::create::{write_extension, write_record};
 use super::live::live_totals;
+use super::pairing::BackingFacts;
 use super::salvage::{Plan, Scanned};
-use super::scan::BackingFacts;
+use super::segment_writes::{write_extension, write_record};
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, Record, SECTOR_BYTES, SegmentId, SuperblockExtension, fitting,
@@ -52,7 +52,7 @@ impl Upgrade {
             live_totals(device, scanned.superblock.geometry, &recovery, Some(backing.sectors))
                 .await?;
         if let Some(beyond) = live.beyond.first() {
-            return Err(beyond.refuse(device, backing));
+            return Err(backing.refuse_beyond(device, *beyond));
         }
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         Ok(Upgrade {
@@ -124,8 +124,8 @@ impl Upgrade {
 mod tests {
     use super::*;
     use crate::format::to_usize;
-    use crate::log::rig::{Log, MASKS, after_power_cut, in_sectors, read, volume};
-    use crate::log::scan::check_pairing;
+    use crate::log::pairing::check_pairing;
+    use crate::log::test_log::{MASKS, TestLog, after_power_cut, in_sectors, read, volume};
     use futures_lite::future::block_on;
 
     const BACKING: BackingFacts<'_> =
@@ -136,9 +136,9 @@ mod tests {
     }
 
     /// Logs of the kernel module: whole, with a torn end, with the oldest segment under overwrite.
-    fn logs() -> [Log; 3] {
+    fn logs() -> [TestLog; 3] {
         let [whole, mut torn, mut overwrite] =
-            [Log::new(20, false), Log::new(9, false), Log::new(20, false)];
+            [TestLog::new(20, false), TestLog::new(9, false), TestLog::new(20, false)];
         torn.garble(8);
         overwrite.rot(7, 1);
         [whole, torn, overwrite]
@@ -191,15 +191,15 @@ mod tests {
 
     #[test]
     fn what_cannot_be_upgraded_is_refused() {
-        let mut corrupt = Log::new(9, false);
+        let mut corrupt = TestLog::new(9, false);
         corrupt.rot(3, 0);
-        let mut lost = Log::new(3, true);
+        let mut lost = TestLog::new(3, true);
         lost.image[to_usize(EXTENSION_OFFSETS[0])..][..8].fill(0);
         lost.image[to_usize(EXTENSION_OFFSETS[1])..][..8].fill(0);
-        let refused = |log: &Log| plan(&(log.device() as Device)).expect_err("a refusal");
+        let refused = |log: &TestLog| plan(&(log.device() as Device)).expect_err("a refusal");
         assert!(refused(&corrupt).is_corruption());
         assert!(refused(&lost).is_corruption());
-        let device: Device = Log::new(9, false).device();
+        let device: Device = TestLog::new(9, false).device();
         let small = BackingFacts { sectors: 800 * 8, ..BACKING };
         let plan = block_on(Upgrade::plan(&device, &read(&device), &small, "", Duration::ZERO));
         assert!(matches!(plan, Err(LogError::BeyondBacking { .. })));

@@ -12,7 +12,7 @@ use libwb::cache::WriteMode;
 use libwb::device::sim::{Crash, Faults, SimDevice, SimRuntime, Simulation, Stop};
 use libwb::device::{BlockDevice, Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, RECORD_BLOCK_OFFSET, SECTOR_BYTES, Sector, to_u64, to_usize};
-use libwb::log::{Use, recovery, scan};
+use libwb::log::{Use, recovery, scan, superblock};
 use libwb::runtime::Runtime;
 use parking_lot::Mutex;
 use std::future::Future;
@@ -479,8 +479,9 @@ impl<'a> Course<'a> {
     fn check_log(&self) -> Result<(), String> {
         let device: Device = Arc::new(MemDevice::with_content("cache", self.cache.content()));
         let checked = self.simulation.block_on(async {
-            let superblock =
-                scan::read_superblock(&device, Use::Write).await.map_err(|e| e.to_string())?;
+            let superblock = superblock::read_superblock(&device, Use::Write)
+                .await
+                .map_err(|e| e.to_string())?;
             let slots = scan::scan(&device, superblock.geometry, |_, _| ()).await;
             let recovery = recovery::recover(&superblock, &slots);
             match recovery.corruption.is_empty() {

@@ -1,6 +1,7 @@
 use super::*;
-use crate::format::SuperblockExtension;
-use crate::format::{SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64};
+use crate::format::{
+    SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentExtension, SuperblockExtension, to_u64,
+};
 use proptest::prelude::*;
 
 fn geometry(slots: u64) -> Geometry {

@@ -11,7 +11,7 @@ use crate::format::{
 };
 use crate::log::Use;
 use crate::log::live::visit_headers;
-use crate::log::salvage::{Plan, Scanned, Way};
+use crate::log::salvage::{Plan, SalvageMode, Scanned};
 use futures_lite::future::block_on;
 use nix::errno::Errno;
 use parking_lot::Mutex;
@@ -86,17 +86,17 @@ impl BlockDevice for Recorder {
 
 /// A cache device with a log, of which the test damages what it likes.
 #[derive(Clone)]
-pub(super) struct Log {
+pub(super) struct TestLog {
     pub(super) image: Vec<u8>,
     pub(super) page: Option<SuperblockExtension>,
     pub(super) unreadable: Vec<u64>,
 }
 
-impl Log {
-    pub(super) fn empty(slots: u64, extended: bool) -> Log {
+impl TestLog {
+    pub(super) fn empty(slots: u64, extended: bool) -> TestLog {
         let size = SUPERBLOCK_REGION_BYTES + slots * to_u64(SEGMENT_BYTES);
         let page = extended.then(|| SuperblockExtension::new(uuid::Uuid::from_u128(7), size));
-        let mut log = Log { image: vec![0; to_usize(size)], page, unreadable: Vec::new() };
+        let mut log = TestLog { image: vec![0; to_usize(size)], page, unreadable: Vec::new() };
         encode_superblock_block(log.image.first_chunk_mut().unwrap());
         log.write_pages(None);
         log
@@ -104,8 +104,8 @@ impl Log {
 
     /// Segments 1 to `newest`, each with a few whole blocks, some of which every segment writes
     /// again.
-    pub(super) fn new(newest: u64, extended: bool) -> Log {
-        let mut log = Log::empty(SLOTS, extended);
+    pub(super) fn new(newest: u64, extended: bool) -> TestLog {
+        let mut log = TestLog::empty(SLOTS, extended);
         for id in 1..=newest {
             log.put(id, extended, id.saturating_sub(2));
         }
@@ -177,21 +177,21 @@ impl Log {
     }
 
     /// Flips a bit of a data block.
-    pub(super) fn rot(&mut self, id: u64, block: usize) -> &mut Log {
+    pub(super) fn rot(&mut self, id: u64, block: usize) -> &mut TestLog {
         let at = self.at(id) + BLOCK_BYTES * (1 + block) + 77;
         self.image[at] ^= 4;
         self
     }
 
     /// Flips a bit of a header.
-    pub(super) fn rot_header(&mut self, id: u64, byte: usize) -> &mut Log {
+    pub(super) fn rot_header(&mut self, id: u64, byte: usize) -> &mut TestLog {
         let at = self.at(id) + byte;
         self.image[at] ^= 4;
         self
     }
 
     /// Takes away both copies of the superblock extension.
-    pub(super) fn lose_pages(&mut self) -> &mut Log {
+    pub(super) fn lose_pages(&mut self) -> &mut TestLog {
         for at in EXTENSION_OFFSETS {
             self.image[to_usize(at)..][..BLOCK_BYTES].fill(0);
         }
@@ -199,13 +199,13 @@ impl Log {
     }
 
     /// Overwrites the header with garbage.
-    pub(super) fn garble(&mut self, id: u64) -> &mut Log {
+    pub(super) fn garble(&mut self, id: u64) -> &mut TestLog {
         let at = self.at(id);
         self.image[at..at + BLOCK_BYTES].fill(0xa5);
         self
     }
 
-    pub(super) fn record(&mut self, id: u64) -> &mut Log {
+    pub(super) fn record(&mut self, id: u64) -> &mut TestLog {
         let at = to_usize(RECORD_BLOCK_OFFSET);
         encode_record_block(
             self.image[at..].first_chunk_mut().unwrap(),
@@ -214,7 +214,7 @@ impl Log {
         self
     }
 
-    pub(super) fn unreadable(&mut self, id: u64) -> &mut Log {
+    pub(super) fn unreadable(&mut self, id: u64) -> &mut TestLog {
         self.unreadable.push(to_u64(self.at(id)));
         self
     }
@@ -234,7 +234,7 @@ pub(super) fn read(device: &Device) -> Scanned {
 }
 
 /// Salvages, and checks that the log is sound then.
-pub(super) fn salvage(log: &Log, way: Way) -> (Arc<Recorder>, Plan) {
+pub(super) fn salvage(log: &TestLog, way: SalvageMode) -> (Arc<Recorder>, Plan) {
     let recorder = log.device();
     let device: Device = recorder.clone();
     let plan = block_on(read(&device).salvage(&device, way)).unwrap().expect("a corrupt log");
@@ -304,7 +304,12 @@ pub(super) fn in_sectors(writes: &[Write]) -> Vec<Write> {
 }
 
 /// What lies on the device after a power cut: all writes up to a flush, and any of those after it.
-pub(super) fn after_power_cut(log: &Log, writes: &[Write], flushes: usize, any: u64) -> Log {
+pub(super) fn after_power_cut(
+    log: &TestLog,
+    writes: &[Write],
+    flushes: usize,
+    any: u64,
+) -> TestLog {
     with_survivors(log, writes, &survivors(writes, flushes, any))
 }
 
@@ -320,7 +325,7 @@ pub(super) fn survivors(writes: &[Write], flushes: usize, any: u64) -> Vec<bool>
 }
 
 /// What lies on the device when these writes have survived.
-pub(super) fn with_survivors(log: &Log, writes: &[Write], survivors: &[bool]) -> Log {
+pub(super) fn with_survivors(log: &TestLog, writes: &[Write], survivors: &[bool]) -> TestLog {
     let mut log = log.clone();
     for ((offset, data, _), _) in writes.iter().zip(survivors).filter(|(_, kept)| **kept) {
         let at = to_usize(*offset);

@@ -11,7 +11,7 @@ use futures_util::{StreamExt, stream};
 const DEPTH: usize = 16;
 
 /// A damaged segment of which the header is sound and at least one block too.
-pub(super) struct Remains {
+pub(super) struct SurvivingBlocks {
     slot: Slot,
     id: SegmentId,
     extension: SegmentExtension,
@@ -20,7 +20,7 @@ pub(super) struct Remains {
     good: Vec<bool>,
 }
 
-impl Remains {
+impl SurvivingBlocks {
     /// Looks what is left of segment `id` in its slot. Each block has a CRC, and so has the header.
     /// Where only its first sector is damaged, the checksum of the base kind proves all or nothing.
     /// Nothing can be proved of a segment without the extension.
@@ -29,7 +29,7 @@ impl Remains {
         geometry: Geometry,
         id: SegmentId,
         digest: Option<u32>,
-    ) -> Option<Remains> {
+    ) -> Option<SurvivingBlocks> {
         let (slot, digest) = (geometry.slot_of(id), digest?);
         let block =
             device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await.ok()?;
@@ -72,7 +72,7 @@ impl Remains {
             .collect()
             .await;
         let metablocks = header.metablocks;
-        good.contains(&true).then_some(Remains { slot, id, extension, metablocks, good })
+        good.contains(&true).then_some(SurvivingBlocks { slot, id, extension, metablocks, good })
     }
 
     /// The dirty blocks of which no good version is left.

@@ -18,7 +18,7 @@ use crate::format::{
     BLOCK_BYTES, Geometry, Metablock, SegmentHeader, SegmentId, SuperblockExtension, empty_header,
     to_u64,
 };
-use crate::log::create::filler;
+use crate::log::segment_writes::filler;
 use futures_util::{StreamExt, stream};
 use std::collections::HashSet;
 

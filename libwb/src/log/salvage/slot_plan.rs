@@ -3,13 +3,12 @@
 //! W, P, H and D are those of [`recovery`](crate::log::recovery). F is where the log is to end: P,
 //! or further on where what follows P is kept.
 
-use super::Way;
+use super::mode::SalvageMode;
 use crate::format::{Geometry, HeaderFault, Reason, SegmentExtension, SegmentId, Slot};
-use crate::log::create::filler_extension;
-use crate::log::recovery::{
-    Corruption, LAST_SANE_ID, Recovery, explained, lacks_blocks, proved, recover, slot_index, valid,
-};
-use crate::log::scan::{RawSuperblock, SlotFault, SlotState, Superblock};
+use crate::log::recovery::{Corruption, LAST_SANE_ID, Recovery, explained, lacks_blocks, recover};
+use crate::log::segment_writes::filler_extension;
+use crate::log::superblock::{RawSuperblock, Superblock};
+use crate::log::verdict::{SlotFault, SlotState, proved, slot_index, valid};
 
 /// A slot that is to be rewritten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +22,7 @@ pub(super) struct Change {
 
 /// A segment that is given up, whole or in part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Doomed {
+pub(super) struct LostSegment {
     pub(super) slot: Slot,
     /// [`SegmentId::NONE`] where that cannot be told.
     pub(super) id: SegmentId,
@@ -43,7 +42,7 @@ pub(super) enum Found {
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Draft {
+pub(super) struct SlotPlan {
     /// W, which the superblock record must say before anything else is written.
     pub(super) written_back: SegmentId,
     /// F.
@@ -54,30 +53,34 @@ pub(super) struct Draft {
     pub(super) changes: Vec<Change>,
     /// Comes after those. Until then recovery refuses the log, or makes of it what it makes of it
     /// in the end.
-    pub(super) decisive: Option<Change>,
+    pub(super) commit_change: Option<Change>,
     /// Come last: until then, what they take away shows that the log was corrupt.
     pub(super) later: Vec<Change>,
     /// The segment at F, if it is cut short, and its header must say so.
     pub(super) cut_short: Option<SegmentId>,
     /// The clean mark names a segment that will not be there.
-    pub(super) unmark: bool,
+    pub(super) clear_clean_mark: bool,
     /// What the superblock record says, and the log does not bear out.
-    pub(super) disbelieved: Option<SegmentId>,
-    pub(super) doomed: Vec<Doomed>,
+    pub(super) rejected_record: Option<SegmentId>,
+    pub(super) lost: Vec<LostSegment>,
 }
 
-impl Draft {
+impl SlotPlan {
     /// Plans a way on, or for none, the repair of a log that is sound. `None` when even that would
     /// not make a log that recovery accepts.
-    pub(super) fn new(raw: &RawSuperblock, slots: &[SlotState], way: Option<Way>) -> Option<Draft> {
+    pub(super) fn new(
+        raw: &RawSuperblock,
+        slots: &[SlotState],
+        mode: Option<SalvageMode>,
+    ) -> Option<SlotPlan> {
         let mut superblock = raw.or_no_record();
         superblock.record = SegmentId::NONE;
         let slots =
-            if way.is_some() { without_misnumbered(&superblock, slots) } else { slots.to_vec() };
+            if mode.is_some() { without_misnumbered(&superblock, slots) } else { slots.to_vec() };
         let slots = explained(&superblock, &slots);
         let unrecorded = recover(&superblock, &slots);
-        let disbelieved = match raw.record {
-            Ok(record) if is_believed(&superblock, &slots, record, unrecorded.highest, way) => {
+        let rejected_record = match raw.record {
+            Ok(record) if is_believed(&superblock, &slots, record, unrecorded.highest, mode) => {
                 superblock.record = record;
                 None
             }
@@ -86,17 +89,17 @@ impl Draft {
         };
         let recovery = recover(&superblock, &slots);
         let plan = Planner { superblock: &superblock, slots: &slots, recovery: &recovery };
-        let mut draft = plan.draft(way);
-        draft.disbelieved = disbelieved;
+        let mut slot_plan = plan.plan(mode);
+        slot_plan.rejected_record = rejected_record;
         if superblock.record > recovery.highest
             && !goes_on(&superblock, &slots, recovery.highest, superblock.record)
         {
-            plan.doom_unrecorded(&unrecorded, &mut draft);
+            plan.lose_unrecorded(&unrecorded, &mut slot_plan);
         }
-        match draft.exposed(&superblock, &slots) {
+        match slot_plan.exposed(&superblock, &slots) {
             // There are fewer that stand each time.
-            Some(slots) => Draft::new(raw, &slots, way),
-            None => draft.leads_to_a_sound_log(&superblock, &slots).then_some(draft),
+            Some(slots) => SlotPlan::new(raw, &slots, mode),
+            None => slot_plan.leads_to_a_sound_log(&superblock, &slots).then_some(slot_plan),
         }
     }
 
@@ -123,13 +126,13 @@ impl Draft {
     pub(super) fn is_empty(&self) -> bool {
         self.all_changes().next().is_none()
             && self.cut_short.is_none()
-            && !self.unmark
-            && self.disbelieved.is_none()
+            && !self.clear_clean_mark
+            && self.rejected_record.is_none()
     }
 
     /// Every change.
     pub(super) fn all_changes(&self) -> impl Iterator<Item = Change> {
-        self.changes.iter().copied().chain(self.decisive).chain(self.later.iter().copied())
+        self.changes.iter().copied().chain(self.commit_change).chain(self.later.iter().copied())
     }
 
     fn leads_to_a_sound_log(&self, superblock: &Superblock, slots: &[SlotState]) -> bool {
@@ -147,7 +150,7 @@ impl Draft {
         let mut superblock = superblock.clone();
         superblock.record = self.written_back;
         let page = superblock.extension.clone();
-        if let Some(page) = superblock.extension.as_mut().filter(|_| self.unmark) {
+        if let Some(page) = superblock.extension.as_mut().filter(|_| self.clear_clean_mark) {
             page.clean = None;
         }
         let mut slots = slots.to_vec();
@@ -181,10 +184,10 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    fn draft(&self, way: Option<Way>) -> Draft {
+    fn plan(&self, mode: Option<SalvageMode>) -> SlotPlan {
         let (recovery, geometry) = (self.recovery, self.superblock.geometry);
         let end = self.end();
-        let tail_is_corrupt = way.is_some()
+        let tail_is_corrupt = mode.is_some()
             && (end > recovery.highest.max(recovery.point)
                 || recovery.corruption.iter().any(|corruption| {
                     matches!(
@@ -194,34 +197,34 @@ impl Planner<'_> {
                             | Corruption::WrittenPastHole { .. }
                     )
                 }));
-        let point = match way {
-            Some(Way::Skip) if tail_is_corrupt => self.up_to_what_lacks_blocks(end),
+        let point = match mode {
+            Some(SalvageMode::Skip) if tail_is_corrupt => self.up_to_what_lacks_blocks(end),
             _ => recovery.point,
         };
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let needed = written_back.max(point.minus(geometry.lap()));
-        let mut draft = Draft {
+        let mut slot_plan = SlotPlan {
             written_back,
             point,
             durable: recovery.durable,
             changes: Vec::new(),
-            decisive: None,
+            commit_change: None,
             later: Vec::new(),
             cut_short: Some(point).filter(|&id| id > written_back && self.is_cut_short(id)),
-            unmark: self.clean_mark() > Some(point),
-            disbelieved: None,
-            doomed: Vec::new(),
+            clear_clean_mark: self.clean_mark() > Some(point),
+            rejected_record: None,
+            lost: Vec::new(),
         };
         for slot in geometry.all_slots() {
-            self.visit(slot, needed, &mut draft);
+            self.visit(slot, needed, &mut slot_plan);
         }
         if tail_is_corrupt {
-            self.doom_tail(end, &mut draft);
+            self.lose_tail(end, &mut slot_plan);
         }
-        draft.doomed.sort_unstable_by_key(|doomed| (doomed.id, doomed.slot));
-        draft.doomed.dedup();
-        draft.order_changes(geometry, recovery.highest);
-        draft
+        slot_plan.lost.sort_unstable_by_key(|lost| (lost.id, lost.slot));
+        slot_plan.lost.dedup();
+        slot_plan.order_changes(geometry, recovery.highest);
+        slot_plan
     }
 
     /// The log ends with a segment that lacks blocks. What follows one that is not known to have
@@ -234,12 +237,12 @@ impl Planner<'_> {
 
     /// Of the segments beyond F, those that stand, and those that were durable. No more than a lap
     /// of them had a slot.
-    fn doom_tail(&self, end: SegmentId, draft: &mut Draft) {
+    fn lose_tail(&self, end: SegmentId, slot_plan: &mut SlotPlan) {
         let geometry = self.superblock.geometry;
         let last = end.max(self.recovery.durable);
-        let first = draft.point.max(last.minus(geometry.lap())).next();
+        let first = slot_plan.point.max(last.minus(geometry.lap())).next();
         for id in (first.0..=last.0).map(SegmentId) {
-            draft.doomed.push(self.doomed(geometry.slot_of(id), id));
+            slot_plan.lost.push(self.lost_segment(geometry.slot_of(id), id));
         }
     }
 
@@ -284,8 +287,8 @@ impl Planner<'_> {
     }
 
     /// Segments up to `needed` are written back or have no slot any more.
-    fn visit(&self, slot: Slot, needed: SegmentId, draft: &mut Draft) {
-        let (geometry, point) = (self.superblock.geometry, draft.point);
+    fn visit(&self, slot: Slot, needed: SegmentId, slot_plan: &mut SlotPlan) {
+        let (geometry, point) = (self.superblock.geometry, slot_plan.point);
         let state = &self.slots[slot_index(slot)];
         let id = geometry.id_in_slot(slot, point);
         let found = valid(state, self.superblock).map_or(SegmentId::NONE, |(found, _)| found);
@@ -299,9 +302,9 @@ impl Planner<'_> {
         if !(must_stand && found != id || found > point || fault.is_some()) {
             return;
         }
-        draft.changes.push(Change { slot, id, live });
+        slot_plan.changes.push(Change { slot, id, live });
         if live {
-            draft.doomed.push(self.doomed(slot, id));
+            slot_plan.lost.push(self.lost_segment(slot, id));
         } else if let Some(fault) = fault {
             let in_flight = geometry.id_in_slot(slot, point.plus(geometry.loss_window()));
             let held = match fault {
@@ -316,11 +319,11 @@ impl Planner<'_> {
                 _ if in_flight == SegmentId::NONE => SegmentId::NONE,
                 _ => return,
             };
-            draft.doomed.push(Doomed { slot, id: held, found: Found::Damaged });
+            slot_plan.lost.push(LostSegment { slot, id: held, found: Found::Damaged });
         }
     }
 
-    fn doomed(&self, slot: Slot, id: SegmentId) -> Doomed {
+    fn lost_segment(&self, slot: Slot, id: SegmentId) -> LostSegment {
         let found = match &self.slots[slot_index(slot)] {
             SlotState::Invalid { .. } => Found::Damaged,
             state if valid(state, self.superblock).is_some_and(|(found, _)| found == id) => {
@@ -328,31 +331,32 @@ impl Planner<'_> {
             }
             _ => Found::Nothing,
         };
-        Doomed { slot, id, found }
+        LostSegment { slot, id, found }
     }
 
     /// The superblock record is believed, and covers segments that would count as dirty without it.
-    fn doom_unrecorded(&self, unrecorded: &Recovery, draft: &mut Draft) {
+    fn lose_unrecorded(&self, unrecorded: &Recovery, slot_plan: &mut SlotPlan) {
         let geometry = self.superblock.geometry;
         let standing = (unrecorded.written_back.next().0..=unrecorded.highest.0).map(SegmentId);
         let sound = standing
-            .map(|id| self.doomed(geometry.slot_of(id), id))
+            .map(|id| self.lost_segment(geometry.slot_of(id), id))
             .filter(|d| d.found == Found::Sound);
-        draft.doomed.splice(..0, sound);
+        slot_plan.lost.splice(..0, sound);
     }
 }
 
-impl Draft {
+impl SlotPlan {
     fn order_changes(&mut self, geometry: Geometry, highest: SegmentId) {
         // While the first missing segment is missing, so is all that follows it.
         let first = self.changes.iter().filter(|change| change.live).map(|change| change.id).min();
         if first.is_some() {
-            self.decisive = self.changes.extract_if(.., |change| Some(change.id) == first).next();
+            self.commit_change =
+                self.changes.extract_if(.., |change| Some(change.id) == first).next();
             self.later = self.changes.extract_if(.., |change| !change.live).collect();
         } else if highest > self.point {
             // While the newest segment stands, W and P do too.
             let newest = geometry.slot_of(highest);
-            self.decisive = self.changes.extract_if(.., |change| change.slot == newest).next();
+            self.commit_change = self.changes.extract_if(.., |change| change.slot == newest).next();
         }
     }
 }
@@ -381,22 +385,22 @@ fn goes_on(
 }
 
 /// Nothing protects the superblock record against rot. What it says counts if it lies within the
-/// log, or the log may have reached so far. [`Way::Stop`] would rather give up what stands than let
+/// log, or the log may have reached so far. [`SalvageMode::Stop`] would rather give up what stands than let
 /// old data replace newer, so it believes in a lap of segments that left no trace.
 fn is_believed(
     superblock: &Superblock,
     slots: &[SlotState],
     record: SegmentId,
     highest: SegmentId,
-    way: Option<Way>,
+    mode: Option<SalvageMode>,
 ) -> bool {
     let within_a_lap = record <= LAST_SANE_ID && record.since(highest) < superblock.geometry.lap();
     let traceless = highest != SegmentId::NONE && within_a_lap;
-    match way {
+    match mode {
         // Recovery does.
         None => true,
-        Some(Way::Skip) => record <= highest || goes_on(superblock, slots, highest, record),
-        Some(Way::Stop) => {
+        Some(SalvageMode::Skip) => record <= highest || goes_on(superblock, slots, highest, record),
+        Some(SalvageMode::Stop) => {
             record <= highest || traceless || goes_on(superblock, slots, highest, record)
         }
     }

@@ -1,6 +1,7 @@
 //! What a plan does and gives up, in words and as a record for JSON.
 
-use super::{Certainty, GivenUp, Plan, Way};
+use super::mode::SalvageMode;
+use super::plan::{Certainty, GivenUp, Plan};
 use crate::format::{BlockNo, SegmentId, to_u64};
 use serde::Serialize;
 
@@ -15,7 +16,8 @@ const LOST_PAIRING: &str =
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
     /// The way on; null for a repair.
-    pub way: Option<Way>,
+    #[serde(rename = "way")]
+    pub mode: Option<SalvageMode>,
     /// The last segment of the log afterwards.
     pub recovery_point: u64,
     /// The segments that are given up, whole or in part.
@@ -40,7 +42,7 @@ impl Plan {
         let ids =
             |wanted: fn(&GivenUp) -> bool| self.ids(wanted).into_iter().map(|id| id.0).collect();
         Summary {
-            way: self.way,
+            mode: self.mode,
             recovery_point: self.point.0,
             segments_given_up: ids(|_| true),
             segments_uncertain: ids(|lost| lost.certainty != Certainty::Sure),
@@ -48,7 +50,7 @@ impl Plan {
             dirty_blocks_given_up: to_u64(self.blocks().len()),
             blocks_given_up: self.blocks().iter().map(|block| block.0).collect(),
             dirty_blocks_kept: self.given_up.iter().map(|lost| lost.kept).sum(),
-            disbelieved_record: self.disbelieved.map(|id| id.0),
+            disbelieved_record: self.rejected_record.map(|id| id.0),
         }
     }
 
@@ -94,14 +96,14 @@ impl Plan {
     }
 
     /// The dirty blocks that are given up, as a short list; empty when none are known.
-    pub fn blocks_in_words(&self) -> String {
+    pub fn blocks_text(&self) -> String {
         shortened(&self.blocks().iter().map(ToString::to_string).collect::<Vec<_>>())
     }
 
     /// What is written, one thing each.
     pub fn changes(&self) -> Vec<String> {
         let (mut emptied, mut erased, mut kept) = (Vec::new(), Vec::new(), Vec::new());
-        for change in self.draft.all_changes() {
+        for change in self.slot_plan.all_changes() {
             let partly = self.given_up.iter().any(|lost| lost.slot == change.slot && lost.kept > 0);
             match change.id {
                 SegmentId::NONE => erased.push(change.slot.to_string()),
@@ -139,10 +141,10 @@ impl Plan {
                 shortened(&erased)
             ));
         }
-        if let Some(id) = self.draft.cut_short {
+        if let Some(id) = self.slot_plan.cut_short {
             changes.push(format!("the header of segment {id}, which ends with the last flush"));
         }
-        if self.draft.unmark {
+        if self.slot_plan.clear_clean_mark {
             changes.push("no more mark that the cache was closed in order".into());
         }
         if self.pairs_anew {
@@ -187,20 +189,20 @@ impl Plan {
 
 /// What to do about a corrupt log: the ways on and what each gives up, one line each. `option` is
 /// how the program is told to take one.
-pub fn ways_on(plans: &[Plan], option: &str) -> Vec<String> {
-    let way = |plan: &Plan| {
-        let what = match (plan.way?, plan.point) {
-            (Way::Skip, _) => {
+pub fn salvage_options(plans: &[Plan], option: &str) -> Vec<String> {
+    let option_line = |plan: &Plan| {
+        let what = match (plan.mode?, plan.point) {
+            (SalvageMode::Skip, _) => {
                 "keeps every valid segment; lost blocks fall back to older versions".into()
             }
-            (Way::Stop, SegmentId::NONE) => {
+            (SalvageMode::Stop, SegmentId::NONE) => {
                 "goes back to an empty log, the last consistent point".into()
             }
-            (Way::Stop, point) => {
+            (SalvageMode::Stop, point) => {
                 format!("goes back to segment {point}, the last consistent point")
             }
         };
-        let record = plan.disbelieved.map(|record| {
+        let record = plan.rejected_record.map(|record| {
             format!(
                 ". It does not believe the superblock record ({record}): all that the log holds \
                  counts as dirty"
@@ -208,20 +210,20 @@ pub fn ways_on(plans: &[Plan], option: &str) -> Vec<String> {
         });
         Some(format!(
             "{option}={} {what}. It {}{}",
-            plan.way?,
+            plan.mode?,
             plan.gives_up(),
             record.unwrap_or_default()
         ))
     };
-    plans.iter().filter_map(way).collect()
+    plans.iter().filter_map(option_line).collect()
 }
 
 /// How many ways on there are, as a sentence without its end.
-pub fn number_of_ways(plans: &[Plan]) -> &'static str {
+pub fn salvage_advice(plans: &[Plan]) -> &'static str {
     match plans.len() {
-        0 => "there is no way on",
-        1 => "there is one way on",
-        _ => "there are two ways on",
+        0 => "nothing can be salvaged",
+        1 => "salvage it",
+        _ => "salvage it in one of two ways",
     }
 }
 

@@ -1,0 +1,111 @@
+//! To which backing device a cache belongs.
+
+use super::bounds::Beyond;
+use super::reach::Reach;
+use super::recovery::recover;
+use super::scan::scan;
+use super::segment_writes::write_extension;
+use super::superblock::read_superblock;
+use super::{LogError, Use, refuse_older};
+use crate::device::Device;
+use crate::format::{SECTOR_BYTES, SuperblockExtension, fitting, printable, to_u64};
+
+/// What tells a backing device from others.
+#[derive(Clone, Copy, Debug)]
+pub struct BackingFacts<'a> {
+    /// Its name in messages.
+    pub name: &'a str,
+    /// Its size in sectors.
+    pub sectors: u64,
+    /// Its serial number or the like; empty where it has none.
+    pub identity: &'a str,
+}
+
+impl<'a> BackingFacts<'a> {
+    /// The facts of an open device.
+    pub fn of(device: &'a Device) -> BackingFacts<'a> {
+        let sectors = device.size() / to_u64(SECTOR_BYTES);
+        BackingFacts { name: device.name(), sectors, identity: device.identity() }
+    }
+
+    /// The error for data that does not fit on the backing device.
+    pub(crate) fn refuse_beyond(&self, device: &Device, beyond: Beyond) -> LogError {
+        let (device, sectors) = (device.name().to_string(), self.sectors);
+        LogError::BeyondBacking { device, beyond, backing: self.name.to_string(), sectors }
+    }
+}
+
+/// Whether a cache belongs to a backing device, as far as its extension tells. A backing device may
+/// have grown, if its identity shows that it is the same.
+///
+/// # Errors
+/// When it belongs to another, to one that was larger, or to one that was smaller and has no
+/// identity that shows that it is the same.
+pub fn check_pairing(
+    device: &Device,
+    extension: &SuperblockExtension,
+    backing: &BackingFacts<'_>,
+) -> Result<(), LogError> {
+    let wrong = |difference| {
+        let (device, backing) = (device.name().to_string(), backing.name.to_string());
+        Err(LogError::WrongBacking { device, backing, difference })
+    };
+    let (paired, found) = (extension.backing_sectors, backing.sectors);
+    if found < paired {
+        return wrong(format!(
+            "the cache was made for one of {paired} sectors, this one has only {found}; if it was \
+             shrunk, give it its old size back"
+        ));
+    }
+    let known = !extension.backing_id.is_empty() && !backing.identity.is_empty();
+    if found > paired && paired > 0 && !known {
+        return wrong(format!(
+            "the cache was made for one of {paired} sectors, this one has {found}; if it is the \
+             same and has grown, attach the volume with --grown"
+        ));
+    }
+    check_identity(device, extension, backing)
+}
+
+/// Whether the identity of a backing device, where both are known, is that which a cache belongs
+/// to.
+///
+/// # Errors
+/// When it is another.
+fn check_identity(
+    device: &Device,
+    extension: &SuperblockExtension,
+    backing: &BackingFacts<'_>,
+) -> Result<(), LogError> {
+    let (paired, found) = (extension.backing_id.as_str(), fitting(backing.identity));
+    if paired.is_empty() || found.is_empty() || paired == found {
+        return Ok(());
+    }
+    let [paired, found] = [paired, found].map(printable);
+    let difference = format!("the cache was made for '{paired}', this one is '{found}'");
+    let (device, backing) = (device.name().to_string(), backing.name.to_string());
+    Err(LogError::WrongBacking { device, backing, difference })
+}
+
+/// Records that the backing device has grown, which its identity cannot show.
+///
+/// # Errors
+/// When a device fails, the cache device is not sound, or not as far as it is known to have come,
+/// or the identity shows another device; nothing is written then.
+pub async fn accept_growth(
+    device: &Device,
+    backing: &BackingFacts<'_>,
+    known: Option<Reach>,
+) -> Result<(), LogError> {
+    let superblock = read_superblock(device, Use::Write).await?;
+    let slots = scan(device, superblock.geometry, |_, _| {}).await;
+    let recovery = recover(&superblock, &slots).refuse_corrupt(device)?;
+    // The page that is written makes an older copy look like a newer one.
+    known.map_or(Ok(()), |known| refuse_older(device, recovery.reach(), known))?;
+    let grown = |it: &SuperblockExtension| (1..backing.sectors).contains(&it.backing_sectors);
+    let Some(extension) = superblock.extension.filter(grown) else { return Ok(()) };
+    check_identity(device, &extension, backing)?;
+    let page = SuperblockExtension { backing_sectors: backing.sectors, ..extension.next() };
+    write_extension(device, &page).await?;
+    Ok(device.flush().await?)
+}

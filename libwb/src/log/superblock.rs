@@ -1,0 +1,185 @@
+//! What the superblock region of a cache device says.
+
+use super::LogError;
+use crate::device::{Device, DeviceError, IoBuf};
+use crate::format::{
+    BLOCK_BYTES, EXTENSION_OFFSETS, EXTENSION_VERSION, Geometry, PageFault, RECORD_BLOCK_OFFSET,
+    SUPERBLOCK_OFFSET, SegmentId, SuperblockExtension, SuperblockFault, decode_magic,
+    decode_record,
+};
+
+/// What a cache device is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// To read it.
+    Read,
+    /// To write to it, or what it holds to its backing device.
+    Write,
+}
+
+/// What stands in for each byte of a block that cannot be read: no magic, and a record that no log
+/// has reached.
+const UNREAD: u8 = 0xff;
+
+/// What the superblock region of a cache device says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Superblock {
+    /// How the device is laid out.
+    pub geometry: Geometry,
+    /// The superblock record: every segment up to this one is written back.
+    pub record: SegmentId,
+    /// What wb adds to the base format; a device of the kernel module has none.
+    pub extension: Option<SuperblockExtension>,
+    /// There is none, but a damaged copy or the record shows that there was one.
+    pub lost_extension: bool,
+}
+
+/// What the superblock region of a device says, right or wrong.
+#[derive(Clone, Debug)]
+pub struct RawSuperblock {
+    /// How a cache device of this size is laid out.
+    pub geometry: Geometry,
+    /// Whether the magic is there.
+    pub magic: Result<(), SuperblockFault>,
+    /// The superblock record.
+    pub record: Result<SegmentId, SuperblockFault>,
+    /// Both copies of the superblock extension.
+    pub pages: [Result<SuperblockExtension, PageFault>; 2],
+    /// The digest of the cache that the record was written for, if it proves itself.
+    pub record_digest: Option<u32>,
+}
+
+impl RawSuperblock {
+    /// The newer copy of the superblock extension that is sound, if any is.
+    pub fn extension(&self) -> Option<&SuperblockExtension> {
+        SuperblockExtension::newest(&self.pages)
+    }
+
+    /// Whether one of the two copies of the superblock extension is damaged, cannot be read, or is
+    /// gone, and no power cut explains that.
+    pub fn has_damaged_copy(&self) -> bool {
+        self.extension().is_some() && self.pages.iter().any(Result::is_err) && !self.has_torn_copy()
+    }
+
+    /// Whether one of the two copies of the superblock extension was being written when the power
+    /// went.
+    pub fn has_torn_copy(&self) -> bool {
+        let torn = self.pages.iter().find_map(|page| match page {
+            Err(PageFault::Torn(torn)) => Some(torn),
+            _ => None,
+        });
+        self.extension().zip(torn).is_some_and(|(sound, torn)| sound.explains(torn))
+    }
+
+    /// Whether this version may use the device, as far as its extension tells.
+    ///
+    /// # Errors
+    /// When the extension has a version or features that are not known here, or the device was
+    /// resized since it was formatted.
+    pub fn check_extension(&self, device: &Device, wanted: Use) -> Result<(), LogError> {
+        let name = || device.name().to_string();
+        let Some(extension) = self.extension() else { return Ok(()) };
+        if extension.version != EXTENSION_VERSION {
+            return Err(LogError::UnknownVersion { device: name(), version: extension.version });
+        }
+        if extension.incompatible != 0 {
+            return Err(LogError::UnknownFeatures {
+                device: name(),
+                flags: extension.incompatible,
+            });
+        }
+        if extension.read_compatible != 0 && wanted == Use::Write {
+            return Err(LogError::ReadOnlyFeatures {
+                device: name(),
+                flags: extension.read_compatible,
+            });
+        }
+        let (formatted, found) = (extension.cache_bytes, device.size());
+        if formatted != found {
+            return Err(LogError::Resized { device: name(), formatted, found });
+        }
+        Ok(())
+    }
+
+    /// What to go on with on a device that is to be looked at all the same: a record that is
+    /// garbage counts as none, so that every segment is taken into account.
+    pub fn or_no_record(&self) -> Superblock {
+        Superblock {
+            geometry: self.geometry,
+            extension: self.extension().cloned(),
+            record: self.record.unwrap_or(SegmentId::NONE),
+            // Where no page can be read, the record and the segments tell.
+            lost_extension: self.extension().is_none()
+                && (self.record_digest.is_some()
+                    || self
+                        .pages
+                        .iter()
+                        .any(|page| matches!(page, Err(PageFault::Crc | PageFault::Torn(_))))),
+        }
+    }
+}
+
+/// Reads the superblock and its record, and says of each whether it is right.
+///
+/// # Errors
+/// When the magic or the record cannot be read, or the device has an impossible size.
+pub async fn examine_superblock(device: &Device) -> Result<RawSuperblock, LogError> {
+    let (superblock, unread) = examine_damaged_superblock(device).await?;
+    match unread.into_iter().flatten().next() {
+        Some(error) => Err(error.into()),
+        None => Ok(superblock),
+    }
+}
+
+/// As [`examine_superblock`], for a device that is to be looked at however damaged it is. Also
+/// gives the errors by which the magic and the record could not be read; what was not counts as
+/// wrong.
+///
+/// # Errors
+/// When the device has an impossible size.
+pub async fn examine_damaged_superblock(
+    device: &Device,
+) -> Result<(RawSuperblock, [Option<DeviceError>; 2]), LogError> {
+    let geometry = Geometry::of_device(device.size())
+        .map_err(|fault| LogError::Geometry { device: device.name().to_string(), fault })?;
+    let read = async |offset| match device.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await {
+        Ok(block) => (*block.block_at(0), None),
+        Err(error) => ([UNREAD; BLOCK_BYTES], Some(error)),
+    };
+    let page = async |offset| match read(offset).await {
+        (_, Some(_)) => Err(PageFault::Unreadable),
+        (block, None) => SuperblockExtension::decode(&block),
+    };
+    let (first, no_magic) = read(SUPERBLOCK_OFFSET).await;
+    let (last, no_record) = read(RECORD_BLOCK_OFFSET).await;
+    let pages = [page(EXTENSION_OFFSETS[0]).await, page(EXTENSION_OFFSETS[1]).await];
+    let digest = SuperblockExtension::newest(&pages).map(SuperblockExtension::digest);
+    let record = decode_record(&last);
+    let record_digest = record.ok().and_then(|record| record.digest);
+    let is_foreign = digest.zip(record_digest).is_some_and(|(ours, its)| ours != its);
+    let superblock = RawSuperblock {
+        geometry,
+        pages,
+        magic: decode_magic(&first),
+        record: record.and_then(|record| match is_foreign {
+            true => Err(SuperblockFault::ForeignRecord { found: record.id.0 }),
+            false => Ok(record.id),
+        }),
+        record_digest,
+    };
+    Ok((superblock, [no_magic, no_record]))
+}
+
+/// Reads and checks the superblock and its record.
+///
+/// # Errors
+/// When the device cannot be read, has an impossible size, is no cache device, or its record is
+/// garbage; and as [`RawSuperblock::check_extension`].
+pub async fn read_superblock(device: &Device, wanted: Use) -> Result<Superblock, LogError> {
+    let superblock = |fault| LogError::Superblock { device: device.name().to_string(), fault };
+    let raw = examine_superblock(device).await?;
+    raw.magic.map_err(superblock)?;
+    raw.record.map_err(superblock)?;
+    raw.check_extension(device, wanted)?;
+    Ok(raw.or_no_record())
+}

@@ -13,7 +13,7 @@ use libwb::log::live::live_totals;
 use libwb::log::recovery::recover;
 use libwb::log::scan::{scan, scan_headers, scan_trusting};
 use libwb::log::superblock::{examine_superblock, read_superblock};
-use libwb::log::{LogError, Use};
+use libwb::log::{LogError, LogErrorKind, Use};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{ErrorKind, Read, Write};
@@ -41,7 +41,7 @@ pub fn read_everything(image: Vec<u8>) {
     let device: Device = Arc::new(MemDevice::with_content("cache", image));
     let superblock = match block_on(examine_superblock(&device)) {
         Ok(superblock) => superblock,
-        Err(LogError::Geometry { .. }) => return,
+        Err(LogError { kind: LogErrorKind::Geometry { .. }, .. }) => return,
         Err(error) => panic!("{error}"),
     };
     let _ = superblock.check_extension(&device, Use::Write);

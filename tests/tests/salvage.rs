@@ -4,9 +4,9 @@ use futures_lite::future::block_on;
 use libwb::cache::Cache;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64, to_usize};
-use libwb::log::LogError;
 use libwb::log::Use;
 use libwb::log::salvage::{SalvageMode, Scanned};
+use libwb::log::{LogError, LogErrorKind};
 use nix::libc::O_DIRECT;
 use proptest::prelude::*;
 use std::collections::HashSet;
@@ -251,7 +251,7 @@ proptest! {
             match block_on(scanned.salvage(&cache, way)) {
                 Ok(Some(plan)) => block_on(plan.apply(&cache)).expect("a device in memory"),
                 Ok(None) => {}
-                Err(LogError::Misplaced { .. }) => continue,
+                Err(LogError { kind: LogErrorKind::Misplaced, .. }) => continue,
                 Err(error) => panic!("{error}"),
             }
             let opened = block_on(Cache::examine(&cache, &backing, None));

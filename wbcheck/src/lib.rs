@@ -19,7 +19,7 @@ use libwb::format::{SECTOR_BYTES, SegmentId, SuperblockFault, to_u64};
 use libwb::log::pairing::check_pairing;
 use libwb::log::salvage::SalvageMode;
 use libwb::log::superblock::{RawSuperblock, examine_superblock};
-use libwb::log::{LogError, Use};
+use libwb::log::{LogError, LogErrorKind, Use};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -162,7 +162,7 @@ fn prepare(args: &Args) -> Result<Subject> {
         refuse_other_than_damaged(
             args,
             &superblock,
-            LogError::Superblock { device: device.name().to_string(), fault },
+            LogError::new(&device, LogErrorKind::Superblock { fault }),
         )?;
     }
     superblock.check_extension(&device, if args.repair { Use::Write } else { Use::Read })?;

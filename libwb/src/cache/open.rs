@@ -23,7 +23,7 @@ use crate::log::recovery::{Damage, Explanation, Recovery, recover};
 use crate::log::scan::{SlotContent, scan, scan_headers, scan_trusting};
 use crate::log::segment_writes::{close_segment, write_extension, write_filler};
 use crate::log::superblock::{Superblock, read_superblock};
-use crate::log::{LogError, Use, refuse_older};
+use crate::log::{LogError, LogErrorKind, Use, refuse_older};
 use crate::planted::{Bug, Planted};
 use crate::runtime::Runtime;
 use futures_util::{StreamExt, stream};
@@ -211,7 +211,7 @@ fn replay_until(
         return Ok(recovery.until(until));
     }
     let (first, last) = points.into_inner();
-    Err(LogError::NoSuchPoint { device: cache.name().to_string(), until, first, last })
+    Err(LogError::new(cache, LogErrorKind::NoSuchPoint { until, first, last }))
 }
 
 /// What to record when the backing device is larger than it was, so that it is noticed should it

@@ -8,8 +8,8 @@ use crate::format::{
     SegmentId, SuperblockExtension, crc32c, empty_header, encode_superblock_block, to_u64,
     to_usize,
 };
-use crate::log::LogError;
 use crate::log::scan::{SlotState, scan};
+use crate::log::{LogError, LogErrorKind};
 use crate::reactor::Reactor;
 use std::sync::Arc;
 
@@ -417,7 +417,10 @@ fn a_cache_says_how_far_it_has_come_for_good_and_an_older_copy_is_refused_untouc
     };
     for purpose in purposes {
         assert!(
-            matches!(open(purpose), Some(CacheError::Log(LogError::Older { .. }))),
+            matches!(
+                open(purpose),
+                Some(CacheError::Log(LogError { kind: LogErrorKind::Older { .. }, .. }))
+            ),
             "{purpose:?}"
         );
     }

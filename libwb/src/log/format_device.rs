@@ -1,8 +1,8 @@
 //! Making an empty cache: the base format, as the kernel module makes it, and the superblock
 //! extension.
 
-use super::LogError;
 use super::segment_writes::{write_extension, write_magic, write_record};
+use super::{LogError, LogErrorKind};
 use crate::device::{Device, DeviceError, IoBuf, SharedBuf};
 use crate::format::{
     BLOCK_BYTES, Geometry, Record, SUPERBLOCK_OFFSET, SUPERBLOCK_REGION_BYTES, SegmentId,
@@ -28,7 +28,7 @@ pub async fn create(
     mut progress: impl FnMut(u32),
 ) -> Result<Geometry, LogError> {
     let geometry = Geometry::of_device(device.size())
-        .map_err(|fault| LogError::Geometry { device: device.name().to_string(), fault })?;
+        .map_err(|fault| LogError::new(device, LogErrorKind::Geometry { fault }))?;
     let region = IoBuf::zeroed(to_usize(SUPERBLOCK_REGION_BYTES));
     device.write(SUPERBLOCK_OFFSET, region.into()).await?;
     device.flush().await?;
@@ -132,7 +132,10 @@ mod tests {
     fn a_device_too_small_is_left_as_it_was() {
         let memory = Arc::new(MemDevice::with_content("cache", vec![0xa5; 1024 * 1024]));
         let device: Device = memory.clone();
-        assert!(matches!(block_on(create(&device, None, |_| ())), Err(LogError::Geometry { .. })));
+        assert!(matches!(
+            block_on(create(&device, None, |_| ())),
+            Err(LogError { kind: LogErrorKind::Geometry { .. }, .. })
+        ));
         assert!(memory.content().iter().all(|&b| b == 0xa5));
     }
 }

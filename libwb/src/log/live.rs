@@ -1,11 +1,11 @@
 //! What the segments that recovery would apply hold.
 
-use super::LogError;
 pub use super::bounds::Beyond;
 use super::bounds::first_outside;
 use super::recovery::{Recovery, recover};
 use super::scan::{SlotFault, SlotState, read_header, read_slot, scan_trusting};
 use super::superblock::Superblock;
+use super::{LogError, LogErrorKind};
 use crate::device::Device;
 use crate::format::{BlockNo, DirtyBits, Geometry, SegmentHeader, SegmentId, Slot, to_u64};
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -51,7 +51,7 @@ pub async fn visit_headers(
         }
         let content = read_slot(device, geometry, geometry.slot_of(id)).await;
         let header = content.header.filter(|_| content.state.valid_id() == Some(id));
-        header.ok_or_else(|| LogError::Changed { device: device.name().to_string(), id })
+        header.ok_or_else(|| LogError::new(device, LogErrorKind::Changed { id }))
     });
     let mut headers = stream::iter(reads).buffered(HEADER_DEPTH);
     while let Some(header) = headers.try_next().await? {
@@ -246,7 +246,7 @@ mod tests {
         let (device, geometry) = device();
         assert!(matches!(
             block_on(totals(&device, geometry, [SegmentId(3)], None, None)),
-            Err(LogError::Changed { id: SegmentId(3), .. })
+            Err(LogError { kind: LogErrorKind::Changed { id: SegmentId(3), .. }, .. })
         ));
     }
 }

@@ -24,6 +24,6 @@ pub mod traces;
 pub mod upgrade;
 mod verdict;
 
-pub use error::LogError;
 pub(crate) use error::refuse_older;
+pub use error::{LogError, LogErrorKind};
 pub use superblock::Use;

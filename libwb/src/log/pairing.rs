@@ -6,7 +6,7 @@ use super::recovery::recover;
 use super::scan::scan;
 use super::segment_writes::write_extension;
 use super::superblock::read_superblock;
-use super::{LogError, Use, refuse_older};
+use super::{LogError, LogErrorKind, Use, refuse_older};
 use crate::device::Device;
 use crate::format::{SECTOR_BYTES, SuperblockExtension, fitting, printable, to_u64};
 
@@ -30,8 +30,8 @@ impl<'a> BackingFacts<'a> {
 
     /// The error for data that does not fit on the backing device.
     pub(crate) fn refuse_beyond(&self, device: &Device, beyond: Beyond) -> LogError {
-        let (device, sectors) = (device.name().to_string(), self.sectors);
-        LogError::BeyondBacking { device, beyond, backing: self.name.to_string(), sectors }
+        let (backing, sectors) = (self.name.to_string(), self.sectors);
+        LogError::new(device, LogErrorKind::BeyondBacking { beyond, backing, sectors })
     }
 }
 
@@ -47,8 +47,8 @@ pub fn check_pairing(
     backing: &BackingFacts<'_>,
 ) -> Result<(), LogError> {
     let wrong = |difference| {
-        let (device, backing) = (device.name().to_string(), backing.name.to_string());
-        Err(LogError::WrongBacking { device, backing, difference })
+        let backing = backing.name.to_string();
+        Err(LogError::new(device, LogErrorKind::WrongBacking { backing, difference }))
     };
     let (paired, found) = (extension.backing_sectors, backing.sectors);
     if found < paired {
@@ -83,8 +83,8 @@ fn check_identity(
     }
     let [paired, found] = [paired, found].map(printable);
     let difference = format!("the cache was made for '{paired}', this one is '{found}'");
-    let (device, backing) = (device.name().to_string(), backing.name.to_string());
-    Err(LogError::WrongBacking { device, backing, difference })
+    let backing = backing.name.to_string();
+    Err(LogError::new(device, LogErrorKind::WrongBacking { backing, difference }))
 }
 
 /// Records that the backing device has grown, which its identity cannot show.

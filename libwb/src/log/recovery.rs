@@ -4,12 +4,12 @@
 //! known to be written back; *P*, the recovery point, the last segment that is applied; *D*, the
 //! loss window ([`Geometry::loss_window`]). ARCHITECTURE.md gives the rule and why it holds.
 
-use super::LogError;
 use super::claims::Claims;
 pub use super::corruption::Corruption;
 use super::reach::Reach;
 use super::superblock::Superblock;
 use super::verdict::{SlotFault, SlotState, Valid, proved, slot_index, stray, valid};
+use super::{LogError, LogErrorKind};
 use crate::device::Device;
 use crate::format::{Geometry, HeaderFault, Reason, SegmentId, Slot};
 use std::borrow::Cow;
@@ -93,12 +93,12 @@ impl Recovery {
     /// Itself, unless the log is corrupt.
     ///
     /// # Errors
-    /// [`LogError::Corrupt`], in the name of the device that the log lies on.
+    /// [`LogErrorKind::Corrupt`], in the name of the device that the log lies on.
     pub(crate) fn refuse_corrupt(self, device: &Device) -> Result<Recovery, LogError> {
         if self.corruption.is_empty() {
             return Ok(self);
         }
-        Err(LogError::Corrupt { device: device.name().to_string(), corruption: self.corruption })
+        Err(LogError::new(device, LogErrorKind::Corrupt { corruption: self.corruption }))
     }
 
     /// The segments to apply, oldest first.

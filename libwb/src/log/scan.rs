@@ -1,10 +1,10 @@
 //! Walking the slots of a cache device: read, decode, verify.
 
-use super::LogError;
 use super::claims::Proof;
 use super::superblock::Superblock;
 pub use super::verdict::{SlotFault, SlotState};
 use super::verdict::{slot_index, valid};
+use super::{LogError, LogErrorKind};
 use crate::device::{Device, IoBuf};
 use crate::format::{
     BLOCK_BYTES, Commit, FirstSector, Geometry, PLACES, SEGMENT_BYTES, SegmentExtension,
@@ -293,6 +293,6 @@ pub async fn read_header(
         device.read(geometry.slot_offset(geometry.slot_of(id)), IoBuf::zeroed(BLOCK_BYTES)).await?;
     match SegmentHeader::decode(block.block_at(0)) {
         Ok(header) if header.id == id => Ok(header),
-        _ => Err(LogError::Changed { device: device.name().to_string(), id }),
+        _ => Err(LogError::new(device, LogErrorKind::Changed { id })),
     }
 }

@@ -1,6 +1,6 @@
 //! What the superblock region of a cache device says.
 
-use super::LogError;
+use super::{LogError, LogErrorKind};
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, EXTENSION_VERSION, Geometry, PageFault, RECORD_BLOCK_OFFSET,
@@ -77,26 +77,28 @@ impl RawSuperblock {
     /// When the extension has a version or features that are not known here, or the device was
     /// resized since it was formatted.
     pub fn check_extension(&self, device: &Device, wanted: Use) -> Result<(), LogError> {
-        let name = || device.name().to_string();
         let Some(extension) = self.extension() else { return Ok(()) };
         if extension.version != EXTENSION_VERSION {
-            return Err(LogError::UnknownVersion { device: name(), version: extension.version });
+            return Err(LogError::new(
+                device,
+                LogErrorKind::UnknownVersion { version: extension.version },
+            ));
         }
         if extension.incompatible != 0 {
-            return Err(LogError::UnknownFeatures {
-                device: name(),
-                flags: extension.incompatible,
-            });
+            return Err(LogError::new(
+                device,
+                LogErrorKind::UnknownFeatures { flags: extension.incompatible },
+            ));
         }
         if extension.read_compatible != 0 && wanted == Use::Write {
-            return Err(LogError::ReadOnlyFeatures {
-                device: name(),
-                flags: extension.read_compatible,
-            });
+            return Err(LogError::new(
+                device,
+                LogErrorKind::ReadOnlyFeatures { flags: extension.read_compatible },
+            ));
         }
         let (formatted, found) = (extension.cache_bytes, device.size());
         if formatted != found {
-            return Err(LogError::Resized { device: name(), formatted, found });
+            return Err(LogError::new(device, LogErrorKind::Resized { formatted, found }));
         }
         Ok(())
     }
@@ -141,7 +143,7 @@ pub async fn examine_damaged_superblock(
     device: &Device,
 ) -> Result<(RawSuperblock, [Option<DeviceError>; 2]), LogError> {
     let geometry = Geometry::of_device(device.size())
-        .map_err(|fault| LogError::Geometry { device: device.name().to_string(), fault })?;
+        .map_err(|fault| LogError::new(device, LogErrorKind::Geometry { fault }))?;
     let read = async |offset| match device.read(offset, IoBuf::zeroed(BLOCK_BYTES)).await {
         Ok(block) => (*block.block_at(0), None),
         Err(error) => ([UNREAD; BLOCK_BYTES], Some(error)),
@@ -176,7 +178,7 @@ pub async fn examine_damaged_superblock(
 /// When the device cannot be read, has an impossible size, is no cache device, or its record is
 /// garbage; and as [`RawSuperblock::check_extension`].
 pub async fn read_superblock(device: &Device, wanted: Use) -> Result<Superblock, LogError> {
-    let superblock = |fault| LogError::Superblock { device: device.name().to_string(), fault };
+    let superblock = |fault| LogError::new(device, LogErrorKind::Superblock { fault });
     let raw = examine_superblock(device).await?;
     raw.magic.map_err(superblock)?;
     raw.record.map_err(superblock)?;

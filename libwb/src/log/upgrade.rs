@@ -1,10 +1,10 @@
 //! Giving a device of the kernel module the extension, in place.
 
-use super::LogError;
 use super::live::live_totals;
 use super::pairing::BackingFacts;
 use super::salvage::{Plan, Scanned};
 use super::segment_writes::{write_extension, write_record};
+use super::{LogError, LogErrorKind};
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, Record, SECTOR_BYTES, SegmentId, SuperblockExtension, fitting,
@@ -41,9 +41,8 @@ impl Upgrade {
         label: &str,
         created: Duration,
     ) -> Result<Upgrade, LogError> {
-        let name = || device.name().to_string();
         if scanned.superblock.extension().is_some() {
-            return Err(LogError::Extended { device: name() });
+            return Err(LogError::new(device, LogErrorKind::Extended));
         }
         // One that has lost its extension would be repaired by a new one.
         let recovery = scanned.recovery().refuse_corrupt(device)?;
@@ -157,7 +156,7 @@ mod tests {
             let page = after.superblock.extension().unwrap();
             assert_eq!((page.label.as_str(), page.backing_id.as_str()), ("data", "serial"));
             assert!(check_pairing(&device, page, &BackingFacts { sectors: 1, ..BACKING }).is_err());
-            assert!(matches!(plan(&device), Err(LogError::Extended { .. })));
+            assert!(matches!(plan(&device), Err(LogError { kind: LogErrorKind::Extended, .. })));
         }
     }
 
@@ -180,7 +179,10 @@ mod tests {
                     match plan(&device) {
                         Ok(again) => block_on(again.apply(&device)).unwrap(),
                         Err(error) => {
-                            assert!(matches!(error, LogError::Extended { .. }), "{error}")
+                            assert!(
+                                matches!(error, LogError { kind: LogErrorKind::Extended, .. }),
+                                "{error}"
+                            )
                         }
                     }
                     assert!(read(&device).superblock.extension().is_some());
@@ -202,6 +204,6 @@ mod tests {
         let device: Device = TestLog::new(9, false).device();
         let small = BackingFacts { sectors: 800 * 8, ..BACKING };
         let plan = block_on(Upgrade::plan(&device, &read(&device), &small, "", Duration::ZERO));
-        assert!(matches!(plan, Err(LogError::BeyondBacking { .. })));
+        assert!(matches!(plan, Err(LogError { kind: LogErrorKind::BeyondBacking { .. }, .. })));
     }
 }

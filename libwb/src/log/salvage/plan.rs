@@ -132,7 +132,7 @@ impl Plan {
     /// is not.
     ///
     /// # Errors
-    /// [`LogError::Older`].
+    /// [`LogErrorKind::Older`](crate::log::LogErrorKind::Older).
     pub fn refuse_older(&self, device: &Device, known: Reach) -> Result<(), LogError> {
         let found = Reach { durable: self.point, written_back: self.slot_plan.written_back };
         refuse_older(device, found, known.shortened())

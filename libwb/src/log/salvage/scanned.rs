@@ -10,7 +10,7 @@ use crate::log::recovery::{Corruption, Recovery, explained, recover};
 use crate::log::scan::{SlotFault, SlotState, scan};
 use crate::log::superblock::{RawSuperblock, examine_superblock};
 use crate::log::verdict::{proved, slot_index, valid};
-use crate::log::{LogError, Use};
+use crate::log::{LogError, LogErrorKind, Use};
 use std::collections::HashSet;
 use uuid::Uuid;
 
@@ -34,7 +34,7 @@ impl Scanned {
         mut progress: impl FnMut(Slot),
     ) -> Result<Scanned, LogError> {
         let superblock = examine_superblock(device).await?;
-        let fault = |fault| LogError::Superblock { device: device.name().to_string(), fault };
+        let fault = |fault| LogError::new(device, LogErrorKind::Superblock { fault });
         superblock.magic.map_err(fault)?;
         superblock.check_extension(device, wanted)?;
         let slots = scan(device, superblock.geometry, |slot, _| progress(slot)).await;
@@ -84,12 +84,12 @@ impl Scanned {
             return Ok(None);
         }
         if self.is_resized() {
-            return Err(LogError::Misplaced { device: device.name().to_string() });
+            return Err(LogError::new(device, LogErrorKind::Misplaced));
         }
         let superblock = self.with_extension(device.size());
         let slot_plan = SlotPlan::new(&superblock, &self.slots, Some(mode));
-        let slot_plan = slot_plan
-            .ok_or_else(|| LogError::Unsalvageable { device: device.name().to_string() })?;
+        let slot_plan =
+            slot_plan.ok_or_else(|| LogError::new(device, LogErrorKind::Unsalvageable))?;
         let was_paired = self.superblock.extension().is_some();
         let mut plan = Plan::new(was_paired, superblock, Some(mode), slot_plan);
         plan.given_up = plan.find_given_up(device).await?;
@@ -107,7 +107,10 @@ impl Scanned {
         for mode in SalvageMode::ALL {
             match self.salvage(device, mode).await {
                 Ok(plan) => plans.extend(plan),
-                Err(LogError::Misplaced { .. } | LogError::Unsalvageable { .. }) => {}
+                Err(LogError {
+                    kind: LogErrorKind::Misplaced | LogErrorKind::Unsalvageable,
+                    ..
+                }) => {}
                 Err(error) => return Err(error),
             }
         }
@@ -124,14 +127,14 @@ impl Scanned {
     /// # Errors
     /// When the log is corrupt, or there is no repair that recovery would accept.
     pub async fn repair(&self, device: &Device) -> Result<Option<Plan>, LogError> {
-        let name = || device.name().to_string();
         if let Err(fault) = self.superblock.record {
-            return Err(LogError::Superblock { device: name(), fault });
+            return Err(LogError::new(device, LogErrorKind::Superblock { fault }));
         }
         let superblock = self.with_extension(device.size());
         let recovery = recover(&superblock.or_no_record(), &self.slots).refuse_corrupt(device)?;
         let slot_plan = SlotPlan::new(&superblock, &self.slots, None);
-        let slot_plan = slot_plan.ok_or_else(|| LogError::Unsalvageable { device: name() })?;
+        let slot_plan =
+            slot_plan.ok_or_else(|| LogError::new(device, LogErrorKind::Unsalvageable))?;
         let was_paired = self.superblock.extension().is_some();
         let mut plan = Plan::new(was_paired, superblock, None, slot_plan);
         plan.misleading = self.misleading(device, &plan.slot_plan).await;

@@ -6,7 +6,6 @@ use crate::format::SegmentId;
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, SECTOR_BYTES, SEGMENT_BYTES, to_u64, to_usize,
 };
-use crate::log::LogError;
 use crate::log::evidence::cases_of_evidence;
 use crate::log::live::Beyond;
 use crate::log::pairing::BackingFacts;
@@ -16,6 +15,7 @@ use crate::log::test_log::{
     LENGTH, MASKS, SLOTS, TestLog, Write, expected, in_sectors, lost, read, salvage, survivors,
     volume, with_survivors,
 };
+use crate::log::{LogError, LogErrorKind};
 use futures_lite::future::block_on;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, HashSet};
@@ -255,7 +255,10 @@ fn the_wrong_backing_device_is_refused_before_anything_is_written() {
     let plan = block_on(read(&device).salvage(&device, SalvageMode::Skip)).unwrap().unwrap();
     let facts = |sectors| BackingFacts { name: "backing", sectors, identity: "" };
     let wrong = block_on(plan.check_backing(&device, &facts(9000)));
-    assert!(matches!(wrong, Err(LogError::WrongBacking { .. })), "{wrong:?}");
+    assert!(
+        matches!(wrong, Err(LogError { kind: LogErrorKind::WrongBacking { .. }, .. })),
+        "{wrong:?}"
+    );
     block_on(plan.check_backing(&device, &facts(8000))).unwrap();
     let mut log = TestLog::new(9, false);
     log.rot(5, 1);
@@ -265,7 +268,10 @@ fn the_wrong_backing_device_is_refused_before_anything_is_written() {
     assert!(
         matches!(
             small,
-            Err(LogError::BeyondBacking { beyond: Beyond { id: SegmentId(8), .. }, .. })
+            Err(LogError {
+                kind: LogErrorKind::BeyondBacking { beyond: Beyond { id: SegmentId(8), .. }, .. },
+                ..
+            })
         ),
         "{small:?}"
     );
@@ -325,7 +331,10 @@ fn a_corrupt_log_is_not_repaired() {
     let mut log = TestLog::new(9, true);
     log.rot(5, 1);
     let device: Device = log.device();
-    assert!(matches!(block_on(read(&device).repair(&device)), Err(LogError::Corrupt { .. })));
+    assert!(matches!(
+        block_on(read(&device).repair(&device)),
+        Err(LogError { kind: LogErrorKind::Corrupt { .. }, .. })
+    ));
 }
 
 /// Logs in need, corrupt in every way that there is.

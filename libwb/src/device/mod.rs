@@ -3,6 +3,7 @@
 pub mod fit;
 mod held;
 mod identity;
+mod layer;
 mod mem;
 mod overlay;
 pub mod probe;
@@ -16,6 +17,7 @@ mod watched;
 
 pub use crate::buf::{IoBuf, SharedBuf};
 pub use crate::pending::Pending;
+pub use layer::DeviceLayer;
 pub use mem::MemDevice;
 pub use overlay::Overlay;
 pub use uring::UringDevice;

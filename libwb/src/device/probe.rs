@@ -7,8 +7,9 @@ use crate::format::{SECTOR_BYTES, to_u64};
 use crate::sys;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::libc::{EBUSY, EINVAL, EROFS};
 use nix::sys::resource::{Resource, getrlimit};
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -204,8 +205,8 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
 
 fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let system = |cause: io::Error| match cause.raw_os_error() {
-        Some(libc::EBUSY) => OpenError::InUse { path: path.into() },
-        Some(libc::EROFS) => OpenError::WriteProtected { path: path.into(), how: in_words(&cause) },
+        Some(EBUSY) => OpenError::InUse { path: path.into() },
+        Some(EROFS) => OpenError::WriteProtected { path: path.into(), how: in_words(&cause) },
         _ => OpenError::System { path: path.into(), cause },
     };
     let meta = std::fs::metadata(path).map_err(system)?;
@@ -225,7 +226,7 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     };
     let file = match open(OFlag::O_DIRECT) {
         // A filesystem without direct I/O: through the page cache, then.
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) && !is_block => open(OFlag::empty()),
+        Err(e) if e.raw_os_error() == Some(EINVAL) && !is_block => open(OFlag::empty()),
         // Or with direct I/O in units that sector addresses do not fit.
         Ok(file) if !is_block && !direct_io_fits_sectors(&file) => open(OFlag::empty()),
         other => other,
@@ -236,8 +237,7 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     } else {
         meta.len()
     };
-    let block_size =
-        if is_block { sys::logical_block_size(&file).map_err(|e| system(e.into()))? } else { 512 };
+    let block_size = if is_block { sys::logical_block_size(&file).map_err(system)? } else { 512 };
     if !size.is_multiple_of(to_u64(SECTOR_BYTES)) {
         return Err(OpenError::Unaligned { path: path.into(), size });
     }
@@ -246,12 +246,12 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     }
     match access {
         Access::ReadUnlocked => Ok(()),
-        Access::Read => sys::lock(&file, false),
-        Access::Write => sys::lock(&file, true),
+        Access::Read => file.try_lock_shared(),
+        Access::Write => file.try_lock(),
     }
-    .map_err(|cause| match cause {
-        Errno::EWOULDBLOCK => OpenError::InUse { path: path.into() },
-        cause => system(cause.into()),
+    .map_err(|error| match error {
+        TryLockError::WouldBlock => OpenError::InUse { path: path.into() },
+        TryLockError::Error(cause) => system(cause),
     })?;
     if access == Access::Write {
         refuse_unwritable(path, &file, &meta)?;

@@ -6,6 +6,7 @@ use crate::format::to_u64;
 use crate::pending::Requests;
 use crate::reactor::{Addresses, Handle, OpKind, Target};
 use nix::errno::Errno;
+use nix::fcntl::FallocateFlags;
 use std::future::ready;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -150,7 +151,7 @@ impl BlockDevice for UringDevice {
     }
 
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
-        let mode = libc::FALLOC_FL_PUNCH_HOLE;
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE;
         Box::pin(unit(self.submit(
             Operation::Discard,
             offset,
@@ -160,7 +161,7 @@ impl BlockDevice for UringDevice {
     }
 
     fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
-        let mode = libc::FALLOC_FL_ZERO_RANGE;
+        let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE;
         Box::pin(unit(self.submit(
             Operation::Discard,
             offset,

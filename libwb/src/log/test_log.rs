@@ -1,7 +1,7 @@
 //! Logs in memory, to be damaged, and what is to become of them.
 
 use crate::device::{
-    BlockDevice, Device, DeviceError, IoBuf, IoFuture, MemDevice, Operation, SharedBuf,
+    BlockDevice, Device, DeviceError, DeviceLayer, IoBuf, IoFuture, MemDevice, Operation, SharedBuf,
 };
 use crate::format::{
     BLOCK_BYTES, BlockNo, Commit, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock,
@@ -38,23 +38,15 @@ pub(super) struct Recorder {
     pub(super) unreadable: Mutex<Vec<u64>>,
 }
 
-impl BlockDevice for Recorder {
-    fn name(&self) -> &Arc<str> {
-        self.memory.name()
-    }
-
-    fn size(&self) -> u64 {
-        self.memory.size()
-    }
-
-    fn block_size(&self) -> u32 {
-        512
+impl DeviceLayer for Recorder {
+    fn below(&self) -> &dyn BlockDevice {
+        &self.memory
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
         let end = offset + to_u64(buf.len());
         if self.unreadable.lock().iter().any(|&at| offset <= at && at < end) {
-            let (device, length) = (self.name().clone(), to_u64(buf.len()));
+            let (device, length) = (self.memory.name().clone(), to_u64(buf.len()));
             let error = DeviceError {
                 device,
                 operation: Operation::Read,
@@ -77,10 +69,6 @@ impl BlockDevice for Recorder {
     fn flush(&self) -> IoFuture<()> {
         *self.flushes.lock() += 1;
         self.memory.flush()
-    }
-
-    fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
-        self.memory.discard(offset, length)
     }
 }
 

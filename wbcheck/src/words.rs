@@ -169,7 +169,7 @@ fn errors(f: &Findings) -> Vec<Problem> {
         errors.push(Problem {
             what: format!(
                 "{} ({} such in all)",
-                first.in_words(backing.path.display(), backing.sectors),
+                first.text(backing.path.display(), backing.sectors),
                 f.live.beyond_count,
             ),
             meaning: "That data has no place there. Most likely it is not the backing device of \

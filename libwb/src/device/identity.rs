@@ -1,11 +1,11 @@
-//! Which device a path leads to, and what tells that device from others.
+//! Which device a path leads to, and what identifies that device.
 
 use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-/// Which device a path leads to, so that two paths can be told to be one.
+/// Which device a path leads to. Two paths with the same identity lead to the same device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Identity {
     /// A block device's number.
@@ -27,7 +27,7 @@ impl Identity {
 /// Which device a path leads to, without opening it.
 ///
 /// # Errors
-/// When there is nothing.
+/// When the path leads nowhere.
 pub fn identity(path: &Path) -> io::Result<Identity> {
     std::fs::metadata(path).map(|meta| Identity::of(&meta))
 }
@@ -37,9 +37,11 @@ pub(super) fn sysfs_folder(number: u64) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
 }
 
-/// A block device's own identity as sysfs has it: of a device-mapper or MD device its UUID, of a
-/// disk its world-wide name or serial number, of a partition its disk's with the number of the
-/// partition.
+/// A block device's own identity, from sysfs:
+///
+/// - of a device-mapper or MD device, its UUID;
+/// - of a disk, its world-wide name or serial number;
+/// - of a partition, its disk's identity with the number of the partition.
 pub(super) fn serial(dir: &Path) -> String {
     let read = |file: &str| {
         let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();

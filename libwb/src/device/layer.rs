@@ -4,11 +4,11 @@ use super::{BlockDevice, IoBuf, IoFuture, SharedBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A device that passes on to another one whatever it does not do itself.
+/// A device that passes every operation on to another one, unless it implements the operation.
 ///
-/// Implement [`DeviceLayer::below`] and the methods that differ; the type is a [`BlockDevice`] then.
-/// A layer that must not change the device below implements all of `write`, `flush`, `discard` and
-/// `zero`.
+/// Implement [`DeviceLayer::below`] and the methods that differ. The type is then a
+/// [`BlockDevice`]. A layer that must not change the device below implements `write`, `flush`,
+/// `discard` and `zero`.
 pub trait DeviceLayer: Send + Sync + 'static {
     /// The device below.
     fn below(&self) -> &dyn BlockDevice;

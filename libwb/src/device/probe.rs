@@ -1,4 +1,4 @@
-//! Opening devices: what they are, how large, who else uses them.
+//! Opening devices: what they are, how large they are, and who else uses them.
 
 use super::held;
 pub use super::identity::{Identity, identity};
@@ -18,23 +18,23 @@ use std::time::{Duration, Instant};
 /// What a device is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// To read, while nobody writes.
+    /// To read, while no other process writes.
     Read,
-    /// To read, whatever others do: what is read may change meanwhile.
+    /// To read without a lock. The data may change meanwhile.
     ReadUnlocked,
-    /// To read and write, alone.
+    /// To read and write, as the only user.
     Write,
 }
 
 /// Why a device cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// The system said no.
-    #[error("{path}: cannot open: {}", in_words(cause))]
+    /// The system refused.
+    #[error("{path}: cannot open: {}", error_text(cause))]
     System {
         /// The device.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         cause: io::Error,
     },
     /// Neither a block device nor a regular file.
@@ -43,7 +43,7 @@ pub enum OpenError {
         /// The device.
         path: PathBuf,
     },
-    /// Somebody else holds it.
+    /// Another process holds it.
     #[error(
         "{path}: in use (mounted, attached, or held by another program); see wbctl list, lsblk \
          and fuser"
@@ -52,23 +52,23 @@ pub enum OpenError {
         /// The device.
         path: PathBuf,
     },
-    /// Somebody else uses it, and no lock shows that.
+    /// It is in use, though no lock shows that.
     #[error("{path}: in use: {by}")]
     Held {
         /// The device.
         path: PathBuf,
-        /// Who, and how to end that.
+        /// By whom, and how to end that.
         by: String,
     },
-    /// It takes no writes, or nobody is to write to it.
+    /// It rejects writes, or its mode forbids them.
     #[error("{path}: write-protected, and wb must write to it: {how}")]
     WriteProtected {
         /// The device.
         path: PathBuf,
-        /// By what, and how to end that.
+        /// The reason, and how to end that.
         how: String,
     },
-    /// A file that this process may not write to its end.
+    /// The file is larger than this process may write.
     #[error(
         "{path}: {size} bytes, but this process may write files of {limit} bytes at most; raise \
          the limit (ulimit -f, or LimitFSIZE= of a unit)"
@@ -81,7 +81,7 @@ pub enum OpenError {
         /// The limit in bytes.
         limit: u64,
     },
-    /// While it was opened, its path came to lead elsewhere.
+    /// Its path changed to another file or device while it was opened.
     #[error(
         "{path}: another file or device is being put in its place; try again when that is done"
     )]
@@ -89,7 +89,7 @@ pub enum OpenError {
         /// The device.
         path: PathBuf,
     },
-    /// A file of an odd size.
+    /// Its size is not a multiple of 512.
     #[error("{path}: {size} bytes is no multiple of 512; was it truncated?")]
     Unaligned {
         /// The device.
@@ -97,21 +97,21 @@ pub enum OpenError {
         /// Its size in bytes.
         size: u64,
     },
-    /// The two devices of a pair are one, by whatever names.
+    /// The two devices of a pair are the same device.
     #[error("{cache} and {backing} are the same device; cache and backing must be two")]
     SameDevice {
-        /// Where the cache device was to be.
+        /// The path of the cache device.
         cache: PathBuf,
-        /// Where the backing device was to be.
+        /// The path of the backing device.
         backing: PathBuf,
     },
-    /// A backing device without room for anything.
+    /// The backing device has no space at all.
     #[error("{path}: the backing device is empty (0 bytes)")]
     Empty {
         /// The device.
         path: PathBuf,
     },
-    /// A block size that the format does not suit.
+    /// The format does not support its block size.
     #[error("{path}: logical blocks of {block_size} bytes are not supported, only 512 to 4096")]
     BlockSize {
         /// The device.
@@ -121,10 +121,10 @@ pub enum OpenError {
     },
 }
 
-/// Opens the cache device and the backing device of a pair, each for what it is needed for.
+/// Opens the cache device and the backing device of a pair, each with its own access.
 ///
 /// # Errors
-/// As [`open`], and when the two are one, or the backing device is empty.
+/// As [`open`], and when both are the same device, or the backing device is empty.
 pub fn open_pair(
     cache: &Path,
     backing: &Path,
@@ -134,7 +134,7 @@ pub fn open_pair(
     let opened_backing = open(backing, for_backing)?;
     let opened_cache = match open(cache, for_cache) {
         Ok(opened) => opened,
-        // The lock on the backing device is in the way: the two are one.
+        // The lock on the backing device is the obstacle: both are the same device.
         Err(_) if matches!((identity(cache), identity(backing)), (Ok(a), Ok(b)) if a == b) => {
             return Err(same());
         }
@@ -149,8 +149,8 @@ pub fn open_pair(
     Ok((opened_cache, opened_backing))
 }
 
-/// What the system said, without the number that Rust adds to it.
-fn in_words(cause: &io::Error) -> String {
+/// The system's error, without the number that Rust adds.
+fn error_text(cause: &io::Error) -> String {
     cause
         .raw_os_error()
         .map_or_else(|| cause.to_string(), |n| Errno::from_raw(n).desc().to_string())
@@ -159,9 +159,9 @@ fn in_words(cause: &io::Error) -> String {
 /// A device, opened and locked.
 #[derive(Debug)]
 pub struct Opened {
-    /// As the user named it.
+    /// The path as the user gave it.
     pub path: PathBuf,
-    /// Open for direct I/O, where that works.
+    /// Open for direct I/O, if possible.
     pub(crate) file: File,
     /// Size in bytes.
     pub size: u64,
@@ -169,26 +169,25 @@ pub struct Opened {
     pub block_size: u32,
     /// Which device it is.
     pub identity: Identity,
-    /// What tells it from others wherever it is plugged in, for a block device that has such a
-    /// thing; else empty.
+    /// What identifies a block device wherever it is plugged in; empty if it has nothing like that.
     pub identity_text: String,
-    /// Where the system keeps its statistics, for a block device.
+    /// The file with its statistics, for a block device.
     pub stat: Option<PathBuf>,
 }
 
-/// A program that has ended may have a device for a moment longer: io_uring lets go of it in the
-/// background.
+/// A device stays open a moment longer than its program: io_uring closes it in the background.
 const BRIEFLY: Duration = Duration::from_millis(400);
 
 /// Opens a block device or a regular file for direct I/O.
 ///
-/// A block device that is opened to write is claimed exclusively (it must not be mounted), and
-/// every device but an unlocked one is locked with `flock`, shared to read and exclusively to
-/// write. What is opened to write must not be used by a loop device or as swap either, nor be
-/// write-protected.
+/// - A block device, unless it is opened unlocked, is claimed exclusively; it must not be mounted.
+/// - Every device, unless it is opened unlocked, is locked with `flock`: shared to read,
+///   exclusively to write.
+/// - A device opened to write must not be used by a loop device or as swap, and must not be
+///   write-protected.
 ///
 /// # Errors
-/// Says which device, and what about it.
+/// Says which device, and what is wrong with it.
 pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let started = Instant::now();
     loop {
@@ -206,7 +205,7 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
 fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let system = |cause: io::Error| match cause.raw_os_error() {
         Some(EBUSY) => OpenError::InUse { path: path.into() },
-        Some(EROFS) => OpenError::WriteProtected { path: path.into(), how: in_words(&cause) },
+        Some(EROFS) => OpenError::WriteProtected { path: path.into(), how: error_text(&cause) },
         _ => OpenError::System { path: path.into(), cause },
     };
     let meta = std::fs::metadata(path).map_err(system)?;
@@ -225,9 +224,9 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
             .open(path)
     };
     let file = match open(OFlag::O_DIRECT) {
-        // A filesystem without direct I/O: through the page cache, then.
+        // The filesystem has no direct I/O: use the page cache.
         Err(e) if e.raw_os_error() == Some(EINVAL) && !is_block => open(OFlag::empty()),
-        // Or with direct I/O in units that sector addresses do not fit.
+        // Its direct I/O needs a larger alignment than sectors: use the page cache.
         Ok(file) if !is_block && !direct_io_fits_sectors(&file) => open(OFlag::empty()),
         other => other,
     }
@@ -259,7 +258,7 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
             return Err(OpenError::Held { path: path.into(), by });
         }
     }
-    // Before the lock was had, another may have been put in its place.
+    // Another device may have taken its place before the lock was taken.
     let identity = Identity::of(&file.metadata().map_err(system)?);
     if super::identity::identity(path).map_err(system)? != identity {
         return Err(OpenError::Replaced { path: path.into() });
@@ -270,7 +269,8 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
 }
 
-/// Refuses what the system lets us open to write, but that takes no writes or is not to.
+/// Refuses a device that the system opens to write, although it rejects writes or its mode forbids
+/// them.
 fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), OpenError> {
     let (path, shown) = (path.to_path_buf(), path.display());
     let protected = |how: String| Err(OpenError::WriteProtected { path: path.clone(), how });
@@ -284,7 +284,7 @@ fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), Op
         }
         return Ok(());
     }
-    // Root may write to it all the same, but somebody has said that nobody is to.
+    // Root may write to it anyway, but the mode forbids that for everyone.
     if meta.mode() & 0o222 == 0 {
         return protected(format!(
             "its mode lets nobody write. If that may change: chmod u+w {shown}"
@@ -299,8 +299,8 @@ fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), Op
 }
 
 fn direct_io_fits_sectors(file: &File) -> bool {
-    // A filesystem that does not say is believed: the kernel's oldest rule is the logical block
-    // size, 512 nearly always.
+    // Without a report from the filesystem, assume that it fits: the usual alignment is the logical
+    // block size, nearly always 512.
     sys::direct_io_alignment(file)
         .is_none_or(|n| n > 0 && to_u64(SECTOR_BYTES).is_multiple_of(u64::from(n)))
 }

@@ -1,4 +1,4 @@
-//! Files and block devices through io_uring.
+//! Files and block devices on io_uring.
 
 use super::probe::Opened;
 use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, Pending, SharedBuf};
@@ -21,14 +21,13 @@ pub struct UringDevice {
     size: u64,
     block_size: u32,
     identity: String,
-    /// Where the system counts the time during which a block device is busy.
+    /// The file in which the system counts the busy time of a block device.
     stat: Option<PathBuf>,
     requests: Arc<Requests>,
 }
 
 impl UringDevice {
-    /// Serves an opened device through a reactor's io_uring. The device stays locked as it was
-    /// opened.
+    /// An opened device on a reactor's io_uring. It stays locked.
     pub fn new(handle: &Handle, opened: Opened) -> UringDevice {
         UringDevice {
             handle: handle.clone(),
@@ -124,7 +123,7 @@ impl BlockDevice for UringDevice {
             operation: Operation::Read,
             offset,
             length,
-            // Without a number, the device has ended before its end.
+            // An error without a number means that the device has shrunk.
             cause: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
         });
         Box::pin(ready(read))

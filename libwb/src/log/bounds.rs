@@ -3,18 +3,18 @@
 use crate::format::{BlockNo, DirtyBits, Sector, SegmentId, to_u64};
 use std::fmt::Display;
 
-/// An entry of the log whose data does not fit on the backing device.
+/// An entry of the log with data beyond the end of the backing device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Beyond {
     /// The segment.
     pub id: SegmentId,
-    /// The first dirty sector of the entry's block that lies outside.
+    /// The first dirty sector of the entry beyond the end.
     pub sector: Sector,
 }
 
 impl Beyond {
-    /// What is wrong, as a sentence: `backing` is called so, and has so many sectors.
-    pub fn in_words(&self, backing: impl Display, sectors: u64) -> String {
+    /// What is wrong, as a sentence. `backing` is the name of the backing device.
+    pub fn text(&self, backing: impl Display, sectors: u64) -> String {
         let Beyond { id, sector } = self;
         format!(
             "segment {id} holds data for sector {sector}, but {backing} has only {sectors} sectors"
@@ -22,10 +22,10 @@ impl Beyond {
     }
 }
 
-/// The first dirty sector of a block that does not lie on a backing device of so many sectors.
+/// The first dirty sector of a block beyond the end of a backing device with `sectors` sectors.
 pub(crate) fn first_outside(block: BlockNo, dirty: DirtyBits, sectors: u64) -> Option<Sector> {
-    // A block's first sector is at most 8 below the largest u64, and the last one in it at most 7
-    // above that.
+    // This cannot overflow: a block's first sector is at most `u64::MAX - 7`, its last one 7
+    // higher.
     let mut runs = dirty.runs().map(|(from, count)| [from, from + count - 1]);
     let sector = |nth: usize| block.sector().0 + to_u64(nth);
     let [first, _] = runs.find(|&[_, last]| sector(last) >= sectors)?;

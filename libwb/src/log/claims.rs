@@ -1,28 +1,28 @@
-//! What headers claim about other segments, and what that proves.
+//! What headers claim about earlier segments, and what that proves.
 
 use super::superblock::Superblock;
 use super::verdict::{SlotState, Valid, proved, valid};
 use crate::format::{Geometry, SegmentId};
 
-/// What headers say beyond the base format, those of valid segments and torn ones: a first sector
-/// that proves itself is as it was written. And what the clean mark says. Facts that were true
-/// then, and stay true.
+/// What headers and the clean mark say about the whole log.
+///
+/// A header counts if the CRC of its first sector is correct, even if its segment is torn. A claim
+/// was true when it was written, and stays true.
 #[derive(Default)]
 pub(super) struct Claims {
-    /// Every segment up to this one was durable.
+    /// Every segment up to this one is durable.
     pub(super) durable: SegmentId,
-    /// Every segment up to this one was written back.
+    /// Every segment up to this one is written back.
     pub(super) written_back: SegmentId,
 }
 
 impl Claims {
     pub(super) fn of(superblock: &Superblock, slots: &[SlotState]) -> Claims {
         let clean = superblock.extension.as_ref().and_then(|extension| extension.clean);
-        // Closing in order makes everything durable as well, and that stays true whoever has
-        // written since.
+        // A clean shutdown makes every segment durable. Later writes do not change that.
         let mut claims = Claims { durable: clean.unwrap_or_default(), ..Claims::default() };
         for (id, extension) in slots.iter().filter_map(|state| proved(state, superblock)) {
-            // A header can only speak of segments before its own.
+            // A header can only make claims about earlier segments.
             let before = |claim: SegmentId| if claim < id { claim } else { SegmentId::NONE };
             claims.durable = claims.durable.max(before(extension.durable));
             claims.written_back = claims.written_back.max(before(extension.written_back));
@@ -31,7 +31,7 @@ impl Claims {
     }
 }
 
-/// What headers alone tell of the segments that need not be read whole.
+/// Which segments a scan need not read whole, because headers prove them.
 pub(super) struct Proof {
     durable: SegmentId,
     written_back: SegmentId,
@@ -40,8 +40,8 @@ pub(super) struct Proof {
 }
 
 impl Proof {
-    /// Nothing on a device that the kernel module has written since: it overwrites what it has not
-    /// recorded as written back.
+    /// `None` if the kernel module wrote last: it overwrites segments without recording first that
+    /// they are written back.
     pub(super) fn by_headers(superblock: &Superblock, slots: &[SlotState]) -> Option<Proof> {
         let geometry = superblock.geometry;
         let segments: Vec<Valid> =
@@ -53,7 +53,7 @@ impl Proof {
         Some(Proof { durable, written_back, highest, geometry })
     }
 
-    /// Whether a segment with a sound header is whole, but for rot: it was durable, and was not
+    /// Whether a segment with a sound header is whole, bit rot aside: it was durable, and was not
     /// being overwritten.
     pub(super) fn covers(&self, id: SegmentId) -> bool {
         let Proof { durable, written_back, highest, geometry } = *self;

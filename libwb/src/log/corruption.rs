@@ -11,22 +11,22 @@ pub enum Corruption {
          power cut loses at most the last {window}"
     )]
     Gap {
-        /// The first segment that is not there.
+        /// The first missing segment.
         missing: SegmentId,
         /// The largest valid id.
         highest: SegmentId,
-        /// How many a power cut may lose.
+        /// How many segments a power cut may lose.
         window: u64,
     },
-    /// A segment is gone that was known to be durable.
+    /// A segment is missing that was known to be durable.
     #[error(
         "segment {missing} is missing or damaged, though everything up to segment {durable} was \
          durable"
     )]
     DurableMissing {
-        /// The first segment that is not there.
+        /// The first missing segment.
         missing: SegmentId,
-        /// What a later header says was durable.
+        /// The last segment that a header claims as durable.
         durable: SegmentId,
     },
     /// The superblock record names a segment that the log has not reached.
@@ -40,13 +40,13 @@ pub enum Corruption {
         /// The largest valid id.
         highest: SegmentId,
     },
-    /// A sound segment stands where it cannot have been written on a device of this size.
+    /// A sound segment lies where wb cannot have written it on a device of this size.
     #[error(
         "slot {slot} holds segment {id}, which belongs elsewhere; has the device been truncated \
          or resized?"
     )]
     WrongSlot {
-        /// Where.
+        /// The slot.
         slot: Slot,
         /// The segment.
         id: SegmentId,
@@ -57,36 +57,36 @@ pub enum Corruption {
          failing, or was not ready"
     )]
     Unreadable {
-        /// Where.
+        /// The slot.
         slot: Slot,
     },
-    /// The kernel module has gone on with a log of wb that had a hole from a power cut.
+    /// The kernel module has continued a log of wb after a hole that a power cut left.
     #[error(
         "segment {missing} was lost in a power cut, and the kernel module has written after it, \
          up to segment {highest}"
     )]
     WrittenPastHole {
-        /// The segment that is not there.
+        /// The missing segment.
         missing: SegmentId,
         /// The largest valid id.
         highest: SegmentId,
     },
-    /// The log has nearly run out of ids, which no real one does.
-    #[error("the log goes on at segment {id}, which none reaches")]
+    /// The log ends at an id that no real log reaches.
+    #[error("the log ends at segment {id}, which none reaches")]
     GarbageId {
         /// The recovery point.
         id: SegmentId,
     },
-    /// Segments of wb, or a record, but no superblock extension.
+    /// Segments or a record of wb exist, but no superblock extension.
     #[error(
-        "both copies of the superblock extension are gone or damaged, so that it cannot be told \
-         to which backing device the log belongs"
+        "both copies of the superblock extension are gone or damaged, so nothing tells which \
+         backing device the log belongs to"
     )]
     PairingLost,
-    /// A slot holds garbage that no write under way explains.
+    /// A slot holds garbage that no interrupted write explains.
     #[error("slot {slot} holds no valid segment, and no power cut explains that")]
     Unexplained {
-        /// Where.
+        /// The slot.
         slot: Slot,
     },
 }

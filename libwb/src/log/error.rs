@@ -22,7 +22,7 @@ impl LogError {
         LogError { device: device.name().to_string(), kind }
     }
 
-    /// Whether [`salvage`](super::salvage) may go on where this stopped.
+    /// Whether a [`salvage`](super::salvage) may help.
     pub fn is_corruption(&self) -> bool {
         match &self.kind {
             LogErrorKind::Corrupt { .. } => true,
@@ -61,43 +61,44 @@ pub enum LogErrorKind {
     /// The device failed.
     #[error(transparent)]
     Device(DeviceError),
-    /// The device's size cannot be a cache device's.
+    /// A cache device cannot have this size.
     #[error("{fault}")]
     Geometry {
         /// What is wrong with the size.
         fault: GeometryError,
     },
-    /// The log cannot be replayed as far as that alone.
+    /// The log cannot be replayed until this point.
     #[error(
-        "segment {until} is no point that the log can be replayed until; give one from \
-         {first}, up to which all is written back, to {last}, the newest"
+        "the log cannot be replayed until segment {until}; give one from {first}, up to which all \
+         is written back, to {last}, the newest"
     )]
     NoSuchPoint {
-        /// What was asked for.
+        /// The point requested.
         until: SegmentId,
-        /// The earliest.
+        /// The earliest possible point.
         first: SegmentId,
-        /// The latest.
+        /// The latest possible point.
         last: SegmentId,
     },
-    /// The log has not come as far as it is known to have.
+    /// The log is older than it was when wb saw it last.
     #[error("is older than it was: {found}; it was {known}")]
     Older {
-        /// How far it has come.
+        /// How far the log has come.
         found: Reach,
-        /// How far it is known to have come.
+        /// How far it had come before.
         known: Reach,
     },
-    /// The backing device holds what comes after the point until which the log is to be replayed.
+    /// The backing device, which is the device of this error, already holds writes from after the
+    /// point of the replay.
     #[error(
-        "holds what segment {segment} wrote already, which comes after {until}: an \
-         earlier replay went further, or more was written back than is recorded. A replay undoes \
-         nothing, so this would make a mixture of both"
+        "holds what segment {segment} wrote already, which comes after {until}: an earlier replay \
+         went further, or more was written back than the record says. A replay undoes nothing, so \
+         this would make a mixture of both"
     )]
     Ahead {
         /// The point.
         until: SegmentId,
-        /// The first segment after it that wrote anything.
+        /// The first segment after it whose writes the backing device holds.
         segment: SegmentId,
     },
     /// The superblock or its record is wrong.
@@ -108,17 +109,17 @@ pub enum LogErrorKind {
     },
     /// The superblock extension has features that this version does not know.
     #[error(
-        "was written by a newer version of wb, with features (flags {flags:#x}) that \
-         this one does not know"
+        "was written by a newer version of wb, with features (flags {flags:#x}) that this one \
+         does not know"
     )]
     UnknownFeatures {
         /// The flags that are not known.
         flags: u32,
     },
-    /// The superblock extension has features without which the device must not be written.
+    /// The superblock extension has features that a program must know to write to the device.
     #[error(
-        "was written by a newer version of wb, with features (flags {flags:#x}) that \
-         this one does not know. It can be read, but not written: use the newer version"
+        "was written by a newer version of wb, with features (flags {flags:#x}) that this one \
+         does not know. This one can read the device, but not write to it: use the newer version"
     )]
     ReadOnlyFeatures {
         /// The flags that are not known.
@@ -126,14 +127,14 @@ pub enum LogErrorKind {
     },
     /// The superblock extension has another version.
     #[error(
-        "carries version {version} of wb's extension, and this program knows version 1 \
-         alone: use a newer one"
+        "carries version {version} of wb's extension, and this program knows only version 1: use \
+         a newer one"
     )]
     UnknownVersion {
         /// The version.
         version: u32,
     },
-    /// The cache device had another size when it was formatted.
+    /// The cache device was resized after it was formatted.
     #[error(
         "was formatted with {formatted} bytes, but has {found}: it was truncated or \
          resized. Give it its old size back"
@@ -147,49 +148,50 @@ pub enum LogErrorKind {
     /// The cache belongs to another backing device.
     #[error("belongs to another backing device than {backing}: {difference}")]
     WrongBacking {
-        /// The backing device that was given.
+        /// The backing device given.
         backing: String,
-        /// How it can be told.
+        /// What shows it.
         difference: String,
     },
-    /// The log is damaged in a way that a power cut does not explain.
+    /// No power cut explains the damage to the log.
     #[error("the log is corrupt: {}", list(corruption))]
     Corrupt {
         /// What was found, at least one.
         corruption: Vec<Corruption>,
     },
-    /// Most of the log lies where it cannot have been written.
+    /// Most segments lie where wb cannot have written them.
     #[error(
         "the log is corrupt: most of its segments are sound but belong elsewhere, so \
          the device was truncated or resized. Give it its old size back"
     )]
     Misplaced,
-    /// There is no way on with a corrupt log that recovery would accept.
+    /// No salvage makes a log that recovery accepts.
     #[error(
-        "the log is damaged in a way that --salvage does not know. Copy the device, and \
-         see with wbdump what can still be read"
+        "the log is damaged in a way that --salvage cannot handle. Copy the device, and see with \
+         wbdump what can still be read"
     )]
     Unsalvageable,
     /// The device carries the extension already.
     #[error("carries wb's extension already; there is nothing to upgrade")]
     Extended,
-    /// An entry of the log lies outside the backing device.
+    /// An entry of the log lies beyond the end of the backing device.
     #[error(
-        "{}; is it the right backing device? If it was made smaller, give it its old size back",
-        beyond.in_words(format_args!("the backing device {backing}"), *sectors)
+        "{}; is it the right backing device? If it was made smaller, give it its old size \
+         back",
+        beyond.text(format_args!("the backing device {backing}"), *sectors)
     )]
     BeyondBacking {
         /// The entry.
         beyond: Beyond,
         /// The backing device.
         backing: String,
-        /// How many sectors it has.
+        /// Its size in sectors.
         sectors: u64,
     },
-    /// A segment that the scan found valid has changed since.
+    /// A segment has changed since the scan found it valid.
     #[error(
-        "segment {id} cannot be read again as it was found: another program writes to \
-         the device, or it is failing"
+        "segment {id} has changed since it was read: another program writes to the device, or the \
+         device is failing"
     )]
     Changed {
         /// The segment.
@@ -197,10 +199,10 @@ pub enum LogErrorKind {
     },
 }
 
-/// Refuses a log that has not come as far as it is known to have.
+/// Refuses a log that is older than `known`.
 ///
 /// # Errors
-/// [`LogErrorKind::Older`], in the name of the device that the log lies on.
+/// [`LogErrorKind::Older`].
 pub(crate) fn refuse_older(device: &Device, found: Reach, known: Reach) -> Result<(), LogError> {
     if found.covers(known) {
         return Ok(());

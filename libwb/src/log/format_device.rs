@@ -1,5 +1,4 @@
-//! Making an empty cache: the base format, as the kernel module makes it, and the superblock
-//! extension.
+//! Formatting a cache device: the base format of the kernel module, and the superblock extension.
 
 use super::segment_writes::{write_extension, write_magic, write_record};
 use super::{LogError, LogErrorKind};
@@ -10,15 +9,15 @@ use crate::format::{
 };
 use futures_util::{StreamExt, TryStreamExt, stream};
 
-/// Header blocks that are zeroed at the same time. They all share one block of zeros.
+/// Header blocks to zero at once. They share one block of zeros.
 const FORMAT_DEPTH: usize = 64;
 
-/// Makes an empty cache of a device, whatever it holds, and shows `progress` how many segments are
-/// done. Without an extension, only the base format is written.
+/// Makes an empty cache of a device, whatever it holds. Calls `progress` with the number of
+/// segments done. Without an extension, it writes only the base format.
 ///
-/// The superblock region is zeroed and flushed first, then the headers, then comes the extension
-/// and last the magic, so that a format that is interrupted leaves no cache device at all and never
-/// an old log with holes.
+/// It zeroes and flushes the superblock region, then the headers. Then it writes the extension, and
+/// last the magic. So an interrupted format leaves no cache device, and never an old log with
+/// holes.
 ///
 /// # Errors
 /// When the device cannot hold a cache, or fails.
@@ -44,7 +43,7 @@ pub async fn create(
         done += 1;
         progress(done);
     }
-    // Whoever finds the extension without the magic may take the magic for lost, and write it.
+    // A tool that finds the extension without the magic may restore the magic.
     device.flush().await?;
     if let Some(extension) = extension {
         for generation in [0, 1] {
@@ -108,8 +107,7 @@ mod tests {
         let sectors = in_sectors(&recorder.writes.lock());
         let mut extended = 0;
         for flushes in 0..=*recorder.flushes.lock() {
-            // Of what was not durable, all that was written to the superblock region survives, and
-            // nothing else.
+            // Of the undurable writes, only those to the superblock region survive.
             let survives =
                 |(offset, _, after): &&Write| *after < flushes || *offset < SUPERBLOCK_REGION_BYTES;
             let surviving: Vec<Write> = sectors.iter().filter(survives).cloned().collect();

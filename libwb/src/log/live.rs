@@ -1,4 +1,4 @@
-//! What the segments that recovery would apply hold.
+//! What the segments hold that recovery would apply.
 
 pub use super::bounds::Beyond;
 use super::bounds::first_outside;
@@ -11,33 +11,34 @@ use crate::format::{BlockNo, DirtyBits, Geometry, SegmentHeader, SegmentId, Slot
 use futures_util::{StreamExt, TryStreamExt, stream};
 use std::collections::BTreeSet;
 
-/// Headers that are read at the same time; one block of memory each.
+/// Headers to read at once; one block of memory each.
 const HEADER_DEPTH: usize = 128;
-/// Entries beyond the end of the backing device that are kept one by one; the rest are counted.
+/// How many entries beyond the end of the backing device to keep. The others are only counted.
 const BEYOND_KEPT: usize = 100;
 
 /// What a set of segments holds.
 #[derive(Clone, Debug, Default)]
 pub struct Totals {
-    /// Entries with dirty sectors. A block that was written again is counted again.
+    /// Entries with dirty sectors. A rewritten block counts again.
     pub dirty_entries: u64,
     /// Blocks with dirty sectors, each counted once.
     pub dirty_blocks: u64,
-    /// Entries of read caching.
+    /// Entries from read caching.
     pub clean_entries: u64,
-    /// The first entries that lie beyond the end of the backing device, oldest first.
+    /// The first entries beyond the end of the backing device, oldest first.
     pub beyond: Vec<Beyond>,
-    /// How many do.
+    /// How many entries are beyond it.
     pub beyond_count: u64,
     /// Blocks whose newest version is marked as lost.
     pub lost: BTreeSet<BlockNo>,
 }
 
-/// Reads the headers of segments that a scan found valid, several at a time, and shows them in the
-/// order of `ids`. That of `cut_short` ([`Recovery::cut_short`]) is shown as far as it stands.
+/// Reads the headers of valid segments, several at once, and passes them to `visit` in the order of
+/// `ids`. For `cut_short` ([`Recovery::cut_short`]), `visit` gets the entries of the commit that
+/// verifies.
 ///
 /// # Errors
-/// When a segment is not there any more, or the device fails.
+/// When a segment is gone, or the device fails.
 pub async fn visit_headers(
     device: &Device,
     geometry: Geometry,
@@ -60,19 +61,19 @@ pub async fn visit_headers(
     Ok(())
 }
 
-/// What a segment adds to [`Totals`]. Takes 9 bytes of memory for each dirty entry.
+/// What one segment adds to [`Totals`]. Takes 9 bytes of memory for each dirty entry.
 #[derive(Clone, Debug, Default)]
 pub struct Share {
     /// The blocks of the dirty entries, and their dirty sectors.
     blocks: Box<[BlockNo]>,
     dirty: Box<[DirtyBits]>,
     clean: u8,
-    /// Which of the dirty entries are marked as lost, in their order.
+    /// The indices of the dirty entries that are marked as lost, in order.
     lost: Box<[u8]>,
 }
 
 impl Share {
-    /// That of the segment with this header.
+    /// The share of the segment with this header.
     pub fn of(header: &SegmentHeader) -> Share {
         let entries = || header.metablocks.iter().filter(|entry| !entry.dirty.is_clean());
         let blocks: Box<[BlockNo]> = entries().map(|entry| entry.block).collect();
@@ -86,8 +87,8 @@ impl Share {
 }
 
 impl Totals {
-    /// Adds up what segments hold, in the order of the log, and finds entries that lie beyond a
-    /// backing device of `backing_sectors` sectors, where that is given.
+    /// Adds up what segments hold, in the order of the log. Given `backing_sectors`, also finds the
+    /// entries beyond the end of the backing device.
     pub fn of<'a>(
         segments: impl IntoIterator<Item = (SegmentId, &'a Share)>,
         backing_sectors: Option<u64>,
@@ -123,7 +124,7 @@ impl Totals {
         }
     }
 
-    /// Counts blocks that are there several times once.
+    /// Counts each block once.
     fn count(mut self, mut blocks: Vec<BlockNo>) -> Totals {
         blocks.sort_unstable();
         blocks.dedup();
@@ -132,8 +133,8 @@ impl Totals {
     }
 }
 
-/// Counts what the segments `ids` hold, as [`Totals::of`] does. Takes 8 bytes of memory for each
-/// dirty entry.
+/// Reads the segments `ids` and counts as [`Totals::of`]. Takes 8 bytes of memory for each dirty
+/// entry.
 ///
 /// # Errors
 /// As [`visit_headers`].
@@ -153,7 +154,7 @@ pub async fn totals(
     Ok(totals.count(blocks))
 }
 
-/// Counts what recovery would apply; as [`totals`].
+/// Counts what recovery would apply, as [`totals`].
 ///
 /// # Errors
 /// As [`visit_headers`].
@@ -166,11 +167,11 @@ pub async fn live_totals(
     totals(device, geometry, recovery.live(), recovery.cut_short(), backing_sectors).await
 }
 
-/// How many dirty blocks the log of a device holds, read as attach reads it. Shows each slot's
-/// number to `progress`.
+/// The number of dirty blocks in the log of a device, read as attach reads it. Calls `progress`
+/// with each slot.
 ///
 /// # Errors
-/// When that cannot be told: a slot cannot be read, or the log is corrupt.
+/// When a slot is unreadable, or the log is corrupt.
 pub async fn dirty_blocks(
     device: &Device,
     superblock: &Superblock,
@@ -197,8 +198,7 @@ mod tests {
     use futures_lite::future::block_on;
     use std::sync::Arc;
 
-    /// A device with two segments: block 1 dirty twice, block 2 clean, and the last block there can
-    /// be.
+    /// A device with two segments: block 1 dirty twice, block 2 clean, and the last possible block.
     fn device() -> (Device, Geometry) {
         let size = SUPERBLOCK_REGION_BYTES + 2 * to_u64(SEGMENT_BYTES);
         let device: Device = Arc::new(MemDevice::new("cache", size));

@@ -1,5 +1,4 @@
-//! The log as it lies on a cache device: making an empty one, reading what is there, and putting
-//! right what is damaged.
+//! The log on a cache device: making an empty one, reading it, and repairing damage.
 
 pub(crate) mod bounds;
 mod claims;

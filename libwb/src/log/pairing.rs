@@ -1,4 +1,4 @@
-//! To which backing device a cache belongs.
+//! Which backing device a cache belongs to.
 
 use super::bounds::Beyond;
 use super::reach::Reach;
@@ -10,14 +10,14 @@ use super::{LogError, LogErrorKind, Use, refuse_older};
 use crate::device::Device;
 use crate::format::{SECTOR_BYTES, SuperblockExtension, fitting, printable, to_u64};
 
-/// What tells a backing device from others.
+/// What distinguishes a backing device from others.
 #[derive(Clone, Copy, Debug)]
 pub struct BackingFacts<'a> {
     /// Its name in messages.
     pub name: &'a str,
     /// Its size in sectors.
     pub sectors: u64,
-    /// Its serial number or the like; empty where it has none.
+    /// Its serial number or similar; empty if it has none.
     pub identity: &'a str,
 }
 
@@ -35,12 +35,13 @@ impl<'a> BackingFacts<'a> {
     }
 }
 
-/// Whether a cache belongs to a backing device, as far as its extension tells. A backing device may
-/// have grown, if its identity shows that it is the same.
+/// Checks that a cache belongs to a backing device, according to its extension. The backing device
+/// may have grown if its identity is the same.
 ///
 /// # Errors
-/// When it belongs to another, to one that was larger, or to one that was smaller and has no
-/// identity that shows that it is the same.
+/// - The identity is another one.
+/// - The backing device has shrunk.
+/// - The backing device has grown, and no identity shows that it is the same.
 pub fn check_pairing(
     device: &Device,
     extension: &SuperblockExtension,
@@ -67,11 +68,10 @@ pub fn check_pairing(
     check_identity(device, extension, backing)
 }
 
-/// Whether the identity of a backing device, where both are known, is that which a cache belongs
-/// to.
+/// Checks that the identity of a backing device, if both are known, is the one in the extension.
 ///
 /// # Errors
-/// When it is another.
+/// When it is another one.
 fn check_identity(
     device: &Device,
     extension: &SuperblockExtension,
@@ -87,11 +87,14 @@ fn check_identity(
     Err(LogError::new(device, LogErrorKind::WrongBacking { backing, difference }))
 }
 
-/// Records that the backing device has grown, which its identity cannot show.
+/// Records that the backing device has grown, where its identity cannot show that.
 ///
 /// # Errors
-/// When a device fails, the cache device is not sound, or not as far as it is known to have come,
-/// or the identity shows another device; nothing is written then.
+/// Then nothing is written, unless the device failed during a write.
+///
+/// - A device fails.
+/// - The log is corrupt, or older than `known`.
+/// - The identity shows another device.
 pub async fn accept_growth(
     device: &Device,
     backing: &BackingFacts<'_>,
@@ -100,7 +103,7 @@ pub async fn accept_growth(
     let superblock = read_superblock(device, Use::Write).await?;
     let slots = scan(device, superblock.geometry, |_, _| {}).await;
     let recovery = recover(&superblock, &slots).refuse_corrupt(device)?;
-    // The page that is written makes an older copy look like a newer one.
+    // Writing the page would make an older copy look like a newer one.
     known.map_or(Ok(()), |known| refuse_older(device, recovery.reach(), known))?;
     let grown = |it: &SuperblockExtension| (1..backing.sectors).contains(&it.backing_sectors);
     let Some(extension) = superblock.extension.filter(grown) else { return Ok(()) };

@@ -1,37 +1,37 @@
-//! How far a log has come, by which an older copy of a cache is told from the cache.
+//! How far a log has come. This distinguishes an older copy of a cache from the cache.
 
 use crate::format::SegmentId;
 use std::fmt;
 use uuid::Uuid;
 
-/// How far a log has come for good: a power cut does not take it back behind this.
+/// How far a log has come. A power cut does not undo this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reach {
-    /// Every segment up to this one survives a power cut.
+    /// Every segment up to this one is durable.
     pub durable: SegmentId,
-    /// Every segment up to this one is written back, and the superblock record says so.
+    /// Every segment up to this one is written back, and the superblock record says that.
     pub written_back: SegmentId,
 }
 
-/// Which cache it is, and how far it has come.
+/// The identity of a cache, and how far it has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen {
     /// Its identity.
     pub uuid: Uuid,
-    /// The generation of its newest page of the superblock extension that is durable.
+    /// The generation of the newest durable page of its superblock extension.
     pub generation: u64,
     /// How far its log has come.
     pub reach: Reach,
 }
 
 impl Reach {
-    /// As far as it is known of a log after a salvage, which may give segments up.
+    /// What still holds after a salvage, which may give segments up.
     #[must_use]
     pub fn shortened(self) -> Reach {
         Reach { durable: SegmentId::NONE, ..self }
     }
 
-    /// Whether a log that has come so far is not older than one that has come as far as `known`.
+    /// Whether a log with this reach is at least as new as one with the reach `known`.
     pub(super) fn covers(self, known: Reach) -> bool {
         self.durable >= known.durable && self.written_back >= known.written_back
     }

@@ -15,22 +15,22 @@ use futures_util::{Stream, StreamExt, stream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Segments that a scan reads at the same time; 512 KiB of memory each.
+/// Segments that a scan reads at once; 512 KiB of memory each.
 const SCAN_DEPTH: usize = 16;
-/// Headers that a scan of the headers alone reads at the same time; 4 KiB of memory each.
+/// Headers that a header scan reads at once; 4 KiB of memory each.
 const HEADER_SCAN_DEPTH: usize = 128;
 
-/// A slot as it was read, as far as it could be.
+/// What a scan read from a slot.
 #[derive(Debug)]
 pub struct SlotContent {
     /// The verdict.
     pub state: SlotState,
-    /// The header, where one could be decoded and is not empty, be it damaged. That of a segment
-    /// that is cut short has only the entries of the commit that stands.
+    /// The header, damaged or not, if it could be decoded and is not empty. If only a commit
+    /// verifies, it has only the entries of that commit.
     pub header: Option<SegmentHeader>,
-    /// How many bytes of the device were read for it.
+    /// How many bytes the scan read for it.
     pub bytes_read: u64,
-    /// What the first sector of the header proves, for a verdict that is no better.
+    /// The segment that the header's first sector proves, for an invalid verdict.
     proved: Option<(SegmentId, SegmentExtension)>,
     stray: Option<u64>,
 }
@@ -51,11 +51,12 @@ impl SlotContent {
     }
 }
 
-/// How much of a slot to read before its header tells how much of it there is.
+/// How much of a slot to read first.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum First {
+    /// Its header block.
     Header,
-    /// All: as a rule, that is one read instead of two.
+    /// The whole slot. For a full segment this saves a second read.
     Whole,
 }
 
@@ -78,6 +79,7 @@ async fn read_slot_by(
     }
 }
 
+/// Reads a slot into `content`, and returns the verdict.
 async fn fill_slot(
     device: &Device,
     geometry: Geometry,
@@ -87,7 +89,7 @@ async fn fill_slot(
 ) -> Result<SlotState, SlotFault> {
     let offset = geometry.slot_offset(slot);
     let whole = match how {
-        // Where that fails, it may be for what the segment does not use.
+        // A failure may concern only blocks that the segment does not use.
         First::Whole => device.read(offset, IoBuf::zeroed(SEGMENT_BYTES)).await.ok(),
         First::Header => None,
     };
@@ -119,16 +121,7 @@ async fn fill_slot(
     if !belongs {
         return Err(SlotFault::WrongSlot { id, sound: last.is_some() });
     }
-    let Some(last) = last else {
-        // Of a header that is no header, that is the better reason.
-        let other = || {
-            first
-                .header(block, first.newest)
-                .map_or_else(SlotFault::from, |_| SlotFault::Checksum { id })
-        };
-        let before = first.before().map(|Commit { length, .. }| SlotFault::Commit { id, length });
-        return Err(before.unwrap_or_else(other));
-    };
+    let Some(last) = last else { return Err(checksum_fault(&first, block)) };
     let header = content.header.insert(first.header(block, last.commit)?);
     let (length, extension) = (header.length(), header.extension);
     Ok(SlotState::Valid {
@@ -140,8 +133,21 @@ async fn fill_slot(
     })
 }
 
-/// Reads a slot's header block alone, unless that is torn. The state is [`SlotState::Valid`] when
-/// nothing in the header speaks against it; the data is not read and the checksum not verified.
+/// The best reason why no commit of a segment verifies.
+fn checksum_fault(first: &FirstSector, block: &[u8; BLOCK_BYTES]) -> SlotFault {
+    let id = first.id;
+    if let Some(Commit { length, .. }) = first.before() {
+        return SlotFault::Commit { id, length };
+    }
+    // If an entry is invalid, that explains more.
+    match first.header(block, first.newest) {
+        Err(fault) => fault.into(),
+        Ok(_) => SlotFault::Checksum { id },
+    }
+}
+
+/// Reads a slot's header block only, unless that is torn. The state is [`SlotState::Valid`] if the
+/// header looks sound. The data is not read, and its checksum not verified.
 pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -> SlotContent {
     let mut content = SlotContent { bytes_read: to_u64(BLOCK_BYTES), ..SlotContent::NOTHING };
     let block = match device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await {
@@ -161,7 +167,7 @@ pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -
         return content;
     }
     let header = match first.header(block, first.newest) {
-        // Which of its commits stands, the data tells.
+        // Only the data tells which commit verifies.
         header
             if first.extension.is_some()
                 && !header.as_ref().is_ok_and(|header| header.is_whole) =>
@@ -181,7 +187,7 @@ pub async fn read_slot_header(device: &Device, geometry: Geometry, slot: Slot) -
     content
 }
 
-/// Reads and verifies every slot, several at a time, and shows each to `visit` in the order of the
+/// Reads and verifies every slot, several at once. Calls `visit` for each in the order of the
 /// device.
 pub async fn scan(
     device: &Device,
@@ -191,15 +197,14 @@ pub async fn scan(
     scan_by(device, geometry, |read| read, visit).await
 }
 
-/// As [`scan`], but has `run` start the work on each slot, which verifies its data as well, and go
-/// on with it elsewhere.
+/// As [`scan`], but passes the work on each slot to `run`, which may continue it on another thread.
 pub async fn scan_by<R: Future<Output = SlotContent>>(
     device: &Device,
     geometry: Geometry,
     run: impl Fn(BoxFuture<'static, SlotContent>) -> R,
     visit: impl FnMut(Slot, &SlotContent),
 ) -> Vec<SlotState> {
-    // As a rule, a segment is as full as its neighbours are.
+    // A segment is usually as full as its neighbours.
     let full = Arc::new(AtomicBool::new(false));
     let reads = geometry.all_slots().map(|slot| {
         let (device, full) = (device.clone(), full.clone());
@@ -215,7 +220,7 @@ pub async fn scan_by<R: Future<Output = SlotContent>>(
     gather(stream::iter(reads).buffered(SCAN_DEPTH), geometry, visit).await
 }
 
-/// As [`scan`], but reads the headers alone: see [`read_slot_header`].
+/// As [`scan`], but reads only the headers: see [`read_slot_header`].
 pub async fn scan_headers(
     device: &Device,
     geometry: Geometry,
@@ -227,8 +232,8 @@ pub async fn scan_headers(
     gather(stream::iter(reads).buffered(HEADER_SCAN_DEPTH), geometry, visit).await
 }
 
-/// As [`scan`], but does not read the data of segments that headers show to be whole, if their own
-/// are sound: see [`Proof`]. A slot may be shown twice; what is shown last counts.
+/// As [`scan`], but skips the data of segments that sound headers prove to be whole: see [`Proof`].
+/// `visit` may be called twice for a slot; the second call counts.
 pub async fn scan_trusting(
     device: &Device,
     superblock: &Superblock,
@@ -283,7 +288,7 @@ async fn gather(
 /// Reads the header of a segment that a scan found valid.
 ///
 /// # Errors
-/// When it is not there any more.
+/// When the segment is gone.
 pub async fn read_header(
     device: &Device,
     geometry: Geometry,

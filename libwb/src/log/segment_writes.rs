@@ -1,4 +1,4 @@
-//! Writing one header, superblock block or record of the log.
+//! Writing one header, superblock page or record.
 
 use super::scan::read_slot;
 use crate::device::{Device, DeviceError, IoBuf, Operation};
@@ -8,8 +8,7 @@ use crate::format::{
     close_header, encode_header, encode_record_block, encode_superblock_block, to_u64,
 };
 
-/// Writes the superblock's first block, which has nothing but the magic. It is durable after a
-/// flush.
+/// Writes the superblock's first block, which holds only the magic. It is durable after a flush.
 ///
 /// # Errors
 /// When the device fails.
@@ -19,8 +18,7 @@ pub async fn write_magic(device: &Device) -> Result<(), DeviceError> {
     device.write(SUPERBLOCK_OFFSET, block.into()).await
 }
 
-/// Writes a page of the superblock extension over the older of the two copies. It is durable after
-/// a flush.
+/// Writes a page of the superblock extension over the older copy. It is durable after a flush.
 ///
 /// # Errors
 /// When the device fails.
@@ -44,8 +42,8 @@ pub async fn write_record(device: &Device, record: Record) -> Result<(), DeviceE
     device.write(RECORD_BLOCK_OFFSET, block.into()).await
 }
 
-/// What the header of an empty segment says that stands in for a lost one: what is known to have
-/// been durable, and nothing else.
+/// The header extension of an empty segment that replaces a lost one. It claims only what is known
+/// to be durable.
 pub(super) fn filler_extension(
     page: &SuperblockExtension,
     id: SegmentId,
@@ -61,8 +59,8 @@ pub(super) fn filler_extension(
     }
 }
 
-/// Makes a slot hold an empty segment that stands in for a lost one and says up to where segments
-/// were durable; or no segment at all, if `id` is [`SegmentId::NONE`]. It is durable after a flush.
+/// Writes an empty segment that replaces a lost one. `segment` is its id, and the last durable
+/// segment. With the id [`SegmentId::NONE`], it erases the slot. Durable after a flush.
 ///
 /// # Errors
 /// When the device fails.
@@ -76,8 +74,8 @@ pub(crate) async fn write_filler(
     device.write(geometry.slot_offset(slot), filler(segment, page).into()).await
 }
 
-/// The header block of an empty segment that says up to where segments were durable; of none, for
-/// [`SegmentId::NONE`].
+/// The header block of an empty segment with this id, which claims segments up to `durable` as
+/// durable. With the id [`SegmentId::NONE`], zeros.
 pub(super) fn filler(
     (id, durable): (SegmentId, SegmentId),
     page: Option<&SuperblockExtension>,
@@ -90,12 +88,11 @@ pub(super) fn filler(
     block
 }
 
-/// Makes the header of a segment of which only a commit is there say that it ends with that. It is
-/// durable after a flush, and whatever a power cut leaves of it leads to the same commit. What a
-/// scan finds valid after that segment must be gone before.
+/// Closes a segment at its last commit that verifies. Durable after a flush; a torn write leads to
+/// the same commit. Before this, no valid segment may be left after it in the log.
 ///
 /// # Errors
-/// When the device fails, or the segment is not there any more.
+/// When the device fails, or the segment is gone.
 pub(crate) async fn close_segment(
     device: &Device,
     geometry: Geometry,

@@ -8,61 +8,59 @@ use crate::format::{
     decode_record,
 };
 
-/// What a cache device is wanted for.
+/// What the caller wants a cache device for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Use {
     /// To read it.
     Read,
-    /// To write to it, or what it holds to its backing device.
+    /// To write to it, or to write its content to the backing device.
     Write,
 }
 
-/// What stands in for each byte of a block that cannot be read: no magic, and a record that no log
-/// has reached.
+/// Replaces each byte of an unreadable block. It makes no magic and no valid record.
 const UNREAD: u8 = 0xff;
 
 /// What the superblock region of a cache device says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Superblock {
-    /// How the device is laid out.
+    /// The layout of the device.
     pub geometry: Geometry,
-    /// The superblock record: every segment up to this one is written back.
+    /// The superblock record: every segment up to this one was written back.
     pub record: SegmentId,
-    /// What wb adds to the base format; a device of the kernel module has none.
+    /// The superblock extension. A device of the kernel module has none.
     pub extension: Option<SuperblockExtension>,
-    /// There is none, but a damaged copy or the record shows that there was one.
+    /// The device has lost its extension: a damaged copy, or the record, shows that there was one.
     pub lost_extension: bool,
 }
 
-/// What the superblock region of a device says, right or wrong.
+/// What the superblock region of a device says, valid or not.
 #[derive(Clone, Debug)]
 pub struct RawSuperblock {
-    /// How a cache device of this size is laid out.
+    /// The layout of a cache device of this size.
     pub geometry: Geometry,
-    /// Whether the magic is there.
+    /// Whether the magic is correct.
     pub magic: Result<(), SuperblockFault>,
     /// The superblock record.
     pub record: Result<SegmentId, SuperblockFault>,
     /// Both copies of the superblock extension.
     pub pages: [Result<SuperblockExtension, PageFault>; 2],
-    /// The digest of the cache that the record was written for, if it proves itself.
+    /// The digest of the cache that the record belongs to, if the record has one.
     pub record_digest: Option<u32>,
 }
 
 impl RawSuperblock {
-    /// The newer copy of the superblock extension that is sound, if any is.
+    /// The newer of the sound copies of the superblock extension, if there is any.
     pub fn extension(&self) -> Option<&SuperblockExtension> {
         SuperblockExtension::newest(&self.pages)
     }
 
-    /// Whether one of the two copies of the superblock extension is damaged, cannot be read, or is
-    /// gone, and no power cut explains that.
+    /// Whether one of the two copies of the superblock extension is damaged, unreadable or gone,
+    /// and no power cut explains that.
     pub fn has_damaged_copy(&self) -> bool {
         self.extension().is_some() && self.pages.iter().any(Result::is_err) && !self.has_torn_copy()
     }
 
-    /// Whether one of the two copies of the superblock extension was being written when the power
-    /// went.
+    /// Whether a power cut tore one of the two copies of the superblock extension.
     pub fn has_torn_copy(&self) -> bool {
         let torn = self.pages.iter().find_map(|page| match page {
             Err(PageFault::Torn(torn)) => Some(torn),
@@ -71,11 +69,11 @@ impl RawSuperblock {
         self.extension().zip(torn).is_some_and(|(sound, torn)| sound.explains(torn))
     }
 
-    /// Whether this version may use the device, as far as its extension tells.
+    /// Whether this version of wb may use the device, according to its extension.
     ///
     /// # Errors
-    /// When the extension has a version or features that are not known here, or the device was
-    /// resized since it was formatted.
+    /// When this version of wb does not know the extension's version or features, or the device was
+    /// resized after it was formatted.
     pub fn check_extension(&self, device: &Device, wanted: Use) -> Result<(), LogError> {
         let Some(extension) = self.extension() else { return Ok(()) };
         if extension.version != EXTENSION_VERSION {
@@ -103,14 +101,14 @@ impl RawSuperblock {
         Ok(())
     }
 
-    /// What to go on with on a device that is to be looked at all the same: a record that is
-    /// garbage counts as none, so that every segment is taken into account.
+    /// The superblock for an examination in spite of faults. An invalid record counts as none, so
+    /// that every segment counts.
     pub fn or_no_record(&self) -> Superblock {
         Superblock {
             geometry: self.geometry,
             extension: self.extension().cloned(),
             record: self.record.unwrap_or(SegmentId::NONE),
-            // Where no page can be read, the record and the segments tell.
+            // Without a readable page, the record and the segments tell.
             lost_extension: self.extension().is_none()
                 && (self.record_digest.is_some()
                     || self
@@ -121,7 +119,7 @@ impl RawSuperblock {
     }
 }
 
-/// Reads the superblock and its record, and says of each whether it is right.
+/// Reads the superblock and its record, and says whether each is valid.
 ///
 /// # Errors
 /// When the magic or the record cannot be read, or the device has an impossible size.
@@ -133,9 +131,8 @@ pub async fn examine_superblock(device: &Device) -> Result<RawSuperblock, LogErr
     }
 }
 
-/// As [`examine_superblock`], for a device that is to be looked at however damaged it is. Also
-/// gives the errors by which the magic and the record could not be read; what was not counts as
-/// wrong.
+/// As [`examine_superblock`], for a device with any damage. Also returns the errors from reading
+/// the magic and the record. An unreadable one counts as invalid.
 ///
 /// # Errors
 /// When the device has an impossible size.
@@ -175,8 +172,9 @@ pub async fn examine_damaged_superblock(
 /// Reads and checks the superblock and its record.
 ///
 /// # Errors
-/// When the device cannot be read, has an impossible size, is no cache device, or its record is
-/// garbage; and as [`RawSuperblock::check_extension`].
+/// - The device cannot be read, has an impossible size, or is no cache device.
+/// - Its record is invalid.
+/// - As [`RawSuperblock::check_extension`].
 pub async fn read_superblock(device: &Device, wanted: Use) -> Result<Superblock, LogError> {
     let superblock = |fault| LogError::new(device, LogErrorKind::Superblock { fault });
     let raw = examine_superblock(device).await?;

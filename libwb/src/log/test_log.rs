@@ -1,4 +1,4 @@
-//! Logs in memory, to be damaged, and what is to become of them.
+//! Logs in memory for tests to damage, and what recovery and salvage should make of them.
 
 use crate::device::{
     BlockDevice, Device, DeviceError, DeviceLayer, IoBuf, IoFuture, MemDevice, Operation, SharedBuf,
@@ -22,15 +22,15 @@ pub(super) const SLOTS: u64 = 14;
 /// Blocks in a segment of these logs.
 pub(super) const LENGTH: u64 = 5;
 
-/// What a block holds: the same byte all over.
+/// The content of a block: this byte, repeated.
 pub(super) fn stamp(id: u64, nth: u64) -> u8 {
     u8::try_from(id * LENGTH + nth).expect("a short log")
 }
 
-/// A write, and how many flushes came before it.
+/// A write: its offset, its data, and the number of flushes before it.
 pub(super) type Write = (u64, Vec<u8>, usize);
 
-/// A device in memory that notes every write, and cannot read some slots before they are written.
+/// A device in memory that records every write. Some offsets are unreadable until they are written.
 pub(super) struct Recorder {
     pub(super) memory: MemDevice,
     pub(super) writes: Mutex<Vec<Write>>,
@@ -72,7 +72,7 @@ impl DeviceLayer for Recorder {
     }
 }
 
-/// A cache device with a log, of which the test damages what it likes.
+/// A cache device with a log that a test can damage.
 #[derive(Clone)]
 pub(super) struct TestLog {
     pub(super) image: Vec<u8>,
@@ -90,8 +90,8 @@ impl TestLog {
         log
     }
 
-    /// Segments 1 to `newest`, each with a few whole blocks, some of which every segment writes
-    /// again.
+    /// Segments 1 to `newest`, each with a few whole blocks. Every segment rewrites the first two
+    /// blocks.
     pub(super) fn new(newest: u64, extended: bool) -> TestLog {
         let mut log = TestLog::empty(SLOTS, extended);
         for id in 1..=newest {
@@ -112,8 +112,7 @@ impl TestLog {
         self.put_segment(id, extended, Reason::Full, None, durable);
     }
 
-    /// A segment that is not closed, and whose header names a commit of its first blocks as the one
-    /// before.
+    /// An open segment. Its header names a commit of its first `before` blocks as the previous one.
     pub(super) fn put_open(&mut self, id: u64, before: u8, durable: u64) {
         self.put_segment(id, true, Reason::Open, Some(before), durable);
     }
@@ -178,7 +177,7 @@ impl TestLog {
         self
     }
 
-    /// Takes away both copies of the superblock extension.
+    /// Erases both copies of the superblock extension.
     pub(super) fn lose_pages(&mut self) -> &mut TestLog {
         for at in EXTENSION_OFFSETS {
             self.image[to_usize(at)..][..BLOCK_BYTES].fill(0);
@@ -221,7 +220,7 @@ pub(super) fn read(device: &Device) -> Scanned {
     block_on(Scanned::read(device, Use::Write, |_| ())).unwrap()
 }
 
-/// Salvages, and checks that the log is sound then.
+/// Salvages a log, and checks that it is sound afterwards.
 pub(super) fn salvage(log: &TestLog, way: SalvageMode) -> (Arc<Recorder>, Plan) {
     let recorder = log.device();
     let device: Device = recorder.clone();
@@ -236,7 +235,7 @@ pub(super) fn salvage(log: &TestLog, way: SalvageMode) -> (Arc<Recorder>, Plan) 
     (recorder, plan)
 }
 
-/// What recovery would apply: of each block, the first byte of its newest version. `None` when it
+/// What recovery would apply: the first byte of the newest version of each block. `None` if it
 /// refuses the log.
 pub(super) fn volume(image: &[u8]) -> Option<BTreeMap<u64, u8>> {
     let device: Device = Arc::new(MemDevice::with_content("cache", image.to_vec()));
@@ -256,7 +255,7 @@ pub(super) fn volume(image: &[u8]) -> Option<BTreeMap<u64, u8>> {
     Some(volume)
 }
 
-/// The volume of a log of these segments, of which some blocks are left out.
+/// The volume of a log of these segments, without the blocks `but` of (segment, index).
 pub(super) fn expected(
     segments: impl IntoIterator<Item = u64>,
     but: &[(u64, u64)],
@@ -278,11 +277,11 @@ pub(super) fn lost(plan: &Plan) -> Vec<(u64, Vec<u64>)> {
         .collect()
 }
 
-/// Which writes of those that no flush followed a power cut leaves, as bits.
+/// Which unflushed writes survive a power cut, as bits.
 pub(super) const MASKS: [u64; 6] =
     [0, u64::MAX, 0x5555_5555_5555_5555, 0xaaaa_aaaa_aaaa_aaaa, 1, 6];
 
-/// The same writes, each sector for itself: a power cut may tear them.
+/// The same writes, split into sectors, because a power cut may tear a write.
 pub(super) fn in_sectors(writes: &[Write]) -> Vec<Write> {
     let sectors = writes.iter().flat_map(|(offset, data, after)| {
         let places = (*offset..).step_by(SECTOR_BYTES);
@@ -291,7 +290,7 @@ pub(super) fn in_sectors(writes: &[Write]) -> Vec<Write> {
     sectors.collect()
 }
 
-/// What lies on the device after a power cut: all writes up to a flush, and any of those after it.
+/// The log after a power cut that keeps all writes up to a flush, and some later ones (`any`).
 pub(super) fn after_power_cut(
     log: &TestLog,
     writes: &[Write],
@@ -301,7 +300,7 @@ pub(super) fn after_power_cut(
     with_survivors(log, writes, &survivors(writes, flushes, any))
 }
 
-/// Which writes survive: all up to a flush, and any of those after it.
+/// Which writes survive: all up to a flush, and some later ones (`any`).
 pub(super) fn survivors(writes: &[Write], flushes: usize, any: u64) -> Vec<bool> {
     let mut unflushed = 0;
     let survives = |(.., after): &Write| {
@@ -312,7 +311,7 @@ pub(super) fn survivors(writes: &[Write], flushes: usize, any: u64) -> Vec<bool>
     writes.iter().map(survives).collect()
 }
 
-/// What lies on the device when these writes have survived.
+/// The log on which these writes have survived.
 pub(super) fn with_survivors(log: &TestLog, writes: &[Write], survivors: &[bool]) -> TestLog {
     let mut log = log.clone();
     for ((offset, data, _), _) in writes.iter().zip(survivors).filter(|(_, kept)| **kept) {

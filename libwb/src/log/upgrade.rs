@@ -1,4 +1,4 @@
-//! Giving a device of the kernel module the extension, in place.
+//! Adding the extension to a device of the kernel module, in place.
 
 use super::live::live_totals;
 use super::pairing::BackingFacts;
@@ -12,28 +12,30 @@ use crate::format::{
 use std::time::Duration;
 use uuid::Uuid;
 
-/// What is to be written.
+/// What an upgrade writes.
 #[derive(Clone, Debug)]
 pub struct Upgrade {
-    /// What is put right in the log before.
+    /// The repair of the log that comes first, if it needs one.
     pub repair: Option<Plan>,
     /// The last segment that is known to be written back.
     pub written_back: SegmentId,
-    /// What the superblock record says of that.
+    /// The last such segment according to the superblock record.
     pub recorded: SegmentId,
-    /// How many blocks are dirty. They stay so.
+    /// The number of dirty blocks. They stay dirty.
     pub dirty_blocks: u64,
     /// The new extension.
     pub extension: SuperblockExtension,
 }
 
 impl Upgrade {
-    /// Plans it for a log that was read. The cache gets a new identity, `created` so long
-    /// after the beginning of 1970.
+    /// Plans the upgrade of a log that was read. The cache gets a new identity, with the creation
+    /// time `created` since the beginning of 1970 (UTC).
     ///
     /// # Errors
-    /// When the device has the extension or has lost it, its log is corrupt, it does not fit the
-    /// backing device, or it fails.
+    /// - The device has the extension, or has lost it.
+    /// - Its log is corrupt.
+    /// - The log holds data beyond the end of the backing device.
+    /// - The device fails.
     pub async fn plan(
         device: &Device,
         scanned: &Scanned,
@@ -44,7 +46,7 @@ impl Upgrade {
         if scanned.superblock.extension().is_some() {
             return Err(LogError::new(device, LogErrorKind::Extended));
         }
-        // One that has lost its extension would be repaired by a new one.
+        // If the device has lost its extension, a repair would add a new one.
         let recovery = scanned.recovery().refuse_corrupt(device)?;
         let repair = scanned.repair(device).await?;
         let live =
@@ -68,7 +70,7 @@ impl Upgrade {
         })
     }
 
-    /// What is written, one thing each.
+    /// What the upgrade writes, one item each.
     pub fn changes(&self) -> Vec<String> {
         let mut changes = self.repair.as_ref().map(Plan::changes).unwrap_or_default();
         if self.written_back > self.recorded && self.repair.is_none() {
@@ -84,8 +86,8 @@ impl Upgrade {
         changes
     }
 
-    /// Carries it out. It is durable afterwards. Interrupted, it leaves a device without the
-    /// extension, or with it.
+    /// Carries the upgrade out, and makes it durable. If it is interrupted, the device has the
+    /// whole extension or none.
     ///
     /// # Errors
     /// When the device fails.
@@ -96,8 +98,8 @@ impl Upgrade {
         if self.written_back > self.recorded {
             write_record(device, Record { id: self.written_back, digest: None }).await?;
         }
-        // The marker is in the first sector of a page. It is written when the rest is there, or a
-        // torn page would be taken for a damaged one, and the device refused.
+        // The marker is in the first sector of a page, and is written last. Otherwise a torn page
+        // would count as damaged, and wb would refuse the device.
         for (generation, offset) in (0..).zip(EXTENSION_OFFSETS) {
             let page = SuperblockExtension { generation, ..self.extension.clone() };
             let mut block = IoBuf::zeroed(BLOCK_BYTES);
@@ -111,8 +113,8 @@ impl Upgrade {
             write_extension(device, &page).await?;
             device.flush().await?;
         }
-        // A record that proves itself on a device without the extension would show that this was
-        // lost.
+        // This record comes last: on a device without the extension, it would show that the
+        // extension was lost.
         let digest = Some(self.extension.digest());
         write_record(device, Record { id: self.written_back.max(self.recorded), digest }).await?;
         device.flush().await

@@ -7,7 +7,7 @@ use crate::format::{HeaderFault, SegmentExtension, SegmentId, Slot};
 /// Why a slot holds no valid segment.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum SlotFault {
-    /// A field of the header holds a value that nothing valid can hold.
+    /// A field of the header has an invalid value.
     #[error(transparent)]
     Header(#[from] HeaderFault),
     /// The segment's id belongs to another slot.
@@ -15,7 +15,7 @@ pub enum SlotFault {
     WrongSlot {
         /// The id found.
         id: SegmentId,
-        /// Whether the checksum holds all the same.
+        /// Whether the checksum is correct.
         sound: bool,
     },
     /// The checksum does not match.
@@ -24,15 +24,15 @@ pub enum SlotFault {
         /// The id found.
         id: SegmentId,
     },
-    /// Only its first blocks are whole, and no power cut explains that.
+    /// Only its first blocks verify, and no power cut explains that.
     #[error("segment {id} has a wrong checksum; only its first {length} blocks can be proved")]
     CutShort {
         /// The id found.
         id: SegmentId,
-        /// How many blocks its last commit covers.
+        /// The number of blocks in its last commit that verifies.
         length: u8,
     },
-    /// Not even the commit before the newest one verifies, which was durable when the header was
+    /// Even the commit before the newest one fails, though it was durable when the header was
     /// written.
     #[error(
         "segment {id} has a wrong checksum, even up to the flush before its last, after {length} \
@@ -41,10 +41,10 @@ pub enum SlotFault {
     Commit {
         /// The id found.
         id: SegmentId,
-        /// How many blocks that commit covers.
+        /// The number of blocks in that commit.
         length: u8,
     },
-    /// The device failed to read it.
+    /// The device failed to read the slot.
     #[error(transparent)]
     Unreadable(#[from] DeviceError),
 }
@@ -54,34 +54,34 @@ pub enum SlotFault {
 pub enum SlotState {
     /// Never written.
     Empty,
-    /// A segment whose id belongs here and whose checksum holds.
+    /// A segment whose id belongs in this slot and whose checksum is correct.
     Valid {
         /// Its id.
         id: SegmentId,
-        /// How many data blocks it has.
+        /// Its number of data blocks.
         length: u8,
         /// What its header says beyond the base format.
         extension: Option<SegmentExtension>,
-        /// It stands by a commit. What was written of it after that is torn.
+        /// Only a commit of it verifies. The blocks after that commit are torn.
         cut_short: bool,
-        /// Where the kernel module leaves zeros in the first sector, there is something that wb has
-        /// not written.
+        /// The padding of the first sector holds neither the kernel module's zeros nor wb's marker.
         is_stray: bool,
     },
-    /// Something else.
+    /// Anything else.
     Invalid {
         /// What is wrong.
         fault: SlotFault,
-        /// The header's first sector proves itself, and names a segment that belongs here.
+        /// The segment in the header's first sector, if its CRC is correct and the segment belongs
+        /// in this slot.
         proved: Option<(SegmentId, SegmentExtension)>,
-        /// Where the kernel module leaves zeros in the first sector, there is something that wb has
-        /// not written: the id that the header names.
+        /// The id in the header, if the padding of the first sector holds neither the kernel
+        /// module's zeros nor wb's marker.
         stray: Option<u64>,
     },
 }
 
 impl SlotState {
-    /// A slot of which nothing is known but what is wrong.
+    /// A slot of which only the fault is known.
     pub(super) fn invalid(fault: impl Into<SlotFault>) -> SlotState {
         SlotState::Invalid { fault: fault.into(), proved: None, stray: None }
     }
@@ -95,9 +95,10 @@ impl SlotState {
     }
 }
 
+/// A valid segment: its id, and its extension if it has one.
 pub(super) type Valid = (SegmentId, Option<SegmentExtension>);
 
-/// A slot's segment, if it is valid and not one of an earlier cache on the device.
+/// A slot's segment, if it is valid and belongs to this cache, not to an earlier one.
 pub(super) fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid> {
     let SlotState::Valid { id, extension, .. } = state else { return None };
     if stray(state, superblock).is_some() {
@@ -107,8 +108,8 @@ pub(super) fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid>
     (!foreign).then_some((*id, *extension))
 }
 
-/// On a device with the extension, a header is damaged that has neither wb's marker nor the kernel
-/// module's zeros: what id it names.
+/// The id in a header that has neither wb's marker nor the kernel module's zeros. On a device with
+/// the extension such a header is damaged.
 pub(super) fn stray(state: &SlotState, superblock: &Superblock) -> Option<u64> {
     let names = match *state {
         SlotState::Valid { id, is_stray: true, .. } => Some(id.0),
@@ -118,8 +119,8 @@ pub(super) fn stray(state: &SlotState, superblock: &Superblock) -> Option<u64> {
     names.filter(|_| superblock.extension.is_some())
 }
 
-/// The segment of which a slot holds a header that proves itself, valid or not, if it is not one of
-/// an earlier cache.
+/// The segment of this cache whose header in the slot has a correct CRC, whether the segment is
+/// valid or not.
 pub(super) fn proved(
     state: &SlotState,
     superblock: &Superblock,
@@ -132,10 +133,12 @@ pub(super) fn proved(
     found.filter(|(_, extension)| !is_foreign(superblock, extension))
 }
 
+/// Whether a segment belongs to an earlier cache on the device.
 fn is_foreign(superblock: &Superblock, extension: &SegmentExtension) -> bool {
     superblock.extension.as_ref().is_some_and(|ours| ours.digest() != extension.digest)
 }
 
+/// The index of a slot in a scan's verdicts.
 pub(super) fn slot_index(slot: Slot) -> usize {
     slot.0 as usize
 }

@@ -1,17 +1,25 @@
-//! Going on with a corrupt log, and repairing one that is not.
+//! Salvaging a corrupt log, and repairing a sound one.
 //!
-//! Both work on the cache device alone and end with a log that recovery accepts as it is. A way on
-//! gives something up, so it is taken only when it is asked for by name; a repair gives up nothing.
-//! A slot that must change becomes an empty segment (length 0, which the kernel module takes as
-//! well) with the id that belongs there, holds what is left of that segment, or is erased where the
-//! log has not reached.
+//! Both change only the cache device, and leave a log that recovery accepts. A salvage gives
+//! something up, so the user must ask for it by its mode. A repair gives up nothing.
 //!
-//! The order of the writes makes an interruption harmless: until the last of them the log is
-//! refused as before, and a second attempt finds the same; or recovery already makes of it what it
-//! would make of it in the end. First comes a page of the superblock extension that tells the log
-//! from an older copy of it; then the record of what is written back, since it follows from
-//! segments that may go. When the log is sound, and what it covers is durable, those segments go
-//! that would mislead the kernel module. The clean mark comes last.
+//! A slot that must change ends up in one of these states:
+//!
+//! - an empty segment with the id that belongs there (length 0, which the kernel module accepts
+//!   too);
+//! - the surviving blocks of the segment that belongs there;
+//! - erased, if the log has not reached the slot.
+//!
+//! The order of the writes makes an interruption harmless. Until the last write, one of two things
+//! holds: recovery refuses the log as before, and a second attempt finds the same; or recovery
+//! already gives its final result. The order is:
+//!
+//! - A page of the superblock extension, which distinguishes the log from an older copy.
+//! - The superblock record. What is written back follows from segments that may go.
+//! - The slots.
+//! - Once the log is sound and durable: empty segments over those that would mislead the kernel
+//!   module.
+//! - The page without the clean mark, if it must go.
 
 mod mode;
 mod plan;

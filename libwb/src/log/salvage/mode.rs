@@ -4,20 +4,20 @@ use serde::Serialize;
 use std::fmt;
 use std::str::FromStr;
 
-/// How to go on with a corrupt log.
+/// What to keep of a corrupt log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SalvageMode {
-    /// Keep every valid segment. The blocks of one that is lost fall back to older versions, so the
-    /// volume may be in a state in which it never was.
+    /// Keep every valid segment. The blocks of a lost segment fall back to older versions, so the
+    /// volume may end up in a state that it never had.
     Skip,
-    /// Go back to the last consistent point. Valid segments after it are given up, and the volume
-    /// is in a state in which it has been.
+    /// Go back to the last consistent point, and give up the valid segments after it. The volume
+    /// ends up in a state that it had before.
     Stop,
 }
 
 impl SalvageMode {
-    /// Both.
+    /// Both modes.
     pub const ALL: [SalvageMode; 2] = [SalvageMode::Skip, SalvageMode::Stop];
 }
 

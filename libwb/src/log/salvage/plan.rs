@@ -19,67 +19,67 @@ use futures_util::{StreamExt, stream};
 use nix::errno::Errno;
 use std::collections::{HashMap, HashSet};
 
-/// Slots that are rewritten at the same time.
+/// Slots to rewrite at once.
 const WRITE_DEPTH: usize = 32;
 
-/// A segment that is given up, whole or in part.
+/// A segment that a plan gives up, whole or in part.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GivenUp {
-    /// Where it lies, or ought to.
+    /// Its slot.
     pub slot: Slot,
-    /// Which it is; [`SegmentId::NONE`] where that cannot be told.
+    /// Its id; [`SegmentId::NONE`] if that is unknown.
     pub id: SegmentId,
-    /// The dirty blocks that are given up.
+    /// The dirty blocks that the plan gives up.
     pub blocks: Vec<BlockNo>,
-    /// How well they are known.
+    /// How certain these blocks are.
     pub certainty: Certainty,
-    /// How many of its dirty blocks are kept.
+    /// How many of its dirty blocks the plan keeps.
     pub kept: u64,
 }
 
-/// How well it is known what a segment held.
+/// How certain the content of a segment is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Certainty {
     /// Its header is sound.
     Sure,
-    /// Its header can be read, but may be wrong.
+    /// Its header is readable, but may be wrong.
     Perhaps,
-    /// Not at all.
+    /// Its content is unknown.
     Unknown,
 }
 
-/// What is to be written to a cache device, and what is given up by that.
+/// What to write to a cache device, and what that gives up.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// The way on; none for a repair.
+    /// The mode of the salvage; none for a repair.
     pub mode: Option<SalvageMode>,
-    /// Where the log is to end.
+    /// The last segment of the log afterwards.
     pub point: SegmentId,
-    /// What is given up, in the order of the log.
+    /// What the plan gives up, in the order of the log.
     pub given_up: Vec<GivenUp>,
-    /// What the superblock record says although the log does not bear it out. It is not believed.
+    /// The superblock record, if the log contradicts it. The plan rejects it then.
     pub rejected_record: Option<SegmentId>,
-    /// Segments that are written back and sound, and are emptied, or the kernel module would take
-    /// old data from them for new.
+    /// Sound written-back segments to empty. From them the kernel module would take old data for
+    /// new.
     pub misleading: Vec<SegmentId>,
     pub(super) geometry: Geometry,
     pub(super) extension: Option<SuperblockExtension>,
     pub(super) slot_plan: SlotPlan,
-    /// The superblock record, where it must change.
+    /// The new superblock record, if it must change.
     pub(super) record: Option<Record>,
-    /// The page of the superblock extension that tells the log from an older copy, which may be
-    /// longer. It must be there before anything is given up.
+    /// The page of the superblock extension that distinguishes the log from an older, longer copy.
+    /// It is written before the plan gives anything up.
     pub(super) newer_page: Option<SuperblockExtension>,
-    /// Pages of the superblock extension that must be written in the end.
+    /// The pages of the superblock extension to write last.
     pub(super) pages: Vec<SuperblockExtension>,
-    /// What is wrong with the copy that is written, where something is.
+    /// What is wrong with the copy that a page replaces, if anything.
     pub(super) bad_copy: Option<&'static str>,
-    /// The superblock extension was lost, and the pages are new ones.
+    /// The device has lost its superblock extension, and gets a new one.
     pub(super) pairs_anew: bool,
 }
 
 impl Plan {
-    /// `superblock` has an extension that is made up, if it was lost.
+    /// `superblock` has a new extension if the device has lost its own.
     pub(super) fn new(
         was_paired: bool,
         superblock: RawSuperblock,
@@ -128,8 +128,8 @@ impl Plan {
         }
     }
 
-    /// Refuses an older copy of a cache. What is written back tells, for a salvage may give up what
-    /// is not.
+    /// Refuses an older copy of a cache. Only the written-back segments are compared, because a
+    /// salvage may give up later ones.
     ///
     /// # Errors
     /// [`LogErrorKind::Older`](crate::log::LogErrorKind::Older).
@@ -138,7 +138,7 @@ impl Plan {
         refuse_older(device, found, known.shortened())
     }
 
-    /// If the cache has lost to which backing device it belongs, it is to be this one.
+    /// Pairs the cache with a backing device, if it has lost its pairing.
     pub fn pair(&mut self, backing: &BackingFacts<'_>) {
         for page in self.pages.iter_mut().filter(|_| self.pairs_anew) {
             page.backing_sectors = backing.sectors;
@@ -146,10 +146,10 @@ impl Plan {
         }
     }
 
-    /// Whether what is kept belongs to a backing device and fits on it.
+    /// Checks that the kept data belongs to a backing device and fits on it.
     ///
     /// # Errors
-    /// When not, or the cache device fails.
+    /// When it does not, or the cache device fails.
     pub async fn check_backing(
         &self,
         device: &Device,
@@ -164,7 +164,7 @@ impl Plan {
         held.beyond.first().map_or(Ok(()), |beyond| Err(backing.refuse_beyond(device, *beyond)))
     }
 
-    /// The live segments that stay as they are.
+    /// The live segments that do not change.
     fn kept(&self) -> impl Iterator<Item = SegmentId> {
         let changed: HashSet<Slot> =
             self.slot_plan.all_changes().map(|change| change.slot).collect();
@@ -175,8 +175,8 @@ impl Plan {
             .filter(move |&id| !changed.contains(&geometry.slot_of(id)))
     }
 
-    /// Carries it out. It is durable afterwards. Can be interrupted at any time, planned again, and
-    /// carried out.
+    /// Carries the plan out, and makes it durable. After an interruption at any point, a new plan
+    /// completes it.
     ///
     /// # Errors
     /// When the device fails.
@@ -194,7 +194,7 @@ impl Plan {
         for changes in [
             &self.slot_plan.changes[..],
             self.slot_plan.commit_change.as_slice(),
-            &self.slot_plan.later,
+            &self.slot_plan.final_changes,
         ] {
             let writes = changes.iter().map(|change| self.change(device, *change));
             all(stream::iter(writes).buffer_unordered(WRITE_DEPTH)).await?;
@@ -254,8 +254,8 @@ impl Plan {
         SurvivingBlocks::find(device, self.geometry, id, digest).await
     }
 
-    /// Looks what is given up. Of the blocks of lost segments, those do not count that a later
-    /// segment holds, too: that carries every sector that is not written back.
+    /// Finds what the plan gives up. A block of a lost segment does not count if a later segment
+    /// holds it: the later version has every sector that is not written back.
     pub(super) async fn find_given_up(&self, device: &Device) -> Result<Vec<GivenUp>, LogError> {
         let mut given_up = Vec::with_capacity(self.slot_plan.lost.len());
         for lost in &self.slot_plan.lost {
@@ -312,8 +312,8 @@ impl Plan {
     }
 }
 
-/// A device that gives less now than when the plan was made. Nothing is given up that the plan does
-/// not name.
+/// The error for a device that reads less now than when the plan was made. Nothing is given up that
+/// the plan does not name.
 fn read_less(device: &Device, offset: u64) -> DeviceError {
     let device = device.name().clone();
     DeviceError {

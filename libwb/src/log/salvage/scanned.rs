@@ -1,4 +1,4 @@
-//! A log that was read: what recovery makes of it, and the plans to salvage or repair it.
+//! A scanned log: what recovery makes of it, and plans to salvage or repair it.
 
 use super::mode::SalvageMode;
 use super::plan::Plan;
@@ -14,7 +14,7 @@ use crate::log::{LogError, LogErrorKind, Use};
 use std::collections::HashSet;
 use uuid::Uuid;
 
-/// A device whose log was read, sound or not.
+/// A device whose log was scanned, sound or not.
 #[derive(Clone, Debug)]
 pub struct Scanned {
     /// What the superblock region says.
@@ -24,10 +24,10 @@ pub struct Scanned {
 }
 
 impl Scanned {
-    /// Reads the whole log of a device, and shows each slot's number to `progress`.
+    /// Scans the whole log of a device. Calls `progress` with each slot.
     ///
     /// # Errors
-    /// When the device cannot be read, or is no cache device that this version may use.
+    /// When the device cannot be read, or is no cache device that this version of wb may use.
     pub async fn read(
         device: &Device,
         wanted: Use,
@@ -41,7 +41,7 @@ impl Scanned {
         Ok(Scanned::of(superblock, &slots))
     }
 
-    /// The verdicts of a scan, seen together.
+    /// The verdicts of a scan, corrected by [`explained`].
     pub fn of(superblock: RawSuperblock, slots: &[SlotState]) -> Scanned {
         let slots = explained(&superblock.or_no_record(), slots).into_owned();
         Scanned { superblock, slots }
@@ -57,8 +57,8 @@ impl Scanned {
         self.superblock.record.is_err() || !self.recovery().corruption.is_empty()
     }
 
-    /// Whether most of what the device holds is sound but lies where it cannot have been written on
-    /// a device of this size. In a few slots alone, a damaged id looks the same.
+    /// Whether the device was resized: most segments are sound, but lie where wb cannot have
+    /// written them on a device of this size. A few such slots may just have damaged ids.
     pub fn is_resized(&self) -> bool {
         let misplaced = |slot: &&SlotState| {
             matches!(
@@ -71,10 +71,10 @@ impl Scanned {
         misplaced > 1 && misplaced * 2 > all
     }
 
-    /// Plans a way on with a corrupt log. `None` when it is not corrupt.
+    /// Plans a salvage. `None` if the log is not corrupt.
     ///
     /// # Errors
-    /// When the device fails, or there is no way on.
+    /// When the device fails, or the log cannot be salvaged.
     pub async fn salvage(
         &self,
         device: &Device,
@@ -97,8 +97,8 @@ impl Scanned {
         Ok(Some(plan))
     }
 
-    /// Plans all ways on that there are with a corrupt log; none when it is not corrupt. Where
-    /// nothing of the log is given up, the two are one.
+    /// Plans a salvage in every possible mode; none if the log is not corrupt. If only the pairing
+    /// is lost, both modes do the same, and one plan is returned.
     ///
     /// # Errors
     /// When the device fails.
@@ -120,12 +120,12 @@ impl Scanned {
         Ok(plans)
     }
 
-    /// Plans the repair of a log that is not corrupt, or only in that its superblock extension is
-    /// lost. Afterwards the kernel module reads the same as we do. `None` when there is nothing to
-    /// repair.
+    /// Plans a repair of a sound log. Afterwards the kernel module reads the same volume as wb.
+    /// `None` if there is nothing to repair.
     ///
     /// # Errors
-    /// When the log is corrupt, or there is no repair that recovery would accept.
+    /// When the log is corrupt, or no repair makes a log that recovery accepts. A lost superblock
+    /// extension alone is no reason.
     pub async fn repair(&self, device: &Device) -> Result<Option<Plan>, LogError> {
         if let Err(fault) = self.superblock.record {
             return Err(LogError::new(device, LogErrorKind::Superblock { fault }));
@@ -143,7 +143,7 @@ impl Scanned {
         Ok((!is_sound || !plan.misleading.is_empty()).then_some(plan))
     }
 
-    /// The written-back segments that would mislead the kernel module once all else is written.
+    /// The written-back segments that would mislead the kernel module after all other writes.
     async fn misleading(&self, device: &Device, slot_plan: &SlotPlan) -> Vec<SegmentId> {
         let (geometry, superblock) = (self.superblock.geometry, self.superblock.or_no_record());
         let rewritten: HashSet<Slot> = slot_plan.all_changes().map(|change| change.slot).collect();
@@ -159,13 +159,13 @@ impl Scanned {
         misleading
     }
 
-    /// Whether the log is sound, but for a superblock extension that is lost.
+    /// Whether the log is sound except for a lost superblock extension.
     pub fn lost_nothing_but_the_pairing(&self) -> bool {
         self.superblock.record.is_ok() && self.recovery().corruption == [Corruption::PairingLost]
     }
 
-    /// What the superblock region says; with an extension made up that the segments belong to,
-    /// where it is lost.
+    /// What the superblock region says. If the extension is lost, it has a new one that fits the
+    /// segments.
     fn with_extension(&self, cache_bytes: u64) -> RawSuperblock {
         let mut superblock = self.superblock.clone();
         let known = superblock.or_no_record();

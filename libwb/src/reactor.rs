@@ -48,8 +48,8 @@ impl Handle {
     /// Runs a future on the reactor and waits for its output. While it waits, it calls `meanwhile`
     /// once per `every`.
     ///
-    /// `None` if the reactor ends first, or `meanwhile` returns false. In the second case the future
-    /// keeps running.
+    /// `None` if the reactor ends first, or `meanwhile` returns false. In the second case the
+    /// future keeps running.
     pub fn run_watched<T: Send + 'static>(
         &self,
         work: impl Future<Output = T> + Send + 'static,

@@ -1,6 +1,6 @@
 //! System calls and processor hints that neither std nor rustix offers as safe functions.
 //!
-//! All `unsafe` of wb is here and in the reactor.
+//! All `unsafe` of this crate is here and in the reactor.
 
 mod block_device;
 mod loop_device;

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 /// Why a backing device is probably the wrong one.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Misfit {
     /// It is a cache device itself.
     #[error(

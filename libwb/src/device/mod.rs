@@ -33,6 +33,7 @@ use std::time::Duration;
 
 /// An operation on a block device, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Operation {
     /// Reading bytes.
     Read,

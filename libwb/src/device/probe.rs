@@ -28,6 +28,7 @@ pub enum Access {
 
 /// Why a device cannot be opened.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OpenError {
     /// The system refused.
     #[error("{path}: cannot open: {}", error_text(cause))]
@@ -213,24 +214,7 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     if !is_block && !meta.is_file() {
         return Err(OpenError::NotADevice { path: path.into() });
     }
-    let exclusive =
-        if is_block && access != Access::ReadUnlocked { OFlag::O_EXCL } else { OFlag::empty() };
-    let open = |flags: OFlag| {
-        let mut options = OpenOptions::new();
-        options
-            .read(true)
-            .write(access == Access::Write)
-            .custom_flags((flags | exclusive).bits())
-            .open(path)
-    };
-    let file = match open(OFlag::O_DIRECT) {
-        // The filesystem has no direct I/O: use the page cache.
-        Err(e) if e.raw_os_error() == Some(EINVAL) && !is_block => open(OFlag::empty()),
-        // Its direct I/O needs a larger alignment than sectors: use the page cache.
-        Ok(file) if !is_block && !direct_io_fits_sectors(&file) => open(OFlag::empty()),
-        other => other,
-    }
-    .map_err(system)?;
+    let file = open_file(path, access, is_block).map_err(system)?;
     let size = if is_block {
         sys::block_device_size(&file).map_err(|e| system(e.into()))?
     } else {
@@ -243,12 +227,7 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     if !block_size.is_power_of_two() || !(512..=4096).contains(&block_size) {
         return Err(OpenError::BlockSize { path: path.into(), block_size });
     }
-    match access {
-        Access::ReadUnlocked => Ok(()),
-        Access::Read => file.try_lock_shared(),
-        Access::Write => file.try_lock(),
-    }
-    .map_err(|error| match error {
+    lock(&file, access).map_err(|error| match error {
         TryLockError::WouldBlock => OpenError::InUse { path: path.into() },
         TryLockError::Error(cause) => system(cause),
     })?;
@@ -267,6 +246,36 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let identity_text = sysfs.as_deref().map_or_else(String::new, serial);
     let stat = sysfs.map(|folder| folder.join("stat"));
     Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
+}
+
+/// Opens a file for direct I/O if possible, and claims a block device exclusively.
+fn open_file(path: &Path, access: Access, is_block: bool) -> io::Result<File> {
+    let exclusive =
+        if is_block && access != Access::ReadUnlocked { OFlag::O_EXCL } else { OFlag::empty() };
+    let open = |flags: OFlag| {
+        let mut options = OpenOptions::new();
+        options
+            .read(true)
+            .write(access == Access::Write)
+            .custom_flags((flags | exclusive).bits())
+            .open(path)
+    };
+    match open(OFlag::O_DIRECT) {
+        // The filesystem has no direct I/O: use the page cache.
+        Err(e) if e.raw_os_error() == Some(EINVAL) && !is_block => open(OFlag::empty()),
+        // Its direct I/O needs a larger alignment than sectors: use the page cache.
+        Ok(file) if !is_block && !direct_io_fits_sectors(&file) => open(OFlag::empty()),
+        other => other,
+    }
+}
+
+/// Locks a file as long as it is open, without waiting.
+fn lock(file: &File, access: Access) -> Result<(), TryLockError> {
+    match access {
+        Access::ReadUnlocked => Ok(()),
+        Access::Read => file.try_lock_shared(),
+        Access::Write => file.try_lock(),
+    }
 }
 
 /// Refuses a device that the system opens to write, although it rejects writes or its mode forbids

@@ -19,7 +19,7 @@ pub struct SignatureError {
     pub cause: BlkIdError,
 }
 
-/// What somebody else keeps on a device.
+/// The signature of other software on a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Signature {
     /// One thing that libblkid knows.

@@ -24,6 +24,7 @@ pub struct SparseFile {
 
 /// Why a sparse file cannot be allocated.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum NoRoom {
     /// Its filesystem is too full.
     #[error(

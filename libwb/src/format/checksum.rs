@@ -4,8 +4,9 @@ use super::geometry::BLOCK_BYTES;
 use std::ops::BitXor;
 use std::sync::LazyLock;
 
-/// How each byte of a CRC changes when a block with the CRC zero is appended. This change is linear,
-/// so the XOR of four entries is the new CRC. The library does it bit by bit, which is far slower.
+/// How each byte of a CRC changes when a block with the CRC zero is appended. This change is
+/// linear, so the XOR of four entries is the new CRC. The library does it bit by bit, which is far
+/// slower.
 static PAST_BLOCK: LazyLock<[[u32; 256]; 4]> = LazyLock::new(|| {
     let of = |byte: usize, value: u8| {
         let mut crc = [0; 4];

@@ -92,8 +92,8 @@ pub struct SegmentId(pub u64);
 impl SegmentId {
     /// No segment: the id in an unwritten slot, and the superblock record of a fresh cache.
     pub const NONE: SegmentId = SegmentId(0);
-    /// The largest valid id. No real log reaches it, so a larger id is garbage. Rejecting larger ids
-    /// keeps all arithmetic on ids far from overflow.
+    /// The largest valid id. No real log reaches it, so a larger id is garbage. Rejecting larger
+    /// ids keeps all arithmetic on ids far from overflow.
     pub const MAX: SegmentId = SegmentId(1 << 56);
 
     /// The id after this one.
@@ -207,6 +207,7 @@ impl DirtyBits {
 
 /// Why a cache device cannot have this size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum GeometryError {
     /// Smaller than the superblock region and one segment.
     #[error(

@@ -2,8 +2,8 @@
 //!
 //! Pure code: no I/O, no clock, no allocation beyond its results. The base format is that of the
 //! Linux kernel target dm-writeboost 2.x. Its facts come from that module's published sources
-//! (version 2.2.18). They were checked against devices that the module wrote (`tests/golden`). Every
-//! integer is little-endian.
+//! (version 2.2.18). They were checked against devices that the module wrote (`tests/golden`).
+//! Every integer is little-endian.
 
 mod checksum;
 mod geometry;

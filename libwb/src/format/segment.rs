@@ -32,6 +32,7 @@ const _: () = assert!(METABLOCKS + METABLOCK_BYTES * PLACES as usize <= BLOCK_BY
 
 /// What is wrong with a header block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum HeaderFault {
     /// The first sector has wb's marker and a wrong CRC.
     #[error("the first sector of a header is damaged; it names segment {id}")]
@@ -69,8 +70,8 @@ pub struct Metablock {
     pub block: BlockNo,
     /// Its dirty sectors.
     pub dirty: DirtyBits,
-    /// Extension: CRC-32C of the whole data block, if the entry has it. In the entry of a lost block
-    /// all its bits are inverted.
+    /// Extension: CRC-32C of the whole data block, if the entry has it. In the entry of a lost
+    /// block all its bits are inverted.
     pub crc: Option<u32>,
     /// Extension: the data is not what was written, and no other copy exists.
     pub lost: bool,

@@ -1,7 +1,7 @@
 //! The extension of a segment's header: what wb keeps in its first sector.
 //!
-//! The extension has a CRC of its own. `man/wb.5` has the offsets, with a worked hex dump. They never
-//! change their meaning.
+//! The extension has a CRC of its own. `man/wb.5` has the offsets, with a worked hex dump. They
+//! never change their meaning.
 
 use super::checksum::{Checksum, crc32c};
 use super::geometry::{BLOCK_BYTES, PLACES, SECTOR_BYTES, SegmentId};

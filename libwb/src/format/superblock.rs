@@ -27,6 +27,7 @@ const RECORD_MARKER: &[u8; 8] = b"wbrecord";
 
 /// What is wrong with a superblock or its record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum SuperblockFault {
     /// The device does not begin with [`MAGIC`].
     #[error("not a cache device: it begins with {found:#010x}, not with the magic {MAGIC:#010x}")]

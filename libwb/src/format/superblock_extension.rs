@@ -48,6 +48,7 @@ pub const EXTENSION_VERSION: u32 = 1;
 
 /// What is wrong with a page of the superblock extension.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PageFault {
     /// There is no page.
     #[error("no superblock extension")]
@@ -205,8 +206,8 @@ impl SuperblockExtension {
             && *self == SuperblockExtension { generation, clean, backing_sectors, ..torn.clone() }
     }
 
-    /// The digest of the cache's UUID that segments carry. It tells them from segments of an earlier
-    /// cache on the device.
+    /// The digest of the cache's UUID that segments carry. It tells them from segments of an
+    /// earlier cache on the device.
     pub fn digest(&self) -> u32 {
         crc32c(self.uuid.as_bytes())
     }

@@ -1,5 +1,5 @@
-//! Damage that a power cut does not explain, as headers and superblock pages show: it is refused,
-//! and what is good can be kept.
+//! Damage that a power cut does not explain, according to headers and superblock pages. Recovery
+//! refuses it, and a salvage can keep the good blocks.
 
 use super::test_log::{LENGTH, TestLog, expected, lost, read, salvage, volume};
 use crate::device::{BlockDevice, Device};
@@ -13,16 +13,15 @@ use crate::log::salvage::SalvageMode;
 use crate::log::scan::{SlotFault, SlotState};
 use futures_lite::future::block_on;
 
-/// The newest segment holds three blocks that were flushed, and two that the header cannot tell to
-/// have been.
+/// The newest segment holds three flushed blocks, and two that may not have been flushed.
 fn open_end() -> TestLog {
     let mut log = TestLog::new(9, true);
     log.put_open(10, 3, 8);
     log
 }
 
-/// The newest segment is torn, and its header says that the one before it was durable, which has a
-/// rotten block.
+/// The newest segment is torn. Its header says that the segment before was durable, and that one
+/// has a rotten block.
 fn claimed_by_a_torn_header() -> TestLog {
     let mut log = TestLog::new(9, true);
     log.put(10, true, 9);
@@ -30,7 +29,7 @@ fn claimed_by_a_torn_header() -> TestLog {
     log
 }
 
-/// The clean mark names a segment in whose slot there is an older one.
+/// The clean mark names a segment whose slot holds an older one.
 fn lost_newest() -> TestLog {
     let mut log = TestLog::new(20, true);
     log.put(6, true, 4);
@@ -73,7 +72,7 @@ fn the_commit_before_must_stand() {
         let mut rotten = log.clone();
         rotten.rot(10, to_usize(block));
         if block >= 3 {
-            // That may be the work of a power cut.
+            // A power cut may have done that.
             assert_eq!(volume(&rotten.image), Some(expected(1..=10, &[(10, 3), (10, 4)])));
             continue;
         }
@@ -88,7 +87,7 @@ fn the_commit_before_must_stand() {
         let (device, plan) = salvage(&rotten, SalvageMode::Stop);
         assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[])));
         assert_eq!(plan.summary().segments_given_up, [10]);
-        // An entry that is none does not hide the evidence.
+        // An invalid entry does not hide the evidence.
         let mut entry = log.clone();
         entry.rot_header(10, SECTOR_BYTES + 16 * to_usize(block));
         assert_eq!(volume(&entry.image), None, "{block}");
@@ -133,18 +132,18 @@ fn a_header_with_a_damaged_first_sector_is_no_segment_of_the_kernel_module() {
         log.rot_header(5, byte);
         assert_eq!(volume(&log.image), None, "byte {byte}");
         let (device, plan) = salvage(&log, SalvageMode::Skip);
-        // The checksum of the base kind proves the rest, unless it is the id that is wrong.
+        // The checksum of the base format proves the rest, unless the id is wrong.
         let but: Vec<_> = (0..LENGTH).filter(|_| byte < 8).map(|nth| (5, nth)).collect();
         assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &but)), "byte {byte}");
         assert_eq!(plan.given_up[0].kept, if byte < 8 { 0 } else { LENGTH }, "byte {byte}");
     }
-    // What the power cut has torn of it does not matter then.
+    // Then the torn part does not matter.
     for byte in [14, 17, 300] {
         let mut log = open_end();
         assert_eq!(volume(&log.rot(10, 4).image), Some(expected(1..=10, &[(10, 3), (10, 4)])));
         assert_eq!(volume(&log.rot_header(10, byte).image), None, "byte {byte} of a torn one");
     }
-    // Nor is a log to be measured by the id that stands there.
+    // The id found there does not extend the log either.
     let mut log = open_end();
     let at = log.at(12);
     log.image[at..at + 20]
@@ -155,7 +154,7 @@ fn a_header_with_a_damaged_first_sector_is_no_segment_of_the_kernel_module() {
     let recovery = read(&device).recovery();
     assert_eq!((recovery.highest, recovery.point), (SegmentId(10), SegmentId(10)));
     assert_eq!(recovery.corruption, [Corruption::Unexplained { slot: Slot(11) }]);
-    // On a device of the kernel module, no reader looks there.
+    // On a device of the kernel module, these bytes do not count.
     let mut log = TestLog::new(9, false);
     log.rot_header(5, 50).rot_header(9, 20);
     assert_eq!(volume(&log.image), Some(expected(1..=9, &[])));
@@ -263,7 +262,7 @@ fn a_record_that_does_not_prove_itself_is_refused() {
             assert!(plan.rejected_record.is_some());
         }
     }
-    // The record alone shows that a device without pages had some.
+    // Only the record shows that a device without pages had some.
     let mut empty = TestLog::empty(14, true);
     empty.image[to_usize(RECORD_BLOCK_OFFSET)..][..BLOCK_BYTES]
         .copy_from_slice(&log.image[to_usize(RECORD_BLOCK_OFFSET)..][..BLOCK_BYTES]);

@@ -6,6 +6,7 @@ use crate::format::{HeaderFault, SegmentExtension, SegmentId, Slot};
 
 /// Why a slot holds no valid segment.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SlotFault {
     /// A field of the header has an invalid value.
     #[error(transparent)]

@@ -39,7 +39,7 @@ fn of_a_segment_with_a_rotten_block_skip_keeps_the_others() {
         log.rot(5, to_usize(bad));
         let (device, plan) = salvage(&log, SalvageMode::Skip);
         assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[(5, bad)])), "{bad}");
-        // The first two blocks of each segment were written again.
+        // Later segments rewrote the first two blocks of each segment.
         let blocks = if bad < 2 { vec![] } else { vec![500 + bad] };
         assert_eq!(lost(&plan), [(5, blocks)]);
         assert_eq!((plan.given_up[0].kept, plan.given_up[0].certainty), (4, Certainty::Sure));
@@ -49,7 +49,7 @@ fn of_a_segment_with_a_rotten_block_skip_keeps_the_others() {
 #[test]
 fn a_newest_segment_that_is_cut_short_is_closed_where_skip_keeps_it() {
     let mut log = TestLog::new(9, true);
-    // What lies behind the entries of a header belongs to a commit that is torn.
+    // The bytes after the entries of a header belong to a torn commit.
     let behind = log.at(9) + SECTOR_BYTES + 16 * to_usize(LENGTH);
     log.rot(5, 3).image[behind] = 1;
     let (device, plan) = salvage(&log, SalvageMode::Skip);
@@ -68,7 +68,7 @@ fn a_segment_that_is_cut_short_does_not_stand_where_the_log_is_to_go_on_after_it
         log.record(record).rot(15, 0).image[behind] = 1;
         log.write_pages(Some(SegmentId(15)));
         for way in SalvageMode::ALL {
-            // Where 14 is not written back, what can be proved of it is kept.
+            // If 14 is not written back, its proved blocks are kept.
             salvage(&log, way);
         }
     }
@@ -159,7 +159,7 @@ fn a_record_that_nothing_bears_out_makes_skip_give_up_nothing() {
     let (device, plan) = salvage(&log, SalvageMode::Stop);
     assert_eq!((plan.point, plan.summary().segments_given_up), (SegmentId(11), (1..=9).collect()));
     assert_eq!(volume(&device.memory.content()), Some(BTreeMap::new()));
-    // What no log of this size can have reached, nobody believes.
+    // No mode accepts an id that no log of this size can have reached.
     for record in [500, SegmentId::MAX.0, u64::MAX] {
         log.record(record);
         for way in SalvageMode::ALL {
@@ -337,7 +337,7 @@ fn a_corrupt_log_is_not_repaired() {
     ));
 }
 
-/// Logs in need, corrupt in every way that there is.
+/// Logs that are corrupt in every known way.
 fn cases() -> Vec<TestLog> {
     let mut cases = Vec::new();
     for extended in [false, true] {
@@ -403,8 +403,8 @@ fn a_power_cut_at_any_write_and_a_second_attempt_give_the_same_volume() {
             let want = volume(&done.memory.content()).expect("a sound log");
             let writes = done.writes.lock().clone();
             let sectors = in_sectors(&writes);
-            // The same writes survive by several masks, and what is all of one flush is none of the
-            // next.
+            // Several masks keep the same writes. All writes up to one flush are also no writes
+            // after the previous one.
             let mut seen = HashSet::new();
             let mut check = |writes: &[Write], flushes, any, what: &str| {
                 let survivors = survivors(writes, flushes, any);
@@ -424,7 +424,7 @@ fn a_power_cut_at_any_write_and_a_second_attempt_give_the_same_volume() {
                 for any in MASKS.into_iter().take(2).chain(alone) {
                     check(&writes, flushes, any, "whole");
                 }
-                // The header of a segment of which good blocks are kept is all that proves them.
+                // Only the header proves the good blocks that a salvage keeps of a segment.
                 if plan.given_up.iter().all(|lost| lost.kept == 0) {
                     for any in MASKS.into_iter().skip(2) {
                         check(&sectors, flushes, any, "torn");
@@ -439,8 +439,8 @@ fn generation(scanned: &Scanned) -> Option<u64> {
     scanned.superblock.extension().map(|page| page.generation)
 }
 
-/// The volume of a log after it is salvaged, if need be. If it is sound although segments of it are
-/// given up, it must not be taken for an older copy of what it was, of that generation.
+/// The volume of a log after a salvage, if it needs one. If the log is sound without the segments
+/// given up, its `generation` must distinguish it from an older copy.
 fn after_second_attempt(
     log: &TestLog,
     way: SalvageMode,
@@ -534,7 +534,7 @@ proptest! {
             damage.inflict(&mut log);
         }
         let device: Device = log.device();
-        // Where most segments lie elsewhere than they ought to, the device itself is the matter.
+        // If most segments lie in wrong slots, the device itself was resized.
         let found = read(&device);
         if !found.is_corrupt() || found.is_resized() {
             return Ok(());

@@ -204,9 +204,7 @@ pub fn salvage_options(plans: &[Plan], option: &str) -> Vec<String> {
             }
         };
         let record = plan.rejected_record.map(|record| {
-            format!(
-                ". It rejects the superblock record ({record}): everything in the log counts as dirty"
-            )
+            format!(". It rejects the superblock record ({record}): the whole log counts as dirty")
         });
         Some(format!(
             "{option}={} {what}. It {}{}",

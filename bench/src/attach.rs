@@ -85,7 +85,9 @@ fn attach(options: &Options) -> Result<Attached> {
         let metered = Arc::new(MeteredDevice::new(device));
         let before = resident_bytes()?;
         let started = Instant::now();
-        let cache = Cache::open(metered.clone(), backing, runtime, OpenOptions::serve().tunables(tunables)).await?;
+        let cache =
+            Cache::open(metered.clone(), backing, runtime, OpenOptions::serve().tunables(tunables))
+                .await?;
         let seconds = started.elapsed().as_secs_f64();
         cache.pause();
         let read = mib(metered.read_bytes());

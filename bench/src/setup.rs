@@ -10,7 +10,7 @@ use libwb::device::probe::{Access, Opened, open};
 use libwb::device::{Device, IoBuf, SharedBuf, UringDevice};
 use libwb::format::{SuperblockExtension, to_u64, to_usize};
 use libwb::log::LogError;
-use libwb::log::create::create;
+use libwb::log::format_device::create;
 use libwb::reactor::Reactor;
 use libwb::runtime::Runtime;
 use libwb::serve::guard_against_reclaim;

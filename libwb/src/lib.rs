@@ -5,6 +5,7 @@
 //! they fit together. Units are types (see [`format`]); a plain `u64` or `usize` is bytes unless
 //! its name or documentation says what it counts.
 
+mod buf;
 pub mod cache;
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -12,6 +13,7 @@ pub mod control;
 pub mod device;
 pub mod format;
 pub mod log;
+mod pending;
 pub mod reactor;
 #[cfg(not(feature = "sim"))]
 mod rules;

@@ -1,4 +1,4 @@
-//! What the engine needs from whatever runs it: tasks and time. The daemon runs on
+//! What the engine needs from its environment: tasks and time. The daemon runs on
 //! [`crate::reactor`], the simulator on a seeded executor with a virtual clock.
 
 use futures_util::future::BoxFuture;
@@ -9,7 +9,7 @@ pub trait Runtime: Send + Sync + 'static {
     /// Runs a task in the background until it ends.
     fn spawn(&self, task: BoxFuture<'static, ()>);
 
-    /// Ends after a time.
+    /// Completes after a time.
     fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()>;
 
     /// Time since some fixed moment; never goes back.

@@ -9,7 +9,7 @@ use libwb::format::{
     decode_record, to_u64, to_usize,
 };
 use libwb::log::Use;
-use libwb::log::scan::{Superblock, read_superblock};
+use libwb::log::superblock::{Superblock, read_superblock};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 

@@ -6,7 +6,7 @@ use libwb::cache::{Cache, OpenOptions, Tunables, WritebackOrder};
 use libwb::device::sim::Simulation;
 use libwb::device::{Device, MemDevice};
 use libwb::format::{SECTOR_BYTES, Sector, SuperblockExtension, to_usize};
-use libwb::log::create::create;
+use libwb::log::format_device::create;
 use std::cell::{Cell, RefCell};
 use std::sync::{Arc, LazyLock};
 use uuid::Uuid;
@@ -73,7 +73,12 @@ impl CrashedBuilder {
     fn open(&self, order: WritebackOrder) -> Cache {
         let runtime = Arc::new(self.simulation.runtime().clone());
         let tunables = Tunables { writeback_order: order, ..Tunables::default() };
-        self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, OpenOptions::serve().tunables(tunables)))
+        self.run(Cache::open(
+            self.cache.clone(),
+            self.backing.clone(),
+            runtime,
+            OpenOptions::serve().tunables(tunables),
+        ))
         .expect("a cache")
     }
 

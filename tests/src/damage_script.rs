@@ -10,7 +10,7 @@ use libwb::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, HEADER_CHECKSUM_START, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES,
     Sector, SuperblockExtension, crc32c, to_usize,
 };
-use libwb::log::create::create;
+use libwb::log::format_device::create;
 use std::sync::{Arc, LazyLock};
 use uuid::Uuid;
 

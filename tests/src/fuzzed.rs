@@ -11,8 +11,9 @@ use libwb::format::{BLOCK_BYTES, BlockNo, Place, SECTOR_BYTES, Sector, to_u64};
 use libwb::log::history::{History, read_version};
 use libwb::log::live::live_totals;
 use libwb::log::recovery::recover;
-use libwb::log::scan::{examine_superblock, read_superblock, scan, scan_headers, scan_trusting};
-use libwb::log::{LogError, Use};
+use libwb::log::scan::{scan, scan_headers, scan_trusting};
+use libwb::log::superblock::{examine_superblock, read_superblock};
+use libwb::log::{LogError, LogErrorKind, Use};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::io::{ErrorKind, Read, Write};
@@ -40,7 +41,7 @@ pub fn read_everything(image: Vec<u8>) {
     let device: Device = Arc::new(MemDevice::with_content("cache", image));
     let superblock = match block_on(examine_superblock(&device)) {
         Ok(superblock) => superblock,
-        Err(LogError::Geometry { .. }) => return,
+        Err(LogError { kind: LogErrorKind::Geometry { .. }, .. }) => return,
         Err(error) => panic!("{error}"),
     };
     let _ = superblock.check_extension(&device, Use::Write);
@@ -153,7 +154,12 @@ impl TestVolume {
 
     fn open(&self) -> Result<Cache, CacheError> {
         let runtime = Arc::new(self.simulation.runtime().clone());
-        self.run(Cache::open(self.cache.clone(), self.backing.clone(), runtime, OpenOptions::serve()))
+        self.run(Cache::open(
+            self.cache.clone(),
+            self.backing.clone(),
+            runtime,
+            OpenOptions::serve(),
+        ))
     }
 
     /// What the live segments, applied in order, make of the backing device. Covers all blocks that

@@ -8,7 +8,8 @@ use libwb::format::{
 };
 use libwb::log::Use;
 use libwb::log::recovery::{Recovery, recover};
-use libwb::log::scan::{SlotContent, SlotState, Superblock, read_superblock, scan, scan_trusting};
+use libwb::log::scan::{SlotContent, SlotState, scan, scan_trusting};
+use libwb::log::superblock::{Superblock, read_superblock};
 use std::collections::{BTreeMap, HashMap};
 
 /// Where the newest version of a sector lies.

@@ -55,7 +55,11 @@ fn status_tells_of_a_file_that_is_gone_and_detach_does_not_report_success() {
             let tells_fate = fates.iter().any(|fate| refused.stderr.contains(fate));
             assert!(refused.stderr.contains(&said) && tells_fate, "{refused:?}");
             let has_dirty = path == volume.cache;
-            assert_eq!(refused.stderr.contains("2 MiB that were only there"), has_dirty, "{refused:?}");
+            assert_eq!(
+                refused.stderr.contains("2 MiB that were only there"),
+                has_dirty,
+                "{refused:?}"
+            );
             assert_eq!(attached.wait().code(), Some(1), "{}", attached.stderr());
         }
     }

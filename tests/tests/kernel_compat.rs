@@ -10,9 +10,9 @@ use libwb::format::{
     to_u64, to_usize,
 };
 use libwb::log::Use;
-use libwb::log::create::create;
+use libwb::log::format_device::create;
 use libwb::log::salvage::Scanned;
-use libwb::log::scan::read_superblock;
+use libwb::log::superblock::read_superblock;
 use libwb::rules::{Rule, Rules};
 use nix::errno::Errno;
 use parking_lot::Mutex;
@@ -130,7 +130,12 @@ impl TestVolume {
     fn open(&self) -> Cache {
         let runtime = Arc::new(self.simulation.runtime().clone());
         let tunables = Tunables { writeback_threshold: 0, ..Tunables::default() };
-        let opening = Cache::open(self.cache(), self.backing.clone(), runtime, OpenOptions::serve().tunables(tunables).rules(self.planted));
+        let opening = Cache::open(
+            self.cache(),
+            self.backing.clone(),
+            runtime,
+            OpenOptions::serve().tunables(tunables).rules(self.planted),
+        );
         self.run(opening).expect("a sound cache")
     }
 

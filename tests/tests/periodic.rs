@@ -16,7 +16,12 @@ const STEP: Duration = Duration::from_millis(50);
 fn open(simulation: &Simulation, devices: &[Arc<SimDevice>; 2], sync_data_interval: u32) -> Cache {
     let tunables = Tunables { sync_data_interval, ..Tunables::default() };
     let [cache, backing] = devices.clone();
-    let opening = Cache::open(cache, backing, Arc::new(simulation.runtime().clone()), OpenOptions::serve().tunables(tunables));
+    let opening = Cache::open(
+        cache,
+        backing,
+        Arc::new(simulation.runtime().clone()),
+        OpenOptions::serve().tunables(tunables),
+    );
     let cache = simulation.block_on(opening).expect("an end").expect("a sound log");
     cache.pause();
     cache

@@ -54,8 +54,12 @@ impl TestVolume {
         let cache_device = Arc::new(SimDevice::new(&runtime, "cache", log, 512));
         let backing = Arc::new(SimDevice::new(&runtime, "backing", content, 512));
         let devices = (cache_device.clone(), backing.clone());
-        let opening =
-            Cache::open(devices.0, devices.1, Arc::new(runtime), OpenOptions::serve().tunables(tunables).rules(planted));
+        let opening = Cache::open(
+            devices.0,
+            devices.1,
+            Arc::new(runtime),
+            OpenOptions::serve().tunables(tunables).rules(planted),
+        );
         let cache = simulation.block_on(opening).expect("an end").expect("a fresh cache");
         let shows = vec![OLD; to_usize(blocks * BLOCK)];
         TestVolume { simulation, cache_device, backing, cache, shows }

@@ -4,9 +4,9 @@ use futures_lite::future::block_on;
 use libwb::cache::Cache;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64, to_usize};
-use libwb::log::LogError;
 use libwb::log::Use;
-use libwb::log::salvage::{Scanned, Way};
+use libwb::log::salvage::{SalvageMode, Scanned};
+use libwb::log::{LogError, LogErrorKind};
 use nix::libc::O_DIRECT;
 use proptest::prelude::*;
 use std::collections::HashSet;
@@ -244,7 +244,7 @@ proptest! {
             let end = image.len().min(at + bytes.len());
             image[at..end].copy_from_slice(&bytes[..end - at]);
         }
-        for way in Way::ALL {
+        for way in SalvageMode::ALL {
             let cache: Device = Arc::new(MemDevice::with_content("cache", image.clone()));
             let backing: Device = Arc::new(MemDevice::new("backing", 16 * MIB));
             let scanning = Scanned::read(&cache, Use::Write, |_| ());
@@ -252,7 +252,7 @@ proptest! {
             match block_on(scanned.salvage(&cache, way)) {
                 Ok(Some(plan)) => block_on(plan.apply(&cache)).expect("a device in memory"),
                 Ok(None) => {}
-                Err(LogError::Misplaced { .. }) => continue,
+                Err(LogError { kind: LogErrorKind::Misplaced, .. }) => continue,
                 Err(error) => panic!("{error}"),
             }
             let opened = block_on(Cache::examine(&cache, &backing, None));

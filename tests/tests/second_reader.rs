@@ -12,7 +12,8 @@ use libwb::format::{
 };
 use libwb::log::Use;
 use libwb::log::recovery::recover;
-use libwb::log::scan::{read_superblock, scan};
+use libwb::log::scan::scan;
+use libwb::log::superblock::read_superblock;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use std::io::{BufRead, BufReader, Write};

@@ -9,7 +9,7 @@ use libwb::device::{Device, IoBuf};
 use libwb::format::{
     BLOCK_BYTES, PLACES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SegmentId, to_usize,
 };
-use libwb::log::create::create;
+use libwb::log::format_device::create;
 use libwb::runtime::Runtime;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -73,8 +73,7 @@ impl TestVolume {
     fn open(&self) -> Result<Cache, Cut> {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
         let runtime = Arc::new(self.simulation.runtime().clone());
-        let opened =
-            Cache::open(cache, backing, runtime, OpenOptions::serve().rules(self.planted));
+        let opened = Cache::open(cache, backing, runtime, OpenOptions::serve().rules(self.planted));
         self.finish(opened).map(|opened| opened.expect("a sound cache"))
     }
 

@@ -4,7 +4,7 @@ use libwb::device::{Device, MemDevice};
 use libwb::format::{
     EXTENSION_OFFSETS, MAGIC, RECORD_BLOCK_OFFSET, SUPERBLOCK_OFFSET, SuperblockExtension,
 };
-use libwb::log::scan::{BackingFacts, check_pairing};
+use libwb::log::pairing::{BackingFacts, check_pairing};
 use std::path::Path;
 use std::sync::Arc;
 use tempfile::TempDir;
@@ -240,8 +240,14 @@ fn a_superblock_of_which_a_block_cannot_be_read_is_shown_without_it() {
     let cache = FailingFile::over(&volume.cache, &volume.path("failing"));
     for (offset, why) in [
         (SUPERBLOCK_OFFSET, "at byte 0 failed"),
-        (EXTENSION_OFFSETS[0], "one copy of two: where a superblock extension lies"),
-        (EXTENSION_OFFSETS[1], "one copy of two: where a superblock extension lies"),
+        (
+            EXTENSION_OFFSETS[0],
+            "one copy of two: a superblock extension that the device cannot read",
+        ),
+        (
+            EXTENSION_OFFSETS[1],
+            "one copy of two: a superblock extension that the device cannot read",
+        ),
         (RECORD_BLOCK_OFFSET, "at byte 1044480 failed"),
     ] {
         cache.fail(FileFaults { reads: offset..offset + 4096, ..FileFaults::default() });

@@ -7,11 +7,10 @@ use libwb::format::{
     BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, SuperblockFault, to_u64, to_usize,
 };
 use libwb::log::live::{Share, Totals};
+use libwb::log::pairing::BackingFacts;
 use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery};
 use libwb::log::salvage::{Plan, Scanned};
-use libwb::log::scan::{
-    BackingFacts, SlotContent, SlotFault, SlotState, read_slot_header, scan_headers,
-};
+use libwb::log::scan::{SlotContent, SlotFault, SlotState, read_slot_header, scan_headers};
 use serde::Serialize;
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -157,7 +156,7 @@ impl Findings {
             ways: if args.headers_only {
                 Vec::new()
             } else {
-                subject.io.block_on(scanned.ways(&subject.device))?
+                subject.io.block_on(scanned.salvage_plans(&subject.device))?
             },
             misleading,
             scanned,

@@ -16,9 +16,10 @@ use libwb::device::Device;
 use libwb::device::probe::{Access, open, open_pair};
 use libwb::device::signatures;
 use libwb::format::{SECTOR_BYTES, SegmentId, SuperblockFault, to_u64};
-use libwb::log::salvage::Way;
-use libwb::log::scan::{RawSuperblock, check_pairing, examine_superblock};
-use libwb::log::{LogError, Use};
+use libwb::log::pairing::check_pairing;
+use libwb::log::salvage::SalvageMode;
+use libwb::log::superblock::{RawSuperblock, examine_superblock};
+use libwb::log::{LogError, LogErrorKind, Use};
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -72,14 +73,14 @@ struct Args {
     #[arg(
         long,
         value_name = "skip|stop",
-        value_parser = PossibleValuesParser::new(["skip", "stop"]).try_map(|way| way.parse::<Way>()),
+        value_parser = PossibleValuesParser::new(["skip", "stop"]).try_map(|way| way.parse::<SalvageMode>()),
         hide_possible_values = true,
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "skip",
         requires = "repair"
     )]
-    salvage: Option<Way>,
+    salvage: Option<SalvageMode>,
 
     /// Print one JSON object instead of text
     #[arg(long)]
@@ -161,7 +162,7 @@ fn prepare(args: &Args) -> Result<Subject> {
         refuse_other_than_damaged(
             args,
             &superblock,
-            LogError::Superblock { device: device.name().to_string(), fault },
+            LogError::new(&device, LogErrorKind::Superblock { fault }),
         )?;
     }
     superblock.check_extension(&device, if args.repair { Use::Write } else { Use::Read })?;

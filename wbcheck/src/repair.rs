@@ -4,8 +4,8 @@ use crate::findings::{Findings, Verdict};
 use crate::{Args, Subject, report, words};
 use anyhow::Result;
 use libwb::cli::{Exit, Output};
-use libwb::log::create::write_magic;
-use libwb::log::salvage::{Plan, ways_on};
+use libwb::log::salvage::{Plan, salvage_options};
+use libwb::log::segment_writes::write_magic;
 use std::io::Write;
 
 /// What was done to a device, and what had been wrong with it.
@@ -93,7 +93,7 @@ fn plan(subject: &Subject, findings: &Findings, args: &Args) -> Result<Option<Pl
     {
         let name = backing.path.display().to_string();
         plan.pair(&backing.facts(&name));
-        if plan.way.is_some() {
+        if plan.mode.is_some() {
             io.block_on(plan.check_backing(device, &backing.facts(&name)))?;
         }
     }
@@ -111,10 +111,10 @@ fn print(repaired: &Repaired, after: &Findings, out: &mut Output) -> Result<()> 
         writeln!(out, "  - {change}")?;
     }
     let Some(plan) = &repaired.plan else { return Ok(()) };
-    for line in ways_on(std::slice::from_ref(plan), "--salvage") {
+    for line in salvage_options(std::slice::from_ref(plan), "--salvage") {
         writeln!(out, "\nSalvaged: {line}")?;
     }
-    let blocks = plan.blocks_in_words();
+    let blocks = plan.blocks_text();
     if !blocks.is_empty() {
         writeln!(out, "Given up, in units of 4096 bytes of the backing device: {blocks}")?;
     }

@@ -106,7 +106,7 @@ impl Report<'_> {
                 salvage: repaired
                     .plan
                     .as_ref()
-                    .filter(|plan| plan.way.is_some())
+                    .filter(|plan| plan.mode.is_some())
                     .map(Plan::summary),
             }),
         }

@@ -5,7 +5,7 @@ use crate::findings::{Broken, Findings, Verdict};
 use libwb::cli::{Output, count, human_size};
 use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, SegmentId, to_u64};
 use libwb::log::recovery::{Corruption, Explanation};
-use libwb::log::salvage::{number_of_ways, segments, ways_on};
+use libwb::log::salvage::{salvage_advice, salvage_options, segments};
 use std::io::{self, Write};
 
 /// Items of a list that are shown one by one.
@@ -65,7 +65,7 @@ pub(crate) fn print(f: &Findings, out: &mut Output) -> io::Result<()> {
         out.text(&format!("What to do: {advice}"), "  ")?;
     }
     let ways = if f.scanned.lost_nothing_but_the_pairing() { &[][..] } else { &f.ways };
-    for way in ways_on(ways, "--repair --salvage") {
+    for way in salvage_options(ways, "--repair --salvage") {
         out.text(&format!("  - {way}."), "    ")?;
     }
     Ok(())
@@ -169,7 +169,7 @@ fn errors(f: &Findings) -> Vec<Problem> {
         errors.push(Problem {
             what: format!(
                 "{} ({} such in all)",
-                first.in_words(backing.path.display(), backing.sectors),
+                first.text(backing.path.display(), backing.sectors),
                 f.live.beyond_count,
             ),
             meaning: "That data has no place there. Most likely it is not the backing device of \
@@ -367,7 +367,7 @@ fn advice(f: &Findings) -> Option<String> {
             return Some(format!(
                 "copy both devices first, and see with wbdump what can be read. Then {}, here or \
                  with wbctl attach or replay:",
-                number_of_ways(&f.ways)
+                salvage_advice(&f.ways)
             ));
         }
         Verdict::Corrupt => {

@@ -7,9 +7,9 @@ use libwb::cache::CacheError;
 use libwb::cli::Io;
 use libwb::device::Device;
 use libwb::format::{PageFault, SuperblockExtension};
-use libwb::log::LogError;
 use libwb::log::reach::Reach;
-use libwb::log::scan::{RawSuperblock, examine_superblock};
+use libwb::log::superblock::{RawSuperblock, examine_superblock};
+use libwb::log::{LogError, LogErrorKind};
 
 /// What is known of a cache that is about to be used.
 pub(crate) struct Past {
@@ -67,7 +67,13 @@ impl Past {
     /// What to say of an error from opening the cache.
     pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         match (error.downcast_ref(), &self.note) {
-            (Some(CacheError::Log(LogError::Older { device, found, known })), Some(note)) => {
+            (
+                Some(CacheError::Log(LogError {
+                    device,
+                    kind: LogErrorKind::Older { found, known },
+                })),
+                Some(note),
+            ) => {
                 let torn =
                     if self.is_torn { "a page of its superblock is damaged, and " } else { "" };
                 anyhow!(refusal(

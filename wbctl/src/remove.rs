@@ -9,7 +9,7 @@ use libwb::device::probe::Access;
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use libwb::log::Use;
 use libwb::log::live;
-use libwb::log::scan::read_superblock;
+use libwb::log::superblock::read_superblock;
 use std::io::Write;
 
 #[derive(clap::Args)]

@@ -10,9 +10,9 @@ use libwb::cli::{self, Io, Output, Progress, count, human_size};
 use libwb::device::probe::{Access, open_pair};
 use libwb::device::{Device, Overlay};
 use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
-use libwb::log::LogError;
 use libwb::log::reach::Reach;
 use libwb::log::salvage::{Plan, Summary};
+use libwb::log::{LogError, LogErrorKind};
 use serde::Serialize;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -197,15 +197,16 @@ fn write_back_until(
         io.block_on(Cache::open(cache, backing, io.runtime(), purpose.knowing(known)))
     };
     let purpose = OpenOptions::replay_until(until);
-    let (cache, mixed_with_segment) = match open(purpose.clone()) {
-        Err(CacheError::Log(LogError::Ahead { segment, .. })) if args.older => {
-            (open(purpose.mixing(true))?, Some(segment.0))
-        }
-        Err(e @ CacheError::Log(LogError::Ahead { .. })) => {
-            bail!("{e}; --older goes on all the same")
-        }
-        opened => (opened?, None),
-    };
+    let (cache, mixed_with_segment) =
+        match open(purpose.clone()) {
+            Err(CacheError::Log(LogError {
+                kind: LogErrorKind::Ahead { segment, .. }, ..
+            })) if args.older => (open(purpose.mixing(true))?, Some(segment.0)),
+            Err(e @ CacheError::Log(LogError { kind: LogErrorKind::Ahead { .. }, .. })) => {
+                bail!("{e}; --older goes on all the same")
+            }
+            opened => (opened?, None),
+        };
     let before = cache.status();
     if !args.dry_run {
         // It is not closed: there is nothing to hand over of a log that is left as it is.

@@ -6,7 +6,7 @@ use crate::remove::dirty_blocks;
 use anyhow::{Context, Result, bail};
 use libwb::cli::{Io, Recorded, count, is_same_device};
 use libwb::device::probe::Access;
-use libwb::log::scan::examine_superblock;
+use libwb::log::superblock::examine_superblock;
 use std::io::ErrorKind;
 use std::path::Path;
 

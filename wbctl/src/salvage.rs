@@ -4,9 +4,9 @@ use anyhow::{Result, anyhow};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use libwb::cache::CacheError;
 use libwb::device::Device;
+use libwb::log::pairing::BackingFacts;
 use libwb::log::reach::Reach;
-use libwb::log::salvage::{Plan, Scanned, Way, number_of_ways, ways_on};
-use libwb::log::scan::BackingFacts;
+use libwb::log::salvage::{Plan, SalvageMode, Scanned, salvage_advice, salvage_options};
 use libwb::log::{LogError, Use};
 
 #[derive(clap::Args)]
@@ -20,13 +20,13 @@ pub(crate) struct Salvage {
     #[arg(
         long,
         value_name = "skip|stop",
-        value_parser = PossibleValuesParser::new(["skip", "stop"]).try_map(|way| way.parse::<Way>()),
+        value_parser = PossibleValuesParser::new(["skip", "stop"]).try_map(|way| way.parse::<SalvageMode>()),
         hide_possible_values = true,
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "skip"
     )]
-    salvage: Option<Way>,
+    salvage: Option<SalvageMode>,
 }
 
 impl Salvage {
@@ -67,11 +67,11 @@ impl Salvage {
 
 /// What a salvage has done, a sentence each.
 pub(crate) fn outcome(plan: &Plan) -> Vec<String> {
-    let mut lines = ways_on(std::slice::from_ref(plan), "--salvage");
-    if !plan.blocks_in_words().is_empty() {
+    let mut lines = salvage_options(std::slice::from_ref(plan), "--salvage");
+    if !plan.blocks_text().is_empty() {
         lines.push(format!(
             "given up, in units of 4096 bytes of the backing device: {}",
-            plan.blocks_in_words()
+            plan.blocks_text()
         ));
     }
     lines
@@ -82,16 +82,16 @@ async fn what_can_be_done(
     cache: &Device,
     scanned: &Scanned,
 ) -> Result<anyhow::Error, LogError> {
-    let plans = scanned.ways(cache).await?;
+    let plans = scanned.salvage_plans(cache).await?;
     if plans.is_empty() {
         // It says why there is none.
-        scanned.salvage(cache, Way::Skip).await?;
+        scanned.salvage(cache, SalvageMode::Skip).await?;
     }
     let ways: String =
-        ways_on(&plans, "--salvage").iter().map(|way| format!("\n  {way}")).collect();
+        salvage_options(&plans, "--salvage").iter().map(|way| format!("\n  {way}")).collect();
     Ok(anyhow!(
         "{refused}\n  Neither device was changed. Copy the cache device before anything else; \
          then {}:{ways}",
-        number_of_ways(&plans)
+        salvage_advice(&plans)
     ))
 }

@@ -16,10 +16,8 @@ use libwb::device::probe::{Access, OpenError};
 use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, to_usize};
 use libwb::log::Use;
 use libwb::log::recovery::{Recovery, explained, recover};
-use libwb::log::scan::{
-    RawSuperblock, SlotContent, SlotState, examine_damaged_superblock, read_slot, scan,
-    scan_trusting,
-};
+use libwb::log::scan::{SlotContent, SlotState, read_slot, scan, scan_trusting};
+use libwb::log::superblock::{RawSuperblock, examine_damaged_superblock};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 

@@ -8,8 +8,8 @@ use crate::format::{
     SegmentId, SuperblockExtension, crc32c, empty_header, encode_superblock_block, to_u64,
     to_usize,
 };
-use crate::log::LogError;
 use crate::log::scan::{SlotState, scan};
+use crate::log::{LogError, LogErrorKind};
 use crate::reactor::Reactor;
 use std::sync::Arc;
 
@@ -412,7 +412,10 @@ fn a_cache_says_how_far_it_has_come_for_good_and_an_older_copy_is_refused_untouc
     };
     for options in ways {
         let refused = open(options.clone());
-        let is_older = matches!(refused, Some(CacheError::Log(LogError::Older { .. })));
+        let is_older = matches!(
+            refused,
+            Some(CacheError::Log(LogError { kind: LogErrorKind::Older { .. }, .. }))
+        );
         assert!(is_older, "{options:?}");
     }
     let examined = rig.reactor.block_on(Cache::examine(&older, &backing, known)).unwrap_err();

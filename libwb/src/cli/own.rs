@@ -1,5 +1,6 @@
 //! Files that say what a program is to do: only root's, and one's own, are believed.
 
+use nix::fcntl::OFlag;
 use nix::unistd::{Uid, geteuid};
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, ErrorKind, Read};
@@ -34,9 +35,9 @@ pub fn refuse_others(path: &Path, meta: &Metadata) -> io::Result<()> {
 /// # Errors
 /// As [`OpenOptions::open`], and in clear words when it is a link.
 pub fn open_no_link(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
-    options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).map_err(|e| {
+    options.custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits()).open(path).map_err(|e| {
         match e.raw_os_error() {
-            Some(libc::ELOOP) => io::Error::new(
+            Some(nix::libc::ELOOP) => io::Error::new(
                 ErrorKind::InvalidInput,
                 "refused: it is a symbolic link; wb follows none here",
             ),

@@ -1,4 +1,4 @@
-//! What speaks against a pair of devices before a cache is made for it.
+//! Checks of a pair of devices before a cache is made for it.
 
 use super::IoBuf;
 use super::probe::Opened;
@@ -7,14 +7,15 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-/// Why a backing device is hardly the one that is meant.
+/// Why a backing device is probably the wrong one.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Misfit {
     /// It is a cache device itself.
     #[error(
-        "{path}: refused: it is a cache device of wb, and may hold what is nowhere else (wbcheck \
-         {path} tells). Were the two devices swapped? Use --force to make it a backing device all \
-         the same"
+        "{path}: refused: it is a cache device of wb, and may hold the only copy of data (wbcheck \
+         {path} tells). Were the two devices swapped? Use --force to make it a backing device \
+         anyway"
     )]
     IsCache {
         /// The backing device.
@@ -38,15 +39,15 @@ pub enum Misfit {
     Unreadable {
         /// The backing device.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         cause: io::Error,
     },
 }
 
-/// Refuses a backing device that looks as if it was named by mistake.
+/// Refuses a backing device that was probably named by mistake.
 ///
 /// # Errors
-/// Says what speaks against it.
+/// Says why.
 pub fn refuse_misfit(cache: &Opened, backing: &Opened) -> Result<(), Misfit> {
     let path = || backing.path.clone();
     if is_cache(backing).map_err(|cause| Misfit::Unreadable { path: path(), cause })? {
@@ -58,7 +59,7 @@ pub fn refuse_misfit(cache: &Opened, backing: &Opened) -> Result<(), Misfit> {
     Ok(())
 }
 
-/// Whether a device begins as a cache device does.
+/// Whether a device begins like a cache device.
 fn is_cache(device: &Opened) -> io::Result<bool> {
     if device.size < to_u64(BLOCK_BYTES) {
         return Ok(false);

@@ -1,24 +1,24 @@
-//! Who uses a device or a file in a way that neither exclusive opening nor a lock shows: loop
+//! Finding users of a device or a file that neither exclusive opening nor a lock reveals: loop
 //! devices and swap.
 
-use super::probe::{Identity, sysfs_folder};
+use super::identity::{Identity, sysfs_folder};
 use std::ffi::{OsStr, OsString};
 use std::fs::Metadata;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// What is about to be opened.
+/// The device or file to open.
 struct Wanted {
     identity: Identity,
-    /// The last part of its path without symbolic links.
+    /// The last component of its path, after symbolic links.
     name: Option<OsString>,
     links: u64,
-    /// Where sysfs has it, for a block device.
+    /// Its folder in sysfs, for a block device.
     sysfs: Option<PathBuf>,
 }
 
-/// Who uses a device or file, and how to end that, in words.
+/// Who uses a device or file and how to end that, as text.
 pub(super) fn holder(path: &Path, meta: &Metadata) -> Option<String> {
     let identity = Identity::of(meta);
     let wanted = Wanted {
@@ -52,7 +52,7 @@ fn loop_device(wanted: &Wanted) -> Option<String> {
     })
 }
 
-/// The kernel holds a block device that it swaps to, but not a file.
+/// The kernel opens a swap device exclusively, but not a swap file.
 fn swap(wanted: &Wanted) -> Option<String> {
     let table = std::fs::read("/proc/swaps").ok()?;
     table.split(|&byte| byte == b'\n').skip(1).find_map(|line| {
@@ -65,18 +65,16 @@ fn swap(wanted: &Wanted) -> Option<String> {
 }
 
 impl Wanted {
-    /// Whether another's path leads to what is wanted, or to a part of it, or to the whole of which
-    /// it is a part.
+    /// Whether a path leads to the wanted device, to a partition of it, or to its whole disk.
     fn is_at(&self, path: &Path) -> bool {
-        // A path may lead to a filesystem that does not answer, and so only those are followed that
-        // may be the one.
+        // The path may be on a filesystem that hangs. So only a path that may match is followed.
         let may_be = match self.identity {
             Identity::BlockDevice(_) => path.starts_with("/dev/"),
             Identity::File(..) => self.links > 1 || path.file_name() == self.name.as_deref(),
         };
         let Some(other) = std::fs::metadata(path).ok().filter(|_| may_be) else { return false };
         let other = Identity::of(&other);
-        // A partition's folder is in that of its disk.
+        // The folder of a partition is inside that of its disk.
         let overlaps =
             |(ours, its): (&PathBuf, &PathBuf)| ours.starts_with(its) || its.starts_with(ours);
         other == self.identity
@@ -84,8 +82,8 @@ impl Wanted {
     }
 }
 
-/// The kernel writes a blank, a tab, a line feed and a backslash in a path as a backslash and three
-/// octal digits.
+/// Decodes a path from a kernel table. In it a blank, tab, line feed or backslash is a backslash
+/// and three octal digits.
 fn unescaped(field: &[u8]) -> Vec<u8> {
     let mut text = Vec::with_capacity(field.len());
     let mut rest = field;

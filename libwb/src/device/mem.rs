@@ -1,5 +1,5 @@
-//! A device in memory, for tests and for measuring the engine alone. Every operation completes at
-//! once.
+//! A device in memory, for tests and for benchmarks of the engine alone. Every operation completes
+//! at once.
 
 use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
 use crate::format::{to_u64, to_usize};
@@ -26,7 +26,7 @@ impl MemDevice {
         MemDevice { name: name.into(), size: to_u64(content.len()), bytes: RwLock::new(content) }
     }
 
-    /// A copy of what it holds.
+    /// A copy of its content.
     pub fn content(&self) -> Vec<u8> {
         self.bytes.read().clone()
     }

@@ -1,11 +1,11 @@
-//! What the cache stands on: block devices with owned, aligned buffers.
+//! Block devices with owned, aligned buffers. A cache stands on two of them.
 
-mod buf;
 pub mod fit;
 mod held;
+mod identity;
+mod layer;
 mod mem;
 mod overlay;
-mod pending;
 pub mod probe;
 #[cfg(feature = "blkid")]
 pub mod signatures;
@@ -15,11 +15,11 @@ pub mod sparse;
 mod uring;
 mod watched;
 
-pub use buf::{IoBuf, SharedBuf};
+pub use crate::buf::{IoBuf, SharedBuf};
+pub use crate::pending::Pending;
+pub use layer::DeviceLayer;
 pub use mem::MemDevice;
 pub use overlay::Overlay;
-pub use pending::Pending;
-pub(crate) use pending::{InFlight, Requests};
 pub use uring::UringDevice;
 pub use watched::{Gone, Watched};
 
@@ -33,6 +33,7 @@ use std::time::Duration;
 
 /// An operation on a block device, for messages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Operation {
     /// Reading bytes.
     Read,
@@ -40,7 +41,7 @@ pub enum Operation {
     Write,
     /// Making earlier writes durable.
     Flush,
-    /// Giving up a range; it reads as zeros afterwards.
+    /// Discarding a range; it reads as zeros afterwards.
     Discard,
 }
 
@@ -59,20 +60,20 @@ impl fmt::Display for Operation {
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{device}: {operation} of {length} bytes at byte {offset} failed: {}", describe(*cause))]
 pub struct DeviceError {
-    /// The device's path.
+    /// The name of the device.
     pub device: Arc<str>,
-    /// What was tried.
+    /// The operation.
     pub operation: Operation,
-    /// Where it began, in bytes.
+    /// Its offset in bytes.
     pub offset: u64,
-    /// How many bytes it concerned.
+    /// Its length in bytes.
     pub length: u64,
-    /// What the system said; [`DeviceError::ALTERED`] when the data itself is wrong.
+    /// The system's error; [`DeviceError::ALTERED`] if the data itself is wrong.
     pub cause: Errno,
 }
 
 impl DeviceError {
-    /// The cause when what was read is not what was written.
+    /// The cause if the data read is not the data written.
     pub const ALTERED: Errno = Errno::EBADMSG;
 }
 
@@ -90,47 +91,46 @@ fn describe(cause: Errno) -> &'static str {
     }
 }
 
-/// The future of an operation on a device. It owns what it needs; dropping it does not undo the
-/// operation.
+/// The future of an operation on a device. It owns all that it needs. Dropping it does not cancel
+/// the operation.
 pub type IoFuture<T> = BoxFuture<'static, Result<T, DeviceError>>;
 
-/// A block device. Offsets and lengths are bytes, multiples of [`BlockDevice::block_size`], inside
-/// the device.
+/// A block device. Offsets and lengths are in bytes, multiples of [`BlockDevice::block_size`], and
+/// inside the device.
 ///
-/// Completed writes may still be lost or reordered by a power cut until a later flush completes; a
-/// single 512-byte sector is written whole or not at all. Concurrent operations complete in any
-/// order.
+/// A power cut may lose or reorder completed writes until a later flush completes. It does not tear
+/// a 512-byte sector. Concurrent operations complete in any order.
 pub trait BlockDevice: Send + Sync + 'static {
-    /// What to call it in messages.
+    /// Its name in messages.
     fn name(&self) -> &Arc<str>;
 
     /// Its size in bytes.
     fn size(&self) -> u64;
 
-    /// What tells it from others wherever it is plugged in: a serial number or the like. Empty
-    /// where it has none.
+    /// What identifies it wherever it is plugged in: a serial number or similar. Empty if it has
+    /// none.
     fn identity(&self) -> &str {
         ""
     }
 
-    /// The unit of its I/O in bytes: 512 or a larger power of two, at most 4096.
+    /// Its unit of I/O in bytes: a power of two from 512 to 4096.
     fn block_size(&self) -> u32;
 
-    /// For how long it was busy since the system started, whoever used it; none where nobody knows.
+    /// How long it was busy since the system started, with all its users; none if unknown.
     fn busy(&self) -> Option<Duration> {
         None
     }
 
-    /// The requests that it has not answered yet; nothing where nobody counts them.
+    /// Its requests; all zeros if they are not counted.
     fn pending(&self) -> Pending {
         Pending::default()
     }
 
-    /// Fills the whole buffer from `offset` on.
+    /// Fills the whole buffer with the data from `offset` on.
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf>;
 
-    /// As [`BlockDevice::read`], for a caller that does nothing else before it has the data. May
-    /// block the thread until then.
+    /// As [`BlockDevice::read`], for a caller with nothing else to do. May block the thread until
+    /// the data is there.
     fn read_alone(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
         self.read(offset, buf)
     }
@@ -138,7 +138,7 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Writes all the data from `offset` on.
     fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()>;
 
-    /// Writes several pieces of data, one after the other, from `offset` on.
+    /// Writes several pieces of data back to back from `offset` on.
     fn write_parts(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
         let mut at = offset;
         let mut writes = Vec::with_capacity(parts.len());
@@ -147,30 +147,30 @@ pub trait BlockDevice: Send + Sync + 'static {
             writes.push(self.write(at, part));
             at += length;
         }
-        // All of them, even after a failure: who tries again must not be overtaken by a write that
-        // is still out.
+        // Waits for all writes, even after a failure. Otherwise a write under way could overwrite a
+        // retry.
         Box::pin(async move { futures_util::future::join_all(writes).await.into_iter().collect() })
     }
 
     /// Makes every write that completed before the call durable.
     fn flush(&self) -> IoFuture<()>;
 
-    /// Makes a range read as zeros, and gives up its space where that can be done.
+    /// Makes a range read as zeros, and frees its space if possible.
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()>;
 
-    /// Makes a range read as zeros, and keeps its space where that can be told.
+    /// Makes a range read as zeros, and keeps its space if possible.
     fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
         self.discard(offset, length)
     }
 }
 
-/// Runs operations to their end, even after a failure, and gives the first error. An operation that
-/// is dropped goes on: who tries again, or reuses what it works on, must not be overtaken by it.
+/// Waits for all operations, even after a failure, and returns the first error. A dropped operation
+/// would still run, and could overwrite a retry or a reused range.
 pub(crate) async fn all(
     operations: impl Stream<Item = Result<(), DeviceError>>,
 ) -> Result<(), DeviceError> {
     operations.fold(Ok(()), async |result: Result<(), DeviceError>, done| result.and(done)).await
 }
 
-/// A device, shared.
+/// A shared device.
 pub type Device = Arc<dyn BlockDevice>;

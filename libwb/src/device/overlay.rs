@@ -1,35 +1,34 @@
-//! A device that is left as it is: what is written to it lies in memory, on top of what it holds.
+//! A device that keeps writes in memory and leaves the device below as it is.
 
-use super::{BlockDevice, Device, DeviceError, IoBuf, IoFuture, Operation, SharedBuf};
+use super::{BlockDevice, Device, DeviceError, DeviceLayer, IoBuf, IoFuture, Operation, SharedBuf};
 use crate::format::{SECTOR_BYTES, to_u64, to_usize};
 use nix::errno::Errno;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::future::ready;
 use std::sync::Arc;
-use std::time::Duration;
 
-/// The most that is kept in memory, in bytes.
+/// The most that the overlay keeps in memory, in bytes.
 const LIMIT: usize = 1 << 30;
 
-/// A device, and what was written on top of it, which is gone when this is. It keeps up to 1 GiB;
-/// writes beyond that fail with `ENOSPC`. Discards fail with `EROFS`.
+/// A device with the writes to it, which are lost when this is dropped. It keeps up to 1 GiB; then
+/// writes fail with `ENOSPC`. Discards fail with `EROFS`.
 pub struct Overlay {
     device: Device,
-    /// Sectors by number.
+    /// The sectors that were written, by number.
     written: Arc<Mutex<BTreeMap<u64, [u8; SECTOR_BYTES]>>>,
     limit: usize,
 }
 
 impl Overlay {
-    /// With nothing written yet.
+    /// An overlay without any writes.
     pub fn over(device: Device) -> Overlay {
         Overlay { device, written: Arc::default(), limit: LIMIT }
     }
 
     fn error(&self, operation: Operation, offset: u64, length: usize, cause: Errno) -> DeviceError {
         DeviceError {
-            device: self.name().clone(),
+            device: self.device.name().clone(),
             operation,
             offset,
             length: to_u64(length),
@@ -39,7 +38,7 @@ impl Overlay {
 
     fn keep(&self, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         let error = |cause| self.error(Operation::Write, offset, data.len(), cause);
-        let end = offset.checked_add(to_u64(data.len())).filter(|&end| end <= self.size());
+        let end = offset.checked_add(to_u64(data.len())).filter(|&end| end <= self.device.size());
         end.ok_or_else(|| error(Errno::EINVAL))?;
         let mut written = self.written.lock();
         if written.len() * SECTOR_BYTES + data.len() > self.limit {
@@ -52,25 +51,9 @@ impl Overlay {
     }
 }
 
-impl BlockDevice for Overlay {
-    fn name(&self) -> &Arc<str> {
-        self.device.name()
-    }
-
-    fn size(&self) -> u64 {
-        self.device.size()
-    }
-
-    fn identity(&self) -> &str {
-        self.device.identity()
-    }
-
-    fn block_size(&self) -> u32 {
-        self.device.block_size()
-    }
-
-    fn busy(&self) -> Option<Duration> {
-        self.device.busy()
+impl DeviceLayer for Overlay {
+    fn below(&self) -> &dyn BlockDevice {
+        &*self.device
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
@@ -98,6 +81,10 @@ impl BlockDevice for Overlay {
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
         Box::pin(ready(Err(self.error(Operation::Discard, offset, to_usize(length), Errno::EROFS))))
     }
+
+    fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
+        DeviceLayer::discard(self, offset, length)
+    }
 }
 
 #[cfg(test)]
@@ -107,19 +94,24 @@ mod tests {
     use futures_util::FutureExt;
 
     #[test]
-    fn what_was_written_is_read_and_the_device_is_left_as_it_is_up_to_a_limit() {
+    fn writes_are_read_back_up_to_a_limit_and_the_device_stays_as_it_is() {
         let device = Arc::new(MemDevice::with_content("d", vec![1; 4096]));
         let overlay = Overlay { limit: 1024, ..Overlay::over(device.clone()) };
         let write = |offset, data: &[u8]| {
-            overlay.write(offset, IoBuf::copy_of(data).into()).now_or_never().expect("at once")
+            BlockDevice::write(&overlay, offset, IoBuf::copy_of(data).into())
+                .now_or_never()
+                .expect("at once")
         };
         write(1024, &[2; 512]).unwrap();
         write(1024, &[3; 512]).unwrap();
-        let read = overlay.read(512, IoBuf::zeroed(1536)).now_or_never().expect("at once").unwrap();
+        let read = BlockDevice::read(&overlay, 512, IoBuf::zeroed(1536))
+            .now_or_never()
+            .expect("at once")
+            .unwrap();
         assert_eq!(read[..], [[1; 512], [3; 512], [1; 512]].concat());
         assert_eq!(write(0, &[2; 1024]).unwrap_err().cause, Errno::ENOSPC);
         assert_eq!(write(4096, &[2; 512]).unwrap_err().cause, Errno::EINVAL);
-        assert!(overlay.discard(0, 512).now_or_never().expect("at once").is_err());
+        assert!(BlockDevice::discard(&overlay, 0, 512).now_or_never().expect("at once").is_err());
         assert_eq!(device.content(), [1; 4096]);
     }
 }

@@ -1,12 +1,15 @@
-//! Opening devices: what they are, how large, who else uses them.
+//! Opening devices: what they are, how large they are, and who else uses them.
 
 use super::held;
+pub use super::identity::{Identity, identity};
+use super::identity::{serial, sysfs_folder};
 use crate::format::{SECTOR_BYTES, to_u64};
 use crate::sys;
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
+use nix::libc::{EBUSY, EINVAL, EROFS};
 use nix::sys::resource::{Resource, getrlimit};
-use std::fs::{File, Metadata, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -15,23 +18,24 @@ use std::time::{Duration, Instant};
 /// What a device is opened for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// To read, while nobody writes.
+    /// To read, while no other process writes.
     Read,
-    /// To read, whatever others do: what is read may change meanwhile.
+    /// To read without a lock. The data may change meanwhile.
     ReadUnlocked,
-    /// To read and write, alone.
+    /// To read and write, as the only user.
     Write,
 }
 
 /// Why a device cannot be opened.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum OpenError {
-    /// The system said no.
-    #[error("{path}: cannot open: {}", in_words(cause))]
+    /// The system refused.
+    #[error("{path}: cannot open: {}", error_text(cause))]
     System {
         /// The device.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         cause: io::Error,
     },
     /// Neither a block device nor a regular file.
@@ -40,7 +44,7 @@ pub enum OpenError {
         /// The device.
         path: PathBuf,
     },
-    /// Somebody else holds it.
+    /// Another process holds it.
     #[error(
         "{path}: in use (mounted, attached, or held by another program); see wbctl list, lsblk \
          and fuser"
@@ -49,23 +53,23 @@ pub enum OpenError {
         /// The device.
         path: PathBuf,
     },
-    /// Somebody else uses it, and no lock shows that.
+    /// It is in use, though no lock shows that.
     #[error("{path}: in use: {by}")]
     Held {
         /// The device.
         path: PathBuf,
-        /// Who, and how to end that.
+        /// By whom, and how to end that.
         by: String,
     },
-    /// It takes no writes, or nobody is to write to it.
+    /// It rejects writes, or its mode forbids them.
     #[error("{path}: write-protected, and wb must write to it: {how}")]
     WriteProtected {
         /// The device.
         path: PathBuf,
-        /// By what, and how to end that.
+        /// The reason, and how to end that.
         how: String,
     },
-    /// A file that this process may not write to its end.
+    /// The file is larger than this process may write.
     #[error(
         "{path}: {size} bytes, but this process may write files of {limit} bytes at most; raise \
          the limit (ulimit -f, or LimitFSIZE= of a unit)"
@@ -78,7 +82,7 @@ pub enum OpenError {
         /// The limit in bytes.
         limit: u64,
     },
-    /// While it was opened, its path came to lead elsewhere.
+    /// Its path changed to another file or device while it was opened.
     #[error(
         "{path}: another file or device is being put in its place; try again when that is done"
     )]
@@ -86,7 +90,7 @@ pub enum OpenError {
         /// The device.
         path: PathBuf,
     },
-    /// A file of an odd size.
+    /// Its size is not a multiple of 512.
     #[error("{path}: {size} bytes is no multiple of 512; was it truncated?")]
     Unaligned {
         /// The device.
@@ -94,21 +98,21 @@ pub enum OpenError {
         /// Its size in bytes.
         size: u64,
     },
-    /// The two devices of a pair are one, by whatever names.
+    /// The two devices of a pair are the same device.
     #[error("{cache} and {backing} are the same device; cache and backing must be two")]
     SameDevice {
-        /// Where the cache device was to be.
+        /// The path of the cache device.
         cache: PathBuf,
-        /// Where the backing device was to be.
+        /// The path of the backing device.
         backing: PathBuf,
     },
-    /// A backing device without room for anything.
+    /// The backing device has no space at all.
     #[error("{path}: the backing device is empty (0 bytes)")]
     Empty {
         /// The device.
         path: PathBuf,
     },
-    /// A block size that the format does not suit.
+    /// The format does not support its block size.
     #[error("{path}: logical blocks of {block_size} bytes are not supported, only 512 to 4096")]
     BlockSize {
         /// The device.
@@ -118,10 +122,10 @@ pub enum OpenError {
     },
 }
 
-/// Opens the cache device and the backing device of a pair, each for what it is needed for.
+/// Opens the cache device and the backing device of a pair, each with its own access.
 ///
 /// # Errors
-/// As [`open`], and when the two are one, or the backing device is empty.
+/// As [`open`], and when both are the same device, or the backing device is empty.
 pub fn open_pair(
     cache: &Path,
     backing: &Path,
@@ -131,7 +135,7 @@ pub fn open_pair(
     let opened_backing = open(backing, for_backing)?;
     let opened_cache = match open(cache, for_cache) {
         Ok(opened) => opened,
-        // The lock on the backing device is in the way: the two are one.
+        // The lock on the backing device is the obstacle: both are the same device.
         Err(_) if matches!((identity(cache), identity(backing)), (Ok(a), Ok(b)) if a == b) => {
             return Err(same());
         }
@@ -146,38 +150,19 @@ pub fn open_pair(
     Ok((opened_cache, opened_backing))
 }
 
-/// What the system said, without the number that Rust adds to it.
-fn in_words(cause: &io::Error) -> String {
+/// The system's error, without the number that Rust adds.
+fn error_text(cause: &io::Error) -> String {
     cause
         .raw_os_error()
         .map_or_else(|| cause.to_string(), |n| Errno::from_raw(n).desc().to_string())
 }
 
-/// Which device a path leads to, so that two paths can be told to be one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Identity {
-    /// A block device's number.
-    BlockDevice(u64),
-    /// A file's filesystem and inode.
-    File(u64, u64),
-}
-
-impl Identity {
-    pub(super) fn of(meta: &Metadata) -> Identity {
-        if meta.file_type().is_block_device() {
-            Identity::BlockDevice(meta.rdev())
-        } else {
-            Identity::File(meta.dev(), meta.ino())
-        }
-    }
-}
-
 /// A device, opened and locked.
 #[derive(Debug)]
 pub struct Opened {
-    /// As the user named it.
+    /// The path as the user gave it.
     pub path: PathBuf,
-    /// Open for direct I/O, where that works.
+    /// Open for direct I/O, if possible.
     pub(crate) file: File,
     /// Size in bytes.
     pub size: u64,
@@ -185,26 +170,25 @@ pub struct Opened {
     pub block_size: u32,
     /// Which device it is.
     pub identity: Identity,
-    /// What tells it from others wherever it is plugged in, for a block device that has such a
-    /// thing; else empty.
+    /// What identifies a block device wherever it is plugged in; empty if it has nothing like that.
     pub identity_text: String,
-    /// Where the system keeps its statistics, for a block device.
+    /// The file with its statistics, for a block device.
     pub stat: Option<PathBuf>,
 }
 
-/// A program that has ended may have a device for a moment longer: io_uring lets go of it in the
-/// background.
+/// A device stays open a moment longer than its program: io_uring closes it in the background.
 const BRIEFLY: Duration = Duration::from_millis(400);
 
 /// Opens a block device or a regular file for direct I/O.
 ///
-/// A block device that is opened to write is claimed exclusively (it must not be mounted), and
-/// every device but an unlocked one is locked with `flock`, shared to read and exclusively to
-/// write. What is opened to write must not be used by a loop device or as swap either, nor be
-/// write-protected.
+/// - A block device, unless it is opened unlocked, is claimed exclusively; it must not be mounted.
+/// - Every device, unless it is opened unlocked, is locked with `flock`: shared to read,
+///   exclusively to write.
+/// - A device opened to write must not be used by a loop device or as swap, and must not be
+///   write-protected.
 ///
 /// # Errors
-/// Says which device, and what about it.
+/// Says which device, and what is wrong with it.
 pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let started = Instant::now();
     loop {
@@ -221,8 +205,8 @@ pub fn open(path: &Path, access: Access) -> Result<Opened, OpenError> {
 
 fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let system = |cause: io::Error| match cause.raw_os_error() {
-        Some(libc::EBUSY) => OpenError::InUse { path: path.into() },
-        Some(libc::EROFS) => OpenError::WriteProtected { path: path.into(), how: in_words(&cause) },
+        Some(EBUSY) => OpenError::InUse { path: path.into() },
+        Some(EROFS) => OpenError::WriteProtected { path: path.into(), how: error_text(&cause) },
         _ => OpenError::System { path: path.into(), cause },
     };
     let meta = std::fs::metadata(path).map_err(system)?;
@@ -230,6 +214,42 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     if !is_block && !meta.is_file() {
         return Err(OpenError::NotADevice { path: path.into() });
     }
+    let file = open_file(path, access, is_block).map_err(system)?;
+    let size = if is_block {
+        sys::block_device_size(&file).map_err(|e| system(e.into()))?
+    } else {
+        meta.len()
+    };
+    let block_size = if is_block { sys::logical_block_size(&file).map_err(system)? } else { 512 };
+    if !size.is_multiple_of(to_u64(SECTOR_BYTES)) {
+        return Err(OpenError::Unaligned { path: path.into(), size });
+    }
+    if !block_size.is_power_of_two() || !(512..=4096).contains(&block_size) {
+        return Err(OpenError::BlockSize { path: path.into(), block_size });
+    }
+    lock(&file, access).map_err(|error| match error {
+        TryLockError::WouldBlock => OpenError::InUse { path: path.into() },
+        TryLockError::Error(cause) => system(cause),
+    })?;
+    if access == Access::Write {
+        refuse_unwritable(path, &file, &meta)?;
+        if let Some(by) = held::holder(path, &meta) {
+            return Err(OpenError::Held { path: path.into(), by });
+        }
+    }
+    // Another device may have taken its place before the lock was taken.
+    let identity = Identity::of(&file.metadata().map_err(system)?);
+    if super::identity::identity(path).map_err(system)? != identity {
+        return Err(OpenError::Replaced { path: path.into() });
+    }
+    let sysfs = is_block.then(|| sysfs_folder(meta.rdev()));
+    let identity_text = sysfs.as_deref().map_or_else(String::new, serial);
+    let stat = sysfs.map(|folder| folder.join("stat"));
+    Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
+}
+
+/// Opens a file for direct I/O if possible, and claims a block device exclusively.
+fn open_file(path: &Path, access: Access, is_block: bool) -> io::Result<File> {
     let exclusive =
         if is_block && access != Access::ReadUnlocked { OFlag::O_EXCL } else { OFlag::empty() };
     let open = |flags: OFlag| {
@@ -240,54 +260,26 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
             .custom_flags((flags | exclusive).bits())
             .open(path)
     };
-    let file = match open(OFlag::O_DIRECT) {
-        // A filesystem without direct I/O: through the page cache, then.
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) && !is_block => open(OFlag::empty()),
-        // Or with direct I/O in units that sector addresses do not fit.
+    match open(OFlag::O_DIRECT) {
+        // The filesystem has no direct I/O: use the page cache.
+        Err(e) if e.raw_os_error() == Some(EINVAL) && !is_block => open(OFlag::empty()),
+        // Its direct I/O needs a larger alignment than sectors: use the page cache.
         Ok(file) if !is_block && !direct_io_fits_sectors(&file) => open(OFlag::empty()),
         other => other,
     }
-    .map_err(system)?;
-    let size = if is_block {
-        sys::block_device_size(&file).map_err(|e| system(e.into()))?
-    } else {
-        meta.len()
-    };
-    let block_size =
-        if is_block { sys::logical_block_size(&file).map_err(|e| system(e.into()))? } else { 512 };
-    if !size.is_multiple_of(to_u64(SECTOR_BYTES)) {
-        return Err(OpenError::Unaligned { path: path.into(), size });
-    }
-    if !block_size.is_power_of_two() || !(512..=4096).contains(&block_size) {
-        return Err(OpenError::BlockSize { path: path.into(), block_size });
-    }
-    match access {
-        Access::ReadUnlocked => Ok(()),
-        Access::Read => sys::lock(&file, false),
-        Access::Write => sys::lock(&file, true),
-    }
-    .map_err(|cause| match cause {
-        Errno::EWOULDBLOCK => OpenError::InUse { path: path.into() },
-        cause => system(cause.into()),
-    })?;
-    if access == Access::Write {
-        refuse_unwritable(path, &file, &meta)?;
-        if let Some(by) = held::holder(path, &meta) {
-            return Err(OpenError::Held { path: path.into(), by });
-        }
-    }
-    // Before the lock was had, another may have been put in its place.
-    let identity = Identity::of(&file.metadata().map_err(system)?);
-    if self::identity(path).map_err(system)? != identity {
-        return Err(OpenError::Replaced { path: path.into() });
-    }
-    let sysfs = is_block.then(|| sysfs_folder(meta.rdev()));
-    let identity_text = sysfs.as_deref().map_or_else(String::new, identity_text);
-    let stat = sysfs.map(|folder| folder.join("stat"));
-    Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
 }
 
-/// Refuses what the system lets us open to write, but that takes no writes or is not to.
+/// Locks a file as long as it is open, without waiting.
+fn lock(file: &File, access: Access) -> Result<(), TryLockError> {
+    match access {
+        Access::ReadUnlocked => Ok(()),
+        Access::Read => file.try_lock_shared(),
+        Access::Write => file.try_lock(),
+    }
+}
+
+/// Refuses a device that the system opens to write, although it rejects writes or its mode forbids
+/// them.
 fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), OpenError> {
     let (path, shown) = (path.to_path_buf(), path.display());
     let protected = |how: String| Err(OpenError::WriteProtected { path: path.clone(), how });
@@ -301,7 +293,7 @@ fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), Op
         }
         return Ok(());
     }
-    // Root may write to it all the same, but somebody has said that nobody is to.
+    // Root may write to it anyway, but the mode forbids that for everyone.
     if meta.mode() & 0o222 == 0 {
         return protected(format!(
             "its mode lets nobody write. If that may change: chmod u+w {shown}"
@@ -315,42 +307,9 @@ fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), Op
     }
 }
 
-/// Which device a path leads to, without opening it.
-///
-/// # Errors
-/// When there is nothing.
-pub fn identity(path: &Path) -> io::Result<Identity> {
-    std::fs::metadata(path).map(|meta| Identity::of(&meta))
-}
-
 fn direct_io_fits_sectors(file: &File) -> bool {
-    // A filesystem that does not say is believed: the kernel's oldest rule is the logical block
-    // size, 512 nearly always.
+    // Without a report from the filesystem, assume that it fits: the usual alignment is the logical
+    // block size, nearly always 512.
     sys::direct_io_alignment(file)
         .is_none_or(|n| n > 0 && to_u64(SECTOR_BYTES).is_multiple_of(u64::from(n)))
-}
-
-pub(super) fn sysfs_folder(number: u64) -> PathBuf {
-    let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
-    PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
-}
-
-/// A block device's own identity as sysfs has it: of a device-mapper or MD device its UUID, of a
-/// disk its world-wide name or serial number, of a partition its disk's with the number of the
-/// partition.
-fn identity_text(dir: &Path) -> String {
-    let read = |file: &str| {
-        let text = std::fs::read_to_string(dir.join(file)).unwrap_or_default();
-        Some(text.trim().to_string()).filter(|text| !text.is_empty())
-    };
-    let of_disk = |up: &str| {
-        let names = ["dm/uuid", "md/uuid", "wwid", "device/wwid", "serial", "device/serial"];
-        names.iter().find_map(|name| read(&format!("{up}{name}")))
-    };
-    match read("partition") {
-        None => of_disk("").unwrap_or_default(),
-        Some(partition) => {
-            of_disk("../").map_or_else(String::new, |disk| format!("{disk}-part{partition}"))
-        }
-    }
 }

@@ -19,7 +19,7 @@ pub struct SignatureError {
     pub cause: BlkIdError,
 }
 
-/// What somebody else keeps on a device.
+/// The signature of other software on a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Signature {
     /// One thing that libblkid knows.
@@ -47,7 +47,7 @@ impl fmt::Display for Signature {
     }
 }
 
-/// Looks for what somebody else keeps on a device.
+/// Looks for signatures of other software on a device.
 ///
 /// # Errors
 /// When the device cannot be opened or read.
@@ -56,7 +56,7 @@ pub fn find(path: &Path) -> Result<Option<Signature>, SignatureError> {
 }
 
 fn probe(path: &Path) -> Result<Option<Signature>, BlkIdError> {
-    // libblkid reads into buffers of its own, which direct I/O would refuse.
+    // No direct I/O: libblkid reads into its own, unaligned buffers.
     let file = File::open(path)?;
     let mut prober = Prober::new()?;
     prober.set_device(file.as_raw_fd(), 0, None)?;
@@ -72,8 +72,8 @@ fn probe(path: &Path) -> Result<Option<Signature>, BlkIdError> {
     let what = match (value("TYPE"), value("PTTYPE")) {
         (Some(kind), _) => format!("{} {}", kind, usage_in_words(value("USAGE").as_deref())),
         (None, Some(table)) => format!("{table} partition table"),
-        // A success without a type says nothing about content, only about the device's place in a
-        // partition table.
+        // Success without a type concerns only the device's entry in a partition table, not its
+        // content.
         (None, None) => return Ok(None),
     };
     Ok(Some(Signature::Known { what, label: value("LABEL").filter(|label| !label.is_empty()) }))

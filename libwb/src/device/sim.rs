@@ -1,9 +1,9 @@
 //! Simulated devices and a seeded executor: the engine's world under test.
 //!
 //! A [`Simulation`] runs tasks on one thread with a virtual clock. A [`SimDevice`] is a disk in
-//! memory with a volatile write cache: I/O takes virtual time and ends in any order; what has
-//! completed but was not flushed may be lost at a power cut, sector by sector. A seed decides
-//! everything, so that it repeats a run exactly.
+//! memory with a volatile write cache. I/O takes virtual time and completes in any order. A power
+//! cut may lose unflushed writes, sector by sector. A seed decides everything, so the same seed
+//! repeats a run exactly.
 
 mod disk;
 mod executor;
@@ -23,25 +23,25 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How a device fails. The default is that it does not.
+/// How a device fails. By default it does not.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Faults {
     /// The chance that a read fails, 0 to 1.
     pub read: f64,
-    /// The chance that a write or a discard fails, 0 to 1. A part of it may have been done.
+    /// The chance that a write or a discard fails, 0 to 1. It may have taken partial effect.
     pub write: f64,
-    /// The chance that a flush fails, 0 to 1. Some of what it should have made durable then never
-    /// will be.
+    /// The chance that a flush fails, 0 to 1. Then some of the data that it covers never becomes
+    /// durable.
     pub flush: f64,
 }
 
-/// How a run ends that does not end well.
+/// How a run crashes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Crash {
-    /// The process dies. What completed is still visible, but no more durable than before; what is
-    /// in flight may be done in part.
+    /// The process dies. Completed writes stay visible, but not more durable. Writes in flight may
+    /// take partial effect.
     Kill,
-    /// The power fails. What was not flushed survives or not, sector by sector.
+    /// The power fails. Each unflushed sector may survive or not.
     PowerCut,
 }
 
@@ -87,7 +87,7 @@ impl SimDevice {
         SimDevice { inner: Arc::new(inner), size, block_size }
     }
 
-    /// Makes it fail from now on, or sound again.
+    /// Sets how the device fails from now on.
     pub fn set_faults(&self, faults: Faults) {
         self.inner.state.lock().faults = faults;
     }
@@ -98,7 +98,7 @@ impl SimDevice {
         self.inner.state.lock().rotten.insert(to_usize(offset) / SECTOR_BYTES);
     }
 
-    /// Takes back every [`SimDevice::rot`].
+    /// Undoes every [`SimDevice::rot`].
     pub fn heal_rot(&self) {
         self.inner.state.lock().rotten.clear();
     }
@@ -109,17 +109,17 @@ impl SimDevice {
         self.inner.state.lock().bad.insert(to_usize(offset) / SECTOR_BYTES);
     }
 
-    /// Takes back every [`SimDevice::go_bad`].
+    /// Undoes every [`SimDevice::go_bad`].
     pub fn heal_bad(&self) {
         self.inner.state.lock().bad.clear();
     }
 
-    /// Makes it this many times slower than a fast device.
+    /// Makes the device slower by this factor.
     pub fn set_slowness(&self, factor: u32) {
         self.inner.state.lock().slowness = factor.max(1);
     }
 
-    /// What reads see now.
+    /// The content that reads see now.
     ///
     /// # Panics
     /// After a crash.
@@ -134,7 +134,7 @@ impl SimDevice {
             .to_vec()
     }
 
-    /// What is durable at least.
+    /// The content that is certainly durable.
     ///
     /// # Panics
     /// After a crash.
@@ -149,7 +149,7 @@ impl SimDevice {
             .to_vec()
     }
 
-    /// What a power cut could leave now.
+    /// All that a power cut could leave now.
     ///
     /// # Panics
     /// After a crash.
@@ -220,7 +220,7 @@ impl SimDevice {
                 inner.runtime.about_to_change();
             }
             let result = end(&mut inner.state.lock());
-            // Nobody may be waiting any more.
+            // The waiter may have gone.
             let _ = done.send(result);
         });
         Box::pin(async move {
@@ -285,7 +285,7 @@ struct Part {
 }
 
 impl State {
-    /// How long an operation takes: mostly a little, at times a lot, so that any order comes up.
+    /// How long an operation takes: usually short, sometimes long, so that every order occurs.
     fn delay(&mut self) -> Duration {
         let micros = match self.rng.u32(..40) {
             0 => self.rng.u32(1_000..50_000),

@@ -1,5 +1,5 @@
-//! Files that are not all there: what is written to a hole of one needs room of its filesystem,
-//! which may be gone by then.
+//! Files with holes. A write to a hole needs space of the filesystem, which may have run out by
+//! then.
 
 use super::probe::Opened;
 use nix::errno::Errno;
@@ -22,14 +22,15 @@ pub struct SparseFile {
     missing: u64,
 }
 
-/// A sparse file cannot be filled.
+/// Why a sparse file cannot be allocated.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum NoRoom {
     /// Its filesystem is too full.
     #[error(
         "{path}: refused: {missing} bytes of this file are not allocated yet, and its filesystem \
          has room for {free}. Make room, make it smaller, or use --sparse to leave it as it is: \
-         should there be no room later, the volume fails"
+         if there is no room later, the volume fails"
     )]
     Full {
         /// The file.
@@ -39,24 +40,24 @@ pub enum NoRoom {
         /// Bytes that the filesystem has left.
         free: u64,
     },
-    /// The system said no.
+    /// The system refused.
     #[error("{path}: cannot be allocated: {cause}; --sparse leaves it as it is")]
     System {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         cause: io::Error,
     },
 }
 
 impl SparseFile {
-    /// The file, if it is one and has holes.
+    /// The device as a sparse file, if it is a file with holes.
     ///
     /// # Errors
-    /// When the system does not say.
+    /// When the system cannot tell.
     pub fn of(device: &Opened) -> io::Result<Option<SparseFile>> {
         let meta = device.file.metadata()?;
-        // Blocks of 512 bytes, whatever the filesystem's are.
+        // The system counts blocks of 512 bytes on every filesystem.
         let missing = meta.len().saturating_sub(meta.blocks().saturating_mul(512));
         if !meta.is_file() || missing == 0 {
             return Ok(None);
@@ -65,10 +66,10 @@ impl SparseFile {
         Ok(Some(SparseFile { path, file, size: meta.len(), missing }))
     }
 
-    /// Refuses where the filesystem has no room for the holes.
+    /// Refuses a file whose filesystem has no room for the holes.
     ///
     /// # Errors
-    /// Says what is missing.
+    /// Says how much room is missing.
     pub fn refuse_full(&self) -> Result<(), NoRoom> {
         let free = self.free().map_err(|cause| self.system(cause))?;
         match free {
@@ -79,8 +80,7 @@ impl SparseFile {
         }
     }
 
-    /// Has the filesystem set room aside for all of the file. Where it cannot do such a thing, the
-    /// file stays as it is.
+    /// Allocates the whole file. If the filesystem does not support that, the file stays as it is.
     ///
     /// # Errors
     /// When there is no room.
@@ -92,13 +92,13 @@ impl SparseFile {
         }
     }
 
-    /// How many bytes the filesystem has left; `None` where it does not say.
+    /// The free bytes of the filesystem; `None` if it does not tell.
     fn free(&self) -> nix::Result<Option<u64>> {
         let filesystem = fstatvfs(&self.file)?;
         if filesystem.blocks() == 0 {
             return Ok(None);
         }
-        // The rest is for root alone.
+        // Only root may use the remaining blocks.
         let for_all = filesystem.blocks_available();
         let blocks = if geteuid().is_root() { filesystem.blocks_free() } else { for_all };
         Ok(Some(blocks.saturating_mul(filesystem.fragment_size())))

@@ -1,10 +1,12 @@
-//! Files and block devices through io_uring.
+//! Files and block devices on io_uring.
 
 use super::probe::Opened;
-use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, Pending, Requests, SharedBuf};
+use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, Pending, SharedBuf};
 use crate::format::to_u64;
+use crate::pending::Requests;
 use crate::reactor::{Addresses, Handle, OpKind, Target};
 use nix::errno::Errno;
+use nix::fcntl::FallocateFlags;
 use std::future::ready;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -19,14 +21,13 @@ pub struct UringDevice {
     size: u64,
     block_size: u32,
     identity: String,
-    /// Where the system counts the time during which a block device is busy.
+    /// The file in which the system counts the busy time of a block device.
     stat: Option<PathBuf>,
     requests: Arc<Requests>,
 }
 
 impl UringDevice {
-    /// Serves an opened device through a reactor's io_uring. The device stays locked as it was
-    /// opened.
+    /// An opened device on a reactor's io_uring. It stays locked.
     pub fn new(handle: &Handle, opened: Opened) -> UringDevice {
         UringDevice {
             handle: handle.clone(),
@@ -122,7 +123,7 @@ impl BlockDevice for UringDevice {
             operation: Operation::Read,
             offset,
             length,
-            // Without a number, the device has ended before its end.
+            // An error without a number means that the device has shrunk.
             cause: error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
         });
         Box::pin(ready(read))
@@ -149,7 +150,7 @@ impl BlockDevice for UringDevice {
     }
 
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
-        let mode = libc::FALLOC_FL_PUNCH_HOLE;
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE;
         Box::pin(unit(self.submit(
             Operation::Discard,
             offset,
@@ -159,7 +160,7 @@ impl BlockDevice for UringDevice {
     }
 
     fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
-        let mode = libc::FALLOC_FL_ZERO_RANGE;
+        let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE;
         Box::pin(unit(self.submit(
             Operation::Discard,
             offset,

@@ -1,28 +1,29 @@
-//! Whether a device that is open is still what its path leads to.
+//! Whether an open device is still the one at its path.
 
-use super::probe::{Identity, Opened, identity};
+use super::identity::{Identity, identity};
+use super::probe::Opened;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// A device that is open, and where it was found.
+/// An open device and its path.
 pub struct Watched {
     path: PathBuf,
-    /// The same open file: it keeps the device locked.
+    /// The same open file, which keeps the device locked.
     file: File,
     identity: Identity,
 }
 
-/// What has become of a device.
+/// What has happened to a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Gone {
-    /// The file has no name any more. It goes away with the last who has it open.
+    /// The file has no name any more. It is freed when its last user closes it.
     Deleted,
-    /// Its path leads to another one. The inode of the one that is open, if that is a file.
+    /// Its path leads to another device. The inode of the open one, if that is a file.
     Replaced(Option<u64>),
-    /// There is nothing at its path. The inode of the file that is open.
+    /// Its path leads nowhere. The inode of the open file.
     Moved(u64),
 }
 
@@ -50,12 +51,12 @@ impl Watched {
         Ok(Watched { path: opened.path.clone(), file, identity })
     }
 
-    /// Where it was found.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What has become of it, if it is not what its path leads to.
+    /// What has happened to the device, if its path does not lead to it any more.
     pub fn gone(&self) -> Option<Gone> {
         let found = identity(&self.path);
         if found.as_ref().is_ok_and(|found| *found == self.identity) {
@@ -67,7 +68,7 @@ impl Watched {
             (_, Some(_)) if meta.nlink() == 0 => Some(Gone::Deleted),
             (Ok(_), inode) => Some(Gone::Replaced(inode)),
             (Err(e), Some(inode)) if e.kind() == ErrorKind::NotFound => Some(Gone::Moved(inode)),
-            // Of a block device, only its name is gone, which udev may be making anew.
+            // Only the name of a block device is gone. udev may be creating it again.
             (Err(_), _) => None,
         }
     }

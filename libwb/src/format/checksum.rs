@@ -1,12 +1,12 @@
-//! CRC-32C (Castagnoli; initial value and final xor all ones), over ranges that come in pieces.
+//! CRC-32C (Castagnoli; initial value and final xor all ones), computed piece by piece.
 
 use super::geometry::BLOCK_BYTES;
 use std::ops::BitXor;
 use std::sync::LazyLock;
 
-/// What becomes of each byte of a CRC when a block follows whose own CRC is zero. Moving a CRC past
-/// so many bytes is linear, so that four of these add up to the whole; it takes the library far
-/// longer to do it bit by bit.
+/// How each byte of a CRC changes when a block with the CRC zero is appended. This change is
+/// linear, so the XOR of four entries is the new CRC. The library does it bit by bit, which is far
+/// slower.
 static PAST_BLOCK: LazyLock<[[u32; 256]; 4]> = LazyLock::new(|| {
     let of = |byte: usize, value: u8| {
         let mut crc = [0; 4];
@@ -28,13 +28,13 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
 pub struct Checksum(u32);
 
 impl Checksum {
-    /// Takes in the bytes that follow.
+    /// Appends bytes.
     #[must_use]
     pub fn append(self, bytes: &[u8]) -> Checksum {
         Checksum(::crc32c::crc32c_append(self.0, bytes))
     }
 
-    /// Takes in a block that follows, of which only the CRC-32C is known.
+    /// Appends a block, given only its CRC-32C.
     #[must_use]
     pub fn append_block_crc(self, crc: u32) -> Checksum {
         let past_block: u32 = (0..4)
@@ -43,7 +43,7 @@ impl Checksum {
         Checksum(past_block ^ crc)
     }
 
-    /// The CRC-32C of everything taken in.
+    /// The CRC-32C of all that was appended.
     pub fn value(self) -> u32 {
         self.0
     }

@@ -1,7 +1,7 @@
 //! Units and the arithmetic between them.
 //!
-//! Each unit is a type of its own, so that a sector is never added to a block. What is left as a
-//! plain `u64` or `usize` is bytes.
+//! Each unit is a type of its own, so that a sector is never added to a block. A plain `u64` or
+//! `usize` counts bytes.
 
 use std::fmt;
 
@@ -13,25 +13,25 @@ pub const BLOCK_BYTES: usize = 4096;
 pub const SEGMENT_BYTES: usize = 512 * 1024;
 /// Sectors in a block.
 pub const SECTORS_PER_BLOCK: u64 = 8;
-/// Data blocks in a segment, and so the most metablocks a header holds.
+/// Data blocks in a segment, and so the maximum of metablocks in a header.
 pub const PLACES: u8 = 127;
 /// The first MiB of a cache device: superblock, extension, superblock record. Segments start after
 /// it.
 pub const SUPERBLOCK_REGION_BYTES: u64 = 1024 * 1024;
-/// The most that [`Geometry::write_window`] is, in segments.
+/// The maximum of [`Geometry::write_window`], in segments.
 const MAX_WRITE_WINDOW: u64 = 128;
 
 const _: () = assert!(BLOCK_BYTES as u64 == SECTOR_BYTES as u64 * SECTORS_PER_BLOCK);
 const _: () = assert!(SEGMENT_BYTES == BLOCK_BYTES * (1 + PLACES as usize));
 const _: () = assert!(size_of::<usize>() == size_of::<u64>(), "wb needs a 64-bit machine");
 
-/// `u64` to `usize`, the same size on every machine that wb builds for.
+/// `u64` to `usize`. Both have the same size on every machine that wb supports.
 #[allow(clippy::cast_possible_truncation)] // asserted above
 pub const fn to_usize(n: u64) -> usize {
     n as usize
 }
 
-/// `usize` to `u64`, the same size on every machine that wb builds for.
+/// `usize` to `u64`. Both have the same size on every machine that wb supports.
 pub const fn to_u64(n: usize) -> u64 {
     n as u64
 }
@@ -85,15 +85,15 @@ impl fmt::Display for BlockNo {
     }
 }
 
-/// The number of a segment in the log. Ids start at 1 and grow by one; 0 stands for "none".
+/// The number of a segment in the log. Ids start at 1 and grow by one; 0 means "none".
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct SegmentId(pub u64);
 
 impl SegmentId {
-    /// No segment: what an unwritten slot holds, and the superblock record of a fresh cache.
+    /// No segment: the id in an unwritten slot, and the superblock record of a fresh cache.
     pub const NONE: SegmentId = SegmentId(0);
-    /// The largest id that is believed. A log of this length cannot have been written; a larger id
-    /// is garbage, and refusing it keeps all arithmetic on ids far from overflow.
+    /// The largest valid id. No real log reaches it, so a larger id is garbage. Rejecting larger
+    /// ids keeps all arithmetic on ids far from overflow.
     pub const MAX: SegmentId = SegmentId(1 << 56);
 
     /// The id after this one.
@@ -114,7 +114,7 @@ impl SegmentId {
         SegmentId(self.0.saturating_sub(n))
     }
 
-    /// How many ids lie after `earlier` up to this one; 0 when `earlier` is not earlier.
+    /// How many ids follow `earlier`, up to this one; 0 if `earlier` is not smaller.
     pub const fn since(self, earlier: SegmentId) -> u64 {
         self.0.saturating_sub(earlier.0)
     }
@@ -145,12 +145,12 @@ pub struct Place {
     pub index: u8,
 }
 
-/// Which sectors of a block hold data newer than the backing device: bit i stands for sector i.
+/// Which sectors of a block hold data newer than the backing device: bit i is for sector i.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub struct DirtyBits(pub u8);
 
 impl DirtyBits {
-    /// A block staged by read caching: all eight sectors valid, none newer than the backing device.
+    /// A block from read caching: all eight sectors are valid, none newer than the backing device.
     pub const CLEAN: DirtyBits = DirtyBits(0);
     /// A block written whole.
     pub const ALL: DirtyBits = DirtyBits(0xff);
@@ -171,7 +171,7 @@ impl DirtyBits {
         self.0 == 0xff
     }
 
-    /// The bits of both.
+    /// The bits that either has.
     #[must_use]
     pub const fn union(self, other: DirtyBits) -> DirtyBits {
         DirtyBits(self.0 | other.0)
@@ -205,8 +205,9 @@ impl DirtyBits {
     }
 }
 
-/// Why a size cannot be a cache device's.
+/// Why a cache device cannot have this size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum GeometryError {
     /// Smaller than the superblock region and one segment.
     #[error(
@@ -216,27 +217,27 @@ pub enum GeometryError {
     TooSmall {
         /// The device's size in bytes.
         bytes: u64,
-        /// The smallest size that would do, in bytes.
+        /// The smallest possible size in bytes.
         minimum: u64,
     },
-    /// Larger than this implementation addresses.
+    /// Larger than wb supports.
     #[error("too large for a cache device: {bytes} bytes, and at most {maximum} are supported")]
     TooLarge {
         /// The device's size in bytes.
         bytes: u64,
-        /// The largest size that would do, in bytes.
+        /// The largest supported size in bytes.
         maximum: u64,
     },
 }
 
-/// How a cache device is laid out, which follows from its size alone.
+/// The layout of a cache device. It follows from the size alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     slots: u32,
 }
 
 impl Geometry {
-    /// Places are numbered with 32 bits in the index.
+    /// The index numbers places with 32 bits.
     const MAX_SLOTS: u64 = (u32::MAX / PLACES as u32) as u64;
 
     /// The layout of a cache device of this many bytes.
@@ -261,12 +262,12 @@ impl Geometry {
         }
     }
 
-    /// How many segments the device holds; at least one.
+    /// The number of slots; at least one.
     pub const fn slots(self) -> u32 {
         self.slots
     }
 
-    /// The same as an id difference: segment `i` and segment `i + lap` share a slot.
+    /// The number of slots as a difference of ids: segments `i` and `i + lap` share a slot.
     pub const fn lap(self) -> u64 {
         self.slots as u64
     }
@@ -276,15 +277,15 @@ impl Geometry {
         (0..self.slots).map(Slot)
     }
 
-    /// Where segment `id` lives. `id` must not be [`SegmentId::NONE`].
+    /// The slot of segment `id`, which must not be [`SegmentId::NONE`].
     #[allow(clippy::cast_possible_truncation)] // a remainder of a u32 fits a u32
     pub const fn slot_of(self, id: SegmentId) -> Slot {
         debug_assert!(id.0 > 0);
         Slot(((id.0 - 1) % self.lap()) as u32)
     }
 
-    /// The largest id up to and including `newest` that lives in `slot`, or [`SegmentId::NONE`]
-    /// when the log has not reached the slot yet.
+    /// The largest id up to and including `newest` that belongs in `slot`; [`SegmentId::NONE`] if
+    /// the log has not reached the slot yet.
     pub const fn id_in_slot(self, slot: Slot, newest: SegmentId) -> SegmentId {
         let first = slot.0 as u64 + 1;
         if newest.0 < first {
@@ -293,25 +294,25 @@ impl Geometry {
         SegmentId(first + (newest.0 - first) / self.lap() * self.lap())
     }
 
-    /// Where a slot starts on the cache device, in bytes.
+    /// Offset of a slot on the cache device, in bytes.
     pub const fn slot_offset(self, slot: Slot) -> u64 {
         SUPERBLOCK_REGION_BYTES + slot.0 as u64 * SEGMENT_BYTES as u64
     }
 
-    /// Where a data block starts on the cache device, in bytes.
+    /// Offset of a data block on the cache device, in bytes.
     pub const fn place_offset(self, place: Place) -> u64 {
         self.slot_offset(place.slot) + BLOCK_BYTES as u64 * (1 + place.index as u64)
     }
 
-    /// How many of the newest segments a power cut may lose or damage: a quarter of the log, and at
-    /// least one. Recovery takes a longer gap for corruption.
+    /// How many of the newest segments a power cut may lose or damage: a quarter of the slots, at
+    /// least one. Recovery treats a longer gap as corruption.
     pub const fn loss_window(self) -> u64 {
         let quarter = self.lap() / 4;
         if quarter == 0 { 1 } else { quarter }
     }
 
-    /// How many segments wb itself has on their way that are not known to be durable: no more than
-    /// the loss window, and few enough that recovery can read them whole in no time.
+    /// How many segments wb writes ahead of the last durable one. This is at most the loss window,
+    /// and few enough that recovery reads them whole in little time.
     pub const fn write_window(self) -> u64 {
         let window = self.loss_window();
         if window < MAX_WRITE_WINDOW { window } else { MAX_WRITE_WINDOW }

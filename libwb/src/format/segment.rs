@@ -1,10 +1,10 @@
 //! A segment's header block: id, checksum, length, and one metablock for each data block.
 
 use super::checksum::Checksum;
-use super::extension::{Commit, Mark, Reason, SegmentExtension, is_whole};
 use super::geometry::{
     BLOCK_BYTES, BlockNo, DirtyBits, PLACES, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, SegmentId,
 };
+use super::segment_extension::{Commit, Mark, Reason, SegmentExtension, is_whole};
 use byteorder::{ByteOrder, LittleEndian};
 
 const ID: usize = 0;
@@ -19,12 +19,12 @@ const MB_DIRTY_BITS: usize = 8;
 const MB_FLAGS: usize = 9;
 const MB_CRC: usize = 12;
 const HAS_CRC: u8 = 1;
-/// The block is lost: its data is not what was written, and its CRC is that of the data with all
-/// bits inverted.
+/// The block is lost: its data is not what was written. The CRC field holds the CRC of the data
+/// with all bits inverted.
 const IS_LOST: u8 = 2;
 
-/// Where the range that the checksum covers begins, in bytes from the start of the segment. It ends
-/// with the last valid data block.
+/// Start of the range that the checksum covers, in bytes from the start of the segment. The range
+/// ends with the last valid data block.
 pub const HEADER_CHECKSUM_START: usize = METABLOCKS;
 
 const _: () = assert!(LENGTH < METABLOCKS);
@@ -32,20 +32,21 @@ const _: () = assert!(METABLOCKS + METABLOCK_BYTES * PLACES as usize <= BLOCK_BY
 
 /// What is wrong with a header block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum HeaderFault {
-    /// The first sector carries wb's marker, and its CRC does not hold.
+    /// The first sector has wb's marker and a wrong CRC.
     #[error("the first sector of a header is damaged; it names segment {id}")]
     FirstSector {
-        /// What stands there.
+        /// The id found.
         id: u64,
-        /// Whether a power cut may be the reason: a sector is written whole or not at all, but
-        /// headers from before commits have no CRC of the first one.
+        /// Whether a power cut may be the reason. It tears no sector, but older headers have only a
+        /// CRC of the whole block.
         may_be_torn: bool,
     },
-    /// No id, though something stands in the first sector.
+    /// The first sector has no id, but is not empty.
     #[error("a header without an id, but not empty")]
     NoId,
-    /// The id is larger than any log can have reached.
+    /// No log can have reached this id.
     #[error("garbage id {0}")]
     Id(u64),
     /// The length is larger than a segment.
@@ -56,7 +57,7 @@ pub enum HeaderFault {
     Unaligned {
         /// Which metablock, 0 to 126.
         index: u8,
-        /// What stands there.
+        /// The address found.
         sector: Sector,
     },
 }
@@ -69,30 +70,30 @@ pub struct Metablock {
     pub block: BlockNo,
     /// Its dirty sectors.
     pub dirty: DirtyBits,
-    /// Extension: CRC-32C of the whole data block, where it is kept. Of a lost one, all its bits
-    /// are inverted.
+    /// Extension: CRC-32C of the whole data block, if the entry has it. In the entry of a lost
+    /// block all its bits are inverted.
     pub crc: Option<u32>,
-    /// Extension: the data is not what was written, and nothing else is left of that.
+    /// Extension: the data is not what was written, and no other copy exists.
     pub lost: bool,
 }
 
-/// What the first sector of a header says. A power cut leaves it whole.
+/// What the first sector of a header says. A power cut does not tear it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FirstSector {
-    /// The segment's number in the log; [`SegmentId::NONE`] in a slot that was never written.
+    /// The segment's id; [`SegmentId::NONE`] in a slot that was never written.
     pub id: SegmentId,
-    /// What was committed last: all that the segment holds.
+    /// The newest commit, which covers the whole segment.
     pub newest: Commit,
-    /// What wb adds to the base format, where it is there. It has proved itself.
+    /// The extension, if the header has one. Its CRC is correct.
     pub extension: Option<SegmentExtension>,
 }
 
 /// The last commit of a segment that verifies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LastCommit {
-    /// The first blocks, which stand.
+    /// The blocks that verify.
     pub commit: Commit,
-    /// It is the newest one, and the header is as it was written.
+    /// It is the newest commit, and the header is undamaged.
     pub is_whole: bool,
 }
 
@@ -100,7 +101,7 @@ impl FirstSector {
     /// Decodes the first sector of a header block.
     ///
     /// # Errors
-    /// When it is damaged, or a field holds a value that nothing valid can hold.
+    /// When it is damaged, or a field has an invalid value.
     pub fn decode(block: &[u8; BLOCK_BYTES]) -> Result<FirstSector, HeaderFault> {
         let id = LittleEndian::read_u64(&block[ID..]);
         let mark = Mark::of(block);
@@ -127,21 +128,22 @@ impl FirstSector {
         })
     }
 
-    /// The id that a header names, if there is something where the kernel module leaves zeros, but
-    /// not wb's marker.
+    /// The id in a header whose padding holds neither the kernel module's zeros nor wb's marker.
     pub fn stray(block: &[u8; BLOCK_BYTES]) -> Option<u64> {
         (Mark::of(block) == Mark::Stray).then(|| LittleEndian::read_u64(&block[ID..]))
     }
 
-    /// Bytes of data that follow the header block.
+    /// Bytes of data after the header block.
     pub fn data_bytes(&self) -> usize {
         usize::from(self.newest.length) * BLOCK_BYTES
     }
 
-    /// How far a segment stands with this header block and the data that follows it. Where the
-    /// newest commit fails, it may hold all the same with the entries after it taken as zeros, as
-    /// where the header after its first sector is torn; or the one before holds, if what the newest
-    /// one added is torn.
+    /// The last commit that verifies, given the header block and the data after it.
+    ///
+    /// If the newest commit fails as it is, two more are tried, with all later entries as zeros:
+    ///
+    /// - the newest commit again, because the header may be torn after its first sector;
+    /// - the commit before it, because the blocks that the newest one added may be torn.
     pub fn stands(&self, header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<LastCommit> {
         let is_sound = |commit: &Commit| {
             (0..commit.length).all(|nth| decode_metablock(header_block, nth).is_ok())
@@ -165,7 +167,7 @@ impl FirstSector {
         Some(LastCommit { commit, is_whole: false })
     }
 
-    /// The commit before the newest one. It was durable when the header was written.
+    /// The previous commit. It was durable when the header was written.
     pub fn before(&self) -> Option<Commit> {
         self.extension?.before
     }
@@ -173,7 +175,7 @@ impl FirstSector {
     /// The header, with the entries of a commit.
     ///
     /// # Errors
-    /// When an entry is no entry.
+    /// When an entry is invalid.
     pub fn header(
         &self,
         block: &[u8; BLOCK_BYTES],
@@ -193,16 +195,15 @@ impl FirstSector {
 /// A decoded header block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SegmentHeader {
-    /// The segment's number in the log; [`SegmentId::NONE`] in a slot that was never written.
+    /// The segment's id; [`SegmentId::NONE`] in a slot that was never written.
     pub id: SegmentId,
     /// CRC-32C over the rest of the header block and the data blocks.
     pub checksum: u32,
     /// One for each valid data block, in the order in which they apply.
     pub metablocks: Vec<Metablock>,
-    /// What wb adds to the base format, where it is there.
+    /// The extension, if the header has one.
     pub extension: Option<SegmentExtension>,
-    /// Whether the extension shows that all of the header block is as it was written, not its first
-    /// sector alone.
+    /// Whether the extension proves the whole header block, and not only its first sector.
     pub is_whole: bool,
 }
 
@@ -210,13 +211,13 @@ impl SegmentHeader {
     /// Decodes a header block.
     ///
     /// # Errors
-    /// Says which field holds a value that nothing valid can hold.
+    /// Says which field has an invalid value.
     pub fn decode(block: &[u8; BLOCK_BYTES]) -> Result<SegmentHeader, HeaderFault> {
         let first = FirstSector::decode(block)?;
         first.header(block, first.newest)
     }
 
-    /// What a header says of which the first sector is damaged. Nothing shows that it is right.
+    /// Decodes a header whose first sector is damaged. The result is unproved.
     pub fn presumed(block: &[u8; BLOCK_BYTES]) -> Option<SegmentHeader> {
         let id = SegmentId(LittleEndian::read_u64(&block[ID..]));
         let newest =
@@ -233,31 +234,31 @@ impl SegmentHeader {
         self.metablocks.len() as u8
     }
 
-    /// Bytes of data that follow the header block.
+    /// Bytes of data after the header block.
     pub fn data_bytes(&self) -> usize {
         self.metablocks.len() * BLOCK_BYTES
     }
 
-    /// Whether the checksum holds for this header block and the data blocks that follow it.
+    /// Whether the checksum is correct for this header block and the data blocks after it.
     pub fn verify(&self, header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> bool {
         data.len() == self.data_bytes() && checksum(header_block, data) == self.checksum
     }
 
-    /// Whether the segment, as this header has it, may lack blocks: more may have been written
-    /// after it.
+    /// Whether the segment was open when this header was written: later blocks may be missing.
     pub fn is_open(&self) -> bool {
         self.extension.is_some_and(|extension| extension.reason == Reason::Open)
     }
 }
 
-/// Makes zeros of all entries but the first ones.
+/// Zeroes all entries after the first `length`.
 fn clear_entries(block: &mut [u8; BLOCK_BYTES], length: u8) {
     block[METABLOCKS + METABLOCK_BYTES * usize::from(length)..].fill(0);
 }
 
-/// Makes the header block of a segment that stands by a commit one that says so: its newest, and
-/// last. Torn in this very write, the header still leads to the same commit. Of a header without
-/// the extension, only entries beyond the last are torn.
+/// Closes a segment at its last commit: makes this commit the newest one in the header block.
+///
+/// If a power cut tears the write of this block, the header still leads to the same commit. In a
+/// header without the extension, only the entries after `last` may be damaged before.
 pub fn close_header(block: &mut [u8; BLOCK_BYTES], last: Commit) {
     let extension = SegmentExtension::decode(block);
     clear_entries(block, last.length);
@@ -284,9 +285,9 @@ fn checksum(header_block: &[u8; BLOCK_BYTES], data: &[u8]) -> u32 {
     Checksum::default().append(&header_block[HEADER_CHECKSUM_START..]).append(data).value()
 }
 
-/// Writes a header block for `data`, which holds one block for each metablock, and computes its
-/// checksum, which it returns. The CRCs of the metablocks, where there are any, must be right; if
-/// all have one, no data is needed.
+/// Writes a header block for `data`, which has one block for each metablock. Returns its checksum.
+///
+/// The CRCs in the metablocks must be correct. If all metablocks have one, `data` may be empty.
 pub fn encode_header(
     block: &mut [u8; BLOCK_BYTES],
     id: SegmentId,
@@ -324,8 +325,8 @@ pub fn encode_header(
     sum.value()
 }
 
-/// Makes a sound header block that of an empty segment, which changes nothing but its first sector:
-/// a power cut leaves either the one or the other.
+/// Turns a sound header block into that of an empty segment. Only the first sector changes, so a
+/// power cut leaves the old header or the new one.
 pub fn empty_header(block: &mut [u8; BLOCK_BYTES]) {
     let extension = SegmentExtension::decode(block);
     block[LENGTH] = 0;
@@ -337,232 +338,4 @@ pub fn empty_header(block: &mut [u8; BLOCK_BYTES]) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::format::crc32c;
-    use proptest::prelude::*;
-
-    fn metablocks() -> impl Strategy<Value = Vec<Metablock>> {
-        let one = (0..1u64 << 48, any::<u8>()).prop_map(|(block, dirty)| Metablock {
-            block: BlockNo(block),
-            dirty: DirtyBits(dirty),
-            crc: None,
-            lost: false,
-        });
-        prop::collection::vec(one, 0..=usize::from(PLACES))
-    }
-
-    fn extension(reason: Reason, before: Option<Commit>) -> SegmentExtension {
-        let (durable, written_back) = (SegmentId(2), SegmentId(1));
-        SegmentExtension { digest: 7, reason, durable, written_back, time: 5, before }
-    }
-
-    /// The header blocks of two commits of one segment, and its data.
-    fn commits(first: u8, second: u8) -> ([[u8; BLOCK_BYTES]; 2], Vec<u8>) {
-        let fill = |index: u8| [index ^ 0x5a; BLOCK_BYTES];
-        let entry = |index: u8| Metablock {
-            block: BlockNo(u64::from(index % 5)),
-            dirty: DirtyBits(1 | index),
-            crc: Some(crc32c(&fill(index))),
-            lost: false,
-        };
-        let entries: Vec<_> = (0..second).map(entry).collect();
-        let data: Vec<u8> = (0..second).flat_map(fill).collect();
-        let mut blocks = [[0; BLOCK_BYTES]; 2];
-        let checksum = encode_header(
-            &mut blocks[0],
-            SegmentId(3),
-            &entries[..usize::from(first)],
-            &[],
-            Some(&extension(Reason::Open, None)),
-        );
-        let before = Some(Commit { length: first, checksum });
-        encode_header(
-            &mut blocks[1],
-            SegmentId(3),
-            &entries,
-            &[],
-            Some(&extension(Reason::Full, before)),
-        );
-        (blocks, data)
-    }
-
-    fn last_commit(block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<Commit> {
-        let first = FirstSector::decode(block).expect("sound sectors");
-        first.stands(block, &data[..first.data_bytes()]).map(|last| last.commit)
-    }
-
-    /// What a header block leads to if some sectors are the old ones and some the new.
-    fn stands(block: &[u8; BLOCK_BYTES], data: &[u8]) -> Option<u8> {
-        last_commit(block, data).map(|commit| commit.length)
-    }
-
-    fn mix(old: &[u8; BLOCK_BYTES], new: &[u8; BLOCK_BYTES], mask: u32) -> [u8; BLOCK_BYTES] {
-        let mut block = *old;
-        for sector in (0..8).filter(|sector| mask >> sector & 1 == 1) {
-            let range = sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES;
-            block[range.clone()].copy_from_slice(&new[range]);
-        }
-        block
-    }
-
-    #[test]
-    fn a_torn_header_leads_to_the_commit_before_or_the_new_one_and_so_does_closing_it_torn() {
-        for (first, second) in [(1, 2), (1, PLACES), (31, 33), (33, 40), (126, PLACES), (5, 5)] {
-            let ([old, new], data) = commits(first, second);
-            let mut lost = data.clone();
-            lost[usize::from(first) * BLOCK_BYTES..].fill(0xee);
-            for (data, mask) in
-                [&data, &lost].into_iter().flat_map(|data| (0..256).map(move |mask| (data, mask)))
-            {
-                let block = mix(&old, &new, mask);
-                let last = last_commit(&block, data).expect("at least the first");
-                let may_be =
-                    if *data == lost || mask & 1 == 0 { &[first][..] } else { &[first, second] };
-                assert!(may_be.contains(&last.length), "{first} {second} {mask:#x}: {last:?}");
-                let mut closed = block;
-                close_header(&mut closed, last);
-                let header = SegmentHeader::decode(&closed).unwrap();
-                assert!(
-                    header.is_whole
-                        && !header.is_open()
-                        && header.verify(&closed, &data[..header.data_bytes()])
-                );
-                for mask in 0..256 {
-                    assert_eq!(stands(&mix(&block, &closed, mask), data), Some(last.length));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_torn_header_of_the_base_format_is_closed_as_well() {
-        let (data, entries) = (vec![7; 3 * BLOCK_BYTES], 3..6);
-        let entry = |block| Metablock {
-            block: BlockNo(block),
-            dirty: DirtyBits::ALL,
-            crc: None,
-            lost: false,
-        };
-        let entries: Vec<_> = entries.map(entry).collect();
-        let mut new = [0; BLOCK_BYTES];
-        encode_header(&mut new, SegmentId(3), &entries, &data, None);
-        // What had stood there before is left in all sectors but the first two.
-        let torn = mix(&[0x50; BLOCK_BYTES], &new, 0b11);
-        let last = last_commit(&torn, &data).expect("the entries are there");
-        let mut closed = torn;
-        close_header(&mut closed, last);
-        assert!(SegmentHeader::decode(&closed).unwrap().verify(&closed, &data));
-        for mask in 0..256 {
-            assert_eq!(stands(&mix(&torn, &closed, mask), &data), Some(3));
-        }
-    }
-
-    #[test]
-    fn a_header_from_before_commits_is_read_as_ever() {
-        let ([mut block, _], data) = commits(3, 4);
-        // As it was then: nothing after the time.
-        block[56..SECTOR_BYTES].fill(0);
-        let mut zeroed = block;
-        zeroed[24..28].fill(0);
-        let crc = crc32c(&zeroed);
-        LittleEndian::write_u32(&mut block[24..], crc);
-        let header = SegmentHeader::decode(&block).unwrap();
-        let found = header.extension.expect("a sound extension");
-        assert_eq!((found.before, found.time, header.is_whole), (None, 5, true));
-        assert!(header.verify(&block, &data[..header.data_bytes()]));
-        block[SECTOR_BYTES + 3] ^= 1;
-        let fault = SegmentHeader::decode(&block).unwrap_err();
-        assert_eq!(fault, HeaderFault::FirstSector { id: 3, may_be_torn: true });
-    }
-
-    #[test]
-    fn any_damage_to_the_first_sector_is_noticed() {
-        let ([block, _], _) = commits(3, 4);
-        for (at, bit) in (0..SECTOR_BYTES).flat_map(|at| (0..8).map(move |bit| (at, bit))) {
-            let mut damaged = block;
-            damaged[at] ^= 1 << bit;
-            let first = FirstSector::decode(&damaged);
-            match at {
-                // The CRC of the whole block.
-                24..28 => assert_eq!(first, FirstSector::decode(&block)),
-                16..20 => {
-                    assert!(first.is_ok_and(|it| it.extension.is_none()), "byte {at}");
-                    assert_eq!(FirstSector::stray(&damaged), Some(3), "byte {at}");
-                }
-                _ => assert!(
-                    matches!(first, Err(HeaderFault::FirstSector { may_be_torn: false, .. })),
-                    "byte {at}: {first:?}"
-                ),
-            }
-        }
-        let mut nameless = [0; BLOCK_BYTES];
-        nameless[LENGTH] = 1;
-        assert_eq!(FirstSector::decode(&nameless), Err(HeaderFault::NoId));
-    }
-
-    #[test]
-    fn an_entry_that_is_none_costs_its_commit_alone() {
-        let ([_, mut block], data) = commits(3, 4);
-        block[METABLOCKS + METABLOCK_BYTES * 3] = 1;
-        assert!(matches!(
-            SegmentHeader::decode(&block),
-            Err(HeaderFault::Unaligned { index: 3, .. })
-        ));
-        assert_eq!(stands(&block, &data), Some(3));
-        // Whatever the checksum says of it.
-        let sum = checksum(&block, &data);
-        LittleEndian::write_u32(&mut block[CHECKSUM..], sum);
-        let extension =
-            extension(Reason::Open, SegmentExtension::decode(&commits(3, 4).0[1]).unwrap().before);
-        extension.encode(&mut block);
-        assert_eq!(stands(&block, &data), Some(3));
-    }
-
-    proptest! {
-        #[test]
-        fn header_round_trips(id in 1..SegmentId::MAX.0, metablocks in metablocks(), fill in any::<u8>()) {
-            let data = vec![fill; metablocks.len() * BLOCK_BYTES];
-            let mut block = [0xa5; BLOCK_BYTES];
-            encode_header(&mut block, SegmentId(id), &metablocks, &data, None);
-            let header = SegmentHeader::decode(&block).expect("a header just encoded");
-            prop_assert_eq!(header.id, SegmentId(id));
-            prop_assert_eq!(&header.metablocks, &metablocks);
-            prop_assert!(header.verify(&block, &data));
-        }
-
-        #[test]
-        fn emptying_changes_the_first_sector_alone(metablocks in metablocks()) {
-            let data = vec![7; metablocks.len() * BLOCK_BYTES];
-            let mut block = [0; BLOCK_BYTES];
-            encode_header(&mut block, SegmentId(3), &metablocks, &data, None);
-            let mut emptied = block;
-            empty_header(&mut emptied);
-            let header = SegmentHeader::decode(&emptied).expect("a sound header");
-            prop_assert_eq!((header.id, header.length()), (SegmentId(3), 0));
-            prop_assert!(header.verify(&emptied, &[]));
-            prop_assert_eq!(&emptied[SECTOR_BYTES..], &block[SECTOR_BYTES..]);
-        }
-
-        #[test]
-        fn any_damage_under_the_checksum_is_noticed(metablocks in metablocks(), at in any::<prop::sample::Index>(), bit in 0..8u8) {
-            let mut data = vec![7; metablocks.len() * BLOCK_BYTES];
-            let mut block = [0; BLOCK_BYTES];
-            encode_header(&mut block, SegmentId(3), &metablocks, &data, None);
-            let at = at.index(BLOCK_BYTES - HEADER_CHECKSUM_START + data.len());
-            match at.checked_sub(BLOCK_BYTES - HEADER_CHECKSUM_START) {
-                Some(in_data) => data[in_data] ^= 1 << bit,
-                None => block[HEADER_CHECKSUM_START + at] ^= 1 << bit,
-            }
-            if let Ok(header) = SegmentHeader::decode(&block) {
-                prop_assert!(!header.verify(&block, &data));
-            }
-        }
-
-        #[test]
-        fn arbitrary_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), BLOCK_BYTES)) {
-            let block: &[u8; BLOCK_BYTES] = bytes.as_slice().try_into().expect("a block");
-            let _ = SegmentHeader::decode(block);
-        }
-    }
-}
+mod tests;

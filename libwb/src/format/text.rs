@@ -1,8 +1,8 @@
-//! Texts that stand on devices, such as labels: anything may stand there.
+//! Texts from devices, such as labels, which may hold anything.
 
-/// A text as it may be shown to people. What is neither a visible character nor a blank becomes an
-/// escape such as `\n` or `\u{1b}`: control characters, ends of lines, and what turns the direction
-/// of writing. A backslash is doubled, so that no text looks like another.
+/// A text in a form that is safe to show. Anything but visible characters and blanks becomes an
+/// escape such as `\n` or `\u{1b}`: control characters, line ends, marks of writing direction. A
+/// backslash is doubled, so that different texts look different.
 pub fn printable(text: &str) -> String {
     // Quotes do no harm.
     text.escape_debug().to_string().replace("\\'", "'").replace("\\\"", "\"")

@@ -1,50 +1,50 @@
-//! Damage that a power cut does not explain, as headers and superblock pages show: it is refused,
-//! and what is good can be kept.
+//! Damage that a power cut does not explain, according to headers and superblock pages. Recovery
+//! refuses it, and a salvage can keep the good blocks.
 
-use super::rig::{LENGTH, Log, expected, lost, read, salvage, volume};
+use super::test_log::{LENGTH, TestLog, expected, lost, read, salvage, volume};
 use crate::device::{BlockDevice, Device};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, RECORD_BLOCK_OFFSET, Record, SECTOR_BYTES, SegmentId, Slot,
     SuperblockExtension, crc32c, encode_record_block, to_usize,
 };
+use crate::log::pairing::BackingFacts;
 use crate::log::recovery::Corruption;
-use crate::log::salvage::Way;
-use crate::log::scan::{BackingFacts, SlotFault, SlotState};
+use crate::log::salvage::SalvageMode;
+use crate::log::scan::{SlotFault, SlotState};
 use futures_lite::future::block_on;
 
-/// The newest segment holds three blocks that were flushed, and two that the header cannot tell to
-/// have been.
-fn open_end() -> Log {
-    let mut log = Log::new(9, true);
+/// The newest segment holds three flushed blocks, and two that may not have been flushed.
+fn open_end() -> TestLog {
+    let mut log = TestLog::new(9, true);
     log.put_open(10, 3, 8);
     log
 }
 
-/// The newest segment is torn, and its header says that the one before it was durable, which has a
-/// rotten block.
-fn claimed_by_a_torn_header() -> Log {
-    let mut log = Log::new(9, true);
+/// The newest segment is torn. Its header says that the segment before was durable, and that one
+/// has a rotten block.
+fn claimed_by_a_torn_header() -> TestLog {
+    let mut log = TestLog::new(9, true);
     log.put(10, true, 9);
     log.rot(10, 4).rot(9, 3);
     log
 }
 
-/// The clean mark names a segment in whose slot there is an older one.
-fn lost_newest() -> Log {
-    let mut log = Log::new(20, true);
+/// The clean mark names a segment whose slot holds an older one.
+fn lost_newest() -> TestLog {
+    let mut log = TestLog::new(20, true);
     log.put(6, true, 4);
     log.record(10).write_pages(Some(SegmentId(20)));
     log
 }
 
-pub(super) fn cases_of_evidence() -> Vec<Log> {
+pub(super) fn cases_of_evidence() -> Vec<TestLog> {
     let mut rotten_commit = open_end();
     rotten_commit.rot(10, 1);
-    let mut unpaired = Log::new(9, true);
+    let mut unpaired = TestLog::new(9, true);
     unpaired.lose_pages().rot(5, 3);
-    let mut unmarked = Log::new(9, true);
+    let mut unmarked = TestLog::new(9, true);
     unmarked.rot_header(5, 50).rot(7, 2);
-    let mut last_unmarked = Log::new(9, true);
+    let mut last_unmarked = TestLog::new(9, true);
     last_unmarked.rot_header(9, 33);
     let mut two_lost = claimed_by_a_torn_header();
     two_lost.rot(7, 2);
@@ -59,7 +59,7 @@ pub(super) fn cases_of_evidence() -> Vec<Log> {
     ]
 }
 
-fn corruption(log: &Log) -> Vec<Corruption> {
+fn corruption(log: &TestLog) -> Vec<Corruption> {
     let device: Device = log.device();
     read(&device).recovery().corruption
 }
@@ -72,22 +72,22 @@ fn the_commit_before_must_stand() {
         let mut rotten = log.clone();
         rotten.rot(10, to_usize(block));
         if block >= 3 {
-            // That may be the work of a power cut.
+            // A power cut may have done that.
             assert_eq!(volume(&rotten.image), Some(expected(1..=10, &[(10, 3), (10, 4)])));
             continue;
         }
         assert_eq!(volume(&rotten.image), None, "{block}");
-        let (device, plan) = salvage(&rotten, Way::Skip);
+        let (device, plan) = salvage(&rotten, SalvageMode::Skip);
         assert_eq!(
             volume(&device.memory.content()),
             Some(expected(1..=10, &[(10, block)])),
             "{block}"
         );
         assert_eq!(plan.given_up[0].kept, 4);
-        let (device, plan) = salvage(&rotten, Way::Stop);
+        let (device, plan) = salvage(&rotten, SalvageMode::Stop);
         assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[])));
         assert_eq!(plan.summary().segments_given_up, [10]);
-        // An entry that is none does not hide the evidence.
+        // An invalid entry does not hide the evidence.
         let mut entry = log.clone();
         entry.rot_header(10, SECTOR_BYTES + 16 * to_usize(block));
         assert_eq!(volume(&entry.image), None, "{block}");
@@ -105,18 +105,18 @@ fn what_a_torn_header_says_was_durable_was() {
     let log = claimed_by_a_torn_header();
     let durable = SegmentId(9);
     assert_eq!(corruption(&log), [Corruption::DurableMissing { missing: durable, durable }]);
-    let (device, plan) = salvage(&log, Way::Skip);
+    let (device, plan) = salvage(&log, SalvageMode::Skip);
     assert_eq!((plan.point, lost(&plan)), (durable, vec![(9, vec![903])]));
     assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[(9, 3)])));
 }
 
 #[test]
 fn skip_ends_with_a_segment_that_lacks_blocks_and_was_not_known_to_be_durable() {
-    let mut log = Log::new(9, true);
+    let mut log = TestLog::new(9, true);
     log.put_open(10, 3, 9);
     log.put(11, true, 9);
     log.rot(9, 3).rot(10, 4);
-    let (device, plan) = salvage(&log, Way::Skip);
+    let (device, plan) = salvage(&log, SalvageMode::Skip);
     assert_eq!(plan.point, SegmentId(10));
     let but = [(9, 3), (10, 3), (10, 4)];
     assert_eq!(volume(&device.memory.content()), Some(expected(1..=10, &but)));
@@ -125,25 +125,25 @@ fn skip_ends_with_a_segment_that_lacks_blocks_and_was_not_known_to_be_durable() 
 #[test]
 fn a_header_with_a_damaged_first_sector_is_no_segment_of_the_kernel_module() {
     for byte in (0..8).chain(14..24).chain(28..69).chain([300]) {
-        let mut log = Log::new(9, true);
+        let mut log = TestLog::new(9, true);
         log.rot_header(9, byte);
         assert_eq!(volume(&log.image), None, "byte {byte} of the newest");
-        let mut log = Log::new(9, true);
+        let mut log = TestLog::new(9, true);
         log.rot_header(5, byte);
         assert_eq!(volume(&log.image), None, "byte {byte}");
-        let (device, plan) = salvage(&log, Way::Skip);
-        // The checksum of the base kind proves the rest, unless it is the id that is wrong.
+        let (device, plan) = salvage(&log, SalvageMode::Skip);
+        // The checksum of the base format proves the rest, unless the id is wrong.
         let but: Vec<_> = (0..LENGTH).filter(|_| byte < 8).map(|nth| (5, nth)).collect();
         assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &but)), "byte {byte}");
         assert_eq!(plan.given_up[0].kept, if byte < 8 { 0 } else { LENGTH }, "byte {byte}");
     }
-    // What the power cut has torn of it does not matter then.
+    // Then the torn part does not matter.
     for byte in [14, 17, 300] {
         let mut log = open_end();
         assert_eq!(volume(&log.rot(10, 4).image), Some(expected(1..=10, &[(10, 3), (10, 4)])));
         assert_eq!(volume(&log.rot_header(10, byte).image), None, "byte {byte} of a torn one");
     }
-    // Nor is a log to be measured by the id that stands there.
+    // The id found there does not extend the log either.
     let mut log = open_end();
     let at = log.at(12);
     log.image[at..at + 20]
@@ -154,21 +154,21 @@ fn a_header_with_a_damaged_first_sector_is_no_segment_of_the_kernel_module() {
     let recovery = read(&device).recovery();
     assert_eq!((recovery.highest, recovery.point), (SegmentId(10), SegmentId(10)));
     assert_eq!(recovery.corruption, [Corruption::Unexplained { slot: Slot(11) }]);
-    // On a device of the kernel module, no reader looks there.
-    let mut log = Log::new(9, false);
+    // On a device of the kernel module, these bytes do not count.
+    let mut log = TestLog::new(9, false);
     log.rot_header(5, 50).rot_header(9, 20);
     assert_eq!(volume(&log.image), Some(expected(1..=9, &[])));
 }
 
 #[test]
 fn a_segment_that_rot_has_given_a_later_id_does_not_come_back() {
-    let mut log = Log::empty(16, true);
+    let mut log = TestLog::empty(16, true);
     (1..=16).for_each(|id| log.put(id, true, id - 1));
     log.record(3).write_pages(Some(SegmentId(16)));
     let at = log.at(1);
     log.image[at] = 17;
     assert_eq!(volume(&log.image), None);
-    for way in Way::ALL {
+    for way in SalvageMode::ALL {
         let (device, _) = salvage(&log, way);
         assert_eq!(volume(&device.memory.content()), Some(expected(4..=16, &[])));
     }
@@ -176,13 +176,15 @@ fn a_segment_that_rot_has_given_a_later_id_does_not_come_back() {
 
 #[test]
 fn all_that_is_given_up_is_named() {
-    for way in Way::ALL {
+    for way in SalvageMode::ALL {
         let (device, plan) = salvage(&lost_newest(), way);
         assert_eq!(plan.summary().segments_given_up, [20], "{way}");
         assert_eq!(volume(&device.memory.content()), Some(expected(11..=19, &[])), "{way}");
     }
-    for (newest, way) in [0, 5].into_iter().flat_map(|newest| Way::ALL.map(|way| (newest, way))) {
-        let mut far = Log::new(newest, true);
+    for (newest, way) in
+        [0, 5].into_iter().flat_map(|newest| SalvageMode::ALL.map(|way| (newest, way)))
+    {
+        let mut far = TestLog::new(newest, true);
         far.write_pages(Some(SegmentId(1 << 50)));
         let (_, plan) = salvage(&far, way);
         assert!((9..=14).contains(&plan.given_up.len()), "{plan:?}");
@@ -191,7 +193,7 @@ fn all_that_is_given_up_is_named() {
 
 #[test]
 fn without_its_pages_a_log_is_refused_until_it_is_paired_anew() {
-    let damage: [fn(&mut Log); 3] = [
+    let damage: [fn(&mut TestLog); 3] = [
         |log| {
             log.lose_pages();
         },
@@ -199,13 +201,13 @@ fn without_its_pages_a_log_is_refused_until_it_is_paired_anew() {
         |log| log.image[to_usize(EXTENSION_OFFSETS[0])..][..2 * 64 * 1024].fill(0x5a),
     ];
     for (nth, damage) in damage.into_iter().enumerate() {
-        let mut log = Log::new(9, true);
+        let mut log = TestLog::new(9, true);
         damage(&mut log);
         let recorder = log.device();
         let device: Device = recorder.clone();
         let scanned = read(&device);
         assert_eq!(scanned.recovery().corruption, [Corruption::PairingLost], "{nth}");
-        assert_eq!(block_on(scanned.ways(&device)).unwrap().len(), 1);
+        assert_eq!(block_on(scanned.salvage_plans(&device)).unwrap().len(), 1);
         let mut plan = block_on(scanned.repair(&device)).unwrap().expect("new pages");
         plan.pair(&BackingFacts { name: "backing", sectors: 9000, identity: "serial" });
         block_on(plan.apply(&device)).unwrap();
@@ -220,7 +222,7 @@ fn without_its_pages_a_log_is_refused_until_it_is_paired_anew() {
 #[test]
 fn pages_that_cannot_be_read_show_nothing_where_no_segment_and_no_record_is_ours() {
     for (extended, refused) in [(false, false), (true, true)] {
-        let mut log = Log::new(9, extended);
+        let mut log = TestLog::new(9, extended);
         log.unreadable.extend(EXTENSION_OFFSETS);
         assert_eq!(corruption(&log).contains(&Corruption::PairingLost), refused);
     }
@@ -228,7 +230,7 @@ fn pages_that_cannot_be_read_show_nothing_where_no_segment_and_no_record_is_ours
 
 #[test]
 fn a_page_after_which_none_could_be_newer_is_damaged() {
-    let mut log = Log::new(9, true);
+    let mut log = TestLog::new(9, true);
     let page = SuperblockExtension { generation: u64::MAX, ..log.page.clone().unwrap() };
     page.encode(log.image[to_usize(EXTENSION_OFFSETS[1])..].first_chunk_mut().unwrap());
     let device: Device = log.device();
@@ -240,13 +242,13 @@ fn a_page_after_which_none_could_be_newer_is_damaged() {
 #[test]
 fn a_record_that_does_not_prove_itself_is_refused() {
     let with_record = |digest: u32| {
-        let mut log = Log::new(9, true);
+        let mut log = TestLog::new(9, true);
         let at = to_usize(RECORD_BLOCK_OFFSET);
         let record = Record { id: SegmentId(4), digest: Some(digest) };
         encode_record_block(log.image[at..].first_chunk_mut().unwrap(), record);
         log
     };
-    let digest = Log::new(1, true).page.unwrap().digest();
+    let digest = TestLog::new(1, true).page.unwrap().digest();
     let log = with_record(digest);
     assert_eq!(volume(&log.image), Some(expected(5..=9, &[])));
     assert_eq!(volume(&with_record(digest ^ 1).image), None);
@@ -254,14 +256,14 @@ fn a_record_that_does_not_prove_itself_is_refused() {
         let mut rotten = log.clone();
         rotten.image[to_usize(RECORD_BLOCK_OFFSET) + BLOCK_BYTES - SECTOR_BYTES + at] ^= 8;
         assert_eq!(volume(&rotten.image), None, "byte {at}");
-        for way in Way::ALL {
+        for way in SalvageMode::ALL {
             let (device, plan) = salvage(&rotten, way);
             assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[])), "byte {at}");
-            assert!(plan.disbelieved.is_some());
+            assert!(plan.rejected_record.is_some());
         }
     }
-    // The record alone shows that a device without pages had some.
-    let mut empty = Log::empty(14, true);
+    // Only the record shows that a device without pages had some.
+    let mut empty = TestLog::empty(14, true);
     empty.image[to_usize(RECORD_BLOCK_OFFSET)..][..BLOCK_BYTES]
         .copy_from_slice(&log.image[to_usize(RECORD_BLOCK_OFFSET)..][..BLOCK_BYTES]);
     empty.lose_pages();

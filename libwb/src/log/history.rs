@@ -1,4 +1,4 @@
-//! Every version of one block that the log still holds.
+//! All versions of one block that the log still holds.
 
 use super::LogError;
 use super::scan::SlotContent;
@@ -8,18 +8,18 @@ use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Place, SegmentId,
 /// One version of a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Version {
-    /// The segment that it was written with, as its header says.
+    /// The segment that its header names.
     pub id: SegmentId,
-    /// Where its data lies.
+    /// The place of its data.
     pub place: Place,
-    /// Its dirty sectors; none for a version of read caching.
+    /// Its dirty sectors; none for a version from read caching.
     pub dirty: DirtyBits,
-    /// Whether the segment is valid. In a damaged one, neither this version nor its data can be
+    /// Whether the segment is valid. If it is not, neither this version nor its data can be
     /// trusted.
     pub valid: bool,
 }
 
-/// Gathers the versions of a block while a scan goes over the device.
+/// Collects the versions of a block during a scan.
 #[derive(Debug)]
 pub struct History {
     block: BlockNo,
@@ -27,12 +27,12 @@ pub struct History {
 }
 
 impl History {
-    /// Looks for a block.
+    /// A history of this block, still empty.
     pub fn of(block: BlockNo) -> History {
         History { block, versions: Vec::new() }
     }
 
-    /// Takes in a slot, in any order.
+    /// Adds the versions in a slot. The order of the slots does not matter.
     pub fn visit(&mut self, slot: Slot, content: &SlotContent) {
         let Some(header) = &content.header else { return };
         let valid = content.state.valid_id().is_some();
@@ -44,7 +44,7 @@ impl History {
         }
     }
 
-    /// What was found, oldest first.
+    /// The versions found, oldest first.
     pub fn into_versions(mut self) -> Vec<Version> {
         self.versions.sort_by_key(|v| (v.id, v.place));
         self.versions

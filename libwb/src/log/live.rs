@@ -1,78 +1,44 @@
-//! What the segments that recovery would apply hold.
+//! What the segments hold that recovery would apply.
 
-use super::LogError;
+pub use super::bounds::Beyond;
+use super::bounds::first_outside;
 use super::recovery::{Recovery, recover};
-use super::scan::{
-    BackingFacts, SlotFault, SlotState, Superblock, read_header, read_slot, scan_trusting,
-};
+use super::scan::{SlotFault, SlotState, read_header, read_slot, scan_trusting};
+use super::superblock::Superblock;
+use super::{LogError, LogErrorKind};
 use crate::device::Device;
-use crate::format::{BlockNo, DirtyBits, Geometry, Sector, SegmentHeader, SegmentId, Slot, to_u64};
+use crate::format::{BlockNo, DirtyBits, Geometry, SegmentHeader, SegmentId, Slot, to_u64};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use std::collections::BTreeSet;
-use std::fmt::Display;
 
-/// Headers that are read at the same time; one block of memory each.
+/// Headers to read at once; one block of memory each.
 const HEADER_DEPTH: usize = 128;
-/// Entries beyond the end of the backing device that are kept one by one; the rest are counted.
+/// How many entries beyond the end of the backing device to keep. The others are only counted.
 const BEYOND_KEPT: usize = 100;
-
-/// An entry of the log whose data does not fit on the backing device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Beyond {
-    /// The segment.
-    pub id: SegmentId,
-    /// The first dirty sector of the entry's block that lies outside.
-    pub sector: Sector,
-}
-
-impl Beyond {
-    /// What is wrong, as a sentence: `backing` is called so, and has so many sectors.
-    pub fn in_words(&self, backing: impl Display, sectors: u64) -> String {
-        let Beyond { id, sector } = self;
-        format!(
-            "segment {id} holds data for sector {sector}, but {backing} has only {sectors} sectors"
-        )
-    }
-
-    /// The error that it is for whoever needs the data on that backing device.
-    pub(crate) fn refuse(self, device: &Device, backing: &BackingFacts<'_>) -> LogError {
-        let (device, sectors) = (device.name().to_string(), backing.sectors);
-        LogError::BeyondBacking { device, beyond: self, backing: backing.name.to_string(), sectors }
-    }
-}
-
-/// The first dirty sector of a block that does not lie on a backing device of so many sectors.
-pub(crate) fn first_outside(block: BlockNo, dirty: DirtyBits, sectors: u64) -> Option<Sector> {
-    // A block's first sector is at most 8 below the largest u64, and the last one in it at most 7
-    // above that.
-    let mut runs = dirty.runs().map(|(from, count)| [from, from + count - 1]);
-    let sector = |nth: usize| block.sector().0 + to_u64(nth);
-    let [first, _] = runs.find(|&[_, last]| sector(last) >= sectors)?;
-    Some(Sector(sector(first).max(sectors)))
-}
 
 /// What a set of segments holds.
 #[derive(Clone, Debug, Default)]
 pub struct Totals {
-    /// Entries with dirty sectors. A block that was written again is counted again.
+    /// Entries with dirty sectors. A rewritten block counts again.
     pub dirty_entries: u64,
     /// Blocks with dirty sectors, each counted once.
     pub dirty_blocks: u64,
-    /// Entries of read caching.
+    /// Entries from read caching.
     pub clean_entries: u64,
-    /// The first entries that lie beyond the end of the backing device, oldest first.
+    /// The first entries beyond the end of the backing device, oldest first.
     pub beyond: Vec<Beyond>,
-    /// How many do.
+    /// How many entries are beyond it.
     pub beyond_count: u64,
     /// Blocks whose newest version is marked as lost.
     pub lost: BTreeSet<BlockNo>,
 }
 
-/// Reads the headers of segments that a scan found valid, several at a time, and shows them in the
-/// order of `ids`. That of `cut_short` ([`Recovery::cut_short`]) is shown as far as it stands.
+/// Reads the headers of valid segments, several at once, and passes them to `visit` in the order of
+/// `ids`. For `cut_short` ([`Recovery::cut_short`]), `visit` gets the entries of the commit that
+/// verifies.
 ///
 /// # Errors
-/// When a segment is not there any more, or the device fails.
+/// When a segment is gone, or the device fails.
 pub async fn visit_headers(
     device: &Device,
     geometry: Geometry,
@@ -86,7 +52,7 @@ pub async fn visit_headers(
         }
         let content = read_slot(device, geometry, geometry.slot_of(id)).await;
         let header = content.header.filter(|_| content.state.valid_id() == Some(id));
-        header.ok_or_else(|| LogError::Changed { device: device.name().to_string(), id })
+        header.ok_or_else(|| LogError::new(device, LogErrorKind::Changed { id }))
     });
     let mut headers = stream::iter(reads).buffered(HEADER_DEPTH);
     while let Some(header) = headers.try_next().await? {
@@ -95,19 +61,19 @@ pub async fn visit_headers(
     Ok(())
 }
 
-/// What a segment adds to [`Totals`]. Takes 9 bytes of memory for each dirty entry.
+/// What one segment adds to [`Totals`]. Takes 9 bytes of memory for each dirty entry.
 #[derive(Clone, Debug, Default)]
 pub struct Share {
     /// The blocks of the dirty entries, and their dirty sectors.
     blocks: Box<[BlockNo]>,
     dirty: Box<[DirtyBits]>,
     clean: u8,
-    /// Which of the dirty entries are marked as lost, in their order.
+    /// The indices of the dirty entries that are marked as lost, in order.
     lost: Box<[u8]>,
 }
 
 impl Share {
-    /// That of the segment with this header.
+    /// The share of the segment with this header.
     pub fn of(header: &SegmentHeader) -> Share {
         let entries = || header.metablocks.iter().filter(|entry| !entry.dirty.is_clean());
         let blocks: Box<[BlockNo]> = entries().map(|entry| entry.block).collect();
@@ -121,8 +87,8 @@ impl Share {
 }
 
 impl Totals {
-    /// Adds up what segments hold, in the order of the log, and finds entries that lie beyond a
-    /// backing device of `backing_sectors` sectors, where that is given.
+    /// Adds up what segments hold, in the order of the log. Given `backing_sectors`, also finds the
+    /// entries beyond the end of the backing device.
     pub fn of<'a>(
         segments: impl IntoIterator<Item = (SegmentId, &'a Share)>,
         backing_sectors: Option<u64>,
@@ -158,7 +124,7 @@ impl Totals {
         }
     }
 
-    /// Counts blocks that are there several times once.
+    /// Counts each block once.
     fn count(mut self, mut blocks: Vec<BlockNo>) -> Totals {
         blocks.sort_unstable();
         blocks.dedup();
@@ -167,8 +133,8 @@ impl Totals {
     }
 }
 
-/// Counts what the segments `ids` hold, as [`Totals::of`] does. Takes 8 bytes of memory for each
-/// dirty entry.
+/// Reads the segments `ids` and counts as [`Totals::of`]. Takes 8 bytes of memory for each dirty
+/// entry.
 ///
 /// # Errors
 /// As [`visit_headers`].
@@ -188,7 +154,7 @@ pub async fn totals(
     Ok(totals.count(blocks))
 }
 
-/// Counts what recovery would apply; as [`totals`].
+/// Counts what recovery would apply, as [`totals`].
 ///
 /// # Errors
 /// As [`visit_headers`].
@@ -201,11 +167,11 @@ pub async fn live_totals(
     totals(device, geometry, recovery.live(), recovery.cut_short(), backing_sectors).await
 }
 
-/// How many dirty blocks the log of a device holds, read as attach reads it. Shows each slot's
-/// number to `progress`.
+/// The number of dirty blocks in the log of a device, read as attach reads it. Calls `progress`
+/// with each slot.
 ///
 /// # Errors
-/// When that cannot be told: a slot cannot be read, or the log is corrupt.
+/// When a slot is unreadable, or the log is corrupt.
 pub async fn dirty_blocks(
     device: &Device,
     superblock: &Superblock,
@@ -226,14 +192,13 @@ mod tests {
     use super::*;
     use crate::device::{IoBuf, MemDevice};
     use crate::format::{
-        BLOCK_BYTES, BlockNo, DirtyBits, Metablock, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES,
+        BLOCK_BYTES, BlockNo, DirtyBits, Metablock, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, Sector,
         encode_header, to_u64,
     };
     use futures_lite::future::block_on;
     use std::sync::Arc;
 
-    /// A device with two segments: block 1 dirty twice, block 2 clean, and the last block there can
-    /// be.
+    /// A device with two segments: block 1 dirty twice, block 2 clean, and the last possible block.
     fn device() -> (Device, Geometry) {
         let size = SUPERBLOCK_REGION_BYTES + 2 * to_u64(SEGMENT_BYTES);
         let device: Device = Arc::new(MemDevice::new("cache", size));
@@ -277,32 +242,11 @@ mod tests {
     }
 
     #[test]
-    fn the_first_dirty_sector_outside_is_named() {
-        let first =
-            |dirty, end| first_outside(BlockNo(2), DirtyBits(dirty), end).map(|sector| sector.0);
-        // Sectors 16 to 23.
-        for (dirty, end, outside) in [
-            (0xff, 24, None),
-            (0xff, 23, Some(23)),
-            (0xff, 20, Some(20)),
-            (0xff, 3, Some(16)),
-            (0b0110_0011, 18, Some(21)),
-            (0b0110_0011, 17, Some(17)),
-            (0b0000_0011, 18, None),
-            (0, 0, None),
-        ] {
-            assert_eq!(first(dirty, end), outside, "{dirty:#b} {end}");
-        }
-        let last = first_outside(BlockNo(u64::MAX / 8), DirtyBits(0x80), u64::MAX);
-        assert_eq!(last, Some(Sector(u64::MAX)));
-    }
-
-    #[test]
     fn a_segment_that_is_not_there_is_an_error() {
         let (device, geometry) = device();
         assert!(matches!(
             block_on(totals(&device, geometry, [SegmentId(3)], None, None)),
-            Err(LogError::Changed { id: SegmentId(3), .. })
+            Err(LogError { kind: LogErrorKind::Changed { id: SegmentId(3), .. }, .. })
         ));
     }
 }

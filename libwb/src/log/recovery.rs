@@ -1,133 +1,53 @@
 //! Which segments of a log are live.
 //!
-//! Pure code over the verdicts of a scan. The terms: *H*, the largest valid id; *W*, the largest id
-//! known to be written back; *P*, the recovery point, the last segment that is applied; *D*, the
-//! loss window ([`Geometry::loss_window`]). ARCHITECTURE.md gives the rule and why it holds.
+//! Pure code over the verdicts of a scan. The terms:
+//!
+//! - *H*: the largest valid id.
+//! - *W*: the largest id known to be written back.
+//! - *P*: the recovery point, the last segment to apply.
+//! - *D*: the loss window ([`Geometry::loss_window`]).
+//!
+//! ARCHITECTURE.md gives the rule and its proof.
 
-use super::LogError;
-use super::scan::{SlotFault, SlotState, Superblock};
+use super::claims::Claims;
+pub use super::corruption::Corruption;
+use super::reach::Reach;
+use super::superblock::Superblock;
+use super::verdict::{SlotFault, SlotState, Valid, proved, slot_index, stray, valid};
+use super::{LogError, LogErrorKind};
 use crate::device::Device;
-use crate::format::{Geometry, HeaderFault, Reason, SegmentExtension, SegmentId, Slot};
+use crate::format::{Geometry, HeaderFault, Reason, SegmentId, Slot};
 use std::borrow::Cow;
 use std::ops::RangeInclusive;
 
 #[cfg(test)]
 mod tests;
 
-/// A log that is to go on must not end just below [`SegmentId::MAX`]; none that is real comes near.
+/// The largest id at which a log may end, so that it can continue. No real log comes near it.
 pub(super) const LAST_SANE_ID: SegmentId = SegmentId(SegmentId::MAX.0 / 2);
 
-/// What explains a slot that holds no valid segment.
+/// Why a slot holds no valid segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Explanation {
-    /// The segment was being written when the power went. Nothing acknowledged is lost.
+    /// A power cut interrupted the write of the segment. No acknowledged data is lost.
     PowerCut,
     /// Its old content had been written back; no data is at risk.
     WrittenBack,
-    /// Nothing does: data may be lost.
+    /// No explanation: data may be lost.
     None,
 }
 
-/// A slot that holds no valid segment though the log has reached it.
+/// A slot without a valid segment, though the log has reached it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Damage {
-    /// Where.
+    /// The slot.
     pub slot: Slot,
-    /// The segment that ought to be there: the next one to be written for
-    /// [`Explanation::PowerCut`], else the newest one up to the recovery point; [`SegmentId::NONE`]
-    /// where the log has not reached.
+    /// The segment that belongs there; [`SegmentId::NONE`] if the log has not reached the slot.
+    /// With [`Explanation::PowerCut`] it is the next segment to write, otherwise the newest one up
+    /// to P.
     pub expected: SegmentId,
-    /// Why it is not.
+    /// Why it is not there.
     pub explanation: Explanation,
-}
-
-/// Damage to the log that a power cut does not explain.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Corruption {
-    /// Valid segments lie too far beyond the last one that can be applied.
-    #[error(
-        "segment {missing} is missing or damaged, though valid segments reach up to {highest}; a \
-         power cut loses at most the last {window}"
-    )]
-    Gap {
-        /// The first segment that is not there.
-        missing: SegmentId,
-        /// The largest valid id.
-        highest: SegmentId,
-        /// How many a power cut may lose.
-        window: u64,
-    },
-    /// A segment is gone that was known to be durable.
-    #[error(
-        "segment {missing} is missing or damaged, though everything up to segment {durable} was \
-         durable"
-    )]
-    DurableMissing {
-        /// The first segment that is not there.
-        missing: SegmentId,
-        /// What a later header says was durable.
-        durable: SegmentId,
-    },
-    /// The superblock record names a segment that the log has not reached.
-    #[error(
-        "the superblock record says that segment {record} is written back, but the newest segment \
-         is {highest}"
-    )]
-    RecordBeyondLog {
-        /// The record.
-        record: SegmentId,
-        /// The largest valid id.
-        highest: SegmentId,
-    },
-    /// A sound segment stands where it cannot have been written on a device of this size.
-    #[error(
-        "slot {slot} holds segment {id}, which belongs elsewhere; has the device been truncated \
-         or resized?"
-    )]
-    WrongSlot {
-        /// Where.
-        slot: Slot,
-        /// The segment.
-        id: SegmentId,
-    },
-    /// A slot that may hold live data cannot be read.
-    #[error(
-        "slot {slot} cannot be read, and what it holds may not be written back; the device is \
-         failing, or was not ready"
-    )]
-    Unreadable {
-        /// Where.
-        slot: Slot,
-    },
-    /// The kernel module has gone on with a log of wb that had a hole from a power cut.
-    #[error(
-        "segment {missing} was lost in a power cut, and the kernel module has written after it, \
-         up to segment {highest}"
-    )]
-    WrittenPastHole {
-        /// The segment that is not there.
-        missing: SegmentId,
-        /// The largest valid id.
-        highest: SegmentId,
-    },
-    /// The log has nearly run out of ids, which no real one does.
-    #[error("the log goes on at segment {id}, which none reaches")]
-    GarbageId {
-        /// The recovery point.
-        id: SegmentId,
-    },
-    /// Segments of wb, or a record, but no superblock extension.
-    #[error(
-        "both copies of the superblock extension are gone or damaged, so that it cannot be told \
-         to which backing device the log belongs"
-    )]
-    PairingLost,
-    /// A slot holds garbage that no write under way explains.
-    #[error("slot {slot} holds no valid segment, and no power cut explains that")]
-    Unexplained {
-        /// Where.
-        slot: Slot,
-    },
 }
 
 /// What recovery makes of a valid segment.
@@ -137,13 +57,13 @@ pub enum Standing {
     Live,
     /// It is known to be written back.
     WrittenBack,
-    /// It was written back, as a later slot under overwrite shows; see [`Recovery::skipped`].
+    /// It was written back, because a later slot was being overwritten; see [`Recovery::skipped`].
     Skipped,
     /// It comes after the recovery point.
     Dropped,
 }
 
-/// What is to be done with a log.
+/// What recovery does with a log.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recovery {
     /// The superblock record.
@@ -152,38 +72,37 @@ pub struct Recovery {
     pub highest: SegmentId,
     /// W: every segment up to this one is known to be written back.
     pub written_back: SegmentId,
-    /// P: the last segment that is applied. The next one to be written follows it.
+    /// P: the last segment to apply. The log continues after it.
     pub point: SegmentId,
     /// Every segment up to this one is known to have been durable.
     pub durable: SegmentId,
-    /// Segments after W that are not applied because a later one was under overwrite, which shows
-    /// that they had been written back. Only on devices that the kernel module wrote. The first is
-    /// W + 1.
+    /// Segments after W that are not applied: the slot of a later one was being overwritten, which
+    /// proves that all of them were written back. Only on devices of the kernel module. The first
+    /// is W + 1.
     pub skipped: Vec<SegmentId>,
-    /// Valid segments after P. They were never acknowledged as durable.
+    /// Valid segments after P. No flush has acknowledged them.
     pub dropped: Vec<SegmentId>,
-    /// Slots that hold no valid segment though the log has reached them.
+    /// Slots without a valid segment, though the log has reached them.
     pub damage: Vec<Damage>,
-    /// Damage that no power cut explains. When there is any, nothing may be written to either
-    /// device.
+    /// Damage that no power cut explains. If there is any, wb must not write to either device.
     pub corruption: Vec<Corruption>,
-    /// The segment at P was not closed, as far as its header tells. It must be before the log goes
-    /// on.
+    /// The header of the segment at P does not say that it was closed. It must be closed before the
+    /// log continues.
     pub is_open: bool,
-    /// So it is, and what was written of it after its last commit is torn.
+    /// The segment at P is open, and its blocks after the last commit are torn.
     pub is_cut_short: bool,
 }
 
 impl Recovery {
-    /// Itself, unless the log is corrupt.
+    /// Returns itself, unless the log is corrupt.
     ///
     /// # Errors
-    /// [`LogError::Corrupt`], in the name of the device that the log lies on.
+    /// [`LogErrorKind::Corrupt`].
     pub(crate) fn refuse_corrupt(self, device: &Device) -> Result<Recovery, LogError> {
         if self.corruption.is_empty() {
             return Ok(self);
         }
-        Err(LogError::Corrupt { device: device.name().to_string(), corruption: self.corruption })
+        Err(LogError::new(device, LogErrorKind::Corrupt { corruption: self.corruption }))
     }
 
     /// The segments to apply, oldest first.
@@ -197,17 +116,17 @@ impl Recovery {
         self.is_open.then_some(self.point)
     }
 
-    /// The segment at P, if its header does not tell what stands of it.
+    /// The segment at P, if only a commit of it verifies.
     pub fn cut_short(&self) -> Option<SegmentId> {
         self.is_cut_short.then_some(self.point)
     }
 
-    /// How many segments there are to apply.
+    /// The number of segments to apply.
     pub fn live_count(&self) -> u64 {
         self.point.next().since(self.first_live())
     }
 
-    /// What becomes of a valid segment.
+    /// What recovery makes of a valid segment.
     pub fn standing(&self, id: SegmentId) -> Standing {
         if id > self.point {
             Standing::Dropped
@@ -220,13 +139,13 @@ impl Recovery {
         }
     }
 
-    /// The points that the log can be replayed until.
+    /// The points until which the log can be replayed.
     pub fn points(&self) -> RangeInclusive<SegmentId> {
         self.first_live().minus(1)..=self.point
     }
 
-    /// The same log as it was when another one of its [`Recovery::points`] was the newest segment,
-    /// for a device on which the log does not go on.
+    /// The same log, ending at another one of its [`Recovery::points`]. The log must not continue
+    /// on the device after that.
     pub(crate) fn until(self, point: SegmentId) -> Recovery {
         let is_last = point == self.point;
         Recovery {
@@ -239,114 +158,24 @@ impl Recovery {
         }
     }
 
+    /// How far the log has come.
+    pub(crate) fn reach(&self) -> Reach {
+        let (written_back, durable) = self.points().into_inner();
+        Reach { durable, written_back }
+    }
+
     fn first_live(&self) -> SegmentId {
         self.skipped.last().copied().unwrap_or(self.written_back).next()
     }
 }
 
-/// What headers say beyond the base format, those of valid segments and torn ones: a first sector
-/// that proves itself is as it was written. And what the clean mark says. Facts that were true
-/// then, and stay true.
-#[derive(Default)]
-struct Claims {
-    /// Every segment up to this one was durable.
-    durable: SegmentId,
-    /// Every segment up to this one was written back.
-    written_back: SegmentId,
-}
-
-impl Claims {
-    fn of(superblock: &Superblock, slots: &[SlotState]) -> Claims {
-        let clean = superblock.extension.as_ref().and_then(|extension| extension.clean);
-        // Closing in order makes everything durable as well, and that stays true whoever has
-        // written since.
-        let mut claims = Claims { durable: clean.unwrap_or_default(), ..Claims::default() };
-        for (id, extension) in slots.iter().filter_map(|state| proved(state, superblock)) {
-            // A header can only speak of segments before its own.
-            let before = |claim: SegmentId| if claim < id { claim } else { SegmentId::NONE };
-            claims.durable = claims.durable.max(before(extension.durable));
-            claims.written_back = claims.written_back.max(before(extension.written_back));
-        }
-        claims
-    }
-}
-
-pub(super) type Valid = (SegmentId, Option<SegmentExtension>);
-
-/// A slot's segment, if it is valid and not one of an earlier cache on the device.
-pub(super) fn valid(state: &SlotState, superblock: &Superblock) -> Option<Valid> {
-    let SlotState::Valid { id, extension, .. } = state else { return None };
-    if stray(state, superblock).is_some() {
-        return None;
-    }
-    let foreign = extension.as_ref().is_some_and(|its| is_foreign(superblock, its));
-    (!foreign).then_some((*id, *extension))
-}
-
-/// On a device with the extension, a header is damaged that has neither wb's marker nor the kernel
-/// module's zeros: what id it names.
-fn stray(state: &SlotState, superblock: &Superblock) -> Option<u64> {
-    let names = match *state {
-        SlotState::Valid { id, is_stray: true, .. } => Some(id.0),
-        SlotState::Invalid { stray, .. } => stray,
-        SlotState::Valid { .. } | SlotState::Empty => None,
-    };
-    names.filter(|_| superblock.extension.is_some())
-}
-
-/// The segment of which a slot holds a header that proves itself, valid or not, if it is not one of
-/// an earlier cache.
-pub(super) fn proved(
-    state: &SlotState,
-    superblock: &Superblock,
-) -> Option<(SegmentId, SegmentExtension)> {
-    let found = match *state {
-        SlotState::Valid { id, extension, .. } => extension.map(|extension| (id, extension)),
-        SlotState::Invalid { proved, .. } => proved,
-        SlotState::Empty => None,
-    };
-    found.filter(|(_, extension)| !is_foreign(superblock, extension))
-}
-
-fn is_foreign(superblock: &Superblock, extension: &SegmentExtension) -> bool {
-    superblock.extension.as_ref().is_some_and(|ours| ours.digest() != extension.digest)
-}
-
-/// What headers alone tell of the segments that need not be read whole.
-pub(super) struct Proof {
-    durable: SegmentId,
-    written_back: SegmentId,
-    highest: SegmentId,
-    geometry: Geometry,
-}
-
-impl Proof {
-    /// Nothing on a device that the kernel module has written since: it overwrites what it has not
-    /// recorded as written back.
-    pub(super) fn by_headers(superblock: &Superblock, slots: &[SlotState]) -> Option<Proof> {
-        let geometry = superblock.geometry;
-        let segments: Vec<Valid> =
-            slots.iter().filter_map(|state| valid(state, superblock)).collect();
-        let (highest, newest) = segments.iter().copied().max_by_key(|&(id, _)| id)?;
-        newest?;
-        let Claims { durable, written_back } = Claims::of(superblock, slots);
-        let written_back = written_back.max(superblock.record).max(highest.minus(geometry.lap()));
-        Some(Proof { durable, written_back, highest, geometry })
-    }
-
-    /// Whether a segment with a sound header is whole, but for rot: it was durable, and was not
-    /// being overwritten.
-    pub(super) fn covers(&self, id: SegmentId) -> bool {
-        let Proof { durable, written_back, highest, geometry } = *self;
-        let next = id.plus(geometry.lap());
-        id <= durable && (id > written_back || next > highest.plus(geometry.write_window()))
-    }
-}
-
-/// The verdicts of a scan, seen together. A segment that lacks blocks counts as damaged unless a
-/// power cut explains that: it must be one of those that had not become durable, and the log cannot
-/// have gone on after it. And so does one whose first sector holds what neither wb nor the kernel
-/// module writes, on a device with the extension.
+/// Corrects the verdicts of a scan, given all of them together. These segments count as damaged
+/// too:
+///
+/// - A segment that lacks blocks, unless a power cut explains that. It does if the segment was not
+///   known to be durable and the log did not continue after it.
+/// - On a device with the extension, a segment whose first sector neither wb nor the kernel module
+///   writes like this.
 pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a, [SlotState]> {
     let segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
     let highest = segments.iter().map(|&(id, _)| id).max().unwrap_or_default();
@@ -375,8 +204,8 @@ pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a,
     slots.iter().map(explained).collect()
 }
 
-/// Whether a valid segment lacks blocks, or may: the log ends with it. After one that is open but
-/// whole the kernel module may have gone on.
+/// Whether a valid segment lacks blocks, or may lack some. The log ends with it. But after one that
+/// is open and whole, the kernel module may have continued the log.
 pub(super) fn lacks_blocks(superblock: &Superblock, slots: &[SlotState], id: SegmentId) -> bool {
     let state = |id| &slots[slot_index(superblock.geometry.slot_of(id))];
     let SlotState::Valid { id: found, cut_short, extension, .. } = state(id) else { return false };
@@ -385,12 +214,11 @@ pub(super) fn lacks_blocks(superblock: &Superblock, slots: &[SlotState], id: Seg
     *found == id && (*cut_short || is_open && !goes_on())
 }
 
-/// Applies the rule to the verdicts of a scan, one for each slot.
+/// Applies the recovery rule to the verdicts of a scan, one for each slot.
 pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     let &Superblock { geometry, record, .. } = superblock;
     assert_eq!(slots.len(), geometry.all_slots().len());
     let slots = &*explained(superblock, slots);
-    let window = geometry.loss_window();
     let is_valid = |id: SegmentId| {
         let state = &slots[slot_index(geometry.slot_of(id))];
         valid(state, superblock).is_some_and(|(found, _)| found == id)
@@ -431,29 +259,7 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
                 SlotState::Valid { cut_short: true, .. }
             ),
     };
-    if claims.durable > point {
-        let durable = claims.durable;
-        recovery.corruption.push(Corruption::DurableMissing { missing: point.next(), durable });
-    } else if went_on_past_a_hole(superblock, &segments, point) {
-        recovery.corruption.push(Corruption::WrittenPastHole { missing: point.next(), highest });
-    } else if highest.since(point) > window {
-        recovery.corruption.push(Corruption::Gap { missing: point.next(), highest, window });
-    }
-    // With a single slot, the newest segment itself may be under overwrite.
-    if record > highest
-        && !(geometry.slots() == 1
-            && highest == SegmentId::NONE
-            && !matches!(slots[0], SlotState::Empty))
-    {
-        recovery.corruption.push(Corruption::RecordBeyondLog { record, highest });
-    }
-    if point > LAST_SANE_ID {
-        recovery.corruption.push(Corruption::GarbageId { id: point });
-    }
-    if superblock.extension.is_none() && (superblock.lost_extension || slots.iter().any(is_marked))
-    {
-        recovery.corruption.push(Corruption::PairingLost);
-    }
+    find_corruption(superblock, slots, &segments, &mut recovery);
     for (slot, state) in geometry.all_slots().zip(slots) {
         if let SlotState::Invalid { fault, .. } = state {
             explain(&mut recovery, geometry, slot, fault);
@@ -462,7 +268,41 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     recovery
 }
 
-/// Whether wb has written what a slot holds.
+/// Adds the corruption that follows from the log as a whole.
+fn find_corruption(
+    superblock: &Superblock,
+    slots: &[SlotState],
+    segments: &[Valid],
+    recovery: &mut Recovery,
+) {
+    let &Superblock { geometry, record, .. } = superblock;
+    let &mut Recovery { point, highest, durable, .. } = recovery;
+    let (missing, window) = (point.next(), geometry.loss_window());
+    let mut add = |corruption| recovery.corruption.push(corruption);
+    if durable > point {
+        add(Corruption::DurableMissing { missing, durable });
+    } else if went_on_past_a_hole(superblock, segments, point) {
+        add(Corruption::WrittenPastHole { missing, highest });
+    } else if highest.since(point) > window {
+        add(Corruption::Gap { missing, highest, window });
+    }
+    // With a single slot, the newest segment itself may be the one being overwritten.
+    let may_be_overwrite = geometry.slots() == 1
+        && highest == SegmentId::NONE
+        && !matches!(slots[0], SlotState::Empty);
+    if record > highest && !may_be_overwrite {
+        add(Corruption::RecordBeyondLog { record, highest });
+    }
+    if point > LAST_SANE_ID {
+        add(Corruption::GarbageId { id: point });
+    }
+    if superblock.extension.is_none() && (superblock.lost_extension || slots.iter().any(is_marked))
+    {
+        add(Corruption::PairingLost);
+    }
+}
+
+/// Whether wb wrote the content of a slot.
 fn is_marked(state: &SlotState) -> bool {
     match state {
         SlotState::Empty => false,
@@ -474,8 +314,8 @@ fn is_marked(state: &SlotState) -> bool {
     }
 }
 
-/// wb never leaves a hole and goes on. The kernel module does, and only its segments have no
-/// extension.
+/// Whether the kernel module continued the log after a hole. wb never does that. Segments of the
+/// module have no extension.
 fn went_on_past_a_hole(superblock: &Superblock, segments: &[Valid], point: SegmentId) -> bool {
     let dropped =
         segments.iter().filter(|&&(id, _)| id > point).map(|(_, extension)| extension.is_some());
@@ -484,19 +324,16 @@ fn went_on_past_a_hole(superblock: &Superblock, segments: &[Valid], point: Segme
         && dropped.clone().any(|ours| !ours)
 }
 
-pub(super) fn slot_index(slot: Slot) -> usize {
-    slot.0 as usize
-}
-
-/// The kernel module seldom writes the superblock record, so a slot just above H − n may be under
-/// overwrite. Every segment up to the last such slot had been written back.
+/// The segments that an interrupted overwrite proves to be written back. The kernel module seldom
+/// writes the superblock record, so the slot just above H − n may be torn. Every segment up to the
+/// last such slot was written back.
 fn skipped(
     geometry: Geometry,
     highest: SegmentId,
     written_back: SegmentId,
     is_valid: impl Fn(SegmentId) -> bool,
 ) -> Vec<SegmentId> {
-    // What the module has recorded as written back ends where a slot may be under overwrite.
+    // With a record, W is exact: no slot above it is being overwritten.
     if written_back > highest.minus(geometry.lap()) {
         return Vec::new();
     }
@@ -508,9 +345,9 @@ fn skipped(
     }
 }
 
-/// Whether a power cut may have left a slot like this. It garbles what was being written, in whole
-/// sectors, and leaves it readable. A header is written anew only when the commit that it names as
-/// the one before is durable; but where it was written back, other data may have come under it.
+/// Whether a power cut may have left this fault. A power cut leaves each sector old or new, and
+/// readable. wb rewrites a header only once its previous commit is durable, so that commit
+/// verifies, unless the segment was written back and its slot is being overwritten.
 fn may_be_torn(fault: &SlotFault, written_back: SegmentId) -> bool {
     match fault {
         SlotFault::Unreadable(_) => false,
@@ -524,6 +361,7 @@ fn may_be_torn(fault: &SlotFault, written_back: SegmentId) -> bool {
     }
 }
 
+/// Adds the damage in a slot, and the corruption if nothing explains the damage.
 fn explain(recovery: &mut Recovery, geometry: Geometry, slot: Slot, fault: &SlotFault) {
     let point = recovery.point;
     if let SlotFault::WrongSlot { id, sound: true } = fault {

@@ -1,20 +1,20 @@
-//! Segments of a cache on a device whose superblock is gone.
+//! Finding segments of a cache on a device that has lost its superblock.
 
 use super::scan::{SlotState, read_slot};
 use crate::device::{Device, IoBuf};
 use crate::format::{BLOCK_BYTES, Geometry, SECTOR_BYTES, SegmentHeader, SegmentId, Slot};
 use futures_util::{StreamExt, stream};
 
-/// Headers that are read at the same time; one block of memory each.
+/// Headers to read at once; one block of memory each.
 const HEADER_DEPTH: usize = 128;
-/// Segments without the extension that are read whole at most, to see whether they are segments.
+/// How many segments without the extension to read whole at most, to verify them.
 const READ_WHOLE: usize = 16;
-/// Where the base format ends in a header's first sector.
-const USED_BYTES: usize = 13;
+/// The bytes that the base format uses in a header's first sector.
+const BASE_HEADER_BYTES: usize = 13;
 
-/// Looks for a segment, which proves that the device was a cache device. Other data is not taken
-/// for one: its header must prove itself, or the checksum over all of it must hold. Shows each
-/// slot's number to `progress`. What cannot be read tells nothing.
+/// Looks for a segment, which proves that the device was a cache device. Other data never counts as
+/// one: the CRC of the header, or the checksum of the segment, must be correct. Unreadable slots
+/// are skipped. Calls `progress` with each slot.
 pub async fn find_segment(
     device: &Device,
     geometry: Geometry,
@@ -36,7 +36,7 @@ pub async fn find_segment(
         if header.extension.is_some() {
             return Some(header.id);
         }
-        let is_plain = block[USED_BYTES..SECTOR_BYTES].iter().all(|&byte| byte == 0);
+        let is_plain = block[BASE_HEADER_BYTES..SECTOR_BYTES].iter().all(|&byte| byte == 0);
         if is_plain && geometry.slot_of(header.id) == slot && to_read_whole > 0 {
             to_read_whole -= 1;
             if let SlotState::Valid { id, .. } = read_slot(device, geometry, slot).await.state {
@@ -49,7 +49,7 @@ pub async fn find_segment(
 
 #[cfg(test)]
 mod tests {
-    use super::super::rig::Log;
+    use super::super::test_log::TestLog;
     use super::*;
     use crate::device::MemDevice;
     use crate::format::{SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64, to_usize};
@@ -67,10 +67,10 @@ mod tests {
     #[test]
     fn a_segment_of_either_format_is_found_without_the_superblock() {
         for extended in [true, false] {
-            let mut image = Log::new(20, extended).image;
+            let mut image = TestLog::new(20, extended).image;
             image[..REGION].fill(0);
             assert_eq!(found(image.clone()), Some(15), "the first slot holds the second lap");
-            // Nothing is left of it but one segment.
+            // Only one segment is left.
             let one = image[REGION + 3 * SEGMENT_BYTES..][..SEGMENT_BYTES].to_vec();
             image[REGION..].fill(0);
             image[REGION + 3 * SEGMENT_BYTES..][..SEGMENT_BYTES].copy_from_slice(&one);
@@ -86,7 +86,7 @@ mod tests {
         let mut random = fastrand::Rng::with_seed(1);
         let noise: Vec<u8> = std::iter::repeat_with(|| random.u8(..)).take(size).collect();
         assert_eq!(found(noise.clone()), None);
-        // A number that could be an id, and then anything: at most so many are read whole.
+        // Slots with a possible id and then noise: only some of them are read whole.
         let mut numbers = noise;
         for slot in 0..40 {
             let sector = &mut numbers[REGION + slot * SEGMENT_BYTES..][..SECTOR_BYTES];

@@ -1,10 +1,10 @@
-//! Giving a device of the kernel module the extension, in place.
+//! Adding the extension to a device of the kernel module, in place.
 
-use super::LogError;
-use super::create::{write_extension, write_record};
 use super::live::live_totals;
+use super::pairing::BackingFacts;
 use super::salvage::{Plan, Scanned};
-use super::scan::BackingFacts;
+use super::segment_writes::{write_extension, write_record};
+use super::{LogError, LogErrorKind};
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, Record, SECTOR_BYTES, SegmentId, SuperblockExtension, fitting,
@@ -12,28 +12,30 @@ use crate::format::{
 use std::time::Duration;
 use uuid::Uuid;
 
-/// What is to be written.
+/// What an upgrade writes.
 #[derive(Clone, Debug)]
 pub struct Upgrade {
-    /// What is put right in the log before.
+    /// The repair of the log that comes first, if it needs one.
     pub repair: Option<Plan>,
     /// The last segment that is known to be written back.
     pub written_back: SegmentId,
-    /// What the superblock record says of that.
+    /// The last such segment according to the superblock record.
     pub recorded: SegmentId,
-    /// How many blocks are dirty. They stay so.
+    /// The number of dirty blocks. They stay dirty.
     pub dirty_blocks: u64,
     /// The new extension.
     pub extension: SuperblockExtension,
 }
 
 impl Upgrade {
-    /// Plans it for a log that was read. The cache gets a new identity, `created` so long
-    /// after the beginning of 1970.
+    /// Plans the upgrade of a log that was read. The cache gets a new identity, with the creation
+    /// time `created` since the beginning of 1970 (UTC).
     ///
     /// # Errors
-    /// When the device has the extension or has lost it, its log is corrupt, it does not fit the
-    /// backing device, or it fails.
+    /// - The device has the extension, or has lost it.
+    /// - Its log is corrupt.
+    /// - The log holds data beyond the end of the backing device.
+    /// - The device fails.
     pub async fn plan(
         device: &Device,
         scanned: &Scanned,
@@ -41,18 +43,17 @@ impl Upgrade {
         label: &str,
         created: Duration,
     ) -> Result<Upgrade, LogError> {
-        let name = || device.name().to_string();
         if scanned.superblock.extension().is_some() {
-            return Err(LogError::Extended { device: name() });
+            return Err(LogError::new(device, LogErrorKind::Extended));
         }
-        // One that has lost its extension would be repaired by a new one.
+        // If the device has lost its extension, a repair would add a new one.
         let recovery = scanned.recovery().refuse_corrupt(device)?;
         let repair = scanned.repair(device).await?;
         let live =
             live_totals(device, scanned.superblock.geometry, &recovery, Some(backing.sectors))
                 .await?;
         if let Some(beyond) = live.beyond.first() {
-            return Err(beyond.refuse(device, backing));
+            return Err(backing.refuse_beyond(device, *beyond));
         }
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         Ok(Upgrade {
@@ -69,7 +70,7 @@ impl Upgrade {
         })
     }
 
-    /// What is written, one thing each.
+    /// What the upgrade writes, one item each.
     pub fn changes(&self) -> Vec<String> {
         let mut changes = self.repair.as_ref().map(Plan::changes).unwrap_or_default();
         if self.written_back > self.recorded && self.repair.is_none() {
@@ -85,8 +86,8 @@ impl Upgrade {
         changes
     }
 
-    /// Carries it out. It is durable afterwards. Interrupted, it leaves a device without the
-    /// extension, or with it.
+    /// Carries the upgrade out, and makes it durable. If it is interrupted, the device has the
+    /// whole extension or none.
     ///
     /// # Errors
     /// When the device fails.
@@ -97,8 +98,8 @@ impl Upgrade {
         if self.written_back > self.recorded {
             write_record(device, Record { id: self.written_back, digest: None }).await?;
         }
-        // The marker is in the first sector of a page. It is written when the rest is there, or a
-        // torn page would be taken for a damaged one, and the device refused.
+        // The marker is in the first sector of a page, and is written last. Otherwise a torn page
+        // would count as damaged, and wb would refuse the device.
         for (generation, offset) in (0..).zip(EXTENSION_OFFSETS) {
             let page = SuperblockExtension { generation, ..self.extension.clone() };
             let mut block = IoBuf::zeroed(BLOCK_BYTES);
@@ -112,8 +113,8 @@ impl Upgrade {
             write_extension(device, &page).await?;
             device.flush().await?;
         }
-        // A record that proves itself on a device without the extension would show that this was
-        // lost.
+        // This record comes last: on a device without the extension, it would show that the
+        // extension was lost.
         let digest = Some(self.extension.digest());
         write_record(device, Record { id: self.written_back.max(self.recorded), digest }).await?;
         device.flush().await
@@ -124,8 +125,8 @@ impl Upgrade {
 mod tests {
     use super::*;
     use crate::format::to_usize;
-    use crate::log::rig::{Log, MASKS, after_power_cut, in_sectors, read, volume};
-    use crate::log::scan::check_pairing;
+    use crate::log::pairing::check_pairing;
+    use crate::log::test_log::{MASKS, TestLog, after_power_cut, in_sectors, read, volume};
     use futures_lite::future::block_on;
 
     const BACKING: BackingFacts<'_> =
@@ -136,9 +137,9 @@ mod tests {
     }
 
     /// Logs of the kernel module: whole, with a torn end, with the oldest segment under overwrite.
-    fn logs() -> [Log; 3] {
+    fn logs() -> [TestLog; 3] {
         let [whole, mut torn, mut overwrite] =
-            [Log::new(20, false), Log::new(9, false), Log::new(20, false)];
+            [TestLog::new(20, false), TestLog::new(9, false), TestLog::new(20, false)];
         torn.garble(8);
         overwrite.rot(7, 1);
         [whole, torn, overwrite]
@@ -157,7 +158,7 @@ mod tests {
             let page = after.superblock.extension().unwrap();
             assert_eq!((page.label.as_str(), page.backing_id.as_str()), ("data", "serial"));
             assert!(check_pairing(&device, page, &BackingFacts { sectors: 1, ..BACKING }).is_err());
-            assert!(matches!(plan(&device), Err(LogError::Extended { .. })));
+            assert!(matches!(plan(&device), Err(LogError { kind: LogErrorKind::Extended, .. })));
         }
     }
 
@@ -180,7 +181,10 @@ mod tests {
                     match plan(&device) {
                         Ok(again) => block_on(again.apply(&device)).unwrap(),
                         Err(error) => {
-                            assert!(matches!(error, LogError::Extended { .. }), "{error}")
+                            assert!(
+                                matches!(error, LogError { kind: LogErrorKind::Extended, .. }),
+                                "{error}"
+                            )
                         }
                     }
                     assert!(read(&device).superblock.extension().is_some());
@@ -191,17 +195,17 @@ mod tests {
 
     #[test]
     fn what_cannot_be_upgraded_is_refused() {
-        let mut corrupt = Log::new(9, false);
+        let mut corrupt = TestLog::new(9, false);
         corrupt.rot(3, 0);
-        let mut lost = Log::new(3, true);
+        let mut lost = TestLog::new(3, true);
         lost.image[to_usize(EXTENSION_OFFSETS[0])..][..8].fill(0);
         lost.image[to_usize(EXTENSION_OFFSETS[1])..][..8].fill(0);
-        let refused = |log: &Log| plan(&(log.device() as Device)).expect_err("a refusal");
+        let refused = |log: &TestLog| plan(&(log.device() as Device)).expect_err("a refusal");
         assert!(refused(&corrupt).is_corruption());
         assert!(refused(&lost).is_corruption());
-        let device: Device = Log::new(9, false).device();
+        let device: Device = TestLog::new(9, false).device();
         let small = BackingFacts { sectors: 800 * 8, ..BACKING };
         let plan = block_on(Upgrade::plan(&device, &read(&device), &small, "", Duration::ZERO));
-        assert!(matches!(plan, Err(LogError::BeyondBacking { .. })));
+        assert!(matches!(plan, Err(LogError { kind: LogErrorKind::BeyondBacking { .. }, .. })));
     }
 }

@@ -457,10 +457,10 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        const KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
+        const KEEP_SIZE: i32 = nix::libc::FALLOC_FL_KEEP_SIZE;
         let keeps_space = match mode & !KEEP_SIZE {
-            libc::FALLOC_FL_PUNCH_HOLE => false,
-            libc::FALLOC_FL_ZERO_RANGE => true,
+            nix::libc::FALLOC_FL_PUNCH_HOLE => false,
+            nix::libc::FALLOC_FL_ZERO_RANGE => true,
             _ => return reply.error(fuser::Errno::EOPNOTSUPP),
         };
         let sector = match sector(offset, to_usize(length)) {

@@ -36,7 +36,7 @@ pub fn write_out(device: &Path) -> io::Result<()> {
 /// # Errors
 /// Among others, when somebody holds it, or a partition of it.
 pub fn claim(device: &Path) -> io::Result<()> {
-    OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device).map(drop)
+    OpenOptions::new().read(true).custom_flags(nix::libc::O_EXCL).open(device).map(drop)
 }
 
 /// A block device, and its partitions.

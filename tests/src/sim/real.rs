@@ -7,7 +7,8 @@ use libwb::cache::{Cache, OpenOptions, Tunables, WriteMode, WritebackOrder};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{HeaderFault, SECTOR_BYTES, Sector, SegmentId, to_u64};
 use libwb::log::recovery::{Recovery, recover};
-use libwb::log::scan::{SlotFault, SlotState, Superblock};
+use libwb::log::scan::{SlotFault, SlotState};
+use libwb::log::superblock::Superblock;
 use libwb::rules::{Rule, Rules};
 use libwb::runtime::Runtime;
 use std::sync::Arc;
@@ -67,7 +68,13 @@ impl Engine for WriteCache {
         let tunables = tunables(config);
         let planted = self.planted;
         Box::pin(async move {
-            let opened = Cache::open(cache, backing, runtime, OpenOptions::serve().tunables(tunables).rules(planted)).await;
+            let opened = Cache::open(
+                cache,
+                backing,
+                runtime,
+                OpenOptions::serve().tunables(tunables).rules(planted),
+            )
+            .await;
             opened
                 .map(|cache| Arc::new(Open(cache)) as Arc<dyn EngineVolume>)
                 .map_err(|e| e.to_string())

@@ -15,7 +15,8 @@ use libwb::format::{BLOCK_BYTES, Place, SegmentHeader, Slot, crc32c, to_usize};
 use libwb::log::live::{dirty_blocks, live_totals};
 use libwb::log::recovery::Recovery;
 use libwb::log::salvage::Scanned;
-use libwb::log::scan::{SlotFault, SlotState, read_slot, read_superblock, scan, scan_trusting};
+use libwb::log::scan::{SlotFault, SlotState, read_slot, scan, scan_trusting};
+use libwb::log::superblock::read_superblock;
 use libwb::log::{LogError, Use};
 use programs::compare_programs;
 use std::sync::Arc;
@@ -260,9 +261,9 @@ fn compare_attached(
 /// Each way to salvage a log leads to the announced result, which every tool accepts.
 fn compare_salvage(image: &[u8], scanned: &Scanned) -> Result<(), String> {
     let cache = device(image);
-    let ways = block_on(scanned.ways(&cache)).map_err(|e| e.to_string())?;
+    let ways = block_on(scanned.salvage_plans(&cache)).map_err(|e| e.to_string())?;
     for plan in ways {
-        let way = plan.way.ok_or("a way without a name")?;
+        let way = plan.mode.ok_or("a way without a name")?;
         let cache = device(image);
         block_on(plan.apply(&cache)).map_err(|e| e.to_string())?;
         let after = block_on(Scanned::read(&cache, Use::Read, |_| ()));

@@ -3,8 +3,9 @@
 use super::{Verdict, checked, device};
 use futures_lite::future::block_on;
 use libwb::log::Use;
-use libwb::log::salvage::{Scanned, Way};
-use libwb::log::scan::{SlotState, examine_superblock, scan, scan_headers};
+use libwb::log::salvage::{SalvageMode, Scanned};
+use libwb::log::scan::{SlotState, scan, scan_headers};
+use libwb::log::superblock::examine_superblock;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -179,7 +180,7 @@ fn lost_blocks(cache: &Path) -> usize {
 /// replay takes each way that wbcheck offers, and reports the same about it.
 fn compare_replays(files: &Files, check: &Value) -> Result<(), String> {
     let ways = check["salvage"].as_array().expect("a list");
-    for way in Way::ALL {
+    for way in SalvageMode::ALL {
         let plan = ways.iter().find(|plan| plan["way"] == way.to_string());
         let (cache, backing) =
             (files.dir.path().join("copy"), zeros(&files.dir, "other", VOLUME_BYTES));

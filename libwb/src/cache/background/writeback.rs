@@ -7,7 +7,7 @@ use crate::cache::state::segment_log::Item;
 use crate::cache::state::stuck::Passage;
 use crate::device::DeviceError;
 use crate::format::{BLOCK_BYTES, BlockNo, Record, SegmentId, to_u64};
-use crate::log::create::write_record;
+use crate::log::segment_writes::write_record;
 use crate::rules::Rule;
 use futures_lite::future::yield_now;
 use std::time::Duration;

@@ -5,7 +5,7 @@ use crate::cache::error::CacheError;
 use crate::cache::state::shared::Waiter;
 use crate::device::DeviceError;
 use crate::format::{SegmentId, SuperblockExtension};
-use crate::log::create::write_extension;
+use crate::log::segment_writes::write_extension;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 

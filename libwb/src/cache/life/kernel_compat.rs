@@ -1,7 +1,7 @@
 //! What the kernel module must not find: written-back segments with old data are emptied.
 //!
 //! That happens before a discard or a write around the log is acknowledged, and when the cache is
-//! closed. [`log::handover`](crate::log::handover) says which segments that concerns, and why.
+//! closed. [`log::kernel_compat`](crate::log::kernel_compat) says which segments that concerns, and why.
 //!
 //! A segment in doubt (see [`stale_segments`](crate::cache::state)) is written again by each
 //! attempt. A header that cannot be read is written without.
@@ -21,7 +21,7 @@ use crate::cache::error::CacheError;
 use crate::cache::request::pinned::Pinned;
 use crate::device::{DeviceError, IoBuf};
 use crate::format::{BLOCK_BYTES, BlockNo, SegmentId, to_u64};
-use crate::log::handover::{emptied, segments_to_empty};
+use crate::log::kernel_compat::{emptied, segments_to_empty};
 use crate::rules::Rule;
 use futures_util::{StreamExt, stream};
 use std::ops::Range;

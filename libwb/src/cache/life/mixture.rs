@@ -13,9 +13,9 @@ use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Place, SECTOR_BYTES, SegmentHeader, SegmentId,
     to_u64, to_usize,
 };
-use crate::log::LogError;
 use crate::log::live::visit_headers;
 use crate::log::recovery::Recovery;
+use crate::log::{LogError, LogErrorKind};
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
 
@@ -86,7 +86,8 @@ impl<'a> Later<'a> {
             }
             if later > enough {
                 let (backing, until) = (self.backing.name().to_string(), self.until);
-                return Err(LogError::Ahead { backing, until, segment: first });
+                let kind = LogErrorKind::Ahead { until, segment: first };
+                return Err(LogError { device: backing, kind });
             }
         }
         Ok(())
@@ -186,7 +187,7 @@ mod tests {
         SUPERBLOCK_REGION_BYTES, SegmentId, encode_header, encode_superblock_block, to_u64,
         to_usize,
     };
-    use crate::log::LogError;
+    use crate::log::{LogError, LogErrorKind};
     use crate::reactor::Reactor;
     use std::sync::Arc;
 
@@ -247,7 +248,10 @@ mod tests {
         /// The segment that is told to be on the disk already.
         fn refuses(&self, id: u64) -> u64 {
             match self.try_until(id, false) {
-                Err(CacheError::Log(LogError::Ahead { segment, .. })) => segment.0,
+                Err(CacheError::Log(LogError {
+                    kind: LogErrorKind::Ahead { segment, .. },
+                    ..
+                })) => segment.0,
                 other => panic!("{other:?}"),
             }
         }

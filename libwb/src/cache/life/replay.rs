@@ -7,14 +7,13 @@ use crate::cache::state::index::Index;
 use crate::cache::state::segment_log::Item;
 use crate::device::Device;
 use crate::format::{Geometry, PLACES, Place, Sector, SegmentId, Slot, to_usize};
-use crate::log::LogError;
-use crate::log::live::{Beyond, first_outside};
-use crate::log::reach::Reach;
+use crate::log::bounds::first_outside;
+use crate::log::live::Beyond;
+use crate::log::pairing::{BackingFacts, check_pairing};
 use crate::log::recovery::{Recovery, recover};
-use crate::log::scan::{
-    BackingFacts, SlotContent, Superblock, check_pairing, read_superblock, scan, scan_headers,
-    scan_trusting,
-};
+use crate::log::scan::{SlotContent, scan, scan_headers, scan_trusting};
+use crate::log::superblock::{Superblock, read_superblock};
+use crate::log::{LogError, LogErrorKind, refuse_older};
 use crate::rules::{Rule, Rules};
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
@@ -43,7 +42,7 @@ fn replay_until(
         return Ok(recovery.until(until));
     }
     let (first, last) = points.into_inner();
-    Err(LogError::NoSuchPoint { device: cache.name().to_string(), until, first, last })
+    Err(LogError::new(cache, LogErrorKind::NoSuchPoint { until, first, last }))
 }
 
 /// What the slots hold, live or not, while they are read.
@@ -141,7 +140,7 @@ impl Replay {
             Reading::Headers => scan_headers(cache, geometry, visit).await,
         };
         let recovery = recover(&superblock, &states).refuse_corrupt(cache)?;
-        known.map_or(Ok(()), |known| known.refuse_older(cache, Reach::of(&recovery)))?;
+        known.map_or(Ok(()), |known| refuse_older(cache, recovery.reach(), known))?;
         let later = until.map(|until| Later::of(cache, backing, geometry, &recovery, until));
         let recovery = match *until {
             Some(until) => replay_until(cache, recovery, until)?,
@@ -175,7 +174,8 @@ impl Slots<'_> {
             let slot = self.geometry.slot_of(id);
             holds_live[to_usize(slot.0.into())] = true;
             if let Some(&sector) = self.outside.get(&slot) {
-                return Err(Beyond { id, sector }.refuse(cache, &BackingFacts::of(self.backing)));
+                let backing = BackingFacts::of(self.backing);
+                return Err(backing.refuse_beyond(cache, Beyond { id, sector }));
             }
         }
         for (slot, _) in self.geometry.all_slots().zip(holds_live).filter(|(_, live)| !live) {

@@ -1,5 +1,5 @@
-//! What a disk with a volatile write cache holds, and what a crash leaves of it. Pure state: no
-//! time, no tasks.
+//! The content of a disk with a volatile write cache, and what a crash leaves of it. Pure state,
+//! without time or tasks.
 
 use super::super::SharedBuf;
 use crate::format::{SECTOR_BYTES, to_u64, to_usize};
@@ -46,11 +46,11 @@ struct InFlight {
 /// The disk.
 #[derive(Clone)]
 pub(super) struct Disk {
-    /// What reads see.
+    /// The content that reads see.
     visible: Vec<u8>,
-    /// What every power cut leaves, unless something in `versions` took its place.
+    /// The content that a power cut leaves, except where something in `versions` replaces it.
     durable: Vec<u8>,
-    /// For each sector what was written since, oldest first.
+    /// The later versions of each sector, oldest first.
     versions: Vec<Vec<Version>>,
     in_flight: BTreeMap<RequestId, InFlight>,
     /// For each request how many completed before it, or [`NEVER`].
@@ -159,7 +159,7 @@ impl Disk {
         self.versions[sector].push(version);
     }
 
-    /// The write is done: all of it is taken in, and a flush from now on covers it.
+    /// Completes a write: all of it is visible, and later flushes cover it.
     pub(super) fn complete(&mut self, id: RequestId) {
         self.take_in_part(id, usize::MAX, true);
         self.in_flight.remove(&id);
@@ -167,7 +167,7 @@ impl Disk {
         self.completed += 1;
     }
 
-    /// The write has failed: what was taken in stays, and no flush covers it.
+    /// Fails a write: its visible part stays, and no flush covers it.
     pub(super) fn fail(&mut self, id: RequestId) {
         self.in_flight.remove(&id);
     }
@@ -189,8 +189,8 @@ impl Disk {
         }
     }
 
-    /// A flush has failed, and some of what it should have made durable is given up: reads still
-    /// see it, but no later flush covers it.
+    /// Fails a flush: reads still see the data that it covers, but no later flush makes some of it
+    /// durable.
     pub(super) fn fail_flush(&mut self, rng: &mut Rng, by: Completed) {
         for completion in self.completion.iter_mut().filter(|completion| **completion < by.0) {
             if rng.bool() {
@@ -199,9 +199,8 @@ impl Disk {
         }
     }
 
-    /// Lets writes under way end in any state, as when the process is gone that waited for them.
-    /// What reads see is what the next process finds, so its flushes cover all of it: no process
-    /// could do better.
+    /// Ends the writes under way in any state, as if their process had died. The next process finds
+    /// what reads see now, so its flushes cover all of that.
     pub(super) fn settle(&mut self, rng: &mut Rng) {
         for (id, request) in std::mem::take(&mut self.in_flight) {
             let keep = Keep::torn(rng, &request);
@@ -248,7 +247,7 @@ impl Disk {
         }
     }
 
-    /// What is left when of all that is not durable only the versions survive that are to be kept.
+    /// The content after a power cut that keeps only these undurable versions.
     fn image(&self, keeps: impl FnMut(&Version, usize) -> bool) -> Vec<u8> {
         let mut image = self.durable.clone();
         self.overlay(&mut image, keeps);
@@ -264,7 +263,7 @@ impl Disk {
         }
     }
 
-    /// The requests of which something is not durable, in the order of submission.
+    /// The requests with undurable sectors, in the order of submission.
     fn undurable(&self) -> Vec<RequestId> {
         let mut requests: Vec<RequestId> =
             self.versions.iter().flatten().map(|v| v.request).collect();
@@ -273,7 +272,7 @@ impl Disk {
         requests
     }
 
-    /// What to keep of each request that is not durable, in one of the ways that disks lose data.
+    /// What to keep of each undurable request, in one of the ways in which disks lose data.
     fn kept(&self, rng: &mut Rng) -> BTreeMap<RequestId, Keep> {
         let requests = self.undurable();
         let mode = rng.u32(..7);
@@ -295,7 +294,7 @@ impl Disk {
     }
 }
 
-/// A moment in the life of a disk: everything that a power cut could have left then.
+/// The state of a disk at one moment: all that a power cut could leave then.
 pub struct Snapshot {
     disk: Disk,
     undurable: Vec<Undurable>,
@@ -333,8 +332,8 @@ impl Snapshot {
         &self.undurable
     }
 
-    /// What a power cut leaves that of each undurable write, by its number, keeps just the sectors
-    /// that `keeps` says, counted from the write's first.
+    /// The content after a power cut. `keeps` selects the surviving sectors of each undurable
+    /// write, given its number. Sectors count from the start of the write.
     pub fn image(&self, keeps: impl Fn(usize, usize) -> bool) -> Vec<u8> {
         self.disk.image(|version, _| keeps(version.request.0, version.at / SECTOR_BYTES))
     }

@@ -1,5 +1,4 @@
-//! A seeded executor with a virtual clock. One thread, no real time: one seed gives one course of
-//! events.
+//! A seeded executor with a virtual clock, on one thread. A seed determines the whole run.
 
 use crate::runtime::Runtime;
 use async_task::Runnable;
@@ -33,7 +32,7 @@ pub enum Stop {
     /// The future is not done, and nothing is left that could wake it.
     #[error("deadlock: no task is ready, and no timer or I/O is pending")]
     Deadlock,
-    /// Tasks run for ever.
+    /// Tasks run forever.
     #[error("livelock: not done after {MAX_STEPS} steps")]
     Livelock,
     /// Only timers and background tasks go on.
@@ -41,7 +40,7 @@ pub enum Stop {
     Stuck,
 }
 
-/// What happens when its time has come.
+/// What happens when a timer expires.
 enum Due {
     Wake(Waker),
     Call(Box<dyn FnOnce() + Send>),
@@ -51,7 +50,7 @@ struct State {
     rng: Rng,
     now: Duration,
     ready: Vec<Runnable>,
-    /// By time, then in the order of their making.
+    /// By time, then by creation.
     due: BTreeMap<(Duration, u64), Due>,
     next_due: u64,
     /// A waker of every task that has not ended, to reach it when all are dropped.
@@ -175,13 +174,13 @@ impl Simulation {
         }
     }
 
-    /// Drops every task, timer and I/O as the end of the process does, and takes back a halt. Time
-    /// goes on.
+    /// Drops every task, timer and I/O, like the end of a process, and cancels a halt. Time goes
+    /// on.
     pub fn kill_tasks(&self) {
         let shared = &self.runtime.0.0;
         shared.lock().dying = true;
         loop {
-            // What is dropped here may use the runtime, so that no lock is held meanwhile.
+            // A dropped task may use the runtime, so no lock is held here.
             let (live, ready, due) = {
                 let mut state = shared.lock();
                 let live: Vec<Waker> = state.live.drain().collect();

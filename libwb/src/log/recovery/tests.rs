@@ -1,6 +1,7 @@
 use super::*;
-use crate::format::SuperblockExtension;
-use crate::format::{SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64};
+use crate::format::{
+    SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentExtension, SuperblockExtension, to_u64,
+};
 use proptest::prelude::*;
 
 fn geometry(slots: u64) -> Geometry {
@@ -8,7 +9,7 @@ fn geometry(slots: u64) -> Geometry {
         .expect("a sane size")
 }
 
-/// The slots of a log of which the segments up to `newest` were written, but for those in `torn`.
+/// The slots of a log with the segments up to `newest`, except those in `torn`.
 fn log(slots: u64, newest: u64, torn: &[u64]) -> Vec<SlotState> {
     let g = geometry(slots);
     g.all_slots()
@@ -150,7 +151,7 @@ fn a_truncated_device_is_noticed() {
 fn a_record_beyond_the_log_is_corruption() {
     let r = run(14, 99, &log(14, 5, &[]));
     assert!(matches!(r.corruption[0], Corruption::RecordBeyondLog { .. }));
-    // The only slot is under overwrite: nothing else can be there.
+    // The only slot was being overwritten, so it cannot hold anything else.
     assert!(run(1, 7, &log(1, 7, &[7])).corruption.is_empty());
 }
 
@@ -189,7 +190,7 @@ fn run_extended(
 fn a_header_that_knows_more_than_the_record_is_believed() {
     let r = run_extended(14, 2, log(14, 9, &[]), |id| extended(id - 1, id.saturating_sub(4)));
     assert_eq!(r.live().collect::<Vec<_>>(), ids(6..=9));
-    // No header can know of what came after it.
+    // A header cannot make claims about later segments.
     let r = run_extended(14, 2, log(14, 9, &[]), |id| extended(0, id + 1000));
     assert_eq!(r.live().collect::<Vec<_>>(), ids(3..=9));
 }
@@ -234,7 +235,7 @@ fn what_cannot_be_read_is_not_taken_for_the_work_of_a_power_cut() {
     let mut states = log(14, 5, &[]);
     states[3] = unreadable();
     assert_eq!(run(14, 0, &states).corruption, [Corruption::Unreadable { slot: Slot(3) }]);
-    // What is written back is not needed.
+    // Written-back segments are not needed.
     let mut states = log(14, 9, &[]);
     states[3] = unreadable();
     assert!(run(14, 7, &states).corruption.is_empty());
@@ -305,7 +306,7 @@ fn the_log_ends_with_a_segment_that_was_not_closed() {
 #[test]
 fn a_segment_that_lacks_blocks_though_it_was_durable_is_corruption() {
     for (open, short) in [(&[7][..], &[][..]), (&[], &[7])] {
-        // A later header knew it to be durable; or a power cut does not reach so far back.
+        // A later header claims it as durable, or a power cut does not reach back that far.
         let r = run_with_commits(log(14, 9, &[]), open, short, 7);
         let durable = SegmentId(7);
         assert_eq!(r.corruption, [Corruption::DurableMissing { missing: durable, durable }]);
@@ -351,7 +352,7 @@ fn what_a_torn_header_proves_counts() {
         r.corruption[0],
         Corruption::DurableMissing { missing: SegmentId(9), durable: SegmentId(9) }
     );
-    // Of another cache, or of what comes after it, it says nothing.
+    // It makes no claim about another cache or about later segments.
     states[9] = torn(10, 10);
     let r = run_extended(14, 0, states.clone(), |_| extended(0, 0));
     assert_eq!((r.written_back, r.durable, r.corruption), (SegmentId(0), SegmentId(0), vec![]));
@@ -386,12 +387,17 @@ proptest! {
     ) {
         let n = to_u64(states.len());
         // A scan calls a segment valid only in the slot that its id belongs to.
-        let states: Vec<_> = states.into_iter().zip(geometry(n).all_slots()).map(|(state, slot)| match state {
-            SlotState::Valid { id, .. } if id == SegmentId::NONE || geometry(n).slot_of(id) != slot => SlotState::Empty,
-            other => other,
-        }).collect();
+        let in_its_slot = |(state, slot): (SlotState, Slot)| match state.valid_id() {
+            Some(id) if id == SegmentId::NONE || geometry(n).slot_of(id) != slot => {
+                SlotState::Empty
+            }
+            _ => state,
+        };
+        let slots = states.into_iter().zip(geometry(n).all_slots());
+        let states: Vec<_> = slots.map(in_its_slot).collect();
         let r = run(n, record, &states);
         prop_assert!(r.live_count() <= n);
-        prop_assert!(r.live().all(|id| states[slot_index(geometry(n).slot_of(id))].valid_id() == Some(id)));
+        let state = |id| &states[slot_index(geometry(n).slot_of(id))];
+        prop_assert!(r.live().all(|id| state(id).valid_id() == Some(id)));
     }
 }

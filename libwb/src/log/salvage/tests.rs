@@ -1,16 +1,21 @@
 //! Salvage and repair of logs in memory.
 
 use super::*;
+use crate::device::Device;
+use crate::format::SegmentId;
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, SECTOR_BYTES, SEGMENT_BYTES, to_u64, to_usize,
 };
 use crate::log::evidence::cases_of_evidence;
 use crate::log::live::Beyond;
+use crate::log::pairing::BackingFacts;
 use crate::log::recovery::Corruption;
-use crate::log::rig::{
-    LENGTH, Log, MASKS, SLOTS, Write, expected, in_sectors, lost, read, salvage, survivors, volume,
-    with_survivors,
+use crate::log::scan::SlotState;
+use crate::log::test_log::{
+    LENGTH, MASKS, SLOTS, TestLog, Write, expected, in_sectors, lost, read, salvage, survivors,
+    volume, with_survivors,
 };
+use crate::log::{LogError, LogErrorKind};
 use futures_lite::future::block_on;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, HashSet};
@@ -18,9 +23,9 @@ use std::collections::{BTreeMap, HashSet};
 #[test]
 fn a_sound_log_is_left_alone() {
     for extended in [false, true] {
-        let log = Log::new(20, extended);
+        let log = TestLog::new(20, extended);
         let device: Device = log.device();
-        for way in Way::ALL {
+        for way in SalvageMode::ALL {
             assert!(block_on(read(&device).salvage(&device, way)).unwrap().is_none());
         }
         assert!(block_on(read(&device).repair(&device)).unwrap().is_none());
@@ -30,11 +35,11 @@ fn a_sound_log_is_left_alone() {
 #[test]
 fn of_a_segment_with_a_rotten_block_skip_keeps_the_others() {
     for bad in 0..LENGTH {
-        let mut log = Log::new(9, true);
+        let mut log = TestLog::new(9, true);
         log.rot(5, to_usize(bad));
-        let (device, plan) = salvage(&log, Way::Skip);
+        let (device, plan) = salvage(&log, SalvageMode::Skip);
         assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[(5, bad)])), "{bad}");
-        // The first two blocks of each segment were written again.
+        // Later segments rewrote the first two blocks of each segment.
         let blocks = if bad < 2 { vec![] } else { vec![500 + bad] };
         assert_eq!(lost(&plan), [(5, blocks)]);
         assert_eq!((plan.given_up[0].kept, plan.given_up[0].certainty), (4, Certainty::Sure));
@@ -43,11 +48,11 @@ fn of_a_segment_with_a_rotten_block_skip_keeps_the_others() {
 
 #[test]
 fn a_newest_segment_that_is_cut_short_is_closed_where_skip_keeps_it() {
-    let mut log = Log::new(9, true);
-    // What lies behind the entries of a header belongs to a commit that is torn.
+    let mut log = TestLog::new(9, true);
+    // The bytes after the entries of a header belong to a torn commit.
     let behind = log.at(9) + SECTOR_BYTES + 16 * to_usize(LENGTH);
     log.rot(5, 3).image[behind] = 1;
-    let (device, plan) = salvage(&log, Way::Skip);
+    let (device, plan) = salvage(&log, SalvageMode::Skip);
     assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[(5, 3)])));
     assert_eq!((plan.point, lost(&plan)), (SegmentId(9), vec![(5, vec![503])]));
 }
@@ -55,15 +60,15 @@ fn a_newest_segment_that_is_cut_short_is_closed_where_skip_keeps_it() {
 #[test]
 fn a_segment_that_is_cut_short_does_not_stand_where_the_log_is_to_go_on_after_it() {
     for record in [0, 15] {
-        let mut log = Log::empty(5, true);
+        let mut log = TestLog::empty(5, true);
         for id in 1..=15 {
             log.put(id, true, id.saturating_sub(2));
         }
         let behind = log.at(14) + SECTOR_BYTES + 16 * to_usize(LENGTH);
         log.record(record).rot(15, 0).image[behind] = 1;
         log.write_pages(Some(SegmentId(15)));
-        for way in Way::ALL {
-            // Where 14 is not written back, what can be proved of it is kept.
+        for way in SalvageMode::ALL {
+            // If 14 is not written back, its proved blocks are kept.
             salvage(&log, way);
         }
     }
@@ -71,9 +76,9 @@ fn a_segment_that_is_cut_short_does_not_stand_where_the_log_is_to_go_on_after_it
 
 #[test]
 fn without_the_extension_skip_gives_up_the_damaged_segment_alone() {
-    let mut log = Log::new(9, false);
+    let mut log = TestLog::new(9, false);
     log.rot(5, 3).record(2);
-    let (device, plan) = salvage(&log, Way::Skip);
+    let (device, plan) = salvage(&log, SalvageMode::Skip);
     assert_eq!(volume(&device.memory.content()), Some(expected([3, 4, 6, 7, 8, 9], &[])));
     assert_eq!(lost(&plan), [(5, vec![502, 503, 504])]);
     assert_eq!(plan.given_up[0].certainty, Certainty::Perhaps);
@@ -82,9 +87,9 @@ fn without_the_extension_skip_gives_up_the_damaged_segment_alone() {
 #[test]
 fn stop_goes_back_to_before_the_damage() {
     for extended in [false, true] {
-        let mut log = Log::new(20, extended);
+        let mut log = TestLog::new(20, extended);
         log.rot(12, 3);
-        let (device, plan) = salvage(&log, Way::Stop);
+        let (device, plan) = salvage(&log, SalvageMode::Stop);
         assert_eq!(volume(&device.memory.content()), Some(expected(7..=11, &[])), "{extended}");
         assert_eq!(plan.point, SegmentId(11));
         assert_eq!(
@@ -97,9 +102,9 @@ fn stop_goes_back_to_before_the_damage() {
 
 #[test]
 fn stop_with_the_oldest_live_segment_gone_leaves_an_empty_log_that_goes_on() {
-    let mut log = Log::new(20, true);
+    let mut log = TestLog::new(20, true);
     log.garble(7);
-    let (device, plan) = salvage(&log, Way::Stop);
+    let (device, plan) = salvage(&log, SalvageMode::Stop);
     assert_eq!(
         (plan.point, volume(&device.memory.content())),
         (SegmentId(6), Some(BTreeMap::new()))
@@ -108,9 +113,9 @@ fn stop_with_the_oldest_live_segment_gone_leaves_an_empty_log_that_goes_on() {
 
 #[test]
 fn a_clean_mark_that_nothing_bears_out_is_taken_back() {
-    let mut log = Log::new(5, true);
+    let mut log = TestLog::new(5, true);
     log.write_pages(Some(SegmentId(9)));
-    for way in Way::ALL {
+    for way in SalvageMode::ALL {
         let (device, plan) = salvage(&log, way);
         assert_eq!(volume(&device.memory.content()), Some(expected(1..=5, &[])), "{way}");
         assert_eq!(plan.summary().dirty_blocks_given_up, 0);
@@ -119,21 +124,21 @@ fn a_clean_mark_that_nothing_bears_out_is_taken_back() {
 
 #[test]
 fn what_is_left_of_the_segments_up_to_the_clean_mark_is_kept() {
-    let mut log = Log::new(9, true);
+    let mut log = TestLog::new(9, true);
     log.write_pages(Some(SegmentId(9)));
     log.rot(8, 2).rot(9, 4);
-    let (device, _) = salvage(&log, Way::Skip);
+    let (device, _) = salvage(&log, SalvageMode::Skip);
     assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[(8, 2), (9, 4)])));
-    let (device, _) = salvage(&log, Way::Stop);
+    let (device, _) = salvage(&log, SalvageMode::Stop);
     assert_eq!(volume(&device.memory.content()), Some(expected(1..=7, &[])));
 }
 
 #[test]
 fn the_log_goes_on_at_a_record_whose_segment_has_rotted() {
     for extended in [false, true] {
-        let mut log = Log::new(9, extended);
+        let mut log = TestLog::new(9, extended);
         log.record(9).garble(9);
-        for way in Way::ALL {
+        for way in SalvageMode::ALL {
             let (device, plan) = salvage(&log, way);
             assert_eq!((plan.point, plan.gives_up()), (SegmentId(9), "gives up nothing".into()));
             assert_eq!(volume(&device.memory.content()), Some(BTreeMap::new()));
@@ -143,21 +148,21 @@ fn the_log_goes_on_at_a_record_whose_segment_has_rotted() {
 
 #[test]
 fn a_record_that_nothing_bears_out_makes_skip_give_up_nothing() {
-    let mut log = Log::new(9, false);
+    let mut log = TestLog::new(9, false);
     log.record(11);
-    let (device, plan) = salvage(&log, Way::Skip);
+    let (device, plan) = salvage(&log, SalvageMode::Skip);
     assert_eq!(
-        (plan.disbelieved, plan.gives_up()),
+        (plan.rejected_record, plan.gives_up()),
         (Some(SegmentId(11)), "gives up nothing".into())
     );
     assert_eq!(volume(&device.memory.content()), Some(expected(1..=9, &[])));
-    let (device, plan) = salvage(&log, Way::Stop);
+    let (device, plan) = salvage(&log, SalvageMode::Stop);
     assert_eq!((plan.point, plan.summary().segments_given_up), (SegmentId(11), (1..=9).collect()));
     assert_eq!(volume(&device.memory.content()), Some(BTreeMap::new()));
-    // What no log of this size can have reached, nobody believes.
+    // No mode accepts an id that no log of this size can have reached.
     for record in [500, SegmentId::MAX.0, u64::MAX] {
         log.record(record);
-        for way in Way::ALL {
+        for way in SalvageMode::ALL {
             let (device, _) = salvage(&log, way);
             assert_eq!(
                 volume(&device.memory.content()),
@@ -171,26 +176,26 @@ fn a_record_that_nothing_bears_out_makes_skip_give_up_nothing() {
 #[test]
 fn a_wrong_id_far_up_does_not_make_the_others_look_written_back() {
     for wrong in [5 + SLOTS * 1000, 5 + SLOTS * ((1 << 55) / SLOTS + 9)] {
-        let mut log = Log::new(9, false);
+        let mut log = TestLog::new(9, false);
         let at = log.at(5);
         log.image[at..at + 8].copy_from_slice(&wrong.to_le_bytes());
         assert_eq!(log.geometry().slot_of(SegmentId(wrong)), log.geometry().slot_of(SegmentId(5)));
-        let (device, _) = salvage(&log, Way::Skip);
+        let (device, _) = salvage(&log, SalvageMode::Skip);
         assert_eq!(volume(&device.memory.content()), Some(expected([1, 2, 3, 4, 6, 7, 8, 9], &[])));
-        let (device, _) = salvage(&log, Way::Stop);
+        let (device, _) = salvage(&log, SalvageMode::Stop);
         assert_eq!(volume(&device.memory.content()), Some(expected(1..=4, &[])));
     }
 }
 
 #[test]
 fn what_lies_where_the_log_has_not_been_is_erased() {
-    let mut log = Log::new(3, false);
+    let mut log = TestLog::new(3, false);
     log.garble(12);
-    let mut misplaced = Log::new(4, false);
+    let mut misplaced = TestLog::new(4, false);
     let (from, to) = (misplaced.at(4), misplaced.at(7));
     misplaced.image.copy_within(from..from + SEGMENT_BYTES, to);
     for (log, newest) in [(log, 3), (misplaced, 4)] {
-        for way in Way::ALL {
+        for way in SalvageMode::ALL {
             let (device, _) = salvage(&log, way);
             assert_eq!(volume(&device.memory.content()), Some(expected(1..=newest, &[])));
         }
@@ -200,9 +205,9 @@ fn what_lies_where_the_log_has_not_been_is_erased() {
 #[test]
 fn slots_that_cannot_be_read_are_written_anew() {
     for id in [4, 7] {
-        let mut log = Log::new(6, true);
+        let mut log = TestLog::new(6, true);
         log.unreadable(id);
-        let (device, plan) = salvage(&log, Way::Skip);
+        let (device, plan) = salvage(&log, SalvageMode::Skip);
         assert_eq!(
             volume(&device.memory.content()),
             Some(expected((1..=6).filter(|&i| i != id), &[]))
@@ -213,53 +218,60 @@ fn slots_that_cannot_be_read_are_written_anew() {
 
 #[test]
 fn of_a_segment_with_an_unreadable_block_skip_keeps_the_others() {
-    let mut log = Log::new(6, true);
+    let mut log = TestLog::new(6, true);
     log.unreadable.push(to_u64(log.at(4) + 3 * BLOCK_BYTES));
-    let (device, plan) = salvage(&log, Way::Skip);
+    let (device, plan) = salvage(&log, SalvageMode::Skip);
     assert_eq!(volume(&device.memory.content()), Some(expected(1..=6, &[(4, 2)])));
     assert_eq!(lost(&plan), [(4, vec![402])]);
 }
 
 #[test]
 fn a_log_that_the_kernel_module_continued_past_a_hole_goes_both_ways() {
-    let mut log = Log::new(5, true);
+    let mut log = TestLog::new(5, true);
     log.rot(4, 0);
     log.put(6, false, 0);
     let mut hole = log.clone();
     hole.put(5, true, 0);
-    for way in Way::ALL {
+    for way in SalvageMode::ALL {
         let device: Device = hole.device();
         assert!(matches!(
             read(&device).recovery().corruption[..],
             [Corruption::WrittenPastHole { .. }]
         ));
         let (device, _) = salvage(&hole, way);
-        let segments: &[u64] = if way == Way::Skip { &[1, 2, 3, 4, 5, 6] } else { &[1, 2, 3] };
+        let segments: &[u64] =
+            if way == SalvageMode::Skip { &[1, 2, 3, 4, 5, 6] } else { &[1, 2, 3] };
         assert_eq!(volume(&device.memory.content()), Some(expected(segments.iter().copied(), &[])));
     }
 }
 
 #[test]
 fn the_wrong_backing_device_is_refused_before_anything_is_written() {
-    let mut log = Log::new(9, true);
+    let mut log = TestLog::new(9, true);
     log.page.as_mut().unwrap().backing_sectors = 8000;
     log.write_pages(None);
     log.rot(5, 1);
     let device: Device = log.device();
-    let plan = block_on(read(&device).salvage(&device, Way::Skip)).unwrap().unwrap();
+    let plan = block_on(read(&device).salvage(&device, SalvageMode::Skip)).unwrap().unwrap();
     let facts = |sectors| BackingFacts { name: "backing", sectors, identity: "" };
     let wrong = block_on(plan.check_backing(&device, &facts(9000)));
-    assert!(matches!(wrong, Err(LogError::WrongBacking { .. })), "{wrong:?}");
+    assert!(
+        matches!(wrong, Err(LogError { kind: LogErrorKind::WrongBacking { .. }, .. })),
+        "{wrong:?}"
+    );
     block_on(plan.check_backing(&device, &facts(8000))).unwrap();
-    let mut log = Log::new(9, false);
+    let mut log = TestLog::new(9, false);
     log.rot(5, 1);
     let device: Device = log.device();
-    let plan = block_on(read(&device).salvage(&device, Way::Skip)).unwrap().unwrap();
+    let plan = block_on(read(&device).salvage(&device, SalvageMode::Skip)).unwrap().unwrap();
     let small = block_on(plan.check_backing(&device, &facts(800 * 8)));
     assert!(
         matches!(
             small,
-            Err(LogError::BeyondBacking { beyond: Beyond { id: SegmentId(8), .. }, .. })
+            Err(LogError {
+                kind: LogErrorKind::BeyondBacking { beyond: Beyond { id: SegmentId(8), .. }, .. },
+                ..
+            })
         ),
         "{small:?}"
     );
@@ -268,13 +280,13 @@ fn the_wrong_backing_device_is_refused_before_anything_is_written() {
 #[test]
 fn a_repair_makes_a_log_whole_and_keeps_its_volume() {
     let torn = |extended| {
-        let mut log = Log::new(20, extended);
+        let mut log = TestLog::new(20, extended);
         log.rot(20, 1).record(9);
         log.rot(8, 2);
         log
     };
     let dropped = |extended| {
-        let mut log = Log::new(9, extended);
+        let mut log = TestLog::new(9, extended);
         for id in [11, 12] {
             log.put(id, extended, 0);
         }
@@ -301,7 +313,7 @@ fn a_repair_makes_a_log_whole_and_keeps_its_volume() {
 fn a_damaged_copy_of_the_superblock_extension_is_restored_from_the_sound_one() {
     for copy in EXTENSION_OFFSETS {
         for at in [3, 50] {
-            let mut log = Log::new(5, true);
+            let mut log = TestLog::new(5, true);
             log.image[to_usize(copy) + at] ^= 1;
             let device: Device = log.device();
             let plan =
@@ -316,18 +328,21 @@ fn a_damaged_copy_of_the_superblock_extension_is_restored_from_the_sound_one() {
 
 #[test]
 fn a_corrupt_log_is_not_repaired() {
-    let mut log = Log::new(9, true);
+    let mut log = TestLog::new(9, true);
     log.rot(5, 1);
     let device: Device = log.device();
-    assert!(matches!(block_on(read(&device).repair(&device)), Err(LogError::Corrupt { .. })));
+    assert!(matches!(
+        block_on(read(&device).repair(&device)),
+        Err(LogError { kind: LogErrorKind::Corrupt { .. }, .. })
+    ));
 }
 
-/// Logs in need, corrupt in every way that there is.
-fn cases() -> Vec<Log> {
+/// Logs that are corrupt in every known way.
+fn cases() -> Vec<TestLog> {
     let mut cases = Vec::new();
     for extended in [false, true] {
-        let new = |newest| Log::new(newest, extended);
-        let mut case = |mut log: Log, damage: &dyn Fn(&mut Log)| {
+        let new = |newest| TestLog::new(newest, extended);
+        let mut case = |mut log: TestLog, damage: &dyn Fn(&mut TestLog)| {
             damage(&mut log);
             cases.push(log);
         };
@@ -362,16 +377,16 @@ fn cases() -> Vec<Log> {
             log.garble(12).garble(13);
         });
     }
-    let mut marked = Log::new(9, true);
+    let mut marked = TestLog::new(9, true);
     marked.write_pages(Some(SegmentId(9)));
     marked.rot(8, 2).rot(9, 4);
     cases.push(marked);
-    let mut marked_beyond = Log::new(9, true);
+    let mut marked_beyond = TestLog::new(9, true);
     marked_beyond.put(11, true, 0);
     marked_beyond.write_pages(Some(SegmentId(20)));
     cases.push(marked_beyond);
     cases.extend(cases_of_evidence());
-    let mut mixed = Log::new(20, true);
+    let mut mixed = TestLog::new(20, true);
     mixed.put(19, false, 0);
     mixed.garble(8);
     cases.push(mixed);
@@ -383,13 +398,13 @@ fn a_power_cut_at_any_write_and_a_second_attempt_give_the_same_volume() {
     for (nth, log) in cases().iter().enumerate() {
         let device: Device = log.device();
         let before = generation(&read(&device));
-        for way in Way::ALL {
+        for way in SalvageMode::ALL {
             let (done, plan) = salvage(log, way);
             let want = volume(&done.memory.content()).expect("a sound log");
             let writes = done.writes.lock().clone();
             let sectors = in_sectors(&writes);
-            // The same writes survive by several masks, and what is all of one flush is none of the
-            // next.
+            // Several masks keep the same writes. All writes up to one flush are also no writes
+            // after the previous one.
             let mut seen = HashSet::new();
             let mut check = |writes: &[Write], flushes, any, what: &str| {
                 let survivors = survivors(writes, flushes, any);
@@ -409,7 +424,7 @@ fn a_power_cut_at_any_write_and_a_second_attempt_give_the_same_volume() {
                 for any in MASKS.into_iter().take(2).chain(alone) {
                     check(&writes, flushes, any, "whole");
                 }
-                // The header of a segment of which good blocks are kept is all that proves them.
+                // Only the header proves the good blocks that a salvage keeps of a segment.
                 if plan.given_up.iter().all(|lost| lost.kept == 0) {
                     for any in MASKS.into_iter().skip(2) {
                         check(&sectors, flushes, any, "torn");
@@ -424,11 +439,11 @@ fn generation(scanned: &Scanned) -> Option<u64> {
     scanned.superblock.extension().map(|page| page.generation)
 }
 
-/// The volume of a log after it is salvaged, if need be. If it is sound although segments of it are
-/// given up, it must not be taken for an older copy of what it was, of that generation.
+/// The volume of a log after a salvage, if it needs one. If the log is sound without the segments
+/// given up, its `generation` must distinguish it from an older copy.
 fn after_second_attempt(
-    log: &Log,
-    way: Way,
+    log: &TestLog,
+    way: SalvageMode,
     before: Option<u64>,
     what: &str,
 ) -> Option<BTreeMap<u64, u8>> {
@@ -469,7 +484,7 @@ fn damage() -> impl Strategy<Value = Damage> {
 }
 
 impl Damage {
-    fn inflict(&self, log: &mut Log) {
+    fn inflict(&self, log: &mut TestLog) {
         match self {
             Damage::Rot { id, block } => {
                 log.rot(*id, *block);
@@ -509,7 +524,7 @@ proptest! {
         damage in prop::collection::vec(damage(), 1..6),
     ) {
         let [extended, module_came_later] = kinds;
-        let mut log = Log::empty(slots, extended);
+        let mut log = TestLog::empty(slots, extended);
         for id in 1..=newest {
             let ours = extended && !(module_came_later && id > module_wrote);
             log.put(id, ours, id.saturating_sub(1 + slots / 4));
@@ -519,12 +534,12 @@ proptest! {
             damage.inflict(&mut log);
         }
         let device: Device = log.device();
-        // Where most segments lie elsewhere than they ought to, the device itself is the matter.
+        // If most segments lie in wrong slots, the device itself was resized.
         let found = read(&device);
         if !found.is_corrupt() || found.is_resized() {
             return Ok(());
         }
-        for way in Way::ALL {
+        for way in SalvageMode::ALL {
             let (done, plan) = salvage(&log, way);
             prop_assert!(volume(&done.memory.content()).is_some());
             let _ = (plan.gives_up(), plan.changes(), plan.summary());

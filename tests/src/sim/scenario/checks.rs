@@ -7,7 +7,7 @@ use crate::sim::engine::EngineVolume;
 use fastrand::Rng;
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
-use libwb::log::{Use, recovery, scan};
+use libwb::log::{Use, recovery, scan, superblock};
 use std::sync::Arc;
 
 impl Scenario<'_> {
@@ -79,8 +79,9 @@ impl Scenario<'_> {
     pub(super) fn check_log(&self) -> Result<(), String> {
         let device: Device = Arc::new(MemDevice::with_content("cache", self.cache.content()));
         let checked = self.simulation.block_on(async {
-            let superblock =
-                scan::read_superblock(&device, Use::Write).await.map_err(|e| e.to_string())?;
+            let superblock = superblock::read_superblock(&device, Use::Write)
+                .await
+                .map_err(|e| e.to_string())?;
             let slots = scan::scan(&device, superblock.geometry, |_, _| ()).await;
             let recovery = recovery::recover(&superblock, &slots);
             match recovery.corruption.is_empty() {

@@ -6,11 +6,11 @@ use std::fmt;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
-/// An owned buffer, aligned to 4096 bytes as direct I/O wants it.
+/// An owned buffer, aligned to 4096 bytes for direct I/O.
 pub struct IoBuf(ABox<[u8], ConstAlign<BLOCK_BYTES>>);
 
 impl IoBuf {
-    /// A buffer of zeros.
+    /// A buffer of `bytes` zeros.
     pub fn zeroed(bytes: usize) -> IoBuf {
         let mut buf: AVec<u8, ConstAlign<BLOCK_BYTES>> = AVec::with_capacity(BLOCK_BYTES, bytes);
         buf.resize(bytes, 0);
@@ -52,7 +52,7 @@ impl fmt::Debug for IoBuf {
     }
 }
 
-/// A part of a buffer that nobody changes any more. Cloning it copies no data.
+/// An immutable part of a shared buffer. Cloning it copies no data.
 #[derive(Clone, Debug)]
 pub struct SharedBuf {
     buf: Arc<IoBuf>,

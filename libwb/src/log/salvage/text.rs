@@ -1,46 +1,48 @@
-//! What a plan does and gives up, in words and as a record for JSON.
+//! What a plan does and gives up, as text and as a record for JSON.
 
-use super::{Certainty, GivenUp, Plan, Way};
+use super::mode::SalvageMode;
+use super::plan::{Certainty, GivenUp, Plan};
 use crate::format::{BlockNo, SegmentId, to_u64};
 use serde::Serialize;
 
-/// Items of a list that are shown one by one.
+/// How many items of a list to show.
 const SHOWN: usize = 10;
 
-/// What a cache gives up that has lost both copies of the superblock extension.
+/// What a cache gives up with both copies of the superblock extension.
 const LOST_PAIRING: &str =
     "gives up the cache's UUID, its label, and what shows that the backing device is the right one";
 
-/// What a way on gives up. The names are part of the programs' interface.
+/// What a plan gives up. The names in JSON are part of the programs' interface.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
-    /// The way on; null for a repair.
-    pub way: Option<Way>,
+    /// The mode of the salvage; null for a repair.
+    #[serde(rename = "way")]
+    pub mode: Option<SalvageMode>,
     /// The last segment of the log afterwards.
     pub recovery_point: u64,
-    /// The segments that are given up, whole or in part.
+    /// The segments given up, whole or in part.
     pub segments_given_up: Vec<u64>,
-    /// Those of them of which it is not known for sure what they held.
+    /// Those of them whose content is not certain.
     pub segments_uncertain: Vec<u64>,
-    /// Slots whose content is given up though it cannot be told which segment it is.
+    /// Slots whose content is given up, but whose segment is unknown.
     pub slots_given_up: Vec<u32>,
-    /// How many dirty blocks are given up, as far as is known.
+    /// The number of dirty blocks given up, as far as it is known.
     pub dirty_blocks_given_up: u64,
-    /// Which, in units of 4096 bytes of the backing device.
+    /// These blocks, in units of 4096 bytes of the backing device.
     pub blocks_given_up: Vec<u64>,
-    /// How many dirty blocks of damaged segments are kept.
+    /// The number of dirty blocks of damaged segments that are kept.
     pub dirty_blocks_kept: u64,
-    /// What the superblock record says, where it is not believed.
+    /// The superblock record, if the plan rejects it.
     pub disbelieved_record: Option<u64>,
 }
 
 impl Plan {
-    /// What is given up.
+    /// What the plan gives up.
     pub fn summary(&self) -> Summary {
         let ids =
             |wanted: fn(&GivenUp) -> bool| self.ids(wanted).into_iter().map(|id| id.0).collect();
         Summary {
-            way: self.way,
+            mode: self.mode,
             recovery_point: self.point.0,
             segments_given_up: ids(|_| true),
             segments_uncertain: ids(|lost| lost.certainty != Certainty::Sure),
@@ -48,11 +50,11 @@ impl Plan {
             dirty_blocks_given_up: to_u64(self.blocks().len()),
             blocks_given_up: self.blocks().iter().map(|block| block.0).collect(),
             dirty_blocks_kept: self.given_up.iter().map(|lost| lost.kept).sum(),
-            disbelieved_record: self.disbelieved.map(|id| id.0),
+            disbelieved_record: self.rejected_record.map(|id| id.0),
         }
     }
 
-    /// What is given up, as the rest of a sentence that begins with the plan.
+    /// What the plan gives up, as a predicate: "gives up segment 7: ...".
     pub fn gives_up(&self) -> String {
         let ids = self.ids(|_| true);
         let mut what = Vec::new();
@@ -93,15 +95,48 @@ impl Plan {
         text
     }
 
-    /// The dirty blocks that are given up, as a short list; empty when none are known.
-    pub fn blocks_in_words(&self) -> String {
+    /// The dirty blocks given up, as a short list; empty if none are known.
+    pub fn blocks_text(&self) -> String {
         shortened(&self.blocks().iter().map(ToString::to_string).collect::<Vec<_>>())
     }
 
-    /// What is written, one thing each.
+    /// What the plan writes, one item each.
     pub fn changes(&self) -> Vec<String> {
+        let record = self.record.map(|record| {
+            format!("the superblock record: segment {} is the last written back", record.id)
+        });
+        let cut_short = self
+            .slot_plan
+            .cut_short
+            .map(|id| format!("the header of segment {id}, which ends with the last flush"));
+        let mut changes: Vec<String> = record.into_iter().collect();
+        changes.extend(self.slot_changes());
+        changes.extend(cut_short);
+        if self.slot_plan.clear_clean_mark {
+            changes.push("no clean-shutdown mark any more".into());
+        }
+        if self.pairs_anew {
+            let paired = self.pages.first().filter(|page| page.backing_sectors > 0);
+            let with = match paired {
+                None => "for any backing device".into(),
+                Some(page) => {
+                    format!("paired with a backing device of {} sectors", page.backing_sectors)
+                }
+            };
+            changes.push(format!(
+                "a new superblock extension, with a new UUID that fits the segments, {with}"
+            ));
+        }
+        if let Some(bad) = self.bad_copy {
+            changes.push(format!("the {bad} copy of the superblock extension, from the sound one"));
+        }
+        changes
+    }
+
+    /// What the plan writes to slots, one item for each kind of change.
+    fn slot_changes(&self) -> Vec<String> {
         let (mut emptied, mut erased, mut kept) = (Vec::new(), Vec::new(), Vec::new());
-        for change in self.draft.all_changes() {
+        for change in self.slot_plan.all_changes() {
             let partly = self.given_up.iter().any(|lost| lost.slot == change.slot && lost.kept > 0);
             match change.id {
                 SegmentId::NONE => erased.push(change.slot.to_string()),
@@ -109,21 +144,14 @@ impl Plan {
                 id => emptied.push(id),
             }
         }
+        kept.sort_unstable();
+        emptied.sort_unstable();
         let mut changes = Vec::new();
-        if let Some(record) = self.record {
-            changes.push(format!(
-                "the superblock record: segment {} is the last written back",
-                record.id
-            ));
+        if !kept.is_empty() {
+            changes.push(format!("only the good blocks of {}", segments(&kept)));
         }
-        for (ids, what) in [
-            (&mut kept, "the good blocks alone of"),
-            (&mut emptied, "empty segments in the places of"),
-        ] {
-            ids.sort_unstable();
-            if !ids.is_empty() {
-                changes.push(format!("{what} {}", segments(ids)));
-            }
+        if !emptied.is_empty() {
+            changes.push(format!("empty segments in the places of {}", segments(&emptied)));
         }
         if !self.misleading.is_empty() {
             changes.push(format!(
@@ -133,33 +161,8 @@ impl Plan {
             ));
         }
         if !erased.is_empty() {
-            changes.push(format!(
-                "zeros over {} {}",
-                noun(erased.len(), "slot"),
-                shortened(&erased)
-            ));
-        }
-        if let Some(id) = self.draft.cut_short {
-            changes.push(format!("the header of segment {id}, which ends with the last flush"));
-        }
-        if self.draft.unmark {
-            changes.push("no more mark that the cache was closed in order".into());
-        }
-        if self.pairs_anew {
-            let paired = self.pages.first().filter(|page| page.backing_sectors > 0);
-            changes.push(format!(
-                "a new superblock extension, with a new UUID that fits the segments, {}",
-                paired.map_or_else(
-                    || "for any backing device".into(),
-                    |page| format!(
-                        "paired with a backing device of {} sectors",
-                        page.backing_sectors
-                    )
-                )
-            ));
-        }
-        if let Some(bad) = self.bad_copy {
-            changes.push(format!("the {bad} copy of the superblock extension, from the sound one"));
+            let (slots, list) = (noun(erased.len(), "slot"), shortened(&erased));
+            changes.push(format!("zeros over {slots} {list}"));
         }
         changes
     }
@@ -185,43 +188,40 @@ impl Plan {
     }
 }
 
-/// What to do about a corrupt log: the ways on and what each gives up, one line each. `option` is
-/// how the program is told to take one.
-pub fn ways_on(plans: &[Plan], option: &str) -> Vec<String> {
-    let way = |plan: &Plan| {
-        let what = match (plan.way?, plan.point) {
-            (Way::Skip, _) => {
+/// The ways to salvage a corrupt log and what each gives up, one line each. `option` is the
+/// program's option for the mode.
+pub fn salvage_options(plans: &[Plan], option: &str) -> Vec<String> {
+    let option_line = |plan: &Plan| {
+        let what = match (plan.mode?, plan.point) {
+            (SalvageMode::Skip, _) => {
                 "keeps every valid segment; lost blocks fall back to older versions".into()
             }
-            (Way::Stop, SegmentId::NONE) => {
+            (SalvageMode::Stop, SegmentId::NONE) => {
                 "goes back to an empty log, the last consistent point".into()
             }
-            (Way::Stop, point) => {
+            (SalvageMode::Stop, point) => {
                 format!("goes back to segment {point}, the last consistent point")
             }
         };
-        let record = plan.disbelieved.map(|record| {
-            format!(
-                ". It does not believe the superblock record ({record}): all that the log holds \
-                 counts as dirty"
-            )
+        let record = plan.rejected_record.map(|record| {
+            format!(". It rejects the superblock record ({record}): the whole log counts as dirty")
         });
         Some(format!(
             "{option}={} {what}. It {}{}",
-            plan.way?,
+            plan.mode?,
             plan.gives_up(),
             record.unwrap_or_default()
         ))
     };
-    plans.iter().filter_map(way).collect()
+    plans.iter().filter_map(option_line).collect()
 }
 
-/// How many ways on there are, as a sentence without its end.
-pub fn number_of_ways(plans: &[Plan]) -> &'static str {
+/// The advice before [`salvage_options`], as an imperative without a full stop.
+pub fn salvage_advice(plans: &[Plan]) -> &'static str {
     match plans.len() {
-        0 => "there is no way on",
-        1 => "there is one way on",
-        _ => "there are two ways on",
+        0 => "nothing can be salvaged",
+        1 => "salvage it",
+        _ => "salvage it in one of two ways",
     }
 }
 

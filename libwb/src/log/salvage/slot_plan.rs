@@ -1,83 +1,86 @@
 //! Which slots must change so that recovery accepts a log. Pure code over the verdicts of a scan.
 //!
-//! W, P, H and D are those of [`recovery`](crate::log::recovery). F is where the log is to end: P,
-//! or further on where what follows P is kept.
+//! W, P, H and D are those of [`recovery`](crate::log::recovery). F is the last segment of the log
+//! afterwards: P, or a later one if the plan keeps segments after P.
 
-use super::Way;
+use super::mode::SalvageMode;
 use crate::format::{Geometry, HeaderFault, Reason, SegmentExtension, SegmentId, Slot};
-use crate::log::create::filler_extension;
-use crate::log::recovery::{
-    Corruption, LAST_SANE_ID, Recovery, explained, lacks_blocks, proved, recover, slot_index, valid,
-};
-use crate::log::scan::{RawSuperblock, SlotFault, SlotState, Superblock};
+use crate::log::recovery::{Corruption, LAST_SANE_ID, Recovery, explained, lacks_blocks, recover};
+use crate::log::segment_writes::filler_extension;
+use crate::log::superblock::{RawSuperblock, Superblock};
+use crate::log::verdict::{SlotFault, SlotState, proved, slot_index, valid};
 
-/// A slot that is to be rewritten.
+/// A slot to rewrite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Change {
     pub(super) slot: Slot,
-    /// The segment that it is to hold; with [`SegmentId::NONE`], none.
+    /// The segment that it will hold; [`SegmentId::NONE`] if none.
     pub(super) id: SegmentId,
-    /// The segment is not written back, so that whatever is left of it is kept.
+    /// The segment is not written back, so its surviving blocks are kept.
     pub(super) live: bool,
 }
 
-/// A segment that is given up, whole or in part.
+/// A segment that the plan gives up, whole or in part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Doomed {
+pub(super) struct LostSegment {
     pub(super) slot: Slot,
-    /// [`SegmentId::NONE`] where that cannot be told.
+    /// [`SegmentId::NONE`] if it is unknown.
     pub(super) id: SegmentId,
-    /// What stands in the slot.
+    /// What the slot holds.
     pub(super) found: Found,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
-    /// The segment itself, sound.
+    /// The segment, undamaged.
     Sound,
-    /// Something damaged, perhaps the segment.
+    /// Something damaged, possibly the segment.
     Damaged,
     /// Nothing of the segment.
     Nothing,
 }
 
-/// What is to be done.
+/// The changes to slots and to the superblock region, and what they give up.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Draft {
-    /// W, which the superblock record must say before anything else is written.
+pub(super) struct SlotPlan {
+    /// W. The superblock record must say this before any other write.
     pub(super) written_back: SegmentId,
     /// F.
     pub(super) point: SegmentId,
-    /// Up to where segments are known to have been durable.
+    /// The last segment known to have been durable.
     pub(super) durable: SegmentId,
-    /// The order does not matter.
+    /// The first changes, in any order.
     pub(super) changes: Vec<Change>,
-    /// Comes after those. Until then recovery refuses the log, or makes of it what it makes of it
-    /// in the end.
-    pub(super) decisive: Option<Change>,
-    /// Come last: until then, what they take away shows that the log was corrupt.
-    pub(super) later: Vec<Change>,
-    /// The segment at F, if it is cut short, and its header must say so.
+    /// The change after them. Until it, recovery refuses the log, or already gives its final
+    /// result.
+    pub(super) commit_change: Option<Change>,
+    /// The last changes. What they erase is the evidence, until then, that the log was corrupt.
+    pub(super) final_changes: Vec<Change>,
+    /// The segment at F, if only a commit of it verifies. It must be closed there.
     pub(super) cut_short: Option<SegmentId>,
-    /// The clean mark names a segment that will not be there.
-    pub(super) unmark: bool,
-    /// What the superblock record says, and the log does not bear out.
-    pub(super) disbelieved: Option<SegmentId>,
-    pub(super) doomed: Vec<Doomed>,
+    /// The clean mark must go, because the segment that it names will be gone.
+    pub(super) clear_clean_mark: bool,
+    /// The superblock record, if the log contradicts it.
+    pub(super) rejected_record: Option<SegmentId>,
+    pub(super) lost: Vec<LostSegment>,
 }
 
-impl Draft {
-    /// Plans a way on, or for none, the repair of a log that is sound. `None` when even that would
-    /// not make a log that recovery accepts.
-    pub(super) fn new(raw: &RawSuperblock, slots: &[SlotState], way: Option<Way>) -> Option<Draft> {
+impl SlotPlan {
+    /// Plans a salvage in this mode, or without a mode, a repair. `None` if the result would not be
+    /// a log that recovery accepts.
+    pub(super) fn new(
+        raw: &RawSuperblock,
+        slots: &[SlotState],
+        mode: Option<SalvageMode>,
+    ) -> Option<SlotPlan> {
         let mut superblock = raw.or_no_record();
         superblock.record = SegmentId::NONE;
         let slots =
-            if way.is_some() { without_misnumbered(&superblock, slots) } else { slots.to_vec() };
+            if mode.is_some() { without_misnumbered(&superblock, slots) } else { slots.to_vec() };
         let slots = explained(&superblock, &slots);
         let unrecorded = recover(&superblock, &slots);
-        let disbelieved = match raw.record {
-            Ok(record) if is_believed(&superblock, &slots, record, unrecorded.highest, way) => {
+        let rejected_record = match raw.record {
+            Ok(record) if is_accepted(&superblock, &slots, record, unrecorded.highest, mode) => {
                 superblock.record = record;
                 None
             }
@@ -86,22 +89,22 @@ impl Draft {
         };
         let recovery = recover(&superblock, &slots);
         let plan = Planner { superblock: &superblock, slots: &slots, recovery: &recovery };
-        let mut draft = plan.draft(way);
-        draft.disbelieved = disbelieved;
+        let mut slot_plan = plan.plan(mode);
+        slot_plan.rejected_record = rejected_record;
         if superblock.record > recovery.highest
-            && !goes_on(&superblock, &slots, recovery.highest, superblock.record)
+            && !may_continue(&superblock, &slots, recovery.highest, superblock.record)
         {
-            plan.doom_unrecorded(&unrecorded, &mut draft);
+            plan.lose_unrecorded(&unrecorded, &mut slot_plan);
         }
-        match draft.exposed(&superblock, &slots) {
-            // There are fewer that stand each time.
-            Some(slots) => Draft::new(raw, &slots, way),
-            None => draft.leads_to_a_sound_log(&superblock, &slots).then_some(draft),
+        match slot_plan.exposed(&superblock, &slots) {
+            // This ends: fewer segments are valid each time.
+            Some(slots) => SlotPlan::new(raw, &slots, mode),
+            None => slot_plan.leads_to_a_sound_log(&superblock, &slots).then_some(slot_plan),
         }
     }
 
-    /// The verdicts, if some segments that are cut short stand only as long as the log ends with
-    /// them, and it will not. They count as damaged from the start.
+    /// Some segments that lack blocks are valid only as long as the log ends with them. If the log
+    /// will continue after such a segment, returns the verdicts with that segment as damaged.
     fn exposed(&self, superblock: &Superblock, slots: &[SlotState]) -> Option<Vec<SlotState>> {
         let (superblock, outcome) = self.outcome(superblock, slots);
         let after = explained(&superblock, &outcome);
@@ -119,26 +122,31 @@ impl Draft {
         })
     }
 
-    /// Whether there is nothing to be done.
+    /// Whether there is nothing to change.
     pub(super) fn is_empty(&self) -> bool {
         self.all_changes().next().is_none()
             && self.cut_short.is_none()
-            && !self.unmark
-            && self.disbelieved.is_none()
+            && !self.clear_clean_mark
+            && self.rejected_record.is_none()
     }
 
     /// Every change.
     pub(super) fn all_changes(&self) -> impl Iterator<Item = Change> {
-        self.changes.iter().copied().chain(self.decisive).chain(self.later.iter().copied())
+        self.changes
+            .iter()
+            .copied()
+            .chain(self.commit_change)
+            .chain(self.final_changes.iter().copied())
     }
 
+    /// Whether recovery will accept the log, up to F.
     fn leads_to_a_sound_log(&self, superblock: &Superblock, slots: &[SlotState]) -> bool {
         let (superblock, slots) = self.outcome(superblock, slots);
         let after = recover(&superblock, &slots);
         after.corruption.is_empty() && after.dropped.is_empty() && after.point == self.point
     }
 
-    /// What a scan will find.
+    /// The superblock and the verdicts that a later scan will find.
     fn outcome(
         &self,
         superblock: &Superblock,
@@ -147,7 +155,7 @@ impl Draft {
         let mut superblock = superblock.clone();
         superblock.record = self.written_back;
         let page = superblock.extension.clone();
-        if let Some(page) = superblock.extension.as_mut().filter(|_| self.unmark) {
+        if let Some(page) = superblock.extension.as_mut().filter(|_| self.clear_clean_mark) {
             page.clean = None;
         }
         let mut slots = slots.to_vec();
@@ -181,10 +189,10 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    fn draft(&self, way: Option<Way>) -> Draft {
+    fn plan(&self, mode: Option<SalvageMode>) -> SlotPlan {
         let (recovery, geometry) = (self.recovery, self.superblock.geometry);
         let end = self.end();
-        let tail_is_corrupt = way.is_some()
+        let tail_is_corrupt = mode.is_some()
             && (end > recovery.highest.max(recovery.point)
                 || recovery.corruption.iter().any(|corruption| {
                     matches!(
@@ -194,57 +202,60 @@ impl Planner<'_> {
                             | Corruption::WrittenPastHole { .. }
                     )
                 }));
-        let point = match way {
-            Some(Way::Skip) if tail_is_corrupt => self.up_to_what_lacks_blocks(end),
+        let point = match mode {
+            Some(SalvageMode::Skip) if tail_is_corrupt => self.up_to_what_lacks_blocks(end),
             _ => recovery.point,
         };
         let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
         let needed = written_back.max(point.minus(geometry.lap()));
-        let mut draft = Draft {
+        let mut slot_plan = SlotPlan {
             written_back,
             point,
             durable: recovery.durable,
             changes: Vec::new(),
-            decisive: None,
-            later: Vec::new(),
+            commit_change: None,
+            final_changes: Vec::new(),
             cut_short: Some(point).filter(|&id| id > written_back && self.is_cut_short(id)),
-            unmark: self.clean_mark() > Some(point),
-            disbelieved: None,
-            doomed: Vec::new(),
+            clear_clean_mark: self.clean_mark() > Some(point),
+            rejected_record: None,
+            lost: Vec::new(),
         };
         for slot in geometry.all_slots() {
-            self.visit(slot, needed, &mut draft);
+            self.visit(slot, needed, &mut slot_plan);
         }
         if tail_is_corrupt {
-            self.doom_tail(end, &mut draft);
+            self.lose_tail(end, &mut slot_plan);
         }
-        draft.doomed.sort_unstable_by_key(|doomed| (doomed.id, doomed.slot));
-        draft.doomed.dedup();
-        draft.order_changes(geometry, recovery.highest);
-        draft
+        slot_plan.lost.sort_unstable_by_key(|lost| (lost.id, lost.slot));
+        slot_plan.lost.dedup();
+        slot_plan.order_changes(geometry, recovery.highest);
+        slot_plan
     }
 
-    /// The log ends with a segment that lacks blocks. What follows one that is not known to have
-    /// been durable was never acknowledged.
+    /// The end of the log if every segment up to `end` is kept: the log must end with a segment
+    /// that lacks blocks. Later ones were never acknowledged, unless they are known to be durable.
     fn up_to_what_lacks_blocks(&self, end: SegmentId) -> SegmentId {
         let first = self.recovery.durable.max(self.recovery.point).next();
         let mut ids = (first.0..=end.0).map(SegmentId);
         ids.find(|&id| lacks_blocks(self.superblock, self.slots, id)).unwrap_or(end)
     }
 
-    /// Of the segments beyond F, those that stand, and those that were durable. No more than a lap
-    /// of them had a slot.
-    fn doom_tail(&self, end: SegmentId, draft: &mut Draft) {
+    /// Gives up the segments after F that are valid or were durable. At most one lap of them has a
+    /// slot.
+    fn lose_tail(&self, end: SegmentId, slot_plan: &mut SlotPlan) {
         let geometry = self.superblock.geometry;
         let last = end.max(self.recovery.durable);
-        let first = draft.point.max(last.minus(geometry.lap())).next();
+        let first = slot_plan.point.max(last.minus(geometry.lap())).next();
         for id in (first.0..=last.0).map(SegmentId) {
-            draft.doomed.push(self.doomed(geometry.slot_of(id), id));
+            slot_plan.lost.push(self.lost_segment(geometry.slot_of(id), id));
         }
     }
 
-    /// The last segment that there was: the newest one that stands; one of which a commit was
-    /// durable; or one that is known to have been durable, if nothing stands in the way.
+    /// The last segment that the log had. It is the largest of:
+    ///
+    /// - the newest valid segment;
+    /// - a segment with a durable commit;
+    /// - the last segment known to have been durable, if no live segment occupies a slot up to it.
     fn end(&self) -> SegmentId {
         let highest = self.recovery.highest.max(self.recovery.point);
         let geometry = self.superblock.geometry;
@@ -258,8 +269,7 @@ impl Planner<'_> {
         let committed =
             committed.filter(|&id| is_near(geometry, highest, id)).max().unwrap_or_default();
         let durable = Some(self.recovery.durable).filter(|&last| {
-            // A lap of them at most, or there would be no telling where a log has come to of which
-            // nothing stands.
+            // At most a lap: without a valid segment, the end of the log is unknown otherwise.
             let first = highest.max(last.minus(geometry.lap())).next();
             is_near(geometry, highest, last)
                 && (first.0..=last.0).all(|id| !self.is_needed(geometry.slot_of(SegmentId(id))))
@@ -267,30 +277,34 @@ impl Planner<'_> {
         highest.max(committed).max(durable.unwrap_or_default())
     }
 
-    /// Whether a slot holds a segment that stands and is not written back.
+    /// Whether a slot holds a valid segment that is not written back.
     fn is_needed(&self, slot: Slot) -> bool {
         let found = valid(&self.slots[slot_index(slot)], self.superblock);
         found.is_some_and(|(id, _)| id > self.recovery.written_back)
     }
 
-    /// Whether the header of a segment does not tell what stands of it.
+    /// Whether only a commit of a segment verifies.
     fn is_cut_short(&self, id: SegmentId) -> bool {
         let slot = slot_index(self.superblock.geometry.slot_of(id));
-        matches!(self.slots[slot], SlotState::Valid { id: found, cut_short: true, .. } if found == id)
+        match self.slots[slot] {
+            SlotState::Valid { id: found, cut_short, .. } => cut_short && found == id,
+            _ => false,
+        }
     }
 
     fn clean_mark(&self) -> Option<SegmentId> {
         self.superblock.extension.as_ref().and_then(|extension| extension.clean)
     }
 
-    /// Segments up to `needed` are written back or have no slot any more.
-    fn visit(&self, slot: Slot, needed: SegmentId, draft: &mut Draft) {
-        let (geometry, point) = (self.superblock.geometry, draft.point);
+    /// Plans the change of one slot. Segments up to `needed` are written back, or have no slot any
+    /// more.
+    fn visit(&self, slot: Slot, needed: SegmentId, slot_plan: &mut SlotPlan) {
+        let (geometry, point) = (self.superblock.geometry, slot_plan.point);
         let state = &self.slots[slot_index(slot)];
         let id = geometry.id_in_slot(slot, point);
         let found = valid(state, self.superblock).map_or(SegmentId::NONE, |(found, _)| found);
         let live = id > needed;
-        // The log must not end below what is recorded as written back.
+        // The log must not end before the superblock record.
         let must_stand = live || (id == point && id != SegmentId::NONE);
         let fault = match state {
             SlotState::Invalid { fault, .. } => Some(fault),
@@ -299,9 +313,9 @@ impl Planner<'_> {
         if !(must_stand && found != id || found > point || fault.is_some()) {
             return;
         }
-        draft.changes.push(Change { slot, id, live });
+        slot_plan.changes.push(Change { slot, id, live });
         if live {
-            draft.doomed.push(self.doomed(slot, id));
+            slot_plan.lost.push(self.lost_segment(slot, id));
         } else if let Some(fault) = fault {
             let in_flight = geometry.id_in_slot(slot, point.plus(geometry.loss_window()));
             let held = match fault {
@@ -316,11 +330,11 @@ impl Planner<'_> {
                 _ if in_flight == SegmentId::NONE => SegmentId::NONE,
                 _ => return,
             };
-            draft.doomed.push(Doomed { slot, id: held, found: Found::Damaged });
+            slot_plan.lost.push(LostSegment { slot, id: held, found: Found::Damaged });
         }
     }
 
-    fn doomed(&self, slot: Slot, id: SegmentId) -> Doomed {
+    fn lost_segment(&self, slot: Slot, id: SegmentId) -> LostSegment {
         let found = match &self.slots[slot_index(slot)] {
             SlotState::Invalid { .. } => Found::Damaged,
             state if valid(state, self.superblock).is_some_and(|(found, _)| found == id) => {
@@ -328,45 +342,48 @@ impl Planner<'_> {
             }
             _ => Found::Nothing,
         };
-        Doomed { slot, id, found }
+        LostSegment { slot, id, found }
     }
 
-    /// The superblock record is believed, and covers segments that would count as dirty without it.
-    fn doom_unrecorded(&self, unrecorded: &Recovery, draft: &mut Draft) {
+    /// Gives up the segments that only the superblock record shows to be written back. The plan
+    /// accepts a record beyond the log.
+    fn lose_unrecorded(&self, unrecorded: &Recovery, slot_plan: &mut SlotPlan) {
         let geometry = self.superblock.geometry;
         let standing = (unrecorded.written_back.next().0..=unrecorded.highest.0).map(SegmentId);
         let sound = standing
-            .map(|id| self.doomed(geometry.slot_of(id), id))
+            .map(|id| self.lost_segment(geometry.slot_of(id), id))
             .filter(|d| d.found == Found::Sound);
-        draft.doomed.splice(..0, sound);
+        slot_plan.lost.splice(..0, sound);
     }
 }
 
-impl Draft {
+impl SlotPlan {
+    /// Sorts the changes into the order in which they are safe.
     fn order_changes(&mut self, geometry: Geometry, highest: SegmentId) {
-        // While the first missing segment is missing, so is all that follows it.
+        // As long as the first missing segment is missing, recovery ends before it.
         let first = self.changes.iter().filter(|change| change.live).map(|change| change.id).min();
         if first.is_some() {
-            self.decisive = self.changes.extract_if(.., |change| Some(change.id) == first).next();
-            self.later = self.changes.extract_if(.., |change| !change.live).collect();
+            self.commit_change =
+                self.changes.extract_if(.., |change| Some(change.id) == first).next();
+            self.final_changes = self.changes.extract_if(.., |change| !change.live).collect();
         } else if highest > self.point {
-            // While the newest segment stands, W and P do too.
+            // As long as the newest segment is valid, W and P do not change.
             let newest = geometry.slot_of(highest);
-            self.decisive = self.changes.extract_if(.., |change| change.slot == newest).next();
+            self.commit_change = self.changes.extract_if(.., |change| change.slot == newest).next();
         }
     }
 }
 
-/// Whether a log whose newest segment is `highest` may have come to `last`. Of one of which nothing
-/// stands, there is no telling where it had come to.
+/// Whether a log whose newest valid segment is `highest` may have reached `last`. Without a valid
+/// segment, its end is unknown.
 fn is_near(geometry: Geometry, highest: SegmentId, last: SegmentId) -> bool {
     let from = if highest == SegmentId::NONE { last.minus(geometry.lap()) } else { highest };
     last <= LAST_SANE_ID && last.since(from) <= geometry.lap()
 }
 
-/// Whether the log may have gone on from `highest` to `last`: every slot that it would have written
-/// since is damaged, and none holds what had stood there before.
-fn goes_on(
+/// Whether the log may have continued from `highest` to `last`: every slot of these segments is
+/// damaged. None holds an older segment.
+fn may_continue(
     superblock: &Superblock,
     slots: &[SlotState],
     highest: SegmentId,
@@ -380,31 +397,34 @@ fn goes_on(
     last > highest && is_near(geometry, highest, last) && (from.next().0..=last.0).all(damaged)
 }
 
-/// Nothing protects the superblock record against rot. What it says counts if it lies within the
-/// log, or the log may have reached so far. [`Way::Stop`] would rather give up what stands than let
-/// old data replace newer, so it believes in a lap of segments that left no trace.
-fn is_believed(
+/// Whether to accept the superblock record, which may be rotten. It counts if the log reaches it,
+/// or may have reached it. [`SalvageMode::Stop`] would rather give up valid segments than let old
+/// data replace newer data. So it also accepts a record that is less than a lap beyond the log.
+fn is_accepted(
     superblock: &Superblock,
     slots: &[SlotState],
     record: SegmentId,
     highest: SegmentId,
-    way: Option<Way>,
+    mode: Option<SalvageMode>,
 ) -> bool {
     let within_a_lap = record <= LAST_SANE_ID && record.since(highest) < superblock.geometry.lap();
     let traceless = highest != SegmentId::NONE && within_a_lap;
-    match way {
-        // Recovery does.
+    match mode {
+        // As recovery does.
         None => true,
-        Some(Way::Skip) => record <= highest || goes_on(superblock, slots, highest, record),
-        Some(Way::Stop) => {
-            record <= highest || traceless || goes_on(superblock, slots, highest, record)
+        Some(SalvageMode::Skip) => {
+            record <= highest || may_continue(superblock, slots, highest, record)
+        }
+        Some(SalvageMode::Stop) => {
+            record <= highest || traceless || may_continue(superblock, slots, highest, record)
         }
     }
 }
 
-/// The id of a segment of the base format is not protected, and a wrong one far up would make all
-/// others look written back. The segments of a log stand within a lap of each other; what stands
-/// more than a lap above the most of them counts as damaged.
+/// The verdicts, with misnumbered segments as damaged. The base format does not protect ids, and
+/// one that is far too large would make all other segments look written back. The segments of a log
+/// lie within a lap of each other. So one that is more than a lap above most of the others counts
+/// as damaged.
 fn without_misnumbered(superblock: &Superblock, slots: &[SlotState]) -> Vec<SlotState> {
     let lap = superblock.geometry.lap();
     let segments = slots.iter().filter_map(|state| valid(state, superblock));

@@ -1,44 +1,47 @@
-//! What a log must not hold when the kernel module gets the cache, so that it shows the same volume
-//! as we do.
+//! Which segments a log must not hold when the kernel module takes over the cache. Without them the
+//! module shows the same volume as wb.
 //!
-//! When the module recovers a log and comes to a partial version of a block, it writes the dirty
-//! sectors of the version before to the backing device, even if the superblock record says that
-//! both had been written back long ago. Then it takes all that the record covers for clean. So the
-//! older version stands over the newer one. It does so to its own devices as well, where
-//! `update_sb_record_interval` is set. We leave no older version with which that could happen.
+//! **Older versions.** The module recovers a log entry by entry. At a partial version of a block,
+//! it writes the dirty sectors of the previous version to the backing device. It does so even if
+//! the superblock record covers both versions. Then it treats all that the record covers as clean,
+//! so the older version replaces the newer one. With `update_sb_record_interval` set, it does this
+//! to its own devices as well. wb leaves no older version for which this can happen.
 //!
-//! And it takes written-back segments for a read cache. So none may hold a version of a block that
-//! was discarded since, or written around the log; nor one that was superseded, where what
-//! superseded it is gone: a crash may leave a segment empty with older ones as they were, or
-//! overwrite one before those that came before it. What was discarded, the log does not show: the
-//! engine empties segments for that before it acknowledges a discard, and so leaves a trace here.
+//! **Stale versions.** The module uses written-back segments as a read cache. So no such segment
+//! may hold:
+//!
+//! - a version of a block that was discarded or written around the log since;
+//! - a superseded version whose newer version is gone. A crash may leave an emptied segment after
+//!   older ones, or overwrite a segment before an older one.
+//!
+//! The log does not show discards. So the engine empties segments before it acknowledges a discard,
+//! and the empty segments show here.
 
 use crate::device::{Device, DeviceError, IoBuf, Operation};
 use crate::format::{
     BLOCK_BYTES, Geometry, Metablock, SegmentHeader, SegmentId, SuperblockExtension, empty_header,
     to_u64,
 };
-use crate::log::create::filler;
+use crate::log::segment_writes::filler;
 use futures_util::{StreamExt, stream};
 use std::collections::HashSet;
 
-/// Headers that are read at the same time.
+/// Headers to read at once.
 const DEPTH: usize = 32;
 
-/// What stands where a written-back segment belongs.
+/// What lies where a written-back segment belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Remnant {
-    /// Nothing, or an empty segment.
+    /// No segment, or an empty one.
     Nothing,
-    /// Something that cannot be read, or is not the segment. There is no telling what the module
-    /// would make of it.
+    /// Something unreadable, or not the segment. What the module would do with it is unknown.
     Unknown,
-    /// Whole versions of blocks, all dirty.
+    /// Only whole versions of blocks, all dirty.
     Whole,
-    /// A partial or a clean version of a block at least, in which the module sees no whole one
+    /// At least one partial or clean version of a block. To the module a clean one is not whole
     /// either.
     Partial {
-        /// The version before it is in the same segment.
+        /// The previous version of the block is in the same segment.
         twice: bool,
     },
 }
@@ -59,11 +62,10 @@ impl Remnant {
     }
 }
 
-/// The rule: which of the written-back segments must be emptied. They come in the order of their
-/// ids.
+/// The rule: which written-back segments must be emptied. `segments` is in the order of ids.
 ///
-/// All before the last that holds a partial version, or a clean one, or of which nothing is left or
-/// known; and that one if it holds the version before, too, or is not known.
+/// These are all segments before the last one that is not [`Remnant::Whole`]. That one is emptied
+/// too if it is unknown, or also holds the previous version of a block.
 fn misleading(segments: impl IntoIterator<Item = (SegmentId, Remnant)>) -> Vec<SegmentId> {
     let (mut older, mut misleading) = (Vec::new(), Vec::new());
     for (id, remnant) in segments {
@@ -79,8 +81,8 @@ fn misleading(segments: impl IntoIterator<Item = (SegmentId, Remnant)>) -> Vec<S
     misleading
 }
 
-/// The segments of a log up to `written_back` that must be emptied before the module gets the
-/// device, oldest first. Of those that are damaged, the headers are not asked.
+/// The segments up to `written_back` that must be emptied before the module uses the device, oldest
+/// first. A damaged segment counts as unknown, whatever its header says.
 pub(crate) async fn segments_to_empty(
     device: &Device,
     geometry: Geometry,
@@ -105,23 +107,24 @@ pub(crate) async fn segments_to_empty(
     misleading(remnants.collect::<Vec<_>>().await)
 }
 
-/// The header block that makes a written-back segment an empty one.
+/// The header block that empties a written-back segment.
 pub(crate) struct Emptied {
-    /// What is to be written.
+    /// The block to write.
     pub(crate) block: IoBuf,
-    /// The device shows that already.
+    /// The device has an empty segment there already.
     pub(crate) is_there: bool,
 }
 
-/// Makes up the header block of an empty segment for the place of one that is written back.
-/// Segments stay in the log, so that it can be walked without the superblock record too. Where the
-/// header can be read, its first sector alone changes, so that a power cut leaves the one or the
-/// other. Where it cannot, the whole block is made anew: torn, that is a damaged segment that is
-/// written back, which costs nothing.
+/// Makes the header block of an empty segment that replaces a written-back one. The segment stays
+/// in the log, so that the log can be walked without the superblock record.
+///
+/// If the header is readable, only its first sector changes, so a power cut leaves the old one or
+/// the new one. Otherwise the whole block is new. If that write is torn, a written-back segment is
+/// damaged, which loses nothing.
 ///
 /// # Errors
-/// When the header cannot be read of a segment after which none stands that is known to be
-/// `durable`: torn, it could end the log below its record.
+/// When the header is unreadable and no later segment is known to be `durable`. A torn write could
+/// then end the log before its record.
 pub(crate) async fn emptied(
     device: &Device,
     geometry: Geometry,

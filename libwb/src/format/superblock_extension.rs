@@ -1,14 +1,15 @@
-//! The extension: what wb keeps in bytes that the kernel module neither reads nor checks.
+//! The superblock extension: pages in bytes that the kernel module neither reads nor checks.
 //!
-//! Pages and headers carry a CRC of their own. `man/wb.5` has the offsets, with a worked hex dump.
-//! They never change their meaning.
+//! Each page has a CRC of its own. `man/wb.5` has the offsets, with a worked hex dump. They never
+//! change their meaning.
 
-use super::checksum::{Checksum, crc32c};
-use super::geometry::{BLOCK_BYTES, PLACES, SECTOR_BYTES, SegmentId};
+use super::checksum::crc32c;
+use super::geometry::{BLOCK_BYTES, SegmentId};
 use byteorder::{ByteOrder, LittleEndian};
 use uuid::Uuid;
 
-/// Where the two copies of the superblock extension lie, in bytes. They are written in turn.
+/// The offsets of the two copies of the superblock extension, in bytes. Writes alternate between
+/// them.
 pub const EXTENSION_OFFSETS: [u64; 2] = [64 * 1024, 128 * 1024];
 /// The longest label or device identity, in bytes of UTF-8.
 pub const TEXT_BYTES: usize = 64;
@@ -38,48 +39,28 @@ mod page {
     const _: () = assert!(CACHE_BYTES + 8 <= CRC);
 }
 
-/// Offsets in the first sector of a segment, whose first 13 bytes belong to the base format.
-mod header {
-    pub(super) const PADDING: usize = 13;
-    pub(super) const MARKER: usize = 16;
-    pub(super) const DIGEST: usize = 20;
-    pub(super) const CRC: usize = 24;
-    pub(super) const REASON: usize = 28;
-    pub(super) const DURABLE: usize = 32;
-    pub(super) const WRITTEN_BACK: usize = 40;
-    pub(super) const TIME: usize = 48;
-    pub(super) const HAS_COMMITS: usize = 56;
-    pub(super) const BEFORE_LENGTH: usize = 57;
-    pub(super) const BEFORE_CHECKSUM: usize = 60;
-    pub(super) const SECTOR_CRC: usize = 64;
-
-    const _: () =
-        assert!(MARKER >= PADDING && HAS_COMMITS == TIME + 8 && SECTOR_CRC == BEFORE_CHECKSUM + 4);
-    const _: () = assert!(SECTOR_CRC + 4 <= super::super::geometry::SECTOR_BYTES);
-}
-
 const PAGE_MARKER: &[u8; 8] = b"wb-super";
-const HEADER_MARKER: &[u8; 4] = b"wbsg";
-/// The largest generation of a page: there must be ones that are newer. Counting up from 0, no
-/// cache comes near it.
+/// The largest generation that a page may have, so that a newer one always exists. A cache counts
+/// from 0 and never comes near it.
 const LARGEST_GENERATION: u64 = u64::MAX / 2;
-/// The version of the extension that is written, and the only one that is read.
+/// The only version of the extension that wb writes and reads.
 pub const EXTENSION_VERSION: u32 = 1;
 
 /// What is wrong with a page of the superblock extension.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PageFault {
-    /// There is none.
+    /// There is no page.
     #[error("no superblock extension")]
     Absent,
-    /// Its CRC does not hold, or its generation is none that a cache can have come to.
+    /// Its CRC is wrong, or no cache can have reached its generation.
     #[error("a superblock extension with a wrong CRC")]
     Crc,
-    /// So it is, and that is all: it may begin with this page and end with another.
+    /// Only its CRC is wrong: its first sectors may be of this page, and the rest of another.
     #[error("a superblock extension with a wrong CRC")]
     Torn(Box<SuperblockExtension>),
-    /// The device fails to read where it lies.
-    #[error("where a superblock extension lies, the device cannot be read")]
+    /// The device cannot read it.
+    #[error("a superblock extension that the device cannot read")]
     Unreadable,
 }
 
@@ -88,30 +69,30 @@ pub enum PageFault {
 pub struct SuperblockExtension {
     /// Grows by one with each page that is written.
     pub generation: u64,
-    /// [`EXTENSION_VERSION`], or the device must not be used at all.
+    /// If this is not [`EXTENSION_VERSION`], the device must not be used.
     pub version: u32,
-    /// Feature flags without which the device must not be used at all. None are defined yet.
+    /// Features that a reader must know to use the device. None are defined yet.
     pub incompatible: u32,
-    /// Feature flags without which the device must not be written. None are defined yet.
+    /// Features that a program must know to write to the device. None are defined yet.
     pub read_compatible: u32,
-    /// The cache was closed in order, with this segment as its newest.
+    /// The newest segment when the cache was closed cleanly.
     pub clean: Option<SegmentId>,
     /// When the device was formatted, in seconds since 1970 (UTC).
     pub created: u64,
     /// The cache's identity.
     pub uuid: Uuid,
-    /// A name for people, or an empty text.
+    /// A name for people; empty if there is none.
     pub label: String,
-    /// Size of the backing device in sectors, or 0 when the cache is not paired.
+    /// Size of the backing device in sectors; 0 if the cache is not paired.
     pub backing_sectors: u64,
-    /// The backing device's serial number or UUID, or an empty text where it has none.
+    /// The backing device's serial number or UUID; empty if it has none.
     pub backing_id: String,
     /// Size of the cache device in bytes when it was formatted.
     pub cache_bytes: u64,
 }
 
 impl SuperblockExtension {
-    /// What a fresh cache of so many bytes carries, without label and pairing.
+    /// The extension of a fresh cache device with `cache_bytes` bytes, without a label and pairing.
     pub fn new(uuid: Uuid, cache_bytes: u64) -> SuperblockExtension {
         SuperblockExtension {
             generation: 0,
@@ -128,8 +109,8 @@ impl SuperblockExtension {
         }
     }
 
-    /// The same, paired with a backing device of so many sectors, and this identity or an empty
-    /// text.
+    /// The same, paired with a backing device that has this size and identity. The identity may be
+    /// empty.
     #[must_use]
     pub fn paired(self, sectors: u64, identity: &str) -> SuperblockExtension {
         SuperblockExtension {
@@ -160,7 +141,7 @@ impl SuperblockExtension {
         Err(if is_else_sound { PageFault::Torn(Box::new(page)) } else { PageFault::Crc })
     }
 
-    /// What stands in a page, sound or not.
+    /// Reads the fields of a page, sound or not.
     fn fields(block: &[u8; BLOCK_BYTES]) -> SuperblockExtension {
         let u64_at = |at: usize| LittleEndian::read_u64(&block[at..]);
         let u32_at = |at: usize| LittleEndian::read_u32(&block[at..]);
@@ -180,7 +161,7 @@ impl SuperblockExtension {
         }
     }
 
-    /// Encodes a page. Texts are cut to [`TEXT_BYTES`].
+    /// Encodes a page. Truncates texts to [`TEXT_BYTES`].
     pub fn encode(&self, block: &mut [u8; BLOCK_BYTES]) {
         block.fill(0);
         block[page::MARKER..][..8].copy_from_slice(PAGE_MARKER);
@@ -200,49 +181,50 @@ impl SuperblockExtension {
         LittleEndian::write_u32(&mut block[page::CRC..], crc);
     }
 
-    /// The same as the page that is written next: over the older of the two copies.
+    /// The same as the next page to write, which replaces the older copy.
     #[must_use]
     pub fn next(&self) -> SuperblockExtension {
         SuperblockExtension { generation: self.generation + 1, ..self.clone() }
     }
 
-    /// Of the two copies, the newer one that is sound, if any is.
+    /// The newer of the sound copies, if there is any.
     pub fn newest(
         copies: &[Result<SuperblockExtension, PageFault>; 2],
     ) -> Option<&SuperblockExtension> {
         copies.iter().flatten().max_by_key(|page| page.generation)
     }
 
-    /// Whether a power cut explains that a copy beside this sound one is torn. All that a page
-    /// holds lies in its first sector: the torn one has that of the page before this, or of the one
-    /// that was to follow it.
+    /// Whether a power cut explains the torn copy beside this sound one.
+    ///
+    /// A page's fields all lie in its first sector. So the torn copy has the fields of the page
+    /// before or after this one.
     pub fn explains(&self, torn: &SuperblockExtension) -> bool {
         let SuperblockExtension { generation, clean, backing_sectors, .. } = *self;
         let is_neighbour = torn.generation.abs_diff(generation) == 1;
-        // Nothing else changes from page to page.
+        // Only these fields change from one page to the next.
         is_neighbour
             && *self == SuperblockExtension { generation, clean, backing_sectors, ..torn.clone() }
     }
 
-    /// What segments carry of the cache's UUID, so that one of an earlier cache is not taken for
-    /// one of this.
+    /// The digest of the cache's UUID that segments carry. It tells them from segments of an
+    /// earlier cache on the device.
     pub fn digest(&self) -> u32 {
         crc32c(self.uuid.as_bytes())
     }
 }
 
-/// A new UUID with this digest: for a cache that has lost its UUID, and not the segments that carry
-/// the digest.
+/// A new UUID with this digest, for a cache that lost its UUID but still has segments with the
+/// digest.
 pub fn uuid_of_digest(digest: u32) -> Uuid {
     let mut bytes = *Uuid::new_v4().as_bytes();
     let mut crc_with = |last: u32| {
-        // What a UUID says of its kind stands before these bytes.
+        // The bits for the version and variant of the UUID lie before these bytes.
         bytes[12..].copy_from_slice(&last.to_le_bytes());
         crc32c(&bytes)
     };
     let with_none = crc_with(0);
-    // The CRC depends on each bit of the last four bytes by itself, so what each changes can be
-    // added up. In echelon form.
+    // A CRC is linear: each bit of the last four bytes changes it independently of the others.
+    // Gaussian elimination over these changes, in echelon form.
     let mut basis = [(0, 0); 32];
     for bit in (0..32).map(|nth| 1 << nth) {
         let (mut change, mut bits) = (crc_with(bit) ^ with_none, bit);
@@ -264,7 +246,7 @@ pub fn uuid_of_digest(digest: u32) -> Uuid {
     Uuid::from_bytes(bytes)
 }
 
-/// Cuts a text so that it fits where texts are kept.
+/// Truncates a text to [`TEXT_BYTES`].
 pub fn fitting(text: &str) -> &str {
     &text[..text.floor_char_boundary(TEXT_BYTES)]
 }
@@ -279,193 +261,10 @@ fn read_text(field: &[u8]) -> String {
     String::from_utf8_lossy(&field[..end]).into_owned()
 }
 
-/// Why a segment was closed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// It was full.
-    Full,
-    /// A flush wanted what it held to be durable.
-    Flush,
-    /// Nothing was written for a while.
-    Idle,
-    /// The cache was being closed.
-    Close,
-    /// It stands in for a segment that was lost.
-    Salvage,
-    /// It was not: this is a commit, and more may have been written since.
-    Open,
-    /// Something that this version does not know.
-    Other(u8),
-}
-
-impl Reason {
-    const fn code(self) -> u8 {
-        match self {
-            Reason::Full => 1,
-            Reason::Flush => 2,
-            Reason::Idle => 3,
-            Reason::Close => 4,
-            Reason::Salvage => 5,
-            Reason::Open => 6,
-            Reason::Other(code) => code,
-        }
-    }
-
-    const fn from_code(code: u8) -> Reason {
-        match code {
-            1 => Reason::Full,
-            2 => Reason::Flush,
-            3 => Reason::Idle,
-            4 => Reason::Close,
-            5 => Reason::Salvage,
-            6 => Reason::Open,
-            other => Reason::Other(other),
-        }
-    }
-}
-
-/// The first blocks of a segment, and by what they can be told to be whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Commit {
-    /// How many blocks.
-    pub length: u8,
-    /// The checksum of the base kind over them and the header, in which all entries after theirs
-    /// are zeros.
-    pub checksum: u32,
-}
-
-/// What a segment's header says beyond the base format. All of it stands in the first sector, which
-/// a power cut leaves whole.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SegmentExtension {
-    /// [`SuperblockExtension::digest`] of the cache that the segment belongs to.
-    pub digest: u32,
-    /// Why the segment was closed.
-    pub reason: Reason,
-    /// When the header was written, every segment up to this one was durable.
-    pub durable: SegmentId,
-    /// When the header was written, every segment up to this one was written back and the backing
-    /// device flushed.
-    pub written_back: SegmentId,
-    /// When the header was written, in milliseconds since 1970 (UTC).
-    pub time: u64,
-    /// The commit that the header before this one made, which was durable when this one was
-    /// written.
-    pub before: Option<Commit>,
-}
-
-/// What a header's first sector holds in the bytes that the kernel module leaves zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Mark {
-    /// Zeros: the header is the kernel module's.
-    None,
-    /// Neither zeros nor wb's marker.
-    Stray,
-    /// The marker, and a CRC that holds.
-    Proved(SegmentExtension),
-    /// The marker, and no CRC that holds.
-    Damaged {
-        /// The header is from before commits. It has no CRC of the first sector, so that a power
-        /// cut may be the reason.
-        may_be_torn: bool,
-    },
-}
-
-impl Mark {
-    /// Looks at a header block. The CRC of the first sector counts, or where there is none, that of
-    /// the whole block.
-    pub(super) fn of(block: &[u8; BLOCK_BYTES]) -> Mark {
-        let is_zero = |bytes: &[u8]| bytes.iter().all(|&byte| byte == 0);
-        if is_zero(&block[header::PADDING..SECTOR_BYTES]) {
-            return Mark::None;
-        }
-        if block[header::MARKER..][..4] != *HEADER_MARKER {
-            return Mark::Stray;
-        }
-        let before_commits = is_zero(&block[header::HAS_COMMITS..SECTOR_BYTES]);
-        let holds = if before_commits {
-            is_whole(block)
-        } else {
-            block[header::HAS_COMMITS] == 1
-                && LittleEndian::read_u32(&block[header::SECTOR_CRC..]) == sector_crc(block)
-        };
-        if holds {
-            Mark::Proved(SegmentExtension::read(block, !before_commits))
-        } else {
-            Mark::Damaged { may_be_torn: before_commits }
-        }
-    }
-}
-
-impl SegmentExtension {
-    fn read(block: &[u8; BLOCK_BYTES], has_commits: bool) -> SegmentExtension {
-        let before = Commit {
-            length: block[header::BEFORE_LENGTH],
-            checksum: LittleEndian::read_u32(&block[header::BEFORE_CHECKSUM..]),
-        };
-        let id_at =
-            |at: usize| SegmentId(LittleEndian::read_u64(&block[at..]).min(SegmentId::MAX.0));
-        SegmentExtension {
-            digest: LittleEndian::read_u32(&block[header::DIGEST..]),
-            reason: Reason::from_code(block[header::REASON]),
-            durable: id_at(header::DURABLE),
-            written_back: id_at(header::WRITTEN_BACK),
-            time: LittleEndian::read_u64(&block[header::TIME..]),
-            before: Some(before).filter(|it| has_commits && (1..=PLACES).contains(&it.length)),
-        }
-    }
-
-    /// Decodes the extension of a header block, if there is one and it proves itself.
-    pub(super) fn decode(block: &[u8; BLOCK_BYTES]) -> Option<SegmentExtension> {
-        match Mark::of(block) {
-            Mark::Proved(extension) => Some(extension),
-            Mark::None | Mark::Stray | Mark::Damaged { .. } => None,
-        }
-    }
-
-    /// Adds the extension to a header block that is complete but for it.
-    pub(super) fn encode(&self, block: &mut [u8; BLOCK_BYTES]) {
-        block[header::MARKER..][..4].copy_from_slice(HEADER_MARKER);
-        LittleEndian::write_u32(&mut block[header::DIGEST..], self.digest);
-        block[header::REASON] = self.reason.code();
-        LittleEndian::write_u64(&mut block[header::DURABLE..], self.durable.0);
-        LittleEndian::write_u64(&mut block[header::WRITTEN_BACK..], self.written_back.0);
-        LittleEndian::write_u64(&mut block[header::TIME..], self.time);
-        let before = self.before.unwrap_or(Commit { length: 0, checksum: 0 });
-        block[header::HAS_COMMITS] = 1;
-        block[header::BEFORE_LENGTH] = before.length;
-        LittleEndian::write_u32(&mut block[header::BEFORE_CHECKSUM..], before.checksum);
-        let crc = sector_crc(block);
-        LittleEndian::write_u32(&mut block[header::SECTOR_CRC..], crc);
-        let crc = header_crc(block);
-        LittleEndian::write_u32(&mut block[header::CRC..], crc);
-    }
-}
-
-/// Whether the header block of a segment with the extension is as it was written, to its last
-/// sector.
-pub(super) fn is_whole(block: &[u8; BLOCK_BYTES]) -> bool {
-    LittleEndian::read_u32(&block[header::CRC..]) == header_crc(block)
-}
-
-/// The CRC of a header's first sector, in which both CRCs count as zeros.
-fn sector_crc(block: &[u8; BLOCK_BYTES]) -> u32 {
-    let mut sector = [0; SECTOR_BYTES];
-    sector.copy_from_slice(&block[..SECTOR_BYTES]);
-    sector[header::CRC..][..4].fill(0);
-    sector[header::SECTOR_CRC..][..4].fill(0);
-    crc32c(&sector)
-}
-
-/// The CRC of a header block, in which the CRC itself counts as zeros.
-fn header_crc(block: &[u8; BLOCK_BYTES]) -> u32 {
-    let crc = Checksum::default().append(&block[..header::CRC]).append(&[0; 4]);
-    crc.append(&block[header::CRC + 4..]).value()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::SECTOR_BYTES;
     use proptest::prelude::*;
 
     fn page() -> SuperblockExtension {
@@ -498,9 +297,10 @@ mod tests {
         block
     }
 
-    /// Whether it is explained that this block stands beside [`page`].
+    /// Whether a power cut explains this block beside [`page`].
     fn is_torn(block: &[u8; BLOCK_BYTES]) -> bool {
-        matches!(SuperblockExtension::decode(block), Err(PageFault::Torn(torn)) if page().explains(&torn))
+        let Err(PageFault::Torn(torn)) = SuperblockExtension::decode(block) else { return false };
+        page().explains(&torn)
     }
 
     #[test]
@@ -554,7 +354,9 @@ mod tests {
         }
 
         #[test]
-        fn arbitrary_bytes_under_a_right_crc_never_panic(bytes in prop::collection::vec(any::<u8>(), 300)) {
+        fn arbitrary_bytes_under_a_right_crc_never_panic(
+            bytes in prop::collection::vec(any::<u8>(), 300),
+        ) {
             let mut block = [0; BLOCK_BYTES];
             block[..300].copy_from_slice(&bytes);
             block[..8].copy_from_slice(PAGE_MARKER);

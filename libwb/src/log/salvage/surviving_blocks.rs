@@ -1,4 +1,4 @@
-//! What is left of a damaged segment: the blocks that can be proved good.
+//! The blocks of a damaged segment that a CRC or the checksum proves good.
 
 use crate::device::{Device, DeviceError, IoBuf};
 use crate::format::{
@@ -7,29 +7,29 @@ use crate::format::{
 };
 use futures_util::{StreamExt, stream};
 
-/// Blocks that are read at the same time.
+/// Blocks to read at once.
 const DEPTH: usize = 16;
 
-/// A damaged segment of which the header is sound and at least one block too.
-pub(super) struct Remains {
+/// A damaged segment with a sound header and at least one good block.
+pub(super) struct SurvivingBlocks {
     slot: Slot,
     id: SegmentId,
     extension: SegmentExtension,
     metablocks: Vec<Metablock>,
-    /// Which of them are proved to be good.
+    /// Which of the blocks are proved good.
     good: Vec<bool>,
 }
 
-impl Remains {
-    /// Looks what is left of segment `id` in its slot. Each block has a CRC, and so has the header.
-    /// Where only its first sector is damaged, the checksum of the base kind proves all or nothing.
-    /// Nothing can be proved of a segment without the extension.
+impl SurvivingBlocks {
+    /// Finds the good blocks of segment `id` in its slot. The header and each block have a CRC. If
+    /// only the header's first sector is damaged, the checksum of the base format proves all blocks
+    /// or none. In a segment without the extension nothing can be proved.
     pub(super) async fn find(
         device: &Device,
         geometry: Geometry,
         id: SegmentId,
         digest: Option<u32>,
-    ) -> Option<Remains> {
+    ) -> Option<SurvivingBlocks> {
         let (slot, digest) = (geometry.slot_of(id), digest?);
         let block =
             device.read(geometry.slot_offset(slot), IoBuf::zeroed(BLOCK_BYTES)).await.ok()?;
@@ -72,10 +72,10 @@ impl Remains {
             .collect()
             .await;
         let metablocks = header.metablocks;
-        good.contains(&true).then_some(Remains { slot, id, extension, metablocks, good })
+        good.contains(&true).then_some(SurvivingBlocks { slot, id, extension, metablocks, good })
     }
 
-    /// The dirty blocks of which no good version is left.
+    /// The dirty blocks without a good version.
     pub(super) fn lost(&self) -> Vec<BlockNo> {
         let entries = || self.metablocks.iter().zip(&self.good);
         let lost =
@@ -86,7 +86,7 @@ impl Remains {
         lost.map(|(_, (entry, _))| entry.block).collect()
     }
 
-    /// How many dirty blocks are good.
+    /// The number of good dirty blocks.
     pub(super) fn kept(&self) -> u64 {
         let kept = self
             .metablocks
@@ -96,9 +96,9 @@ impl Remains {
         to_u64(kept.count())
     }
 
-    /// Makes a valid segment of it. The good blocks stay where they are; over each bad one goes a
-    /// copy of its good neighbour, entry and data, which changes nothing of what the log means. The
-    /// header comes last, so that until then the same is left of the segment.
+    /// Makes the segment valid again. Good blocks stay in place. A copy of a good neighbour, entry
+    /// and data, replaces each bad block; this does not change the meaning of the log. The header
+    /// comes last, so that until then the same blocks survive.
     pub(super) async fn write(
         &self,
         device: &Device,
@@ -119,7 +119,7 @@ impl Remains {
         }
         device.flush().await?;
         let mut block = IoBuf::zeroed(BLOCK_BYTES);
-        // Every entry that is left has its CRC.
+        // Every remaining entry has its CRC.
         encode_header(block.block_at_mut(0), self.id, &metablocks, &[], Some(&self.extension));
         device.write(geometry.slot_offset(self.slot), block.into()).await
     }

@@ -1,4 +1,4 @@
-//! Requests that a device has not answered yet.
+//! Counting the requests that a device has not answered yet.
 
 use parking_lot::Mutex;
 use slab::Slab;
@@ -6,27 +6,27 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// What a device has been asked, at one moment.
+/// The requests of a device at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pending {
-    /// How many requests it has not answered.
+    /// The number of requests that the device has not answered.
     pub requests: u64,
-    /// For how long the oldest of them has been waiting.
+    /// How long the oldest of them has waited.
     pub oldest: Option<Duration>,
-    /// How many requests it has done without an error, since it was opened.
+    /// The number of requests that it has done without an error since it was opened.
     pub done: u64,
 }
 
 /// The requests of a device.
 #[derive(Default)]
 pub(crate) struct Requests {
-    /// When each began that is not answered.
+    /// When each unanswered request began.
     began: Mutex<Slab<Instant>>,
     done: AtomicU64,
 }
 
 impl Requests {
-    /// Notes a request, which lasts as long as the value.
+    /// Counts a request until the returned value is dropped.
     pub(crate) fn begin(self: &Arc<Self>) -> InFlight {
         InFlight { of: self.clone(), key: self.began.lock().insert(Instant::now()) }
     }
@@ -41,14 +41,14 @@ impl Requests {
     }
 }
 
-/// A request that is under way.
+/// A request under way.
 pub(crate) struct InFlight {
     of: Arc<Requests>,
     key: usize,
 }
 
 impl InFlight {
-    /// The device has done it.
+    /// Counts the request as done without an error.
     pub(crate) fn succeeded(&self) {
         self.of.done.fetch_add(1, Ordering::Relaxed);
     }
@@ -74,7 +74,7 @@ mod tests {
         let both = requests.pending();
         assert_eq!((both.requests, both.done), (2, 0));
         assert!(both.oldest >= Some(Duration::from_millis(20)), "{both:?}");
-        // Answered in another order than asked, one with an error.
+        // The answers come in another order, one with an error.
         second.succeeded();
         drop(second);
         let one = requests.pending();

@@ -1,7 +1,7 @@
-//! Logs in memory, to be damaged, and what is to become of them.
+//! Logs in memory for tests to damage, and what recovery and salvage should make of them.
 
 use crate::device::{
-    BlockDevice, Device, DeviceError, IoBuf, IoFuture, MemDevice, Operation, SharedBuf,
+    BlockDevice, Device, DeviceError, DeviceLayer, IoBuf, IoFuture, MemDevice, Operation, SharedBuf,
 };
 use crate::format::{
     BLOCK_BYTES, BlockNo, Commit, DirtyBits, EXTENSION_OFFSETS, Geometry, Metablock,
@@ -11,7 +11,7 @@ use crate::format::{
 };
 use crate::log::Use;
 use crate::log::live::visit_headers;
-use crate::log::salvage::{Plan, Scanned, Way};
+use crate::log::salvage::{Plan, SalvageMode, Scanned};
 use futures_lite::future::block_on;
 use nix::errno::Errno;
 use parking_lot::Mutex;
@@ -22,15 +22,15 @@ pub(super) const SLOTS: u64 = 14;
 /// Blocks in a segment of these logs.
 pub(super) const LENGTH: u64 = 5;
 
-/// What a block holds: the same byte all over.
+/// The content of a block: this byte, repeated.
 pub(super) fn stamp(id: u64, nth: u64) -> u8 {
     u8::try_from(id * LENGTH + nth).expect("a short log")
 }
 
-/// A write, and how many flushes came before it.
+/// A write: its offset, its data, and the number of flushes before it.
 pub(super) type Write = (u64, Vec<u8>, usize);
 
-/// A device in memory that notes every write, and cannot read some slots before they are written.
+/// A device in memory that records every write. Some offsets are unreadable until they are written.
 pub(super) struct Recorder {
     pub(super) memory: MemDevice,
     pub(super) writes: Mutex<Vec<Write>>,
@@ -38,23 +38,15 @@ pub(super) struct Recorder {
     pub(super) unreadable: Mutex<Vec<u64>>,
 }
 
-impl BlockDevice for Recorder {
-    fn name(&self) -> &Arc<str> {
-        self.memory.name()
-    }
-
-    fn size(&self) -> u64 {
-        self.memory.size()
-    }
-
-    fn block_size(&self) -> u32 {
-        512
+impl DeviceLayer for Recorder {
+    fn below(&self) -> &dyn BlockDevice {
+        &self.memory
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
         let end = offset + to_u64(buf.len());
         if self.unreadable.lock().iter().any(|&at| offset <= at && at < end) {
-            let (device, length) = (self.name().clone(), to_u64(buf.len()));
+            let (device, length) = (self.memory.name().clone(), to_u64(buf.len()));
             let error = DeviceError {
                 device,
                 operation: Operation::Read,
@@ -78,34 +70,30 @@ impl BlockDevice for Recorder {
         *self.flushes.lock() += 1;
         self.memory.flush()
     }
-
-    fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
-        self.memory.discard(offset, length)
-    }
 }
 
-/// A cache device with a log, of which the test damages what it likes.
+/// A cache device with a log that a test can damage.
 #[derive(Clone)]
-pub(super) struct Log {
+pub(super) struct TestLog {
     pub(super) image: Vec<u8>,
     pub(super) page: Option<SuperblockExtension>,
     pub(super) unreadable: Vec<u64>,
 }
 
-impl Log {
-    pub(super) fn empty(slots: u64, extended: bool) -> Log {
+impl TestLog {
+    pub(super) fn empty(slots: u64, extended: bool) -> TestLog {
         let size = SUPERBLOCK_REGION_BYTES + slots * to_u64(SEGMENT_BYTES);
         let page = extended.then(|| SuperblockExtension::new(uuid::Uuid::from_u128(7), size));
-        let mut log = Log { image: vec![0; to_usize(size)], page, unreadable: Vec::new() };
+        let mut log = TestLog { image: vec![0; to_usize(size)], page, unreadable: Vec::new() };
         encode_superblock_block(log.image.first_chunk_mut().unwrap());
         log.write_pages(None);
         log
     }
 
-    /// Segments 1 to `newest`, each with a few whole blocks, some of which every segment writes
-    /// again.
-    pub(super) fn new(newest: u64, extended: bool) -> Log {
-        let mut log = Log::empty(SLOTS, extended);
+    /// Segments 1 to `newest`, each with a few whole blocks. Every segment rewrites the first two
+    /// blocks.
+    pub(super) fn new(newest: u64, extended: bool) -> TestLog {
+        let mut log = TestLog::empty(SLOTS, extended);
         for id in 1..=newest {
             log.put(id, extended, id.saturating_sub(2));
         }
@@ -124,8 +112,7 @@ impl Log {
         self.put_segment(id, extended, Reason::Full, None, durable);
     }
 
-    /// A segment that is not closed, and whose header names a commit of its first blocks as the one
-    /// before.
+    /// An open segment. Its header names a commit of its first `before` blocks as the previous one.
     pub(super) fn put_open(&mut self, id: u64, before: u8, durable: u64) {
         self.put_segment(id, true, Reason::Open, Some(before), durable);
     }
@@ -177,21 +164,21 @@ impl Log {
     }
 
     /// Flips a bit of a data block.
-    pub(super) fn rot(&mut self, id: u64, block: usize) -> &mut Log {
+    pub(super) fn rot(&mut self, id: u64, block: usize) -> &mut TestLog {
         let at = self.at(id) + BLOCK_BYTES * (1 + block) + 77;
         self.image[at] ^= 4;
         self
     }
 
     /// Flips a bit of a header.
-    pub(super) fn rot_header(&mut self, id: u64, byte: usize) -> &mut Log {
+    pub(super) fn rot_header(&mut self, id: u64, byte: usize) -> &mut TestLog {
         let at = self.at(id) + byte;
         self.image[at] ^= 4;
         self
     }
 
-    /// Takes away both copies of the superblock extension.
-    pub(super) fn lose_pages(&mut self) -> &mut Log {
+    /// Erases both copies of the superblock extension.
+    pub(super) fn lose_pages(&mut self) -> &mut TestLog {
         for at in EXTENSION_OFFSETS {
             self.image[to_usize(at)..][..BLOCK_BYTES].fill(0);
         }
@@ -199,13 +186,13 @@ impl Log {
     }
 
     /// Overwrites the header with garbage.
-    pub(super) fn garble(&mut self, id: u64) -> &mut Log {
+    pub(super) fn garble(&mut self, id: u64) -> &mut TestLog {
         let at = self.at(id);
         self.image[at..at + BLOCK_BYTES].fill(0xa5);
         self
     }
 
-    pub(super) fn record(&mut self, id: u64) -> &mut Log {
+    pub(super) fn record(&mut self, id: u64) -> &mut TestLog {
         let at = to_usize(RECORD_BLOCK_OFFSET);
         encode_record_block(
             self.image[at..].first_chunk_mut().unwrap(),
@@ -214,7 +201,7 @@ impl Log {
         self
     }
 
-    pub(super) fn unreadable(&mut self, id: u64) -> &mut Log {
+    pub(super) fn unreadable(&mut self, id: u64) -> &mut TestLog {
         self.unreadable.push(to_u64(self.at(id)));
         self
     }
@@ -233,8 +220,8 @@ pub(super) fn read(device: &Device) -> Scanned {
     block_on(Scanned::read(device, Use::Write, |_| ())).unwrap()
 }
 
-/// Salvages, and checks that the log is sound then.
-pub(super) fn salvage(log: &Log, way: Way) -> (Arc<Recorder>, Plan) {
+/// Salvages a log, and checks that it is sound afterwards.
+pub(super) fn salvage(log: &TestLog, way: SalvageMode) -> (Arc<Recorder>, Plan) {
     let recorder = log.device();
     let device: Device = recorder.clone();
     let plan = block_on(read(&device).salvage(&device, way)).unwrap().expect("a corrupt log");
@@ -248,7 +235,7 @@ pub(super) fn salvage(log: &Log, way: Way) -> (Arc<Recorder>, Plan) {
     (recorder, plan)
 }
 
-/// What recovery would apply: of each block, the first byte of its newest version. `None` when it
+/// What recovery would apply: the first byte of the newest version of each block. `None` if it
 /// refuses the log.
 pub(super) fn volume(image: &[u8]) -> Option<BTreeMap<u64, u8>> {
     let device: Device = Arc::new(MemDevice::with_content("cache", image.to_vec()));
@@ -268,7 +255,7 @@ pub(super) fn volume(image: &[u8]) -> Option<BTreeMap<u64, u8>> {
     Some(volume)
 }
 
-/// The volume of a log of these segments, of which some blocks are left out.
+/// The volume of a log of these segments, without the blocks `but` of (segment, index).
 pub(super) fn expected(
     segments: impl IntoIterator<Item = u64>,
     but: &[(u64, u64)],
@@ -290,11 +277,11 @@ pub(super) fn lost(plan: &Plan) -> Vec<(u64, Vec<u64>)> {
         .collect()
 }
 
-/// Which writes of those that no flush followed a power cut leaves, as bits.
+/// Which unflushed writes survive a power cut, as bits.
 pub(super) const MASKS: [u64; 6] =
     [0, u64::MAX, 0x5555_5555_5555_5555, 0xaaaa_aaaa_aaaa_aaaa, 1, 6];
 
-/// The same writes, each sector for itself: a power cut may tear them.
+/// The same writes, split into sectors, because a power cut may tear a write.
 pub(super) fn in_sectors(writes: &[Write]) -> Vec<Write> {
     let sectors = writes.iter().flat_map(|(offset, data, after)| {
         let places = (*offset..).step_by(SECTOR_BYTES);
@@ -303,12 +290,17 @@ pub(super) fn in_sectors(writes: &[Write]) -> Vec<Write> {
     sectors.collect()
 }
 
-/// What lies on the device after a power cut: all writes up to a flush, and any of those after it.
-pub(super) fn after_power_cut(log: &Log, writes: &[Write], flushes: usize, any: u64) -> Log {
+/// The log after a power cut that keeps all writes up to a flush, and some later ones (`any`).
+pub(super) fn after_power_cut(
+    log: &TestLog,
+    writes: &[Write],
+    flushes: usize,
+    any: u64,
+) -> TestLog {
     with_survivors(log, writes, &survivors(writes, flushes, any))
 }
 
-/// Which writes survive: all up to a flush, and any of those after it.
+/// Which writes survive: all up to a flush, and some later ones (`any`).
 pub(super) fn survivors(writes: &[Write], flushes: usize, any: u64) -> Vec<bool> {
     let mut unflushed = 0;
     let survives = |(.., after): &Write| {
@@ -319,8 +311,8 @@ pub(super) fn survivors(writes: &[Write], flushes: usize, any: u64) -> Vec<bool>
     writes.iter().map(survives).collect()
 }
 
-/// What lies on the device when these writes have survived.
-pub(super) fn with_survivors(log: &Log, writes: &[Write], survivors: &[bool]) -> Log {
+/// The log on which these writes have survived.
+pub(super) fn with_survivors(log: &TestLog, writes: &[Write], survivors: &[bool]) -> TestLog {
     let mut log = log.clone();
     for ((offset, data, _), _) in writes.iter().zip(survivors).filter(|(_, kept)| **kept) {
         let at = to_usize(*offset);

@@ -1,0 +1,58 @@
+//! What the reactor's thread shares with the others: the inbox for tasks and operations.
+
+use super::operation::Op;
+use async_task::Runnable;
+use nix::sys::eventfd::EventFd;
+use parking_lot::Mutex;
+use std::collections::VecDeque;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::ThreadId;
+use std::time::Instant;
+
+#[derive(Default)]
+pub(super) struct Inbox {
+    pub(super) tasks: VecDeque<Runnable>,
+    pub(super) ops: Vec<Op>,
+    pub(super) stop: bool,
+    /// The reactor's thread takes nothing any more.
+    pub(super) ended: bool,
+}
+
+pub(super) struct Shared {
+    pub(super) inbox: Mutex<Inbox>,
+    /// True while the reactor sleeps, or is about to sleep, and must be woken.
+    pub(super) parked: AtomicBool,
+    pub(super) wake: EventFd,
+    /// The reactor's thread, once it runs.
+    pub(super) thread: OnceLock<ThreadId>,
+    /// Reads under way, on any thread.
+    pub(super) reads: AtomicUsize,
+    pub(super) started: Instant,
+}
+
+impl Shared {
+    pub(super) fn post(&self, put: impl FnOnce(&mut Inbox)) {
+        let (tasks, ops) = {
+            let mut inbox = self.inbox.lock();
+            put(&mut inbox);
+            match inbox.ended {
+                // The reactor's thread has ended: drop them here.
+                true => (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops)),
+                false => Default::default(),
+            }
+        };
+        // Dropping an operation makes it fail. Its waiter may take the lock.
+        drop(ops);
+        if !tasks.is_empty() {
+            // The caller may hold a lock that the task takes when it is dropped. So another thread
+            // drops it.
+            let _ =
+                std::thread::Builder::new().name("wb-late-tasks".into()).spawn(move || drop(tasks));
+        }
+        if self.parked.swap(false, Ordering::SeqCst) {
+            // The counter is never read. It overflows after 2^64 wake-ups, which is never.
+            let _ = self.wake.write(1);
+        }
+    }
+}

@@ -200,7 +200,7 @@ pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<Exit> {
     }
     let unknown = (!all_known).then_some(Exit::Failed);
     let exits = volumes.iter().map(|volume| exit_code(&volume.state)).chain(unknown);
-    let worst = exits.max_by_key(|exit| match exit {
+    let worst = exits.max_by_key(|exit| match *exit {
         Exit::Done => 0,
         Exit::NotAttached => 1,
         Exit::Degraded => 2,

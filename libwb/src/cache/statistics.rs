@@ -25,7 +25,7 @@ impl Counter {
 
 /// The counters as they are counted, and as they are reported.
 macro_rules! counters {
-    ($(#[doc = $what:literal] $name:ident,)*) => {
+    ($($(#[doc = $what:literal])+ $name:ident,)*) => {
         #[derive(Default)]
         pub(super) struct AtomicCounters {
             $(pub(super) $name: Counter,)*
@@ -41,7 +41,7 @@ macro_rules! counters {
         /// What has happened.
         #[derive(Clone, Debug, Default, PartialEq, Eq)]
         pub struct Counters {
-            $(#[doc = $what] pub $name: u64,)*
+            $($(#[doc = $what])+ pub $name: u64,)*
         }
 
         impl Counters {
@@ -51,7 +51,7 @@ macro_rules! counters {
 
             /// Each counter: its name, what it counts, and how much that is.
             pub fn iter(&self) -> impl Iterator<Item = (&'static str, &'static str, u64)> {
-                [$((stringify!($name), $what.trim_ascii(), self.$name),)*].into_iter()
+                [$((stringify!($name), concat!($($what),+).trim_ascii(), self.$name),)*].into_iter()
             }
         }
     };

@@ -1,6 +1,6 @@
 //! One man page for a program with all its verbs.
 
-use crate::{Program, with_verbs};
+use crate::program::{Program, with_verbs};
 use anyhow::Result;
 use clap::Command;
 use clap_mangen::Man;

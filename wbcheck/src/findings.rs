@@ -1,6 +1,7 @@
 //! What a check of the whole device found, and what it amounts to.
 
-use crate::{Args, Subject};
+use crate::args::Args;
+use crate::subject::{Backing, Subject};
 use anyhow::Result;
 use libwb::cli::{Exit, Progress};
 use libwb::format::{
@@ -9,34 +10,12 @@ use libwb::format::{
 use libwb::log::live::{Share, Totals};
 use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery};
 use libwb::log::salvage::{Plan, Scanned};
-use libwb::log::scan::{
-    BackingFacts, SlotContent, SlotFault, SlotState, read_slot_header, scan_headers,
-};
+use libwb::log::scan::{SlotContent, SlotFault, SlotState, read_slot_header, scan_headers};
 use serde::Serialize;
 use std::collections::HashSet;
-use std::path::PathBuf;
 
 /// Damaged segments of which the header is read again for the blocks that are at risk.
 const LISTED: usize = 1000;
-
-/// The backing device that the log is checked against.
-#[derive(Clone)]
-pub(crate) struct Backing {
-    pub(crate) path: PathBuf,
-    pub(crate) sectors: u64,
-    /// Its serial number or the like, perhaps empty, if it is there and not only recorded.
-    pub(crate) identity: Option<String>,
-}
-
-impl Backing {
-    pub(crate) fn facts<'a>(&'a self, name: &'a str) -> BackingFacts<'a> {
-        BackingFacts {
-            name,
-            sectors: self.sectors,
-            identity: self.identity.as_deref().unwrap_or_default(),
-        }
-    }
-}
 
 /// What a check comes to, with stable names for JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -19,8 +19,6 @@ const OFTEN: Duration = Duration::from_millis(1);
 const SELDOM: Duration = Duration::from_millis(100);
 /// How long it is tried to start the process.
 const TO_START: Duration = Duration::from_secs(5);
-/// How long a device may take to be opened. One that hangs may take for ever.
-const TO_OPEN: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Task {
@@ -102,19 +100,4 @@ fn start(task: Task, device: &Path) -> io::Result<Child> {
         .stderr(Stdio::null())
         .process_group(0)
         .spawn()
-}
-
-/// Who holds a block device. Empty when it is free.
-pub(crate) fn holders(device: &Path) -> Vec<String> {
-    let started = Instant::now();
-    match run(Task::Claim, device, || started.elapsed() < TO_OPEN) {
-        Some(Ok(())) => Vec::new(),
-        Some(Err(e)) => match e.raw_os_error().map(Errno::from_raw) {
-            Some(Errno::EBUSY) => outside::holders(device),
-            // It is gone, or nobody can use it any more.
-            Some(Errno::ENXIO | Errno::ENODEV | Errno::ENOENT | Errno::EIO) => Vec::new(),
-            _ => vec![format!("perhaps in use (that cannot be told: {e})")],
-        },
-        None => vec!["not answering".into()],
-    }
 }

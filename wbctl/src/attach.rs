@@ -1,8 +1,7 @@
 //! `wbctl attach`: the daemon. Recovers a volume and serves it in the foreground.
 
-use crate::apart::{self, Task, holders};
+use crate::apart::{self, Task};
 use crate::config::{Volume, not_recorded, parse_tunables};
-use crate::create::{absolute, sector_size, sector_sizes};
 use crate::daemon::{Daemon, SERVING};
 use crate::devices::Devices;
 use crate::ending::{End, Served, serve_until_ended};
@@ -10,10 +9,12 @@ use crate::keeper::Keeper;
 use crate::notes::About;
 use crate::notify::{self, Busy};
 use crate::older::Past;
+use crate::pair::absolute;
 use crate::place::Name;
+use crate::sector_size::{self, SectorSize};
 use crate::signals::{self, Stage, Stages};
 use crate::{leftovers, logging, rival, salvage, watch};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use libwb::cache::{Cache, CacheError, Purpose};
 use libwb::cli::{self, Exit, Io, Output, human_size};
 use libwb::control;
@@ -24,7 +25,6 @@ use libwb::log::create::accept_growth;
 use libwb::log::scan::BackingFacts;
 use libwb::serve::ReadOnly;
 use libwb::serve::loopdev::{LoopDevice, Options, Reserved};
-use libwb::serve::outside::users;
 use std::fs::Permissions;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -40,8 +40,6 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const PATIENCE_AFTER_KILL: Duration = Duration::from_secs(15);
 /// How long something is waited for that is to pass at once.
 const BRIEFLY: Duration = Duration::from_millis(500);
-/// How long a device may stay open before that counts.
-const BRIEFLY_OPEN: Duration = Duration::from_secs(1);
 /// How long the kernel may take to look for partitions.
 const TO_SHOW: Duration = Duration::from_secs(10);
 
@@ -57,9 +55,8 @@ pub(crate) struct Args {
     /// The backing device: a block device or a file
     #[arg(long, value_name = "DEV", requires = "cache")]
     backing: Option<PathBuf>,
-    /// Logical sector size of the loop device in bytes; by default that of the backing device
-    #[arg(long, value_parser = sector_sizes(), hide_possible_values = true, value_name = "512|4096")]
-    sector_size: Option<u32>,
+    #[command(flatten)]
+    sector: SectorSize,
     #[command(flatten)]
     salvage: salvage::Salvage,
     /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one
@@ -129,7 +126,7 @@ impl Args {
             }
             _ => bail!("give a volume's name, or --cache and --backing"),
         };
-        volume.sector_size = self.sector_size.or(volume.sector_size);
+        volume.sector_size = self.sector.sector_size.or(volume.sector_size);
         let tunables: Vec<String> = tunable.into_iter().chain(&self.tunables).cloned().collect();
         volume.tunables.extend(parse_tunables(&tunables)?);
         Ok((name, volume))
@@ -174,7 +171,7 @@ fn serve(
     leftovers::warn(&name);
     let (cache, backing) =
         open_patiently(&name, &volume, Duration::from_secs(args.wait.into()), args.read_only)?;
-    let sector_size = sector_size(volume.sector_size, &backing)?;
+    let sector_size = sector_size::choose(volume.sector_size, &backing)?;
     if let Err(why) = libwb::serve::guard_against_reclaim() {
         tracing::warn!("{why}: the volume may hang when memory is short");
     }
@@ -185,7 +182,7 @@ fn serve(
     let runtime = io.runtime();
     let devices = [io.serve(cache), io.serve(backing)];
     watch::start(devices.clone());
-    let recovering = Busy::with("recovering", done(&devices));
+    let recovering = Busy::while_devices_work("recovering", &devices);
     let cache = recover(&io, args, &volume, &devices[0], &devices[1])?;
     drop(recovering);
     let keeper =
@@ -244,12 +241,6 @@ fn serve(
     }
     stages.reach(Stage::Serving);
     serve_until_ended(&served, device, ended, close)
-}
-
-/// A number that changes as long as the devices get something done.
-pub(crate) fn done(devices: &[Device; 2]) -> impl FnMut() -> u64 + Send + 'static {
-    let devices = devices.clone();
-    move || devices.iter().map(|device| device.pending().done).sum()
 }
 
 /// Has the kernel look for partitions, for as long as that may take where a device hangs.
@@ -397,31 +388,4 @@ fn unlink_others(own: &Path, device: &Path) {
             let _ = std::fs::remove_file(&link);
         }
     }
-}
-
-/// Refuses to take a device away from those who hold it, or have it open, but for its own server.
-pub(crate) fn refuse_held(device: &Path, server: u32, force: bool) -> Result<()> {
-    if force {
-        return Ok(());
-    }
-    let mut held = holders(device);
-    // udev opens a device for a moment when somebody has closed it.
-    let started = Instant::now();
-    while held.is_empty() {
-        held = users(device, server);
-        if held.is_empty() {
-            return Ok(());
-        }
-        if started.elapsed() < BRIEFLY_OPEN {
-            held.clear();
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-    Err(still_held(device, &held))
-}
-
-/// That a device cannot be taken away from those who hold it.
-pub(crate) fn still_held(device: &Path, held: &[String]) -> anyhow::Error {
-    let (device, held) = (device.display(), held.join(", "));
-    anyhow!("{device} is {held}; release it first, or use --force and let its users fail")
 }

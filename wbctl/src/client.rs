@@ -1,15 +1,15 @@
 //! What is asked of a running daemon.
 
-use crate::apart::holders;
-use crate::attach::still_held;
 use crate::config::Volume;
+use crate::holders::{holders, still_held};
 use crate::leftovers;
 use crate::place::Name;
-use crate::show::ATTACHED;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::TunableValue;
 use libwb::cli::{self, Output, Progress, human_size};
-use libwb::control::{AskError, Client, LiveStatus, Remaining, Reply, Request, VolumeStatus};
+use libwb::control::{
+    AskError, Client, LiveStatus, Remaining, Reply, Request, VolumeState, VolumeStatus,
+};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -88,18 +88,21 @@ pub(crate) fn look(name: &Name) -> Result<VolumeStatus, AskError> {
     }
 }
 
-/// With what is known without its daemon, should that not have told it.
+/// Adds to a status what is known without the daemon, where a daemon of another version left it out.
 fn completed(name: &Name, mut status: VolumeStatus) -> VolumeStatus {
-    for (pointer, field, known) in [
-        ("/name", &mut status.name, name.to_string()),
-        // It answers.
-        ("/state", &mut status.state, ATTACHED.to_string()),
-    ] {
-        if status.untold.iter().any(|untold| untold == pointer) {
-            *field = known;
-            status.untold.retain(|untold| untold != pointer);
+    let VolumeStatus { name: told_name, state, untold, .. } = &mut status;
+    untold.retain(|pointer| match pointer.as_str() {
+        "/name" => {
+            *told_name = name.to_string();
+            false
         }
-    }
+        "/state" => {
+            // The daemon answers.
+            *state = VolumeState::Attached;
+            false
+        }
+        _ => true,
+    });
     status
 }
 
@@ -124,6 +127,23 @@ pub(crate) fn tunables(name: &Name) -> Result<BTreeMap<String, TunableValue>> {
 /// Changes tunables of an attached volume, all or none.
 pub(crate) fn set(name: &Name, tunables: BTreeMap<String, TunableValue>) -> Result<()> {
     ask(name, &Request::Set { tunables }).map(drop)
+}
+
+/// What a daemon of another version does not tell must not pass for a 0.
+pub(crate) fn warn_of_untold(volumes: &[VolumeStatus]) {
+    for volume in volumes.iter().filter(|volume| !volume.untold.is_empty()) {
+        let untold: Vec<_> =
+            volume.untold.iter().map(|it| it.trim_matches('/').replace('/', ".")).collect();
+        cli::complain(
+            "wbctl",
+            format!(
+                "the daemon of '{}' is of another version and does not tell {}: shown as 0 or not \
+                 at all",
+                volume.name,
+                untold.join(", ")
+            ),
+        );
+    }
 }
 
 pub(crate) fn flush(name: &Name, out: &mut Output) -> Result<()> {

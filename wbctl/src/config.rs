@@ -1,7 +1,7 @@
 //! The record of a volume: a TOML file in the configuration folder.
 
-use crate::create::parse_sector_size;
 use crate::place::Name;
+use crate::sector_size;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::{MAX_RECORD, Recorded, read_own};
@@ -50,7 +50,7 @@ impl Volume {
             refuse_nul(device).with_context(|| path.display().to_string())?;
         }
         if let Some(size) = volume.sector_size {
-            let checked = parse_sector_size(&size.to_string()).map_err(anyhow::Error::msg);
+            let checked = sector_size::parse(&size.to_string()).map_err(anyhow::Error::msg);
             checked.with_context(|| format!("{}: sector_size = {size}", path.display()))?;
         }
         Ok(Some(volume))

@@ -1,17 +1,16 @@
 //! `wbctl create`: format a cache device, and record the volume.
 
-use crate::Pair;
 use crate::config::{Volume, parse_tunables, refuse_recorded, refuse_shared};
+use crate::pair::{Pair, absolute};
 use crate::place::Name;
+use crate::sector_size::{self, SectorSize};
 use anyhow::{Context, Result, bail};
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use libwb::cache::refuse_size;
 use libwb::cli::{Exit, Output};
 use libwb::device::fit::refuse_misfit;
-use libwb::device::probe::{self, Access, OpenError, Opened};
 use std::io::Write;
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 #[derive(clap::Args)]
@@ -20,9 +19,8 @@ pub(crate) struct Args {
     name: Name,
     #[command(flatten)]
     pair: Pair,
-    /// Logical sector size of the loop device in bytes; by default that of the backing device
-    #[arg(long, value_parser = sector_sizes(), hide_possible_values = true, value_name = "512|4096")]
-    sector_size: Option<u32>,
+    #[command(flatten)]
+    sector: SectorSize,
     /// Go on although the cache device holds a filesystem, a partition table or the like, or the
     /// backing device is a cache device itself, or smaller than the cache device
     #[arg(long)]
@@ -42,38 +40,19 @@ pub(crate) struct Args {
     tunables: Vec<String>,
 }
 
-/// The sector sizes, as completions offer them.
-pub(crate) fn sector_sizes() -> impl TypedValueParser<Value = u32> {
-    PossibleValuesParser::new(["512", "4096"]).try_map(|text| parse_sector_size(&text))
-}
-
-/// Reads a sector size.
-pub(crate) fn parse_sector_size(text: &str) -> Result<u32, String> {
-    match text {
-        "512" => Ok(512),
-        "4096" => Ok(4096),
-        _ => Err("must be 512 or 4096".into()),
-    }
-}
-
-/// Opens both devices of a pair, to read and write them alone.
-pub(crate) fn open_pair(pair: &Pair) -> Result<(Opened, Opened), OpenError> {
-    probe::open_pair(&pair.cache, &pair.backing, [Access::Write; 2])
-}
-
 pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     let name = &args.name;
     let volume = Volume {
         cache: absolute(&args.pair.cache)?,
         backing: absolute(&args.pair.backing)?,
-        sector_size: args.sector_size,
+        sector_size: args.sector.sector_size,
         tunables: parse_tunables(&args.tunables)?,
     };
     refuse_recorded(name)?;
-    let (cache, backing) = open_pair(&args.pair)?;
+    let (cache, backing) = args.pair.open()?;
     refuse_shared(&volume)?;
     refuse_size(&backing.path.to_string_lossy(), backing.size)?;
-    sector_size(args.sector_size, &backing)?;
+    sector_size::choose(args.sector.sector_size, &backing)?;
     if !args.force {
         refuse_misfit(&cache, &backing)?;
     }
@@ -106,32 +85,6 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
         name.config_file().display()
     )?;
     Ok(Exit::Done)
-}
-
-/// The sector size to serve a backing device with.
-pub(crate) fn sector_size(wanted: Option<u32>, backing: &Opened) -> Result<u32> {
-    let wanted = wanted.unwrap_or(if backing.block_size > 512 { 4096 } else { 512 });
-    if wanted < backing.block_size {
-        bail!(
-            "{}: has blocks of {} bytes, so sectors of {wanted} bytes cannot be served; use \
-             --sector-size 4096",
-            backing.path.display(),
-            backing.block_size
-        );
-    }
-    if !backing.size.is_multiple_of(wanted.into()) {
-        bail!(
-            "{}: {} bytes are no multiple of {wanted}, so its end could not be served in sectors \
-             of {wanted} bytes; use --sector-size 512",
-            backing.path.display(),
-            backing.size
-        );
-    }
-    Ok(wanted)
-}
-
-pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
-    std::path::absolute(path).with_context(|| path.display().to_string())
 }
 
 /// The program beside this one, or else the one on the search path.

@@ -1,16 +1,16 @@
 //! What an attached volume's daemon answers those who ask it over its socket.
 
 use crate::apart::{self, Task};
-use crate::attach::refuse_held;
 use crate::config::Volume;
 use crate::devices::Devices;
 use crate::ending::End;
+use crate::holders::refuse_held;
+use crate::notify;
 use crate::place::Name;
-use crate::{notify, show};
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::abortable;
 use libwb::cache::{Cache, Status, TunableValue};
-use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
+use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeState, VolumeStatus};
 use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::Handle;
@@ -95,7 +95,7 @@ impl Daemon {
         let troubles = self.troubles(&status);
         VolumeStatus {
             name: self.name.to_string(),
-            state: self.state(&status, &troubles).into(),
+            state: self.state(&status, &troubles),
             message: (!troubles.is_empty()).then(|| troubles.join("; ")),
             device: Some(self.device.clone()),
             cache: self.volume.cache.clone(),
@@ -120,15 +120,15 @@ impl Daemon {
         failure.chain(writeback).chain(stuck).chain(self.watched.troubles()).collect()
     }
 
-    fn state(&self, status: &Status, troubles: &[String]) -> &'static str {
+    fn state(&self, status: &Status, troubles: &[String]) -> VolumeState {
         if status.failure.is_some() {
-            show::FAILED
+            VolumeState::Failed
         } else if !troubles.is_empty() {
-            show::DEGRADED
+            VolumeState::Degraded
         } else if self.read_only {
-            show::READ_ONLY
+            VolumeState::AttachedReadOnly
         } else {
-            show::ATTACHED
+            VolumeState::Attached
         }
     }
 

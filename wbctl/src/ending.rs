@@ -5,10 +5,11 @@
 //! somebody has asked again, or by force, each may take [`URGENT`] at most; asked once more, none
 //! is waited for. What was flushed is in the log whatever happens.
 
-use crate::apart::{self, Task, holders};
+use crate::apart::{self, Task};
+use crate::holders::holders;
+use crate::logging;
 use crate::notify::{self, Busy};
 use crate::place::Name;
-use crate::{attach, logging};
 use anyhow::{Result, anyhow};
 use libwb::cache::{Cache, CacheError};
 use libwb::cli::{Exit, human_size};
@@ -186,7 +187,7 @@ pub(crate) fn serve_until_ended(
         tracing::warn!("{e}");
     }
     drop(closing);
-    let _closing = Busy::with("closing", attach::done(&served.devices));
+    let _closing = Busy::while_devices_work("closing", &served.devices);
     let Some(closed) = callers.within(close) else {
         served.end_now(callers, "the log was closed", written_out.is_ok())
     };

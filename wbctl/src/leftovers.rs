@@ -1,7 +1,7 @@
 //! What a daemon that was killed leaves behind: its link, its socket, its run folder, and, while
 //! somebody holds it, its loop device, which fails and goes away by itself when it is released.
 
-use crate::apart::holders;
+use crate::holders::holders;
 use crate::place::Name;
 use anyhow::{Result, bail};
 use libwb::cli::Output;

@@ -9,6 +9,7 @@ mod daemon;
 mod devices;
 mod dm;
 mod ending;
+mod holders;
 mod import;
 mod interval;
 mod keeper;
@@ -17,12 +18,14 @@ mod logging;
 mod notes;
 mod notify;
 mod older;
+mod pair;
 mod place;
 mod prometheus;
 mod remove;
 mod replay;
 mod rival;
 mod salvage;
+mod sector_size;
 mod show;
 mod signals;
 mod stat;
@@ -32,11 +35,10 @@ mod upgrade;
 mod watch;
 
 use anyhow::Result;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use libwb::cli::{self, Exit, Output};
 use nix::sys::stat::{Mode, umask};
 use place::Name;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Put a fast device in front of a slow one as a write cache.
@@ -145,17 +147,6 @@ enum Command {
     /// What a daemon has another process do
     #[command(hide = true)]
     Apart(apart::Args),
-}
-
-/// A cache and a backing device.
-#[derive(Args)]
-struct Pair {
-    /// The cache device: a block device or a file
-    #[arg(long, value_name = "DEV")]
-    cache: PathBuf,
-    /// The backing device: a block device or a file
-    #[arg(long, value_name = "DEV")]
-    backing: PathBuf,
 }
 
 /// The command line, as it is parsed and documented.

@@ -3,6 +3,7 @@
 //! A device that hangs must not keep a system from shutting down, but a large log may take long. So
 //! more time is asked for as long as something gets done, and no longer.
 
+use libwb::device::Device;
 use sd_notify::NotifyState;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
@@ -52,6 +53,12 @@ impl Busy {
             }
         });
         Busy(alive)
+    }
+
+    /// Begins work that gets on as long as the devices answer requests.
+    pub(crate) fn while_devices_work(text: &str, devices: &[Device; 2]) -> Busy {
+        let devices = devices.clone();
+        Busy::with(text, move || devices.iter().map(|device| device.pending().done).sum())
     }
 }
 

@@ -1,9 +1,8 @@
 //! `wbctl status --prometheus`: metrics in the text format of Prometheus, for node_exporter's
 //! textfile collector.
 
-use crate::show::{FAILED, STATES};
 use libwb::cache::Counters;
-use libwb::control::{LiveStatus, Stuck, VolumeStatus};
+use libwb::control::{LiveStatus, Stuck, VolumeState, VolumeStatus};
 use serde_json::Value;
 use std::fmt::Display;
 use std::io::{Result, Write};
@@ -114,12 +113,12 @@ fn states(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
     let name = "wb_failed";
     head(out, name, "gauge", "1 when the volume refuses writes since its cache device failed.")?;
     for volume in volumes {
-        sample(out, name, &volume.name, "", u8::from(volume.state == FAILED))?;
+        sample(out, name, &volume.name, "", u8::from(volume.state == VolumeState::Failed))?;
     }
     let name = "wb_state";
     head(out, name, "gauge", "1 for the state that the volume is in, 0 for the others.")?;
     for volume in volumes {
-        for state in STATES {
+        for state in VolumeState::KNOWN {
             let label = format!(",state=\"{state}\"");
             sample(out, name, &volume.name, &label, u8::from(volume.state == state))?;
         }

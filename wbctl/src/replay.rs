@@ -1,9 +1,9 @@
 //! `wbctl replay`: write a log back offline.
 
-use crate::create::absolute;
 use crate::notes::{self, About};
 use crate::older::Past;
-use crate::{Pair, rival, salvage};
+use crate::pair::{Pair, absolute};
+use crate::{rival, salvage};
 use anyhow::{Result, bail};
 use libwb::cache::{Cache, CacheError, Purpose, Tunables};
 use libwb::cli::{self, Io, Output, Progress, count, human_size};

@@ -9,27 +9,11 @@ use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::{
     self, Exit, Output, human_rate, human_size, human_time, percent, properties, table,
 };
-use libwb::control::{AskError, LiveStatus, VolumeStatus, ratio};
+use libwb::control::{AskError, LiveStatus, VolumeState, VolumeStatus, ratio};
 use std::io::{ErrorKind, Write};
 
-/// States of a volume.
-pub(crate) const ATTACHED: &str = "attached";
-pub(crate) const READ_ONLY: &str = "attached read-only";
-/// It works, but something is wrong.
-pub(crate) const DEGRADED: &str = "degraded";
-/// It refuses writes.
-pub(crate) const FAILED: &str = "failed";
-const DETACHED: &str = "detached";
-/// Its daemon has ended without closing it.
-const CRASHED: &str = "crashed";
-const BUSY: &str = "starting or stopping";
 /// How many stuck blocks the status names.
 const NAMED: usize = 4;
-const SILENT: &str = "not answering";
-const UNREADABLE: &str = "unreadable record";
-/// All of them, as the metrics name them.
-pub(crate) const STATES: [&str; 9] =
-    [ATTACHED, READ_ONLY, DEGRADED, FAILED, DETACHED, CRASHED, BUSY, SILENT, UNREADABLE];
 
 #[derive(clap::Args)]
 pub(crate) struct StatusArgs {
@@ -52,12 +36,12 @@ pub(crate) struct StatusArgs {
 /// The state of a volume, attached or not; `None` when nothing is known of it. What is wrong with
 /// one volume is its state, and keeps nobody from seeing the others.
 fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
-    let (mut state, mut message) = (DETACHED, None);
+    let (mut state, mut message) = (VolumeState::Detached, None);
     let is_running = match name.is_running() {
         // An ordinary user cannot tell it of any volume.
         Err(error) if is_forbidden(&error) => return Err(error),
         Err(error) => {
-            (state, message) = (SILENT, Some(format!("{error:#}")));
+            (state, message) = (VolumeState::NotAnswering, Some(format!("{error:#}")));
             None
         }
         Ok(is_running) => Some(is_running),
@@ -67,35 +51,35 @@ fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
         match client::look(name) {
             Ok(status) => return Ok(Some(status)),
             Err(AskError::Silent(pid)) => {
-                (state, message) = (SILENT, Some(client::silence(name, pid)))
+                (state, message) = (VolumeState::NotAnswering, Some(client::silence(name, pid)))
             }
-            Err(AskError::NotThere | AskError::Gone) => state = BUSY,
-            Err(error) => (state, message) = (SILENT, Some(error.to_string())),
+            Err(AskError::NotThere | AskError::Gone) => state = VolumeState::StartingOrStopping,
+            Err(error) => (state, message) = (VolumeState::NotAnswering, Some(error.to_string())),
         }
     } else if is_running == Some(false) {
         let left = Leftovers::of(name);
         message = left.message();
         if left.has_crashed {
-            state = CRASHED;
+            state = VolumeState::Crashed;
         }
     }
     let recorded = match Volume::load(name) {
         Ok(recorded) => recorded,
         Err(error) => {
-            if state == DETACHED {
-                state = UNREADABLE;
+            if state == VolumeState::Detached {
+                state = VolumeState::UnreadableRecord;
             }
             let why = format!("{error:#}");
             message = Some(message.map_or(why.clone(), |message| format!("{message}; {why}")));
             None
         }
     };
-    if recorded.is_none() && state == DETACHED && message.is_none() {
+    if recorded.is_none() && state == VolumeState::Detached && message.is_none() {
         return Ok(None);
     }
     let (cache, backing) =
         recorded.map(|volume| (volume.cache, volume.backing)).unwrap_or_default();
-    let (name, state) = (name.to_string(), state.into());
+    let name = name.to_string();
     Ok(Some(VolumeStatus { name, state, message, cache, backing, ..VolumeStatus::default() }))
 }
 
@@ -121,29 +105,12 @@ fn volumes() -> Result<Vec<VolumeStatus>> {
     volumes.into_iter().filter_map(Result::transpose).collect()
 }
 
-/// What a daemon of another version does not tell must not pass for a 0.
-pub(crate) fn warn_of_untold(volumes: &[VolumeStatus]) {
-    for volume in volumes.iter().filter(|volume| !volume.untold.is_empty()) {
-        let untold: Vec<_> =
-            volume.untold.iter().map(|it| it.trim_matches('/').replace('/', ".")).collect();
-        cli::complain(
-            "wbctl",
-            format!(
-                "the daemon of '{}' is of another version and does not tell {}: shown as 0 or not \
-                 at all",
-                volume.name,
-                untold.join(", ")
-            ),
-        );
-    }
-}
-
 pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
     let volumes = volumes()?;
     if json {
         return print_json(&volumes, out);
     }
-    warn_of_untold(&volumes);
+    client::warn_of_untold(&volumes);
     if volumes.is_empty() {
         writeln!(out, "no volumes; see wbctl create")?;
         return Ok(());
@@ -157,7 +124,7 @@ pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
         };
         table.row([
             v.name.clone(),
-            v.state.clone(),
+            v.state.to_string(),
             v.device.as_ref().map_or("-".into(), |device| device.display().to_string()),
             size("/live/volume_bytes", |live| live.volume_bytes),
             size("/live/dirty_bytes", |live| live.dirty_bytes),
@@ -211,12 +178,14 @@ pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<Exit> {
 }
 
 /// How `wbctl status NAME` ends.
-fn exit_code(state: &str) -> Exit {
+fn exit_code(state: &VolumeState) -> Exit {
     match state {
-        FAILED | SILENT => Exit::VolumeFailed,
-        DEGRADED => Exit::Degraded,
-        DETACHED | CRASHED | BUSY => Exit::NotAttached,
-        UNREADABLE => Exit::Failed,
+        VolumeState::Failed | VolumeState::NotAnswering => Exit::VolumeFailed,
+        VolumeState::Degraded => Exit::Degraded,
+        VolumeState::Detached | VolumeState::Crashed | VolumeState::StartingOrStopping => {
+            Exit::NotAttached
+        }
+        VolumeState::UnreadableRecord => Exit::Failed,
         // A newer daemon may have other words.
         _ => Exit::Done,
     }
@@ -241,21 +210,21 @@ fn asked(args: &StatusArgs) -> Result<(Vec<VolumeStatus>, bool)> {
     }
     let mut volumes = volumes()?;
     if !args.prometheus {
-        volumes.retain(|volume| volume.state != DETACHED || volume.message.is_some());
+        volumes.retain(|volume| volume.state != VolumeState::Detached || volume.message.is_some());
     }
     Ok((volumes, true))
 }
 
 fn print_all(volumes: &[VolumeStatus], all: bool, out: &mut Output) -> Result<()> {
-    warn_of_untold(volumes);
+    client::warn_of_untold(volumes);
     if volumes.is_empty() && all {
         writeln!(out, "no volume is attached; see wbctl list")?;
     }
     // Of a record that was asked for and cannot be read there is no more to show than why.
-    let is_error = |volume: &VolumeStatus| !all && volume.state == UNREADABLE;
+    let is_error = |volume: &VolumeStatus| !all && volume.state == VolumeState::UnreadableRecord;
     for volume in volumes.iter().filter(|volume| is_error(volume)) {
         let why = volume.message.as_deref().unwrap_or_default();
-        cli::complain("wbctl", format!("{UNREADABLE}: {why}"));
+        cli::complain("wbctl", format!("{}: {why}", volume.state));
     }
     for (nth, volume) in volumes.iter().filter(|volume| !is_error(volume)).enumerate() {
         if nth > 0 {
@@ -267,7 +236,7 @@ fn print_all(volumes: &[VolumeStatus], all: bool, out: &mut Output) -> Result<()
 }
 
 fn print_dm(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
-    warn_of_untold(volumes);
+    client::warn_of_untold(volumes);
     for volume in volumes {
         match &volume.live {
             Some(live) => writeln!(out, "{}", dm::line(live))?,
@@ -287,7 +256,7 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
     let mut table = properties();
     let mut row = |key: &str, value: String| table.row([key.to_string(), value]);
     row("volume", volume.name.clone());
-    row("state", volume.state.clone());
+    row("state", volume.state.to_string());
     if let Some(message) = &volume.message {
         row("why", message.clone());
     }
@@ -306,7 +275,7 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
             row(key, format!("{value} {}", Tunables::unit(key)).trim_end().into());
         }
     }
-    if volume.state == DETACHED {
+    if volume.state == VolumeState::Detached {
         row("dirty", format!("not known while detached; see wbcheck {}", volume.cache.display()));
     }
     writeln!(out, "{table}")?;

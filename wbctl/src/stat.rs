@@ -3,7 +3,6 @@
 use crate::client;
 use crate::interval::{Interval, log_in_use};
 use crate::place::Name;
-use crate::show::warn_of_untold;
 use anyhow::Result;
 use libwb::cli::Output;
 use libwb::control::LiveStatus;
@@ -56,7 +55,7 @@ pub(crate) fn parse_interval(text: &str) -> Result<Duration, String> {
 }
 
 pub(crate) fn stat(args: &Args, out: &mut Output) -> Result<()> {
-    warn_of_untold(&[client::status(&args.name)?]);
+    client::warn_of_untold(&[client::status(&args.name)?]);
     let mut before = client::live(&args.name)?;
     let all = to_u16(COLUMNS.len()) * WIDTH;
     let is_narrow = out.columns().is_some_and(|columns| columns < all);

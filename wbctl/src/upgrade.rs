@@ -1,7 +1,6 @@
 //! `wbctl upgrade`: give a device of the kernel module wb's extension.
 
-use crate::Pair;
-use crate::create::open_pair;
+use crate::pair::Pair;
 use anyhow::{Result, bail};
 use libwb::cli::{Io, Output, count, parse_label};
 use libwb::log::Use;
@@ -40,7 +39,7 @@ struct Report<'a> {
 
 pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     let io = Io::start()?;
-    let (cache, backing) = open_pair(&args.pair)?;
+    let (cache, backing) = args.pair.open()?;
     let (cache, backing) = (io.serve(cache), io.serve(backing));
     let scanned = io.block_on(Scanned::read(&cache, Use::Write, |_| ()))?;
     let label = args.label.as_deref().unwrap_or_default();

@@ -9,10 +9,12 @@
 
 mod client;
 mod line;
+mod state;
 mod statistics;
 mod status;
 
 pub use client::{AskError, Client, Remaining, volume_of};
+pub use state::VolumeState;
 pub use statistics::{AccessCount, Latency, VolumeStatistics, hit_ratio, ratio};
 pub use status::{LiveStatus, Stuck, VolumeStatus, by_name};
 

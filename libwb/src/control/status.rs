@@ -1,6 +1,6 @@
 //! What a daemon tells of its volume.
 
-use super::VolumeStatistics;
+use super::{VolumeState, VolumeStatistics};
 use crate::cache::{Counters, Status, StuckBlocks, TunableValue, Tunables};
 use crate::device::Pending;
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
@@ -15,8 +15,8 @@ use std::path::PathBuf;
 pub struct VolumeStatus {
     /// The volume's name.
     pub name: String,
-    /// The state in a few words, such as `attached`; wbctl(8) has them all.
-    pub state: String,
+    /// The state that it is in.
+    pub state: VolumeState,
     /// Why it is in that state, or what is wrong with it, where there is something to say.
     pub message: Option<String>,
     /// The loop device, while attached.

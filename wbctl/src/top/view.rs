@@ -119,7 +119,11 @@ impl View {
             Span::styled(format!(" {}", volume.name), Style::new().add_modifier(Modifier::BOLD)),
             Span::raw(format!(
                 "  {device}  {}",
-                if self.gone.is_some() { "gone; this is how things stood" } else { &volume.state }
+                if self.gone.is_some() {
+                    "gone; this is how things stood"
+                } else {
+                    volume.state.name()
+                }
             )),
         ]);
         let right = format!("every {} s, q quits ", self.interval.as_secs_f64());

@@ -8,7 +8,7 @@ use serde::Serialize;
 use std::path::Path;
 
 #[derive(Serialize)]
-pub(crate) struct Report<'a> {
+pub(crate) struct CheckReport<'a> {
     device: &'a str,
     verdict: Verdict,
     /// False when only the headers were read.
@@ -67,12 +67,12 @@ struct Damaged<'a> {
     blocks_at_risk: Vec<u64>,
 }
 
-impl Report<'_> {
-    pub(crate) fn of<'a>(f: &'a Findings, repaired: Option<&Repaired>) -> Report<'a> {
+impl CheckReport<'_> {
+    pub(crate) fn of<'a>(f: &'a Findings, repaired: Option<&Repaired>) -> CheckReport<'a> {
         let mut corruption: Vec<_> =
             f.recovery.corruption.iter().map(ToString::to_string).collect();
         corruption.extend(f.record.err().map(|fault| fault.to_string()));
-        Report {
+        CheckReport {
             device: &f.device,
             verdict: f.verdict(),
             data_verified: !f.headers_only,

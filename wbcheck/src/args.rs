@@ -1,0 +1,74 @@
+//! The command line.
+
+use clap::Parser;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use libwb::format::SegmentId;
+use libwb::log::salvage::Way;
+use std::path::PathBuf;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  sound, also after a power cut
+  1  errors were found, and all repaired (--repair)
+  2  the command line makes no sense
+  4  errors found, and still there
+  8  could not check: for example the device is in use, or is no cache device";
+
+/// Check a cache device. Reads the whole device, and changes nothing but with --repair.
+///
+/// The first line of the output is the verdict. What a power cut explains is no error; it is noted,
+/// and nothing that was acknowledged as durable is lost.
+#[derive(Parser)]
+#[command(name = "wbcheck", version, after_help = EXIT_CODES)]
+pub(crate) struct Args {
+    /// The cache device: a block device or a file
+    #[arg(value_name = "CACHE")]
+    pub(crate) cache: PathBuf,
+
+    /// Check as well that all dirty data fits on this backing device
+    #[arg(long, value_name = "DEV")]
+    pub(crate) backing: Option<PathBuf>,
+
+    /// Check this segment alone. The others are read as attaching reads them: mostly their headers
+    #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u64).range(1..=SegmentId::MAX.0))]
+    pub(crate) segment: Option<u64>,
+
+    /// Read the headers alone, which is much faster but does not notice damaged data
+    #[arg(long, conflicts_with = "segment")]
+    pub(crate) headers_only: bool,
+
+    /// Repair what can be without giving up any data that recovery would use: what a power cut has
+    /// torn, what is damaged but written back, a damaged copy of the superblock extension, the
+    /// first bytes of a device that has one
+    ///
+    /// After that, the kernel module reads the same volume from the log as wb, as after a detach:
+    /// no segment is left at which it would stop, or that is written back and from which it would
+    /// take old data for new. The device must not be attached.
+    #[arg(long, conflicts_with_all = ["segment", "headers_only"])]
+    pub(crate) repair: bool,
+
+    /// With --repair, go on with a corrupt log, and give up what has to be: with skip the damaged
+    /// blocks alone, with stop all that came after them
+    ///
+    /// Without it, what each way would give up is shown. Copy the device first: what is given up is
+    /// gone for ever.
+    #[arg(
+        long,
+        value_name = "skip|stop",
+        value_parser = PossibleValuesParser::new(["skip", "stop"]).try_map(|way| way.parse::<Way>()),
+        hide_possible_values = true,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "skip",
+        requires = "repair"
+    )]
+    pub(crate) salvage: Option<Way>,
+
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// Print nothing when the device is sound, and the verdict alone when it is not
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) quiet: bool,
+}

@@ -10,7 +10,7 @@ use libwb::cache::{Cache, Tunables};
 use libwb::device::{Device, MemDevice};
 use libwb::format::to_usize;
 use libwb::reactor::Reactor;
-use libwb::serve::Volume;
+use libwb::serve::ServedVolume;
 use libwb::serve::loopdev::{LoopDevice, Options as LoopOptions, Reserved};
 use std::sync::Arc;
 
@@ -72,7 +72,7 @@ fn on_files(options: &Options) -> Result<Table> {
 fn compare(
     options: &Options,
     reactor: &Reactor,
-    baseline: impl Volume,
+    baseline: impl ServedVolume,
     device: Device,
     backing: Device,
 ) -> Result<Vec<Row>> {
@@ -130,7 +130,7 @@ fn rows(
         .collect())
 }
 
-fn serve(volume: impl Volume, reactor: &Reactor) -> Result<LoopDevice> {
+fn serve(volume: impl ServedVolume, reactor: &Reactor) -> Result<LoopDevice> {
     let reserved = Reserved::take()?;
     Ok(LoopDevice::attach(
         volume,

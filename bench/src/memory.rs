@@ -3,7 +3,7 @@
 
 use libwb::device::{Device, IoBuf, SharedBuf};
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
-use libwb::serve::Volume;
+use libwb::serve::ServedVolume;
 use nix::errno::Errno;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -45,7 +45,7 @@ impl Memory {
     }
 }
 
-impl Volume for Memory {
+impl ServedVolume for Memory {
     async fn discard(&self, _sector: Sector, _length: u64) -> Result<(), Errno> {
         Err(Errno::EOPNOTSUPP)
     }
@@ -80,7 +80,7 @@ impl Volume for Memory {
 #[derive(Clone)]
 pub(crate) struct Plain(pub(crate) Device);
 
-impl Volume for Plain {
+impl ServedVolume for Plain {
     async fn discard(&self, _sector: Sector, _length: u64) -> Result<(), Errno> {
         Err(Errno::EOPNOTSUPP)
     }

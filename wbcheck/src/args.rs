@@ -30,7 +30,11 @@ pub(crate) struct Args {
     pub(crate) backing: Option<PathBuf>,
 
     /// Check this segment alone. The others are read as attaching reads them: mostly their headers
-    #[arg(long, value_name = "ID", value_parser = clap::value_parser!(u64).range(1..=SegmentId::MAX.0))]
+    #[arg(
+        long,
+        value_name = "ID",
+        value_parser = clap::value_parser!(u64).range(1..=SegmentId::MAX.0)
+    )]
     pub(crate) segment: Option<u64>,
 
     /// Read the headers alone, which is much faster but does not notice damaged data

@@ -1,18 +1,18 @@
 //! `wbctl attach`: the daemon. Recovers a volume and serves it in the foreground.
 
 use crate::apart::{self, Task};
-use crate::config::{Volume, not_recorded, parse_tunables};
+use crate::config::{RecordedVolume, not_recorded, parse_tunables};
 use crate::daemon::{Daemon, SERVING};
 use crate::devices::Devices;
-use crate::ending::{End, Served, serve_until_ended};
+use crate::ending::{End, LiveVolume, serve_until_ended};
 use crate::keeper::Keeper;
 use crate::notes::About;
 use crate::notify::{self, Busy};
 use crate::older::Past;
 use crate::pair::absolute;
-use crate::place::Name;
 use crate::sector_size::{self, SectorSize};
 use crate::signals::{self, Stage, Stages};
+use crate::volume_paths::VolumeName;
 use crate::{leftovers, logging, rival, salvage, watch};
 use anyhow::{Context, Result, bail};
 use libwb::cache::{Cache, CacheError, Purpose};
@@ -86,7 +86,7 @@ pub(crate) struct Args {
 /// The first word that is no option. NAME may be left out where --cache is given.
 #[derive(Clone, Debug)]
 enum First {
-    Name(Name),
+    Name(VolumeName),
     Tunable(String),
 }
 
@@ -103,7 +103,7 @@ impl FromStr for First {
 }
 
 impl Args {
-    fn volume(&self) -> Result<(Name, Volume)> {
+    fn volume(&self) -> Result<(VolumeName, RecordedVolume)> {
         let (name, tunable) = match &self.first {
             Some(First::Name(name)) => (Some(name), None),
             Some(First::Tunable(pair)) => (None, Some(pair)),
@@ -111,17 +111,17 @@ impl Args {
         };
         let (name, mut volume) = match (name, &self.cache, &self.backing) {
             (name, Some(cache), Some(backing)) => {
-                let volume = Volume {
+                let volume = RecordedVolume {
                     // Others, who are elsewhere, are told these.
                     cache: absolute(cache)?,
                     backing: absolute(backing)?,
                     sector_size: None,
                     tunables: Default::default(),
                 };
-                (name.cloned().map_or_else(|| Name::of_device(cache), Ok)?, volume)
+                (name.cloned().map_or_else(|| VolumeName::of_device(cache), Ok)?, volume)
             }
             (Some(name), ..) => {
-                let volume = Volume::load(name)?.ok_or_else(|| not_recorded(name))?;
+                let volume = RecordedVolume::load(name)?.ok_or_else(|| not_recorded(name))?;
                 (name.clone(), volume)
             }
             _ => bail!("give a volume's name, or --cache and --backing"),
@@ -160,8 +160,8 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<Exit> {
 /// Serves a volume until it is told to end.
 fn serve(
     args: &Args,
-    name: Name,
-    volume: Volume,
+    name: VolumeName,
+    volume: RecordedVolume,
     reserved: Reserved,
     (end, ended): (Sender<End>, &Receiver<End>),
     stages: &Stages,
@@ -213,7 +213,7 @@ fn serve(
     };
     watched.served_as(device.path());
     show_partitions(device.path());
-    let served = Served {
+    let served = LiveVolume {
         name: name.clone(),
         cache: cache.clone(),
         devices: devices.clone(),
@@ -258,7 +258,7 @@ fn show_partitions(device: &Path) {
 fn recover(
     io: &Io,
     args: &Args,
-    volume: &Volume,
+    volume: &RecordedVolume,
     cache: &Device,
     backing: &Device,
 ) -> Result<Cache> {
@@ -297,7 +297,7 @@ fn recover(
 }
 
 /// Takes the volume's lock, for as long as the process lives: its devices are not free before that.
-fn lock_for_life(name: &Name) -> Result<()> {
+fn lock_for_life(name: &VolumeName) -> Result<()> {
     let started = Instant::now();
     loop {
         match name.lock()? {
@@ -313,7 +313,7 @@ fn lock_for_life(name: &Name) -> Result<()> {
 }
 
 /// Opens the control socket, and tells everybody that the volume can be used.
-fn announce(name: &Name, daemon: Daemon, out: &mut Output) -> Result<()> {
+fn announce(name: &VolumeName, daemon: Daemon, out: &mut Output) -> Result<()> {
     let (socket, device) = (name.socket(), daemon.device.clone());
     control::serve(&socket, move |request, replies| daemon.answer(&request, replies))
         .with_context(|| format!("cannot listen on {}", socket.display()))?;
@@ -325,8 +325,8 @@ fn announce(name: &Name, daemon: Daemon, out: &mut Output) -> Result<()> {
 }
 
 fn open_patiently(
-    name: &Name,
-    volume: &Volume,
+    name: &VolumeName,
+    volume: &RecordedVolume,
     wait: Duration,
     read_only: bool,
 ) -> Result<(Opened, Opened)> {
@@ -356,7 +356,7 @@ fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
 
 /// A stable name for the loop device. udev makes the same (dist/udev), but need not run. The volume
 /// can be used without.
-fn link(name: &Name, device: &Path) {
+fn link(name: &VolumeName, device: &Path) {
     let link = name.link();
     // In one step, so that a name that leads to the device before does not vanish meanwhile.
     let new = link.with_file_name(format!(".{name}"));

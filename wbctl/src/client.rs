@@ -1,9 +1,9 @@
 //! What is asked of a running daemon.
 
-use crate::config::Volume;
+use crate::config::RecordedVolume;
 use crate::holders::{holders, still_held};
 use crate::leftovers;
-use crate::place::Name;
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::TunableValue;
 use libwb::cli::{self, Output, Progress, human_size};
@@ -24,7 +24,7 @@ const TO_END: Duration = Duration::from_secs(3);
 #[derive(clap::Args)]
 pub(crate) struct DetachArgs {
     /// The volume
-    name: Name,
+    name: VolumeName,
     /// Write everything back first, so that the backing device alone holds all data
     #[arg(long)]
     drain: bool,
@@ -35,13 +35,13 @@ pub(crate) struct DetachArgs {
 }
 
 /// What to tell people when a daemon's answer could not be had.
-fn explained(name: &Name, error: AskError) -> anyhow::Error {
+fn explained(name: &VolumeName, error: AskError) -> anyhow::Error {
     match error {
         AskError::NotThere if name.is_running().unwrap_or(false) => {
             anyhow!("volume '{name}' is starting or stopping; try again")
         }
         AskError::NotThere => {
-            let advice = match Volume::load(name) {
+            let advice = match RecordedVolume::load(name) {
                 Ok(None) => "see wbctl list".into(),
                 _ => format!("attach it with: wbctl attach {name}"),
             };
@@ -56,7 +56,7 @@ fn explained(name: &Name, error: AskError) -> anyhow::Error {
 }
 
 /// What to do about a daemon that does not answer.
-pub(crate) fn silence(name: &Name, pid: Option<i32>) -> String {
+pub(crate) fn silence(name: &VolumeName, pid: Option<i32>) -> String {
     let kill = pid.map_or("kill it".into(), |pid| format!("kill -9 {pid}"));
     format!(
         "{}: it is stopped, or hangs; to give it up: {kill}, then: wbctl detach --force {name}",
@@ -64,11 +64,15 @@ pub(crate) fn silence(name: &Name, pid: Option<i32>) -> String {
     )
 }
 
-fn ask(name: &Name, request: &Request) -> Result<Reply> {
+fn ask(name: &VolumeName, request: &Request) -> Result<Reply> {
     ask_with(name, request, |_| ())
 }
 
-fn ask_with(name: &Name, request: &Request, progress: impl FnMut(Remaining)) -> Result<Reply> {
+fn ask_with(
+    name: &VolumeName,
+    request: &Request,
+    progress: impl FnMut(Remaining),
+) -> Result<Reply> {
     let reply =
         Client::connect(&name.socket()).and_then(|mut client| client.ask(request, progress));
     match reply.map_err(|e| explained(name, e))? {
@@ -78,7 +82,7 @@ fn ask_with(name: &Name, request: &Request, progress: impl FnMut(Remaining)) -> 
 }
 
 /// The state of an attached volume, or why its daemon does not tell.
-pub(crate) fn look(name: &Name) -> Result<VolumeStatus, AskError> {
+pub(crate) fn look(name: &VolumeName) -> Result<VolumeStatus, AskError> {
     match Client::connect(&name.socket())?.ask(&Request::Status, |_| ())? {
         Reply::Status(status) => Ok(completed(name, *status)),
         Reply::Error { message } => Err(AskError::System(io::Error::other(message))),
@@ -89,7 +93,7 @@ pub(crate) fn look(name: &Name) -> Result<VolumeStatus, AskError> {
 }
 
 /// Adds to a status what is known without the daemon, where a daemon of another version left it out.
-fn completed(name: &Name, mut status: VolumeStatus) -> VolumeStatus {
+fn completed(name: &VolumeName, mut status: VolumeStatus) -> VolumeStatus {
     let VolumeStatus { name: told_name, state, untold, .. } = &mut status;
     untold.retain(|pointer| match pointer.as_str() {
         "/name" => {
@@ -107,17 +111,17 @@ fn completed(name: &Name, mut status: VolumeStatus) -> VolumeStatus {
 }
 
 /// The state of an attached volume.
-pub(crate) fn status(name: &Name) -> Result<VolumeStatus> {
+pub(crate) fn status(name: &VolumeName) -> Result<VolumeStatus> {
     look(name).map_err(|e| explained(name, e))
 }
 
 /// What the daemon of an attached volume tells of it.
-pub(crate) fn live(name: &Name) -> Result<LiveStatus> {
+pub(crate) fn live(name: &VolumeName) -> Result<LiveStatus> {
     status(name)?.live.with_context(|| format!("the daemon of '{name}' says nothing of its work"))
 }
 
 /// The tunables in force of an attached volume.
-pub(crate) fn tunables(name: &Name) -> Result<BTreeMap<String, TunableValue>> {
+pub(crate) fn tunables(name: &VolumeName) -> Result<BTreeMap<String, TunableValue>> {
     match ask(name, &Request::Tunables)? {
         Reply::Tunables { tunables } => Ok(tunables),
         other => bail!("the daemon of '{name}' answers strangely: {other:?}"),
@@ -125,7 +129,7 @@ pub(crate) fn tunables(name: &Name) -> Result<BTreeMap<String, TunableValue>> {
 }
 
 /// Changes tunables of an attached volume, all or none.
-pub(crate) fn set(name: &Name, tunables: BTreeMap<String, TunableValue>) -> Result<()> {
+pub(crate) fn set(name: &VolumeName, tunables: BTreeMap<String, TunableValue>) -> Result<()> {
     ask(name, &Request::Set { tunables }).map(drop)
 }
 
@@ -146,13 +150,13 @@ pub(crate) fn warn_of_untold(volumes: &[VolumeStatus]) {
     }
 }
 
-pub(crate) fn flush(name: &Name, out: &mut Output) -> Result<()> {
+pub(crate) fn flush(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::Flush)?;
     writeln!(out, "flushed '{name}'")?;
     Ok(())
 }
 
-pub(crate) fn clear_stats(name: &Name, out: &mut Output) -> Result<()> {
+pub(crate) fn clear_stats(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::ClearStats)?;
     writeln!(out, "the counters of '{name}' start anew")?;
     Ok(())
@@ -161,7 +165,7 @@ pub(crate) fn clear_stats(name: &Name, out: &mut Output) -> Result<()> {
 /// Asks for something that writes everything back, and shows how far that has got. Returns how many
 /// bytes were dirty when the daemon last said so. When it is interrupted, the daemon goes on as
 /// before.
-fn ask_to_drain(name: &Name, request: &Request, go_on: &str) -> Result<u64> {
+fn ask_to_drain(name: &VolumeName, request: &Request, go_on: &str) -> Result<u64> {
     let dirty = Arc::new(AtomicU64::new(u64::MAX));
     let (told, go_on) = (dirty.clone(), format!("go on with: wbctl {go_on}"));
     cli::on_interrupt("wbctl", move || match told.load(Ordering::Relaxed) {
@@ -180,7 +184,7 @@ fn ask_to_drain(name: &Name, request: &Request, go_on: &str) -> Result<u64> {
     Ok(last.load(Ordering::Relaxed)).map(|dirty| if dirty == u64::MAX { 0 } else { dirty })
 }
 
-pub(crate) fn pause(name: &Name, out: &mut Output) -> Result<()> {
+pub(crate) fn pause(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::Pause)?;
     // A batch that takes long is not waited for.
     let goes_on = look(name).is_ok_and(|status| status.live.is_some_and(|live| live.writing_back));
@@ -197,13 +201,13 @@ pub(crate) fn pause(name: &Name, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn resume(name: &Name, out: &mut Output) -> Result<()> {
+pub(crate) fn resume(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::Resume)?;
     writeln!(out, "write-back of '{name}' goes on")?;
     Ok(())
 }
 
-pub(crate) fn drain(name: &Name, out: &mut Output) -> Result<()> {
+pub(crate) fn drain(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask_to_drain(name, &Request::Drain, &format!("drain {name}"))?;
     writeln!(out, "drained '{name}': everything written before is on the backing device")?;
     Ok(())
@@ -256,7 +260,7 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
 
 /// The daemon looks itself, but as a service it may not see the mounts that its users see. A daemon
 /// of another version need not tell of its device: there is the link.
-fn refuse_held_here(name: &Name) -> Result<()> {
+fn refuse_held_here(name: &VolumeName) -> Result<()> {
     let device = match look(name) {
         Ok(VolumeStatus { device: Some(device), .. }) => Some(device),
         Err(e @ (AskError::NotThere | AskError::Silent(_))) => return Err(explained(name, e)),

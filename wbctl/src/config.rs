@@ -1,10 +1,10 @@
 //! The record of a volume: a TOML file in the configuration folder.
 
-use crate::place::Name;
 use crate::sector_size;
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
-use libwb::cli::{MAX_RECORD, Recorded, read_own};
+use libwb::cli::{MAX_RECORD, VolumeDevices, read_own};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, Permissions};
@@ -20,7 +20,7 @@ const MODE: u32 = 0o644;
 /// What is recorded of a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Volume {
+pub(crate) struct RecordedVolume {
     /// The cache device.
     pub(crate) cache: PathBuf,
     /// The backing device.
@@ -34,16 +34,16 @@ pub(crate) struct Volume {
     pub(crate) tunables: BTreeMap<String, TunableValue>,
 }
 
-impl Volume {
+impl RecordedVolume {
     /// Reads the record of a volume; `None` when there is none.
-    pub(crate) fn load(name: &Name) -> Result<Option<Volume>> {
+    pub(crate) fn load(name: &VolumeName) -> Result<Option<RecordedVolume>> {
         let path = name.config_file();
         let text = match read_own(&path, MAX_RECORD) {
             Ok(text) => text,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
         };
-        let volume: Volume = toml::from_str(&text)
+        let volume: RecordedVolume = toml::from_str(&text)
             .map_err(|e| anyhow!("{}: {}", path.display(), one_line(&e, &text)))?;
         volume.tunables().with_context(|| path.display().to_string())?;
         for device in [&volume.cache, &volume.backing] {
@@ -57,13 +57,13 @@ impl Volume {
     }
 
     /// Writes the record of a new volume.
-    pub(crate) fn save_new(&self, name: &Name) -> Result<()> {
+    pub(crate) fn save_new(&self, name: &VolumeName) -> Result<()> {
         self.prepare(name)?.save()
     }
 
     /// Does all for the record of a new volume that can fail for want of something, but for giving
     /// it its name.
-    pub(crate) fn prepare(&self, name: &Name) -> Result<NewRecord> {
+    pub(crate) fn prepare(&self, name: &VolumeName) -> Result<NewRecord> {
         let path = name.config_file();
         let cannot = || format!("cannot record it in {}", path.display());
         let text = toml::to_string(self).with_context(cannot)?;
@@ -96,7 +96,7 @@ pub(crate) fn refuse_nul(device: &Path) -> Result<()> {
 }
 
 /// Refuses a name that is taken.
-pub(crate) fn refuse_recorded(name: &Name) -> Result<()> {
+pub(crate) fn refuse_recorded(name: &VolumeName) -> Result<()> {
     let record = name.config_file();
     if record.exists() {
         bail!(
@@ -110,8 +110,8 @@ pub(crate) fn refuse_recorded(name: &Name) -> Result<()> {
 
 /// Refuses a device that is recorded of another volume: what that one's cache holds would be lost,
 /// or written over this one.
-pub(crate) fn refuse_shared(volume: &Volume) -> Result<()> {
-    for other in Recorded::all()? {
+pub(crate) fn refuse_shared(volume: &RecordedVolume) -> Result<()> {
+    for other in VolumeDevices::all()? {
         if let Some(device) =
             [&volume.cache, &volume.backing].into_iter().find(|device| other.has(device))
         {
@@ -126,7 +126,7 @@ pub(crate) fn refuse_shared(volume: &Volume) -> Result<()> {
 }
 
 /// That a volume must be recorded, and is not.
-pub(crate) fn not_recorded(name: &Name) -> anyhow::Error {
+pub(crate) fn not_recorded(name: &VolumeName) -> anyhow::Error {
     anyhow!(
         "no volume '{name}' is recorded in {}; see wbctl list and create",
         name.config_file().display()
@@ -134,7 +134,7 @@ pub(crate) fn not_recorded(name: &Name) -> anyhow::Error {
 }
 
 /// That a volume must be attached or recorded, and is neither.
-pub(crate) fn unknown(name: &Name) -> anyhow::Error {
+pub(crate) fn unknown(name: &VolumeName) -> anyhow::Error {
     anyhow!("no volume '{name}' is attached or recorded; see wbctl list")
 }
 
@@ -159,8 +159,11 @@ pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, Tunabl
 }
 
 /// The record of a volume with other tunables, and all else in it as it was.
-pub(crate) fn edited(name: &Name, tunables: &BTreeMap<String, TunableValue>) -> Result<String> {
-    Volume::load(name)?.ok_or_else(|| not_recorded(name))?;
+pub(crate) fn edited(
+    name: &VolumeName,
+    tunables: &BTreeMap<String, TunableValue>,
+) -> Result<String> {
+    RecordedVolume::load(name)?.ok_or_else(|| not_recorded(name))?;
     let path = name.config_file();
     let cannot = || format!("cannot change {}", path.display());
     let mut record: DocumentMut =
@@ -188,7 +191,7 @@ pub(crate) fn edited(name: &Name, tunables: &BTreeMap<String, TunableValue>) -> 
 
 /// The record of a new volume, on the disk but without its name. Dropped, it goes away.
 pub(crate) struct NewRecord {
-    name: Name,
+    name: VolumeName,
     file: NamedTempFile,
 }
 

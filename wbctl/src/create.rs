@@ -1,9 +1,9 @@
 //! `wbctl create`: format a cache device, and record the volume.
 
-use crate::config::{Volume, parse_tunables, refuse_recorded, refuse_shared};
+use crate::config::{RecordedVolume, parse_tunables, refuse_recorded, refuse_shared};
 use crate::pair::{Pair, absolute};
-use crate::place::Name;
 use crate::sector_size::{self, SectorSize};
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
 use libwb::cache::refuse_size;
 use libwb::cli::{Exit, Output};
@@ -16,7 +16,7 @@ use std::process::{Command, Stdio};
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The volume's name
-    name: Name,
+    name: VolumeName,
     #[command(flatten)]
     pair: Pair,
     #[command(flatten)]
@@ -42,7 +42,7 @@ pub(crate) struct Args {
 
 pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     let name = &args.name;
-    let volume = Volume {
+    let volume = RecordedVolume {
         cache: absolute(&args.pair.cache)?,
         backing: absolute(&args.pair.backing)?,
         sector_size: args.sector.sector_size,

@@ -1,12 +1,12 @@
 //! What an attached volume's daemon answers those who ask it over its socket.
 
 use crate::apart::{self, Task};
-use crate::config::Volume;
+use crate::config::RecordedVolume;
 use crate::devices::Devices;
 use crate::ending::End;
 use crate::holders::refuse_held;
 use crate::notify;
-use crate::place::Name;
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::abortable;
 use libwb::cache::{Cache, Status, TunableValue};
@@ -33,8 +33,8 @@ const GONE: &str = "the client went away";
 
 /// What the control socket works on.
 pub(crate) struct Daemon {
-    pub(crate) name: Name,
-    pub(crate) volume: Volume,
+    pub(crate) name: VolumeName,
+    pub(crate) volume: RecordedVolume,
     pub(crate) cache: Cache,
     /// Whether their files are still there.
     pub(crate) watched: Devices,

@@ -9,7 +9,7 @@ use crate::apart::{self, Task};
 use crate::holders::holders;
 use crate::logging;
 use crate::notify::{self, Busy};
-use crate::place::Name;
+use crate::volume_paths::VolumeName;
 use anyhow::{Result, anyhow};
 use libwb::cache::{Cache, CacheError};
 use libwb::cli::{Exit, human_size};
@@ -43,8 +43,8 @@ pub(crate) enum End {
 }
 
 /// A volume that is being served.
-pub(crate) struct Served {
-    pub(crate) name: Name,
+pub(crate) struct LiveVolume {
+    pub(crate) name: VolumeName,
     pub(crate) cache: Cache,
     pub(crate) devices: [Device; 2],
     pub(crate) connection: Option<Arc<Connection>>,
@@ -112,7 +112,7 @@ impl Callers<'_> {
 
     /// When the system shuts down, filesystems on the device may be unmounted only after the daemon
     /// was told to end. So it serves on while the device is held, up to a limit or a second signal.
-    fn wait_until_released(&mut self, served: &Served) {
+    fn wait_until_released(&mut self, served: &LiveVolume) {
         let begun = Instant::now();
         let mut told = false;
         while begun.elapsed() < RELEASE && self.urged == 0 {
@@ -132,7 +132,7 @@ impl Callers<'_> {
 
     /// Writes out what programs wrote through the device's page cache. That takes for ever when the
     /// log is full and the backing device fails.
-    fn write_out(&mut self, served: &Served) -> Result<()> {
+    fn write_out(&mut self, served: &LiveVolume) -> Result<()> {
         let begun = Instant::now();
         match apart::run(Task::WriteOut, &served.path, || !self.had_enough(begun)) {
             Some(Ok(())) => Ok(()),
@@ -147,7 +147,7 @@ impl Callers<'_> {
 
 /// Serves until it is told to end, and ends. `close` closes the log.
 pub(crate) fn serve_until_ended(
-    served: &Served,
+    served: &LiveVolume,
     device: LoopDevice,
     ended: &Receiver<End>,
     close: impl FnOnce() -> Result<()> + Send + 'static,
@@ -209,7 +209,7 @@ fn describe(error: &anyhow::Error) -> String {
     }
 }
 
-impl Served {
+impl LiveVolume {
     /// A number that changes as long as the volume takes writes, or makes room for them.
     fn writing(&self) -> impl FnMut() -> u64 + Send + 'static {
         let cache = self.cache.clone();

@@ -4,8 +4,8 @@
 //! the cache device, and options of the module as KEY=VALUE with commas, or commas and blanks,
 //! between them. Empty lines, and those that begin with `#`, say nothing.
 
-use crate::config::{Volume, refuse_nul, refuse_recorded, refuse_shared};
-use crate::place::Name;
+use crate::config::{RecordedVolume, refuse_nul, refuse_recorded, refuse_shared};
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::{Output, read_text};
@@ -32,7 +32,7 @@ pub(crate) struct Args {
 }
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct ImportReport<'a> {
     name: String,
     cache: &'a Path,
     backing: &'a Path,
@@ -44,8 +44,8 @@ struct Report<'a> {
 /// A line of the table.
 #[derive(Debug)]
 struct Entry {
-    name: Name,
-    volume: Volume,
+    name: VolumeName,
+    volume: RecordedVolume,
     /// What of the options was left out, and why.
     left_out: Vec<String>,
 }
@@ -70,9 +70,16 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
     }
     if args.json {
         for Entry { name, volume, left_out } in &entries {
-            let Volume { cache, backing, tunables, .. } = volume;
+            let RecordedVolume { cache, backing, tunables, .. } = volume;
             let name = name.to_string();
-            out.json(&Report { name, cache, backing, tunables, left_out, dry_run: args.dry_run })?;
+            out.json(&ImportReport {
+                name,
+                cache,
+                backing,
+                tunables,
+                left_out,
+                dry_run: args.dry_run,
+            })?;
         }
         return Ok(());
     }
@@ -161,8 +168,12 @@ fn parse_line(line: &str) -> Result<Entry> {
     let mut tunables = by_name(&tunables);
     tunables.retain(|key, _| set.contains(key.as_str()));
     let name = name.parse().map_err(|why: String| anyhow!("'{name}': {why}"))?;
-    let volume =
-        Volume { cache: cache.into(), backing: backing.into(), sector_size: None, tunables };
+    let volume = RecordedVolume {
+        cache: cache.into(),
+        backing: backing.into(),
+        sector_size: None,
+        tunables,
+    };
     Ok(Entry { name, volume, left_out })
 }
 

@@ -2,7 +2,7 @@
 //! somebody holds it, its loop device, which fails and goes away by itself when it is released.
 
 use crate::holders::holders;
-use crate::place::Name;
+use crate::volume_paths::VolumeName;
 use anyhow::{Result, bail};
 use libwb::cli::Output;
 use std::io::Write;
@@ -17,7 +17,7 @@ pub(crate) struct Leftovers {
 }
 
 impl Leftovers {
-    pub(crate) fn of(name: &Name) -> Leftovers {
+    pub(crate) fn of(name: &VolumeName) -> Leftovers {
         let has_crashed = name.socket().symlink_metadata().is_ok();
         let mut orphans = Vec::new();
         for entry in std::fs::read_dir("/sys/class/block").into_iter().flatten().flatten() {
@@ -55,14 +55,14 @@ fn describe(orphan: &Path) -> String {
 }
 
 /// Says what an earlier daemon has left that only others can release.
-pub(crate) fn warn(name: &Name) {
+pub(crate) fn warn(name: &VolumeName) {
     for held in Leftovers::of(name).held() {
         tracing::warn!("{held}");
     }
 }
 
 /// Clears what a killed daemon has left behind.
-pub(crate) fn clear(name: &Name, out: &mut Output) -> Result<()> {
+pub(crate) fn clear(name: &VolumeName, out: &mut Output) -> Result<()> {
     let left = Leftovers::of(name);
     let Some(lock) = name.lock()? else { bail!("volume '{name}' is being attached") };
     if !name.clear(lock)? && left.orphans.is_empty() {

@@ -19,7 +19,6 @@ mod notes;
 mod notify;
 mod older;
 mod pair;
-mod place;
 mod prometheus;
 mod remove;
 mod replay;
@@ -32,14 +31,15 @@ mod stat;
 mod top;
 mod tune;
 mod upgrade;
+mod volume_paths;
 mod watch;
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand};
 use libwb::cli::{self, Exit, Output};
 use nix::sys::stat::{Mode, umask};
-use place::Name;
 use std::process::ExitCode;
+use volume_paths::VolumeName;
 
 /// Put a fast device in front of a slow one as a write cache.
 ///
@@ -95,7 +95,7 @@ enum Command {
     /// Make everything that was written to an attached volume survive a power cut
     Flush {
         /// The volume
-        name: Name,
+        name: VolumeName,
     },
     /// Write all dirty data of an attached volume back to its backing device
     ///
@@ -103,7 +103,7 @@ enum Command {
     /// back stays so, and the volume goes on as before.
     Drain {
         /// The volume
-        name: Name,
+        name: VolumeName,
     },
     /// Write nothing back from an attached volume, until `wbctl resume`, or until the volume is
     /// attached anew
@@ -113,17 +113,17 @@ enum Command {
     /// seconds for the batch that is being written back, and says so if that takes longer.
     Pause {
         /// The volume
-        name: Name,
+        name: VolumeName,
     },
     /// End a pause
     Resume {
         /// The volume
-        name: Name,
+        name: VolumeName,
     },
     /// Let all counters of an attached volume start anew
     ClearStats {
         /// The volume
-        name: Name,
+        name: VolumeName,
     },
     /// Show the tunables of a volume: those in force, or those that it is to be attached with
     Get(tune::GetArgs),

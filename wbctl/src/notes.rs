@@ -5,11 +5,11 @@
 //! that a power cut may undo. A note that cannot be read or written costs this protection, never
 //! the volume.
 
-use crate::config::Volume;
-use crate::place::Name;
+use crate::config::RecordedVolume;
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail, ensure};
 use libwb::cache::Cache;
-use libwb::cli::{Recorded, read_text};
+use libwb::cli::{VolumeDevices, read_text};
 use libwb::format::SegmentId;
 use libwb::log::reach::{Reach, Seen};
 use nix::unistd::geteuid;
@@ -55,7 +55,7 @@ pub(crate) struct About {
 
 impl About {
     /// An attached volume.
-    pub(crate) fn of(name: &Name, volume: &Volume) -> About {
+    pub(crate) fn of(name: &VolumeName, volume: &RecordedVolume) -> About {
         About {
             volume: Some(name.to_string()),
             cache: volume.cache.clone(),
@@ -120,7 +120,7 @@ impl Note {
     }
 
     /// The newest note about the cache of a recorded volume, known by its path.
-    pub(crate) fn of(volume: &Recorded) -> Option<Note> {
+    pub(crate) fn of(volume: &VolumeDevices) -> Option<Note> {
         let entries = std::fs::read_dir(state_dir()?).ok()?;
         let notes = entries.flatten().map(|entry| entry.path());
         let notes = notes.filter(|path| path.to_string_lossy().ends_with(SUFFIX));

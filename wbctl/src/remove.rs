@@ -1,7 +1,7 @@
 //! `wbctl remove`: forget a volume.
 
-use crate::config::{Volume, not_recorded};
-use crate::place::Name;
+use crate::config::{RecordedVolume, not_recorded};
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
 use libwb::cli::{Io, Output, Progress, count, human_size};
 use libwb::device::Device;
@@ -15,7 +15,7 @@ use std::io::Write;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The volume
-    name: Name,
+    name: VolumeName,
     /// Forget it without looking whether its cache is clean, as when the cache device is gone
     #[arg(long)]
     force: bool,
@@ -31,7 +31,7 @@ pub(crate) fn remove(args: &Args, out: &mut Output) -> Result<()> {
         bail!("volume '{name}' is attached; first: wbctl detach {name} --drain");
     };
     if !args.force
-        && let Some(volume) = Volume::load(name)?
+        && let Some(volume) = RecordedVolume::load(name)?
     {
         refuse_dirty(name, &volume)?;
     }
@@ -41,7 +41,7 @@ pub(crate) fn remove(args: &Args, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn refuse_dirty(name: &Name, volume: &Volume) -> Result<()> {
+fn refuse_dirty(name: &VolumeName, volume: &RecordedVolume) -> Result<()> {
     let cannot_tell = || {
         format!(
             "refused: it cannot be told whether the cache of '{name}' is clean (--force forgets \

@@ -54,7 +54,7 @@ pub(crate) struct Args {
 }
 
 #[derive(Serialize)]
-struct Report {
+struct ReplayReport {
     cache: PathBuf,
     backing: PathBuf,
     /// Whether the devices were left as they are.
@@ -109,7 +109,7 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
     Ok(in_words(&report, args, out)?)
 }
 
-fn in_words(report: &Report, args: &Args, out: &mut Output) -> io::Result<()> {
+fn in_words(report: &ReplayReport, args: &Args, out: &mut Output) -> io::Result<()> {
     for line in &report.salvage_in_words {
         writeln!(out, "{line}")?;
     }
@@ -147,7 +147,7 @@ fn write_back(
     backing: Device,
     args: &Args,
     known: Option<Reach>,
-) -> Result<Report> {
+) -> Result<ReplayReport> {
     let open = async |known| {
         let (cache, backing) = (cache.clone(), backing.clone());
         let purpose = Purpose::replay().knowing(known);
@@ -167,7 +167,7 @@ fn write_back(
     }
     drained?;
     closed?;
-    Ok(Report {
+    Ok(ReplayReport {
         cache: args.pair.cache.clone(),
         backing: args.pair.backing.clone(),
         dry_run: false,
@@ -189,7 +189,7 @@ fn write_back_until(
     args: &Args,
     until: SegmentId,
     known: Option<Reach>,
-) -> Result<Report> {
+) -> Result<ReplayReport> {
     // Of a dry run, what recovery puts right is not to reach the device either.
     let backing = if args.dry_run { Arc::new(Overlay::over(backing)) } else { backing };
     let open = |purpose: Purpose| {
@@ -217,7 +217,7 @@ fn write_back_until(
         // It is not closed: there is nothing to hand over of a log that is left as it is.
         drain(io, &cache, before.dirty_blocks)?;
     }
-    Ok(Report {
+    Ok(ReplayReport {
         cache: args.pair.cache.clone(),
         backing: args.pair.backing.clone(),
         dry_run: args.dry_run,
@@ -238,11 +238,11 @@ fn look(
     backing: &Device,
     args: &Args,
     known: Option<Reach>,
-) -> Result<Report> {
+) -> Result<ReplayReport> {
     let examine = async |known| Cache::examine(cache, backing, known).await;
     let look = args.salvage.open(cache, backing, known, examine);
     let ((recovery, live), _) = io.block_on(look)?;
-    Ok(Report {
+    Ok(ReplayReport {
         cache: args.pair.cache.clone(),
         backing: args.pair.backing.clone(),
         dry_run: true,

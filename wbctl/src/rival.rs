@@ -4,7 +4,7 @@
 use crate::notes::Note;
 use crate::remove::dirty_blocks;
 use anyhow::{Context, Result, bail};
-use libwb::cli::{Io, Recorded, count, is_same_device};
+use libwb::cli::{Io, VolumeDevices, count, is_same_device};
 use libwb::device::probe::Access;
 use libwb::log::scan::examine_superblock;
 use std::io::ErrorKind;
@@ -13,11 +13,11 @@ use std::path::Path;
 /// Refuses a cache, which may have an identity, in front of a backing device that belongs to the
 /// dirty cache of a volume.
 pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) -> Result<()> {
-    let others = Recorded::all().context("cannot read the records of other volumes")?;
+    let others = VolumeDevices::all().context("cannot read the records of other volumes")?;
     let others = others.iter().filter(|it| is_same_device(backing, &it.backing));
     for other in others.filter(|it| !is_same_device(cache, &it.cache)) {
         let Some(holds) = dirt(io, other, uuid)? else { continue };
-        let Recorded { name, cache, .. } = other;
+        let VolumeDevices { name, cache, .. } = other;
         bail!(
             "{}: refused: it belongs to the volume '{name}', whose cache {} {holds}, which would \
              be written over what comes through another cache. Write it back first (wbctl replay \
@@ -31,8 +31,8 @@ pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) 
 
 /// What the cache of a recorded volume holds that is not written back, in words, if it holds
 /// anything. A copy of the cache that is about to be used is no other cache.
-fn dirt(io: &Io, volume: &Recorded, uuid: Option<&str>) -> Result<Option<String>> {
-    let Recorded { name, cache, backing } = volume;
+fn dirt(io: &Io, volume: &VolumeDevices, uuid: Option<&str>) -> Result<Option<String>> {
+    let VolumeDevices { name, cache, backing } = volume;
     if std::fs::metadata(cache).is_err_and(|e| e.kind() == ErrorKind::NotFound) {
         let note =
             Note::of(volume).filter(|note| note.may_be_dirty() && uuid != Some(note.uuid.as_str()));

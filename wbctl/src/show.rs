@@ -1,8 +1,8 @@
 //! `wbctl list` and `wbctl status`.
 
-use crate::config::{Volume, unknown};
+use crate::config::{RecordedVolume, unknown};
 use crate::leftovers::Leftovers;
-use crate::place::{Name, all_names};
+use crate::volume_paths::{VolumeName, all_names};
 use crate::{client, dm, prometheus};
 use anyhow::{Result, bail};
 use libwb::cache::{TunableValue, Tunables};
@@ -19,7 +19,7 @@ const NAMED: usize = 4;
 pub(crate) struct StatusArgs {
     /// The volumes
     #[arg(value_name = "NAME")]
-    names: Vec<Name>,
+    names: Vec<VolumeName>,
     /// Print one JSON object per volume and line instead of text
     #[arg(long, group = "form")]
     json: bool,
@@ -35,7 +35,7 @@ pub(crate) struct StatusArgs {
 
 /// The state of a volume, attached or not; `None` when nothing is known of it. What is wrong with
 /// one volume is its state, and keeps nobody from seeing the others.
-fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
+fn volume(name: &VolumeName) -> Result<Option<VolumeStatus>> {
     let (mut state, mut message) = (VolumeState::Detached, None);
     let is_running = match name.is_running() {
         // An ordinary user cannot tell it of any volume.
@@ -63,7 +63,7 @@ fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
             state = VolumeState::Crashed;
         }
     }
-    let recorded = match Volume::load(name) {
+    let recorded = match RecordedVolume::load(name) {
         Ok(recorded) => recorded,
         Err(error) => {
             if state == VolumeState::Detached {

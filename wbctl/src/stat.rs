@@ -2,7 +2,7 @@
 
 use crate::client;
 use crate::interval::{Interval, log_in_use};
-use crate::place::Name;
+use crate::volume_paths::VolumeName;
 use anyhow::Result;
 use libwb::cli::Output;
 use libwb::control::LiveStatus;
@@ -39,7 +39,7 @@ const COLUMNS: [Column; 14] = [
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The volume
-    name: Name,
+    name: VolumeName,
     /// Print a line for each so many seconds, instead of one for all time since the counters
     /// started
     #[arg(value_parser = parse_interval)]

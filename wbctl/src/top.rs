@@ -3,8 +3,8 @@
 mod view;
 
 use crate::client;
-use crate::place::Name;
 use crate::stat::parse_interval;
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
 use libwb::cli;
 use ratatui::crossterm::event::{Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers, poll, read};
@@ -15,7 +15,7 @@ use view::View;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The volume
-    name: Name,
+    name: VolumeName,
     /// Look again each so many seconds
     #[arg(value_parser = parse_interval, default_value = "1")]
     interval: Duration,

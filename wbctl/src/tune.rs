@@ -1,8 +1,8 @@
 //! `wbctl get` and `wbctl set`: the tunables of a volume.
 
 use crate::client;
-use crate::config::{Volume, edited, parse_tunables, replace, unknown};
-use crate::place::Name;
+use crate::config::{RecordedVolume, edited, parse_tunables, replace, unknown};
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
 use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::Output;
@@ -13,7 +13,7 @@ use std::io::Write;
 #[derive(clap::Args)]
 pub(crate) struct GetArgs {
     /// The volume
-    name: Name,
+    name: VolumeName,
     /// One tunable, instead of all
     key: Option<String>,
     /// Print one JSON object instead of lines of KEY=VALUE
@@ -24,7 +24,7 @@ pub(crate) struct GetArgs {
 #[derive(clap::Args)]
 pub(crate) struct SetArgs {
     /// The volume
-    name: Name,
+    name: VolumeName,
     /// What to set. Of several, all are set or none
     #[arg(value_name = "KEY=VALUE", required = true)]
     tunables: Vec<String>,
@@ -52,11 +52,11 @@ pub(crate) fn get(args: &GetArgs, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn in_force(name: &Name) -> Result<BTreeMap<String, TunableValue>> {
+fn in_force(name: &VolumeName) -> Result<BTreeMap<String, TunableValue>> {
     if name.is_running()? {
         return client::tunables(name);
     }
-    let volume = Volume::load(name)?.ok_or_else(|| unknown(name))?;
+    let volume = RecordedVolume::load(name)?.ok_or_else(|| unknown(name))?;
     Ok(by_name(&volume.tunables()?))
 }
 
@@ -65,7 +65,7 @@ pub(crate) fn set(args: &SetArgs, out: &mut Output) -> Result<()> {
     let tunables = parse_tunables(&args.tunables)?;
     let is_running = name.is_running()?;
     if !is_running && !args.save {
-        Volume::load(name)?.ok_or_else(|| unknown(name))?;
+        RecordedVolume::load(name)?.ok_or_else(|| unknown(name))?;
         bail!("volume '{name}' is not attached; with --save, it is recorded for the next attach");
     }
     // What is wrong with the record is to show before anything is changed.

@@ -28,7 +28,7 @@ pub(crate) struct Args {
 }
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct UpgradeReport<'a> {
     cache: &'a Path,
     backing: &'a Path,
     dry_run: bool,
@@ -55,7 +55,7 @@ pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
         io.block_on(upgrade.apply(&cache))?;
     }
     if args.json {
-        out.json(&Report {
+        out.json(&UpgradeReport {
             cache: &args.pair.cache,
             backing: &args.pair.backing,
             dry_run: args.dry_run,

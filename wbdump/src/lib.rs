@@ -3,24 +3,19 @@
 mod block;
 mod blocks;
 mod identity;
+mod log;
 mod map;
 mod segment;
 mod segments;
 mod superblock;
+mod version;
 
 use anyhow::Result;
 use clap::{Args, CommandFactory, Parser, Subcommand};
-use libwb::cli::{self, Exit, Io, Output, Progress};
-use libwb::device::Device;
-use libwb::device::probe::{Access, OpenError};
-use libwb::format::{BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, to_usize};
-use libwb::log::Use;
-use libwb::log::recovery::{Recovery, explained, recover};
-use libwb::log::scan::{
-    RawSuperblock, SlotContent, SlotState, examine_damaged_superblock, read_slot, scan,
-    scan_trusting,
-};
-use std::path::{Path, PathBuf};
+use libwb::cli::{self, Exit, Output};
+use libwb::format::{BlockNo, SegmentId};
+use log::Log;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 /// Show the log on a cache device. Changes nothing, and works on damaged devices.
@@ -62,7 +57,10 @@ enum Verb {
         #[command(flatten)]
         target: Target,
         /// The segment's id, a number from 1
-        #[arg(value_name = "ID", value_parser = clap::value_parser!(u64).range(1..=SegmentId::MAX.0))]
+        #[arg(
+            value_name = "ID",
+            value_parser = clap::value_parser!(u64).range(1..=SegmentId::MAX.0)
+        )]
         id: u64,
     },
     /// Show every version of one block that the log holds, oldest first. Reads the whole device
@@ -141,97 +139,5 @@ fn dump(verb: Verb, out: &mut Output) -> Result<()> {
         }
         Verb::Blocks(target) => blocks::list(&Log::open(&target.cache)?, target.json, out),
         Verb::Map { cache, svg } => map::show(&Log::open(&cache)?, svg.as_deref(), out),
-    }
-}
-
-/// A cache device, opened.
-struct Log {
-    io: Io,
-    device: Device,
-    superblock: RawSuperblock,
-}
-
-impl Log {
-    fn open(path: &Path) -> Result<Log> {
-        let io = Io::start()?;
-        let device = match io.open(path, Access::Read) {
-            Err(OpenError::InUse { .. }) => {
-                cli::complain(
-                    "wbdump",
-                    format_args!("warning: {} is in use and may change meanwhile", path.display()),
-                );
-                io.open(path, Access::ReadUnlocked)?
-            }
-            other => other?,
-        };
-        let (superblock, [no_magic, no_record]) =
-            io.block_on(examine_damaged_superblock(&device))?;
-        for (unread, wrong) in
-            [(no_magic, superblock.magic.err()), (no_record, superblock.record.err())]
-        {
-            match (unread, wrong) {
-                (Some(error), _) => cli::complain("wbdump", format_args!("warning: {error}")),
-                (None, Some(fault)) => {
-                    cli::complain("wbdump", format_args!("warning: {}: {fault}", path.display()));
-                }
-                (None, None) => {}
-            }
-        }
-        if let Err(error) = superblock.check_extension(&device, Use::Read) {
-            cli::complain("wbdump", format_args!("warning: {error}"));
-        }
-        let torn = if superblock.has_torn_copy() { ", torn by a power cut" } else { "" };
-        for fault in superblock.pages.iter().filter_map(|page| page.as_ref().err()) {
-            if superblock.extension().is_some() {
-                let which = format_args!("{}: one copy of two{torn}", path.display());
-                cli::complain("wbdump", format_args!("warning: {which}: {fault}"));
-            }
-        }
-        Ok(Log { io, device, superblock })
-    }
-
-    fn geometry(&self) -> Geometry {
-        self.superblock.geometry
-    }
-
-    /// Reads every slot.
-    fn scan(&self, mut visit: impl FnMut(Slot, &SlotContent)) -> (Vec<SlotState>, Recovery) {
-        let mut progress = Progress::new("reading", self.geometry().lap(), SEGMENT_BYTES);
-        let slots = self.io.block_on(scan(&self.device, self.geometry(), |slot, content| {
-            progress.set(u64::from(slot.0));
-            visit(slot, content);
-        }));
-        let superblock = self.superblock.or_no_record();
-        // A slot is to show as recovery takes it.
-        let slots = explained(&superblock, &slots).into_owned();
-        let recovery = recover(&superblock, &slots);
-        (slots, recovery)
-    }
-
-    /// Reads one slot whole, and the others as attaching reads them: what it holds, and the verdict
-    /// on it among them.
-    fn examine(&self, slot: Slot) -> (SlotContent, SlotState, Recovery) {
-        let mut progress = Progress::new("reading", self.geometry().lap(), SEGMENT_BYTES);
-        let visit = |slot: Slot, _: &SlotContent| progress.set(u64::from(slot.0));
-        let superblock = self.superblock.or_no_record();
-        let mut slots = self.io.block_on(scan_trusting(&self.device, &superblock, visit));
-        let content = self.io.block_on(read_slot(&self.device, self.geometry(), slot));
-        let place = to_usize(u64::from(slot.0));
-        slots[place] = content.state.clone();
-        let recovery = recover(&superblock, &slots);
-        (content, explained(&superblock, &slots)[place].clone(), recovery)
-    }
-
-    /// Says where a log that is corrupt stops.
-    fn warn_of(&self, recovery: &Recovery) {
-        for corruption in &recovery.corruption {
-            let point = recovery.point;
-            cli::complain(
-                "wbdump",
-                format_args!(
-                    "warning: {corruption}; the log is shown up to segment {point}, see wbcheck"
-                ),
-            );
-        }
     }
 }

@@ -1,6 +1,6 @@
 //! `wbdump segment`: one segment's header and metablocks.
 
-use crate::Log;
+use crate::log::Log;
 use crate::segments::{CUT_SHORT, State, Summary};
 use anyhow::{Result, bail};
 use libwb::cli::{Output, Table, count, properties, table};
@@ -10,7 +10,7 @@ use serde::Serialize;
 use std::io::Write;
 
 #[derive(Serialize)]
-struct Report {
+struct SegmentReport {
     id: u64,
     slot: u32,
     offset_bytes: u64,
@@ -26,13 +26,13 @@ struct Report {
     /// It ends with its last flush; what was written of it after that is torn.
     cut_short: bool,
     /// Null on a segment of the base format alone.
-    extension: Option<Extension>,
+    extension: Option<ExtensionReport>,
     metablocks: Vec<Entry>,
 }
 
 /// What the header says beyond the base format.
 #[derive(Serialize)]
-struct Extension {
+struct ExtensionReport {
     /// Of the UUID of the cache that it was written for.
     uuid_digest: u32,
     /// Up to which segment everything was durable, and written back, when it was written.
@@ -93,7 +93,7 @@ fn report(
     verdict: &SlotState,
     state: State,
     header: &SegmentHeader,
-) -> Report {
+) -> SegmentReport {
     let summary = Summary::of(header);
     let entries = (0u8..).zip(&header.metablocks).map(|(index, entry)| Entry {
         block: entry.block.0,
@@ -103,7 +103,7 @@ fn report(
         lost: entry.lost,
         data_offset_bytes: log.geometry().place_offset(Place { slot, index }),
     });
-    Report {
+    SegmentReport {
         id: header.id.0,
         slot: slot.0,
         offset_bytes: log.geometry().slot_offset(slot),
@@ -119,18 +119,18 @@ fn report(
             _ => None,
         },
         cut_short: matches!(verdict, SlotState::Valid { cut_short: true, .. }),
-        extension: header.extension.as_ref().map(Extension::of),
+        extension: header.extension.as_ref().map(ExtensionReport::of),
         metablocks: entries.collect(),
     }
 }
 
-impl Extension {
-    fn of(extension: &SegmentExtension) -> Extension {
+impl ExtensionReport {
+    fn of(extension: &SegmentExtension) -> ExtensionReport {
         let before = |commit: libwb::format::Commit| CommitBefore {
             length_blocks: commit.length,
             checksum: commit.checksum,
         };
-        Extension {
+        ExtensionReport {
             uuid_digest: extension.digest,
             durable_segment: extension.durable.0,
             written_back_segment: extension.written_back.0,
@@ -139,7 +139,7 @@ impl Extension {
     }
 }
 
-fn print(r: &Report, out: &mut Output) -> Result<()> {
+fn print(r: &SegmentReport, out: &mut Output) -> Result<()> {
     writeln!(out, "{}", header_table(r))?;
     if r.metablocks.is_empty() {
         return Ok(());
@@ -164,7 +164,7 @@ fn print(r: &Report, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn header_table(r: &Report) -> Table {
+fn header_table(r: &SegmentReport) -> Table {
     let verdict = match &r.fault {
         Some(fault) => format!("damaged: {fault}"),
         None if r.cut_short => format!("valid, {CUT_SHORT}"),

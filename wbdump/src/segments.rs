@@ -1,6 +1,6 @@
 //! `wbdump segments`: one row for each slot that holds something, in log order.
 
-use crate::Log;
+use crate::log::Log;
 use crate::superblock::MAX_TIME;
 use anyhow::Result;
 use libwb::cli::{Output, count, table};

@@ -1,6 +1,6 @@
 //! `wbdump super`: the superblock, and totals of the log.
 
-use crate::Log;
+use crate::log::Log;
 use anyhow::Result;
 use libwb::cli::{Output, human_size, properties};
 use libwb::format::{SEGMENT_BYTES, printable, to_u64};
@@ -15,7 +15,7 @@ use std::time::{Duration, UNIX_EPOCH};
 pub(crate) const MAX_TIME: u64 = 253_402_300_799;
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct SuperblockReport<'a> {
     device: &'a str,
     size_bytes: u64,
     magic_ok: bool,
@@ -36,11 +36,11 @@ struct Report<'a> {
     clean_entries: u64,
     corruption: Vec<String>,
     /// Null on a device of the base format alone.
-    extension: Option<Extension<'a>>,
+    extension: Option<ExtensionReport<'a>>,
 }
 
 #[derive(Serialize)]
-struct Extension<'a> {
+struct ExtensionReport<'a> {
     uuid: String,
     label: &'a str,
     /// Seconds since 1970 (UTC).
@@ -53,9 +53,9 @@ struct Extension<'a> {
     clean_segment: Option<u64>,
 }
 
-fn extension(superblock: &RawSuperblock) -> Option<Extension<'_>> {
+fn extension(superblock: &RawSuperblock) -> Option<ExtensionReport<'_>> {
     let page = superblock.extension()?;
-    Some(Extension {
+    Some(ExtensionReport {
         uuid: page.uuid.to_string(),
         label: &page.label,
         created: page.created,
@@ -83,9 +83,9 @@ fn report<'a>(
     slots: &[SlotState],
     recovery: &Recovery,
     totals: &Totals,
-) -> Report<'a> {
+) -> SuperblockReport<'a> {
     let number = |wanted: fn(&SlotState) -> bool| slots.iter().filter(|&slot| wanted(slot)).count();
-    Report {
+    SuperblockReport {
         device: log.device.name(),
         size_bytes: log.device.size(),
         magic_ok: log.superblock.magic.is_ok(),
@@ -108,7 +108,7 @@ fn report<'a>(
     }
 }
 
-fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
+fn print(r: &SuperblockReport<'_>, out: &mut Output) -> Result<()> {
     let record =
         r.record_segment.map_or_else(|| "garbage, or unreadable".into(), |id| id.to_string());
     let magic = if r.magic_ok { "right" } else { "wrong" };
@@ -149,7 +149,7 @@ fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn extension_rows(e: &Extension<'_>) -> [(&'static str, String); 6] {
+fn extension_rows(e: &ExtensionReport<'_>) -> [(&'static str, String); 6] {
     let backing = match (e.backing_sectors, e.backing_id) {
         (0, _) => "any".into(),
         (sectors, "") => format!("one of {sectors} sectors"),

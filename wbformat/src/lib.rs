@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser};
 use libwb::cache::refuse_size;
-use libwb::cli::{self, Exit, Io, Output, Progress, Recorded, count, human_size, parse_label};
+use libwb::cli::{self, Exit, Io, Output, Progress, VolumeDevices, count, human_size, parse_label};
 use libwb::device::fit::refuse_misfit;
 use libwb::device::probe::{Access, OpenError, Opened, open};
 use libwb::device::sparse::SparseFile;
@@ -76,7 +76,7 @@ struct Args {
 }
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct FormatReport<'a> {
     device: &'a Path,
     formatted: bool,
     size_bytes: u64,
@@ -166,8 +166,9 @@ fn refuse_recorded(args: &Args) -> Result<()> {
     if args.force {
         return Ok(());
     }
-    let volumes = Recorded::all().context("cannot read the records of volumes")?;
-    if let Some(Recorded { name, .. }) = volumes.iter().find(|volume| volume.has(&args.cache)) {
+    let volumes = VolumeDevices::all().context("cannot read the records of volumes")?;
+    if let Some(VolumeDevices { name, .. }) = volumes.iter().find(|volume| volume.has(&args.cache))
+    {
         bail!(
             "{}: refused: it belongs to the volume '{name}'. If you give that up, first: wbctl \
              remove {name}; use --force to format it and leave the volume recorded",
@@ -262,7 +263,7 @@ fn report(
     out: &mut Output,
 ) -> Result<()> {
     if args.json {
-        let report = Report {
+        let report = FormatReport {
             device: &args.cache,
             formatted: !args.dry_run,
             size_bytes: device.size(),

@@ -12,7 +12,7 @@ pub use numbers::{count, human_rate, human_size, human_time, parse_label, percen
 pub use own::{open_no_link, read_own, refuse_others};
 pub use progress::Progress;
 pub use recorded::{
-    MAX_NAME, MAX_RECORD, RECORD_SUFFIX, Recorded, config_dir, is_same_device, is_volume_name,
+    MAX_NAME, MAX_RECORD, RECORD_SUFFIX, VolumeDevices, config_dir, is_same_device, is_volume_name,
     read_text,
 };
 pub use table::{Table, properties, table};

@@ -17,7 +17,7 @@ pub const MAX_RECORD: u64 = 1 << 20;
 
 /// A recorded volume and its devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Recorded {
+pub struct VolumeDevices {
     /// The volume's name.
     pub name: String,
     /// The cache device.
@@ -26,28 +26,28 @@ pub struct Recorded {
     pub backing: PathBuf,
 }
 
-impl Recorded {
+impl VolumeDevices {
     /// All volumes that are recorded, by name. A record that cannot be read names no device, and
     /// who may not look into the folder finds none.
     ///
     /// # Errors
     /// When the folder cannot be read.
-    pub fn all() -> io::Result<Vec<Recorded>> {
+    pub fn all() -> io::Result<Vec<VolumeDevices>> {
         let entries = match std::fs::read_dir(config_dir()) {
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
                 return Ok(Vec::new());
             }
             entries => entries?,
         };
-        let mut all: Vec<Recorded> = Vec::new();
+        let mut all: Vec<VolumeDevices> = Vec::new();
         for entry in entries {
-            all.extend(Recorded::load(&entry?.path()));
+            all.extend(VolumeDevices::load(&entry?.path()));
         }
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
 
-    fn load(path: &Path) -> Option<Recorded> {
+    fn load(path: &Path) -> Option<VolumeDevices> {
         #[derive(Deserialize)]
         struct Devices {
             cache: PathBuf,
@@ -58,7 +58,7 @@ impl Recorded {
             return None;
         }
         let Devices { cache, backing } = toml::from_str(&read_own(path, MAX_RECORD).ok()?).ok()?;
-        Some(Recorded { name: name.into(), cache, backing })
+        Some(VolumeDevices { name: name.into(), cache, backing })
     }
 
     /// Whether one of its two devices is this one.
@@ -120,7 +120,7 @@ mod tests {
         std::fs::create_dir_all(&dir).unwrap();
         let load = |file: &str, text: &[u8]| {
             std::fs::write(dir.join(file), text).unwrap();
-            Recorded::load(&dir.join(file)).map(|it| (it.name, it.cache, it.backing))
+            VolumeDevices::load(&dir.join(file)).map(|it| (it.name, it.cache, it.backing))
         };
         let record = b"cache = \"/c\"\nbacking = \"/b\"\ncolour = 1\n";
         assert_eq!(load("data.toml", record), Some(("data".into(), "/c".into(), "/b".into())));
@@ -133,7 +133,7 @@ mod tests {
         ] {
             assert_eq!(load(file, text), None, "{file}");
         }
-        let load = |file: &str| Recorded::load(&dir.join(file));
+        let load = |file: &str| VolumeDevices::load(&dir.join(file));
         nix::unistd::mkfifo(&dir.join("pipe.toml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         std::fs::create_dir(dir.join("folder.toml")).unwrap();
         std::os::unix::fs::symlink("/dev/zero", dir.join("zero.toml")).unwrap();

@@ -213,16 +213,16 @@ impl Replies {
 }
 
 /// One of a number of places, until it is dropped.
-struct Place(Arc<AtomicUsize>);
+struct Permit(Arc<AtomicUsize>);
 
-impl Place {
-    fn take(taken: &Arc<AtomicUsize>, most: usize) -> Option<Place> {
-        let place = Place(taken.clone());
-        (taken.fetch_add(1, Ordering::SeqCst) < most).then_some(place)
+impl Permit {
+    fn take(taken: &Arc<AtomicUsize>, most: usize) -> Option<Permit> {
+        let permit = Permit(taken.clone());
+        (taken.fetch_add(1, Ordering::SeqCst) < most).then_some(permit)
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
@@ -244,8 +244,8 @@ pub fn serve(
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     let waiting = Arc::<AtomicUsize>::default();
     let handle = Arc::new(move |request: Request, replies: &mut Replies| {
-        let place = request.may_wait().then(|| Place::take(&waiting, MAX_WAITING));
-        match place {
+        let permit = request.may_wait().then(|| Permit::take(&waiting, MAX_WAITING));
+        match permit {
             Some(None) => turn_away(replies, MAX_WAITING),
             _ => handle(request, replies),
         }
@@ -262,7 +262,7 @@ pub fn serve(
                 let _ = Replies::to(client).send(&Reply::Error { message: e.to_string() });
                 continue;
             }
-            let Some(place) = Place::take(&connections, MAX_CONNECTIONS) else {
+            let Some(permit) = Permit::take(&connections, MAX_CONNECTIONS) else {
                 turn_away(&mut Replies::to(client), MAX_CONNECTIONS);
                 continue;
             };
@@ -270,7 +270,7 @@ pub fn serve(
             // Without a thread, the client is hung up on.
             let _ = std::thread::Builder::new().name("wb-client".into()).spawn(move || {
                 answer(client, &*handle);
-                drop(place);
+                drop(permit);
             });
         }
     })?;
@@ -432,12 +432,12 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_free_again_when_it_is_dropped() {
+    fn a_permit_is_free_again_when_it_is_dropped() {
         let taken = Arc::default();
-        let first = Place::take(&taken, 1);
-        assert!(first.is_some() && Place::take(&taken, 1).is_none());
+        let first = Permit::take(&taken, 1);
+        assert!(first.is_some() && Permit::take(&taken, 1).is_none());
         drop(first);
-        assert!(Place::take(&taken, 1).is_some());
+        assert!(Permit::take(&taken, 1).is_some());
     }
 
     proptest! {

@@ -12,7 +12,7 @@
 //! descriptors down from the highest number to the lowest; so the loop device has the lowest
 //! ([`Reserved`]).
 
-use super::Volume;
+use super::ServedVolume;
 use crate::cache::Timed;
 use crate::device::IoBuf;
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
@@ -132,7 +132,7 @@ impl LoopDevice {
     ///
     /// # Errors
     /// Says which step failed.
-    pub fn attach<V: Volume>(
+    pub fn attach<V: ServedVolume>(
         volume: V,
         runtime: &Handle,
         name: &str,
@@ -277,7 +277,7 @@ struct VolumeFile<V> {
     options: Options,
 }
 
-impl<V: Volume> VolumeFile<V> {
+impl<V: ServedVolume> VolumeFile<V> {
     fn attributes(&self, ino: INodeNo) -> FileAttr {
         let is_folder = ino == INodeNo::ROOT;
         let size = if is_folder { 0 } else { self.volume.size() };
@@ -312,7 +312,7 @@ fn to_fuse(errno: Errno) -> fuser::Errno {
     fuser::Errno::from_i32(errno as i32)
 }
 
-impl<V: Volume> Filesystem for VolumeFile<V> {
+impl<V: ServedVolume> Filesystem for VolumeFile<V> {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let wanted = InitFlags::FUSE_ASYNC_DIO | InitFlags::FUSE_ASYNC_READ;
         // An old kernel without one of them is slower, and that is all.

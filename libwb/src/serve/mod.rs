@@ -56,7 +56,7 @@ pub fn abort_on_panic(report: impl Fn(&str) + Send + Sync + 'static) {
 #[derive(Clone)]
 pub struct ReadOnly(pub Cache);
 
-impl Volume for ReadOnly {
+impl ServedVolume for ReadOnly {
     fn size(&self) -> u64 {
         self.0.size()
     }
@@ -88,7 +88,7 @@ impl Volume for ReadOnly {
 }
 
 /// What a front end serves.
-pub trait Volume: Clone + Send + Sync + 'static {
+pub trait ServedVolume: Clone + Send + Sync + 'static {
     /// Size in bytes.
     fn size(&self) -> u64;
 
@@ -130,7 +130,7 @@ pub trait Volume: Clone + Send + Sync + 'static {
     /// The same, but the range keeps its space.
     ///
     /// # Errors
-    /// As [`Volume::discard`].
+    /// As [`ServedVolume::discard`].
     fn zero(&self, sector: Sector, length: u64) -> impl Future<Output = Result<(), Errno>> + Send {
         self.discard(sector, length)
     }
@@ -145,7 +145,7 @@ pub trait Volume: Clone + Send + Sync + 'static {
     fn took(&self, _request: Timed, _time: Duration) {}
 }
 
-impl Volume for Cache {
+impl ServedVolume for Cache {
     fn size(&self) -> u64 {
         self.size()
     }

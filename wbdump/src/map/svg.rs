@@ -1,6 +1,6 @@
 //! The picture as a file.
 
-use super::{Kind, Map};
+use super::layout::{Kind, Map};
 use libwb::cli::{count, human_size};
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use std::path::Path;
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn every_cell_is_drawn_and_names_are_escaped() {
-        let map = super::super::tests::map();
+        let map = crate::map::layout::tests::map();
         let text = draw(&map).to_string();
         assert!(text.starts_with("<svg ") && text.trim_end().ends_with("</svg>"), "{text}");
         // The ground, 8 cells, 5 squares of the legend, the bars.

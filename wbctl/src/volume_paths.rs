@@ -14,32 +14,32 @@ use std::str::FromStr;
 
 /// A volume's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Name(String);
+pub(crate) struct VolumeName(String);
 
-impl FromStr for Name {
+impl FromStr for VolumeName {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Name, String> {
+    fn from_str(text: &str) -> Result<VolumeName, String> {
         if !is_volume_name(text) {
             return Err(format!(
                 "a volume name is 1 to {MAX_NAME} letters, digits, dots, dashes and underscores, \
                  and begins with none of '.' and '-'"
             ));
         }
-        Ok(Name(text.into()))
+        Ok(VolumeName(text.into()))
     }
 }
 
-impl fmt::Display for Name {
+impl fmt::Display for VolumeName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
 }
 
-impl Name {
+impl VolumeName {
     /// A name for a volume that was given none: the cache device's file name, as far as that can be
     /// one.
-    pub(crate) fn of_device(device: &Path) -> Result<Name> {
+    pub(crate) fn of_device(device: &Path) -> Result<VolumeName> {
         let file = device.file_stem().unwrap_or_default().to_string_lossy();
         file.parse().map_err(|_| {
             anyhow::anyhow!("{}: its name is no volume name; give one", device.display())
@@ -179,8 +179,8 @@ fn remove(path: &Path) -> Result<bool> {
 }
 
 /// Names of all volumes that are recorded or have a run folder, sorted.
-pub(crate) fn all_names() -> Result<Vec<Name>> {
-    let mut names: Vec<Name> = Vec::new();
+pub(crate) fn all_names() -> Result<Vec<VolumeName>> {
+    let mut names: Vec<VolumeName> = Vec::new();
     for (dir, suffix) in [(config_dir(), RECORD_SUFFIX), (run_dir(), "")] {
         let entries = match std::fs::read_dir(&dir) {
             Ok(entries) => entries,

@@ -1,9 +1,8 @@
 //! The command line.
 
-use clap::Parser;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{ArgGroup, Parser};
+use libwb::cli::SalvageOption;
 use libwb::format::SegmentId;
-use libwb::log::salvage::Way;
 use std::path::PathBuf;
 
 const EXIT_CODES: &str = "\
@@ -20,6 +19,7 @@ Exit codes:
 /// and nothing that was acknowledged as durable is lost.
 #[derive(Parser)]
 #[command(name = "wbcheck", version, after_help = EXIT_CODES)]
+#[command(group(ArgGroup::new("salvaging").arg("salvage").requires("repair")))]
 pub(crate) struct Args {
     /// The cache device: a block device or a file
     #[arg(value_name = "CACHE")]
@@ -51,22 +51,8 @@ pub(crate) struct Args {
     #[arg(long, conflicts_with_all = ["segment", "headers_only"])]
     pub(crate) repair: bool,
 
-    /// With --repair, go on with a corrupt log, and give up what has to be: with skip the damaged
-    /// blocks alone, with stop all that came after them
-    ///
-    /// Without it, what each way would give up is shown. Copy the device first: what is given up is
-    /// gone for ever.
-    #[arg(
-        long,
-        value_name = "skip|stop",
-        value_parser = PossibleValuesParser::new(["skip", "stop"]).try_map(|way| way.parse::<Way>()),
-        hide_possible_values = true,
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "skip",
-        requires = "repair"
-    )]
-    pub(crate) salvage: Option<Way>,
+    #[command(flatten)]
+    pub(crate) salvage: SalvageOption,
 
     /// Print one JSON object instead of text
     #[arg(long)]

@@ -65,7 +65,7 @@ impl Repaired {
 fn plan(subject: &Subject, findings: &Findings, args: &Args) -> Result<Option<Plan>> {
     let Subject { io, device, backing, .. } = subject;
     let Findings { scanned, .. } = findings;
-    let mut plan = match args.salvage {
+    let mut plan = match args.salvage.salvage {
         _ if !scanned.is_corrupt() || scanned.lost_nothing_but_the_pairing() => {
             io.block_on(scanned.repair(device))?
         }

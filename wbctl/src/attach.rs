@@ -16,7 +16,7 @@ use crate::volume_paths::VolumeName;
 use crate::{leftovers, logging, rival, salvage, watch};
 use anyhow::{Context, Result, bail};
 use libwb::cache::{Cache, CacheError, Purpose};
-use libwb::cli::{self, Exit, Io, Output, human_size};
+use libwb::cli::{self, Exit, Io, Output, SalvageOption, human_size};
 use libwb::control;
 use libwb::device::Device;
 use libwb::device::probe::{self, Access, OpenError, Opened};
@@ -58,7 +58,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     sector: SectorSize,
     #[command(flatten)]
-    salvage: salvage::Salvage,
+    salvage: SalvageOption,
     /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one
     /// whose device went back in time. What it holds may be older than what the backing device
     /// holds
@@ -277,7 +277,7 @@ fn recover(
         Cache::open_for(cache, backing, io.runtime(), tunables.clone(), purpose.knowing(known))
             .await
     };
-    let opened = io.block_on(args.salvage.open(cache, backing, past.reach, open));
+    let opened = io.block_on(salvage::open(&args.salvage, cache, backing, past.reach, open));
     let (cache, salvaged) = opened.map_err(|e| past.explain(e))?;
     for line in salvaged.iter().flat_map(salvage::outcome) {
         tracing::warn!("the log was corrupt: {line}");

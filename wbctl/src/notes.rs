@@ -9,7 +9,7 @@ use crate::config::RecordedVolume;
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail, ensure};
 use libwb::cache::Cache;
-use libwb::cli::{VolumeDevices, read_text};
+use libwb::cli::{LAST_SECOND, VolumeDevices, read_text};
 use libwb::format::SegmentId;
 use libwb::log::reach::{Reach, Seen};
 use nix::unistd::geteuid;
@@ -25,8 +25,6 @@ const VERSION: u32 = 1;
 /// The longest note that is read, in bytes.
 const MAX_NOTE: u64 = 64 << 10;
 const SUFFIX: &str = ".json";
-/// The latest time that is shown, in seconds since 1970: the end of the year 9999.
-const MAX_TIME: u64 = 253_402_300_799;
 
 /// A cache as it was last seen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,7 +91,7 @@ impl Note {
 
     /// When the cache was seen, and as what.
     pub(crate) fn when(&self) -> String {
-        let time = UNIX_EPOCH + Duration::from_secs(self.time.min(MAX_TIME));
+        let time = UNIX_EPOCH + Duration::from_secs(self.time.min(LAST_SECOND));
         let time = humantime::format_rfc3339_seconds(time);
         let cache = self.cache.display().to_string();
         match &self.volume {

@@ -3,12 +3,10 @@
 use crate::config::{RecordedVolume, not_recorded};
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
-use libwb::cli::{Io, Output, Progress, count, human_size};
-use libwb::device::Device;
+use libwb::cli::{Io, Output, count, human_size};
 use libwb::device::probe::Access;
-use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
+use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::log::Use;
-use libwb::log::live;
 use libwb::log::scan::read_superblock;
 use std::io::Write;
 
@@ -50,7 +48,9 @@ fn refuse_dirty(name: &VolumeName, volume: &RecordedVolume) -> Result<()> {
     };
     let dirty = (|| -> Result<u64> {
         let io = Io::start()?;
-        dirty_blocks(&io, &io.open(&volume.cache, Access::Read)?)
+        let device = io.open(&volume.cache, Access::Read)?;
+        let superblock = io.block_on(read_superblock(&device, Use::Read))?;
+        Ok(io.dirty_blocks(&device, &superblock)?)
     })();
     let dirty = dirty.with_context(cannot_tell)?;
     if dirty > 0 {
@@ -64,14 +64,4 @@ fn refuse_dirty(name: &VolumeName, volume: &RecordedVolume) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// How many dirty blocks a cache device holds.
-pub(crate) fn dirty_blocks(io: &Io, device: &Device) -> Result<u64> {
-    let superblock = io.block_on(read_superblock(device, Use::Read))?;
-    let lap = superblock.geometry.lap();
-    let mut progress = Progress::new("looking for dirty blocks", lap, SEGMENT_BYTES);
-    Ok(io.block_on(live::dirty_blocks(device, &superblock, |slot| {
-        progress.set(u64::from(slot.0))
-    }))?)
 }

@@ -6,7 +6,7 @@ use crate::pair::{Pair, absolute};
 use crate::{rival, salvage};
 use anyhow::{Result, bail};
 use libwb::cache::{Cache, CacheError, Purpose, Tunables};
-use libwb::cli::{self, Io, Output, Progress, count, human_size};
+use libwb::cli::{self, Io, Output, Progress, SalvageOption, count, human_size};
 use libwb::device::probe::{Access, open_pair};
 use libwb::device::{Device, Overlay};
 use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
@@ -27,7 +27,7 @@ pub(crate) struct Args {
     #[command(flatten)]
     pair: Pair,
     #[command(flatten)]
-    salvage: salvage::Salvage,
+    salvage: SalvageOption,
     /// Say what would be written back, and change nothing
     #[arg(long, conflicts_with = "salvage")]
     dry_run: bool,
@@ -153,7 +153,8 @@ fn write_back(
         let purpose = Purpose::replay().knowing(known);
         Cache::open_for(cache, backing, io.runtime(), Tunables::default(), purpose).await
     };
-    let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, known, open))?;
+    let (cache, salvaged) =
+        io.block_on(salvage::open(&args.salvage, &cache, &backing, known, open))?;
     let before = cache.status();
     let drained = drain(io, &cache, before.dirty_blocks);
     let closed = io.block_on(cache.close());
@@ -240,7 +241,7 @@ fn look(
     known: Option<Reach>,
 ) -> Result<ReplayReport> {
     let examine = async |known| Cache::examine(cache, backing, known).await;
-    let look = args.salvage.open(cache, backing, known, examine);
+    let look = salvage::open(&args.salvage, cache, backing, known, examine);
     let ((recovery, live), _) = io.block_on(look)?;
     Ok(ReplayReport {
         cache: args.pair.cache.clone(),

@@ -2,11 +2,11 @@
 //! holds would be written over what comes through the other.
 
 use crate::notes::Note;
-use crate::remove::dirty_blocks;
 use anyhow::{Context, Result, bail};
 use libwb::cli::{Io, VolumeDevices, count, is_same_device};
 use libwb::device::probe::Access;
-use libwb::log::scan::examine_superblock;
+use libwb::log::Use;
+use libwb::log::scan::{examine_superblock, read_superblock};
 use std::io::ErrorKind;
 use std::path::Path;
 
@@ -48,7 +48,8 @@ fn dirt(io: &Io, volume: &VolumeDevices, uuid: Option<&str>) -> Result<Option<St
         {
             return Ok(0);
         }
-        dirty_blocks(io, &device)
+        let superblock = io.block_on(read_superblock(&device, Use::Read))?;
+        Ok(io.dirty_blocks(&device, &superblock)?)
     })();
     let dirty = dirty.with_context(|| {
         format!(

@@ -1,9 +1,8 @@
 //! `wbdump segments`: one row for each slot that holds something, in log order.
 
 use crate::log::Log;
-use crate::superblock::MAX_TIME;
 use anyhow::Result;
-use libwb::cli::{Output, count, table};
+use libwb::cli::{LAST_SECOND, Output, count, table};
 use libwb::format::{Reason, SegmentExtension, SegmentHeader, SegmentId, Slot, to_u64, to_usize};
 use libwb::log::recovery::{Recovery, Standing};
 use libwb::log::scan::{SlotContent, SlotState};
@@ -186,7 +185,7 @@ impl Summary {
     pub(crate) fn time(&self) -> Option<String> {
         let time = self.extension?.time;
         // What stands in for a lost segment has none.
-        let since = Duration::from_millis((time > 0).then_some(time)?.min(MAX_TIME * 1000));
+        let since = Duration::from_millis((time > 0).then_some(time)?.min(LAST_SECOND * 1000));
         Some(humantime::format_rfc3339_millis(UNIX_EPOCH + since).to_string())
     }
 

@@ -2,7 +2,7 @@
 
 use crate::log::Log;
 use anyhow::Result;
-use libwb::cli::{Output, human_size, properties};
+use libwb::cli::{LAST_SECOND, Output, human_size, properties};
 use libwb::format::{SEGMENT_BYTES, printable, to_u64};
 use libwb::log::live::{Totals, live_totals};
 use libwb::log::recovery::Recovery;
@@ -10,9 +10,6 @@ use libwb::log::scan::{RawSuperblock, SlotState};
 use serde::Serialize;
 use std::io::Write;
 use std::time::{Duration, UNIX_EPOCH};
-
-/// The last second of the year 9999: later times are garbage.
-pub(crate) const MAX_TIME: u64 = 253_402_300_799;
 
 #[derive(Serialize)]
 struct SuperblockReport<'a> {
@@ -165,7 +162,7 @@ fn extension_rows(e: &ExtensionReport<'_>) -> [(&'static str, String); 6] {
         (
             "created",
             humantime::format_rfc3339_seconds(
-                UNIX_EPOCH + Duration::from_secs(e.created.min(MAX_TIME)),
+                UNIX_EPOCH + Duration::from_secs(e.created.min(LAST_SECOND)),
             )
             .to_string(),
         ),

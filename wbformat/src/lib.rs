@@ -12,7 +12,6 @@ use libwb::device::{Device, signatures};
 use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, to_u64};
 use libwb::log::Use;
 use libwb::log::create::create;
-use libwb::log::live;
 use libwb::log::scan::examine_superblock;
 use libwb::log::traces::find_segment;
 use serde::Serialize;
@@ -218,14 +217,8 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     if let Err(error) = superblock.check_extension(device, Use::Read) {
         bail!(cannot_tell(&error));
     }
-    let mut progress =
-        Progress::new("looking for dirty blocks", superblock.geometry.lap(), SEGMENT_BYTES);
-    // As attach, which would write back what this finds.
-    let known = superblock.or_no_record();
-    let found =
-        io.block_on(live::dirty_blocks(device, &known, |slot| progress.set(u64::from(slot.0))));
-    drop(progress);
-    let dirty = match found {
+    // As attach does, which would write back what this finds.
+    let dirty = match io.dirty_blocks(device, &superblock.or_no_record()) {
         Ok(dirty) => dirty,
         Err(error) => bail!(cannot_tell(&error)),
     };

@@ -5,23 +5,27 @@ mod numbers;
 mod own;
 mod progress;
 mod recorded;
+mod salvage;
 mod table;
+mod text;
 mod workers;
 
-pub use numbers::{count, human_rate, human_size, human_time, parse_label, percent};
+pub use numbers::{LAST_SECOND, count, human_rate, human_size, human_time, parse_label, percent};
 pub use own::{open_no_link, read_own, refuse_others};
 pub use progress::Progress;
 pub use recorded::{
     MAX_NAME, MAX_RECORD, RECORD_SUFFIX, VolumeDevices, config_dir, is_same_device, is_volume_name,
-    read_text,
 };
+pub use salvage::SalvageOption;
 pub use table::{Table, properties, table};
+pub use text::read_text;
 
 use crate::control;
 use crate::device::probe::{Access, OpenError, Opened, open};
 use crate::device::{Device, UringDevice};
-use crate::format::{Geometry, Slot};
-use crate::log::scan::{SlotContent, SlotState, scan_by};
+use crate::format::{Geometry, SEGMENT_BYTES, Slot};
+use crate::log::scan::{SlotContent, SlotState, Superblock, scan_by};
+use crate::log::{LogError, live};
 use crate::reactor::{Handle, Reactor};
 use crate::sys;
 use nix::sys::signal::{SigSet, Signal};
@@ -323,6 +327,17 @@ impl Io {
     ) -> io::Result<Vec<SlotState>> {
         let workers = Workers::start()?;
         Ok(self.block_on(scan_by(device, geometry, |read| workers.run(read), visit)))
+    }
+
+    /// How many dirty blocks the log of a device holds. Shows progress.
+    ///
+    /// # Errors
+    /// As [`live::dirty_blocks`].
+    pub fn dirty_blocks(&self, device: &Device, superblock: &Superblock) -> Result<u64, LogError> {
+        let lap = superblock.geometry.lap();
+        let mut progress = Progress::new("looking for dirty blocks", lap, SEGMENT_BYTES);
+        let visit = |slot: Slot| progress.set(u64::from(slot.0));
+        self.block_on(live::dirty_blocks(device, superblock, visit))
     }
 
     /// Runs a future to its end.

@@ -3,6 +3,9 @@
 use crate::format::{TEXT_BYTES, fitting};
 use indicatif::BinaryBytes;
 
+/// The last second of the year 9999, counted from 1970. Later times are garbage.
+pub const LAST_SECOND: u64 = 253_402_300_799;
+
 /// A size for people, such as "8 MiB" or "1.46 TiB".
 pub fn human_size(bytes: u64) -> String {
     BinaryBytes(bytes).to_string().replace(".00 ", " ")

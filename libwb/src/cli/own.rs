@@ -1,8 +1,9 @@
 //! Files that say what a program is to do: only root's, and one's own, are believed.
 
+use super::text::read_at_most;
 use nix::unistd::{Uid, geteuid};
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -57,10 +58,5 @@ pub fn read_own(path: &Path, most: u64) -> io::Result<String> {
         return Err(io::Error::new(ErrorKind::InvalidInput, "refused: it is no regular file"));
     }
     refuse_others(path, &meta)?;
-    let mut text = String::new();
-    file.take(most + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > most {
-        return Err(io::Error::new(ErrorKind::FileTooLarge, format!("longer than {most} bytes")));
-    }
-    Ok(text)
+    read_at_most(file, most)
 }

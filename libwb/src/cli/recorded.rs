@@ -4,8 +4,7 @@
 use super::own::read_own;
 use crate::device::probe::identity;
 use serde::Deserialize;
-use std::fs::File;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 /// The longest name of a volume, so that the path of its socket fits what the system allows.
@@ -81,23 +80,6 @@ pub fn is_volume_name(text: &str) -> bool {
 /// Whether two paths lead to one device, or are the same path, be there a device or not.
 pub fn is_same_device(a: &Path, b: &Path) -> bool {
     a == b || identity(a).is_ok_and(|a| identity(b).is_ok_and(|b| a == b))
-}
-
-/// Reads a text file, or a pipe.
-///
-/// # Errors
-/// When it cannot be read, is no text, or is longer than so many bytes.
-pub fn read_text(path: &Path, most: u64) -> io::Result<String> {
-    read_at_most(File::open(path)?, most)
-}
-
-fn read_at_most(file: File, most: u64) -> io::Result<String> {
-    let mut text = String::new();
-    file.take(most + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > most {
-        return Err(io::Error::new(ErrorKind::FileTooLarge, format!("longer than {most} bytes")));
-    }
-    Ok(text)
 }
 
 #[cfg(test)]

@@ -13,10 +13,10 @@ Exit codes:
   4  errors found, and still there
   8  could not check: for example the device is in use, or is no cache device";
 
-/// Check a cache device. Reads the whole device, and changes nothing but with --repair.
+/// Check a cache device. Reads the whole device; changes nothing without --repair
 ///
-/// The first line of the output is the verdict. What a power cut explains is no error; it is noted,
-/// and nothing that was acknowledged as durable is lost.
+/// The first line of the output is the verdict. Damage that a power cut explains is a note, not an
+/// error: nothing acknowledged as durable is lost.
 #[derive(Parser)]
 #[command(name = "wbcheck", version, after_help = EXIT_CODES)]
 #[command(group(ArgGroup::new("salvaging").arg("salvage").requires("repair")))]
@@ -25,11 +25,11 @@ pub(crate) struct Args {
     #[arg(value_name = "CACHE")]
     pub(crate) cache: PathBuf,
 
-    /// Check as well that all dirty data fits on this backing device
+    /// Also check that all dirty data fits on this backing device
     #[arg(long, value_name = "DEV")]
     pub(crate) backing: Option<PathBuf>,
 
-    /// Check this segment alone. The others are read as attaching reads them: mostly their headers
+    /// Check only this segment. Read the others as attaching reads them: mostly their headers
     #[arg(
         long,
         value_name = "ID",
@@ -37,17 +37,19 @@ pub(crate) struct Args {
     )]
     pub(crate) segment: Option<u64>,
 
-    /// Read the headers alone, which is much faster but does not notice damaged data
+    /// Read only the headers. Much faster, but does not notice damaged data
     #[arg(long, conflicts_with = "segment")]
     pub(crate) headers_only: bool,
 
-    /// Repair what can be without giving up any data that recovery would use: what a power cut has
-    /// torn, what is damaged but written back, a damaged copy of the superblock extension, the
-    /// first bytes of a device that has one
+    /// Repair what can be repaired without giving up any data that recovery would use
     ///
-    /// After that, the kernel module reads the same volume from the log as wb, as after a detach:
-    /// no segment is left at which it would stop, or that is written back and from which it would
-    /// take old data for new. The device must not be attached.
+    /// This covers: what a power cut has torn; damage to segments that are already written back; a
+    /// damaged copy of the superblock extension; damaged first bytes of a device that has such an
+    /// extension; with --salvage, also a corrupt log.
+    ///
+    /// After the repair, the kernel module reads the same volume from the log as wb, as after a
+    /// detach. No segment remains at which it would stop. No segment that is written back remains
+    /// from which it would take old data for new. The device must not be attached.
     #[arg(long, conflicts_with_all = ["segment", "headers_only"])]
     pub(crate) repair: bool,
 
@@ -58,7 +60,7 @@ pub(crate) struct Args {
     #[arg(long)]
     pub(crate) json: bool,
 
-    /// Print nothing when the device is sound, and the verdict alone when it is not
+    /// Print nothing when the device is sound, and only the verdict when it is not
     #[arg(long, conflicts_with = "json")]
     pub(crate) quiet: bool,
 }

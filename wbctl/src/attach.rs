@@ -45,8 +45,7 @@ const TO_SHOW: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A volume that was recorded by `wbctl create`; with --cache and --backing, a name for the
-    /// volume
+    /// A volume that `wbctl create` recorded; with --cache and --backing, a name for the volume
     #[arg(value_name = "NAME", required_unless_present = "cache")]
     first: Option<First>,
     /// The cache device: a block device or a file
@@ -59,26 +58,25 @@ pub(crate) struct Args {
     sector: SectorSize,
     #[command(flatten)]
     salvage: SalvageOption,
-    /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one
-    /// whose device went back in time. What it holds may be older than what the backing device
-    /// holds
+    /// Use a cache that is older than when wb last saw it: an earlier copy, or a device that went
+    /// back in time. Its data may be older than that of the backing device
     #[arg(long)]
     older: bool,
-    /// Serve reads alone, and change nothing on either device
+    /// Serve only reads, and change nothing on either device
     ///
-    /// What recovery would write is kept in memory. The loop device is read-only, too: mount a
-    /// filesystem whose journal was not replayed with -o ro,noload (ext4) or -o ro,norecovery
+    /// wb keeps in memory what recovery would write. The loop device is read-only, too. To mount a
+    /// filesystem whose journal was not replayed, use -o ro,noload (ext4) or -o ro,norecovery
     /// (xfs).
     #[arg(long, conflicts_with_all = ["salvage", "grown"])]
     read_only: bool,
-    /// The backing device is the same, and has grown. Needed where it has no identity that shows
-    /// that, as a plain file
+    /// The backing device is the same one, and has grown. Needed where the device has no identity
+    /// that shows this, such as a plain file
     #[arg(long)]
     grown: bool,
-    /// Wait so long for devices that are not there yet, as at boot
+    /// Wait up to this long for devices that are not there yet, as at boot
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u32,
-    /// Tunables for this time
+    /// Tunables for this attach only
     #[arg(value_name = "KEY=VALUE")]
     tunables: Vec<String>,
 }

@@ -29,7 +29,7 @@ pub(crate) struct DetachArgs {
     #[arg(long)]
     drain: bool,
     /// Detach even while the device is mounted, held or open; its users get I/O errors. Ends within
-    /// seconds even if a device hangs. Also clears what a killed daemon left behind
+    /// seconds, even if a device hangs. Also clears what a killed daemon left behind
     #[arg(long)]
     force: bool,
 }

@@ -21,18 +21,18 @@ pub(crate) struct Args {
     pair: Pair,
     #[command(flatten)]
     sector: SectorSize,
-    /// Go on although the cache device holds a filesystem, a partition table or the like, or the
-    /// backing device is a cache device itself, or smaller than the cache device
+    /// Go on in spite of these: the cache device holds a filesystem, a partition table or the like;
+    /// the backing device is itself a cache device, or is smaller than the cache device
     #[arg(long)]
     force: bool,
-    /// Do not allocate a cache device that is a sparse file. If its filesystem is full later,
-    /// writes are tried again for some 20 seconds; then the volume fails
+    /// Do not allocate a cache device that is a sparse file. If its filesystem fills up later, wb
+    /// retries writes for about 20 seconds; then the volume fails
     #[arg(long)]
     sparse: bool,
-    /// Give up the dirty blocks of the cache that is on the cache device. They are lost for ever
+    /// Give up the dirty blocks of the cache that the cache device holds. They are lost forever
     #[arg(long)]
     discard_dirty: bool,
-    /// Write the base format of dm-writeboost alone, without pairing and the CRC of each block
+    /// Write only the base format of dm-writeboost, without pairing and without a CRC of each block
     #[arg(long)]
     compat: bool,
     /// Tunables to record

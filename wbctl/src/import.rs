@@ -23,7 +23,7 @@ pub(crate) struct Args {
     /// The table
     #[arg(default_value = "/etc/writeboosttab")]
     table: PathBuf,
-    /// Say what would be recorded, and record nothing
+    /// Show what would be recorded, and record nothing
     #[arg(long)]
     dry_run: bool,
     /// Print one JSON object per volume and line instead of text

@@ -14,7 +14,8 @@ use std::io::Write;
 pub(crate) struct Args {
     /// The volume
     name: VolumeName,
-    /// Forget it without looking whether its cache is clean, as when the cache device is gone
+    /// Forget the volume without checking that its cache is clean, for example when the cache
+    /// device is gone
     #[arg(long)]
     force: bool,
 }

@@ -28,24 +28,26 @@ pub(crate) struct Args {
     pair: Pair,
     #[command(flatten)]
     salvage: SalvageOption,
-    /// Say what would be written back, and change nothing
+    /// Show what would be written back, and change nothing
     #[arg(long, conflicts_with = "salvage")]
     dry_run: bool,
-    /// Stop at an earlier point of the log: write back what it held when this segment was the
+    /// Stop at an earlier point of the log: write back what the log held when this segment was the
     /// newest
     ///
-    /// The cache device is not changed: it stays dirty, and still holds the log to its end. So this
-    /// can be repeated, also with a later segment, and a replay without it leads to the newest
-    /// state. wbdump segments lists the segments. What was written back to the backing device
-    /// before, or discarded there, is not undone: if that comes after this segment, it is refused.
+    /// The cache device does not change: it stays dirty, and still holds the whole log. So you can
+    /// repeat this, also with a later segment. A replay without --until leads to the newest state.
+    /// `wbdump segments` lists the segments.
+    ///
+    /// A replay does not undo earlier write-back or discards on the backing device. If those come
+    /// after this segment, it is refused.
     #[arg(long, value_name = "ID", conflicts_with = "salvage")]
     until: Option<u64>,
-    /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one
-    /// whose device went back in time. And with --until, over what came later
+    /// Use a cache that is older than when wb last saw it: an earlier copy, or a device that went
+    /// back in time. With --until, also write over later data
     ///
-    /// What such a cache holds may be older than what the backing device holds. With --until, the
-    /// backing device may hold what comes after that segment, of an earlier replay; then the result
-    /// is a mixture of both, and no state of the volume.
+    /// The data of such a cache may be older than that of the backing device. With --until, an
+    /// earlier replay may have put later data on the backing device. Then the result is a mixture
+    /// of both, and no state of the volume.
     #[arg(long)]
     older: bool,
     /// Print one JSON object instead of text

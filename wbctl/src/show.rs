@@ -23,12 +23,12 @@ pub(crate) struct StatusArgs {
     /// Print one JSON object per volume and line instead of text
     #[arg(long, group = "form")]
     json: bool,
-    /// Print the numbers that `dmsetup status` shows of the kernel module, in its order, a line for
-    /// each volume
+    /// Print the numbers that `dmsetup status` shows for the kernel module, in its order, one line
+    /// per volume
     #[arg(long, group = "form", requires = "names")]
     dm: bool,
-    /// Print metrics for Prometheus, of detached volumes too, such as for node_exporter's textfile
-    /// collector
+    /// Print metrics for Prometheus, also for detached volumes; for example for the textfile
+    /// collector of node_exporter
     #[arg(long, group = "form")]
     prometheus: bool,
 }

@@ -40,11 +40,11 @@ const COLUMNS: [Column; 14] = [
 pub(crate) struct Args {
     /// The volume
     name: VolumeName,
-    /// Print a line for each so many seconds, instead of one for all time since the counters
-    /// started
+    /// Print a line every so many seconds, instead of one line for all time since the counters were
+    /// reset
     #[arg(value_parser = parse_interval)]
     interval: Option<Duration>,
-    /// End after so many lines
+    /// Stop after this many lines
     count: Option<u64>,
 }
 

@@ -16,7 +16,7 @@ use view::View;
 pub(crate) struct Args {
     /// The volume
     name: VolumeName,
-    /// Look again each so many seconds
+    /// Refresh every so many seconds
     #[arg(value_parser = parse_interval, default_value = "1")]
     interval: Duration,
 }

@@ -14,7 +14,7 @@ use std::io::Write;
 pub(crate) struct GetArgs {
     /// The volume
     name: VolumeName,
-    /// One tunable, instead of all
+    /// Show only this tunable
     key: Option<String>,
     /// Print one JSON object instead of lines of KEY=VALUE
     #[arg(long)]
@@ -25,10 +25,10 @@ pub(crate) struct GetArgs {
 pub(crate) struct SetArgs {
     /// The volume
     name: VolumeName,
-    /// What to set. Of several, all are set or none
+    /// The tunables to set: either all of them are set, or none
     #[arg(value_name = "KEY=VALUE", required = true)]
     tunables: Vec<String>,
-    /// Record it as well, for each later attach. Works on a detached volume too
+    /// Record the tunables as well, for every later attach. Works on a detached volume, too
     #[arg(long)]
     save: bool,
 }

@@ -16,10 +16,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub(crate) struct Args {
     #[command(flatten)]
     pair: Pair,
-    /// A name for people, of up to 64 bytes
+    /// A label for people, of up to 64 bytes
     #[arg(long, value_parser = parse_label)]
     label: Option<String>,
-    /// Say what would be changed, and change nothing
+    /// Show what would be changed, and change nothing
     #[arg(long)]
     dry_run: bool,
     /// Print one JSON object instead of text

@@ -20,8 +20,7 @@ use std::process::ExitCode;
 
 /// Show the log on a cache device. Changes nothing, and works on damaged devices.
 ///
-/// A device that is in use is read all the same, with a warning: what is shown may then be a
-/// mixture of states.
+/// Reads even a device that is in use, with a warning: the output may then mix several states.
 #[derive(Parser)]
 #[command(name = "wbdump", version, after_help = cli::EXIT_CODES)]
 struct Cli {
@@ -31,9 +30,9 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Show the superblock and totals of what the log holds. Reads the whole device
+    /// Show the superblock and the totals of the log. Reads the whole device
     Super(Target),
-    /// Show which cache it is, as variables for udev and scripts. Reads the superblock alone
+    /// Show the identity of the cache, as variables for udev and scripts. Reads only the superblock
     Identity {
         /// The cache device: a block device or a file
         #[arg(value_name = "CACHE")]
@@ -41,18 +40,19 @@ enum Verb {
     },
     /// List the segments in log order, oldest first. Reads the whole device
     ///
-    /// Slots that were never written are counted; with --json each has its line, after the others.
+    /// The output counts slots that were never written; with --json, each has a line of its own,
+    /// after the others.
     Segments {
         #[command(flatten)]
         target: Target,
-        /// Only segments that attaching would apply
+        /// Show only segments that attaching would apply
         #[arg(long)]
         live: bool,
-        /// Only slots that are damaged
+        /// Show only damaged slots
         #[arg(long, conflicts_with = "live")]
         bad: bool,
     },
-    /// Show one segment: its header and its metablocks. The others are read as attaching reads them
+    /// Show one segment: its header and its metablocks. Reads the others as attaching reads them
     Segment {
         #[command(flatten)]
         target: Target,
@@ -74,8 +74,8 @@ enum Verb {
         /// Dump the data of each version in hexadecimal
         #[arg(long)]
         data: bool,
-        /// Write the 4096 bytes of the newest version that attaching would not drop, and nothing
-        /// else, to standard output. Only its dirty sectors are newer than the backing device
+        /// Write to standard output only the 4096 bytes of the newest version that attaching would
+        /// not drop. Only its dirty sectors are newer than the backing device
         #[arg(long, conflicts_with_all = ["data", "json"])]
         raw: bool,
     },
@@ -87,8 +87,8 @@ enum Verb {
     Blocks(Target),
     /// Draw the log, and where its dirty blocks lie on the backing device. Reads the whole device
     ///
-    /// The log is drawn oldest segment first. A character or square that stands for several
-    /// segments shows the worst of them. The recovery point is the last segment that attaching
+    /// The drawing starts with the oldest segment. If a character or square stands for several
+    /// segments, it shows the worst of them. The recovery point is the last segment that attaching
     /// would apply.
     Map {
         /// The cache device: a block device or a file

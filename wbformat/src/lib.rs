@@ -1,5 +1,4 @@
-//! `wbformat`: makes a cache device, and refuses to do so over anything that is still worth
-//! something.
+//! `wbformat`: makes a cache device, and refuses to overwrite anything that may still be of value.
 
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser};
@@ -23,37 +22,38 @@ use uuid::Uuid;
 
 /// Make a cache device: an empty log in the format of dm-writeboost.
 ///
-/// Refuses when the device is in use, too small, belongs to a recorded volume, holds a filesystem,
-/// partition table, LVM, RAID or other signature, or holds a cache with dirty blocks, which may be
-/// the only copy of that data. A sparse file is allocated first, so that the cache has the room
-/// that it will need.
+/// Refuses a device in any of these cases: it is in use, or too small; it belongs to a recorded
+/// volume; it holds a filesystem, partition table, LVM, RAID or other signature; it holds a cache
+/// with dirty blocks, which may be the only copy of that data.
+///
+/// wbformat first allocates a sparse file, so that the cache has the room that it will need.
 #[derive(Parser)]
 #[command(name = "wbformat", version, after_help = cli::EXIT_CODES)]
 struct Args {
-    /// The device to make a cache of: a block device or a file. Everything on it is lost
+    /// The device to make a cache of: a block device or a file. All its data is lost
     #[arg(value_name = "CACHE")]
     cache: PathBuf,
 
-    /// Go on although the device holds a filesystem, a partition table or the like, or belongs to a
-    /// recorded volume, or the backing device is a cache device itself, or smaller. Does not give
-    /// up dirty blocks
+    /// Go on in spite of these: the device holds a filesystem, a partition table or the like, or
+    /// belongs to a recorded volume; the backing device is itself a cache device, or smaller. Does
+    /// not give up dirty blocks
     #[arg(long)]
     force: bool,
 
-    /// Give up the dirty blocks of the cache that is on the device, and whatever is left of a
-    /// damaged one. They are lost for ever
+    /// Give up the dirty blocks of the cache on the device, and the remains of a damaged cache.
+    /// They are lost forever
     #[arg(long)]
     discard_dirty: bool,
 
-    /// Leave a sparse file as it is, rather than have its filesystem set room aside for all of it
+    /// Leave a sparse file as it is, instead of having its filesystem reserve all the room
     #[arg(long)]
     sparse: bool,
 
-    /// Pair the cache with this backing device: it will be refused in front of any other
+    /// Pair the cache with this backing device: wb will refuse it in front of any other
     #[arg(long, value_name = "DEV")]
     backing: Option<PathBuf>,
 
-    /// A name for people, of up to 64 bytes
+    /// A label for people, of up to 64 bytes
     #[arg(long, value_parser = parse_label)]
     label: Option<String>,
 
@@ -61,11 +61,11 @@ struct Args {
     #[arg(long)]
     uuid: Option<Uuid>,
 
-    /// Write the base format alone, without UUID, label, pairing and the CRC of each block
+    /// Write only the base format, without UUID, label, pairing and the CRC of each block
     #[arg(long, conflicts_with_all = ["backing", "label", "uuid"])]
     compat: bool,
 
-    /// Check everything and say what would be done, but write nothing
+    /// Check everything and show what would be done, but write nothing
     #[arg(long)]
     dry_run: bool,
 

@@ -22,8 +22,8 @@ pub(super) fn page(program: &Program) -> Result<Vec<u8>> {
         writeln!(page, ".SH COMMANDS")?;
         writeln!(
             page,
-            "Every command also has \\fB\\-\\-help\\fR, as the program itself does, which has \
-             \\fB\\-\\-version\\fR, too."
+            "Every command has \\fB\\-\\-help\\fR. The program itself has \\fB\\-\\-help\\fR and \
+             \\fB\\-\\-version\\fR."
         )?;
         for verb in verbs {
             page.extend(section(verb)?);

@@ -119,7 +119,7 @@ fn refuse_other_than_damaged(
         ),
         (Some(_), None) if !args.repair => bail!(
             "{error}; yet it was formatted as one, so its first bytes are damaged: copy it, then \
-             use wbcheck --repair, which writes them anew"
+             use wbcheck --repair, which rewrites them"
         ),
         (Some(_), None) => Ok(()),
     }

@@ -286,7 +286,7 @@ fn recover(
         return Ok(cache);
     }
     tracing::info!(
-        "recovered in {:.2} s, {} of the log read: {} in the cache are not written back yet",
+        "recovered in {:.2} s, {} of the log read: {} in the cache still await write-back",
         status.recovery_time.as_secs_f64(),
         human_size(status.recovery_bytes),
         human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
@@ -380,7 +380,8 @@ fn unlink_others(own: &Path, device: &Path) {
         let link = entry.path();
         if link != own && std::fs::canonicalize(&link).is_ok_and(|to| to == device) {
             tracing::warn!(
-                "{} is of a daemon that was killed, and would lead to this volume: removed",
+                "removed {}: it belonged to a daemon that was killed, and would lead to this \
+                 volume",
                 link.display()
             );
             let _ = std::fs::remove_file(&link);

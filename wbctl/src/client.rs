@@ -87,7 +87,7 @@ pub(crate) fn look(name: &VolumeName) -> Result<VolumeStatus, AskError> {
         Reply::Status(status) => Ok(completed(name, *status)),
         Reply::Error { message } => Err(AskError::System(io::Error::other(message))),
         other => Err(AskError::System(io::Error::other(format!(
-            "the daemon answers strangely: {other:?}"
+            "the daemon gave an unexpected answer: {other:?}"
         )))),
     }
 }
@@ -117,14 +117,16 @@ pub(crate) fn status(name: &VolumeName) -> Result<VolumeStatus> {
 
 /// What the daemon of an attached volume tells of it.
 pub(crate) fn live(name: &VolumeName) -> Result<LiveStatus> {
-    status(name)?.live.with_context(|| format!("the daemon of '{name}' says nothing of its work"))
+    status(name)?
+        .live
+        .with_context(|| format!("the daemon of '{name}' does not report its activity"))
 }
 
 /// The tunables in force of an attached volume.
 pub(crate) fn tunables(name: &VolumeName) -> Result<BTreeMap<String, TunableValue>> {
     match ask(name, &Request::Tunables)? {
         Reply::Tunables { tunables } => Ok(tunables),
-        other => bail!("the daemon of '{name}' answers strangely: {other:?}"),
+        other => bail!("the daemon of '{name}' gave an unexpected answer: {other:?}"),
     }
 }
 
@@ -141,8 +143,8 @@ pub(crate) fn warn_of_untold(volumes: &[VolumeStatus]) {
         cli::complain(
             "wbctl",
             format!(
-                "the daemon of '{}' is of another version and does not tell {}: shown as 0 or not \
-                 at all",
+                "the daemon of '{}' is of another version and does not report {}: shown as 0 or \
+                 not at all",
                 volume.name,
                 untold.join(", ")
             ),
@@ -158,7 +160,7 @@ pub(crate) fn flush(name: &VolumeName, out: &mut Output) -> Result<()> {
 
 pub(crate) fn clear_stats(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::ClearStats)?;
-    writeln!(out, "the counters of '{name}' start anew")?;
+    writeln!(out, "reset the counters of '{name}'")?;
     Ok(())
 }
 
@@ -167,7 +169,7 @@ pub(crate) fn clear_stats(name: &VolumeName, out: &mut Output) -> Result<()> {
 /// before.
 fn ask_to_drain(name: &VolumeName, request: &Request, go_on: &str) -> Result<u64> {
     let dirty = Arc::new(AtomicU64::new(u64::MAX));
-    let (told, go_on) = (dirty.clone(), format!("go on with: wbctl {go_on}"));
+    let (told, go_on) = (dirty.clone(), format!("continue with: wbctl {go_on}"));
     cli::on_interrupt("wbctl", move || match told.load(Ordering::Relaxed) {
         u64::MAX => format!("interrupted; {go_on}"),
         dirty => format!("interrupted: {} are still only in the cache; {go_on}", human_size(dirty)),
@@ -188,22 +190,17 @@ pub(crate) fn pause(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::Pause)?;
     // A batch that takes long is not waited for.
     let goes_on = look(name).is_ok_and(|status| status.live.is_some_and(|live| live.writing_back));
-    let still = if goes_on {
-        "; a batch that was begun before, or a drain, is still being finished"
-    } else {
-        ""
-    };
+    let still = if goes_on { "; an earlier batch, or a drain, is still finishing" } else { "" };
     writeln!(
         out,
-        "write-back of '{name}' is paused, until the log is full{still}; it goes on with: wbctl \
-         resume {name}"
+        "write-back of '{name}' is paused until the log is full{still}; to resume it: wbctl resume {name}"
     )?;
     Ok(())
 }
 
 pub(crate) fn resume(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::Resume)?;
-    writeln!(out, "write-back of '{name}' goes on")?;
+    writeln!(out, "resumed write-back of '{name}'")?;
     Ok(())
 }
 

@@ -65,7 +65,7 @@ impl RecordedVolume {
     /// it its name.
     pub(crate) fn prepare(&self, name: &VolumeName) -> Result<NewRecord> {
         let path = name.config_file();
-        let cannot = || format!("cannot record it in {}", path.display());
+        let cannot = || format!("cannot record the volume in {}", path.display());
         let text = toml::to_string(self).with_context(cannot)?;
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir)
@@ -90,7 +90,7 @@ impl RecordedVolume {
 pub(crate) fn refuse_nul(device: &Path) -> Result<()> {
     let text = device.to_string_lossy();
     if text.contains('\0') {
-        bail!("\"{}\" is no path of a device: it has a NUL in it", text.escape_debug());
+        bail!("\"{}\" is not the path of a device: it contains a NUL", text.escape_debug());
     }
     Ok(())
 }
@@ -100,7 +100,7 @@ pub(crate) fn refuse_recorded(name: &VolumeName) -> Result<()> {
     let record = name.config_file();
     if record.exists() {
         bail!(
-            "volume '{name}' exists already: it is recorded in {}; if you give that up, first: \
+            "volume '{name}' exists already: it is recorded in {}; to give it up, first run: \
              wbctl remove {name}",
             record.display()
         );
@@ -116,7 +116,7 @@ pub(crate) fn refuse_shared(volume: &RecordedVolume) -> Result<()> {
             [&volume.cache, &volume.backing].into_iter().find(|device| other.has(device))
         {
             bail!(
-                "{}: belongs to the volume '{1}'; if you give that up, first: wbctl remove {1}",
+                "{}: belongs to the volume '{1}'; to give that up, first run: wbctl remove {1}",
                 device.display(),
                 other.name
             );
@@ -128,7 +128,7 @@ pub(crate) fn refuse_shared(volume: &RecordedVolume) -> Result<()> {
 /// That a volume must be recorded, and is not.
 pub(crate) fn not_recorded(name: &VolumeName) -> anyhow::Error {
     anyhow!(
-        "no volume '{name}' is recorded in {}; see wbctl list and create",
+        "no volume '{name}' is recorded in {}; see wbctl list and wbctl create",
         name.config_file().display()
     )
 }

@@ -77,7 +77,7 @@ impl Daemon {
             Request::Set { tunables } => self.set(tunables),
             Request::Pause => Ok(self.pause(replies)),
             Request::Resume => {
-                tracing::info!("write-back goes on");
+                tracing::info!("write-back resumed");
                 self.cache.resume();
                 Ok(Reply::Done)
             }
@@ -115,7 +115,7 @@ impl Daemon {
         let writeback = status
             .writeback_error
             .iter()
-            .map(|error| format!("write-back does not get on: {error}"));
+            .map(|error| format!("write-back makes no progress: {error}"));
         let stuck = status.stuck.iter().map(ToString::to_string);
         failure.chain(writeback).chain(stuck).chain(self.watched.troubles()).collect()
     }
@@ -149,7 +149,7 @@ impl Daemon {
 
     /// Pauses write-back, and waits a while for the end of the batch under way.
     fn pause(&self, replies: &mut Replies) -> Reply {
-        tracing::info!("write-back is paused");
+        tracing::info!("write-back paused");
         self.cache.pause();
         let (cache, started) = (self.cache.clone(), Instant::now());
         let (ended, stop) = abortable(async move { cache.batch_ended().await });

@@ -87,15 +87,15 @@ impl Devices {
         let cache = cache.map(|gone| {
             let path = self.0.cache.path().display();
             format!(
-                "{path}: {gone} while the volume is attached: what is only in the cache is lost \
-                 when the daemon ends; write it back now (wbctl drain)"
+                "{path}: {gone} while the volume is attached: the data that is only in the cache \
+                 will be lost when the daemon ends; write it back now (wbctl drain)"
             )
         });
         let backing = backing.map(|gone| {
             let path = self.0.backing.path().display();
             format!(
-                "{path}: {gone} while the volume is attached: what is written back is lost when \
-                 the daemon ends; copy all data from the volume before you detach it"
+                "{path}: {gone} while the volume is attached: the data written back will be lost \
+                 when the daemon ends; copy all data from the volume before you detach it"
             )
         });
         cache.into_iter().chain(backing).collect()
@@ -109,9 +109,10 @@ impl Devices {
         if let Some(gone) = cache {
             let path = self.0.cache.path().display();
             match dirty_blocks {
-                0 => tracing::warn!("{path}: {gone}; nothing was only there"),
+                0 => tracing::warn!("{path}: {gone}; it held no dirty data"),
                 blocks => lost.push(format!(
-                    "{path}: {gone}: what went to the cache {}, with {} that were only there",
+                    "{path}: {gone}: the data written to the cache {}, with {} that were only \
+                     there",
                     fate(gone),
                     human_size(blocks * to_u64(BLOCK_BYTES))
                 )),
@@ -119,7 +120,7 @@ impl Devices {
         }
         if let Some(gone) = backing {
             let path = self.0.backing.path().display();
-            lost.push(format!("{path}: {gone}: what was written back {}", fate(gone)));
+            lost.push(format!("{path}: {gone}: the data written back {}", fate(gone)));
         }
         if lost.is_empty() {
             return Ok(());
@@ -132,6 +133,6 @@ impl Devices {
 fn fate(gone: Gone) -> &'static str {
     match gone {
         Gone::Deleted => "is gone with it",
-        Gone::Replaced(_) | Gone::Moved(_) => "is in the one that was open, and only there",
+        Gone::Replaced(_) | Gone::Moved(_) => "is only in the one that was open",
     }
 }

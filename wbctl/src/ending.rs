@@ -138,7 +138,7 @@ impl Callers<'_> {
             Some(Ok(())) => Ok(()),
             Some(Err(e)) => Err(anyhow!("cannot write out {}: {e}", served.path.display())),
             None => Err(anyhow!(
-                "{}: there was no time to write out what programs had written and not flushed",
+                "{}: there was no time to write out data that programs had not flushed",
                 served.path.display()
             )),
         }
@@ -233,7 +233,7 @@ impl LiveVolume {
     /// Ends all requests to the device: who waits for it gets an error.
     fn cut_off(&self) {
         if let Some(Err(e)) = self.connection.as_ref().map(|connection| connection.abort()) {
-            tracing::warn!("the requests to {} cannot be ended: {e}", self.path.display());
+            tracing::warn!("cannot abort the requests to {}: {e}", self.path.display());
         }
     }
 
@@ -262,11 +262,11 @@ impl LiveVolume {
         let left = human_size(self.dirty_bytes());
         // Nobody writes any more, so what is durable now is all that was acknowledged.
         let is_kept = written_out && status.durable == status.newest && status.failure.is_none();
-        let lost = if is_kept { "nothing is lost" } else { "what was not flushed may be lost" };
+        let lost = if is_kept { "nothing is lost" } else { "unflushed data may be lost" };
         let why = if callers.urged > 1 {
-            "as it was told to end at once"
+            "because it was told to end at once"
         } else {
-            "since a device does not answer"
+            "because a device does not answer"
         };
         let message = format!(
             "ended before {before}, {why}: {left} stay only in the cache, and {lost}; the next \

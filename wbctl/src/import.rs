@@ -93,8 +93,8 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
     }
     writeln!(
         out,
-        "For each volume: unmount it, take it from the kernel module (dmsetup remove NAME), take \
-         its line out of {}, and start it here: wbctl attach NAME. It is /dev/wb/NAME then.",
+        "For each volume: unmount it; remove it from the kernel module (dmsetup remove NAME); \
+         take its line out of {}; then start it here: wbctl attach NAME. It is then /dev/wb/NAME.",
         args.table.display()
     )?;
     Ok(())
@@ -126,7 +126,7 @@ fn parse(text: &str) -> Result<Vec<Entry>> {
         }
         let entry = parse_line(line).with_context(|| format!("line {number}"))?;
         if !names.insert(entry.name.clone()) {
-            bail!("line {number}: the name '{}' is there twice", entry.name);
+            bail!("line {number}: the name '{}' appears twice", entry.name);
         }
         entries.push(entry);
     }
@@ -142,7 +142,7 @@ fn parse_line(line: &str) -> Result<Entry> {
     let options = fields.collect::<Vec<_>>().join(" ");
     for device in [backing, cache] {
         if !device.starts_with('/') {
-            bail!("'{device}' is no path of a device");
+            bail!("'{device}' is not the path of a device");
         }
         refuse_nul(Path::new(device))?;
     }
@@ -189,11 +189,11 @@ mod tests {
             why("a /b /c x=1 y"),
             "line 1: 'y' follows the options; must be: NAME BACKING CACHE [OPTION,…]"
         );
-        assert_eq!(why("a /b c"), "line 1: 'c' is no path of a device");
+        assert_eq!(why("a /b c"), "line 1: 'c' is not the path of a device");
         let nul = why("a /b /c\0d");
-        assert_eq!(nul, "line 1: \"/c\\0d\" is no path of a device: it has a NUL in it");
+        assert_eq!(nul, "line 1: \"/c\\0d\" is not the path of a device: it contains a NUL");
         assert!(why("a+b /b /c").starts_with("line 1: 'a+b': a volume name is"));
-        assert_eq!(why("a /b /c\na /d /e"), "line 2: the name 'a' is there twice");
+        assert_eq!(why("a /b /c\na /d /e"), "line 2: the name 'a' appears twice");
     }
 
     #[test]

@@ -39,8 +39,9 @@ impl Keeper {
             }
             pen
         });
-        let thread =
-            thread.inspect_err(|e| tracing::warn!("how far the cache has come is not noted: {e}"));
+        let thread = thread.inspect_err(|e| {
+            tracing::warn!("cannot keep the note about the cache up to date: {e}")
+        });
         Some(Keeper { stop, thread: thread.ok()? })
     }
 

@@ -51,7 +51,10 @@ fn describe(orphan: &Path) -> String {
         held if held.is_empty() => "held by another program".into(),
         held => held.join(", "),
     };
-    format!("{} of an earlier daemon is still {held}: it only fails; release it", orphan.display())
+    format!(
+        "{} of an earlier daemon is still {held}: all I/O to it fails; release it",
+        orphan.display()
+    )
 }
 
 /// Says what an earlier daemon has left that only others can release.

@@ -75,16 +75,16 @@ enum Command {
     },
     /// Show the state of volumes, or of all that are attached or need attention
     ///
-    /// With NAME, the exit code tells the state of the volume; of several volumes, it tells the
-    /// worst: 0: attached and healthy; 1: any other failure; 3: not attached; 4: failed (it refuses
-    /// writes), or its daemon does not answer; 5: degraded (it works, but something is wrong, such
-    /// as failing write-back).
+    /// With NAME, the exit code tells the state of the volume: 0 attached and healthy; 3 not
+    /// attached; 4 failed (it refuses writes), or its daemon does not answer; 5 degraded (it works,
+    /// but something is wrong, such as failing write-back). With several names, it tells the worst.
+    /// 1 stands for any other failure.
     Status(show::StatusArgs),
     /// Show the activity of an attached volume, one line per interval
     ///
-    /// The columns are: r, w, f: reads, writes, flushes; wb: write-back; rhit%: the share of the
-    /// blocks read that the cache held; log%: the share of the log that still awaits write-back;
-    /// 50us, 99us: the 50th and the 99th percentile of the latency, in microseconds.
+    /// The prefixes r, w and f stand for reads, writes and flushes, wb for write-back. rhit% is the
+    /// share of the blocks read that the cache held. log% is the share of the log that still awaits
+    /// write-back. 50us and 99us are percentiles of the latency, in microseconds.
     ///
     /// A terminal of fewer than 126 columns shows only the most important ones.
     Stat(stat::Args),

@@ -171,8 +171,8 @@ pub(crate) fn note(cache: &Cache, about: &About, closed: bool) -> Result<()> {
         saved => saved.with_context(|| {
             let folder = state_dir().unwrap_or_default();
             format!(
-                "cannot note in {} how far the cache has come: an older copy of it would not be \
-                 noticed",
+                "cannot note in {} how far the cache has come: an older copy of it would go \
+                 unnoticed",
                 folder.display()
             )
         }),

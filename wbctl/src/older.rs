@@ -43,7 +43,7 @@ impl Past {
         };
         past.note = Note::load(uuid).unwrap_or_else(|e| {
             warn(format!(
-                "{e:#}; whether {} is an older copy of the cache cannot be told",
+                "{e:#}; cannot tell whether {} is an older copy of the cache",
                 cache.name()
             ));
             None
@@ -55,7 +55,7 @@ impl Past {
             bail!(refusal(
                 cache.name(),
                 note,
-                &format!("its superblock is of generation {found}, and was of generation {noted}")
+                &format!("its superblock is of generation {found}, but was of generation {noted}")
             ));
         }
         // A newer generation may come from a salvage, which gives segments up.
@@ -73,7 +73,7 @@ impl Past {
                 anyhow!(refusal(
                     device,
                     note,
-                    &format!("{torn}its log is {found}, and was {known}")
+                    &format!("{torn}its log is {found}, but was {known}")
                 ))
             }
             _ => error,
@@ -90,10 +90,10 @@ fn is_torn(superblock: &RawSuperblock, page: &SuperblockExtension, note: &Note) 
 
 fn refusal(device: &str, note: &Note, how: &str) -> String {
     format!(
-        "{device}: refused: it is older than this cache was when wb saw it last: {how} ({}). It \
-         is a copy from before, or the device went back in time or lost its newest segments, and \
-         what it would write back may be older than what the backing device holds. Use the newest \
-         one; --older goes on with this one all the same",
+        "{device}: refused: it is older than this cache was when wb last saw it: {how} ({}). It \
+         is an earlier copy, or the device went back in time or lost its newest segments. Writing \
+         it back could put old data over newer data. Use the newest one; --older uses this one \
+         anyway",
         note.when()
     )
 }

@@ -27,7 +27,7 @@ pub(crate) fn remove(args: &Args, out: &mut Output) -> Result<()> {
         return Err(not_recorded(name));
     }
     let Some(lock) = name.lock()? else {
-        bail!("volume '{name}' is attached; first: wbctl detach {name} --drain");
+        bail!("volume '{name}' is attached; first run: wbctl detach {name} --drain");
     };
     if !args.force
         && let Some(volume) = RecordedVolume::load(name)?
@@ -43,8 +43,8 @@ pub(crate) fn remove(args: &Args, out: &mut Output) -> Result<()> {
 fn refuse_dirty(name: &VolumeName, volume: &RecordedVolume) -> Result<()> {
     let cannot_tell = || {
         format!(
-            "refused: it cannot be told whether the cache of '{name}' is clean (--force forgets \
-             it all the same)"
+            "refused: cannot tell whether the cache of '{name}' is clean (--force forgets the \
+             volume anyway)"
         )
     };
     let dirty = (|| -> Result<u64> {

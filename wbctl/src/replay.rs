@@ -85,8 +85,8 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
         format!("wbctl replay --cache {} --backing {}{until}", cache.display(), backing.display());
     cli::on_interrupt("wbctl", move || {
         format!(
-            "interrupted; what was written back stays so, all else is still in the cache. Go on \
-             with: {again}"
+            "interrupted; the data written back stays written back, and the rest is still in the \
+             cache. Continue with: {again}"
         )
     })?;
     let io = Io::start()?;
@@ -127,17 +127,17 @@ fn in_words(report: &ReplayReport, args: &Args, out: &mut Output) -> io::Result<
         (_, true, _) => writeln!(out, "would write back {what}")?,
         (_, false, Some(id)) => writeln!(
             out,
-            "wrote back {what}: the log up to segment {id}; the cache is as it was, with the log \
-             to its end"
+            "wrote back {what}: the log up to segment {id}; the cache is unchanged, and still \
+             holds the whole log"
         )?,
         (_, false, None) => writeln!(out, "wrote back {what}; the cache is clean")?,
     }
     if let Some(segment) = report.mixed_with_segment {
-        let makes = if args.dry_run { "would make" } else { "makes" };
+        let is = if args.dry_run { "would be" } else { "is" };
         writeln!(
             out,
-            "the backing device held what segment {segment} wrote already: that {makes} a \
-             mixture, which is no state of the volume"
+            "the backing device already held what segment {segment} wrote: the result {is} a \
+             mixture, and no state of the volume"
         )?;
     }
     Ok(())
@@ -211,7 +211,7 @@ fn write_back_until(
             (open(purpose.mixing(true))?, Some(segment.0))
         }
         Err(e @ CacheError::Log(LogError::Ahead { .. })) => {
-            bail!("{e}; --older goes on all the same")
+            bail!("{e}; --older goes on anyway")
         }
         opened => (opened?, None),
     };

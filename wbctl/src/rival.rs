@@ -19,9 +19,9 @@ pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) 
         let Some(holds) = dirt(io, other, uuid)? else { continue };
         let VolumeDevices { name, cache, .. } = other;
         bail!(
-            "{}: refused: it belongs to the volume '{name}', whose cache {} {holds}, which would \
-             be written over what comes through another cache. Write it back first (wbctl replay \
-             with that cache), or give it up: wbctl remove --force {name}",
+            "{}: refused: it belongs to the volume '{name}', whose cache {} {holds}. Written back \
+             later, that would overwrite what another cache writes now. Write it back first \
+             (wbctl replay with that cache), or give it up: wbctl remove --force {name}",
             backing.display(),
             cache.display(),
         );
@@ -37,7 +37,7 @@ fn dirt(io: &Io, volume: &VolumeDevices, uuid: Option<&str>) -> Result<Option<St
         let note =
             Note::of(volume).filter(|note| note.may_be_dirty() && uuid != Some(note.uuid.as_str()));
         return Ok(note.map(|note| {
-            format!("is not there, and may hold dirty data (it was seen {})", note.when())
+            format!("is not there, and may hold dirty data (last seen {})", note.when())
         }));
     }
     let dirty = (|| -> Result<u64> {
@@ -53,8 +53,8 @@ fn dirt(io: &Io, volume: &VolumeDevices, uuid: Option<&str>) -> Result<Option<St
     })();
     let dirty = dirty.with_context(|| {
         format!(
-            "{}: refused: it belongs to the volume '{name}', and whether the cache of that is \
-             clean cannot be told (wbctl remove --force {name} gives it up)",
+            "{}: refused: it belongs to the volume '{name}', and wb cannot tell whether the cache \
+             of that volume is clean (wbctl remove --force {name} gives it up)",
             backing.display()
         )
     })?;

@@ -44,8 +44,8 @@ pub(crate) fn choose(wanted: Option<u32>, backing: &Opened) -> Result<u32> {
     }
     if !backing.size.is_multiple_of(wanted.into()) {
         bail!(
-            "{}: {} bytes are no multiple of {wanted}, so its end could not be served in sectors \
-             of {wanted} bytes; use --sector-size 512",
+            "{}: its {} bytes are not a multiple of {wanted}, so its end cannot be served in \
+             sectors of {wanted} bytes; use --sector-size 512",
             backing.path.display(),
             backing.size
         );

@@ -310,11 +310,11 @@ fn data_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
 fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
     let state = match &live.writeback_error {
-        Some(error) => format!("does not get on, trying again: {error}"),
+        Some(error) => format!("makes no progress, trying again: {error}"),
         None if live.paused => {
             let still =
-                if live.writing_back { ", but a batch or a drain is being finished" } else { "" };
-            format!("paused{still}; it goes on with: wbctl resume {name}")
+                if live.writing_back { ", but a batch or a drain is still finishing" } else { "" };
+            format!("paused{still}; to resume it: wbctl resume {name}")
         }
         None if live.dirty_bytes == 0 => "nothing to do".into(),
         None if live.tunables.get("writeback_threshold") == Some(&TunableValue::Number(0)) => {

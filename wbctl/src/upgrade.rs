@@ -47,7 +47,7 @@ pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     let backing = BackingFacts::of(&backing);
     let upgrade = match io.block_on(Upgrade::plan(&cache, &scanned, &backing, label, created)) {
         Err(error) if error.is_corruption() => {
-            bail!("{error}; salvage it first, see what wbcheck says")
+            bail!("{error}; salvage the log first, see wbcheck")
         }
         other => other?,
     };
@@ -72,8 +72,8 @@ pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     }
     writeln!(
         out,
-        "What is in the cache stays as it is ({} not written back yet). The kernel module can \
-         still read it.",
+        "The contents of the cache stay as they are ({} not written back yet). The kernel module \
+         can still read them.",
         count(upgrade.dirty_blocks, "dirty block")
     )?;
     Ok(())

@@ -23,7 +23,7 @@ impl FromStr for VolumeName {
         if !is_volume_name(text) {
             return Err(format!(
                 "a volume name is 1 to {MAX_NAME} letters, digits, dots, dashes and underscores, \
-                 and begins with none of '.' and '-'"
+                 and does not begin with '.' or '-'"
             ));
         }
         Ok(VolumeName(text.into()))
@@ -42,7 +42,10 @@ impl VolumeName {
     pub(crate) fn of_device(device: &Path) -> Result<VolumeName> {
         let file = device.file_stem().unwrap_or_default().to_string_lossy();
         file.parse().map_err(|_| {
-            anyhow::anyhow!("{}: its name is no volume name; give one", device.display())
+            anyhow::anyhow!(
+                "{}: its file name is not a valid volume name; give a name",
+                device.display()
+            )
         })
     }
 
@@ -158,7 +161,7 @@ fn refuse_foreign_folder(dir: &Path) -> Result<()> {
     let refused = || format!("cannot use the folder {}", dir.display());
     let meta = std::fs::symlink_metadata(dir).with_context(refused)?;
     if !meta.is_dir() {
-        bail!("{}: it is no folder; remove it", refused());
+        bail!("{}: it is not a folder; remove it", refused());
     }
     refuse_others(dir, &meta).with_context(refused)
 }

@@ -25,7 +25,7 @@ pub(crate) fn start(devices: [Device; 2]) {
         }
     };
     if let Err(e) = std::thread::Builder::new().name("wb-watch".into()).spawn(watch) {
-        tracing::warn!("a device that hangs is not going to be noticed: {e}");
+        tracing::warn!("cannot watch for devices that hang: {e}");
     }
 }
 

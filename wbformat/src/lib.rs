@@ -169,8 +169,8 @@ fn refuse_recorded(args: &Args) -> Result<()> {
     if let Some(VolumeDevices { name, .. }) = volumes.iter().find(|volume| volume.has(&args.cache))
     {
         bail!(
-            "{}: refused: it belongs to the volume '{name}'. If you give that up, first: wbctl \
-             remove {name}; use --force to format it and leave the volume recorded",
+            "{}: refused: it belongs to the volume '{name}'. To give that up, first run: wbctl \
+             remove {name}. Or use --force to format the device and leave the volume recorded",
             args.cache.display()
         );
     }
@@ -183,7 +183,7 @@ fn refuse_foreign(args: &Args) -> Result<()> {
     }
     let path = args.cache.display();
     if let Some(signature) = signatures::find(&args.cache)? {
-        bail!("{path}: refused: it holds: {signature}. Use --force to format it all the same");
+        bail!("{path}: refused: it holds: {signature}. Use --force to format it anyway");
     }
     Ok(())
 }
@@ -197,8 +197,7 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     let cannot_tell = |why: &dyn std::fmt::Display| {
         format!(
             "{path}: refused: it holds a cache that is too damaged to tell whether it has dirty \
-             blocks ({why}). See what wbcheck says; use --discard-dirty to give up whatever it \
-             holds"
+             blocks ({why}). See wbcheck; use --discard-dirty to give up whatever it holds"
         )
     };
     if let Err(fault) = superblock.magic {
@@ -239,9 +238,9 @@ fn refuse_traces(args: &Args, io: &Io, device: &Device, geometry: Geometry) -> R
     drop(progress);
     if let Some(id) = found {
         bail!(
-            "{}: refused: the first MiB of a cache was zeroed or written over, but its segments \
-             are there, such as segment {id}. They may hold dirty blocks that are nowhere else; \
-             use --discard-dirty to give them up",
+            "{}: refused: the first MiB of a cache was zeroed or overwritten, but its segments \
+             are still there, such as segment {id}. They may hold dirty blocks that are nowhere \
+             else; use --discard-dirty to give them up",
             args.cache.display()
         );
     }

@@ -17,13 +17,13 @@ pub fn refuse_others(path: &Path, meta: &Metadata) -> io::Result<()> {
     let owner = Uid::from_raw(meta.uid());
     if !owner.is_root() && owner != geteuid() {
         return refused(format!(
-            "refused: it belongs to user {owner}, who could make wb do what it says. If all is \
-             well with it: chown root {shown}"
+            "refused: it belongs to user {owner}, who could use it to control wb. If you trust \
+             it: chown root {shown}"
         ));
     }
     if meta.mode() & 0o022 != 0 {
         return refused(format!(
-            "refused: others may change it (mode {:o}). If all is well with it: chmod go-w {shown}",
+            "refused: others may change it (mode {:o}). If you trust it: chmod go-w {shown}",
             meta.mode() & 0o7777
         ));
     }
@@ -39,7 +39,7 @@ pub fn open_no_link(path: &Path, options: &mut OpenOptions) -> io::Result<File> 
         match e.raw_os_error() {
             Some(libc::ELOOP) => io::Error::new(
                 ErrorKind::InvalidInput,
-                "refused: it is a symbolic link; wb follows none here",
+                "refused: it is a symbolic link, and wb follows none here",
             ),
             _ => e,
         }
@@ -55,7 +55,7 @@ pub fn read_own(path: &Path, most: u64) -> io::Result<String> {
     let file = open_no_link(path, OpenOptions::new().read(true))?;
     let meta = file.metadata()?;
     if !meta.is_file() {
-        return Err(io::Error::new(ErrorKind::InvalidInput, "refused: it is no regular file"));
+        return Err(io::Error::new(ErrorKind::InvalidInput, "refused: it is not a regular file"));
     }
     refuse_others(path, &meta)?;
     read_at_most(file, most)

@@ -121,7 +121,7 @@ mod tests {
         std::os::unix::fs::symlink("/dev/zero", dir.join("zero.toml")).unwrap();
         assert_eq!([load("pipe.toml"), load("folder.toml"), load("zero.toml")], [None, None, None]);
         let why = read_own(&dir.join("pipe.toml"), MAX_RECORD).unwrap_err();
-        assert_eq!(why.to_string(), "refused: it is no regular file");
+        assert_eq!(why.to_string(), "refused: it is not a regular file");
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

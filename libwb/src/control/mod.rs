@@ -283,8 +283,7 @@ fn refuse_stranger(peer: &UnixStream) -> io::Result<()> {
     if uid.is_root() || uid == geteuid() {
         return Ok(());
     }
-    let why =
-        format!("refused: at the other end of the socket is user {uid}; only root may be there");
+    let why = format!("refused: user {uid} is at the other end of the socket; only root may be");
     Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
 }
 
@@ -319,7 +318,7 @@ fn request(client: UnixStream) -> Result<Request, String> {
         return Err(format!(
             "the volume's daemon is older than wbctl, and cannot do this (it speaks version \
              {PROTOCOL} of the protocol, and {newer} is needed); detach the volume and attach it \
-             anew"
+             again"
         ));
     }
     serde_json::from_value(asked.body)

@@ -24,7 +24,7 @@ use std::time::Duration;
 pub fn guard_against_reclaim() -> Result<(), String> {
     let locked = rights::lock_memory();
     let flusher = sys::set_io_flusher().map_err(|cause| {
-        format!("the process cannot be marked as an I/O flusher: {}", not_flusher(cause))
+        format!("cannot mark the process as an I/O flusher: {}", not_flusher(cause))
     });
     let refused: Vec<String> = [locked, flusher].into_iter().filter_map(Result::err).collect();
     if refused.is_empty() { Ok(()) } else { Err(refused.join("; ")) }

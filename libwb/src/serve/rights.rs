@@ -18,8 +18,8 @@ pub fn refuse_without_root() -> Result<(), String> {
     if has(Capability::SysAdmin) {
         return Ok(());
     }
-    Err("to serve a volume as a loop device needs root (CAP_SYS_ADMIN). What needs no root: wbctl \
-         replay, on files of one's own"
+    Err("serving a volume as a loop device needs root (CAP_SYS_ADMIN). wbctl replay, on your own \
+         files, does not"
         .into())
 }
 
@@ -31,7 +31,7 @@ pub(super) fn lock_memory() -> Result<(), String> {
     let limit = raised_limit();
     if limit != RLIM_INFINITY && !has(Capability::IpcLock) {
         return Err(format!(
-            "memory cannot be locked: the limit is {} KiB, and only CAP_IPC_LOCK goes beyond. Set \
+            "memory cannot be locked: the limit is {} KiB, and only CAP_IPC_LOCK exceeds it. Set \
              ulimit -l unlimited, or LimitMEMLOCK=infinity in a unit",
             limit / 1024
         ));

@@ -64,7 +64,7 @@ impl View {
         self.untold = (!volume.untold.is_empty()).then(|| {
             let untold: Vec<&str> =
                 volume.untold.iter().filter_map(|it| it.rsplit('/').next()).collect();
-            format!("the daemon is of another version and does not tell {}", untold.join(", "))
+            format!("the daemon is of another version and does not report {}", untold.join(", "))
         });
         self.before = self.volume.take().and_then(|volume| volume.live);
         if let (Some(before), Some(now)) = (&self.before, &volume.live) {
@@ -119,11 +119,7 @@ impl View {
             Span::styled(format!(" {}", volume.name), Style::new().add_modifier(Modifier::BOLD)),
             Span::raw(format!(
                 "  {device}  {}",
-                if self.gone.is_some() {
-                    "gone; this is how things stood"
-                } else {
-                    volume.state.name()
-                }
+                if self.gone.is_some() { "gone; last known state" } else { volume.state.name() }
             )),
         ]);
         let right = format!("every {} s, q quits ", self.interval.as_secs_f64());
@@ -194,7 +190,7 @@ impl View {
             live.oldest_dirty_seconds.map(|age| format!(", the oldest for {}", human_time(age)));
         let rate = statistics.writeback_bytes_per_second.zip(statistics.writeback_seconds_left);
         let writeback = match (&live.writeback_error, rate) {
-            (Some(error), _) => format!("does not get on, trying again: {error}"),
+            (Some(error), _) => format!("makes no progress, trying again: {error}"),
             (None, _) if live.paused => "paused".into(),
             (None, Some((rate, left))) => {
                 format!("{} while it works, {} left", human_rate(rate), human_time(left))
@@ -419,7 +415,7 @@ mod tests {
             let mut view = View::new(true, Duration::from_secs(1));
             view.look(Ok(told));
             let text = drawn(&view, 100, 24);
-            assert!(text.contains(&format!("does not tell {key}")), "without {pointer}:\n{text}");
+            assert!(text.contains(&format!("does not report {key}")), "without {pointer}:\n{text}");
             assert!(
                 pointer == "/device" || text.contains("/dev/loop7"),
                 "without {pointer}:\n{text}"

@@ -34,11 +34,12 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// How long a device that is in use is tried again.
+/// How long attach retries to open a device that is in use.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The same where a daemon was killed: it may have I/O under way, and holds the devices as long.
+/// The same after a daemon was killed: its I/O may still be under way, and holds the devices until
+/// it ends.
 const PATIENCE_AFTER_KILL: Duration = Duration::from_secs(15);
-/// How long something is waited for that is to pass at once.
+/// How long attach waits for a lock that others hold only for a moment.
 const BRIEFLY: Duration = Duration::from_millis(500);
 /// How long the kernel may take to look for partitions.
 const TO_SHOW: Duration = Duration::from_secs(10);
@@ -81,7 +82,7 @@ pub(crate) struct Args {
     tunables: Vec<String>,
 }
 
-/// The first word that is no option. NAME may be left out where --cache is given.
+/// The first positional argument. NAME is optional where --cache is given.
 #[derive(Clone, Debug)]
 enum First {
     Name(VolumeName),
@@ -110,7 +111,7 @@ impl Args {
         let (name, mut volume) = match (name, &self.cache, &self.backing) {
             (name, Some(cache), Some(backing)) => {
                 let volume = RecordedVolume {
-                    // Others, who are elsewhere, are told these.
+                    // Others read these paths from other working directories.
                     cache: absolute(cache)?,
                     backing: absolute(backing)?,
                     sector_size: None,
@@ -135,7 +136,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<Exit> {
     // Before anything else is opened.
     let reserved = Reserved::take().context("cannot open /dev/null")?;
     let (name, volume) = args.volume()?;
-    // Before anything is touched.
+    // Before any device or file is touched.
     volume.tunables()?;
     libwb::serve::refuse_without_root().map_err(anyhow::Error::msg)?;
     // Before other threads are started.
@@ -148,14 +149,14 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<Exit> {
     });
     let attached = serve(args, name, volume, reserved, (end, &ended), &stages, out);
     if let Err(e) = &attached {
-        // Whoever reads the log may have stalled; to write to it oneself could take for ever.
+        // The reader of the log may have stalled, and a direct write to it could block forever.
         logging::line(&format!("wbctl: {}", cli::explain(e)));
     }
     logging::finish();
     Ok(if attached.is_ok() { Exit::Done } else { Exit::Failed })
 }
 
-/// Serves a volume until it is told to end.
+/// Serves a volume until a signal or a client ends it.
 fn serve(
     args: &Args,
     name: VolumeName,
@@ -241,7 +242,7 @@ fn serve(
     serve_until_ended(&served, device, ended, close)
 }
 
-/// Has the kernel look for partitions, for as long as that may take where a device hangs.
+/// Makes the kernel look for partitions, and gives up after [`TO_SHOW`] if a device hangs.
 fn show_partitions(device: &Path) {
     let begun = Instant::now();
     let why = match apart::run(Task::ShowPartitions, device, || begun.elapsed() < TO_SHOW) {
@@ -252,7 +253,7 @@ fn show_partitions(device: &Path) {
     tracing::warn!("partitions of {} may not be shown: {why}", device.display());
 }
 
-/// Opens the cache, unless there is something that speaks against using it.
+/// Opens the cache, unless it is an older copy, or a second cache in front of a dirty one.
 fn recover(
     io: &Io,
     args: &Args,
@@ -294,7 +295,7 @@ fn recover(
     Ok(cache)
 }
 
-/// Takes the volume's lock, for as long as the process lives: its devices are not free before that.
+/// Takes the volume's lock for the life of the process: its devices are not free before it ends.
 fn lock_for_life(name: &VolumeName) -> Result<()> {
     let started = Instant::now();
     loop {
@@ -303,14 +304,14 @@ fn lock_for_life(name: &VolumeName) -> Result<()> {
                 std::mem::forget(lock);
                 return Ok(());
             }
-            // Others take the lock for a moment to see whether it is free.
+            // Other processes take the lock for a moment to see whether it is free.
             None if started.elapsed() < BRIEFLY => std::thread::sleep(Duration::from_millis(10)),
             None => bail!("volume '{name}' is attached already; see wbctl status {name}"),
         }
     }
 }
 
-/// Opens the control socket, and tells everybody that the volume can be used.
+/// Opens the control socket, and announces that the volume can be used.
 fn announce(name: &VolumeName, daemon: Daemon, out: &mut Output) -> Result<()> {
     let (socket, device) = (name.socket(), daemon.device.clone());
     control::serve(&socket, move |request, replies| daemon.answer(&request, replies))
@@ -328,7 +329,7 @@ fn open_patiently(
     wait: Duration,
     read_only: bool,
 ) -> Result<(Opened, Opened)> {
-    // A daemon that ends by itself takes its socket away.
+    // A daemon that ends in order removes its socket.
     let in_use = if name.socket().exists() { PATIENCE_AFTER_KILL } else { PATIENCE };
     let access = if read_only { Access::Read } else { Access::Write };
     let started = Instant::now();
@@ -342,8 +343,7 @@ fn open_patiently(
     }
 }
 
-/// How long it is tried again after an error. A device that is not there is waited for as long as
-/// the user says.
+/// How long attach retries after an error. For a device that is not there, the user decides.
 fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
     match error {
         OpenError::InUse { .. } => in_use,
@@ -352,16 +352,16 @@ fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
     }
 }
 
-/// A stable name for the loop device. udev makes the same (dist/udev), but need not run. The volume
-/// can be used without.
+/// Makes a stable name for the loop device. udev makes the same link (dist/udev), but udev may not
+/// be running. The volume works without it.
 fn link(name: &VolumeName, device: &Path) {
     let link = name.link();
-    // In one step, so that a name that leads to the device before does not vanish meanwhile.
+    // In one step, so that a link to the previous device never vanishes in between.
     let new = link.with_file_name(format!(".{name}"));
     let _ = std::fs::remove_file(&new);
     let folder = link.parent().unwrap_or(&link);
     let made = std::fs::create_dir_all(folder)
-        // For everybody to look into, whatever the umask.
+        // Readable for all users, whatever the umask.
         .and_then(|()| std::fs::set_permissions(folder, Permissions::from_mode(0o755)))
         .and_then(|()| std::os::unix::fs::symlink(device, &new))
         .and_then(|()| std::fs::rename(&new, &link));
@@ -371,8 +371,8 @@ fn link(name: &VolumeName, device: &Path) {
     unlink_others(&link, device);
 }
 
-/// Removes the links of other volumes that lead to a device. Their daemons were killed: it was
-/// theirs before.
+/// Removes the links of other volumes to this device. Their daemons were killed, and the device
+/// used to be theirs.
 fn unlink_others(own: &Path, device: &Path) {
     for entry in
         own.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten()

@@ -1,4 +1,4 @@
-//! What is asked of a running daemon.
+//! Requests to a running daemon.
 
 use crate::config::RecordedVolume;
 use crate::holders::{holders, still_held};
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 /// How long a daemon that has closed its volume may take to end.
 const LINGERING: Duration = Duration::from_secs(30);
-/// How long a process may take to end that was detached by force. A device that hangs may keep it.
+/// How long a process may take to end after a forced detach. A device that hangs may keep it.
 const TO_END: Duration = Duration::from_secs(3);
 
 #[derive(clap::Args)]
@@ -34,7 +34,7 @@ pub(crate) struct DetachArgs {
     force: bool,
 }
 
-/// What to tell people when a daemon's answer could not be had.
+/// The message for a daemon that gave no answer.
 fn explained(name: &VolumeName, error: AskError) -> anyhow::Error {
     match error {
         AskError::NotThere if name.is_running().unwrap_or(false) => {
@@ -55,7 +55,7 @@ fn explained(name: &VolumeName, error: AskError) -> anyhow::Error {
     }
 }
 
-/// What to do about a daemon that does not answer.
+/// The advice about a daemon that does not answer.
 pub(crate) fn silence(name: &VolumeName, pid: Option<i32>) -> String {
     let kill = pid.map_or("kill it".into(), |pid| format!("kill -9 {pid}"));
     format!(
@@ -81,7 +81,7 @@ fn ask_with(
     }
 }
 
-/// The state of an attached volume, or why its daemon does not tell.
+/// The state of an attached volume, or why its daemon does not report it.
 pub(crate) fn look(name: &VolumeName) -> Result<VolumeStatus, AskError> {
     match Client::connect(&name.socket())?.ask(&Request::Status, |_| ())? {
         Reply::Status(status) => Ok(completed(name, *status)),
@@ -92,7 +92,7 @@ pub(crate) fn look(name: &VolumeName) -> Result<VolumeStatus, AskError> {
     }
 }
 
-/// Adds to a status what is known without the daemon, where a daemon of another version left it out.
+/// Fills in what is known without the daemon, where a daemon of another version left it out.
 fn completed(name: &VolumeName, mut status: VolumeStatus) -> VolumeStatus {
     let VolumeStatus { name: told_name, state, untold, .. } = &mut status;
     untold.retain(|pointer| match pointer.as_str() {
@@ -115,7 +115,7 @@ pub(crate) fn status(name: &VolumeName) -> Result<VolumeStatus> {
     look(name).map_err(|e| explained(name, e))
 }
 
-/// What the daemon of an attached volume tells of it.
+/// What the daemon of an attached volume reports about its activity.
 pub(crate) fn live(name: &VolumeName) -> Result<LiveStatus> {
     status(name)?
         .live
@@ -135,7 +135,7 @@ pub(crate) fn set(name: &VolumeName, tunables: BTreeMap<String, TunableValue>) -
     ask(name, &Request::Set { tunables }).map(drop)
 }
 
-/// What a daemon of another version does not tell must not pass for a 0.
+/// Warns of values that a daemon of another version does not report: they must not pass for 0.
 pub(crate) fn warn_of_untold(volumes: &[VolumeStatus]) {
     for volume in volumes.iter().filter(|volume| !volume.untold.is_empty()) {
         let untold: Vec<_> =
@@ -164,9 +164,8 @@ pub(crate) fn clear_stats(name: &VolumeName, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// Asks for something that writes everything back, and shows how far that has got. Returns how many
-/// bytes were dirty when the daemon last said so. When it is interrupted, the daemon goes on as
-/// before.
+/// Sends a request that drains, and shows progress. Returns how many bytes were dirty in the
+/// daemon's last report. If the user interrupts it, the daemon keeps working as before.
 fn ask_to_drain(name: &VolumeName, request: &Request, go_on: &str) -> Result<u64> {
     let dirty = Arc::new(AtomicU64::new(u64::MAX));
     let (told, go_on) = (dirty.clone(), format!("continue with: wbctl {go_on}"));
@@ -188,12 +187,13 @@ fn ask_to_drain(name: &VolumeName, request: &Request, go_on: &str) -> Result<u64
 
 pub(crate) fn pause(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::Pause)?;
-    // A batch that takes long is not waited for.
+    // The daemon does not wait for a batch that takes long.
     let goes_on = look(name).is_ok_and(|status| status.live.is_some_and(|live| live.writing_back));
     let still = if goes_on { "; an earlier batch, or a drain, is still finishing" } else { "" };
     writeln!(
         out,
-        "write-back of '{name}' is paused until the log is full{still}; to resume it: wbctl resume {name}"
+        "write-back of '{name}' is paused until the log is full{still}; to resume it: wbctl \
+         resume {name}"
     )?;
     Ok(())
 }
@@ -219,7 +219,7 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
         refuse_held_here(name)?;
     }
     let request = Request::Detach { drain: args.drain, force: args.force };
-    // The last that it says before it is done is how much is left.
+    // The last progress report tells how much is left.
     let mut left = 0;
     match args.drain {
         true => left = ask_to_drain(name, &request, &format!("detach {name} --drain"))?,
@@ -255,8 +255,8 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// The daemon looks itself, but as a service it may not see the mounts that its users see. A daemon
-/// of another version need not tell of its device: there is the link.
+/// The daemon checks this itself, but as a service it may not see the mounts of its users. A daemon
+/// of another version may not report its device; then the link tells it.
 fn refuse_held_here(name: &VolumeName) -> Result<()> {
     let device = match look(name) {
         Ok(VolumeStatus { device: Some(device), .. }) => Some(device),

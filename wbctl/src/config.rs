@@ -14,10 +14,10 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 use toml_edit::DocumentMut;
 
-/// Who may do what with a record: its owner writes, all read.
+/// The mode of a record: its owner writes, all users read.
 const MODE: u32 = 0o644;
 
-/// What is recorded of a volume.
+/// The record of a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RecordedVolume {
@@ -25,8 +25,8 @@ pub(crate) struct RecordedVolume {
     pub(crate) cache: PathBuf,
     /// The backing device.
     pub(crate) backing: PathBuf,
-    /// Logical sector size of the loop device in bytes; chosen by the backing device when it is
-    /// absent.
+    /// Logical sector size of the loop device in bytes. If absent, the backing device determines
+    /// it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) sector_size: Option<u32>,
     /// Tunables that differ from their defaults.
@@ -61,8 +61,8 @@ impl RecordedVolume {
         self.prepare(name)?.save()
     }
 
-    /// Does all for the record of a new volume that can fail for want of something, but for giving
-    /// it its name.
+    /// Writes the record of a new volume under a temporary name. Every step that can fail for lack
+    /// of space or rights is done then, except the final rename.
     pub(crate) fn prepare(&self, name: &VolumeName) -> Result<NewRecord> {
         let path = name.config_file();
         let cannot = || format!("cannot record the volume in {}", path.display());
@@ -108,8 +108,8 @@ pub(crate) fn refuse_recorded(name: &VolumeName) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a device that is recorded of another volume: what that one's cache holds would be lost,
-/// or written over this one.
+/// Refuses a device that belongs to another recorded volume. Otherwise the data in that volume's
+/// cache would be lost, or would later overwrite this volume.
 pub(crate) fn refuse_shared(volume: &RecordedVolume) -> Result<()> {
     for other in VolumeDevices::all()? {
         if let Some(device) =
@@ -125,7 +125,7 @@ pub(crate) fn refuse_shared(volume: &RecordedVolume) -> Result<()> {
     Ok(())
 }
 
-/// That a volume must be recorded, and is not.
+/// The error for a volume that is not recorded.
 pub(crate) fn not_recorded(name: &VolumeName) -> anyhow::Error {
     anyhow!(
         "no volume '{name}' is recorded in {}; see wbctl list and wbctl create",
@@ -133,12 +133,12 @@ pub(crate) fn not_recorded(name: &VolumeName) -> anyhow::Error {
     )
 }
 
-/// That a volume must be attached or recorded, and is neither.
+/// The error for a volume that is neither attached nor recorded.
 pub(crate) fn unknown(name: &VolumeName) -> anyhow::Error {
     anyhow!("no volume '{name}' is attached or recorded; see wbctl list")
 }
 
-/// Reads KEY=VALUE pairs; returns what is to be recorded.
+/// Reads KEY=VALUE pairs, and returns what to record.
 pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, TunableValue>> {
     let mut tunables = Tunables::default();
     for pair in pairs {
@@ -158,7 +158,7 @@ pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, Tunabl
         .collect())
 }
 
-/// The record of a volume with other tunables, and all else in it as it was.
+/// The record of a volume with new values of tunables; everything else in it stays as it was.
 pub(crate) fn edited(
     name: &VolumeName,
     tunables: &BTreeMap<String, TunableValue>,
@@ -168,7 +168,7 @@ pub(crate) fn edited(
     let cannot = || format!("cannot change {}", path.display());
     let mut record: DocumentMut =
         read_own(&path, MAX_RECORD).map_err(anyhow::Error::new)?.parse().with_context(cannot)?;
-    // As a table or inline, both of which were read before.
+    // A table or an inline table; `load` accepts both.
     let table = record.entry("tunables").or_insert_with(toml_edit::table);
     let table = table.as_table_like_mut().with_context(cannot)?;
     for (key, value) in tunables {
@@ -177,7 +177,7 @@ pub(crate) fn edited(
             TunableValue::Word(word) => toml_edit::Value::from(word.as_str()),
         };
         match table.get_mut(key).and_then(toml_edit::Item::as_value_mut) {
-            // With the comments around it.
+            // Keeps the comments around the value.
             Some(old) => {
                 let around = old.decor().clone();
                 *old = new;
@@ -189,14 +189,14 @@ pub(crate) fn edited(
     Ok(record.to_string())
 }
 
-/// The record of a new volume, on the disk but without its name. Dropped, it goes away.
+/// The record of a new volume, on the disk but not yet under its name. Dropping it deletes it.
 pub(crate) struct NewRecord {
     name: VolumeName,
     file: NamedTempFile,
 }
 
 impl NewRecord {
-    /// Gives it its name, unless that is taken.
+    /// Gives the record its name, unless that is taken.
     pub(crate) fn save(self) -> Result<()> {
         let path = self.name.config_file();
         match self.file.persist_noclobber(&path) {
@@ -211,7 +211,7 @@ impl NewRecord {
     }
 }
 
-/// Replaces a file so that, whatever happens, it is the old one or the new one.
+/// Replaces a file atomically: after a crash, it is the old file or the new one.
 pub(crate) fn replace(path: &Path, text: &str) -> Result<()> {
     let replaced = (|| {
         let new = written(path, text, std::fs::metadata(path)?.permissions())?;
@@ -223,7 +223,7 @@ pub(crate) fn replace(path: &Path, text: &str) -> Result<()> {
     })
 }
 
-/// A new file beside this one, with a name that no volume's record has, on the disk.
+/// A new, durable file beside this one. No volume's record can have its name.
 fn written(path: &Path, text: &str, permissions: Permissions) -> io::Result<NamedTempFile> {
     let folder = path.parent().unwrap_or(path);
     let mut file = tempfile::Builder::new().prefix(".").suffix(".new").tempfile_in(folder)?;
@@ -237,7 +237,7 @@ fn sync_folder_of(path: &Path) -> io::Result<()> {
     File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
-/// A TOML error without the excerpt that spreads over several lines.
+/// A TOML error on one line, without its excerpt.
 fn one_line(error: &toml::de::Error, text: &str) -> String {
     let before = error.span().map_or("", |span| &text[..span.start]);
     let line = before.matches('\n').count() + 1;

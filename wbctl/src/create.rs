@@ -1,4 +1,4 @@
-//! `wbctl create`: format a cache device, and record the volume.
+//! `wbctl create`: formats a cache device, and records the volume.
 
 use crate::config::{RecordedVolume, parse_tunables, refuse_recorded, refuse_shared};
 use crate::pair::{Pair, absolute};
@@ -56,12 +56,12 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     if !args.force {
         refuse_misfit(&cache, &backing)?;
     }
-    // wbformat is to have it.
+    // wbformat needs to lock it.
     drop(cache);
-    // Before anything is formatted, so that what cannot be recorded is not.
+    // Before wbformat runs, so that it formats nothing that cannot be recorded.
     let record = volume.prepare(name)?;
     let mut format = Command::new(wbformat()?);
-    // What is refused is refused by the program that was typed.
+    // Refusals carry the name of the program that the user typed.
     format.arg0("wbctl").arg(&args.pair.cache).stdout(Stdio::null());
     if args.compat {
         format.arg("--compat");
@@ -74,7 +74,7 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     format.args(args.sparse.then_some("--sparse"));
     match format.status().context("cannot run wbformat")? {
         status if status.success() => {}
-        // It has said why.
+        // wbformat has printed the reason.
         status if status.code() == Some(Exit::Failed as i32) => return Ok(Exit::Failed),
         status => bail!("volume '{name}' was not created: wbformat: {status}"),
     }

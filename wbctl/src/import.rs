@@ -1,8 +1,8 @@
-//! `wbctl import`: take over the volumes of the script `writeboost` of the kernel module.
+//! `wbctl import`: imports the volumes of the script `writeboost` of the kernel module.
 //!
 //! Its table has a line for each volume: the name of the device-mapper device, the backing device,
-//! the cache device, and options of the module as KEY=VALUE with commas, or commas and blanks,
-//! between them. Empty lines, and those that begin with `#`, say nothing.
+//! the cache device, and the module's options. Options have the form KEY=VALUE; commas, or commas
+//! and blanks, separate them. Empty lines and lines that begin with `#` are ignored.
 
 use crate::config::{RecordedVolume, refuse_nul, refuse_recorded, refuse_shared};
 use crate::volume_paths::VolumeName;
@@ -46,7 +46,7 @@ struct ImportReport<'a> {
 struct Entry {
     name: VolumeName,
     volume: RecordedVolume,
-    /// What of the options was left out, and why.
+    /// The options that were left out, and why.
     left_out: Vec<String>,
 }
 

@@ -1,5 +1,5 @@
-//! Refuses a cache that is older than it was when wb saw it last: what it holds may be older than
-//! what the backing device holds, and nothing on it says so.
+//! Refuses a cache that is older than when wb last saw it. Its data may be older than that of the
+//! backing device, and nothing on it says so.
 
 use crate::notes::Note;
 use anyhow::{Result, anyhow, bail};
@@ -11,27 +11,27 @@ use libwb::log::LogError;
 use libwb::log::reach::Reach;
 use libwb::log::scan::{RawSuperblock, examine_superblock};
 
-/// What is known of a cache that is about to be used.
+/// What wb knows about a cache before it uses it.
 pub(crate) struct Past {
     /// Its identity, if it has one.
     pub(crate) uuid: Option<String>,
     note: Option<Note>,
-    /// A page of its superblock is damaged, which may have been the newer one.
+    /// A page of its superblock is damaged; it may have been the newer one.
     is_torn: bool,
-    /// How far its log has come at least, if that can be told.
+    /// The least that its log must have reached, if that is known.
     pub(crate) reach: Option<Reach>,
 }
 
 impl Past {
-    /// Looks up what was noted about a cache. If it is older than that by its superblock, it is
-    /// refused; but not with `anyway`. What keeps it from being looked up is shown to `warn`.
+    /// Looks up the note about a cache, and refuses the cache if its superblock is older. With
+    /// `anyway`, it refuses nothing. It reports to `warn` why it cannot look up the note.
     pub(crate) fn look_up(
         io: &Io,
         cache: &Device,
         anyway: bool,
         warn: impl Fn(String),
     ) -> Result<Past> {
-        // What is wrong with it, the one who opens it says.
+        // Whoever opens the cache reports what is wrong with it.
         let superblock = io.block_on(examine_superblock(cache)).ok();
         let page = superblock.as_ref().and_then(RawSuperblock::extension);
         let uuid = page.map(|page| page.uuid.to_string());
@@ -58,13 +58,13 @@ impl Past {
                 &format!("its superblock is of generation {found}, but was of generation {noted}")
             ));
         }
-        // A newer generation may come from a salvage, which gives segments up.
+        // A newer generation may come from a salvage, which gives up segments.
         let is_newer = page.generation > note.generation;
         past.reach = Some(if is_newer { note.reach().shortened() } else { note.reach() });
         Ok(past)
     }
 
-    /// What to say of an error from opening the cache.
+    /// Turns an error from opening the cache into the message for the user.
     pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         match (error.downcast_ref(), &self.note) {
             (Some(CacheError::Log(LogError::Older { device, found, known })), Some(note)) => {
@@ -81,7 +81,7 @@ impl Past {
     }
 }
 
-/// Whether the page that is missing may only be damaged. Then the log tells how old the cache is.
+/// Whether the missing page may only be damaged. Then the log tells how old the cache is.
 fn is_torn(superblock: &RawSuperblock, page: &SuperblockExtension, note: &Note) -> bool {
     let is_damaged = |page: &Result<_, PageFault>| page.is_err();
     page.generation.checked_add(1) == Some(note.generation)

@@ -7,8 +7,8 @@ use serde_json::Value;
 use std::fmt::Display;
 use std::io::{Result, Write};
 
-/// A number that goes up and down: its name, what it is, and where it stands in the JSON of a
-/// volume. What is not known has no sample.
+/// A gauge: its name, its help, and its place in the JSON of a volume. An unknown value has no
+/// sample.
 type Gauge = (&'static str, &'static str, &'static str);
 
 const GAUGES: [Gauge; 17] = [
@@ -103,7 +103,7 @@ pub(crate) fn write(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()
     latencies(&live, out)
 }
 
-/// In which state each volume is. Of one that does not answer, this is all.
+/// The state of each volume. For one that does not answer, this is all.
 fn states(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
     let name = "wb_attached";
     head(out, name, "gauge", "1 while the volume is attached and its daemon answers.")?;

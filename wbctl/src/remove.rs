@@ -1,4 +1,4 @@
-//! `wbctl remove`: forget a volume.
+//! `wbctl remove`: forgets a volume.
 
 use crate::config::{RecordedVolume, not_recorded};
 use crate::volume_paths::VolumeName;

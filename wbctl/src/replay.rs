@@ -1,4 +1,4 @@
-//! `wbctl replay`: write a log back offline.
+//! `wbctl replay`: writes a log back offline.
 
 use crate::notes::{self, About};
 use crate::older::Past;
@@ -59,7 +59,7 @@ pub(crate) struct Args {
 struct ReplayReport {
     cache: PathBuf,
     backing: PathBuf,
-    /// Whether the devices were left as they are.
+    /// Whether the devices were left unchanged.
     dry_run: bool,
     /// Blocks whose newest version was only in the cache.
     dirty_blocks: u64,
@@ -69,10 +69,10 @@ struct ReplayReport {
     segments: u64,
     /// The last segment that was applied.
     recovery_point: u64,
-    /// What was given up of a corrupt log; null where nothing had to be.
+    /// What the salvage of a corrupt log gave up; null if there was no salvage.
     salvage: Option<Summary>,
-    /// The backing device held what comes after --until, from this segment on, and now is a
-    /// mixture; else null.
+    /// With --until: the first later segment whose data the backing device already held, so that
+    /// the result is a mixture; otherwise null.
     mixed_with_segment: Option<u64>,
     #[serde(skip)]
     salvage_in_words: Vec<String>,
@@ -184,7 +184,7 @@ fn write_back(
     })
 }
 
-/// Writes back the log as it was when a segment was the newest.
+/// Writes back the log as it was when the segment `until` was the newest.
 fn write_back_until(
     io: &Io,
     cache: Device,
@@ -193,7 +193,7 @@ fn write_back_until(
     until: SegmentId,
     known: Option<Reach>,
 ) -> Result<ReplayReport> {
-    // Of a dry run, what recovery puts right is not to reach the device either.
+    // In a dry run, the repairs of recovery must not reach the device either.
     let backing = if args.dry_run { Arc::new(Overlay::over(backing)) } else { backing };
     let open = |purpose: Purpose| {
         let (cache, backing) = (cache.clone(), backing.clone());
@@ -217,7 +217,7 @@ fn write_back_until(
     };
     let before = cache.status();
     if !args.dry_run {
-        // It is not closed: there is nothing to hand over of a log that is left as it is.
+        // The cache is not closed: its log stays as it is, so there is nothing to hand over.
         drain(io, &cache, before.dirty_blocks)?;
     }
     Ok(ReplayReport {
@@ -234,7 +234,7 @@ fn write_back_until(
     })
 }
 
-/// What a replay would do.
+/// Finds out what a replay would do.
 fn look(
     io: &Io,
     cache: &Device,

@@ -1,5 +1,5 @@
-//! Refuses a second cache in front of a backing device while the recorded one is dirty: what that
-//! holds would be written over what comes through the other.
+//! Refuses a second cache in front of a backing device while the recorded cache is dirty. Writing
+//! the recorded one back later would overwrite data that came through the second one.
 
 use crate::notes::Note;
 use anyhow::{Context, Result, bail};
@@ -10,8 +10,8 @@ use libwb::log::scan::{examine_superblock, read_superblock};
 use std::io::ErrorKind;
 use std::path::Path;
 
-/// Refuses a cache, which may have an identity, in front of a backing device that belongs to the
-/// dirty cache of a volume.
+/// Refuses a cache in front of a backing device that belongs to the dirty cache of a volume. `uuid`
+/// is the identity of the cache, if it has one.
 pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) -> Result<()> {
     let others = VolumeDevices::all().context("cannot read the records of other volumes")?;
     let others = others.iter().filter(|it| is_same_device(backing, &it.backing));
@@ -29,8 +29,8 @@ pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) 
     Ok(())
 }
 
-/// What the cache of a recorded volume holds that is not written back, in words, if it holds
-/// anything. A copy of the cache that is about to be used is no other cache.
+/// What the cache of a recorded volume still has to write back, as text, if anything. A copy of the
+/// cache that is about to be used is not another cache.
 fn dirt(io: &Io, volume: &VolumeDevices, uuid: Option<&str>) -> Result<Option<String>> {
     let VolumeDevices { name, cache, backing } = volume;
     if std::fs::metadata(cache).is_err_and(|e| e.kind() == ErrorKind::NotFound) {

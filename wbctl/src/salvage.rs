@@ -1,4 +1,4 @@
-//! What attach and replay do about a corrupt log.
+//! How attach and replay deal with a corrupt log.
 
 use anyhow::{Result, anyhow};
 use libwb::cache::CacheError;
@@ -9,8 +9,8 @@ use libwb::log::salvage::{Plan, Scanned, Way, number_of_ways, ways_on};
 use libwb::log::scan::BackingFacts;
 use libwb::log::{LogError, Use};
 
-/// Opens a cache, whose log is known to have come so far. Where it is corrupt, salvages it
-/// first if that was asked for, or else says what can be done.
+/// Opens a cache whose log is known to have reached `known`. If the log is corrupt, salvages it
+/// first if the user asked for that; otherwise reports what can be done.
 pub(crate) async fn open<T>(
     option: &SalvageOption,
     cache: &Device,
@@ -19,7 +19,7 @@ pub(crate) async fn open<T>(
     open: impl AsyncFn(Option<Reach>) -> Result<T, CacheError>,
 ) -> Result<(T, Option<Plan>)> {
     if let Some(way) = option.salvage {
-        // Open may read headers alone, and what is to be salvaged may be wrong with the data.
+        // `open` may read only headers, and the damage may be in the data.
         let scanned = Scanned::read(cache, Use::Write, |_| ()).await?;
         let mut plan = scanned.salvage(cache, way).await?;
         if let Some(plan) = &mut plan {
@@ -30,7 +30,7 @@ pub(crate) async fn open<T>(
             plan.check_backing(cache, &BackingFacts::of(backing)).await?;
             plan.apply(cache).await?;
         }
-        // What was given up is gone, but what was written back is not undone.
+        // A salvage shortens the log, but does not undo write-back.
         let known = known.map(|known| if plan.is_some() { known.shortened() } else { known });
         return Ok((open(known).await?, plan));
     }
@@ -43,7 +43,7 @@ pub(crate) async fn open<T>(
     }
 }
 
-/// What a salvage has done, a sentence each.
+/// What a salvage did, one sentence each.
 pub(crate) fn outcome(plan: &Plan) -> Vec<String> {
     let mut lines = ways_on(std::slice::from_ref(plan), "--salvage");
     if !plan.blocks_in_words().is_empty() {
@@ -62,7 +62,7 @@ async fn what_can_be_done(
 ) -> Result<anyhow::Error, LogError> {
     let plans = scanned.ways(cache).await?;
     if plans.is_empty() {
-        // It says why there is none.
+        // This call reports why there is none.
         scanned.salvage(cache, Way::Skip).await?;
     }
     let ways: String =

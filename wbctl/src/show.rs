@@ -33,12 +33,12 @@ pub(crate) struct StatusArgs {
     prometheus: bool,
 }
 
-/// The state of a volume, attached or not; `None` when nothing is known of it. What is wrong with
-/// one volume is its state, and keeps nobody from seeing the others.
+/// The state of a volume, attached or not; `None` if nothing is known of it. A problem with one
+/// volume becomes its state, and does not hide the others.
 fn volume(name: &VolumeName) -> Result<Option<VolumeStatus>> {
     let (mut state, mut message) = (VolumeState::Detached, None);
     let is_running = match name.is_running() {
-        // An ordinary user cannot tell it of any volume.
+        // An ordinary user cannot tell this for any volume.
         Err(error) if is_forbidden(&error) => return Err(error),
         Err(error) => {
             (state, message) = (VolumeState::NotAnswering, Some(format!("{error:#}")));
@@ -47,7 +47,7 @@ fn volume(name: &VolumeName) -> Result<Option<VolumeStatus>> {
         Ok(is_running) => Some(is_running),
     };
     if is_running == Some(true) {
-        // While the daemon recovers or ends, it does not answer.
+        // The daemon does not answer while it recovers or ends.
         match client::look(name) {
             Ok(status) => return Ok(Some(status)),
             Err(AskError::Silent(pid)) => {
@@ -85,14 +85,14 @@ fn volume(name: &VolumeName) -> Result<Option<VolumeStatus>> {
 
 fn is_forbidden(error: &anyhow::Error) -> bool {
     let cause = error.root_cause().downcast_ref::<std::io::Error>();
-    // Who is not believed is another matter, and no errno.
+    // An owner that wb does not trust is another error, without an errno.
     cause.is_some_and(|cause| {
         cause.kind() == ErrorKind::PermissionDenied && cause.raw_os_error().is_some()
     })
 }
 
-/// All volumes. Their daemons are asked at the same time, so that those that do not answer take no
-/// longer than one.
+/// All volumes. It asks their daemons at the same time, so that several silent ones take no longer
+/// than one.
 fn volumes() -> Result<Vec<VolumeStatus>> {
     let names = all_names()?;
     let volumes: Vec<_> = std::thread::scope(|scope| {
@@ -148,7 +148,7 @@ fn print_json(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// Shows volumes. Of those that are named, the exit code tells the worst.
+/// Shows volumes. The exit code tells the worst state of the named volumes.
 pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<Exit> {
     let (volumes, all_known) = asked(args)?;
     if args.prometheus {
@@ -177,7 +177,7 @@ pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<Exit> {
     Ok(worst.unwrap_or(Exit::Done))
 }
 
-/// How `wbctl status NAME` ends.
+/// The exit code of `wbctl status NAME` for a state.
 fn exit_code(state: &VolumeState) -> Exit {
     match state {
         VolumeState::Failed | VolumeState::NotAnswering => Exit::VolumeFailed,
@@ -186,14 +186,13 @@ fn exit_code(state: &VolumeState) -> Exit {
             Exit::NotAttached
         }
         VolumeState::UnreadableRecord => Exit::Failed,
-        // A newer daemon may have other words.
+        // A newer daemon may report other states.
         _ => Exit::Done,
     }
 }
 
-/// The volumes that are named, and whether all of these are known: what is wrong with one name is
-/// said, and keeps nobody from seeing the others. Without names all volumes, except those without
-/// anything to tell.
+/// The named volumes, and whether all of them are known. It reports an unknown name, and continues
+/// with the others. Without names: all volumes that have anything to report.
 fn asked(args: &StatusArgs) -> Result<(Vec<VolumeStatus>, bool)> {
     let (mut named, mut all_known) = (Vec::new(), true);
     for name in &args.names {
@@ -220,7 +219,7 @@ fn print_all(volumes: &[VolumeStatus], all: bool, out: &mut Output) -> Result<()
     if volumes.is_empty() && all {
         writeln!(out, "no volume is attached; see wbctl list")?;
     }
-    // Of a record that was asked for and cannot be read there is no more to show than why.
+    // For a named volume with an unreadable record, there is nothing to show but the error.
     let is_error = |volume: &VolumeStatus| !all && volume.state == VolumeState::UnreadableRecord;
     for volume in volumes.iter().filter(|volume| is_error(volume)) {
         let why = volume.message.as_deref().unwrap_or_default();
@@ -282,7 +281,7 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// What is where.
+/// The rows that tell where the data is.
 fn data_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     let age = live.oldest_dirty_seconds.map(|age| format!(", the oldest for {}", human_time(age)));
     let dirty = human_size(live.dirty_bytes);
@@ -306,7 +305,7 @@ fn data_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     );
 }
 
-/// How write-back gets on.
+/// The rows about write-back.
 fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
     let state = match &live.writeback_error {
@@ -365,7 +364,7 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
     }
 }
 
-/// What was done since the counters started.
+/// The rows about the activity since the counters were reset.
 fn work_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
     let requests = |key: &str| cli::count(count(key), "request");

@@ -1,4 +1,4 @@
-//! `wbctl stat`: what a volume does, a line for each interval, as iostat does it.
+//! `wbctl stat`: the activity of a volume, a line per interval, as iostat shows it.
 
 use crate::client;
 use crate::interval::{Interval, log_in_use};
@@ -16,7 +16,7 @@ const LONGEST: f64 = 86400.0;
 /// How wide a column is, with the blank before it.
 const WIDTH: u16 = 9;
 
-/// A column: its name, whether a narrow terminal shows it, and what it says.
+/// A column: its name, whether a narrow terminal shows it, and its content.
 type Column = (&'static str, bool, fn(&Interval<'_>, &LiveStatus) -> Option<String>);
 
 const COLUMNS: [Column; 14] = [
@@ -78,7 +78,7 @@ pub(crate) fn stat(args: &Args, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// At once, so that a reader at the other end of a pipe sees each line in time.
+/// Flushes, so that the reader of a pipe sees each line in time.
 fn print(cells: Vec<String>, out: &mut Output) -> Result<()> {
     let width = usize::from(WIDTH) - 1;
     let cells: Vec<String> = cells.into_iter().map(|cell| format!("{cell:>width$}")).collect();

@@ -25,7 +25,7 @@ pub(crate) fn top(args: &Args) -> Result<()> {
     if !std::io::stdout().is_terminal() {
         bail!("needs a terminal; for a line each interval, see wbctl stat");
     }
-    // A volume that is not there is told of in a line, not on a blank screen.
+    // For a volume that is not there, prints a line instead of a blank screen.
     let first = client::status(&args.name)?;
     let mut view = View::new(cli::wants_colours(), args.interval);
     view.look(Ok(first));
@@ -38,7 +38,7 @@ pub(crate) fn top(args: &Args) -> Result<()> {
 fn run(args: &Args, view: &mut View, terminal: &mut ratatui::DefaultTerminal) -> Result<()> {
     loop {
         let looked = Instant::now();
-        // Until it is time to look again; drawn anew when the window has changed.
+        // Waits until the next refresh, and redraws when the window changes.
         while let Some(left) = args.interval.checked_sub(looked.elapsed()) {
             terminal.draw(|frame| frame.render_widget(&*view, frame.area()))?;
             if poll(left)? && quits(&read()?) {

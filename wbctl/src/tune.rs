@@ -68,7 +68,7 @@ pub(crate) fn set(args: &SetArgs, out: &mut Output) -> Result<()> {
         RecordedVolume::load(name)?.ok_or_else(|| unknown(name))?;
         bail!("volume '{name}' is not attached; with --save, it is recorded for the next attach");
     }
-    // What is wrong with the record is to show before anything is changed.
+    // An error in the record must show before anything changes.
     let record = if args.save { Some(edited(name, &tunables)?) } else { None };
     if is_running {
         client::set(name, tunables.clone())?;

@@ -1,4 +1,4 @@
-//! `wbctl upgrade`: give a device of the kernel module wb's extension.
+//! `wbctl upgrade`: adds wb's extension to a device of the kernel module.
 
 use crate::pair::Pair;
 use anyhow::{Result, bail};

@@ -1,4 +1,4 @@
-//! Names of volumes, and the folders and files that belong to them.
+//! The names of volumes, and the folders and files that belong to each.
 
 use anyhow::{Context, Result, bail};
 use libwb::cli::{
@@ -37,8 +37,7 @@ impl fmt::Display for VolumeName {
 }
 
 impl VolumeName {
-    /// A name for a volume that was given none: the cache device's file name, as far as that can be
-    /// one.
+    /// The default name of a volume: the file name of its cache device, if that is valid.
     pub(crate) fn of_device(device: &Path) -> Result<VolumeName> {
         let file = device.file_stem().unwrap_or_default().to_string_lossy();
         file.parse().map_err(|_| {
@@ -69,26 +68,26 @@ impl VolumeName {
         Path::new("/dev/wb").join(&self.0)
     }
 
-    /// The file that the loop device stands on, as sysfs and udev see it: at the root of a mount
-    /// that nobody else sees.
+    /// The backing file of the loop device, as sysfs and udev see it: at the root of a mount that
+    /// no other process sees.
     pub(crate) fn served_file(&self) -> String {
         format!("{self}.wb")
     }
 
-    /// Says which loop device the daemon has. udev's rule asks it before it names a device after
-    /// the volume: a file of the same name may stand under anybody's loop device.
+    /// The file that names the daemon's loop device. udev's rule reads it before it names a device
+    /// after the volume, because any user may attach a file of the same name to a loop device.
     fn note(&self) -> PathBuf {
         self.run_dir().join("loop")
     }
 
-    /// Notes which loop device the daemon is going to have.
+    /// Notes which loop device the daemon will have.
     pub(crate) fn note_loop(&self, device: &Path) -> std::io::Result<()> {
         let name = device.file_name().unwrap_or_default().to_string_lossy();
         std::fs::write(self.note(), format!("{name}\n"))
     }
 
-    /// Removes what a daemon shows to others while its volume can be used. What cannot be removed
-    /// is left.
+    /// Removes what a daemon shows to others while its volume can be used. Ignores files that it
+    /// cannot remove.
     pub(crate) fn withdraw(&self) {
         for file in [self.link(), self.note(), self.socket()] {
             let _ = std::fs::remove_file(file);
@@ -99,8 +98,8 @@ impl VolumeName {
         self.run_dir().join("lock")
     }
 
-    /// Takes the lock that a daemon holds as long as it lives; `None` when one does. Makes the
-    /// folder.
+    /// Takes the lock that a daemon holds as long as it lives; `None` if a daemon holds it. Creates
+    /// the folder.
     pub(crate) fn lock(&self) -> Result<Option<Flock<File>>> {
         self.lock_by(FlockArg::LockExclusiveNonblock)
     }
@@ -118,8 +117,8 @@ impl VolumeName {
             .and_then(|file| refuse_others(&path, &file.metadata()?).map(|()| file))
             .with_context(|| format!("cannot open {}", path.display()))?;
         match Flock::lock(file, how) {
-            // Somebody who held the lock may have cleared it away, and another may have made a new
-            // one.
+            // Another process may have held the lock and deleted its file, and a third may have
+            // created a new one.
             Ok(lock) if !is_file_at(&lock, &path) => self.lock_by(how),
             Ok(lock) => Ok(Some(lock)),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
@@ -127,8 +126,8 @@ impl VolumeName {
         }
     }
 
-    /// Removes all files of a daemon, which must not run: `lock` is its lock. True when it had not
-    /// removed them itself.
+    /// Removes all files of a daemon that does not run; `lock` is its lock. True if the daemon had
+    /// not removed them itself.
     pub(crate) fn clear(&self, lock: Flock<File>) -> Result<bool> {
         let mut was_left = false;
         for file in [self.link(), self.note(), self.socket()] {
@@ -136,7 +135,7 @@ impl VolumeName {
         }
         remove(&self.lock_file())?;
         drop(lock);
-        // Another daemon may be starting; then it is not empty.
+        // Another daemon may be starting; then the folder is not empty.
         let _ = std::fs::remove_dir(self.run_dir());
         Ok(was_left)
     }
@@ -144,19 +143,20 @@ impl VolumeName {
     /// Whether a daemon runs for this volume.
     pub(crate) fn is_running(&self) -> Result<bool> {
         let path = self.lock_file();
-        // An ordinary user may not look, and is not to be told that there is none.
+        // An ordinary user may not look, and must not be told that no daemon runs.
         let is_there = path.try_exists().with_context(|| {
             format!(
                 "cannot tell whether '{self}' is attached: cannot look for {} (root is needed)",
                 path.display()
             )
         })?;
-        // Shared: two who look at the same time must not take each other for a daemon.
+        // A shared lock: two processes that check at the same time must not take each other for a
+        // daemon.
         Ok(is_there && self.lock_by(FlockArg::LockSharedNonblock)?.is_none())
     }
 }
 
-/// Refuses a run folder in which another user could put a socket or a lock of his own.
+/// Refuses a run folder in which another user could put a socket or a lock.
 fn refuse_foreign_folder(dir: &Path) -> Result<()> {
     let refused = || format!("cannot use the folder {}", dir.display());
     let meta = std::fs::symlink_metadata(dir).with_context(refused)?;

@@ -1,4 +1,4 @@
-//! Says in the log when a device does not answer.
+//! Logs when a device does not answer.
 
 use libwb::cli::{self, human_time};
 use libwb::device::{Device, Pending};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 /// A request that waits longer is worth a warning.
 const LONG: Duration = Duration::from_secs(30);
-/// How often it is looked.
+/// How often the thread checks.
 const OFTEN: Duration = Duration::from_secs(5);
 
 /// Watches devices as long as the process lives.

@@ -1,4 +1,4 @@
-//! Numbers and the like as people read and write them. Each number has its unit.
+//! Numbers as people read and write them, each with its unit.
 
 use crate::format::{TEXT_BYTES, fitting};
 use indicatif::BinaryBytes;
@@ -39,7 +39,7 @@ pub fn human_time(seconds: f64) -> String {
     }
 }
 
-/// A part in percent, such as "12.5 %"; "-" where nothing is known.
+/// A ratio in percent, such as "12.5 %"; "-" if it is not known.
 pub fn percent(ratio: Option<f64>) -> String {
     ratio.map_or("-".into(), |ratio| format!("{:.1} %", ratio * 100.0))
 }

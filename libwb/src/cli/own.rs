@@ -1,4 +1,4 @@
-//! Files that say what a program is to do: only root's, and one's own, are believed.
+//! Files that control a program: wb trusts only those of root and of its own user.
 
 use super::text::read_at_most;
 use nix::unistd::{Uid, geteuid};
@@ -7,7 +7,7 @@ use std::io::{self, ErrorKind};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-/// Refuses what another user owns, or others may change.
+/// Refuses a file that another user owns or may change.
 ///
 /// # Errors
 /// Says what is wrong with it, and what to do.
@@ -30,7 +30,7 @@ pub fn refuse_others(path: &Path, meta: &Metadata) -> io::Result<()> {
     Ok(())
 }
 
-/// Opens a file to use, but not through a symbolic link, and waits for nobody, as at a FIFO.
+/// Opens a file, but follows no symbolic link, and does not block, for example on a FIFO.
 ///
 /// # Errors
 /// As [`OpenOptions::open`], and in clear words when it is a link.
@@ -46,8 +46,8 @@ pub fn open_no_link(path: &Path, options: &mut OpenOptions) -> io::Result<File> 
     })
 }
 
-/// Reads the record of a volume. Its file is believed, so it must be root's or one's own, and no
-/// link.
+/// Reads the record of a volume. wb trusts its contents, so it must be a regular file of root or of
+/// this user.
 ///
 /// # Errors
 /// When it cannot be read, is no text, is longer than so many bytes, or is not to be believed.

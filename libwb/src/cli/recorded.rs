@@ -1,5 +1,4 @@
-//! The records of volumes, as far as every program needs them: which devices belong to which
-//! volume.
+//! The part of the volumes' records that every program needs: which devices belong to which volume.
 
 use super::own::read_own;
 use crate::device::probe::identity;
@@ -9,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// The longest name of a volume, so that the path of its socket fits what the system allows.
 pub const MAX_NAME: usize = 64;
-/// How the name of a record's file goes on after the name of the volume.
+/// The suffix of a record's file name, after the name of the volume.
 pub const RECORD_SUFFIX: &str = ".toml";
 /// The longest record that is read, in bytes.
 pub const MAX_RECORD: u64 = 1 << 20;
@@ -26,8 +25,8 @@ pub struct VolumeDevices {
 }
 
 impl VolumeDevices {
-    /// All volumes that are recorded, by name. A record that cannot be read names no device, and
-    /// who may not look into the folder finds none.
+    /// All recorded volumes, by name. Skips records that it cannot read. Returns none to a user who
+    /// may not read the folder.
     ///
     /// # Errors
     /// When the folder cannot be read.
@@ -71,13 +70,13 @@ pub fn config_dir() -> PathBuf {
     std::env::var_os("WB_CONFIG_DIR").map_or_else(|| "/etc/wb".into(), PathBuf::from)
 }
 
-/// Whether a volume can have this name. None leads out of a folder.
+/// Whether this is a valid volume name. No valid name leads out of a folder.
 pub fn is_volume_name(text: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     (1..=MAX_NAME).contains(&text.len()) && !text.starts_with(['.', '-']) && text.chars().all(plain)
 }
 
-/// Whether two paths lead to one device, or are the same path, be there a device or not.
+/// Whether two paths lead to the same device, or are equal, even if there is no device.
 pub fn is_same_device(a: &Path, b: &Path) -> bool {
     a == b || identity(a).is_ok_and(|a| identity(b).is_ok_and(|b| a == b))
 }

@@ -1,4 +1,4 @@
-//! Front ends: they turn requests into calls of a volume, and hold no policy.
+//! Front ends. They turn requests into calls of a volume, and make no policy.
 
 pub mod loopdev;
 pub mod outside;
@@ -14,9 +14,9 @@ use nix::errno::Errno;
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::time::Duration;
 
-/// Prepares this process to serve a device that memory reclaim may wait for: its memory stays
-/// resident, and the kernel serves its allocations without waiting for I/O. To be called before
-/// other threads are started.
+/// Prepares this process to serve a device that memory reclaim may wait for. Its memory stays
+/// resident, and the kernel serves its allocations without waiting for I/O. Call it before other
+/// threads start.
 ///
 /// # Errors
 /// Says what the system refused. The process can serve all the same, but may hang when memory is
@@ -30,7 +30,7 @@ pub fn guard_against_reclaim() -> Result<(), String> {
     if refused.is_empty() { Ok(()) } else { Err(refused.join("; ")) }
 }
 
-/// The kernel says only that it is not permitted.
+/// The kernel reports only that it is not permitted.
 fn not_flusher(cause: Errno) -> &'static str {
     match cause {
         Errno::EPERM => "it lacks CAP_SYS_RESOURCE, as in most containers",
@@ -38,9 +38,9 @@ fn not_flusher(cause: Errno) -> &'static str {
     }
 }
 
-/// Ends the process when any of its threads panics, after a `report` of that: a volume of which one
-/// thread is gone would hang whoever uses it, and what was acknowledged as durable is recovered
-/// when it is attached again.
+/// Aborts the process when any of its threads panics, after a `report` of the panic. A volume that
+/// lost a thread would make its users hang. The next attach recovers everything acknowledged as
+/// durable.
 pub fn abort_on_panic(report: impl Fn(&str) + Send + Sync + 'static) {
     std::panic::set_hook(Box::new(move |panic| {
         let trace = Backtrace::capture();
@@ -52,7 +52,7 @@ pub fn abort_on_panic(report: impl Fn(&str) + Send + Sync + 'static) {
     }));
 }
 
-/// A cache that was opened for reads alone.
+/// A cache that serves only reads.
 #[derive(Clone)]
 pub struct ReadOnly(pub Cache);
 
@@ -92,8 +92,8 @@ pub trait ServedVolume: Clone + Send + Sync + 'static {
     /// Size in bytes.
     fn size(&self) -> u64;
 
-    /// Writes what can be acknowledged without waiting, from the front; returns how many bytes that
-    /// is.
+    /// Writes from the front as much as it can acknowledge without waiting. Returns how many bytes
+    /// that is.
     ///
     /// # Errors
     /// What the writer is to be told.
@@ -127,7 +127,7 @@ pub trait ServedVolume: Clone + Send + Sync + 'static {
         length: u64,
     ) -> impl Future<Output = Result<(), Errno>> + Send;
 
-    /// The same, but the range keeps its space.
+    /// The same, but the range stays allocated.
     ///
     /// # Errors
     /// As [`ServedVolume::discard`].

@@ -15,7 +15,7 @@ pub fn completion(shell: Shell, program: &str) -> PathBuf {
     .into()
 }
 
-/// The shells that there are completions for.
+/// The shells with completions.
 pub const SHELLS: [Shell; 3] = [Shell::Bash, Shell::Zsh, Shell::Fish];
 
 /// The completion of a program for a shell.
@@ -29,7 +29,7 @@ pub(super) fn completions(shell: Shell, command: &mut Command) -> Result<Vec<u8>
     Ok(text)
 }
 
-/// A completion for bash that also knows the option before an `=`, which is a word of its own to
+/// Makes a completion for bash recognize the option before an `=`, which is a separate word to
 /// bash.
 fn behind_equals(text: String) -> Result<String> {
     const PREVIOUS: &str = "    prev=\"$3\"\n";

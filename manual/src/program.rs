@@ -2,11 +2,11 @@
 
 use clap::Command;
 
-/// A program: its command line, and the sections that are written about it.
+/// A program: its command line, and the sections of its page that are written by hand.
 pub struct Program {
-    /// As it is parsed.
+    /// The command line as the program parses it.
     pub command: Command,
-    /// In roff.
+    /// The sections, in roff.
     pub sections: &'static str,
 }
 
@@ -19,14 +19,14 @@ pub fn programs() -> [Program; 4] {
         Program { command: wbdump::command(), sections: include_str!("wbdump.roff") },
     ]
     .map(|program| {
-        // Gives each verb its whole name, such as "wbctl attach".
+        // Gives each verb its full name, such as "wbctl attach".
         let mut command = program.command.disable_help_subcommand(true);
         command.build();
         Program { command, ..program }
     })
 }
 
-/// A verb with its verbs below it, and so on.
+/// A command and all commands below it.
 pub fn with_verbs(command: &Command) -> Vec<&Command> {
     let below = command.get_subcommands().filter(|verb| !verb.is_hide_set()).flat_map(with_verbs);
     std::iter::once(command).chain(below).collect()

@@ -1,4 +1,4 @@
-//! `wbcheck --segment`: one segment, seen against the others as attaching sees them.
+//! `wbcheck --segment`: checks one segment against the others, as attaching sees them.
 
 use crate::args::Args;
 use crate::findings::{Unexplained, Verdict};
@@ -160,7 +160,7 @@ fn invalid(why: Explanation, fault: &str) -> (Verdict, String) {
     }
 }
 
-/// Whether a segment ought to be there: it is neither written back nor beyond the newest.
+/// Whether a segment should be there: it is neither written back nor beyond the newest.
 fn is_live_hole(recovery: &Recovery, id: SegmentId) -> bool {
     let last = recovery.highest.max(recovery.durable.next());
     id > recovery.point && id < last && !recovery.corruption.is_empty()

@@ -1,4 +1,5 @@
-//! `wbcheck --repair`: put right what can be, and with --salvage, give up what must be.
+//! `wbcheck --repair`: repairs what can be repaired. With --salvage, gives up what must be given
+//! up.
 
 use crate::args::Args;
 use crate::findings::{Findings, Verdict};
@@ -7,7 +8,7 @@ use crate::text;
 use anyhow::Result;
 use libwb::log::salvage::Plan;
 
-/// What was done to a device, and what had been wrong with it.
+/// What a repair did to a device, and what was wrong before it.
 pub(crate) struct Repaired {
     /// The first line of the report before the repair.
     pub(crate) headline: String,
@@ -17,8 +18,8 @@ pub(crate) struct Repaired {
     pub(crate) plan: Option<Plan>,
 }
 
-/// Repairs a device, and checks it again. `None` when there was nothing to do, or nothing that may
-/// be done unasked.
+/// Repairs a device, and checks it again. Returns `None` if there was nothing to do, or only what
+/// needs --salvage.
 pub(crate) fn repair(
     subject: &mut Subject,
     before: &Findings,
@@ -61,7 +62,7 @@ impl Repaired {
     }
 }
 
-/// What to do; `None` when there is nothing, or it must be asked for.
+/// The plan; `None` if there is nothing to do, or only what needs --salvage.
 fn plan(subject: &Subject, findings: &Findings, args: &Args) -> Result<Option<Plan>> {
     let Subject { io, device, backing, .. } = subject;
     let Findings { scanned, .. } = findings;

@@ -17,7 +17,7 @@ use std::path::PathBuf;
 pub(crate) struct Backing {
     pub(crate) path: PathBuf,
     pub(crate) sectors: u64,
-    /// Its serial number or the like, perhaps empty, if it is there and not only recorded.
+    /// Its serial number or another identity, perhaps empty; `None` if the device is only recorded.
     pub(crate) identity: Option<String>,
 }
 
@@ -37,12 +37,12 @@ pub(crate) struct Subject {
     pub(crate) device: Device,
     pub(crate) superblock: RawSuperblock,
     pub(crate) backing: Option<Backing>,
-    /// What was wrong with the magic before it was written anew.
+    /// What was wrong with the magic before it was rewritten.
     pub(crate) damaged_magic: Option<SuperblockFault>,
 }
 
 impl Subject {
-    /// Opens the devices and reads the superblock. Writes a damaged magic anew if that was asked for.
+    /// Opens the devices, and reads the superblock. With --repair, it rewrites a damaged magic.
     pub(crate) fn open(args: &Args) -> Result<Subject> {
         let io = Io::start()?;
         let access = if args.repair { Access::Write } else { Access::Read };
@@ -102,7 +102,7 @@ impl Subject {
     }
 }
 
-/// Refuses a device without the magic, unless it is a cache all the same and is to be repaired.
+/// Refuses a device without the magic, unless it is a cache anyway and is to be repaired.
 fn refuse_other_than_damaged(
     args: &Args,
     superblock: &RawSuperblock,

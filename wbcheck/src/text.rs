@@ -1,5 +1,5 @@
-//! The findings in words: the verdict first, then what is on the device, then what is wrong, what
-//! that means for the data, and what to do.
+//! The findings as text: the verdict, the contents of the device, what is wrong, what that means
+//! for the data, and what to do.
 
 use crate::findings::{Broken, Findings, Verdict};
 use libwb::cli::{Output, count, human_size};
@@ -8,7 +8,7 @@ use libwb::log::recovery::{Corruption, Explanation};
 use libwb::log::salvage::{number_of_ways, segments, ways_on};
 use std::io::{self, Write};
 
-/// Items of a list that are shown one by one.
+/// The maximum number of list items that are shown one by one.
 const SHOWN: usize = 10;
 
 /// The first line.
@@ -132,7 +132,7 @@ fn dirty_blocks(n: u64) -> String {
 
 struct Problem {
     what: String,
-    /// For the data.
+    /// What it means for the data.
     meaning: String,
 }
 
@@ -222,7 +222,7 @@ fn resized(f: &Findings) -> Option<Problem> {
     })
 }
 
-/// What is wrong with single slots is told with them.
+/// Errors of single slots are shown with the slots.
 fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
     let meaning = match corruption {
         Corruption::Gap { missing, .. }
@@ -381,7 +381,7 @@ fn advice(f: &Findings) -> Option<String> {
 
 fn where_it_is(f: &Findings, b: &Broken) -> String {
     let at = format!("slot {} (at byte {})", b.slot, f.geometry.slot_offset(b.slot));
-    // A wrong checksum says itself which segment it is.
+    // The message about a wrong checksum already names the segment.
     if b.expected == SegmentId::NONE || b.fault.contains(&format!("segment {} ", b.expected)) {
         at
     } else {

@@ -1,4 +1,4 @@
-//! `wbdump block`: every version of one block.
+//! `wbdump block`: shows every version of one block.
 
 use crate::log::Log;
 use crate::segment::dirty_sectors;
@@ -129,8 +129,8 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Sixteen bytes a line, in hexadecimal and as text; lines that repeat the one above are replaced
-/// by one "*".
+/// Prints sixteen bytes per line, in hexadecimal and as text. One "*" replaces lines that repeat
+/// the previous one.
 fn hex_dump(bytes: &[u8], out: &mut Output) -> Result<()> {
     const LINE: usize = 16;
     let mut above: Option<&[u8]> = None;

@@ -1,4 +1,4 @@
-//! What the live segments hold that is not written back.
+//! `wbdump blocks`: lists the blocks of live segments that are not written back.
 
 use crate::log::Log;
 use crate::segment::dirty_sectors;
@@ -18,14 +18,14 @@ pub(crate) struct Newest {
     id: u64,
     place: Place,
     dirty: DirtyBits,
-    /// Live versions of the block, this one included.
+    /// The number of live versions of the block, including this one.
     versions: u64,
 }
 
 /// The dirty blocks of a log.
 pub(crate) struct DirtyBlocks {
     pub(crate) newest: BTreeMap<BlockNo, Newest>,
-    /// Why there may be more.
+    /// Why the list may be incomplete, if it may.
     pub(crate) stopped: Option<LogError>,
 }
 

@@ -13,7 +13,7 @@ use libwb::log::scan::{
 };
 use std::path::Path;
 
-/// A cache device, opened.
+/// An open cache device.
 pub(crate) struct Log {
     pub(crate) io: Io,
     pub(crate) device: Device,
@@ -74,14 +74,14 @@ impl Log {
             visit(slot, content);
         }));
         let superblock = self.superblock.or_no_record();
-        // A slot is to show as recovery takes it.
+        // A slot is shown as recovery sees it.
         let slots = explained(&superblock, &slots).into_owned();
         let recovery = recover(&superblock, &slots);
         (slots, recovery)
     }
 
-    /// Reads one slot whole, and the others as attaching reads them: what it holds, and the verdict
-    /// on it among them.
+    /// Reads one slot whole, and the others as attaching reads them. Returns the slot's contents,
+    /// and the verdict on it in view of the others.
     pub(crate) fn examine(&self, slot: Slot) -> (SlotContent, SlotState, Recovery) {
         let mut progress = Progress::new("reading", self.geometry().lap(), SEGMENT_BYTES);
         let visit = |slot: Slot, _: &SlotContent| progress.set(u64::from(slot.0));
@@ -94,7 +94,7 @@ impl Log {
         (content, explained(&superblock, &slots)[place].clone(), recovery)
     }
 
-    /// Says where a log that is corrupt stops.
+    /// Warns that the output stops where the log is corrupt.
     pub(crate) fn warn_of(&self, recovery: &Recovery) {
         for corruption in &recovery.corruption {
             let point = recovery.point;

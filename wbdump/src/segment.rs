@@ -1,4 +1,4 @@
-//! `wbdump segment`: one segment's header and metablocks.
+//! `wbdump segment`: shows the header and the metablocks of one segment.
 
 use crate::log::Log;
 use crate::segments::{CUT_SHORT, State, Summary};
@@ -17,28 +17,29 @@ struct SegmentReport {
     length_blocks: u8,
     dirty_blocks: usize,
     state: State,
-    /// Why it was closed, and when, in RFC 3339; where the header says.
+    /// Why it was closed, and when, in RFC 3339, if the header tells.
     closed: Option<String>,
     time: Option<String>,
     checksum: u32,
     valid: bool,
     fault: Option<String>,
-    /// It ends with its last flush; what was written of it after that is torn.
+    /// It ends with its last flush; everything after that is torn.
     cut_short: bool,
-    /// Null on a segment of the base format alone.
+    /// Null for a segment of the base format.
     extension: Option<ExtensionReport>,
     metablocks: Vec<Entry>,
 }
 
-/// What the header says beyond the base format.
+/// The part of the header beyond the base format.
 #[derive(Serialize)]
 struct ExtensionReport {
-    /// Of the UUID of the cache that it was written for.
+    /// The digest of the UUID of the cache that it was written for.
     uuid_digest: u32,
-    /// Up to which segment everything was durable, and written back, when it was written.
+    /// The last of the segments that were all durable when the header was written, and of those
+    /// that were all written back.
     durable_segment: u64,
     written_back_segment: u64,
-    /// The commit before the newest one; null where there is none.
+    /// The commit before the newest one; null if there is none.
     commit_before: Option<CommitBefore>,
 }
 
@@ -53,9 +54,9 @@ struct Entry {
     block: u64,
     sector: u64,
     dirty_bits: u8,
-    /// Of the data block, where it is kept.
+    /// The CRC of the data block, if the segment keeps one.
     crc: Option<u32>,
-    /// The data is not what was written, and nothing else is left of that.
+    /// The data is not what was written, and the original is gone.
     lost: bool,
     data_offset_bytes: u64,
 }
@@ -206,7 +207,7 @@ fn hex(n: u32) -> String {
     format!("{n:#010x}")
 }
 
-/// Which sectors of a block are dirty, for people: "all", "none (clean)" or such as "0-2,5".
+/// The dirty sectors of a block as text: "all", "none (clean)" or such as "0-2,5".
 pub(crate) fn dirty_sectors(dirty: DirtyBits) -> String {
     if dirty.is_clean() {
         return "none (clean)".into();

@@ -1,4 +1,4 @@
-//! `wbdump super`: the superblock, and totals of the log.
+//! `wbdump super`: shows the superblock, and totals of the log.
 
 use crate::log::Log;
 use anyhow::Result;
@@ -16,7 +16,7 @@ struct SuperblockReport<'a> {
     device: &'a str,
     size_bytes: u64,
     magic_ok: bool,
-    /// The record, where it can be read and is not garbage.
+    /// The record, if it is readable and not garbage.
     record_segment: Option<u64>,
     segments: u32,
     segment_bytes: usize,
@@ -32,7 +32,7 @@ struct SuperblockReport<'a> {
     dirty_entries: u64,
     clean_entries: u64,
     corruption: Vec<String>,
-    /// Null on a device of the base format alone.
+    /// Null for a device of the base format.
     extension: Option<ExtensionReport<'a>>,
 }
 

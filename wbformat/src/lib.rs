@@ -96,8 +96,8 @@ pub fn main() -> ExitCode {
     cli::run(&name(), Exit::Failed, |out| format(&args, out))
 }
 
-/// What this program was called as: another that runs it may give its own name, under which errors
-/// are told.
+/// The name that this program was called by. A caller may pass its own name, and errors then carry
+/// that name.
 fn name() -> String {
     let path = std::env::args_os().next().map(PathBuf::from);
     let name =
@@ -133,7 +133,7 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Opens the backing device that the cache is to be paired with. It may be in use.
+/// Opens the backing device to pair the cache with. It may be in use.
 fn open_backing(args: &Args, cache: &Opened, path: &Path) -> Result<Opened> {
     let backing = open(path, Access::ReadUnlocked)?;
     if backing.identity == cache.identity {
@@ -146,7 +146,7 @@ fn open_backing(args: &Args, cache: &Opened, path: &Path) -> Result<Opened> {
     Ok(backing)
 }
 
-/// What is written beyond the base format.
+/// The extension to write beyond the base format.
 fn extension(args: &Args, device: &Device, backing: Option<&Opened>) -> SuperblockExtension {
     let uuid = args.uuid.unwrap_or_else(Uuid::new_v4);
     let mut extension = SuperblockExtension {
@@ -160,7 +160,7 @@ fn extension(args: &Args, device: &Device, backing: Option<&Opened>) -> Superblo
     extension
 }
 
-/// Refuses a device of a recorded volume. `wbctl create` records it only when it is formatted.
+/// Refuses a device of a recorded volume. `wbctl create` records a volume only after formatting.
 fn refuse_recorded(args: &Args) -> Result<()> {
     if args.force {
         return Ok(());
@@ -201,7 +201,7 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
         )
     };
     if let Err(fault) = superblock.magic {
-        // Has something else been made of the device since?
+        // The device may have been put to another use since.
         if signatures::find(&args.cache)?.is_some() {
             return Ok(());
         }
@@ -231,7 +231,7 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a device without a superblock on which segments are left.
+/// Refuses a device without a superblock that still holds segments.
 fn refuse_traces(args: &Args, io: &Io, device: &Device, geometry: Geometry) -> Result<()> {
     let mut progress = Progress::new("looking for segments", geometry.lap(), SEGMENT_BYTES);
     let found = io.block_on(find_segment(device, geometry, |slot| progress.set(u64::from(slot.0))));

@@ -56,7 +56,7 @@ pub fn count(n: u64, noun: &str) -> String {
 /// Reads a label of a cache device.
 ///
 /// # Errors
-/// When there is no room for it in the superblock.
+/// When it does not fit into the superblock.
 pub fn parse_label(text: &str) -> Result<String, String> {
     if fitting(text) == text {
         Ok(text.into())

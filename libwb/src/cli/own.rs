@@ -10,7 +10,7 @@ use std::path::Path;
 /// Refuses a file that another user owns or may change.
 ///
 /// # Errors
-/// Says what is wrong with it, and what to do.
+/// Tells what is wrong with the file, and what to do.
 pub fn refuse_others(path: &Path, meta: &Metadata) -> io::Result<()> {
     let shown = path.display();
     let refused = |why: String| Err(io::Error::new(ErrorKind::PermissionDenied, why));
@@ -33,7 +33,7 @@ pub fn refuse_others(path: &Path, meta: &Metadata) -> io::Result<()> {
 /// Opens a file, but follows no symbolic link, and does not block, for example on a FIFO.
 ///
 /// # Errors
-/// As [`OpenOptions::open`], and in clear words when it is a link.
+/// As [`OpenOptions::open`], with a clear message for a link.
 pub fn open_no_link(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
     options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path).map_err(|e| {
         match e.raw_os_error() {
@@ -50,7 +50,7 @@ pub fn open_no_link(path: &Path, options: &mut OpenOptions) -> io::Result<File> 
 /// this user.
 ///
 /// # Errors
-/// When it cannot be read, is no text, is longer than so many bytes, or is not to be believed.
+/// When it cannot be read, is not UTF-8, is longer than `most` bytes, or is not trusted.
 pub fn read_own(path: &Path, most: u64) -> io::Result<String> {
     let file = open_no_link(path, OpenOptions::new().read(true))?;
     let meta = file.metadata()?;

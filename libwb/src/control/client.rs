@@ -72,8 +72,8 @@ impl Client {
     /// Connects to a daemon's socket.
     ///
     /// # Errors
-    /// When none listens there, it does not take connections, or somebody does who is not to be
-    /// believed.
+    /// When no daemon listens there, when it does not take connections, or when another user
+    /// listens.
     pub fn connect(path: &Path) -> Result<Client, AskError> {
         let client = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
             .map_err(io::Error::from)?;
@@ -105,7 +105,7 @@ impl Client {
     /// Sends a request, passes progress to `progress`, and returns the last reply.
     ///
     /// # Errors
-    /// When the daemon says nothing for seconds, or goes away before that.
+    /// When the daemon is silent for seconds, or goes away before its last reply.
     pub fn ask(
         &mut self,
         request: &Request,

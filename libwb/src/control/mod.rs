@@ -232,7 +232,7 @@ impl Drop for Permit {
 /// Answers clients of a socket, each in a thread of its own, until the process ends.
 ///
 /// # Errors
-/// When the socket cannot be made. A stale one of that name is replaced.
+/// When the socket cannot be created. A stale one of that name is replaced.
 pub fn serve(
     path: &Path,
     handle: impl Fn(Request, &mut Replies) + Send + Sync + 'static,

@@ -131,7 +131,7 @@ impl LoopDevice {
     /// program takes the device first, it announces the next one.
     ///
     /// # Errors
-    /// Says which step failed.
+    /// Names the step that failed.
     pub fn attach<V: ServedVolume>(
         volume: V,
         runtime: &Handle,

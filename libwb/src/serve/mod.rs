@@ -19,8 +19,7 @@ use std::time::Duration;
 /// threads start.
 ///
 /// # Errors
-/// Says what the system refused. The process can serve all the same, but may hang when memory is
-/// short.
+/// Names what the system refused. The process can still serve, but may hang when memory is short.
 pub fn guard_against_reclaim() -> Result<(), String> {
     let locked = rights::lock_memory();
     let flusher = sys::set_io_flusher().map_err(|cause| {
@@ -96,13 +95,13 @@ pub trait ServedVolume: Clone + Send + Sync + 'static {
     /// that is.
     ///
     /// # Errors
-    /// What the writer is to be told.
+    /// The error for the writer.
     fn write_ready(&self, sector: Sector, data: &[u8]) -> Result<usize, Errno>;
 
     /// Writes the rest.
     ///
     /// # Errors
-    /// What the writer is to be told. Parts may have been written.
+    /// The error for the writer. Parts may have been written.
     fn write_rest(
         &self,
         sector: Sector,
@@ -112,15 +111,15 @@ pub trait ServedVolume: Clone + Send + Sync + 'static {
     /// Fills a buffer.
     ///
     /// # Errors
-    /// What the reader is to be told.
+    /// The error for the reader.
     fn read(&self, sector: Sector, buf: IoBuf)
     -> impl Future<Output = Result<IoBuf, Errno>> + Send;
 
     /// Makes a range of `length` bytes read as zeros, durably.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where it cannot discard, or what else the caller is to be told. Parts may have
-    /// been discarded.
+    /// `EOPNOTSUPP` if it cannot discard, or another error for the caller. Parts may have been
+    /// discarded.
     fn discard(
         &self,
         sector: Sector,
@@ -138,7 +137,7 @@ pub trait ServedVolume: Clone + Send + Sync + 'static {
     /// Makes everything acknowledged before durable.
     ///
     /// # Errors
-    /// What the caller is to be told. Nothing is known then of what was not flushed before.
+    /// The error for the caller. The fate of data that was not flushed before is then unknown.
     fn flush(&self) -> impl Future<Output = Result<(), Errno>> + Send;
 
     /// Notes how long a request took.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 /// its server must not do it.
 ///
 /// # Errors
-/// When it is none, or cannot be opened.
+/// When it is not a loop device, or cannot be opened.
 pub fn show_partitions(device: &Path) -> io::Result<()> {
     Ok(sys::loop_show_partitions(&File::open(device)?)?)
 }
@@ -34,7 +34,7 @@ pub fn write_out(device: &Path) -> io::Result<()> {
 /// server must not do it.
 ///
 /// # Errors
-/// Among others, when somebody holds it, or a partition of it.
+/// Among others, when a program holds the device or one of its partitions.
 pub fn claim(device: &Path) -> io::Result<()> {
     OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device).map(drop)
 }

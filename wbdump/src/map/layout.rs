@@ -5,13 +5,13 @@ use crate::log::Log;
 use crate::segments::{State, Summaries, Summary, order};
 use libwb::format::{BlockNo, SegmentId, to_u64, to_usize};
 
-/// What a slot is drawn as. Where several share a cell, the greatest is.
+/// How a slot is drawn. If several slots share a cell, the greatest kind counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Kind {
     Empty,
     Clean,
     Dirty,
-    /// The newest segment, which was not closed: the log goes on in it, or after it.
+    /// The newest segment, if it was not closed: the log continues in it, or after it.
     Open,
     Dropped,
     Damaged,
@@ -36,17 +36,17 @@ impl Kind {
 /// What is drawn.
 pub(super) struct Map {
     pub(super) device: String,
-    /// In log order: the oldest first, what is empty last.
+    /// In log order: the oldest first, empty ones last.
     pub(super) slots: Vec<Kind>,
-    /// Where the recovery point stands in that order, the last segment that attaching would apply,
-    /// and its id.
+    /// The recovery point, which is the last segment that attaching would apply: its index in that
+    /// order, and its id.
     pub(super) point: Option<(usize, SegmentId)>,
-    /// When the oldest dirty segment and the recovery point were written, where the headers say.
+    /// When the oldest dirty segment and the recovery point were written, if the headers tell.
     pub(super) oldest_dirty: Option<String>,
     pub(super) point_time: Option<String>,
     /// In order of address.
     pub(super) blocks: Vec<BlockNo>,
-    /// Blocks of the backing device, where the cache knows.
+    /// The size of the backing device in blocks, if the cache knows it.
     pub(super) backing_blocks: Option<u64>,
 }
 
@@ -98,8 +98,7 @@ impl Map {
         self.slots.iter().filter(|&&slot| slot == kind).count()
     }
 
-    /// The slots in at most so many cells; how many slots a cell is, and which cell has the
-    /// recovery point.
+    /// Puts the slots into at most `most` cells.
     pub(super) fn cells(&self, most: usize) -> Cells {
         let slots = self.slots.len().div_ceil(most.max(1)).max(1);
         let kinds =
@@ -107,18 +106,18 @@ impl Map {
         Cells { kinds, slots, point: self.point.map(|(at, _)| at / slots) }
     }
 
-    /// Blocks of the part of the backing device that is drawn: all of it, or up to the last dirty
+    /// How many blocks of the backing device are drawn: all of them, or those up to the last dirty
     /// block.
     pub(super) fn extent(&self) -> u64 {
         self.backing_blocks.unwrap_or_else(|| self.blocks.last().map_or(0, |last| last.0 + 1))
     }
 
-    /// Dirty blocks beyond the end of the backing device that the cache was made for.
+    /// How many dirty blocks lie beyond the end of the backing device that the cache was made for.
     pub(super) fn beyond(&self) -> usize {
         self.blocks.len() - self.blocks.partition_point(|block| block.0 < self.extent())
     }
 
-    /// How many dirty blocks there are in each of so many equal parts of the backing device.
+    /// The number of dirty blocks in each of `parts` equal parts of the backing device.
     pub(super) fn density(&self, parts: usize) -> Vec<usize> {
         let mut density = vec![0; parts];
         let extent = self.extent();
@@ -136,7 +135,7 @@ impl Map {
 
 pub(super) struct Cells {
     pub(super) kinds: Vec<Kind>,
-    /// Slots of a cell.
+    /// The number of slots in a cell.
     pub(super) slots: usize,
     pub(super) point: Option<usize>,
 }

@@ -1,4 +1,4 @@
-//! `wbdump map`: a picture of the log, and of where its dirty blocks lie on the backing device.
+//! `wbdump map`: draws the log, and where its dirty blocks lie on the backing device.
 
 mod layout;
 mod svg;

@@ -7,7 +7,7 @@ use std::path::Path;
 use svg::Document;
 use svg::node::element::{Rectangle, Text};
 
-/// Cells of a row, and rows at most.
+/// The number of cells in a row, and the maximum number of rows.
 const COLUMNS: usize = 64;
 const ROWS: usize = 40;
 /// In pixels: a cell with the gap to the next, and the margin around everything.
@@ -99,7 +99,7 @@ fn add_legend(mut document: Document, map: &Map, y: usize) -> Document {
         x = next;
     }
     let Some((_, id)) = map.point else { return document };
-    // On a line of its own, for there are many kinds.
+    // On a line of its own, because there are many kinds.
     let y = y + CELL + 6;
     let point = square(MARGIN, y, Kind::Dirty)
         .set("fill", "none")

@@ -7,9 +7,9 @@ use libwb::cli::{Output, count, human_size};
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use std::io::Write;
 
-/// Where there is no terminal.
+/// The width if there is no terminal.
 const COLUMNS: u16 = 80;
-/// Lines of the log.
+/// The number of lines for the log.
 const LINES: usize = 16;
 const POINT: char = '▶';
 

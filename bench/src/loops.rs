@@ -9,7 +9,7 @@ use anyhow::Result;
 use libwb::device::{Device, MemDevice};
 use libwb::format::to_usize;
 use libwb::reactor::Reactor;
-use libwb::serve::Volume;
+use libwb::serve::ServedVolume;
 use libwb::serve::loopdev::{LoopDevice, Options as LoopOptions, Reserved};
 use std::sync::Arc;
 
@@ -71,7 +71,7 @@ fn on_files(options: &Options) -> Result<Table> {
 fn compare(
     options: &Options,
     reactor: &Reactor,
-    baseline: impl Volume,
+    baseline: impl ServedVolume,
     device: Device,
     backing: Device,
 ) -> Result<Vec<Row>> {
@@ -126,7 +126,7 @@ fn rows(
         .collect())
 }
 
-fn serve(volume: impl Volume, reactor: &Reactor) -> Result<LoopDevice> {
+fn serve(volume: impl ServedVolume, reactor: &Reactor) -> Result<LoopDevice> {
     let reserved = Reserved::take()?;
     Ok(LoopDevice::attach(
         volume,

@@ -1,6 +1,6 @@
 //! One man page for a program with all its verbs.
 
-use crate::{Program, with_verbs};
+use crate::program::{Program, with_verbs};
 use anyhow::Result;
 use clap::Command;
 use clap_mangen::Man;
@@ -22,8 +22,8 @@ pub(super) fn page(program: &Program) -> Result<Vec<u8>> {
         writeln!(page, ".SH COMMANDS")?;
         writeln!(
             page,
-            "Every command also has \\fB\\-\\-help\\fR, as the program itself does, which has \
-             \\fB\\-\\-version\\fR, too."
+            "Every command has \\fB\\-\\-help\\fR. The program itself has \\fB\\-\\-help\\fR and \
+             \\fB\\-\\-version\\fR."
         )?;
         for verb in verbs {
             page.extend(section(verb)?);
@@ -41,7 +41,7 @@ pub(super) fn page(program: &Program) -> Result<Vec<u8>> {
     Ok(page)
 }
 
-/// A verb, as a subsection: the headings of its own page become paragraphs.
+/// A verb, as a subsection. The headings of its own page become paragraphs.
 fn section(verb: &Command) -> Result<Vec<u8>> {
     let verb = verb.clone().mut_arg("help", |help| help.hide(true));
     let man = Man::new(verb.clone());
@@ -54,7 +54,7 @@ fn section(verb: &Command) -> Result<Vec<u8>> {
     for line in String::from_utf8(parts)?.lines() {
         let line = match line {
             heading if heading.starts_with(".SH ") => ".PP",
-            // What clap_mangen puts before the headings, once for each part.
+            // clap_mangen puts these lines before the headings, once for each part.
             r".ie \n(.g .ds Aq \(aq" | r".el .ds Aq '" => continue,
             other => other,
         };
@@ -63,14 +63,13 @@ fn section(verb: &Command) -> Result<Vec<u8>> {
     Ok(section)
 }
 
-/// How it is called, in the words of its help: those of clap_mangen leave out the values of
-/// options.
+/// The usage, as the help shows it. The usage of clap_mangen leaves out the values of options.
 fn usage(command: &Command) -> String {
     let usage = command.clone().render_usage().to_string();
     let usage = usage.trim_start_matches("Usage:").trim_start();
     let name = command.get_bin_name().unwrap_or(command.get_name());
     let arguments = usage.strip_prefix(name).unwrap_or(usage).trim_start().replace('\n', " ");
-    // Not justified: spaces between its words would look like parts of it.
+    // Not justified: wider gaps would look like parts of the usage.
     format!(".ad l\n\\fB{}\\fR {}\n.ad", escaped(name), escaped(&arguments))
 }
 

@@ -69,7 +69,7 @@ fn write_back_waits_for_a_backing_device_without_room_and_goes_on_when_there_is(
     );
     let shown = volume.wbctl(&["status", &volume.name]);
     assert_eq!(shown.code, 5, "{shown:?}");
-    assert!(shown.stdout.contains("does not get on, trying again"), "{shown:?}");
+    assert!(shown.stdout.contains("makes no progress, trying again"), "{shown:?}");
     assert!(attached.is_running());
     assert!(read_at(&attached.device, 8 * MIB, 4 * MIB) == noise(1, 4 * MIB));
 

@@ -139,8 +139,8 @@ fn a_record_that_cannot_be_read_is_told_of_and_hides_no_other() {
     let makers: [(&str, &dyn Fn()); 4] = [
         ("missing field `cache`", &|| std::fs::write(&record, "").unwrap()),
         ("line 1", &|| std::fs::write(&record, "cache = [").unwrap()),
-        ("no regular file", &|| nix::unistd::mkfifo(&record, Mode::S_IRWXU).unwrap()),
-        ("no regular file", &|| std::fs::create_dir(&record).unwrap()),
+        ("not a regular file", &|| nix::unistd::mkfifo(&record, Mode::S_IRWXU).unwrap()),
+        ("not a regular file", &|| std::fs::create_dir(&record).unwrap()),
     ];
     for (why, make) in makers {
         make();

@@ -75,7 +75,7 @@ fn nothing_is_imported_of_a_table_that_makes_no_sense() {
         "line 2: '../x': a volume name is",
     );
     refuses(&volume, "good /dev/a /dev/b x=1 y=2\n", "line 1: 'y=2' follows the options");
-    refuses(&volume, "good /dev/a b\n", "'b' is no path of a device");
+    refuses(&volume, "good /dev/a b\n", "'b' is not the path of a device");
     refuses(&volume, &"x".repeat(2 << 20), "longer than 1048576 bytes");
     let missing = volume.wbctl(&["import", "/no/such/table"]);
     assert!(
@@ -89,7 +89,8 @@ fn a_name_that_exists_is_not_imported_again() {
     let volume = Volume::created(8, 8 << 20);
     let text = format!("other /dev/a /dev/b\n{} /dev/c /dev/d\n", volume.name);
     let refused = refuses(&volume, &text, "exists already: it is recorded in");
-    let way_on = format!("first: wbctl remove {0}; or take the line of '{0}' out of ", volume.name);
+    let way_on =
+        format!("first run: wbctl remove {0}; or take the line of '{0}' out of ", volume.name);
     assert!(refused.stderr.contains(&way_on), "{refused:?}");
 }
 
@@ -98,7 +99,7 @@ fn a_device_of_another_volume_is_not_imported() {
     let volume = Volume::created(8, 8 << 20);
     let (cache, backing) = (volume.cache.display(), volume.backing.display());
     let why = format!(
-        "belongs to the volume '{0}'; if you give that up, first: wbctl remove {0}; ",
+        "belongs to the volume '{0}'; to give that up, first run: wbctl remove {0}; ",
         volume.name
     );
     for devices in

@@ -89,7 +89,7 @@ fn a_copy_from_before_the_last_detach_is_refused_whatever_the_volume_is_called()
         &copy,
         &[
             "is older than this cache was",
-            "generation 2, and was of generation 3",
+            "generation 2, but was of generation 3",
             &when,
             "--older",
         ],
@@ -126,12 +126,12 @@ fn a_copy_of_a_running_volume_is_refused_by_what_its_log_lacks() {
     is_refused(
         &volume,
         &dirty,
-        &["its log is durable up to segment 1, written back up to segment 0, and was ", known],
+        &["its log is durable up to segment 1, written back up to segment 0, but was ", known],
     );
     is_refused(
         &volume,
         &empty,
-        &["its log is durable up to segment 1, written back up to segment 1, and was ", known],
+        &["its log is durable up to segment 1, written back up to segment 1, but was ", known],
     );
     volume.attach_with(&[]).end(Signal::SIGTERM);
 }
@@ -288,7 +288,7 @@ fn a_second_cache_is_refused_while_the_recorded_one_is_dirty() {
     is_refused(
         &volume,
         &second,
-        &[&format!("{whose}is not there, and may hold dirty data (it was seen 2")],
+        &[&format!("{whose}is not there, and may hold dirty data (last seen 2")],
     );
     // What is there is the same cache, by another name.
     replays(&volume, &away, &[]);
@@ -308,7 +308,7 @@ fn a_second_cache_is_refused_while_the_recorded_one_cannot_be_judged() {
     is_refused(
         &volume,
         &second,
-        &["whether the cache of that is clean cannot be told", "not a cache device"],
+        &["cannot tell whether the cache of that volume is clean", "not a cache device"],
     );
     volume.must(&["remove", "--force", &volume.name]);
     replays(&volume, &second, &[]);

@@ -42,7 +42,7 @@ fn an_attached_volume_is_not_forgotten_nor_a_dirty_one() {
     let mut attached = volume.attach_with(&[]);
     overwrite(&attached.device, 0, &noise(1, MIB));
     std::fs::File::open(&attached.device).unwrap().sync_all().unwrap();
-    refuses(&volume, "is attached; first: wbctl detach");
+    refuses(&volume, "is attached; first run: wbctl detach");
     attached.kill();
     assert!(volume.link().is_symlink() && volume.socket().exists(), "what a killed daemon leaves");
     refuses(&volume, "refused: 1 MiB (256 blocks) of");
@@ -62,8 +62,7 @@ fn a_cache_that_cannot_be_judged_is_only_forgotten_by_force() {
     flip_bit(&damaged.cache, segment_offset(&damaged.cache, 3) + 100_000);
     refuses(
         &damaged,
-        "it cannot be told whether the cache of 'golden' is clean (--force forgets it all the \
-         same)",
+        "cannot tell whether the cache of 'golden' is clean (--force forgets the volume anyway)",
     );
     let gone = Volume::created(8, 8 * MIB);
     std::fs::remove_file(&gone.cache).unwrap();

@@ -282,7 +282,7 @@ fn a_replay_until_an_earlier_point_than_the_last_is_refused_and_told_to_be_a_mix
     assert!(looked.code == 0 && looked.stdout.contains("that would make a mixture"), "{looked:?}");
     assert_eq!(volume.images(), before);
     let mixed = replay_until(&volume, "1", &["--older"]);
-    let said = "the backing device held what segment 2 wrote already: that makes a mixture";
+    let said = "the backing device already held what segment 2 wrote: the result is a mixture";
     assert!(mixed.code == 0 && mixed.stdout.contains(said), "{mixed:?}");
     assert_eq!(holds(&volume), [1, 1, 2]);
     let json = replay_until(&volume, "0", &["--older", "--json"]).json();

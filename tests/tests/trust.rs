@@ -62,7 +62,7 @@ fn a_record_that_another_user_could_have_written_is_not_believed() {
     is_refused(&attach(), &[record.to_str().unwrap(), "it is a symbolic link"]);
     std::fs::remove_file(&record).unwrap();
     nix::unistd::mkfifo(&record, nix::sys::stat::Mode::S_IRUSR).unwrap();
-    is_refused(&attach(), &[record.to_str().unwrap(), "it is no regular file"]);
+    is_refused(&attach(), &[record.to_str().unwrap(), "it is not a regular file"]);
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn a_run_folder_or_a_lock_of_another_user_is_not_used() {
     std::fs::rename(&run, &elsewhere).unwrap();
     symlink(&elsewhere, &run).unwrap();
     lchown(&run, Some(NOBODY), None).unwrap();
-    is_refused(&attach(), &[run.to_str().unwrap(), "it is no folder"]);
+    is_refused(&attach(), &[run.to_str().unwrap(), "it is not a folder"]);
     std::fs::remove_file(&run).unwrap();
     volume.attach_with(&[]).detach(&[]);
 }
@@ -112,7 +112,7 @@ fn a_daemon_does_what_root_says_and_nobody_else() {
     set_permissions(volume.socket(), Permissions::from_mode(0o666)).unwrap();
     is_refused(
         &Outcome::of(as_nobody(&volume, &["flush", &volume.name])),
-        &["at the other end of the socket is user 65534; only root may be there"],
+        &["user 65534 is at the other end of the socket; only root may be"],
     );
     volume.must(&["flush", &volume.name]);
     attached.detach(&[]);

@@ -195,7 +195,7 @@ fn a_backing_device_that_could_not_be_attached_is_refused_when_the_volume_is_cre
 fn sectors_of_4096_bytes_need_a_backing_device_that_ends_with_one() {
     let volume = Volume::blank(4, 8 * MIB + 512);
     let says =
-        [text(&volume.backing), "8389120 bytes are no multiple of 4096", "--sector-size 512"];
+        [text(&volume.backing), "8389120 bytes are not a multiple of 4096", "--sector-size 512"];
     create_refuses(&volume, &["--sector-size", "4096"], &says);
     volume.create(&[]);
     if nix::unistd::geteuid().is_root() {

@@ -78,7 +78,7 @@ fn another_backing_device_is_refused_from_then_on() {
 fn what_is_corrupt_or_does_not_fit_is_refused() {
     let corrupt = Volume::golden("few-1");
     flip_bit(&corrupt.cache, segment_offset(&corrupt.cache, 3) + 4096);
-    refuses(&corrupt, "salvage it first");
+    refuses(&corrupt, "salvage the log first");
     let far = Volume::golden("fresh");
     let entry =
         Metablock { block: BlockNo(1 << 40), dirty: DirtyBits(0xff), crc: None, lost: false };

@@ -141,7 +141,7 @@ fn whatever_a_daemon_leaves_out_the_rest_is_shown_and_detach_works() {
         if pointer == "/live/dirty_bytes" {
             assert!(!metrics.stdout.contains("wb_dirty_bytes{"), "{metrics:?}");
             let shown = volume.wbctl(&["status", name]);
-            assert!(shown.stderr.contains("does not tell live.dirty_bytes"), "{shown:?}");
+            assert!(shown.stderr.contains("does not report live.dirty_bytes"), "{shown:?}");
         }
         let detached = volume.must(&["detach", name]);
         assert_eq!(detached, format!("detached '{name}'\n"), "without {pointer}");

@@ -101,7 +101,7 @@ fn what_follows_a_hole_is_dropped_and_reported() {
     }
     let outcome = check(&cache);
     assert_eq!(outcome.code, 0);
-    assert!(outcome.stdout.contains("After a gap stand segments 6 to 7"), "{outcome:?}");
+    assert!(outcome.stdout.contains("After a gap come segments 6 to 7"), "{outcome:?}");
     assert_eq!(
         wb!("wbcheck", &cache, "--json").json()["dropped_segments"],
         serde_json::json!([6, 7])

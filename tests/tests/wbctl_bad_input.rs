@@ -288,7 +288,7 @@ fn a_device_of_another_volume_is_refused_until_that_is_removed() {
     let [cache, backing, spare] =
         [&volume.cache, &volume.backing, &spare].map(|path| path.to_str().unwrap());
     let why = format!(
-        "belongs to the volume '{0}'; if you give that up, first: wbctl remove {0}",
+        "belongs to the volume '{0}'; to give that up, first run: wbctl remove {0}",
         volume.name
     );
     for [cache, backing] in [[spare, backing], [cache, spare]] {
@@ -319,7 +319,12 @@ fn a_record_that_makes_no_sense_is_refused_by_line() {
     let nul = good.replacen("cache = \"", "cache = \"\\u0000", 1);
     assert_ne!(nul, good);
     std::fs::write(&record, nul).unwrap();
-    refuses(&volume, &["attach", &volume.name], 1, "is no path of a device: it has a NUL in it");
+    refuses(
+        &volume,
+        &["attach", &volume.name],
+        1,
+        "is not the path of a device: it contains a NUL",
+    );
     std::fs::write(&record, &good).unwrap();
     overwrite(&record, 0, b"\xff\xfe");
     refuses(&volume, &["attach", &volume.name], 1, record.to_str().unwrap());
@@ -370,7 +375,7 @@ fn a_create_that_is_refused_leaves_neither_a_record_nor_a_formatted_cache() {
         refused.stderr
     };
     let why = create(&odd);
-    assert!(why.contains("cannot record it in") && why.contains("UTF-8"), "{why}");
+    assert!(why.contains("cannot record the volume in") && why.contains("UTF-8"), "{why}");
     let config = volume.path("config");
     let left = std::fs::read_dir(&config).map_or(0, |entries| entries.count());
     assert_eq!((left, volume.must(&["list"])), (0, "no volumes; see wbctl create\n".into()));

@@ -306,7 +306,7 @@ fn a_cache_whose_first_mib_was_zeroed_is_not_taken_for_garbage() {
             let before = sha256(&pair.cache);
             for options in [&[][..], &["--force"], &["--dry-run"], &["--compat"]] {
                 let refused = run("wbformat", [&[pair.cache.to_str().unwrap()], options].concat());
-                let why = "its segments are there, such as segment ";
+                let why = "its segments are still there, such as segment ";
                 assert_eq!((refused.code, refused.stderr.contains(why)), (1, true), "{refused:?}");
                 assert!(refused.stderr.contains("--discard-dirty"), "{refused:?}");
             }

@@ -1,49 +1,29 @@
-//! What a check of the whole device found, and what it amounts to.
+//! What a check of the whole device found, and its verdict.
 
-use crate::{Args, Subject};
+use crate::args::Args;
+use crate::subject::{Backing, Subject};
 use anyhow::Result;
 use libwb::cli::{Exit, Progress};
 use libwb::format::{
     BlockNo, Geometry, SEGMENT_BYTES, SegmentId, Slot, SuperblockFault, to_u64, to_usize,
 };
 use libwb::log::live::{Share, Totals};
-use libwb::log::pairing::BackingFacts;
 use libwb::log::recovery::{Corruption, Damage, Explanation, Recovery};
 use libwb::log::salvage::{Plan, Scanned};
 use libwb::log::scan::{SlotContent, SlotFault, SlotState, read_slot_header, scan_headers};
 use serde::Serialize;
 use std::collections::HashSet;
-use std::path::PathBuf;
 
-/// Damaged segments of which the header is read again for the blocks that are at risk.
+/// The maximum number of damaged segments whose headers are read again, for the blocks at risk.
 const LISTED: usize = 1000;
 
-/// The backing device that the log is checked against.
-#[derive(Clone)]
-pub(crate) struct Backing {
-    pub(crate) path: PathBuf,
-    pub(crate) sectors: u64,
-    /// Its serial number or the like, perhaps empty, if it is there and not only recorded.
-    pub(crate) identity: Option<String>,
-}
-
-impl Backing {
-    pub(crate) fn facts<'a>(&'a self, name: &'a str) -> BackingFacts<'a> {
-        BackingFacts {
-            name,
-            sectors: self.sectors,
-            identity: self.identity.as_deref().unwrap_or_default(),
-        }
-    }
-}
-
-/// What a check comes to, with stable names for JSON.
+/// The verdict of a check, with stable names for JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Verdict {
     /// Nothing is wrong.
     Sound,
-    /// Nothing is wrong that a power cut does not explain.
+    /// A power cut explains everything that is wrong.
     SoundAfterPowerCut,
     /// The log is sound, and some blocks in it are marked as lost.
     BlocksLost,
@@ -62,24 +42,24 @@ impl Verdict {
     }
 }
 
-/// A slot that holds no valid segment though it ought to.
+/// A slot that should hold a valid segment, but does not.
 pub(crate) struct Broken {
     pub(crate) slot: Slot,
-    /// [`SegmentId::NONE`] where the log has not reached.
+    /// [`SegmentId::NONE`] if the log has not reached this slot.
     pub(crate) expected: SegmentId,
     pub(crate) explanation: Explanation,
     /// What is wrong with it.
     pub(crate) fault: String,
-    /// The sound segment that it holds and that belongs elsewhere.
+    /// A sound segment in this slot that belongs elsewhere.
     pub(crate) misplaced: Option<SegmentId>,
-    /// The device failed to read it. No power cut does that.
+    /// The device failed to read it. A power cut does not cause that.
     pub(crate) unreadable: bool,
-    /// Where nothing explains the damage: the dirty blocks that the header lists, as far as it can
-    /// be read.
+    /// If nothing explains the damage: the dirty blocks that the header lists, as far as it is
+    /// readable.
     pub(crate) at_risk: Vec<BlockNo>,
 }
 
-/// What a check of the whole device found.
+/// What a check of the whole device found, and its verdict.
 pub(crate) struct Findings {
     pub(crate) device: String,
     pub(crate) size: u64,
@@ -93,9 +73,9 @@ pub(crate) struct Findings {
     pub(crate) live: Totals,
     pub(crate) dropped: Totals,
     pub(crate) broken: Vec<Broken>,
-    /// The ways on with a corrupt log.
+    /// The ways to go on with a corrupt log.
     pub(crate) ways: Vec<Plan>,
-    /// Segments of a sound log that are written back, and from which the kernel module may take old
+    /// Segments of a sound log that are written back, but from which the kernel module may take old
     /// data for new.
     pub(crate) misleading: Vec<SegmentId>,
     pub(crate) scanned: Scanned,
@@ -218,11 +198,10 @@ fn broken(subject: &Subject, recovery: &Recovery, slots: &[SlotState]) -> Vec<Br
     recovery.damage.iter().filter_map(one).collect()
 }
 
-/// The slots that show the corruption that recovery found. Whatever else might explain such a slot
-/// does not hold.
+/// The slots that show the corruption that recovery found. No other explanation holds for them.
 pub(crate) struct Unexplained {
     slots: HashSet<Slot>,
-    /// Up to here, no segment was being written when the power went.
+    /// No segment up to this one was being written when the power went.
     durable: SegmentId,
 }
 

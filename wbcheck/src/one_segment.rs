@@ -1,7 +1,8 @@
-//! `wbcheck --segment`: one segment, seen against the others as attaching sees them.
+//! `wbcheck --segment`: checks one segment against the others, as attaching sees them.
 
+use crate::args::Args;
 use crate::findings::{Unexplained, Verdict};
-use crate::{Args, Subject};
+use crate::subject::Subject;
 use anyhow::{Result, bail};
 use libwb::cli::{Exit, Output, Progress, count};
 use libwb::format::{SEGMENT_BYTES, SegmentId, to_usize};
@@ -12,7 +13,7 @@ use serde::Serialize;
 use std::io::Write;
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct SegmentReport<'a> {
     device: &'a str,
     segment: u64,
     slot: u32,
@@ -72,7 +73,7 @@ pub(crate) fn check(
             recovery.highest
         ),
     };
-    let report = Report {
+    let report = SegmentReport {
         device: device.name(),
         segment: id.0,
         slot: slot.0,
@@ -87,7 +88,7 @@ pub(crate) fn check(
     Ok(verdict.exit())
 }
 
-fn print(r: &Report<'_>, args: &Args, out: &mut Output) -> Result<()> {
+fn print(r: &SegmentReport<'_>, args: &Args, out: &mut Output) -> Result<()> {
     if args.json {
         out.json(r)?;
     } else if !(args.quiet && r.verdict.exit() == Exit::Done) {
@@ -159,7 +160,7 @@ fn invalid(why: Explanation, fault: &str) -> (Verdict, String) {
     }
 }
 
-/// Whether a segment ought to be there: it is neither written back nor beyond the newest.
+/// Whether a segment should be there: it is neither written back nor beyond the newest.
 fn is_live_hole(recovery: &Recovery, id: SegmentId) -> bool {
     let last = recovery.highest.max(recovery.durable.next());
     id > recovery.point && id < last && !recovery.corruption.is_empty()

@@ -1,47 +1,41 @@
-//! `wbcheck --repair`: put right what can be, and with --salvage, give up what must be.
+//! `wbcheck --repair`: repairs what can be repaired. With --salvage, gives up what must be given
+//! up.
 
+use crate::args::Args;
 use crate::findings::{Findings, Verdict};
-use crate::{Args, Subject, report, words};
+use crate::subject::Subject;
+use crate::text;
 use anyhow::Result;
-use libwb::cli::{Exit, Output};
-use libwb::log::salvage::{Plan, salvage_options};
-use libwb::log::segment_writes::write_magic;
-use std::io::Write;
+use libwb::log::salvage::Plan;
 
-/// What was done to a device, and what had been wrong with it.
+/// What a repair did to a device, and what was wrong before it.
 pub(crate) struct Repaired {
-    /// The first line of the report before it.
-    headline: String,
+    /// The first line of the report before the repair.
+    pub(crate) headline: String,
     pub(crate) verdict: Verdict,
     /// What was written, one thing each.
     pub(crate) written: Vec<String>,
     pub(crate) plan: Option<Plan>,
 }
 
+/// Repairs a device, and checks it again. Returns `None` if there was nothing to do, or only what
+/// needs --salvage.
 pub(crate) fn repair(
     subject: &mut Subject,
-    findings: Findings,
+    before: &Findings,
     args: &Args,
-    out: &mut Output,
-) -> Result<Exit> {
-    let plan = plan(subject, &findings, args)?;
+) -> Result<Option<(Repaired, Findings)>> {
+    let plan = plan(subject, before, args)?;
     if plan.is_none() && subject.damaged_magic.is_none() {
-        return crate::print(&findings, args, out);
+        return Ok(None);
     }
-    let repaired = Repaired::of(subject, &findings, plan);
+    let repaired = Repaired::of(subject, before, plan);
     if let Some(plan) = &repaired.plan {
         subject.io.block_on(plan.apply(&subject.device))?;
         subject.read_superblock()?;
     }
     let after = Findings::gather(subject, args)?;
-    if args.json {
-        out.json(&report::Report::of(&after, Some(&repaired)))?;
-    } else if !args.quiet {
-        print(&repaired, &after, out)?;
-    } else if after.verdict().exit() != Exit::Done {
-        writeln!(out, "{}", words::headline(&after))?;
-    }
-    Ok(if after.verdict().exit() == Exit::Done { Exit::Repaired } else { Exit::ErrorsLeft })
+    Ok(Some((repaired, after)))
 }
 
 impl Repaired {
@@ -49,7 +43,7 @@ impl Repaired {
         let changes = plan.as_ref().map(Plan::changes).unwrap_or_default();
         match subject.damaged_magic {
             None => Repaired {
-                headline: words::headline(before),
+                headline: text::headline(before),
                 verdict: before.verdict(),
                 written: changes,
                 plan,
@@ -68,20 +62,11 @@ impl Repaired {
     }
 }
 
-/// Writes the magic anew on a device that is a cache without it, so that all else can be checked.
-pub(crate) fn restore_magic(subject: &mut Subject) -> Result<()> {
-    subject.io.block_on(async {
-        write_magic(&subject.device).await?;
-        subject.device.flush().await
-    })?;
-    subject.read_superblock()
-}
-
-/// What to do; `None` when there is nothing, or it must be asked for.
+/// The plan; `None` if there is nothing to do, or only what needs --salvage.
 fn plan(subject: &Subject, findings: &Findings, args: &Args) -> Result<Option<Plan>> {
     let Subject { io, device, backing, .. } = subject;
     let Findings { scanned, .. } = findings;
-    let mut plan = match args.salvage {
+    let mut plan = match args.salvage.salvage {
         _ if !scanned.is_corrupt() || scanned.lost_nothing_but_the_pairing() => {
             io.block_on(scanned.repair(device))?
         }
@@ -98,25 +83,4 @@ fn plan(subject: &Subject, findings: &Findings, args: &Args) -> Result<Option<Pl
         }
     }
     Ok(plan)
-}
-
-fn print(repaired: &Repaired, after: &Findings, out: &mut Output) -> Result<()> {
-    match after.verdict().exit() {
-        Exit::Done => writeln!(out, "{}: repaired, and sound now", after.device)?,
-        _ => writeln!(out, "{}", words::headline(after))?,
-    }
-    writeln!(out, "  before          {}", repaired.headline)?;
-    writeln!(out, "\nWritten:")?;
-    for change in &repaired.written {
-        writeln!(out, "  - {change}")?;
-    }
-    let Some(plan) = &repaired.plan else { return Ok(()) };
-    for line in salvage_options(std::slice::from_ref(plan), "--salvage") {
-        writeln!(out, "\nSalvaged: {line}")?;
-    }
-    let blocks = plan.blocks_text();
-    if !blocks.is_empty() {
-        writeln!(out, "Given up, in units of 4096 bytes of the backing device: {blocks}")?;
-    }
-    Ok(())
 }

@@ -1,7 +1,7 @@
-//! What the daemon has another process do to its own device.
+//! What the daemon delegates to another process, about its own device.
 //!
-//! A thread that waits for its own daemon's device cannot be killed: it waits for an answer, and
-//! the FUSE connection, whose end would be one, ends only when all threads have. A process apart
+//! No one can kill a thread that waits for its own daemon's device. It waits for an answer, or for
+//! the end of the FUSE connection, which ends only when all threads have ended. A separate process
 //! gets an error instead as soon as the daemon is gone.
 
 use clap::ValueEnum;
@@ -14,19 +14,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How often it is looked whether the process has ended, at first and later.
+/// The pauses between checks whether the process has ended: the first one, and the longest.
 const OFTEN: Duration = Duration::from_millis(1);
 const SELDOM: Duration = Duration::from_millis(100);
-/// How long it is tried to start the process.
+/// How long the daemon retries to start the process.
 const TO_START: Duration = Duration::from_secs(5);
-/// How long a device may take to be opened. One that hangs may take for ever.
-const TO_OPEN: Duration = Duration::from_secs(5);
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum Task {
     /// Make durable what was written through the page cache.
     WriteOut,
-    /// See whether somebody holds it.
+    /// See whether a program holds it.
     Claim,
     /// Show its partitions.
     ShowPartitions,
@@ -38,7 +36,7 @@ pub(crate) struct Args {
     device: PathBuf,
 }
 
-/// Does the task, and ends with the number of the error, if there is one.
+/// Performs the task, and exits with the errno, or with 0.
 pub(crate) fn carry_out(args: &Args) -> ! {
     let done = match args.task {
         Task::WriteOut => outside::write_out(&args.device),
@@ -49,8 +47,8 @@ pub(crate) fn carry_out(args: &Args) -> ! {
     std::process::exit(number.unwrap_or(Exit::Done as i32))
 }
 
-/// Has a process of its own do a task as long as `go_on` says so, which is asked again and again.
-/// `None` when it was given up.
+/// Runs a task in a process of its own as long as `go_on`, called again and again, returns true.
+/// Returns `None` if it gave the task up.
 pub(crate) fn run(
     task: Task,
     device: &Path,
@@ -60,7 +58,7 @@ pub(crate) fn run(
     let mut child = loop {
         match start(task, device) {
             Ok(child) => break child,
-            // For want of memory or processes, which may pass.
+            // Memory or process slots are short, which may pass.
             Err(_) if begun.elapsed() < TO_START && go_on() => std::thread::sleep(SELDOM),
             Err(e) => return Some(Err(e)),
         }
@@ -79,7 +77,7 @@ pub(crate) fn run(
             Err(e) => return Some(Err(e)),
         }
         if !go_on() {
-            // It may take the signal only when the device answers, or is gone.
+            // The process may take the signal only when the device answers or is gone.
             let _ = child.kill();
             let _ = std::thread::Builder::new().spawn(move || child.wait());
             return None;
@@ -89,8 +87,8 @@ pub(crate) fn run(
     }
 }
 
-/// The program itself: what is installed may be another version by now. It gets no descriptor of
-/// ours, and no signal of the terminal's, which are for the daemon.
+/// Starts this very program, since another version may be installed by now. The process inherits no
+/// descriptor, and no signal of the terminal, which are for the daemon.
 fn start(task: Task, device: &Path) -> io::Result<Child> {
     let task =
         task.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default();
@@ -102,19 +100,4 @@ fn start(task: Task, device: &Path) -> io::Result<Child> {
         .stderr(Stdio::null())
         .process_group(0)
         .spawn()
-}
-
-/// Who holds a block device. Empty when it is free.
-pub(crate) fn holders(device: &Path) -> Vec<String> {
-    let started = Instant::now();
-    match run(Task::Claim, device, || started.elapsed() < TO_OPEN) {
-        Some(Ok(())) => Vec::new(),
-        Some(Err(e)) => match e.raw_os_error().map(Errno::from_raw) {
-            Some(Errno::EBUSY) => outside::holders(device),
-            // It is gone, or nobody can use it any more.
-            Some(Errno::ENXIO | Errno::ENODEV | Errno::ENOENT | Errno::EIO) => Vec::new(),
-            _ => vec![format!("perhaps in use (that cannot be told: {e})")],
-        },
-        None => vec!["not answering".into()],
-    }
 }

@@ -1,21 +1,22 @@
 //! `wbctl attach`: the daemon. Recovers a volume and serves it in the foreground.
 
-use crate::apart::{self, Task, holders};
-use crate::config::{Volume, not_recorded, parse_tunables};
-use crate::create::{absolute, sector_size, sector_sizes};
+use crate::apart::{self, Task};
+use crate::config::{RecordedVolume, not_recorded, parse_tunables};
 use crate::daemon::{Daemon, SERVING};
 use crate::devices::Devices;
-use crate::ending::{End, Served, serve_until_ended};
+use crate::ending::{End, LiveVolume, serve_until_ended};
 use crate::keeper::Keeper;
 use crate::notes::About;
 use crate::notify::{self, Busy};
 use crate::older::Past;
-use crate::place::Name;
+use crate::pair::absolute;
+use crate::sector_size::{self, SectorSize};
 use crate::signals::{self, Stage, Stages};
+use crate::volume_paths::VolumeName;
 use crate::{leftovers, logging, rival, salvage, watch};
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use libwb::cache::{Cache, CacheError, OpenOptions};
-use libwb::cli::{self, Exit, Io, Output, human_size};
+use libwb::cli::{self, Exit, Io, Output, SalvageOption, human_size};
 use libwb::control;
 use libwb::device::Device;
 use libwb::device::probe::{self, Access, OpenError, Opened};
@@ -24,7 +25,6 @@ use libwb::log::pairing::BackingFacts;
 use libwb::log::pairing::accept_growth;
 use libwb::serve::ReadOnly;
 use libwb::serve::loopdev::{LoopDevice, Options, Reserved};
-use libwb::serve::outside::users;
 use std::fs::Permissions;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -34,21 +34,19 @@ use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// How long a device that is in use is tried again.
+/// How long attach retries to open a device that is in use.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// The same where a daemon was killed: it may have I/O under way, and holds the devices as long.
+/// The same after a daemon was killed: its I/O may still be under way, and holds the devices until
+/// it ends.
 const PATIENCE_AFTER_KILL: Duration = Duration::from_secs(15);
-/// How long something is waited for that is to pass at once.
+/// How long attach waits for a lock that others hold only for a moment.
 const BRIEFLY: Duration = Duration::from_millis(500);
-/// How long a device may stay open before that counts.
-const BRIEFLY_OPEN: Duration = Duration::from_secs(1);
 /// How long the kernel may take to look for partitions.
 const TO_SHOW: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A volume that was recorded by `wbctl create`; with --cache and --backing, a name for the
-    /// volume
+    /// A volume that `wbctl create` recorded; with --cache and --backing, a name for the volume
     #[arg(value_name = "NAME", required_unless_present = "cache")]
     first: Option<First>,
     /// The cache device: a block device or a file
@@ -57,39 +55,37 @@ pub(crate) struct Args {
     /// The backing device: a block device or a file
     #[arg(long, value_name = "DEV", requires = "cache")]
     backing: Option<PathBuf>,
-    /// Logical sector size of the loop device in bytes; by default that of the backing device
-    #[arg(long, value_parser = sector_sizes(), hide_possible_values = true, value_name = "512|4096")]
-    sector_size: Option<u32>,
     #[command(flatten)]
-    salvage: salvage::Salvage,
-    /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one
-    /// whose device went back in time. What it holds may be older than what the backing device
-    /// holds
+    sector: SectorSize,
+    #[command(flatten)]
+    salvage: SalvageOption,
+    /// Use a cache that is older than when wb last saw it: an earlier copy, or a device that went
+    /// back in time. Its data may be older than that of the backing device
     #[arg(long)]
     older: bool,
-    /// Serve reads alone, and change nothing on either device
+    /// Serve only reads, and change nothing on either device
     ///
-    /// What recovery would write is kept in memory. The loop device is read-only, too: mount a
-    /// filesystem whose journal was not replayed with -o ro,noload (ext4) or -o ro,norecovery
+    /// wb keeps in memory what recovery would write. The loop device is read-only, too. To mount a
+    /// filesystem whose journal was not replayed, use -o ro,noload (ext4) or -o ro,norecovery
     /// (xfs).
     #[arg(long, conflicts_with_all = ["salvage", "grown"])]
     read_only: bool,
-    /// The backing device is the same, and has grown. Needed where it has no identity that shows
-    /// that, as a plain file
+    /// The backing device is the same one, and has grown. Needed where the device has no identity
+    /// that shows this, such as a plain file
     #[arg(long)]
     grown: bool,
-    /// Wait so long for devices that are not there yet, as at boot
+    /// Wait up to this long for devices that are not there yet, as at boot
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     wait: u32,
-    /// Tunables for this time
+    /// Tunables for this attach only
     #[arg(value_name = "KEY=VALUE")]
     tunables: Vec<String>,
 }
 
-/// The first word that is no option. NAME may be left out where --cache is given.
+/// The first positional argument. NAME is optional where --cache is given.
 #[derive(Clone, Debug)]
 enum First {
-    Name(Name),
+    Name(VolumeName),
     Tunable(String),
 }
 
@@ -106,7 +102,7 @@ impl FromStr for First {
 }
 
 impl Args {
-    fn volume(&self) -> Result<(Name, Volume)> {
+    fn volume(&self) -> Result<(VolumeName, RecordedVolume)> {
         let (name, tunable) = match &self.first {
             Some(First::Name(name)) => (Some(name), None),
             Some(First::Tunable(pair)) => (None, Some(pair)),
@@ -114,22 +110,22 @@ impl Args {
         };
         let (name, mut volume) = match (name, &self.cache, &self.backing) {
             (name, Some(cache), Some(backing)) => {
-                let volume = Volume {
-                    // Others, who are elsewhere, are told these.
+                let volume = RecordedVolume {
+                    // Others read these paths from other working directories.
                     cache: absolute(cache)?,
                     backing: absolute(backing)?,
                     sector_size: None,
                     tunables: Default::default(),
                 };
-                (name.cloned().map_or_else(|| Name::of_device(cache), Ok)?, volume)
+                (name.cloned().map_or_else(|| VolumeName::of_device(cache), Ok)?, volume)
             }
             (Some(name), ..) => {
-                let volume = Volume::load(name)?.ok_or_else(|| not_recorded(name))?;
+                let volume = RecordedVolume::load(name)?.ok_or_else(|| not_recorded(name))?;
                 (name.clone(), volume)
             }
             _ => bail!("give a volume's name, or --cache and --backing"),
         };
-        volume.sector_size = self.sector_size.or(volume.sector_size);
+        volume.sector_size = self.sector.sector_size.or(volume.sector_size);
         let tunables: Vec<String> = tunable.into_iter().chain(&self.tunables).cloned().collect();
         volume.tunables.extend(parse_tunables(&tunables)?);
         Ok((name, volume))
@@ -140,7 +136,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<Exit> {
     // Before anything else is opened.
     let reserved = Reserved::take().context("cannot open /dev/null")?;
     let (name, volume) = args.volume()?;
-    // Before anything is touched.
+    // Before any device or file is touched.
     volume.tunables()?;
     libwb::serve::refuse_without_root().map_err(anyhow::Error::msg)?;
     // Before other threads are started.
@@ -153,18 +149,18 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<Exit> {
     });
     let attached = serve(args, name, volume, reserved, (end, &ended), &stages, out);
     if let Err(e) = &attached {
-        // Whoever reads the log may have stalled; to write to it oneself could take for ever.
+        // The reader of the log may have stalled, and a direct write to it could block forever.
         logging::line(&format!("wbctl: {}", cli::explain(e)));
     }
     logging::finish();
     Ok(if attached.is_ok() { Exit::Done } else { Exit::Failed })
 }
 
-/// Serves a volume until it is told to end.
+/// Serves a volume until a signal or a client ends it.
 fn serve(
     args: &Args,
-    name: Name,
-    volume: Volume,
+    name: VolumeName,
+    volume: RecordedVolume,
     reserved: Reserved,
     (end, ended): (Sender<End>, &Receiver<End>),
     stages: &Stages,
@@ -174,7 +170,7 @@ fn serve(
     leftovers::warn(&name);
     let (cache, backing) =
         open_patiently(&name, &volume, Duration::from_secs(args.wait.into()), args.read_only)?;
-    let sector_size = sector_size(volume.sector_size, &backing)?;
+    let sector_size = sector_size::choose(volume.sector_size, &backing)?;
     if let Err(why) = libwb::serve::guard_against_reclaim() {
         tracing::warn!("{why}: the volume may hang when memory is short");
     }
@@ -185,7 +181,7 @@ fn serve(
     let runtime = io.runtime();
     let devices = [io.serve(cache), io.serve(backing)];
     watch::start(devices.clone());
-    let recovering = Busy::with("recovering", done(&devices));
+    let recovering = Busy::while_devices_work("recovering", &devices);
     let cache = recover(&io, args, &volume, &devices[0], &devices[1])?;
     drop(recovering);
     let keeper =
@@ -216,7 +212,7 @@ fn serve(
     };
     watched.served_as(device.path());
     show_partitions(device.path());
-    let served = Served {
+    let served = LiveVolume {
         name: name.clone(),
         cache: cache.clone(),
         devices: devices.clone(),
@@ -246,13 +242,7 @@ fn serve(
     serve_until_ended(&served, device, ended, close)
 }
 
-/// A number that changes as long as the devices get something done.
-pub(crate) fn done(devices: &[Device; 2]) -> impl FnMut() -> u64 + Send + 'static {
-    let devices = devices.clone();
-    move || devices.iter().map(|device| device.pending().done).sum()
-}
-
-/// Has the kernel look for partitions, for as long as that may take where a device hangs.
+/// Makes the kernel look for partitions, and gives up after [`TO_SHOW`] if a device hangs.
 fn show_partitions(device: &Path) {
     let begun = Instant::now();
     let why = match apart::run(Task::ShowPartitions, device, || begun.elapsed() < TO_SHOW) {
@@ -263,11 +253,11 @@ fn show_partitions(device: &Path) {
     tracing::warn!("partitions of {} may not be shown: {why}", device.display());
 }
 
-/// Opens the cache, unless there is something that speaks against using it.
+/// Opens the cache, unless it is an older copy, or a second cache in front of a dirty one.
 fn recover(
     io: &Io,
     args: &Args,
-    volume: &Volume,
+    volume: &RecordedVolume,
     cache: &Device,
     backing: &Device,
 ) -> Result<Cache> {
@@ -286,7 +276,7 @@ fn recover(
         Cache::open(cache, backing, io.runtime(), purpose.knowing(known).tunables(tunables.clone()))
             .await
     };
-    let opened = io.block_on(args.salvage.open(cache, backing, past.reach, open));
+    let opened = io.block_on(salvage::open(&args.salvage, cache, backing, past.reach, open));
     let (cache, salvaged) = opened.map_err(|e| past.explain(e))?;
     for line in salvaged.iter().flat_map(salvage::outcome) {
         tracing::warn!("the log was corrupt: {line}");
@@ -297,7 +287,7 @@ fn recover(
         return Ok(cache);
     }
     tracing::info!(
-        "recovered in {:.2} s, {} of the log read: {} in the cache are not written back yet",
+        "recovered in {:.2} s, {} of the log read: {} in the cache still await write-back",
         status.recovery_time.as_secs_f64(),
         human_size(status.recovery_bytes),
         human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
@@ -305,8 +295,8 @@ fn recover(
     Ok(cache)
 }
 
-/// Takes the volume's lock, for as long as the process lives: its devices are not free before that.
-fn lock_for_life(name: &Name) -> Result<()> {
+/// Takes the volume's lock for the life of the process: its devices are not free before it ends.
+fn lock_for_life(name: &VolumeName) -> Result<()> {
     let started = Instant::now();
     loop {
         match name.lock()? {
@@ -314,15 +304,15 @@ fn lock_for_life(name: &Name) -> Result<()> {
                 std::mem::forget(lock);
                 return Ok(());
             }
-            // Others take the lock for a moment to see whether it is free.
+            // Other processes take the lock for a moment to see whether it is free.
             None if started.elapsed() < BRIEFLY => std::thread::sleep(Duration::from_millis(10)),
             None => bail!("volume '{name}' is attached already; see wbctl status {name}"),
         }
     }
 }
 
-/// Opens the control socket, and tells everybody that the volume can be used.
-fn announce(name: &Name, daemon: Daemon, out: &mut Output) -> Result<()> {
+/// Opens the control socket, and announces that the volume can be used.
+fn announce(name: &VolumeName, daemon: Daemon, out: &mut Output) -> Result<()> {
     let (socket, device) = (name.socket(), daemon.device.clone());
     control::serve(&socket, move |request, replies| daemon.answer(&request, replies))
         .with_context(|| format!("cannot listen on {}", socket.display()))?;
@@ -334,12 +324,12 @@ fn announce(name: &Name, daemon: Daemon, out: &mut Output) -> Result<()> {
 }
 
 fn open_patiently(
-    name: &Name,
-    volume: &Volume,
+    name: &VolumeName,
+    volume: &RecordedVolume,
     wait: Duration,
     read_only: bool,
 ) -> Result<(Opened, Opened)> {
-    // A daemon that ends by itself takes its socket away.
+    // A daemon that ends in order removes its socket.
     let in_use = if name.socket().exists() { PATIENCE_AFTER_KILL } else { PATIENCE };
     let access = if read_only { Access::Read } else { Access::Write };
     let started = Instant::now();
@@ -353,8 +343,7 @@ fn open_patiently(
     }
 }
 
-/// How long it is tried again after an error. A device that is not there is waited for as long as
-/// the user says.
+/// How long attach retries after an error. For a device that is not there, the user decides.
 fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
     match error {
         OpenError::InUse { .. } => in_use,
@@ -363,16 +352,16 @@ fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
     }
 }
 
-/// A stable name for the loop device. udev makes the same (dist/udev), but need not run. The volume
-/// can be used without.
-fn link(name: &Name, device: &Path) {
+/// Makes a stable name for the loop device. udev makes the same link (dist/udev), but udev may not
+/// be running. The volume works without it.
+fn link(name: &VolumeName, device: &Path) {
     let link = name.link();
-    // In one step, so that a name that leads to the device before does not vanish meanwhile.
+    // In one step, so that a link to the previous device never vanishes in between.
     let new = link.with_file_name(format!(".{name}"));
     let _ = std::fs::remove_file(&new);
     let folder = link.parent().unwrap_or(&link);
     let made = std::fs::create_dir_all(folder)
-        // For everybody to look into, whatever the umask.
+        // Readable for all users, whatever the umask.
         .and_then(|()| std::fs::set_permissions(folder, Permissions::from_mode(0o755)))
         .and_then(|()| std::os::unix::fs::symlink(device, &new))
         .and_then(|()| std::fs::rename(&new, &link));
@@ -382,8 +371,8 @@ fn link(name: &Name, device: &Path) {
     unlink_others(&link, device);
 }
 
-/// Removes the links of other volumes that lead to a device. Their daemons were killed: it was
-/// theirs before.
+/// Removes the links of other volumes to this device. Their daemons were killed, and the device
+/// used to be theirs.
 fn unlink_others(own: &Path, device: &Path) {
     for entry in
         own.parent().and_then(|dir| std::fs::read_dir(dir).ok()).into_iter().flatten().flatten()
@@ -391,37 +380,11 @@ fn unlink_others(own: &Path, device: &Path) {
         let link = entry.path();
         if link != own && std::fs::canonicalize(&link).is_ok_and(|to| to == device) {
             tracing::warn!(
-                "{} is of a daemon that was killed, and would lead to this volume: removed",
+                "removed {}: it belonged to a daemon that was killed, and would lead to this \
+                 volume",
                 link.display()
             );
             let _ = std::fs::remove_file(&link);
         }
     }
-}
-
-/// Refuses to take a device away from those who hold it, or have it open, but for its own server.
-pub(crate) fn refuse_held(device: &Path, server: u32, force: bool) -> Result<()> {
-    if force {
-        return Ok(());
-    }
-    let mut held = holders(device);
-    // udev opens a device for a moment when somebody has closed it.
-    let started = Instant::now();
-    while held.is_empty() {
-        held = users(device, server);
-        if held.is_empty() {
-            return Ok(());
-        }
-        if started.elapsed() < BRIEFLY_OPEN {
-            held.clear();
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-    Err(still_held(device, &held))
-}
-
-/// That a device cannot be taken away from those who hold it.
-pub(crate) fn still_held(device: &Path, held: &[String]) -> anyhow::Error {
-    let (device, held) = (device.display(), held.join(", "));
-    anyhow!("{device} is {held}; release it first, or use --force and let its users fail")
 }

@@ -1,15 +1,15 @@
-//! What is asked of a running daemon.
+//! Requests to a running daemon.
 
-use crate::apart::holders;
-use crate::attach::still_held;
-use crate::config::Volume;
+use crate::config::RecordedVolume;
+use crate::holders::{holders, still_held};
 use crate::leftovers;
-use crate::place::Name;
-use crate::show::ATTACHED;
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::TunableValue;
 use libwb::cli::{self, Output, Progress, human_size};
-use libwb::control::{AskError, Client, LiveStatus, Remaining, Reply, Request, VolumeStatus};
+use libwb::control::{
+    AskError, Client, LiveStatus, Remaining, Reply, Request, VolumeState, VolumeStatus,
+};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -18,30 +18,30 @@ use std::time::{Duration, Instant};
 
 /// How long a daemon that has closed its volume may take to end.
 const LINGERING: Duration = Duration::from_secs(30);
-/// How long a process may take to end that was detached by force. A device that hangs may keep it.
+/// How long a process may take to end after a forced detach. A device that hangs may keep it.
 const TO_END: Duration = Duration::from_secs(3);
 
 #[derive(clap::Args)]
 pub(crate) struct DetachArgs {
     /// The volume
-    name: Name,
+    name: VolumeName,
     /// Write everything back first, so that the backing device alone holds all data
     #[arg(long)]
     drain: bool,
     /// Detach even while the device is mounted, held or open; its users get I/O errors. Ends within
-    /// seconds even if a device hangs. Also clears what a killed daemon left behind
+    /// seconds, even if a device hangs. Also clears what a killed daemon left behind
     #[arg(long)]
     force: bool,
 }
 
-/// What to tell people when a daemon's answer could not be had.
-fn explained(name: &Name, error: AskError) -> anyhow::Error {
+/// The message for a daemon that gave no answer.
+fn explained(name: &VolumeName, error: AskError) -> anyhow::Error {
     match error {
         AskError::NotThere if name.is_running().unwrap_or(false) => {
             anyhow!("volume '{name}' is starting or stopping; try again")
         }
         AskError::NotThere => {
-            let advice = match Volume::load(name) {
+            let advice = match RecordedVolume::load(name) {
                 Ok(None) => "see wbctl list".into(),
                 _ => format!("attach it with: wbctl attach {name}"),
             };
@@ -55,8 +55,8 @@ fn explained(name: &Name, error: AskError) -> anyhow::Error {
     }
 }
 
-/// What to do about a daemon that does not answer.
-pub(crate) fn silence(name: &Name, pid: Option<i32>) -> String {
+/// The advice about a daemon that does not answer.
+pub(crate) fn silence(name: &VolumeName, pid: Option<i32>) -> String {
     let kill = pid.map_or("kill it".into(), |pid| format!("kill -9 {pid}"));
     format!(
         "{}: it is stopped, or hangs; to give it up: {kill}, then: wbctl detach --force {name}",
@@ -64,11 +64,15 @@ pub(crate) fn silence(name: &Name, pid: Option<i32>) -> String {
     )
 }
 
-fn ask(name: &Name, request: &Request) -> Result<Reply> {
+fn ask(name: &VolumeName, request: &Request) -> Result<Reply> {
     ask_with(name, request, |_| ())
 }
 
-fn ask_with(name: &Name, request: &Request, progress: impl FnMut(Remaining)) -> Result<Reply> {
+fn ask_with(
+    name: &VolumeName,
+    request: &Request,
+    progress: impl FnMut(Remaining),
+) -> Result<Reply> {
     let reply =
         Client::connect(&name.socket()).and_then(|mut client| client.ask(request, progress));
     match reply.map_err(|e| explained(name, e))? {
@@ -77,73 +81,94 @@ fn ask_with(name: &Name, request: &Request, progress: impl FnMut(Remaining)) -> 
     }
 }
 
-/// The state of an attached volume, or why its daemon does not tell.
-pub(crate) fn look(name: &Name) -> Result<VolumeStatus, AskError> {
+/// The state of an attached volume, or why its daemon does not report it.
+pub(crate) fn look(name: &VolumeName) -> Result<VolumeStatus, AskError> {
     match Client::connect(&name.socket())?.ask(&Request::Status, |_| ())? {
         Reply::Status(status) => Ok(completed(name, *status)),
         Reply::Error { message } => Err(AskError::System(io::Error::other(message))),
         other => Err(AskError::System(io::Error::other(format!(
-            "the daemon answers strangely: {other:?}"
+            "the daemon gave an unexpected answer: {other:?}"
         )))),
     }
 }
 
-/// With what is known without its daemon, should that not have told it.
-fn completed(name: &Name, mut status: VolumeStatus) -> VolumeStatus {
-    for (pointer, field, known) in [
-        ("/name", &mut status.name, name.to_string()),
-        // It answers.
-        ("/state", &mut status.state, ATTACHED.to_string()),
-    ] {
-        if status.untold.iter().any(|untold| untold == pointer) {
-            *field = known;
-            status.untold.retain(|untold| untold != pointer);
+/// Fills in what is known without the daemon, where a daemon of another version left it out.
+fn completed(name: &VolumeName, mut status: VolumeStatus) -> VolumeStatus {
+    let VolumeStatus { name: told_name, state, untold, .. } = &mut status;
+    untold.retain(|pointer| match pointer.as_str() {
+        "/name" => {
+            *told_name = name.to_string();
+            false
         }
-    }
+        "/state" => {
+            // The daemon answers.
+            *state = VolumeState::Attached;
+            false
+        }
+        _ => true,
+    });
     status
 }
 
 /// The state of an attached volume.
-pub(crate) fn status(name: &Name) -> Result<VolumeStatus> {
+pub(crate) fn status(name: &VolumeName) -> Result<VolumeStatus> {
     look(name).map_err(|e| explained(name, e))
 }
 
-/// What the daemon of an attached volume tells of it.
-pub(crate) fn live(name: &Name) -> Result<LiveStatus> {
-    status(name)?.live.with_context(|| format!("the daemon of '{name}' says nothing of its work"))
+/// What the daemon of an attached volume reports about its activity.
+pub(crate) fn live(name: &VolumeName) -> Result<LiveStatus> {
+    status(name)?
+        .live
+        .with_context(|| format!("the daemon of '{name}' does not report its activity"))
 }
 
 /// The tunables in force of an attached volume.
-pub(crate) fn tunables(name: &Name) -> Result<BTreeMap<String, TunableValue>> {
+pub(crate) fn tunables(name: &VolumeName) -> Result<BTreeMap<String, TunableValue>> {
     match ask(name, &Request::Tunables)? {
         Reply::Tunables { tunables } => Ok(tunables),
-        other => bail!("the daemon of '{name}' answers strangely: {other:?}"),
+        other => bail!("the daemon of '{name}' gave an unexpected answer: {other:?}"),
     }
 }
 
 /// Changes tunables of an attached volume, all or none.
-pub(crate) fn set(name: &Name, tunables: BTreeMap<String, TunableValue>) -> Result<()> {
+pub(crate) fn set(name: &VolumeName, tunables: BTreeMap<String, TunableValue>) -> Result<()> {
     ask(name, &Request::Set { tunables }).map(drop)
 }
 
-pub(crate) fn flush(name: &Name, out: &mut Output) -> Result<()> {
+/// Warns of values that a daemon of another version does not report: they must not pass for 0.
+pub(crate) fn warn_of_untold(volumes: &[VolumeStatus]) {
+    for volume in volumes.iter().filter(|volume| !volume.untold.is_empty()) {
+        let untold: Vec<_> =
+            volume.untold.iter().map(|it| it.trim_matches('/').replace('/', ".")).collect();
+        cli::complain(
+            "wbctl",
+            format!(
+                "the daemon of '{}' is of another version and does not report {}: shown as 0 or \
+                 not at all",
+                volume.name,
+                untold.join(", ")
+            ),
+        );
+    }
+}
+
+pub(crate) fn flush(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::Flush)?;
     writeln!(out, "flushed '{name}'")?;
     Ok(())
 }
 
-pub(crate) fn clear_stats(name: &Name, out: &mut Output) -> Result<()> {
+pub(crate) fn clear_stats(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::ClearStats)?;
-    writeln!(out, "the counters of '{name}' start anew")?;
+    writeln!(out, "reset the counters of '{name}'")?;
     Ok(())
 }
 
-/// Asks for something that writes everything back, and shows how far that has got. Returns how many
-/// bytes were dirty when the daemon last said so. When it is interrupted, the daemon goes on as
-/// before.
-fn ask_to_drain(name: &Name, request: &Request, go_on: &str) -> Result<u64> {
+/// Sends a request that drains, and shows progress. Returns how many bytes were dirty in the
+/// daemon's last report. If the user interrupts it, the daemon keeps working as before.
+fn ask_to_drain(name: &VolumeName, request: &Request, go_on: &str) -> Result<u64> {
     let dirty = Arc::new(AtomicU64::new(u64::MAX));
-    let (told, go_on) = (dirty.clone(), format!("go on with: wbctl {go_on}"));
+    let (told, go_on) = (dirty.clone(), format!("continue with: wbctl {go_on}"));
     cli::on_interrupt("wbctl", move || match told.load(Ordering::Relaxed) {
         u64::MAX => format!("interrupted; {go_on}"),
         dirty => format!("interrupted: {} are still only in the cache; {go_on}", human_size(dirty)),
@@ -160,30 +185,26 @@ fn ask_to_drain(name: &Name, request: &Request, go_on: &str) -> Result<u64> {
     Ok(last.load(Ordering::Relaxed)).map(|dirty| if dirty == u64::MAX { 0 } else { dirty })
 }
 
-pub(crate) fn pause(name: &Name, out: &mut Output) -> Result<()> {
+pub(crate) fn pause(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::Pause)?;
-    // A batch that takes long is not waited for.
+    // The daemon does not wait for a batch that takes long.
     let goes_on = look(name).is_ok_and(|status| status.live.is_some_and(|live| live.writing_back));
-    let still = if goes_on {
-        "; a batch that was begun before, or a drain, is still being finished"
-    } else {
-        ""
-    };
+    let still = if goes_on { "; an earlier batch, or a drain, is still finishing" } else { "" };
     writeln!(
         out,
-        "write-back of '{name}' is paused, until the log is full{still}; it goes on with: wbctl \
+        "write-back of '{name}' is paused until the log is full{still}; to resume it: wbctl \
          resume {name}"
     )?;
     Ok(())
 }
 
-pub(crate) fn resume(name: &Name, out: &mut Output) -> Result<()> {
+pub(crate) fn resume(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::Resume)?;
-    writeln!(out, "write-back of '{name}' goes on")?;
+    writeln!(out, "resumed write-back of '{name}'")?;
     Ok(())
 }
 
-pub(crate) fn drain(name: &Name, out: &mut Output) -> Result<()> {
+pub(crate) fn drain(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask_to_drain(name, &Request::Drain, &format!("drain {name}"))?;
     writeln!(out, "drained '{name}': everything written before is on the backing device")?;
     Ok(())
@@ -198,7 +219,7 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
         refuse_held_here(name)?;
     }
     let request = Request::Detach { drain: args.drain, force: args.force };
-    // The last that it says before it is done is how much is left.
+    // The last progress report tells how much is left.
     let mut left = 0;
     match args.drain {
         true => left = ask_to_drain(name, &request, &format!("detach {name} --drain"))?,
@@ -234,9 +255,9 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// The daemon looks itself, but as a service it may not see the mounts that its users see. A daemon
-/// of another version need not tell of its device: there is the link.
-fn refuse_held_here(name: &Name) -> Result<()> {
+/// The daemon checks this itself, but as a service it may not see the mounts of its users. A daemon
+/// of another version may not report its device; then the link tells it.
+fn refuse_held_here(name: &VolumeName) -> Result<()> {
     let device = match look(name) {
         Ok(VolumeStatus { device: Some(device), .. }) => Some(device),
         Err(e @ (AskError::NotThere | AskError::Silent(_))) => return Err(explained(name, e)),

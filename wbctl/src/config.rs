@@ -1,10 +1,10 @@
 //! The record of a volume: a TOML file in the configuration folder.
 
-use crate::create::parse_sector_size;
-use crate::place::Name;
+use crate::sector_size;
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
-use libwb::cli::{MAX_RECORD, Recorded, read_own};
+use libwb::cli::{MAX_RECORD, VolumeDevices, read_own};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, Permissions};
@@ -14,19 +14,19 @@ use std::path::{Path, PathBuf};
 use tempfile::NamedTempFile;
 use toml_edit::DocumentMut;
 
-/// Who may do what with a record: its owner writes, all read.
+/// The mode of a record: its owner writes, all users read.
 const MODE: u32 = 0o644;
 
-/// What is recorded of a volume.
+/// The record of a volume.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Volume {
+pub(crate) struct RecordedVolume {
     /// The cache device.
     pub(crate) cache: PathBuf,
     /// The backing device.
     pub(crate) backing: PathBuf,
-    /// Logical sector size of the loop device in bytes; chosen by the backing device when it is
-    /// absent.
+    /// Logical sector size of the loop device in bytes. If absent, the backing device determines
+    /// it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) sector_size: Option<u32>,
     /// Tunables that differ from their defaults.
@@ -34,38 +34,38 @@ pub(crate) struct Volume {
     pub(crate) tunables: BTreeMap<String, TunableValue>,
 }
 
-impl Volume {
+impl RecordedVolume {
     /// Reads the record of a volume; `None` when there is none.
-    pub(crate) fn load(name: &Name) -> Result<Option<Volume>> {
+    pub(crate) fn load(name: &VolumeName) -> Result<Option<RecordedVolume>> {
         let path = name.config_file();
         let text = match read_own(&path, MAX_RECORD) {
             Ok(text) => text,
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
         };
-        let volume: Volume = toml::from_str(&text)
+        let volume: RecordedVolume = toml::from_str(&text)
             .map_err(|e| anyhow!("{}: {}", path.display(), one_line(&e, &text)))?;
         volume.tunables().with_context(|| path.display().to_string())?;
         for device in [&volume.cache, &volume.backing] {
             refuse_nul(device).with_context(|| path.display().to_string())?;
         }
         if let Some(size) = volume.sector_size {
-            let checked = parse_sector_size(&size.to_string()).map_err(anyhow::Error::msg);
+            let checked = sector_size::parse(&size.to_string()).map_err(anyhow::Error::msg);
             checked.with_context(|| format!("{}: sector_size = {size}", path.display()))?;
         }
         Ok(Some(volume))
     }
 
     /// Writes the record of a new volume.
-    pub(crate) fn save_new(&self, name: &Name) -> Result<()> {
+    pub(crate) fn save_new(&self, name: &VolumeName) -> Result<()> {
         self.prepare(name)?.save()
     }
 
-    /// Does all for the record of a new volume that can fail for want of something, but for giving
-    /// it its name.
-    pub(crate) fn prepare(&self, name: &Name) -> Result<NewRecord> {
+    /// Writes the record of a new volume under a temporary name. Every step that can fail for lack
+    /// of space or rights is done then, except the final rename.
+    pub(crate) fn prepare(&self, name: &VolumeName) -> Result<NewRecord> {
         let path = name.config_file();
-        let cannot = || format!("cannot record it in {}", path.display());
+        let cannot = || format!("cannot record the volume in {}", path.display());
         let text = toml::to_string(self).with_context(cannot)?;
         if let Some(dir) = path.parent() {
             std::fs::create_dir_all(dir)
@@ -90,17 +90,17 @@ impl Volume {
 pub(crate) fn refuse_nul(device: &Path) -> Result<()> {
     let text = device.to_string_lossy();
     if text.contains('\0') {
-        bail!("\"{}\" is no path of a device: it has a NUL in it", text.escape_debug());
+        bail!("\"{}\" is not the path of a device: it contains a NUL", text.escape_debug());
     }
     Ok(())
 }
 
 /// Refuses a name that is taken.
-pub(crate) fn refuse_recorded(name: &Name) -> Result<()> {
+pub(crate) fn refuse_recorded(name: &VolumeName) -> Result<()> {
     let record = name.config_file();
     if record.exists() {
         bail!(
-            "volume '{name}' exists already: it is recorded in {}; if you give that up, first: \
+            "volume '{name}' exists already: it is recorded in {}; to give it up, first run: \
              wbctl remove {name}",
             record.display()
         );
@@ -108,15 +108,15 @@ pub(crate) fn refuse_recorded(name: &Name) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a device that is recorded of another volume: what that one's cache holds would be lost,
-/// or written over this one.
-pub(crate) fn refuse_shared(volume: &Volume) -> Result<()> {
-    for other in Recorded::all()? {
+/// Refuses a device that belongs to another recorded volume. Otherwise the data in that volume's
+/// cache would be lost, or would later overwrite this volume.
+pub(crate) fn refuse_shared(volume: &RecordedVolume) -> Result<()> {
+    for other in VolumeDevices::all()? {
         if let Some(device) =
             [&volume.cache, &volume.backing].into_iter().find(|device| other.has(device))
         {
             bail!(
-                "{}: belongs to the volume '{1}'; if you give that up, first: wbctl remove {1}",
+                "{}: belongs to the volume '{1}'; to give that up, first run: wbctl remove {1}",
                 device.display(),
                 other.name
             );
@@ -125,20 +125,20 @@ pub(crate) fn refuse_shared(volume: &Volume) -> Result<()> {
     Ok(())
 }
 
-/// That a volume must be recorded, and is not.
-pub(crate) fn not_recorded(name: &Name) -> anyhow::Error {
+/// The error for a volume that is not recorded.
+pub(crate) fn not_recorded(name: &VolumeName) -> anyhow::Error {
     anyhow!(
-        "no volume '{name}' is recorded in {}; see wbctl list and create",
+        "no volume '{name}' is recorded in {}; see wbctl list and wbctl create",
         name.config_file().display()
     )
 }
 
-/// That a volume must be attached or recorded, and is neither.
-pub(crate) fn unknown(name: &Name) -> anyhow::Error {
+/// The error for a volume that is neither attached nor recorded.
+pub(crate) fn unknown(name: &VolumeName) -> anyhow::Error {
     anyhow!("no volume '{name}' is attached or recorded; see wbctl list")
 }
 
-/// Reads KEY=VALUE pairs; returns what is to be recorded.
+/// Reads KEY=VALUE pairs, and returns what to record.
 pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, TunableValue>> {
     let mut tunables = Tunables::default();
     for pair in pairs {
@@ -158,14 +158,17 @@ pub(crate) fn parse_tunables(pairs: &[String]) -> Result<BTreeMap<String, Tunabl
         .collect())
 }
 
-/// The record of a volume with other tunables, and all else in it as it was.
-pub(crate) fn edited(name: &Name, tunables: &BTreeMap<String, TunableValue>) -> Result<String> {
-    Volume::load(name)?.ok_or_else(|| not_recorded(name))?;
+/// The record of a volume with new values of tunables; everything else in it stays as it was.
+pub(crate) fn edited(
+    name: &VolumeName,
+    tunables: &BTreeMap<String, TunableValue>,
+) -> Result<String> {
+    RecordedVolume::load(name)?.ok_or_else(|| not_recorded(name))?;
     let path = name.config_file();
     let cannot = || format!("cannot change {}", path.display());
     let mut record: DocumentMut =
         read_own(&path, MAX_RECORD).map_err(anyhow::Error::new)?.parse().with_context(cannot)?;
-    // As a table or inline, both of which were read before.
+    // A table or an inline table; `load` accepts both.
     let table = record.entry("tunables").or_insert_with(toml_edit::table);
     let table = table.as_table_like_mut().with_context(cannot)?;
     for (key, value) in tunables {
@@ -174,7 +177,7 @@ pub(crate) fn edited(name: &Name, tunables: &BTreeMap<String, TunableValue>) -> 
             TunableValue::Word(word) => toml_edit::Value::from(word.as_str()),
         };
         match table.get_mut(key).and_then(toml_edit::Item::as_value_mut) {
-            // With the comments around it.
+            // Keeps the comments around the value.
             Some(old) => {
                 let around = old.decor().clone();
                 *old = new;
@@ -186,14 +189,14 @@ pub(crate) fn edited(name: &Name, tunables: &BTreeMap<String, TunableValue>) -> 
     Ok(record.to_string())
 }
 
-/// The record of a new volume, on the disk but without its name. Dropped, it goes away.
+/// The record of a new volume, on the disk but not yet under its name. Dropping it deletes it.
 pub(crate) struct NewRecord {
-    name: Name,
+    name: VolumeName,
     file: NamedTempFile,
 }
 
 impl NewRecord {
-    /// Gives it its name, unless that is taken.
+    /// Gives the record its name, unless that is taken.
     pub(crate) fn save(self) -> Result<()> {
         let path = self.name.config_file();
         match self.file.persist_noclobber(&path) {
@@ -208,7 +211,7 @@ impl NewRecord {
     }
 }
 
-/// Replaces a file so that, whatever happens, it is the old one or the new one.
+/// Replaces a file atomically: after a crash, it is the old file or the new one.
 pub(crate) fn replace(path: &Path, text: &str) -> Result<()> {
     let replaced = (|| {
         let new = written(path, text, std::fs::metadata(path)?.permissions())?;
@@ -220,7 +223,7 @@ pub(crate) fn replace(path: &Path, text: &str) -> Result<()> {
     })
 }
 
-/// A new file beside this one, with a name that no volume's record has, on the disk.
+/// A new, durable file beside this one. No volume's record can have its name.
 fn written(path: &Path, text: &str, permissions: Permissions) -> io::Result<NamedTempFile> {
     let folder = path.parent().unwrap_or(path);
     let mut file = tempfile::Builder::new().prefix(".").suffix(".new").tempfile_in(folder)?;
@@ -234,7 +237,7 @@ fn sync_folder_of(path: &Path) -> io::Result<()> {
     File::open(path.parent().unwrap_or(path))?.sync_all()
 }
 
-/// A TOML error without the excerpt that spreads over several lines.
+/// A TOML error on one line, without its excerpt.
 fn one_line(error: &toml::de::Error, text: &str) -> String {
     let before = error.span().map_or("", |span| &text[..span.start]);
     let line = before.matches('\n').count() + 1;

@@ -1,16 +1,16 @@
-//! What an attached volume's daemon answers those who ask it over its socket.
+//! How an attached volume's daemon answers requests over its socket.
 
 use crate::apart::{self, Task};
-use crate::attach::refuse_held;
-use crate::config::Volume;
+use crate::config::RecordedVolume;
 use crate::devices::Devices;
 use crate::ending::End;
-use crate::place::Name;
-use crate::{notify, show};
+use crate::holders::refuse_held;
+use crate::notify;
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::abortable;
 use libwb::cache::{Cache, Status, TunableValue};
-use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeStatus};
+use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeState, VolumeStatus};
 use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::Handle;
@@ -20,12 +20,12 @@ use std::sync::Mutex;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-/// What systemd is told the volume is doing.
+/// The status that systemd shows.
 pub(crate) const SERVING: &str = "serving";
 /// How often a drain reports progress.
 const PROGRESS: Duration = Duration::from_millis(250);
-/// How often any other client is told that its request is being worked on, and it is noticed when
-/// it has gone. Far more often than a client loses its patience.
+/// How often the daemon tells any other client that it is at work, and notices a client that is
+/// gone. Clients lose patience only after a much longer time.
 const WORKING: Duration = Duration::from_secs(2);
 /// How long a pause waits for the batch under way.
 const BATCH: Duration = Duration::from_secs(10);
@@ -33,19 +33,18 @@ const GONE: &str = "the client went away";
 
 /// What the control socket works on.
 pub(crate) struct Daemon {
-    pub(crate) name: Name,
-    pub(crate) volume: Volume,
+    pub(crate) name: VolumeName,
+    pub(crate) volume: RecordedVolume,
     pub(crate) cache: Cache,
-    /// Whether their files are still there.
+    /// Tells whether the files or devices still exist.
     pub(crate) watched: Devices,
-    /// What the cache stands on: the cache device, and the backing device.
+    /// The cache device and the backing device.
     pub(crate) devices: [Device; 2],
     pub(crate) device: PathBuf,
     pub(crate) sector_size: u32,
     pub(crate) runtime: Handle,
     pub(crate) read_only: bool,
-    /// Held while tunables are changed, so that of two clients at a time neither undoes what the
-    /// other sets.
+    /// Held while tunables change, so that no client undoes the change of another.
     pub(crate) setting: Mutex<()>,
     pub(crate) end: Sender<End>,
 }
@@ -77,7 +76,7 @@ impl Daemon {
             Request::Set { tunables } => self.set(tunables),
             Request::Pause => Ok(self.pause(replies)),
             Request::Resume => {
-                tracing::info!("write-back goes on");
+                tracing::info!("write-back resumed");
                 self.cache.resume();
                 Ok(Reply::Done)
             }
@@ -86,7 +85,7 @@ impl Daemon {
                 Err(e) => Err(e),
             },
         };
-        // A client that went away is told nothing.
+        // A client that went away gets no reply.
         let _ = replies.send(&reply.unwrap_or_else(|e| Reply::Error { message: format!("{e:#}") }));
     }
 
@@ -95,7 +94,7 @@ impl Daemon {
         let troubles = self.troubles(&status);
         VolumeStatus {
             name: self.name.to_string(),
-            state: self.state(&status, &troubles).into(),
+            state: self.state(&status, &troubles),
             message: (!troubles.is_empty()).then(|| troubles.join("; ")),
             device: Some(self.device.clone()),
             cache: self.volume.cache.clone(),
@@ -109,26 +108,26 @@ impl Daemon {
         }
     }
 
-    /// What is wrong with the volume, a sentence each.
+    /// What is wrong with the volume, one sentence each.
     fn troubles(&self, status: &Status) -> Vec<String> {
         let failure = status.failure.iter().map(|failure| format!("writes are refused: {failure}"));
         let writeback = status
             .writeback_error
             .iter()
-            .map(|error| format!("write-back does not get on: {error}"));
+            .map(|error| format!("write-back makes no progress: {error}"));
         let stuck = status.stuck.iter().map(ToString::to_string);
         failure.chain(writeback).chain(stuck).chain(self.watched.troubles()).collect()
     }
 
-    fn state(&self, status: &Status, troubles: &[String]) -> &'static str {
+    fn state(&self, status: &Status, troubles: &[String]) -> VolumeState {
         if status.failure.is_some() {
-            show::FAILED
+            VolumeState::Failed
         } else if !troubles.is_empty() {
-            show::DEGRADED
+            VolumeState::Degraded
         } else if self.read_only {
-            show::READ_ONLY
+            VolumeState::AttachedReadOnly
         } else {
-            show::ATTACHED
+            VolumeState::Attached
         }
     }
 
@@ -147,9 +146,9 @@ impl Daemon {
         drained
     }
 
-    /// Pauses write-back, and waits a while for the end of the batch under way.
+    /// Pauses write-back, and waits up to [`BATCH`] for the current batch.
     fn pause(&self, replies: &mut Replies) -> Reply {
-        tracing::info!("write-back is paused");
+        tracing::info!("write-back paused");
         self.cache.pause();
         let (cache, started) = (self.cache.clone(), Instant::now());
         let (ended, stop) = abortable(async move { cache.batch_ended().await });
@@ -178,8 +177,8 @@ impl Daemon {
         Ok(Reply::Done)
     }
 
-    /// Runs a request of the cache on the reactor, and reports progress meanwhile. A client that
-    /// goes away ends the request, and is not waited for, as where a device hangs.
+    /// Runs a request of the cache on the reactor, and reports progress meanwhile. If the client
+    /// goes away, the request is cancelled and not waited for, since a device may hang.
     fn run<F>(
         &self,
         replies: &mut Replies,
@@ -205,8 +204,8 @@ impl Daemon {
         }
     }
 
-    /// Does something that the system may keep waiting in a thread of its own, and reports progress
-    /// meanwhile. A client that goes away does not end it, but is not waited for.
+    /// Runs work that may block in a thread of its own, and reports progress meanwhile. If the
+    /// client goes away, the work continues, but is not waited for.
     fn aside<T: Send + 'static>(
         &self,
         replies: &mut Replies,
@@ -226,7 +225,7 @@ impl Daemon {
         }
     }
 
-    /// That the daemon is at work, and what is still to be written back.
+    /// The report that the daemon is at work, and how much is still to be written back.
     fn progress(&self) -> Reply {
         let status = self.cache.status();
         Reply::Progress {
@@ -240,7 +239,7 @@ impl Daemon {
         self.aside(replies, move || refuse_held(&device, std::process::id(), force))?
     }
 
-    /// Writes out what is in the page cache of the device, as long as the client waits for it.
+    /// Writes out the page cache of the device, as long as the client waits for it.
     fn write_out(&self, replies: &mut Replies) -> Result<()> {
         let mut told = Instant::now();
         let written = apart::run(Task::WriteOut, &self.device, || {
@@ -255,14 +254,14 @@ impl Daemon {
         })
     }
 
-    /// Makes the daemon end, which then replies itself.
+    /// Makes the daemon end. The shutdown then sends the reply.
     fn detach(&self, drain: bool, force: bool, replies: &mut Replies) -> Result<()> {
         self.refuse_held(force, replies)?;
         if drain && self.read_only {
             return Err(self.refusal());
         }
         if drain {
-            // What programs wrote through the page cache of the device is to be drained as well.
+            // A drain includes data that is still in the page cache of the device.
             self.write_out(replies)?;
             self.drain(replies)?;
             self.refuse_held(force, replies)?;
@@ -273,7 +272,7 @@ impl Daemon {
             .context("the daemon is ending")?;
         while !replies.has_ended() {
             std::thread::sleep(WORKING);
-            // A client that has gone is told nothing.
+            // A client that is gone gets no reply.
             let _ = replies.send(&self.progress());
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! Notices that the files or devices of an attached volume were deleted or replaced: what is
-//! written to those that are open goes away with the daemon, and nothing else would say so.
+//! Notices that files or devices of an attached volume were deleted or replaced. Data written to
+//! the open ones vanishes with the daemon, and nothing else would tell.
 
 use anyhow::{Context, Result, bail};
 use libwb::cli::human_size;
@@ -12,10 +12,9 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// How long a filesystem may take to tell where a path leads. One that hangs must not keep the
-/// status from being told.
+/// How long a filesystem may take to resolve a path. One that hangs must not block the status.
 const SOON: Duration = Duration::from_secs(1);
-/// Looks at a time, those included that hang.
+/// The maximum number of lookups at a time, including those that hang.
 const MAX_LOOKS: usize = 64;
 
 /// The two devices of an attached volume.
@@ -25,13 +24,13 @@ pub(crate) struct Devices(Arc<Both>);
 struct Both {
     cache: Watched,
     backing: Watched,
-    /// The loop device. A name by what a filesystem is called, such as /dev/disk/by-uuid, leads to
-    /// it while the volume is attached, and to the backing device again after that.
+    /// The loop device. A name such as /dev/disk/by-uuid leads to it while the volume is attached,
+    /// and back to the backing device after that.
     served: OnceLock<Identity>,
     looks: AtomicUsize,
 }
 
-/// What has become of each, if anything.
+/// What happened to each of them, if anything.
 #[derive(Default)]
 struct Found {
     cache: Option<Gone>,
@@ -56,14 +55,14 @@ impl Devices {
         Ok(Devices(Arc::new(Both { cache, backing, served, looks })))
     }
 
-    /// Notes as which device the volume is served.
+    /// Records the device under which the volume is served.
     pub(crate) fn served_as(&self, device: &Path) {
         if let Ok(served) = identity(device) {
             let _ = self.0.served.set(served);
         }
     }
 
-    /// Looks at both. Where that cannot be told soon, nothing is found.
+    /// Checks both. If the check takes too long, it finds nothing.
     fn look(&self) -> Found {
         let (both, (done, found)) = (self.0.clone(), channel());
         if both.looks.fetch_add(1, Ordering::SeqCst) >= MAX_LOOKS {
@@ -81,37 +80,37 @@ impl Devices {
         found.recv_timeout(SOON).unwrap_or_default()
     }
 
-    /// What is wrong with them while they are in use, and what to do about it.
+    /// What is wrong with them while they are in use, and what the user should do.
     pub(crate) fn troubles(&self) -> Vec<String> {
         let Found { cache, backing } = self.look();
         let cache = cache.map(|gone| {
             let path = self.0.cache.path().display();
             format!(
-                "{path}: {gone} while the volume is attached: what is only in the cache is lost \
-                 when the daemon ends; write it back now (wbctl drain)"
+                "{path}: {gone} while the volume is attached: the data that is only in the cache \
+                 will be lost when the daemon ends; write it back now (wbctl drain)"
             )
         });
         let backing = backing.map(|gone| {
             let path = self.0.backing.path().display();
             format!(
-                "{path}: {gone} while the volume is attached: what is written back is lost when \
-                 the daemon ends; copy all data from the volume before you detach it"
+                "{path}: {gone} while the volume is attached: the data written back will be lost \
+                 when the daemon ends; copy all data from the volume before you detach it"
             )
         });
         cache.into_iter().chain(backing).collect()
     }
 
-    /// At the end, when so many blocks are dirty: fails where what was written went to a file that
-    /// is gone.
+    /// At the end, with `dirty_blocks` dirty: fails if data was written to a file that is gone.
     pub(crate) fn refuse_gone(&self, dirty_blocks: u64) -> Result<()> {
         let Found { cache, backing } = self.look();
         let mut lost = Vec::new();
         if let Some(gone) = cache {
             let path = self.0.cache.path().display();
             match dirty_blocks {
-                0 => tracing::warn!("{path}: {gone}; nothing was only there"),
+                0 => tracing::warn!("{path}: {gone}; it held no dirty data"),
                 blocks => lost.push(format!(
-                    "{path}: {gone}: what went to the cache {}, with {} that were only there",
+                    "{path}: {gone}: the data written to the cache {}, with {} that were only \
+                     there",
                     fate(gone),
                     human_size(blocks * to_u64(BLOCK_BYTES))
                 )),
@@ -119,7 +118,7 @@ impl Devices {
         }
         if let Some(gone) = backing {
             let path = self.0.backing.path().display();
-            lost.push(format!("{path}: {gone}: what was written back {}", fate(gone)));
+            lost.push(format!("{path}: {gone}: the data written back {}", fate(gone)));
         }
         if lost.is_empty() {
             return Ok(());
@@ -128,10 +127,10 @@ impl Devices {
     }
 }
 
-/// What becomes of what was written to it.
+/// What happens to the data written to it.
 fn fate(gone: Gone) -> &'static str {
     match gone {
         Gone::Deleted => "is gone with it",
-        Gone::Replaced(_) | Gone::Moved(_) => "is in the one that was open",
+        Gone::Replaced(_) | Gone::Moved(_) => "is only in the one that was open",
     }
 }

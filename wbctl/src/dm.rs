@@ -5,7 +5,7 @@ use libwb::control::LiveStatus;
 use libwb::format::{BLOCK_BYTES, to_u64};
 use std::fmt::Write;
 
-/// The module's tunables, of which those are shown that wb has.
+/// The module's tunables. The line shows those that wb has.
 const TUNABLES: [&str; 5] = [
     "writeback_threshold",
     "nr_max_batched_writeback",
@@ -33,7 +33,7 @@ pub(crate) fn line(live: &LiveStatus) -> String {
         TUNABLES.iter().filter_map(|key| Some((key, live.tunables.get(*key)?))).collect();
     let mut line = format!("{} {}", numbers.join(" "), tunables.len() * 2);
     for (key, value) in tunables {
-        // A text takes all that is written to it.
+        // Writing to a string cannot fail.
         let _ = write!(line, " {key} {value}");
     }
     line

@@ -1,14 +1,14 @@
-//! How a daemon ends: in order where that can be done, and within seconds where it must be,
-//! whatever hangs.
+//! How a daemon ends: in order if possible, and within seconds if required, even if a device hangs.
 //!
-//! Every step that may wait for a device is done by a thread of its own or by another process. Once
-//! somebody has asked again, or by force, each may take [`URGENT`] at most; asked once more, none
-//! is waited for. What was flushed is in the log whatever happens.
+//! A thread of its own, or another process, performs every step that may wait for a device. After a
+//! second request to end, or a forced one, each step may take at most [`URGENT`]. After a third,
+//! the daemon waits for none. Flushed data is in the log in any case.
 
-use crate::apart::{self, Task, holders};
+use crate::apart::{self, Task};
+use crate::holders::holders;
+use crate::logging;
 use crate::notify::{self, Busy};
-use crate::place::Name;
-use crate::{attach, logging};
+use crate::volume_paths::VolumeName;
 use anyhow::{Result, anyhow};
 use libwb::cache::{Cache, CacheError};
 use libwb::cli::{Exit, human_size};
@@ -22,19 +22,19 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// How long the daemon, told to end by a signal, waits for the device to be released.
+/// After a signal, how long the daemon waits until the device is released.
 const RELEASE: Duration = Duration::from_secs(60);
 /// How long a step may take when the end is urgent.
 const URGENT: Duration = Duration::from_secs(3);
-/// How often it is looked whether somebody has asked again.
+/// How often the daemon checks for further requests to end.
 const TICK: Duration = Duration::from_millis(100);
-/// How long clients may take to be told of an end that does not wait.
+/// How long an immediate end waits for its last replies to clients.
 const TO_TELL: Duration = Duration::from_secs(1);
 
-/// Why the daemon is to end.
+/// Why the daemon ends.
 pub(crate) enum End {
     Signal(Signal),
-    /// A client asked for it, and is told when all is done.
+    /// A client asked for it, and gets a reply when all is done.
     Detach {
         force: bool,
         replies: Replies,
@@ -42,18 +42,18 @@ pub(crate) enum End {
 }
 
 /// A volume that is being served.
-pub(crate) struct Served {
-    pub(crate) name: Name,
+pub(crate) struct LiveVolume {
+    pub(crate) name: VolumeName,
     pub(crate) cache: Cache,
     pub(crate) devices: [Device; 2],
     pub(crate) connection: Option<Arc<Connection>>,
     pub(crate) path: PathBuf,
 }
 
-/// Those who want the daemon to end.
+/// The requests to end, so far.
 struct Callers<'a> {
     ended: &'a Receiver<End>,
-    /// How often somebody has asked again, or asked by force, and since when.
+    /// How many requests were repeated or forced, and when the last one came.
     urged: u32,
     since: Instant,
     clients: Vec<Replies>,
@@ -74,14 +74,14 @@ impl Callers<'_> {
         }
     }
 
-    /// Hears all who have asked by now.
+    /// Takes in all pending requests.
     fn hear_all(&mut self) {
         while let Ok(end) = self.ended.try_recv() {
             self.hear(end);
         }
     }
 
-    /// Whether a step that was begun then is to be waited for no longer.
+    /// Whether to stop waiting for a step that began at `begun`.
     fn had_enough(&mut self, begun: Instant) -> bool {
         self.hear_all();
         match self.urged {
@@ -91,7 +91,7 @@ impl Callers<'_> {
         }
     }
 
-    /// Has a thread do something. `None` when it was not waited for any longer.
+    /// Runs work in a thread. Returns `None` if it stopped waiting for it.
     fn within<T: Send + 'static>(
         &mut self,
         work: impl FnOnce() -> T + Send + 'static,
@@ -109,9 +109,9 @@ impl Callers<'_> {
         }
     }
 
-    /// When the system shuts down, filesystems on the device may be unmounted only after the daemon
-    /// was told to end. So it serves on while the device is held, up to a limit or a second signal.
-    fn wait_until_released(&mut self, served: &Served) {
+    /// Keeps serving while the device is held, up to a limit or a second signal. At a system
+    /// shutdown, filesystems on the device may be unmounted only after the daemon was told to end.
+    fn wait_until_released(&mut self, served: &LiveVolume) {
         let begun = Instant::now();
         let mut told = false;
         while begun.elapsed() < RELEASE && self.urged == 0 {
@@ -129,24 +129,24 @@ impl Callers<'_> {
         }
     }
 
-    /// Writes out what programs wrote through the device's page cache. That takes for ever when the
-    /// log is full and the backing device fails.
-    fn write_out(&mut self, served: &Served) -> Result<()> {
+    /// Writes out the page cache of the device. If the log is full and the backing device fails,
+    /// this blocks forever.
+    fn write_out(&mut self, served: &LiveVolume) -> Result<()> {
         let begun = Instant::now();
         match apart::run(Task::WriteOut, &served.path, || !self.had_enough(begun)) {
             Some(Ok(())) => Ok(()),
             Some(Err(e)) => Err(anyhow!("cannot write out {}: {e}", served.path.display())),
             None => Err(anyhow!(
-                "{}: there was no time to write out what programs had written and not flushed",
+                "{}: there was no time to write out data that programs had not flushed",
                 served.path.display()
             )),
         }
     }
 }
 
-/// Serves until it is told to end, and ends. `close` closes the log.
+/// Serves until a signal or a client ends it, then shuts down. `close` closes the log.
 pub(crate) fn serve_until_ended(
-    served: &Served,
+    served: &LiveVolume,
     device: LoopDevice,
     ended: &Receiver<End>,
     close: impl FnOnce() -> Result<()> + Send + 'static,
@@ -176,7 +176,7 @@ pub(crate) fn serve_until_ended(
     }
     let written_out = callers.write_out(served);
     if written_out.is_err() {
-        // Whoever waits for the device is told; nothing of the rest is to come late.
+        // Programs that wait for the device get an error, and nothing may arrive late.
         served.cut_off();
     }
     let Some(detached) = callers.within(move || device.detach()) else {
@@ -186,7 +186,7 @@ pub(crate) fn serve_until_ended(
         tracing::warn!("{e}");
     }
     drop(closing);
-    let _closing = Busy::with("closing", attach::done(&served.devices));
+    let _closing = Busy::while_devices_work("closing", &served.devices);
     let Some(closed) = callers.within(close) else {
         served.end_now(callers, "the log was closed", written_out.is_ok())
     };
@@ -200,7 +200,7 @@ pub(crate) fn serve_until_ended(
     outcome
 }
 
-/// What clients are told of an end that went wrong.
+/// The message to clients about an end that went wrong.
 fn describe(error: &anyhow::Error) -> String {
     match error.downcast_ref() {
         Some(CacheError::NotHandedOver(_)) => format!("detached; {error:#}"),
@@ -208,11 +208,11 @@ fn describe(error: &anyhow::Error) -> String {
     }
 }
 
-impl Served {
+impl LiveVolume {
     /// A number that changes as long as the volume takes writes, or makes room for them.
     fn writing(&self) -> impl FnMut() -> u64 + Send + 'static {
         let cache = self.cache.clone();
-        // A batch that fails and begins anew makes no room: only the lowest number counts.
+        // A batch that fails and restarts makes no room, so only the lowest number counts.
         let mut lowest = u64::MAX;
         move || {
             let status = cache.status();
@@ -229,15 +229,15 @@ impl Served {
         self.cache.status().dirty_blocks * to_u64(BLOCK_BYTES)
     }
 
-    /// Ends all requests to the device: who waits for it gets an error.
+    /// Aborts all requests to the device: programs that wait for it get an error.
     fn cut_off(&self) {
         if let Some(Err(e)) = self.connection.as_ref().map(|connection| connection.abort()) {
-            tracing::warn!("the requests to {} cannot be ended: {e}", self.path.display());
+            tracing::warn!("cannot abort the requests to {}: {e}", self.path.display());
         }
     }
 
-    /// Tells clients how it ended, and how much is only in the cache. Those that went away are told
-    /// nothing.
+    /// Tells clients how the shutdown ended, and how much data is only in the cache. Ignores
+    /// clients that went away.
     fn tell(&self, clients: Vec<Replies>, outcome: Result<&(), String>) {
         let dirty_bytes = self.dirty_bytes();
         for mut client in clients {
@@ -246,26 +246,27 @@ impl Served {
                 Err(message) => Reply::Error { message: message.clone() },
             };
             let left = Reply::Progress { dirty_bytes, left_bytes: None };
-            // What it was told before may have been written back since.
+            // Data in an earlier report may have been written back since.
             let told =
                 if dirty_bytes > 0 || client.has_begun() { client.send(&left) } else { Ok(()) };
             let _ = told.and_then(|()| client.send(&last));
         }
     }
 
-    /// Ends the process without an orderly end, before something was done. The kernel takes down
-    /// what is left. Whether all was written out says what became of the page cache.
+    /// Exits the process before the step `before` was done. The kernel takes down the rest.
+    /// `written_out` tells whether the page cache was written out.
     fn end_now(&self, mut callers: Callers<'_>, before: &str, written_out: bool) -> ! {
         self.cut_off();
         let status = self.cache.status();
         let left = human_size(self.dirty_bytes());
-        // Nobody writes any more, so what is durable now is all that was acknowledged.
+        // No program writes any more: the acknowledged data is kept if the newest segment is
+        // durable.
         let is_kept = written_out && status.durable == status.newest && status.failure.is_none();
-        let lost = if is_kept { "nothing is lost" } else { "what was not flushed may be lost" };
+        let lost = if is_kept { "nothing is lost" } else { "unflushed data may be lost" };
         let why = if callers.urged > 1 {
-            "as it was told to end at once"
+            "because it was told to end at once"
         } else {
-            "since a device does not answer"
+            "because a device does not answer"
         };
         let message = format!(
             "ended before {before}, {why}: {left} stay only in the cache, and {lost}; the next \

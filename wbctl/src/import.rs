@@ -1,11 +1,11 @@
-//! `wbctl import`: take over the volumes of the script `writeboost` of the kernel module.
+//! `wbctl import`: imports the volumes of the script `writeboost` of the kernel module.
 //!
 //! Its table has a line for each volume: the name of the device-mapper device, the backing device,
-//! the cache device, and options of the module as KEY=VALUE with commas, or commas and blanks,
-//! between them. Empty lines, and those that begin with `#`, say nothing.
+//! the cache device, and the module's options. Options have the form KEY=VALUE; commas, or commas
+//! and blanks, separate them. Empty lines and lines that begin with `#` are ignored.
 
-use crate::config::{Volume, refuse_nul, refuse_recorded, refuse_shared};
-use crate::place::Name;
+use crate::config::{RecordedVolume, refuse_nul, refuse_recorded, refuse_shared};
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::{Output, read_text};
@@ -23,7 +23,7 @@ pub(crate) struct Args {
     /// The table
     #[arg(default_value = "/etc/writeboosttab")]
     table: PathBuf,
-    /// Say what would be recorded, and record nothing
+    /// Show what would be recorded, and record nothing
     #[arg(long)]
     dry_run: bool,
     /// Print one JSON object per volume and line instead of text
@@ -32,7 +32,7 @@ pub(crate) struct Args {
 }
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct ImportReport<'a> {
     name: String,
     cache: &'a Path,
     backing: &'a Path,
@@ -44,9 +44,9 @@ struct Report<'a> {
 /// A line of the table.
 #[derive(Debug)]
 struct Entry {
-    name: Name,
-    volume: Volume,
-    /// What of the options was left out, and why.
+    name: VolumeName,
+    volume: RecordedVolume,
+    /// The options that were left out, and why.
     left_out: Vec<String>,
 }
 
@@ -70,9 +70,16 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
     }
     if args.json {
         for Entry { name, volume, left_out } in &entries {
-            let Volume { cache, backing, tunables, .. } = volume;
+            let RecordedVolume { cache, backing, tunables, .. } = volume;
             let name = name.to_string();
-            out.json(&Report { name, cache, backing, tunables, left_out, dry_run: args.dry_run })?;
+            out.json(&ImportReport {
+                name,
+                cache,
+                backing,
+                tunables,
+                left_out,
+                dry_run: args.dry_run,
+            })?;
         }
         return Ok(());
     }
@@ -86,8 +93,8 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
     }
     writeln!(
         out,
-        "For each volume: unmount it, take it from the kernel module (dmsetup remove NAME), take \
-         its line out of {}, and start it here: wbctl attach NAME. It is /dev/wb/NAME then.",
+        "For each volume: unmount it; remove it from the kernel module (dmsetup remove NAME); \
+         take its line out of {}; then start it here: wbctl attach NAME. It is then /dev/wb/NAME.",
         args.table.display()
     )?;
     Ok(())
@@ -119,7 +126,7 @@ fn parse(text: &str) -> Result<Vec<Entry>> {
         }
         let entry = parse_line(line).with_context(|| format!("line {number}"))?;
         if !names.insert(entry.name.clone()) {
-            bail!("line {number}: the name '{}' is there twice", entry.name);
+            bail!("line {number}: the name '{}' appears twice", entry.name);
         }
         entries.push(entry);
     }
@@ -135,7 +142,7 @@ fn parse_line(line: &str) -> Result<Entry> {
     let options = fields.collect::<Vec<_>>().join(" ");
     for device in [backing, cache] {
         if !device.starts_with('/') {
-            bail!("'{device}' is no path of a device");
+            bail!("'{device}' is not the path of a device");
         }
         refuse_nul(Path::new(device))?;
     }
@@ -161,8 +168,12 @@ fn parse_line(line: &str) -> Result<Entry> {
     let mut tunables = by_name(&tunables);
     tunables.retain(|key, _| set.contains(key.as_str()));
     let name = name.parse().map_err(|why: String| anyhow!("'{name}': {why}"))?;
-    let volume =
-        Volume { cache: cache.into(), backing: backing.into(), sector_size: None, tunables };
+    let volume = RecordedVolume {
+        cache: cache.into(),
+        backing: backing.into(),
+        sector_size: None,
+        tunables,
+    };
     Ok(Entry { name, volume, left_out })
 }
 
@@ -178,11 +189,11 @@ mod tests {
             why("a /b /c x=1 y"),
             "line 1: 'y' follows the options; must be: NAME BACKING CACHE [OPTION,…]"
         );
-        assert_eq!(why("a /b c"), "line 1: 'c' is no path of a device");
+        assert_eq!(why("a /b c"), "line 1: 'c' is not the path of a device");
         let nul = why("a /b /c\0d");
-        assert_eq!(nul, "line 1: \"/c\\0d\" is no path of a device: it has a NUL in it");
+        assert_eq!(nul, "line 1: \"/c\\0d\" is not the path of a device: it contains a NUL");
         assert!(why("a+b /b /c").starts_with("line 1: 'a+b': a volume name is"));
-        assert_eq!(why("a /b /c\na /d /e"), "line 2: the name 'a' is there twice");
+        assert_eq!(why("a /b /c\na /d /e"), "line 2: the name 'a' appears twice");
     }
 
     #[test]

@@ -1,22 +1,23 @@
-//! What happened to a volume between two looks at it.
+//! The activity of a volume between two samples of its status.
 
 use libwb::cache::Histogram;
 use libwb::control::{AccessCount, LiveStatus, hit_ratio};
 use std::time::Duration;
 
-/// Two looks, or one: then all time since the counters started.
+/// Two samples; or one, which covers all time since the counters were reset.
 pub(crate) struct Interval<'a> {
     now: &'a LiveStatus,
     before: Option<&'a LiveStatus>,
 }
 
 impl<'a> Interval<'a> {
-    /// Where counters have started anew between the looks, what was counted since.
+    /// If the counters were reset between the samples, the interval covers the time since the
+    /// reset.
     pub(crate) fn between(before: Option<&'a LiveStatus>, now: &'a LiveStatus) -> Interval<'a> {
         Interval { now, before: before.filter(|before| !is_anew(now, before)) }
     }
 
-    /// So many of what a counter counts in a second; `None` of no time.
+    /// The rate of a counter per second; `None` for an empty interval.
     pub(crate) fn rate(&self, counter: &str) -> Option<f64> {
         let seconds = self.now.statistics.seconds
             - self.before.map_or(0.0, |before| before.statistics.seconds);
@@ -29,7 +30,7 @@ impl<'a> Interval<'a> {
         count(self.now).saturating_sub(self.before.map_or(0, count))
     }
 
-    /// So many requests of a thousand took no longer than this.
+    /// The latency that `per_mille` of a thousand requests did not exceed.
     pub(crate) fn latency(&self, request: &str, per_mille: u64) -> Option<Duration> {
         let histogram = |live: &LiveStatus| -> Option<Histogram> {
             live.statistics.latencies.get(request).map(|latency| latency.histogram())
@@ -38,7 +39,7 @@ impl<'a> Interval<'a> {
         taken.since(&self.before.and_then(histogram).unwrap_or_default()).per_mille(per_mille)
     }
 
-    /// Of the blocks that requests of a kind met, the part that the cache held.
+    /// The share of the blocks touched by requests of a kind that the cache held.
     pub(crate) fn hits(&self, request: &str) -> Option<f64> {
         let mut met: Vec<AccessCount> = self.now.statistics.accesses.clone();
         if let Some(before) = self.before {
@@ -50,12 +51,12 @@ impl<'a> Interval<'a> {
     }
 }
 
-/// How much of the log is not free: from 0 to 1.
+/// The share of the log that is not free, from 0 to 1.
 pub(crate) fn log_in_use(live: &LiveStatus) -> Option<f64> {
     (live.log_bytes > 0).then(|| 1.0 - live.free_bytes as f64 / live.log_bytes as f64)
 }
 
-/// Whether counters have started anew between two looks.
+/// Whether the counters were reset between two samples.
 fn is_anew(now: &LiveStatus, before: &LiveStatus) -> bool {
     let less = now
         .counters

@@ -10,7 +10,7 @@ use std::time::Duration;
 /// How long the note may lag behind.
 const INTERVAL: Duration = Duration::from_secs(10);
 
-/// Notes how far a cache has come, now and again, until it is told to finish.
+/// Updates the note about a cache at intervals, until it is told to finish.
 pub(crate) struct Keeper {
     stop: Sender<()>,
     thread: JoinHandle<Pen>,
@@ -21,12 +21,12 @@ struct Pen {
     about: About,
     /// What was noted last.
     noted: Option<Seen>,
-    /// The last note could not be written, and that was said.
+    /// The last write of the note failed, and the log says so.
     has_failed: bool,
 }
 
 impl Keeper {
-    /// Writes the first note at once. Without a thread, no more are written.
+    /// Writes the first note at once. If the thread cannot start, it writes no more.
     pub(crate) fn start(cache: Cache, about: About) -> Option<Keeper> {
         let mut pen = Pen { cache, about, noted: None, has_failed: false };
         pen.write(false);
@@ -39,12 +39,13 @@ impl Keeper {
             }
             pen
         });
-        let thread =
-            thread.inspect_err(|e| tracing::warn!("how far the cache has come is not noted: {e}"));
+        let thread = thread.inspect_err(|e| {
+            tracing::warn!("cannot keep the note about the cache up to date: {e}")
+        });
         Some(Keeper { stop, thread: thread.ok()? })
     }
 
-    /// Writes the last note, and says in it whether the cache was closed.
+    /// Writes the last note, which says whether the cache was closed.
     pub(crate) fn finish(self, closed: bool) {
         drop(self.stop);
         if let Ok(mut pen) = self.thread.join() {

@@ -1,23 +1,24 @@
-//! What a daemon that was killed leaves behind: its link, its socket, its run folder, and, while
-//! somebody holds it, its loop device, which fails and goes away by itself when it is released.
+//! What a killed daemon leaves behind: its link, its socket and its run folder. While a program
+//! holds its loop device, that remains, too: all I/O to it fails, and it disappears when it is
+//! released.
 
-use crate::apart::holders;
-use crate::place::Name;
+use crate::holders::holders;
+use crate::volume_paths::VolumeName;
 use anyhow::{Result, bail};
 use libwb::cli::Output;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// What is left of a daemon. To be looked at while none runs.
+/// What is left of a daemon. Look for it only while no daemon runs.
 pub(crate) struct Leftovers {
-    /// It has not put its files away: it was killed.
+    /// It has not removed its files: it was killed.
     pub(crate) has_crashed: bool,
-    /// Loop devices of the volume that outlived the daemon that served them.
+    /// Loop devices of the volume that outlived their daemon.
     orphans: Vec<PathBuf>,
 }
 
 impl Leftovers {
-    pub(crate) fn of(name: &Name) -> Leftovers {
+    pub(crate) fn of(name: &VolumeName) -> Leftovers {
         let has_crashed = name.socket().symlink_metadata().is_ok();
         let mut orphans = Vec::new();
         for entry in std::fs::read_dir("/sys/class/block").into_iter().flatten().flatten() {
@@ -31,7 +32,7 @@ impl Leftovers {
         Leftovers { has_crashed, orphans }
     }
 
-    /// What there is to say of it.
+    /// A message about the leftovers, if there are any.
     pub(crate) fn message(&self) -> Option<String> {
         let killed = "its daemon was killed; attach it again, or clear what is left with wbctl \
                       detach --force";
@@ -40,7 +41,7 @@ impl Leftovers {
         (!said.is_empty()).then(|| said.join("; "))
     }
 
-    /// What only others can release, a sentence for each loop device.
+    /// The loop devices that only their users can release, one sentence each.
     fn held(&self) -> impl Iterator<Item = String> {
         self.orphans.iter().map(|orphan| describe(orphan))
     }
@@ -51,18 +52,21 @@ fn describe(orphan: &Path) -> String {
         held if held.is_empty() => "held by another program".into(),
         held => held.join(", "),
     };
-    format!("{} of an earlier daemon is still {held}: it only fails; release it", orphan.display())
+    format!(
+        "{} of an earlier daemon is still {held}: all I/O to it fails; release it",
+        orphan.display()
+    )
 }
 
-/// Says what an earlier daemon has left that only others can release.
-pub(crate) fn warn(name: &Name) {
+/// Logs the leftovers of an earlier daemon that only their users can release.
+pub(crate) fn warn(name: &VolumeName) {
     for held in Leftovers::of(name).held() {
         tracing::warn!("{held}");
     }
 }
 
-/// Clears what a killed daemon has left behind.
-pub(crate) fn clear(name: &Name, out: &mut Output) -> Result<()> {
+/// Clears what a killed daemon left behind.
+pub(crate) fn clear(name: &VolumeName, out: &mut Output) -> Result<()> {
     let left = Leftovers::of(name);
     let Some(lock) = name.lock()? else { bail!("volume '{name}' is being attached") };
     if !name.clear(lock)? && left.orphans.is_empty() {

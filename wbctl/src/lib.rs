@@ -1,4 +1,4 @@
-//! `wbctl`: creates, attaches, detaches, replays and upgrades caches.
+//! `wbctl`: creates, attaches, shows, detaches, replays and upgrades volumes.
 
 mod apart;
 mod attach;
@@ -9,6 +9,7 @@ mod daemon;
 mod devices;
 mod dm;
 mod ending;
+mod holders;
 mod import;
 mod interval;
 mod keeper;
@@ -17,32 +18,33 @@ mod logging;
 mod notes;
 mod notify;
 mod older;
-mod place;
+mod pair;
 mod prometheus;
 mod remove;
 mod replay;
 mod rival;
 mod salvage;
+mod sector_size;
 mod show;
 mod signals;
 mod stat;
 mod top;
 mod tune;
 mod upgrade;
+mod volume_paths;
 mod watch;
 
 use anyhow::Result;
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use libwb::cli::{self, Exit, Output};
 use nix::sys::stat::{Mode, umask};
-use place::Name;
-use std::path::PathBuf;
 use std::process::ExitCode;
+use volume_paths::VolumeName;
 
 /// Put a fast device in front of a slow one as a write cache.
 ///
-/// Writes go to the fast device as one log, and are written back in the background, sorted and
-/// merged.
+/// Writes go to the fast device as one log. The program writes them back to the slow device in the
+/// background, sorted and merged.
 #[derive(Parser)]
 #[command(name = "wbctl", version, after_help = cli::EXIT_CODES)]
 struct Cli {
@@ -56,13 +58,14 @@ enum Command {
     Create(create::Args),
     /// Recover a volume and serve it as a loop device, in the foreground
     ///
-    /// Prints `ready /dev/loopN` when the volume can be used. On SIGTERM and SIGINT it serves on
-    /// while the device is held, for up to a minute or until a second signal; then it closes the
-    /// log and ends. Dirty data stays in the cache. After a second signal it ends within seconds,
-    /// even if a device hangs; a third ends it at once. Other signals, such as SIGHUP and SIGTSTP
-    /// of a terminal, are ignored.
+    /// Prints `ready /dev/loopN` when the volume can be used.
+    ///
+    /// On SIGTERM or SIGINT, the daemon closes the log and ends; dirty data stays in the cache.
+    /// While the device is held, it keeps serving for up to a minute, or until a second signal.
+    /// After a second signal, it ends within seconds, even if a device hangs. A third signal ends
+    /// it at once. It ignores other signals, such as SIGHUP and SIGTSTP of a terminal.
     Attach(attach::Args),
-    /// Stop serving a volume, and wait until that is done
+    /// Stop serving a volume, and wait until it has stopped
     Detach(client::DetachArgs),
     /// Show all volumes that are recorded or attached
     List {
@@ -72,90 +75,80 @@ enum Command {
     },
     /// Show the state of volumes, or of all that are attached or need attention
     ///
-    /// With NAME, the exit code tells of the volume: 0 it is attached and healthy, 3 it is not
-    /// attached, 4 it has failed (writes are refused) or its daemon does not answer, 5 it is
-    /// degraded: it works, but something is wrong, such as write-back that fails. Of several
-    /// volumes, it tells the worst. 1 is for all else.
+    /// With NAME, the exit code tells the state of the volume: 0 attached and healthy; 3 not
+    /// attached; 4 failed (it refuses writes), or its daemon does not answer; 5 degraded (it works,
+    /// but something is wrong, such as failing write-back). With several names, it tells the worst.
+    /// 1 stands for any other failure.
     Status(show::StatusArgs),
-    /// Show what an attached volume does: requests, throughput, hits and latencies, a line for each
-    /// interval
+    /// Show the activity of an attached volume, one line per interval
     ///
-    /// r, w, f: reads, writes, flushes; wb: write-back; rhit%: of the blocks read, those that the
-    /// cache held; log%: how much of the log is in use, for what is not written back. 50us and
-    /// 99us: in how many microseconds so many percent were answered. A terminal of less than 126
-    /// columns shows the most important of them.
+    /// The prefixes r, w and f stand for reads, writes and flushes, wb for write-back. rhit% is the
+    /// share of the blocks read that the cache held. log% is the share of the log that still awaits
+    /// write-back. 50us and 99us are percentiles of the latency, in microseconds.
+    ///
+    /// A terminal of fewer than 126 columns shows only the most important ones.
     Stat(stat::Args),
     /// Watch an attached volume: latencies, rates, how full the log is. The key q quits
     ///
-    /// position is the cache device from its beginning to its end: █ what is not written back, ▶
-    /// the newest segment, and · what may be written over.
+    /// The line `position` shows the cache device from its beginning to its end: █ still awaits
+    /// write-back, ▶ is the newest segment, and · may be overwritten.
     Top(top::Args),
-    /// Make everything that was written to an attached volume survive a power cut
+    /// Make all data written to an attached volume survive a power cut
     Flush {
         /// The volume
-        name: Name,
+        name: VolumeName,
     },
     /// Write all dirty data of an attached volume back to its backing device
     ///
-    /// Shows progress on a terminal. Can be interrupted (Ctrl-C) and repeated: what was written
-    /// back stays so, and the volume goes on as before.
+    /// Shows progress on a terminal. You can interrupt it (Ctrl-C) and repeat it: data already
+    /// written back stays written back, and the volume keeps working.
     Drain {
         /// The volume
-        name: Name,
+        name: VolumeName,
     },
-    /// Write nothing back from an attached volume, until `wbctl resume`, or until the volume is
-    /// attached anew
+    /// Pause write-back of an attached volume, until `wbctl resume` or the next attach
     ///
-    /// All writes stay in the cache meanwhile: for a quiet disk while something else needs it. A
-    /// drain that is asked for, and a log that is full, write back all the same. Waits for up to 10
-    /// seconds for the batch that is being written back, and says so if that takes longer.
+    /// Meanwhile, all writes stay in the cache. Use it to keep a disk quiet while something else
+    /// needs it. A drain or a full log still causes write-back. The command waits up to 10 seconds
+    /// for the current batch of write-back, and says so if that takes longer.
     Pause {
         /// The volume
-        name: Name,
+        name: VolumeName,
     },
     /// End a pause
     Resume {
         /// The volume
-        name: Name,
+        name: VolumeName,
     },
-    /// Let all counters of an attached volume start anew
+    /// Reset all counters of an attached volume
     ClearStats {
         /// The volume
-        name: Name,
+        name: VolumeName,
     },
-    /// Show the tunables of a volume: those in force, or those that it is to be attached with
+    /// Show the tunables of a volume: those in force, or, while it is detached, the recorded ones
     Get(tune::GetArgs),
     /// Change tunables of an attached volume, from now on
     Set(tune::SetArgs),
-    /// Forget a volume that is detached and has no dirty data. Its devices are left as they are
+    /// Forget a volume that is detached and has no dirty data. Its devices stay as they are
     Remove(remove::Args),
-    /// Take over the volumes of the script `writeboost`: record what its table lists. Touches no
+    /// Import the volumes of the script `writeboost`: record what its table lists. Touches no
     /// device
     Import(import::Args),
     /// Write all dirty data back to the backing device offline, and mark the cache clean
     ///
-    /// Serves nothing, and needs no root for plain files. Safe to interrupt and to repeat.
+    /// Serves nothing, and needs no root for plain files. You can interrupt and repeat it at any
+    /// time.
     Replay(replay::Args),
-    /// Give a cache device of the kernel module what wb keeps beyond its format, in place
+    /// Add wb's extension to a cache device of the kernel module, in place
     ///
-    /// That is an identity, a pairing with the backing device, so that a wrong one is refused, and
-    /// from then on a CRC of every block that is written. What is in the cache stays as it is, and
-    /// the kernel module can still read it.
+    /// The extension consists of: an identity; a pairing with the backing device, so that wb
+    /// refuses a wrong one; a CRC of every block written from then on.
+    ///
+    /// The contents of the cache stay as they are, and the kernel module can still read them.
     Upgrade(upgrade::Args),
-    /// What a daemon has another process do
+    /// A task that a daemon delegates to another process
     #[command(hide = true)]
     Apart(apart::Args),
-}
-
-/// A cache and a backing device.
-#[derive(Args)]
-struct Pair {
-    /// The cache device: a block device or a file
-    #[arg(long, value_name = "DEV")]
-    cache: PathBuf,
-    /// The backing device: a block device or a file
-    #[arg(long, value_name = "DEV")]
-    backing: PathBuf,
 }
 
 /// The command line, as it is parsed and documented.
@@ -165,7 +158,8 @@ pub fn command() -> clap::Command {
 
 /// The program.
 pub fn main() -> ExitCode {
-    // Whatever it was: records, notes, links' folders and sockets are not for others to write to.
+    // Whatever the umask was: others must not be able to write to records, notes, folders of links
+    // and sockets.
     let before = umask(Mode::empty());
     umask(before | Mode::S_IWGRP | Mode::S_IWOTH);
     let cli = Cli::parse();

@@ -1,9 +1,9 @@
-//! The daemon's log: one line per event on standard error. To the journal, each goes with its
+//! The daemon's log: one line per event on standard error. For the journal, each line carries its
 //! level.
 //!
-//! Whoever reads it may stall, go away, or stand on the volume itself. So a thread of its own
-//! writes the lines; nobody waits for it, what it cannot keep up with is counted and said, and what
-//! it cannot write is lost.
+//! The reader of the log may stall, go away, or depend on the volume itself. So a thread of its own
+//! writes the lines, and no other thread waits for it. It counts lines that it cannot keep up with,
+//! and reports their number. Lines that it cannot write are lost.
 
 mod limits;
 
@@ -22,13 +22,13 @@ use tracing::{Level, Metadata};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// Where the user says what is to be logged.
+/// The environment variable that sets what is logged.
 const VARIABLE: &str = "WB_LOG";
-/// Lines that wait to be written. More are dropped.
+/// The maximum number of lines that wait to be written. Further lines are dropped.
 const ROOM: usize = 1024;
-/// How often it is looked whether something was held back that can be said now.
+/// How often the thread checks for held-back lines that it may write now.
 const TICK: Duration = Duration::from_millis(250);
-/// How long an end waits for the last lines.
+/// How long the shutdown waits for the last lines.
 const LAST: Duration = Duration::from_secs(1);
 
 static QUEUE: OnceLock<Queue> = OnceLock::new();
@@ -42,18 +42,18 @@ struct Queue {
 
 enum Message {
     Line(Vec<u8>),
-    /// Everything before is to be written, and then said to be.
+    /// Asks to write everything before it, and then to confirm.
     Flush(SyncSender<()>),
 }
 
-/// Starts the log. To be called once.
+/// Starts the log. Call it once.
 ///
 /// # Errors
 /// When the system has no room for a thread.
 pub(crate) fn to_stderr() -> io::Result<()> {
     let (filter, wrong) = filter();
     let (lines, waiting) = sync_channel(ROOM);
-    // Not through the handle of std, whose lock would be held as long as a write waits.
+    // Not through the handle of std: its lock would be held as long as a write blocks.
     let stderr = File::from(io::stderr().as_fd().try_clone_to_owned()?);
     let queue = QUEUE.get_or_init(|| Queue {
         to_journal: is_journal(),
@@ -79,7 +79,7 @@ pub(crate) fn to_stderr() -> io::Result<()> {
     Ok(())
 }
 
-/// What is to be logged, and what is wrong with what the user wants.
+/// The filter, and the error in the user's setting, if there is one.
 fn filter() -> (EnvFilter, Option<String>) {
     let default = EnvFilter::new("warn,libwb=info,wbctl=info");
     let Some(wanted) = std::env::var_os(VARIABLE) else { return (default, None) };
@@ -89,8 +89,8 @@ fn filter() -> (EnvFilter, Option<String>) {
     }
 }
 
-/// Whether standard error is the stream that systemd has made to the journal, and not, say,
-/// redirected since.
+/// Whether standard error is the stream to the journal that systemd opened, and was not redirected
+/// since.
 fn is_journal() -> bool {
     let told = std::env::var("JOURNAL_STREAM").unwrap_or_default();
     nix::sys::stat::fstat(io::stderr())
@@ -99,7 +99,7 @@ fn is_journal() -> bool {
 
 /// Writes lines until the process ends.
 fn write_lines(waiting: &Receiver<Message>, queue: &Queue, mut stderr: File) {
-    // Nobody could be told of an error.
+    // There is nowhere to report an error to.
     let mut write = |line: &[u8]| _ = stderr.write_all(line);
     loop {
         let flushed = match waiting.recv_timeout(TICK) {
@@ -126,14 +126,14 @@ fn write_lines(waiting: &Receiver<Message>, queue: &Queue, mut stderr: File) {
     }
 }
 
-/// Writes a line that does not count against any limit, such as the last one.
+/// Writes a line that is exempt from the limits, such as the last one.
 pub(crate) fn line(text: &str) {
     if let Some(queue) = QUEUE.get() {
         queue.push(queue.raw(Level::ERROR, &format!("{text}\n")));
     }
 }
 
-/// Waits a moment for everything to be written that was logged.
+/// Waits a moment until everything logged is written.
 pub(crate) fn finish() {
     let Some(queue) = QUEUE.get() else { return };
     let until = Instant::now() + LAST;
@@ -156,7 +156,7 @@ impl Queue {
         }
     }
 
-    /// A line as it is written, with its level where the journal is to get that.
+    /// A line as it is written; for the journal, with its level.
     fn raw(&self, level: Level, line: &str) -> Vec<u8> {
         [self.prefix(level), line].concat().into_bytes()
     }
@@ -185,7 +185,7 @@ impl<'a> MakeWriter<'a> for &'static Queue {
     }
 }
 
-/// Takes an event, which comes as one piece.
+/// Takes one event, which arrives in one piece.
 struct Line {
     queue: &'static Queue,
     /// The place in the code that logs it, and its level.

@@ -1,15 +1,15 @@
-//! Notes about caches: how far each had come when it was last seen, by which an older copy of it is
-//! noticed.
+//! Notes about caches: how far the log of each had come when wb last saw it. They reveal an older
+//! copy of a cache.
 //!
-//! A file for each cache that has an identity, in a folder that outlives a reboot. It says nothing
-//! that a power cut may undo. A note that cannot be read or written costs this protection, never
-//! the volume.
+//! There is a file for each cache that has an identity, in a folder that survives a reboot. A note
+//! says nothing that a power cut may undo. If a note cannot be read or written, only this
+//! protection is lost, never the volume.
 
-use crate::config::Volume;
-use crate::place::Name;
+use crate::config::RecordedVolume;
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail, ensure};
 use libwb::cache::Cache;
-use libwb::cli::{Recorded, read_text};
+use libwb::cli::{LAST_SECOND, VolumeDevices, read_text};
 use libwb::format::SegmentId;
 use libwb::log::reach::{Reach, Seen};
 use nix::unistd::geteuid;
@@ -25,10 +25,8 @@ const VERSION: u32 = 1;
 /// The longest note that is read, in bytes.
 const MAX_NOTE: u64 = 64 << 10;
 const SUFFIX: &str = ".json";
-/// The latest time that is shown, in seconds since 1970: the end of the year 9999.
-const MAX_TIME: u64 = 253_402_300_799;
 
-/// A cache as it was last seen.
+/// A cache as wb last saw it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Note {
     version: u32,
@@ -36,9 +34,9 @@ pub(crate) struct Note {
     pub(crate) generation: u64,
     durable: u64,
     written_back: u64,
-    /// Nothing has been written to it after that, as far as wb knows.
+    /// As far as wb knows, nothing was written to the cache after that.
     closed: bool,
-    /// The name that it was attached as; none if it was replayed.
+    /// The name of the attached volume; none after a replay.
     volume: Option<String>,
     cache: PathBuf,
     backing: PathBuf,
@@ -46,7 +44,7 @@ pub(crate) struct Note {
     time: u64,
 }
 
-/// Where a cache that is noted belongs.
+/// The volume and the devices that a noted cache belongs to.
 pub(crate) struct About {
     pub(crate) volume: Option<String>,
     pub(crate) cache: PathBuf,
@@ -55,7 +53,7 @@ pub(crate) struct About {
 
 impl About {
     /// An attached volume.
-    pub(crate) fn of(name: &Name, volume: &Volume) -> About {
+    pub(crate) fn of(name: &VolumeName, volume: &RecordedVolume) -> About {
         About {
             volume: Some(name.to_string()),
             cache: volume.cache.clone(),
@@ -66,7 +64,7 @@ impl About {
 
 impl Note {
     fn new(seen: Seen, about: &About, closed: bool) -> Note {
-        // What is no text is cut down to what is.
+        // Bytes that are not UTF-8 are replaced.
         let text = |path: &Path| path.to_string_lossy().into_owned().into();
         Note {
             version: VERSION,
@@ -86,14 +84,14 @@ impl Note {
         Reach { durable: SegmentId(self.durable), written_back: SegmentId(self.written_back) }
     }
 
-    /// Whether the cache may have held dirty data after it was seen.
+    /// Whether the cache may have held dirty data after wb last saw it.
     pub(crate) fn may_be_dirty(&self) -> bool {
         !self.closed || self.durable > self.written_back
     }
 
-    /// When the cache was seen, and as what.
+    /// When wb last saw the cache, and as which device and volume.
     pub(crate) fn when(&self) -> String {
-        let time = UNIX_EPOCH + Duration::from_secs(self.time.min(MAX_TIME));
+        let time = UNIX_EPOCH + Duration::from_secs(self.time.min(LAST_SECOND));
         let time = humantime::format_rfc3339_seconds(time);
         let cache = self.cache.display().to_string();
         match &self.volume {
@@ -104,7 +102,7 @@ impl Note {
         }
     }
 
-    /// The note about a cache; none where it was never seen.
+    /// The note about a cache; none if wb has never seen it.
     pub(crate) fn load(uuid: &str) -> Result<Option<Note>> {
         let Some(path) = file_of(uuid) else { return Ok(None) };
         match Note::read(&path) {
@@ -119,8 +117,8 @@ impl Note {
         }
     }
 
-    /// The newest note about the cache of a recorded volume, known by its path.
-    pub(crate) fn of(volume: &Recorded) -> Option<Note> {
+    /// The newest note about the cache of a recorded volume, found by its path.
+    pub(crate) fn of(volume: &VolumeDevices) -> Option<Note> {
         let entries = std::fs::read_dir(state_dir()?).ok()?;
         let notes = entries.flatten().map(|entry| entry.path());
         let notes = notes.filter(|path| path.to_string_lossy().ends_with(SUFFIX));
@@ -140,7 +138,8 @@ impl Note {
         Ok(serde_json::from_str(&text)?)
     }
 
-    /// Replaces the note about this cache. Whatever happens, it is the old one or the new one.
+    /// Replaces the note about this cache atomically: after a crash, it is the old one or the new
+    /// one.
     fn save(&self) -> io::Result<()> {
         let (Some(folder), Some(path)) = (state_dir(), file_of(&self.uuid)) else { return Ok(()) };
         DirBuilder::new().recursive(true).mode(0o755).create(&folder)?;
@@ -164,8 +163,8 @@ impl Note {
     }
 }
 
-/// Notes how far a cache has come, if it has an identity. Where an ordinary user may not write,
-/// nothing is noted.
+/// Notes how far a cache has come, if it has an identity. An ordinary user who may not write notes
+/// leaves none.
 pub(crate) fn note(cache: &Cache, about: &About, closed: bool) -> Result<()> {
     let Some(seen) = cache.seen() else { return Ok(()) };
     match Note::new(seen, about, closed).save() {
@@ -173,15 +172,15 @@ pub(crate) fn note(cache: &Cache, about: &About, closed: bool) -> Result<()> {
         saved => saved.with_context(|| {
             let folder = state_dir().unwrap_or_default();
             format!(
-                "cannot note in {} how far the cache has come: an older copy of it would not be \
-                 noticed",
+                "cannot note in {} how far the cache has come: an older copy of it would go \
+                 unnoticed",
                 folder.display()
             )
         }),
     }
 }
 
-/// The folder with the notes; none where nothing is to be noted.
+/// The folder with the notes; none if the user turned notes off.
 fn state_dir() -> Option<PathBuf> {
     let folder =
         std::env::var_os("WB_STATE_DIR").map_or_else(|| "/var/lib/wb".into(), PathBuf::from);

@@ -1,22 +1,23 @@
-//! What systemd is told, as sd_notify(3) has it. Without systemd, none of it does anything.
+//! Messages to systemd; see sd_notify(3). Without systemd, they have no effect.
 //!
 //! A device that hangs must not keep a system from shutting down, but a large log may take long. So
-//! more time is asked for as long as something gets done, and no longer.
+//! the daemon asks for more time only while the work makes progress.
 
+use libwb::device::Device;
 use sd_notify::NotifyState;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
 
-/// How much more time is asked for, in microseconds, and how often.
+/// How much more time the daemon asks for, in microseconds, and how often.
 const MORE_MICROS: u32 = 60_000_000;
 const OFTEN: Duration = Duration::from_secs(20);
 
 fn tell(states: &[NotifyState<'_>]) {
-    // Nothing that the volume depends on.
+    // The volume does not depend on these messages.
     let _ = sd_notify::notify(states);
 }
 
-/// What the volume is doing.
+/// Shows what the volume is doing.
 pub(crate) fn status(text: &str) {
     tell(&[NotifyState::Status(text)]);
 }
@@ -31,12 +32,13 @@ pub(crate) fn stopping() {
     tell(&[NotifyState::Stopping]);
 }
 
-/// Work of unknown length before the daemon is ready or has ended. As long as this value lives and
-/// the work gets on, systemd is asked for more time again and again.
+/// Work of unknown length, before the daemon is ready or has ended. While this value lives and the
+/// work makes progress, the daemon asks systemd for more time again and again.
 pub(crate) struct Busy(#[expect(dead_code, reason = "closing it ends the thread")] Sender<()>);
 
 impl Busy {
-    /// Begins work, and says what it is. `done` is a number that changes while the work gets on.
+    /// Begins work, and shows its name. `done` returns a number that changes while the work makes
+    /// progress.
     pub(crate) fn with(text: &str, mut done: impl FnMut() -> u64 + Send + 'static) -> Busy {
         status(text);
         let (alive, over) = channel::<()>();
@@ -53,12 +55,18 @@ impl Busy {
         });
         Busy(alive)
     }
+
+    /// Begins work that makes progress as long as the devices answer requests.
+    pub(crate) fn while_devices_work(text: &str, devices: &[Device; 2]) -> Busy {
+        let devices = devices.clone();
+        Busy::with(text, move || devices.iter().map(|device| device.pending().done).sum())
+    }
 }
 
-/// Tells whether more time is to be asked for.
+/// Decides whether to ask for more time.
 #[derive(Default)]
 struct Patience {
-    /// What was done when it was looked last.
+    /// The number at the last check.
     seen: Option<u64>,
 }
 

@@ -1,5 +1,5 @@
-//! Refuses a cache that is older than it was when wb saw it last: what it holds may be older than
-//! what the backing device holds, and nothing on it says so.
+//! Refuses a cache that is older than when wb last saw it. Its data may be older than that of the
+//! backing device, and nothing on it says so.
 
 use crate::notes::Note;
 use anyhow::{Result, anyhow, bail};
@@ -11,27 +11,27 @@ use libwb::log::reach::Reach;
 use libwb::log::superblock::{RawSuperblock, examine_superblock};
 use libwb::log::{LogError, LogErrorKind};
 
-/// What is known of a cache that is about to be used.
+/// What wb knows about a cache before it uses it.
 pub(crate) struct Past {
     /// Its identity, if it has one.
     pub(crate) uuid: Option<String>,
     note: Option<Note>,
-    /// A page of its superblock is damaged, which may have been the newer one.
+    /// A page of its superblock is damaged; it may have been the newer one.
     is_torn: bool,
-    /// How far its log has come at least, if that can be told.
+    /// The least that its log must have reached, if that is known.
     pub(crate) reach: Option<Reach>,
 }
 
 impl Past {
-    /// Looks up what was noted about a cache. If it is older than that by its superblock, it is
-    /// refused; but not with `anyway`. What keeps it from being looked up is shown to `warn`.
+    /// Looks up the note about a cache, and refuses the cache if its superblock is older. With
+    /// `anyway`, it refuses nothing. It reports to `warn` why it cannot look up the note.
     pub(crate) fn look_up(
         io: &Io,
         cache: &Device,
         anyway: bool,
         warn: impl Fn(String),
     ) -> Result<Past> {
-        // What is wrong with it, the one who opens it says.
+        // Whoever opens the cache reports what is wrong with it.
         let superblock = io.block_on(examine_superblock(cache)).ok();
         let page = superblock.as_ref().and_then(RawSuperblock::extension);
         let uuid = page.map(|page| page.uuid.to_string());
@@ -43,7 +43,7 @@ impl Past {
         };
         past.note = Note::load(uuid).unwrap_or_else(|e| {
             warn(format!(
-                "{e:#}; whether {} is an older copy of the cache cannot be told",
+                "{e:#}; cannot tell whether {} is an older copy of the cache",
                 cache.name()
             ));
             None
@@ -55,16 +55,16 @@ impl Past {
             bail!(refusal(
                 cache.name(),
                 note,
-                &format!("its superblock is of generation {found}, and was of generation {noted}")
+                &format!("its superblock is of generation {found}, but was of generation {noted}")
             ));
         }
-        // A newer generation may come from a salvage, which gives segments up.
+        // A newer generation may come from a salvage, which gives up segments.
         let is_newer = page.generation > note.generation;
         past.reach = Some(if is_newer { note.reach().shortened() } else { note.reach() });
         Ok(past)
     }
 
-    /// What to say of an error from opening the cache.
+    /// Turns an error from opening the cache into the message for the user.
     pub(crate) fn explain(&self, error: anyhow::Error) -> anyhow::Error {
         match (error.downcast_ref(), &self.note) {
             (
@@ -79,7 +79,7 @@ impl Past {
                 anyhow!(refusal(
                     device,
                     note,
-                    &format!("{torn}its log is {found}, and was {known}")
+                    &format!("{torn}its log is {found}, but was {known}")
                 ))
             }
             _ => error,
@@ -87,7 +87,7 @@ impl Past {
     }
 }
 
-/// Whether the page that is missing may only be damaged. Then the log tells how old the cache is.
+/// Whether the missing page may only be damaged. Then the log tells how old the cache is.
 fn is_torn(superblock: &RawSuperblock, page: &SuperblockExtension, note: &Note) -> bool {
     let is_damaged = |page: &Result<_, PageFault>| page.is_err();
     page.generation.checked_add(1) == Some(note.generation)
@@ -96,10 +96,10 @@ fn is_torn(superblock: &RawSuperblock, page: &SuperblockExtension, note: &Note) 
 
 fn refusal(device: &str, note: &Note, how: &str) -> String {
     format!(
-        "{device}: refused: it is older than this cache was when wb saw it last: {how} ({}). It \
-         is a copy from before, or the device went back in time or lost its newest segments, and \
-         what it would write back may be older than what the backing device holds. Use the newest \
-         one; --older goes on with this one all the same",
+        "{device}: refused: it is older than this cache was when wb last saw it: {how} ({}). It \
+         is an earlier copy, or the device went back in time or lost its newest segments. Writing \
+         it back could put old data over newer data. Use the newest one; --older uses this one \
+         anyway",
         note.when()
     )
 }

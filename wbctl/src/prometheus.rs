@@ -1,15 +1,14 @@
 //! `wbctl status --prometheus`: metrics in the text format of Prometheus, for node_exporter's
 //! textfile collector.
 
-use crate::show::{FAILED, STATES};
 use libwb::cache::Counters;
-use libwb::control::{LiveStatus, Stuck, VolumeStatus};
+use libwb::control::{LiveStatus, Stuck, VolumeState, VolumeStatus};
 use serde_json::Value;
 use std::fmt::Display;
 use std::io::{Result, Write};
 
-/// A number that goes up and down: its name, what it is, and where it stands in the JSON of a
-/// volume. What is not known has no sample.
+/// A gauge: its name, its help, and its place in the JSON of a volume. An unknown value has no
+/// sample.
 type Gauge = (&'static str, &'static str, &'static str);
 
 const GAUGES: [Gauge; 17] = [
@@ -19,7 +18,7 @@ const GAUGES: [Gauge; 17] = [
     ("wb_dirty_bytes", "Data that is only in the cache.", "/live/dirty_bytes"),
     (
         "wb_oldest_dirty_seconds",
-        "For how long the oldest dirty data has been waiting.",
+        "How long the oldest dirty data has been waiting.",
         "/live/oldest_dirty_seconds",
     ),
     ("wb_used_bytes", "Data in the cache, dirty or clean.", "/live/used_bytes"),
@@ -33,12 +32,12 @@ const GAUGES: [Gauge; 17] = [
     ("wb_writeback_paused", "1 while write-back is paused.", "/live/paused"),
     (
         "wb_writeback_seconds_left",
-        "How long write-back takes at its rate until nothing is dirty.",
+        "How long write-back will take at its current rate until nothing is dirty.",
         "/live/statistics/writeback_seconds_left",
     ),
     (
         "wb_writeback_bytes_per_second",
-        "How fast write-back was in the last minute while it worked.",
+        "Rate of write-back while it worked, in the last minute.",
         "/live/statistics/writeback_bytes_per_second",
     ),
     (
@@ -48,7 +47,7 @@ const GAUGES: [Gauge; 17] = [
     ),
     (
         "wb_cache_oldest_request_seconds",
-        "For how long the oldest request to the cache device has waited.",
+        "How long the oldest request to the cache device has been waiting.",
         "/live/cache_oldest_request_seconds",
     ),
     (
@@ -58,7 +57,7 @@ const GAUGES: [Gauge; 17] = [
     ),
     (
         "wb_backing_oldest_request_seconds",
-        "For how long the oldest request to the backing device has waited.",
+        "How long the oldest request to the backing device has been waiting.",
         "/live/backing_oldest_request_seconds",
     ),
     ("wb_recovery_seconds", "How long recovery took.", "/live/recovery_seconds"),
@@ -84,7 +83,7 @@ pub(crate) fn write(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()
         }
     }
     let name = "wb_writeback_failing";
-    head(out, name, "gauge", "1 while write-back does not get on.")?;
+    head(out, name, "gauge", "1 while write-back makes no progress.")?;
     for volume in volumes.iter().filter(|volume| volume.tells("/live/writeback_error")) {
         if let Some(live) = &volume.live {
             sample(out, name, &volume.name, "", u8::from(live.writeback_error.is_some()))?;
@@ -104,7 +103,7 @@ pub(crate) fn write(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()
     latencies(&live, out)
 }
 
-/// In which state each volume is. Of one that does not answer, this is all.
+/// The state of each volume. For one that does not answer, this is all.
 fn states(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
     let name = "wb_attached";
     head(out, name, "gauge", "1 while the volume is attached and its daemon answers.")?;
@@ -112,14 +111,14 @@ fn states(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
         sample(out, name, &volume.name, "", u8::from(volume.live.is_some()))?;
     }
     let name = "wb_failed";
-    head(out, name, "gauge", "1 when the volume refuses writes since its cache device failed.")?;
+    head(out, name, "gauge", "1 when the volume refuses writes because its cache device failed.")?;
     for volume in volumes {
-        sample(out, name, &volume.name, "", u8::from(volume.state == FAILED))?;
+        sample(out, name, &volume.name, "", u8::from(volume.state == VolumeState::Failed))?;
     }
     let name = "wb_state";
     head(out, name, "gauge", "1 for the state that the volume is in, 0 for the others.")?;
     for volume in volumes {
-        for state in STATES {
+        for state in VolumeState::KNOWN {
             let label = format!(",state=\"{state}\"");
             sample(out, name, &volume.name, &label, u8::from(volume.state == state))?;
         }
@@ -133,14 +132,12 @@ fn stuck(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()> {
     let kinds: [(&str, &str, Get); 2] = [
         (
             "wb_refused_blocks",
-            "Blocks that the backing device does not take; they stay in the cache.",
+            "Blocks that the backing device refuses; they stay in the cache.",
             |stuck| stuck.refused,
         ),
-        (
-            "wb_lost_blocks",
-            "Blocks that the cache device does not give back; reads of them fail.",
-            |stuck| stuck.lost,
-        ),
+        ("wb_lost_blocks", "Blocks that the cache device lost; reads of them fail.", |stuck| {
+            stuck.lost
+        }),
     ];
     for (name, help, get) in kinds {
         head(out, name, "gauge", help)?;
@@ -159,7 +156,7 @@ fn accesses(volumes: &[(&str, &LiveStatus)], out: &mut impl Write) -> Result<()>
         out,
         name,
         "counter",
-        "Blocks that requests met: whether cached, in RAM, and wanted whole.",
+        "Blocks that requests touched: whether cached, in RAM, and requested whole.",
     )?;
     for (volume, live) in volumes {
         for met in &live.statistics.accesses {

@@ -1,22 +1,21 @@
-//! `wbctl remove`: forget a volume.
+//! `wbctl remove`: forgets a volume.
 
-use crate::config::{Volume, not_recorded};
-use crate::place::Name;
+use crate::config::{RecordedVolume, not_recorded};
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
-use libwb::cli::{Io, Output, Progress, count, human_size};
-use libwb::device::Device;
+use libwb::cli::{Io, Output, count, human_size};
 use libwb::device::probe::Access;
-use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
+use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::log::Use;
-use libwb::log::live;
 use libwb::log::superblock::read_superblock;
 use std::io::Write;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The volume
-    name: Name,
-    /// Forget it without looking whether its cache is clean, as when the cache device is gone
+    name: VolumeName,
+    /// Forget the volume without checking that its cache is clean, for example when the cache
+    /// device is gone
     #[arg(long)]
     force: bool,
 }
@@ -28,10 +27,10 @@ pub(crate) fn remove(args: &Args, out: &mut Output) -> Result<()> {
         return Err(not_recorded(name));
     }
     let Some(lock) = name.lock()? else {
-        bail!("volume '{name}' is attached; first: wbctl detach {name} --drain");
+        bail!("volume '{name}' is attached; first run: wbctl detach {name} --drain");
     };
     if !args.force
-        && let Some(volume) = Volume::load(name)?
+        && let Some(volume) = RecordedVolume::load(name)?
     {
         refuse_dirty(name, &volume)?;
     }
@@ -41,16 +40,18 @@ pub(crate) fn remove(args: &Args, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn refuse_dirty(name: &Name, volume: &Volume) -> Result<()> {
+fn refuse_dirty(name: &VolumeName, volume: &RecordedVolume) -> Result<()> {
     let cannot_tell = || {
         format!(
-            "refused: it cannot be told whether the cache of '{name}' is clean (--force forgets \
-             it all the same)"
+            "refused: cannot tell whether the cache of '{name}' is clean (--force forgets the \
+             volume anyway)"
         )
     };
     let dirty = (|| -> Result<u64> {
         let io = Io::start()?;
-        dirty_blocks(&io, &io.open(&volume.cache, Access::Read)?)
+        let device = io.open(&volume.cache, Access::Read)?;
+        let superblock = io.block_on(read_superblock(&device, Use::Read))?;
+        Ok(io.dirty_blocks(&device, &superblock)?)
     })();
     let dirty = dirty.with_context(cannot_tell)?;
     if dirty > 0 {
@@ -64,14 +65,4 @@ fn refuse_dirty(name: &Name, volume: &Volume) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// How many dirty blocks a cache device holds.
-pub(crate) fn dirty_blocks(io: &Io, device: &Device) -> Result<u64> {
-    let superblock = io.block_on(read_superblock(device, Use::Read))?;
-    let lap = superblock.geometry.lap();
-    let mut progress = Progress::new("looking for dirty blocks", lap, SEGMENT_BYTES);
-    Ok(io.block_on(live::dirty_blocks(device, &superblock, |slot| {
-        progress.set(u64::from(slot.0))
-    }))?)
 }

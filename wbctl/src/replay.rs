@@ -1,12 +1,12 @@
-//! `wbctl replay`: write a log back offline.
+//! `wbctl replay`: writes a log back offline.
 
-use crate::create::absolute;
 use crate::notes::{self, About};
 use crate::older::Past;
-use crate::{Pair, rival, salvage};
+use crate::pair::{Pair, absolute};
+use crate::{rival, salvage};
 use anyhow::{Result, bail};
 use libwb::cache::{Cache, CacheError, OpenOptions};
-use libwb::cli::{self, Io, Output, Progress, count, human_size};
+use libwb::cli::{self, Io, Output, Progress, SalvageOption, count, human_size};
 use libwb::device::probe::{Access, open_pair};
 use libwb::device::{Device, Overlay};
 use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
@@ -27,25 +27,27 @@ pub(crate) struct Args {
     #[command(flatten)]
     pair: Pair,
     #[command(flatten)]
-    salvage: salvage::Salvage,
-    /// Say what would be written back, and change nothing
+    salvage: SalvageOption,
+    /// Show what would be written back, and change nothing
     #[arg(long, conflicts_with = "salvage")]
     dry_run: bool,
-    /// Stop at an earlier point of the log: write back what it held when this segment was the
+    /// Stop at an earlier point of the log: write back what the log held when this segment was the
     /// newest
     ///
-    /// The cache device is not changed: it stays dirty, and still holds the log to its end. So this
-    /// can be repeated, also with a later segment, and a replay without it leads to the newest
-    /// state. wbdump segments lists the segments. What was written back to the backing device
-    /// before, or discarded there, is not undone: if that comes after this segment, it is refused.
+    /// The cache device does not change: it stays dirty, and still holds the whole log. So you can
+    /// repeat this, also with a later segment. A replay without --until leads to the newest state.
+    /// `wbdump segments` lists the segments.
+    ///
+    /// A replay does not undo earlier write-back or discards on the backing device. If those come
+    /// after this segment, it is refused.
     #[arg(long, value_name = "ID", conflicts_with = "salvage")]
     until: Option<u64>,
-    /// Go on with a cache that is older than it was when wb saw it last: a copy from before, or one
-    /// whose device went back in time. And with --until, over what came later
+    /// Use a cache that is older than when wb last saw it: an earlier copy, or a device that went
+    /// back in time. With --until, also write over later data
     ///
-    /// What such a cache holds may be older than what the backing device holds. With --until, the
-    /// backing device may hold what comes after that segment, of an earlier replay; then the result
-    /// is a mixture of both, and no state of the volume.
+    /// The data of such a cache may be older than that of the backing device. With --until, an
+    /// earlier replay may have put later data on the backing device. Then the result is a mixture
+    /// of both, and no state of the volume.
     #[arg(long)]
     older: bool,
     /// Print one JSON object instead of text
@@ -54,10 +56,10 @@ pub(crate) struct Args {
 }
 
 #[derive(Serialize)]
-struct Report {
+struct ReplayReport {
     cache: PathBuf,
     backing: PathBuf,
-    /// Whether the devices were left as they are.
+    /// Whether the devices were left unchanged.
     dry_run: bool,
     /// Blocks whose newest version was only in the cache.
     dirty_blocks: u64,
@@ -67,10 +69,10 @@ struct Report {
     segments: u64,
     /// The last segment that was applied.
     recovery_point: u64,
-    /// What was given up of a corrupt log; null where nothing had to be.
+    /// What the salvage of a corrupt log gave up; null if there was no salvage.
     salvage: Option<Summary>,
-    /// The backing device held what comes after --until, from this segment on, and now is a
-    /// mixture; else null.
+    /// With --until: the first later segment whose data the backing device already held, so that
+    /// the result is a mixture; otherwise null.
     mixed_with_segment: Option<u64>,
     #[serde(skip)]
     salvage_in_words: Vec<String>,
@@ -83,8 +85,8 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
         format!("wbctl replay --cache {} --backing {}{until}", cache.display(), backing.display());
     cli::on_interrupt("wbctl", move || {
         format!(
-            "interrupted; what was written back stays so, all else is still in the cache. Go on \
-             with: {again}"
+            "interrupted; the data written back stays written back, and the rest is still in the \
+             cache. Continue with: {again}"
         )
     })?;
     let io = Io::start()?;
@@ -109,7 +111,7 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
     Ok(in_words(&report, args, out)?)
 }
 
-fn in_words(report: &Report, args: &Args, out: &mut Output) -> io::Result<()> {
+fn in_words(report: &ReplayReport, args: &Args, out: &mut Output) -> io::Result<()> {
     for line in &report.salvage_in_words {
         writeln!(out, "{line}")?;
     }
@@ -125,17 +127,17 @@ fn in_words(report: &Report, args: &Args, out: &mut Output) -> io::Result<()> {
         (_, true, _) => writeln!(out, "would write back {what}")?,
         (_, false, Some(id)) => writeln!(
             out,
-            "wrote back {what}: the log up to segment {id}; the cache is as it was, with the log \
-             to its end"
+            "wrote back {what}: the log up to segment {id}; the cache is unchanged, and still \
+             holds the whole log"
         )?,
         (_, false, None) => writeln!(out, "wrote back {what}; the cache is clean")?,
     }
     if let Some(segment) = report.mixed_with_segment {
-        let makes = if args.dry_run { "would make" } else { "makes" };
+        let is = if args.dry_run { "would be" } else { "is" };
         writeln!(
             out,
-            "the backing device held what segment {segment} wrote already: that {makes} a \
-             mixture, which is no state of the volume"
+            "the backing device already held what segment {segment} wrote: the result {is} a \
+             mixture, and no state of the volume"
         )?;
     }
     Ok(())
@@ -147,13 +149,14 @@ fn write_back(
     backing: Device,
     args: &Args,
     known: Option<Reach>,
-) -> Result<Report> {
+) -> Result<ReplayReport> {
     let open = async |known| {
         let (cache, backing) = (cache.clone(), backing.clone());
         let purpose = OpenOptions::replay().knowing(known);
         Cache::open(cache, backing, io.runtime(), purpose).await
     };
-    let (cache, salvaged) = io.block_on(args.salvage.open(&cache, &backing, known, open))?;
+    let (cache, salvaged) =
+        io.block_on(salvage::open(&args.salvage, &cache, &backing, known, open))?;
     let before = cache.status();
     let drained = drain(io, &cache, before.dirty_blocks);
     let closed = io.block_on(cache.close());
@@ -167,7 +170,7 @@ fn write_back(
     }
     drained?;
     closed?;
-    Ok(Report {
+    Ok(ReplayReport {
         cache: args.pair.cache.clone(),
         backing: args.pair.backing.clone(),
         dry_run: false,
@@ -181,7 +184,7 @@ fn write_back(
     })
 }
 
-/// Writes back the log as it was when a segment was the newest.
+/// Writes back the log as it was when the segment `until` was the newest.
 fn write_back_until(
     io: &Io,
     cache: Device,
@@ -189,30 +192,32 @@ fn write_back_until(
     args: &Args,
     until: SegmentId,
     known: Option<Reach>,
-) -> Result<Report> {
-    // Of a dry run, what recovery puts right is not to reach the device either.
+) -> Result<ReplayReport> {
+    // In a dry run, the repairs of recovery must not reach the device either.
     let backing = if args.dry_run { Arc::new(Overlay::over(backing)) } else { backing };
-    let open = |purpose: OpenOptions| {
+    let open = |options: OpenOptions| {
         let (cache, backing) = (cache.clone(), backing.clone());
-        io.block_on(Cache::open(cache, backing, io.runtime(), purpose.knowing(known)))
+        io.block_on(Cache::open(cache, backing, io.runtime(), options.knowing(known)))
     };
-    let purpose = OpenOptions::replay_until(until);
-    let (cache, mixed_with_segment) =
-        match open(purpose.clone()) {
-            Err(CacheError::Log(LogError {
-                kind: LogErrorKind::Ahead { segment, .. }, ..
-            })) if args.older => (open(purpose.mixing(true))?, Some(segment.0)),
-            Err(e @ CacheError::Log(LogError { kind: LogErrorKind::Ahead { .. }, .. })) => {
-                bail!("{e}; --older goes on all the same")
-            }
-            opened => (opened?, None),
-        };
+    let options = OpenOptions::replay_until(until);
+    let opened = open(options.clone());
+    let ahead = match &opened {
+        Err(CacheError::Log(LogError { kind: LogErrorKind::Ahead { segment, .. }, .. })) => {
+            Some(*segment)
+        }
+        _ => None,
+    };
+    let (cache, mixed_with_segment) = match (opened, ahead) {
+        (Err(_), Some(segment)) if args.older => (open(options.mixing(true))?, Some(segment.0)),
+        (Err(e), Some(_)) => bail!("{e}; --older goes on all the same"),
+        (opened, _) => (opened?, None),
+    };
     let before = cache.status();
     if !args.dry_run {
-        // It is not closed: there is nothing to hand over of a log that is left as it is.
+        // The cache is not closed: its log stays as it is, so there is nothing to hand over.
         drain(io, &cache, before.dirty_blocks)?;
     }
-    Ok(Report {
+    Ok(ReplayReport {
         cache: args.pair.cache.clone(),
         backing: args.pair.backing.clone(),
         dry_run: args.dry_run,
@@ -226,18 +231,18 @@ fn write_back_until(
     })
 }
 
-/// What a replay would do.
+/// Finds out what a replay would do.
 fn look(
     io: &Io,
     cache: &Device,
     backing: &Device,
     args: &Args,
     known: Option<Reach>,
-) -> Result<Report> {
+) -> Result<ReplayReport> {
     let examine = async |known| Cache::examine(cache, backing, known).await;
-    let look = args.salvage.open(cache, backing, known, examine);
+    let look = salvage::open(&args.salvage, cache, backing, known, examine);
     let ((recovery, live), _) = io.block_on(look)?;
-    Ok(Report {
+    Ok(ReplayReport {
         cache: args.pair.cache.clone(),
         backing: args.pair.backing.clone(),
         dry_run: true,

@@ -1,27 +1,27 @@
-//! Refuses a second cache in front of a backing device while the recorded one is dirty: what that
-//! holds would be written over what comes through the other.
+//! Refuses a second cache in front of a backing device while the recorded cache is dirty. Writing
+//! the recorded one back later would overwrite data that came through the second one.
 
 use crate::notes::Note;
-use crate::remove::dirty_blocks;
 use anyhow::{Context, Result, bail};
-use libwb::cli::{Io, Recorded, count, is_same_device};
+use libwb::cli::{Io, VolumeDevices, count, is_same_device};
 use libwb::device::probe::Access;
-use libwb::log::superblock::examine_superblock;
+use libwb::log::Use;
+use libwb::log::superblock::{examine_superblock, read_superblock};
 use std::io::ErrorKind;
 use std::path::Path;
 
-/// Refuses a cache, which may have an identity, in front of a backing device that belongs to the
-/// dirty cache of a volume.
+/// Refuses a cache in front of a backing device that belongs to the dirty cache of a volume. `uuid`
+/// is the identity of the cache, if it has one.
 pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) -> Result<()> {
-    let others = Recorded::all().context("cannot read the records of other volumes")?;
+    let others = VolumeDevices::all().context("cannot read the records of other volumes")?;
     let others = others.iter().filter(|it| is_same_device(backing, &it.backing));
     for other in others.filter(|it| !is_same_device(cache, &it.cache)) {
         let Some(holds) = dirt(io, other, uuid)? else { continue };
-        let Recorded { name, cache, .. } = other;
+        let VolumeDevices { name, cache, .. } = other;
         bail!(
-            "{}: refused: it belongs to the volume '{name}', whose cache {} {holds}, which would \
-             be written over what comes through another cache. Write it back first (wbctl replay \
-             with that cache), or give it up: wbctl remove --force {name}",
+            "{}: refused: it belongs to the volume '{name}', whose cache {} {holds}. Written back \
+             later, that would overwrite what another cache writes now. Write it back first \
+             (wbctl replay with that cache), or give it up: wbctl remove --force {name}",
             backing.display(),
             cache.display(),
         );
@@ -29,15 +29,15 @@ pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) 
     Ok(())
 }
 
-/// What the cache of a recorded volume holds that is not written back, in words, if it holds
-/// anything. A copy of the cache that is about to be used is no other cache.
-fn dirt(io: &Io, volume: &Recorded, uuid: Option<&str>) -> Result<Option<String>> {
-    let Recorded { name, cache, backing } = volume;
+/// What the cache of a recorded volume still has to write back, as text, if anything. A copy of the
+/// cache that is about to be used is not another cache.
+fn dirt(io: &Io, volume: &VolumeDevices, uuid: Option<&str>) -> Result<Option<String>> {
+    let VolumeDevices { name, cache, backing } = volume;
     if std::fs::metadata(cache).is_err_and(|e| e.kind() == ErrorKind::NotFound) {
         let note =
             Note::of(volume).filter(|note| note.may_be_dirty() && uuid != Some(note.uuid.as_str()));
         return Ok(note.map(|note| {
-            format!("is not there, and may hold dirty data (it was seen {})", note.when())
+            format!("is not there, and may hold dirty data (last seen {})", note.when())
         }));
     }
     let dirty = (|| -> Result<u64> {
@@ -48,12 +48,13 @@ fn dirt(io: &Io, volume: &Recorded, uuid: Option<&str>) -> Result<Option<String>
         {
             return Ok(0);
         }
-        dirty_blocks(io, &device)
+        let superblock = io.block_on(read_superblock(&device, Use::Read))?;
+        Ok(io.dirty_blocks(&device, &superblock)?)
     })();
     let dirty = dirty.with_context(|| {
         format!(
-            "{}: refused: it belongs to the volume '{name}', and whether the cache of that is \
-             clean cannot be told (wbctl remove --force {name} gives it up)",
+            "{}: refused: it belongs to the volume '{name}', and wb cannot tell whether the cache \
+             of that volume is clean (wbctl remove --force {name} gives it up)",
             backing.display()
         )
     })?;

@@ -1,114 +1,98 @@
 //! `wbctl list` and `wbctl status`.
 
-use crate::config::{Volume, unknown};
+use crate::config::{RecordedVolume, unknown};
 use crate::leftovers::Leftovers;
-use crate::place::{Name, all_names};
+use crate::volume_paths::{VolumeName, all_names};
 use crate::{client, dm, prometheus};
 use anyhow::{Result, bail};
 use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::{
     self, Exit, Output, human_rate, human_size, human_time, percent, properties, table,
 };
-use libwb::control::{AskError, LiveStatus, VolumeStatus, ratio};
+use libwb::control::{AskError, LiveStatus, VolumeState, VolumeStatus, ratio};
 use std::io::{ErrorKind, Write};
 
-/// States of a volume.
-pub(crate) const ATTACHED: &str = "attached";
-pub(crate) const READ_ONLY: &str = "attached read-only";
-/// It works, but something is wrong.
-pub(crate) const DEGRADED: &str = "degraded";
-/// It refuses writes.
-pub(crate) const FAILED: &str = "failed";
-const DETACHED: &str = "detached";
-/// Its daemon has ended without closing it.
-const CRASHED: &str = "crashed";
-const BUSY: &str = "starting or stopping";
 /// How many stuck blocks the status names.
 const NAMED: usize = 4;
-const SILENT: &str = "not answering";
-const UNREADABLE: &str = "unreadable record";
-/// All of them, as the metrics name them.
-pub(crate) const STATES: [&str; 9] =
-    [ATTACHED, READ_ONLY, DEGRADED, FAILED, DETACHED, CRASHED, BUSY, SILENT, UNREADABLE];
 
 #[derive(clap::Args)]
 pub(crate) struct StatusArgs {
     /// The volumes
     #[arg(value_name = "NAME")]
-    names: Vec<Name>,
+    names: Vec<VolumeName>,
     /// Print one JSON object per volume and line instead of text
     #[arg(long, group = "form")]
     json: bool,
-    /// Print the numbers that `dmsetup status` shows of the kernel module, in its order, a line for
-    /// each volume
+    /// Print the numbers that `dmsetup status` shows for the kernel module, in its order, one line
+    /// per volume
     #[arg(long, group = "form", requires = "names")]
     dm: bool,
-    /// Print metrics for Prometheus, of detached volumes too, such as for node_exporter's textfile
-    /// collector
+    /// Print metrics for Prometheus, also for detached volumes; for example for the textfile
+    /// collector of node_exporter
     #[arg(long, group = "form")]
     prometheus: bool,
 }
 
-/// The state of a volume, attached or not; `None` when nothing is known of it. What is wrong with
-/// one volume is its state, and keeps nobody from seeing the others.
-fn volume(name: &Name) -> Result<Option<VolumeStatus>> {
-    let (mut state, mut message) = (DETACHED, None);
+/// The state of a volume, attached or not; `None` if nothing is known of it. A problem with one
+/// volume becomes its state, and does not hide the others.
+fn volume(name: &VolumeName) -> Result<Option<VolumeStatus>> {
+    let (mut state, mut message) = (VolumeState::Detached, None);
     let is_running = match name.is_running() {
-        // An ordinary user cannot tell it of any volume.
+        // An ordinary user cannot tell this for any volume.
         Err(error) if is_forbidden(&error) => return Err(error),
         Err(error) => {
-            (state, message) = (SILENT, Some(format!("{error:#}")));
+            (state, message) = (VolumeState::NotAnswering, Some(format!("{error:#}")));
             None
         }
         Ok(is_running) => Some(is_running),
     };
     if is_running == Some(true) {
-        // While the daemon recovers or ends, it does not answer.
+        // The daemon does not answer while it recovers or ends.
         match client::look(name) {
             Ok(status) => return Ok(Some(status)),
             Err(AskError::Silent(pid)) => {
-                (state, message) = (SILENT, Some(client::silence(name, pid)))
+                (state, message) = (VolumeState::NotAnswering, Some(client::silence(name, pid)))
             }
-            Err(AskError::NotThere | AskError::Gone) => state = BUSY,
-            Err(error) => (state, message) = (SILENT, Some(error.to_string())),
+            Err(AskError::NotThere | AskError::Gone) => state = VolumeState::StartingOrStopping,
+            Err(error) => (state, message) = (VolumeState::NotAnswering, Some(error.to_string())),
         }
     } else if is_running == Some(false) {
         let left = Leftovers::of(name);
         message = left.message();
         if left.has_crashed {
-            state = CRASHED;
+            state = VolumeState::Crashed;
         }
     }
-    let recorded = match Volume::load(name) {
+    let recorded = match RecordedVolume::load(name) {
         Ok(recorded) => recorded,
         Err(error) => {
-            if state == DETACHED {
-                state = UNREADABLE;
+            if state == VolumeState::Detached {
+                state = VolumeState::UnreadableRecord;
             }
             let why = format!("{error:#}");
             message = Some(message.map_or(why.clone(), |message| format!("{message}; {why}")));
             None
         }
     };
-    if recorded.is_none() && state == DETACHED && message.is_none() {
+    if recorded.is_none() && state == VolumeState::Detached && message.is_none() {
         return Ok(None);
     }
     let (cache, backing) =
         recorded.map(|volume| (volume.cache, volume.backing)).unwrap_or_default();
-    let (name, state) = (name.to_string(), state.into());
+    let name = name.to_string();
     Ok(Some(VolumeStatus { name, state, message, cache, backing, ..VolumeStatus::default() }))
 }
 
 fn is_forbidden(error: &anyhow::Error) -> bool {
     let cause = error.root_cause().downcast_ref::<std::io::Error>();
-    // Who is not believed is another matter, and no errno.
+    // An owner that wb does not trust is another error, without an errno.
     cause.is_some_and(|cause| {
         cause.kind() == ErrorKind::PermissionDenied && cause.raw_os_error().is_some()
     })
 }
 
-/// All volumes. Their daemons are asked at the same time, so that those that do not answer take no
-/// longer than one.
+/// All volumes. It asks their daemons at the same time, so that several silent ones take no longer
+/// than one.
 fn volumes() -> Result<Vec<VolumeStatus>> {
     let names = all_names()?;
     let volumes: Vec<_> = std::thread::scope(|scope| {
@@ -121,29 +105,12 @@ fn volumes() -> Result<Vec<VolumeStatus>> {
     volumes.into_iter().filter_map(Result::transpose).collect()
 }
 
-/// What a daemon of another version does not tell must not pass for a 0.
-pub(crate) fn warn_of_untold(volumes: &[VolumeStatus]) {
-    for volume in volumes.iter().filter(|volume| !volume.untold.is_empty()) {
-        let untold: Vec<_> =
-            volume.untold.iter().map(|it| it.trim_matches('/').replace('/', ".")).collect();
-        cli::complain(
-            "wbctl",
-            format!(
-                "the daemon of '{}' is of another version and does not tell {}: shown as 0 or not \
-                 at all",
-                volume.name,
-                untold.join(", ")
-            ),
-        );
-    }
-}
-
 pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
     let volumes = volumes()?;
     if json {
         return print_json(&volumes, out);
     }
-    warn_of_untold(&volumes);
+    client::warn_of_untold(&volumes);
     if volumes.is_empty() {
         writeln!(out, "no volumes; see wbctl create")?;
         return Ok(());
@@ -157,7 +124,7 @@ pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
         };
         table.row([
             v.name.clone(),
-            v.state.clone(),
+            v.state.to_string(),
             v.device.as_ref().map_or("-".into(), |device| device.display().to_string()),
             size("/live/volume_bytes", |live| live.volume_bytes),
             size("/live/dirty_bytes", |live| live.dirty_bytes),
@@ -181,7 +148,7 @@ fn print_json(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// Shows volumes. Of those that are named, the exit code tells the worst.
+/// Shows volumes. The exit code tells the worst state of the named volumes.
 pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<Exit> {
     let (volumes, all_known) = asked(args)?;
     if args.prometheus {
@@ -210,21 +177,22 @@ pub(crate) fn status(args: &StatusArgs, out: &mut Output) -> Result<Exit> {
     Ok(worst.unwrap_or(Exit::Done))
 }
 
-/// How `wbctl status NAME` ends.
-fn exit_code(state: &str) -> Exit {
+/// The exit code of `wbctl status NAME` for a state.
+fn exit_code(state: &VolumeState) -> Exit {
     match state {
-        FAILED | SILENT => Exit::VolumeFailed,
-        DEGRADED => Exit::Degraded,
-        DETACHED | CRASHED | BUSY => Exit::NotAttached,
-        UNREADABLE => Exit::Failed,
-        // A newer daemon may have other words.
+        VolumeState::Failed | VolumeState::NotAnswering => Exit::VolumeFailed,
+        VolumeState::Degraded => Exit::Degraded,
+        VolumeState::Detached | VolumeState::Crashed | VolumeState::StartingOrStopping => {
+            Exit::NotAttached
+        }
+        VolumeState::UnreadableRecord => Exit::Failed,
+        // A newer daemon may report other states.
         _ => Exit::Done,
     }
 }
 
-/// The volumes that are named, and whether all of these are known: what is wrong with one name is
-/// said, and keeps nobody from seeing the others. Without names all volumes, except those without
-/// anything to tell.
+/// The named volumes, and whether all of them are known. It reports an unknown name, and continues
+/// with the others. Without names: all volumes that have anything to report.
 fn asked(args: &StatusArgs) -> Result<(Vec<VolumeStatus>, bool)> {
     let (mut named, mut all_known) = (Vec::new(), true);
     for name in &args.names {
@@ -241,21 +209,21 @@ fn asked(args: &StatusArgs) -> Result<(Vec<VolumeStatus>, bool)> {
     }
     let mut volumes = volumes()?;
     if !args.prometheus {
-        volumes.retain(|volume| volume.state != DETACHED || volume.message.is_some());
+        volumes.retain(|volume| volume.state != VolumeState::Detached || volume.message.is_some());
     }
     Ok((volumes, true))
 }
 
 fn print_all(volumes: &[VolumeStatus], all: bool, out: &mut Output) -> Result<()> {
-    warn_of_untold(volumes);
+    client::warn_of_untold(volumes);
     if volumes.is_empty() && all {
         writeln!(out, "no volume is attached; see wbctl list")?;
     }
-    // Of a record that was asked for and cannot be read there is no more to show than why.
-    let is_error = |volume: &VolumeStatus| !all && volume.state == UNREADABLE;
+    // For a named volume with an unreadable record, there is nothing to show but the error.
+    let is_error = |volume: &VolumeStatus| !all && volume.state == VolumeState::UnreadableRecord;
     for volume in volumes.iter().filter(|volume| is_error(volume)) {
         let why = volume.message.as_deref().unwrap_or_default();
-        cli::complain("wbctl", format!("{UNREADABLE}: {why}"));
+        cli::complain("wbctl", format!("{}: {why}", volume.state));
     }
     for (nth, volume) in volumes.iter().filter(|volume| !is_error(volume)).enumerate() {
         if nth > 0 {
@@ -267,7 +235,7 @@ fn print_all(volumes: &[VolumeStatus], all: bool, out: &mut Output) -> Result<()
 }
 
 fn print_dm(volumes: &[VolumeStatus], out: &mut Output) -> Result<()> {
-    warn_of_untold(volumes);
+    client::warn_of_untold(volumes);
     for volume in volumes {
         match &volume.live {
             Some(live) => writeln!(out, "{}", dm::line(live))?,
@@ -287,7 +255,7 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
     let mut table = properties();
     let mut row = |key: &str, value: String| table.row([key.to_string(), value]);
     row("volume", volume.name.clone());
-    row("state", volume.state.clone());
+    row("state", volume.state.to_string());
     if let Some(message) = &volume.message {
         row("why", message.clone());
     }
@@ -306,14 +274,14 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
             row(key, format!("{value} {}", Tunables::unit(key)).trim_end().into());
         }
     }
-    if volume.state == DETACHED {
+    if volume.state == VolumeState::Detached {
         row("dirty", format!("not known while detached; see wbcheck {}", volume.cache.display()));
     }
     writeln!(out, "{table}")?;
     Ok(())
 }
 
-/// What is where.
+/// The rows that tell where the data is.
 fn data_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     let age = live.oldest_dirty_seconds.map(|age| format!(", the oldest for {}", human_time(age)));
     let dirty = human_size(live.dirty_bytes);
@@ -337,15 +305,15 @@ fn data_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     );
 }
 
-/// How write-back gets on.
+/// The rows about write-back.
 fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
     let state = match &live.writeback_error {
-        Some(error) => format!("does not get on, trying again: {error}"),
+        Some(error) => format!("makes no progress, trying again: {error}"),
         None if live.paused => {
             let still =
-                if live.writing_back { ", but a batch or a drain is being finished" } else { "" };
-            format!("paused{still}; it goes on with: wbctl resume {name}")
+                if live.writing_back { ", but a batch or a drain is still finishing" } else { "" };
+            format!("paused{still}; to resume it: wbctl resume {name}")
         }
         None if live.dirty_bytes == 0 => "nothing to do".into(),
         None if live.tunables.get("writeback_threshold") == Some(&TunableValue::Number(0)) => {
@@ -396,7 +364,7 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
     }
 }
 
-/// What was done since the counters started.
+/// The rows about the activity since the counters were reset.
 fn work_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     let count = |key: &str| live.counters.get(key).copied().unwrap_or(0);
     let requests = |key: &str| cli::count(count(key), "request");

@@ -1,5 +1,5 @@
-//! Signals to the daemon. Two of them end it; none of the others, which terminals and the like
-//! send, may take a volume away.
+//! Signals to the daemon. Two of them end it. The others, which terminals and timers send, must not
+//! take a volume away.
 
 use crate::ending::End;
 use crate::logging;
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::Sender;
 
 const ENDING: [Signal; 2] = [Signal::SIGTERM, Signal::SIGINT];
-/// Those that would end the process, or stop it, though nothing is wrong with it.
+/// Signals that would end or stop the process though nothing is wrong with it.
 const IGNORED: [Signal; 15] = [
     Signal::SIGHUP,
     Signal::SIGQUIT,
@@ -29,23 +29,22 @@ const IGNORED: [Signal; 15] = [
     Signal::SIGTTIN,
     Signal::SIGTTOU,
 ];
-/// So many signals to end are the business of the volume's end. One more ends the process there and
-/// then.
+/// The shutdown handles this many signals. One more ends the process immediately.
 const ENOUGH: u32 = 3;
 
-/// How far the daemon is.
+/// The stage that the daemon has reached.
 #[derive(Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Stage {
-    /// It has touched nothing, and ends at once.
+    /// It has changed nothing, and ends at once.
     Opening,
-    /// It finishes recovery first. Asked again, it ends at once: recovery can be begun anew.
+    /// It finishes recovery first. At a second signal, it ends at once: recovery can start again.
     Recovering,
     /// It ends in order.
     Serving,
 }
 
-/// To be told how far the daemon is.
+/// Records the stage that the daemon has reached.
 pub(crate) struct Stages(Arc<AtomicU8>);
 
 impl Stages {
@@ -54,7 +53,7 @@ impl Stages {
     }
 }
 
-/// Has a thread take all these signals from now on. To be called before other threads are started.
+/// Starts a thread that takes all these signals. Call it before other threads start.
 ///
 /// # Errors
 /// When the system has no room for a thread.
@@ -79,7 +78,7 @@ pub(crate) fn take(end: Sender<End>) -> io::Result<Stages> {
     Ok(Stages(stage))
 }
 
-/// Ends as if the signal had never been taken.
+/// Ends the process as the signal would by default.
 fn die_of(signal: Signal) {
     logging::finish();
     let _ = SigSet::from(signal).thread_unblock().and_then(|()| raise(signal));

@@ -1,9 +1,8 @@
-//! `wbctl stat`: what a volume does, a line for each interval, as iostat does it.
+//! `wbctl stat`: the activity of a volume, a line per interval, as iostat shows it.
 
 use crate::client;
 use crate::interval::{Interval, log_in_use};
-use crate::place::Name;
-use crate::show::warn_of_untold;
+use crate::volume_paths::VolumeName;
 use anyhow::Result;
 use libwb::cli::Output;
 use libwb::control::LiveStatus;
@@ -17,7 +16,7 @@ const LONGEST: f64 = 86400.0;
 /// How wide a column is, with the blank before it.
 const WIDTH: u16 = 9;
 
-/// A column: its name, whether a narrow terminal shows it, and what it says.
+/// A column: its name, whether a narrow terminal shows it, and its content.
 type Column = (&'static str, bool, fn(&Interval<'_>, &LiveStatus) -> Option<String>);
 
 const COLUMNS: [Column; 14] = [
@@ -40,12 +39,12 @@ const COLUMNS: [Column; 14] = [
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The volume
-    name: Name,
-    /// Print a line for each so many seconds, instead of one for all time since the counters
-    /// started
+    name: VolumeName,
+    /// Print a line every so many seconds, instead of one line for all time since the counters were
+    /// reset
     #[arg(value_parser = parse_interval)]
     interval: Option<Duration>,
-    /// End after so many lines
+    /// Stop after this many lines
     count: Option<u64>,
 }
 
@@ -56,7 +55,7 @@ pub(crate) fn parse_interval(text: &str) -> Result<Duration, String> {
 }
 
 pub(crate) fn stat(args: &Args, out: &mut Output) -> Result<()> {
-    warn_of_untold(&[client::status(&args.name)?]);
+    client::warn_of_untold(&[client::status(&args.name)?]);
     let mut before = client::live(&args.name)?;
     let all = to_u16(COLUMNS.len()) * WIDTH;
     let is_narrow = out.columns().is_some_and(|columns| columns < all);
@@ -79,7 +78,7 @@ pub(crate) fn stat(args: &Args, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// At once, so that a reader at the other end of a pipe sees each line in time.
+/// Flushes, so that the reader of a pipe sees each line in time.
 fn print(cells: Vec<String>, out: &mut Output) -> Result<()> {
     let width = usize::from(WIDTH) - 1;
     let cells: Vec<String> = cells.into_iter().map(|cell| format!("{cell:>width$}")).collect();

@@ -3,8 +3,8 @@
 mod view;
 
 use crate::client;
-use crate::place::Name;
 use crate::stat::parse_interval;
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
 use libwb::cli;
 use ratatui::crossterm::event::{Event, KeyCode, KeyEvent, KeyEventKind, KeyModifiers, poll, read};
@@ -15,8 +15,8 @@ use view::View;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// The volume
-    name: Name,
-    /// Look again each so many seconds
+    name: VolumeName,
+    /// Refresh every so many seconds
     #[arg(value_parser = parse_interval, default_value = "1")]
     interval: Duration,
 }
@@ -25,7 +25,7 @@ pub(crate) fn top(args: &Args) -> Result<()> {
     if !std::io::stdout().is_terminal() {
         bail!("needs a terminal; for a line each interval, see wbctl stat");
     }
-    // A volume that is not there is told of in a line, not on a blank screen.
+    // For a volume that is not there, prints a line instead of a blank screen.
     let first = client::status(&args.name)?;
     let mut view = View::new(cli::wants_colours(), args.interval);
     view.look(Ok(first));
@@ -38,7 +38,7 @@ pub(crate) fn top(args: &Args) -> Result<()> {
 fn run(args: &Args, view: &mut View, terminal: &mut ratatui::DefaultTerminal) -> Result<()> {
     loop {
         let looked = Instant::now();
-        // Until it is time to look again; drawn anew when the window has changed.
+        // Waits until the next refresh, and redraws when the window changes.
         while let Some(left) = args.interval.checked_sub(looked.elapsed()) {
             terminal.draw(|frame| frame.render_widget(&*view, frame.area()))?;
             if poll(left)? && quits(&read()?) {

@@ -1,8 +1,8 @@
 //! `wbctl get` and `wbctl set`: the tunables of a volume.
 
 use crate::client;
-use crate::config::{Volume, edited, parse_tunables, replace, unknown};
-use crate::place::Name;
+use crate::config::{RecordedVolume, edited, parse_tunables, replace, unknown};
+use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
 use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::Output;
@@ -13,8 +13,8 @@ use std::io::Write;
 #[derive(clap::Args)]
 pub(crate) struct GetArgs {
     /// The volume
-    name: Name,
-    /// One tunable, instead of all
+    name: VolumeName,
+    /// Show only this tunable
     key: Option<String>,
     /// Print one JSON object instead of lines of KEY=VALUE
     #[arg(long)]
@@ -24,11 +24,11 @@ pub(crate) struct GetArgs {
 #[derive(clap::Args)]
 pub(crate) struct SetArgs {
     /// The volume
-    name: Name,
-    /// What to set. Of several, all are set or none
+    name: VolumeName,
+    /// The tunables to set: either all of them are set, or none
     #[arg(value_name = "KEY=VALUE", required = true)]
     tunables: Vec<String>,
-    /// Record it as well, for each later attach. Works on a detached volume too
+    /// Record the tunables as well, for every later attach. Works on a detached volume, too
     #[arg(long)]
     save: bool,
 }
@@ -52,11 +52,11 @@ pub(crate) fn get(args: &GetArgs, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn in_force(name: &Name) -> Result<BTreeMap<String, TunableValue>> {
+fn in_force(name: &VolumeName) -> Result<BTreeMap<String, TunableValue>> {
     if name.is_running()? {
         return client::tunables(name);
     }
-    let volume = Volume::load(name)?.ok_or_else(|| unknown(name))?;
+    let volume = RecordedVolume::load(name)?.ok_or_else(|| unknown(name))?;
     Ok(by_name(&volume.tunables()?))
 }
 
@@ -65,10 +65,10 @@ pub(crate) fn set(args: &SetArgs, out: &mut Output) -> Result<()> {
     let tunables = parse_tunables(&args.tunables)?;
     let is_running = name.is_running()?;
     if !is_running && !args.save {
-        Volume::load(name)?.ok_or_else(|| unknown(name))?;
+        RecordedVolume::load(name)?.ok_or_else(|| unknown(name))?;
         bail!("volume '{name}' is not attached; with --save, it is recorded for the next attach");
     }
-    // What is wrong with the record is to show before anything is changed.
+    // An error in the record must show before anything changes.
     let record = if args.save { Some(edited(name, &tunables)?) } else { None };
     if is_running {
         client::set(name, tunables.clone())?;

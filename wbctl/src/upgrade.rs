@@ -1,7 +1,6 @@
-//! `wbctl upgrade`: give a device of the kernel module wb's extension.
+//! `wbctl upgrade`: adds wb's extension to a device of the kernel module.
 
-use crate::Pair;
-use crate::create::open_pair;
+use crate::pair::Pair;
 use anyhow::{Result, bail};
 use libwb::cli::{Io, Output, count, parse_label};
 use libwb::log::Use;
@@ -17,10 +16,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 pub(crate) struct Args {
     #[command(flatten)]
     pair: Pair,
-    /// A name for people, of up to 64 bytes
+    /// A label for people, of up to 64 bytes
     #[arg(long, value_parser = parse_label)]
     label: Option<String>,
-    /// Say what would be changed, and change nothing
+    /// Show what would be changed, and change nothing
     #[arg(long)]
     dry_run: bool,
     /// Print one JSON object instead of text
@@ -29,7 +28,7 @@ pub(crate) struct Args {
 }
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct UpgradeReport<'a> {
     cache: &'a Path,
     backing: &'a Path,
     dry_run: bool,
@@ -40,7 +39,7 @@ struct Report<'a> {
 
 pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     let io = Io::start()?;
-    let (cache, backing) = open_pair(&args.pair)?;
+    let (cache, backing) = args.pair.open()?;
     let (cache, backing) = (io.serve(cache), io.serve(backing));
     let scanned = io.block_on(Scanned::read(&cache, Use::Write, |_| ()))?;
     let label = args.label.as_deref().unwrap_or_default();
@@ -48,7 +47,7 @@ pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     let backing = BackingFacts::of(&backing);
     let upgrade = match io.block_on(Upgrade::plan(&cache, &scanned, &backing, label, created)) {
         Err(error) if error.is_corruption() => {
-            bail!("{error}; salvage it first, see what wbcheck says")
+            bail!("{error}; salvage the log first, see wbcheck")
         }
         other => other?,
     };
@@ -56,7 +55,7 @@ pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
         io.block_on(upgrade.apply(&cache))?;
     }
     if args.json {
-        out.json(&Report {
+        out.json(&UpgradeReport {
             cache: &args.pair.cache,
             backing: &args.pair.backing,
             dry_run: args.dry_run,
@@ -73,8 +72,8 @@ pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     }
     writeln!(
         out,
-        "What is in the cache stays as it is ({} not written back yet). The kernel module can \
-         still read it.",
+        "The contents of the cache stay as they are ({} not written back yet). The kernel module \
+         can still read them.",
         count(upgrade.dirty_blocks, "dirty block")
     )?;
     Ok(())

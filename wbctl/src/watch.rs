@@ -1,4 +1,4 @@
-//! Says in the log when a device does not answer.
+//! Logs when a device does not answer.
 
 use libwb::cli::{self, human_time};
 use libwb::device::{Device, Pending};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 /// A request that waits longer is worth a warning.
 const LONG: Duration = Duration::from_secs(30);
-/// How often it is looked.
+/// How often the thread checks.
 const OFTEN: Duration = Duration::from_secs(5);
 
 /// Watches devices as long as the process lives.
@@ -25,7 +25,7 @@ pub(crate) fn start(devices: [Device; 2]) {
         }
     };
     if let Err(e) = std::thread::Builder::new().name("wb-watch".into()).spawn(watch) {
-        tracing::warn!("a device that hangs is not going to be noticed: {e}");
+        tracing::warn!("cannot watch for devices that hang: {e}");
     }
 }
 

@@ -1,8 +1,9 @@
-//! `wbdump block`: every version of one block.
+//! `wbdump block`: shows every version of one block.
 
-use crate::Log;
+use crate::log::Log;
 use crate::segment::dirty_sectors;
 use crate::segments::State;
+use crate::version::StoredVersion;
 use anyhow::{Context, Result};
 use libwb::cli::{Output, Table, table};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_usize};
@@ -22,13 +23,8 @@ pub(crate) struct Versions<'a> {
 
 #[derive(Serialize)]
 struct Row {
-    block: u64,
-    sector: u64,
-    id: u64,
-    slot: u32,
-    index: u8,
-    data_offset_bytes: u64,
-    dirty_bits: u8,
+    #[serde(flatten)]
+    stored: StoredVersion,
     state: State,
     #[serde(skip_serializing_if = "Option::is_none")]
     data_hex: Option<String>,
@@ -105,13 +101,13 @@ impl Versions<'_> {
     fn list_json(&self, data: bool, out: &mut Output) -> Result<()> {
         for (version, state) in &self.found {
             let row = Row {
-                block: self.block.0,
-                sector: self.block.sector().0,
-                id: version.id.0,
-                slot: version.place.slot.0,
-                index: version.place.index,
-                data_offset_bytes: self.log.geometry().place_offset(version.place),
-                dirty_bits: version.dirty.0,
+                stored: StoredVersion::new(
+                    self.log.geometry(),
+                    self.block,
+                    version.id.0,
+                    version.place,
+                    version.dirty,
+                ),
                 state: *state,
                 data_hex: if data { Some(hex(&self.read(version)?)) } else { None },
             };
@@ -133,8 +129,8 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// Sixteen bytes a line, in hexadecimal and as text; lines that repeat the one above are replaced
-/// by one "*".
+/// Prints sixteen bytes per line, in hexadecimal and as text. One "*" replaces lines that repeat
+/// the previous one.
 fn hex_dump(bytes: &[u8], out: &mut Output) -> Result<()> {
     const LINE: usize = 16;
     let mut above: Option<&[u8]> = None;

@@ -1,7 +1,8 @@
-//! What the live segments hold that is not written back.
+//! `wbdump blocks`: lists the blocks of live segments that are not written back.
 
-use crate::Log;
+use crate::log::Log;
 use crate::segment::dirty_sectors;
+use crate::version::StoredVersion;
 use anyhow::{Context, Result};
 use libwb::cli::{Output, table};
 use libwb::format::{BlockNo, DirtyBits, Place};
@@ -17,14 +18,14 @@ pub(crate) struct Newest {
     id: u64,
     place: Place,
     dirty: DirtyBits,
-    /// Live versions of the block, this one included.
+    /// The number of live versions of the block, including this one.
     versions: u64,
 }
 
 /// The dirty blocks of a log.
 pub(crate) struct DirtyBlocks {
     pub(crate) newest: BTreeMap<BlockNo, Newest>,
-    /// Why there may be more.
+    /// Why the list may be incomplete, if it may.
     pub(crate) stopped: Option<LogError>,
 }
 
@@ -54,13 +55,8 @@ impl DirtyBlocks {
 
 #[derive(Serialize)]
 struct Row {
-    block: u64,
-    sector: u64,
-    id: u64,
-    slot: u32,
-    index: u8,
-    data_offset_bytes: u64,
-    dirty_bits: u8,
+    #[serde(flatten)]
+    stored: StoredVersion,
     versions: u64,
 }
 
@@ -71,13 +67,13 @@ pub(crate) fn list(log: &Log, json: bool, out: &mut Output) -> Result<()> {
     if json {
         for (block, newest) in &newest {
             out.json(&Row {
-                block: block.0,
-                sector: block.sector().0,
-                id: newest.id,
-                slot: newest.place.slot.0,
-                index: newest.place.index,
-                data_offset_bytes: log.geometry().place_offset(newest.place),
-                dirty_bits: newest.dirty.0,
+                stored: StoredVersion::new(
+                    log.geometry(),
+                    *block,
+                    newest.id,
+                    newest.place,
+                    newest.dirty,
+                ),
                 versions: newest.versions,
             })?;
         }

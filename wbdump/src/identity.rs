@@ -1,5 +1,5 @@
-//! `wbdump identity`: which cache is on a device, for udev. Reads three blocks and waits for
-//! nobody.
+//! `wbdump identity`: shows which cache is on a device, for udev. It reads three blocks, and never
+//! blocks.
 
 use anyhow::{Context, Result, bail};
 use libwb::cli::Output;
@@ -11,12 +11,12 @@ use std::io::Write;
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::Path;
 
-/// What udev and blkid are told that a cache device is.
+/// The type of a cache device, for udev and blkid.
 const TYPE: &str = "wb_cache";
 
 pub(crate) fn show(path: &Path, out: &mut Output) -> Result<()> {
     let cannot = || format!("{}: cannot read", path.display());
-    // Never a pipe or a tape, which opening may wait for or change.
+    // Opening a pipe or a tape may block or change it.
     let kind = std::fs::metadata(path).with_context(cannot)?.file_type();
     if !kind.is_block_device() && !kind.is_file() {
         bail!("{}: neither a block device nor a regular file", path.display());
@@ -43,8 +43,8 @@ pub(crate) fn show(path: &Path, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-/// A text as udev encodes it: what may do harm in a path or a shell as the hexadecimal codes of its
-/// bytes.
+/// Encodes a text as udev does: bytes that could do harm in a path or a shell become hexadecimal
+/// codes.
 fn encoded(text: &str) -> String {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"#+-.:=@_".contains(&byte);
     text.bytes()

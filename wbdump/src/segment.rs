@@ -1,6 +1,6 @@
-//! `wbdump segment`: one segment's header and metablocks.
+//! `wbdump segment`: shows the header and the metablocks of one segment.
 
-use crate::Log;
+use crate::log::Log;
 use crate::segments::{CUT_SHORT, State, Summary};
 use anyhow::{Result, bail};
 use libwb::cli::{Output, Table, count, properties, table};
@@ -10,35 +10,36 @@ use serde::Serialize;
 use std::io::Write;
 
 #[derive(Serialize)]
-struct Report {
+struct SegmentReport {
     id: u64,
     slot: u32,
     offset_bytes: u64,
     length_blocks: u8,
     dirty_blocks: usize,
     state: State,
-    /// Why it was closed, and when, in RFC 3339; where the header says.
+    /// Why it was closed, and when, in RFC 3339, if the header tells.
     closed: Option<String>,
     time: Option<String>,
     checksum: u32,
     valid: bool,
     fault: Option<String>,
-    /// It ends with its last flush; what was written of it after that is torn.
+    /// It ends with its last flush; everything after that is torn.
     cut_short: bool,
-    /// Null on a segment of the base format alone.
-    extension: Option<Extension>,
+    /// Null for a segment of the base format.
+    extension: Option<ExtensionReport>,
     metablocks: Vec<Entry>,
 }
 
-/// What the header says beyond the base format.
+/// The part of the header beyond the base format.
 #[derive(Serialize)]
-struct Extension {
-    /// Of the UUID of the cache that it was written for.
+struct ExtensionReport {
+    /// The digest of the UUID of the cache that it was written for.
     uuid_digest: u32,
-    /// Up to which segment everything was durable, and written back, when it was written.
+    /// The last of the segments that were all durable when the header was written, and of those
+    /// that were all written back.
     durable_segment: u64,
     written_back_segment: u64,
-    /// The commit before the newest one; null where there is none.
+    /// The commit before the newest one; null if there is none.
     commit_before: Option<CommitBefore>,
 }
 
@@ -53,9 +54,9 @@ struct Entry {
     block: u64,
     sector: u64,
     dirty_bits: u8,
-    /// Of the data block, where it is kept.
+    /// The CRC of the data block, if the segment keeps one.
     crc: Option<u32>,
-    /// The data is not what was written, and nothing else is left of that.
+    /// The data is not what was written, and the original is gone.
     lost: bool,
     data_offset_bytes: u64,
 }
@@ -93,7 +94,7 @@ fn report(
     verdict: &SlotState,
     state: State,
     header: &SegmentHeader,
-) -> Report {
+) -> SegmentReport {
     let summary = Summary::of(header);
     let entries = (0u8..).zip(&header.metablocks).map(|(index, entry)| Entry {
         block: entry.block.0,
@@ -103,7 +104,7 @@ fn report(
         lost: entry.lost,
         data_offset_bytes: log.geometry().place_offset(Place { slot, index }),
     });
-    Report {
+    SegmentReport {
         id: header.id.0,
         slot: slot.0,
         offset_bytes: log.geometry().slot_offset(slot),
@@ -119,18 +120,18 @@ fn report(
             _ => None,
         },
         cut_short: matches!(verdict, SlotState::Valid { cut_short: true, .. }),
-        extension: header.extension.as_ref().map(Extension::of),
+        extension: header.extension.as_ref().map(ExtensionReport::of),
         metablocks: entries.collect(),
     }
 }
 
-impl Extension {
-    fn of(extension: &SegmentExtension) -> Extension {
+impl ExtensionReport {
+    fn of(extension: &SegmentExtension) -> ExtensionReport {
         let before = |commit: libwb::format::Commit| CommitBefore {
             length_blocks: commit.length,
             checksum: commit.checksum,
         };
-        Extension {
+        ExtensionReport {
             uuid_digest: extension.digest,
             durable_segment: extension.durable.0,
             written_back_segment: extension.written_back.0,
@@ -139,7 +140,7 @@ impl Extension {
     }
 }
 
-fn print(r: &Report, out: &mut Output) -> Result<()> {
+fn print(r: &SegmentReport, out: &mut Output) -> Result<()> {
     writeln!(out, "{}", header_table(r))?;
     if r.metablocks.is_empty() {
         return Ok(());
@@ -164,7 +165,7 @@ fn print(r: &Report, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn header_table(r: &Report) -> Table {
+fn header_table(r: &SegmentReport) -> Table {
     let verdict = match &r.fault {
         Some(fault) => format!("damaged: {fault}"),
         None if r.cut_short => format!("valid, {CUT_SHORT}"),
@@ -206,7 +207,7 @@ fn hex(n: u32) -> String {
     format!("{n:#010x}")
 }
 
-/// Which sectors of a block are dirty, for people: "all", "none (clean)" or such as "0-2,5".
+/// The dirty sectors of a block as text: "all", "none (clean)" or such as "0-2,5".
 pub(crate) fn dirty_sectors(dirty: DirtyBits) -> String {
     if dirty.is_clean() {
         return "none (clean)".into();

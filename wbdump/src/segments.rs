@@ -1,9 +1,8 @@
-//! `wbdump segments`: one row for each slot that holds something, in log order.
+//! `wbdump segments`: shows one row for each slot that holds anything, in log order.
 
-use crate::Log;
-use crate::superblock::MAX_TIME;
+use crate::log::Log;
 use anyhow::Result;
-use libwb::cli::{Output, count, table};
+use libwb::cli::{LAST_SECOND, Output, count, table};
 use libwb::format::{Reason, SegmentExtension, SegmentHeader, SegmentId, Slot, to_u64, to_usize};
 use libwb::log::recovery::{Recovery, Standing};
 use libwb::log::scan::{SlotContent, SlotState};
@@ -11,13 +10,13 @@ use serde::Serialize;
 use std::io::Write;
 use std::time::{Duration, UNIX_EPOCH};
 
-/// What is said of a segment that is cut short.
+/// The remark about a segment that is cut short.
 pub(crate) const CUT_SHORT: &str = "up to its last flush; what came after is torn";
 
-/// How much of a time in RFC 3339 tells the second: `2026-11-25T12:41:45`.
+/// The length of a time in RFC 3339 up to its seconds: `2026-11-25T12:41:45`.
 const SECONDS: usize = 19;
 
-/// How wide a terminal is on which offsets are shown.
+/// The width from which a terminal shows offsets.
 const WIDE: u16 = 100;
 
 /// Which rows to show.
@@ -27,7 +26,7 @@ pub(crate) struct Only {
     pub(crate) bad: bool,
 }
 
-/// What a slot holds, in a word, with stable names for JSON.
+/// The state of a slot, with stable names for JSON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum State {
@@ -64,18 +63,18 @@ impl State {
 
 #[derive(Serialize)]
 struct Row {
-    /// As the header says, where one can be read.
+    /// From the header, if that is readable.
     id: Option<u64>,
     slot: u32,
     offset_bytes: u64,
     length_blocks: Option<u8>,
     dirty_blocks: Option<usize>,
     state: State,
-    /// Why it was closed, and when, in RFC 3339; where the header says.
+    /// Why it was closed, and when, in RFC 3339, if the header tells.
     closed: Option<String>,
     time: Option<String>,
     fault: Option<String>,
-    /// It ends with its last flush; what was written of it after that is torn.
+    /// It ends with its last flush; everything after that is torn.
     cut_short: bool,
 }
 
@@ -96,8 +95,8 @@ pub(crate) fn list(log: &Log, only: Only, json: bool, out: &mut Output) -> Resul
     }
 }
 
-/// What a listing is made from. A row is made when it is shown: most slots of a large cache may be
-/// empty, and those must take no memory.
+/// The source of a listing. It makes a row only when it shows it: most slots of a large cache may
+/// be empty, and those must take no memory.
 struct Listing<'a> {
     log: &'a Log,
     slots: Vec<SlotState>,
@@ -116,7 +115,7 @@ impl Listing<'_> {
         self.log.geometry().all_slots().zip(&self.slots)
     }
 
-    /// The slots that hold something, in log order.
+    /// The slots that hold anything, in log order.
     fn in_order(&self, only: Only) -> Vec<Slot> {
         let wanted = |state: &SlotState| match State::of(state, &self.recovery) {
             State::Empty => false,
@@ -153,12 +152,12 @@ impl Listing<'_> {
     }
 }
 
-/// What is kept of the headers while the device is read: nothing of slots without one.
+/// What the scan keeps of the headers. A slot without a header takes no memory.
 #[derive(Default)]
 pub(crate) struct Summaries(Vec<(Slot, Summary)>);
 
 impl Summaries {
-    /// Takes in a slot, each after those before it.
+    /// Takes in a slot. Slots must come in ascending order.
     pub(crate) fn visit(&mut self, slot: Slot, content: &SlotContent) {
         self.0.extend(content.header.as_ref().map(|header| (slot, Summary::of(header))));
     }
@@ -169,7 +168,7 @@ impl Summaries {
     }
 }
 
-/// What is kept of one.
+/// What the scan keeps of one header.
 pub(crate) struct Summary {
     id: SegmentId,
     length: u8,
@@ -185,8 +184,8 @@ impl Summary {
 
     pub(crate) fn time(&self) -> Option<String> {
         let time = self.extension?.time;
-        // What stands in for a lost segment has none.
-        let since = Duration::from_millis((time > 0).then_some(time)?.min(MAX_TIME * 1000));
+        // A substitute for a lost segment has no time.
+        let since = Duration::from_millis((time > 0).then_some(time)?.min(LAST_SECOND * 1000));
         Some(humantime::format_rfc3339_millis(UNIX_EPOCH + since).to_string())
     }
 
@@ -203,8 +202,8 @@ impl Summary {
     }
 }
 
-/// Where a slot belongs in the log: a damaged one goes where the segment that is missing there
-/// would go, and an empty one last.
+/// The place of a slot in log order. A damaged slot takes the place of the segment that belongs
+/// there, and an empty one comes last.
 pub(crate) fn order(recovery: &Recovery, slot: Slot, state: &SlotState) -> SegmentId {
     match state {
         SlotState::Valid { id, .. } => *id,
@@ -217,7 +216,7 @@ pub(crate) fn order(recovery: &Recovery, slot: Slot, state: &SlotState) -> Segme
 }
 
 fn print(rows: impl Iterator<Item = Row>, out: &mut Output) -> Result<()> {
-    // What the slot tells as well is left out where a row would not fit on a line.
+    // On a narrow terminal, the offset is left out: the slot number implies it.
     let is_narrow = out.columns().is_some_and(|columns| columns < WIDE);
     let words = &["CLOSED", "STATE"];
     let mut table = if is_narrow {
@@ -234,7 +233,7 @@ fn print(rows: impl Iterator<Item = Row>, out: &mut Output) -> Result<()> {
         let [id, length, dirty] =
             [row.id, row.length_blocks.map(u64::from), row.dirty_blocks.map(to_u64)].map(or_dash);
         let closed = row.closed.clone().unwrap_or_else(|| "-".into());
-        // Whole seconds, or a row is too wide for 80 columns.
+        // With fractions of a second, a row would be too wide for 80 columns.
         let time = row.time.as_deref().map_or("-".into(), |time| format!("{}Z", &time[..SECONDS]));
         let (slot, offset) = (row.slot.to_string(), row.offset_bytes.to_string());
         if is_narrow {

@@ -1,8 +1,8 @@
-//! `wbdump super`: the superblock, and totals of the log.
+//! `wbdump super`: shows the superblock, and totals of the log.
 
-use crate::Log;
+use crate::log::Log;
 use anyhow::Result;
-use libwb::cli::{Output, human_size, properties};
+use libwb::cli::{LAST_SECOND, Output, human_size, properties};
 use libwb::format::{SEGMENT_BYTES, printable, to_u64};
 use libwb::log::live::{Totals, live_totals};
 use libwb::log::recovery::Recovery;
@@ -12,15 +12,12 @@ use serde::Serialize;
 use std::io::Write;
 use std::time::{Duration, UNIX_EPOCH};
 
-/// The last second of the year 9999: later times are garbage.
-pub(crate) const MAX_TIME: u64 = 253_402_300_799;
-
 #[derive(Serialize)]
-struct Report<'a> {
+struct SuperblockReport<'a> {
     device: &'a str,
     size_bytes: u64,
     magic_ok: bool,
-    /// The record, where it can be read and is not garbage.
+    /// The record, if it is readable and not garbage.
     record_segment: Option<u64>,
     segments: u32,
     segment_bytes: usize,
@@ -36,12 +33,12 @@ struct Report<'a> {
     dirty_entries: u64,
     clean_entries: u64,
     corruption: Vec<String>,
-    /// Null on a device of the base format alone.
-    extension: Option<Extension<'a>>,
+    /// Null for a device of the base format.
+    extension: Option<ExtensionReport<'a>>,
 }
 
 #[derive(Serialize)]
-struct Extension<'a> {
+struct ExtensionReport<'a> {
     uuid: String,
     label: &'a str,
     /// Seconds since 1970 (UTC).
@@ -54,9 +51,9 @@ struct Extension<'a> {
     clean_segment: Option<u64>,
 }
 
-fn extension(superblock: &RawSuperblock) -> Option<Extension<'_>> {
+fn extension(superblock: &RawSuperblock) -> Option<ExtensionReport<'_>> {
     let page = superblock.extension()?;
-    Some(Extension {
+    Some(ExtensionReport {
         uuid: page.uuid.to_string(),
         label: &page.label,
         created: page.created,
@@ -84,9 +81,9 @@ fn report<'a>(
     slots: &[SlotState],
     recovery: &Recovery,
     totals: &Totals,
-) -> Report<'a> {
+) -> SuperblockReport<'a> {
     let number = |wanted: fn(&SlotState) -> bool| slots.iter().filter(|&slot| wanted(slot)).count();
-    Report {
+    SuperblockReport {
         device: log.device.name(),
         size_bytes: log.device.size(),
         magic_ok: log.superblock.magic.is_ok(),
@@ -109,7 +106,7 @@ fn report<'a>(
     }
 }
 
-fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
+fn print(r: &SuperblockReport<'_>, out: &mut Output) -> Result<()> {
     let record =
         r.record_segment.map_or_else(|| "garbage, or unreadable".into(), |id| id.to_string());
     let magic = if r.magic_ok { "right" } else { "wrong" };
@@ -150,7 +147,7 @@ fn print(r: &Report<'_>, out: &mut Output) -> Result<()> {
     Ok(())
 }
 
-fn extension_rows(e: &Extension<'_>) -> [(&'static str, String); 6] {
+fn extension_rows(e: &ExtensionReport<'_>) -> [(&'static str, String); 6] {
     let backing = match (e.backing_sectors, e.backing_id) {
         (0, _) => "any".into(),
         (sectors, "") => format!("one of {sectors} sectors"),
@@ -166,7 +163,7 @@ fn extension_rows(e: &Extension<'_>) -> [(&'static str, String); 6] {
         (
             "created",
             humantime::format_rfc3339_seconds(
-                UNIX_EPOCH + Duration::from_secs(e.created.min(MAX_TIME)),
+                UNIX_EPOCH + Duration::from_secs(e.created.min(LAST_SECOND)),
             )
             .to_string(),
         ),

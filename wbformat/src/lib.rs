@@ -1,10 +1,9 @@
-//! `wbformat`: makes a cache device, and refuses to do so over anything that is still worth
-//! something.
+//! `wbformat`: makes a cache device, and refuses to overwrite anything that may still be of value.
 
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser};
 use libwb::cache::refuse_size;
-use libwb::cli::{self, Exit, Io, Output, Progress, Recorded, count, human_size, parse_label};
+use libwb::cli::{self, Exit, Io, Output, Progress, VolumeDevices, count, human_size, parse_label};
 use libwb::device::fit::refuse_misfit;
 use libwb::device::probe::{Access, OpenError, Opened, open};
 use libwb::device::sparse::SparseFile;
@@ -12,7 +11,6 @@ use libwb::device::{Device, signatures};
 use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, to_u64};
 use libwb::log::Use;
 use libwb::log::format_device::create;
-use libwb::log::live;
 use libwb::log::superblock::examine_superblock;
 use libwb::log::traces::find_segment;
 use serde::Serialize;
@@ -24,37 +22,38 @@ use uuid::Uuid;
 
 /// Make a cache device: an empty log in the format of dm-writeboost.
 ///
-/// Refuses when the device is in use, too small, belongs to a recorded volume, holds a filesystem,
-/// partition table, LVM, RAID or other signature, or holds a cache with dirty blocks, which may be
-/// the only copy of that data. A sparse file is allocated first, so that the cache has the room
-/// that it will need.
+/// Refuses a device in any of these cases: it is in use, or too small; it belongs to a recorded
+/// volume; it holds a filesystem, partition table, LVM, RAID or other signature; it holds a cache
+/// with dirty blocks, which may be the only copy of that data.
+///
+/// wbformat first allocates a sparse file, so that the cache has the room that it will need.
 #[derive(Parser)]
 #[command(name = "wbformat", version, after_help = cli::EXIT_CODES)]
 struct Args {
-    /// The device to make a cache of: a block device or a file. Everything on it is lost
+    /// The device to make a cache of: a block device or a file. All its data is lost
     #[arg(value_name = "CACHE")]
     cache: PathBuf,
 
-    /// Go on although the device holds a filesystem, a partition table or the like, or belongs to a
-    /// recorded volume, or the backing device is a cache device itself, or smaller. Does not give
-    /// up dirty blocks
+    /// Go on in spite of these: the device holds a filesystem, a partition table or the like, or
+    /// belongs to a recorded volume; the backing device is itself a cache device, or smaller. Does
+    /// not give up dirty blocks
     #[arg(long)]
     force: bool,
 
-    /// Give up the dirty blocks of the cache that is on the device, and whatever is left of a
-    /// damaged one. They are lost for ever
+    /// Give up the dirty blocks of the cache on the device, and the remains of a damaged cache.
+    /// They are lost forever
     #[arg(long)]
     discard_dirty: bool,
 
-    /// Leave a sparse file as it is, rather than have its filesystem set room aside for all of it
+    /// Leave a sparse file as it is, instead of having its filesystem reserve all the room
     #[arg(long)]
     sparse: bool,
 
-    /// Pair the cache with this backing device: it will be refused in front of any other
+    /// Pair the cache with this backing device: wb will refuse it in front of any other
     #[arg(long, value_name = "DEV")]
     backing: Option<PathBuf>,
 
-    /// A name for people, of up to 64 bytes
+    /// A label for people, of up to 64 bytes
     #[arg(long, value_parser = parse_label)]
     label: Option<String>,
 
@@ -62,11 +61,11 @@ struct Args {
     #[arg(long)]
     uuid: Option<Uuid>,
 
-    /// Write the base format alone, without UUID, label, pairing and the CRC of each block
+    /// Write only the base format, without UUID, label, pairing and the CRC of each block
     #[arg(long, conflicts_with_all = ["backing", "label", "uuid"])]
     compat: bool,
 
-    /// Check everything and say what would be done, but write nothing
+    /// Check everything and show what would be done, but write nothing
     #[arg(long)]
     dry_run: bool,
 
@@ -76,7 +75,7 @@ struct Args {
 }
 
 #[derive(Serialize)]
-struct Report<'a> {
+struct FormatReport<'a> {
     device: &'a Path,
     formatted: bool,
     size_bytes: u64,
@@ -97,8 +96,8 @@ pub fn main() -> ExitCode {
     cli::run(&name(), Exit::Failed, |out| format(&args, out))
 }
 
-/// What this program was called as: another that runs it may give its own name, under which errors
-/// are told.
+/// The name that this program was called by. A caller may pass its own name, and errors then carry
+/// that name.
 fn name() -> String {
     let path = std::env::args_os().next().map(PathBuf::from);
     let name =
@@ -134,7 +133,7 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
     Ok(Exit::Done)
 }
 
-/// Opens the backing device that the cache is to be paired with. It may be in use.
+/// Opens the backing device to pair the cache with. It may be in use.
 fn open_backing(args: &Args, cache: &Opened, path: &Path) -> Result<Opened> {
     let backing = open(path, Access::ReadUnlocked)?;
     if backing.identity == cache.identity {
@@ -147,7 +146,7 @@ fn open_backing(args: &Args, cache: &Opened, path: &Path) -> Result<Opened> {
     Ok(backing)
 }
 
-/// What is written beyond the base format.
+/// The extension to write beyond the base format.
 fn extension(args: &Args, device: &Device, backing: Option<&Opened>) -> SuperblockExtension {
     let uuid = args.uuid.unwrap_or_else(Uuid::new_v4);
     let mut extension = SuperblockExtension {
@@ -161,16 +160,17 @@ fn extension(args: &Args, device: &Device, backing: Option<&Opened>) -> Superblo
     extension
 }
 
-/// Refuses a device of a recorded volume. `wbctl create` records it only when it is formatted.
+/// Refuses a device of a recorded volume. `wbctl create` records a volume only after formatting.
 fn refuse_recorded(args: &Args) -> Result<()> {
     if args.force {
         return Ok(());
     }
-    let volumes = Recorded::all().context("cannot read the records of volumes")?;
-    if let Some(Recorded { name, .. }) = volumes.iter().find(|volume| volume.has(&args.cache)) {
+    let volumes = VolumeDevices::all().context("cannot read the records of volumes")?;
+    if let Some(VolumeDevices { name, .. }) = volumes.iter().find(|volume| volume.has(&args.cache))
+    {
         bail!(
-            "{}: refused: it belongs to the volume '{name}'. If you give that up, first: wbctl \
-             remove {name}; use --force to format it and leave the volume recorded",
+            "{}: refused: it belongs to the volume '{name}'. To give that up, first run: wbctl \
+             remove {name}. Or use --force to format the device and leave the volume recorded",
             args.cache.display()
         );
     }
@@ -183,7 +183,7 @@ fn refuse_foreign(args: &Args) -> Result<()> {
     }
     let path = args.cache.display();
     if let Some(signature) = signatures::find(&args.cache)? {
-        bail!("{path}: refused: it holds: {signature}. Use --force to format it all the same");
+        bail!("{path}: refused: it holds: {signature}. Use --force to format it anyway");
     }
     Ok(())
 }
@@ -197,12 +197,11 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     let cannot_tell = |why: &dyn std::fmt::Display| {
         format!(
             "{path}: refused: it holds a cache that is too damaged to tell whether it has dirty \
-             blocks ({why}). See what wbcheck says; use --discard-dirty to give up whatever it \
-             holds"
+             blocks ({why}). See wbcheck; use --discard-dirty to give up whatever it holds"
         )
     };
     if let Err(fault) = superblock.magic {
-        // Has something else been made of the device since?
+        // The device may have been put to another use since.
         if signatures::find(&args.cache)?.is_some() {
             return Ok(());
         }
@@ -217,14 +216,8 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     if let Err(error) = superblock.check_extension(device, Use::Read) {
         bail!(cannot_tell(&error));
     }
-    let mut progress =
-        Progress::new("looking for dirty blocks", superblock.geometry.lap(), SEGMENT_BYTES);
-    // As attach, which would write back what this finds.
-    let known = superblock.or_no_record();
-    let found =
-        io.block_on(live::dirty_blocks(device, &known, |slot| progress.set(u64::from(slot.0))));
-    drop(progress);
-    let dirty = match found {
+    // As attach does, which would write back what this finds.
+    let dirty = match io.dirty_blocks(device, &superblock.or_no_record()) {
         Ok(dirty) => dirty,
         Err(error) => bail!(cannot_tell(&error)),
     };
@@ -238,16 +231,16 @@ fn refuse_dirty(args: &Args, io: &Io, device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a device without a superblock on which segments are left.
+/// Refuses a device without a superblock that still holds segments.
 fn refuse_traces(args: &Args, io: &Io, device: &Device, geometry: Geometry) -> Result<()> {
     let mut progress = Progress::new("looking for segments", geometry.lap(), SEGMENT_BYTES);
     let found = io.block_on(find_segment(device, geometry, |slot| progress.set(u64::from(slot.0))));
     drop(progress);
     if let Some(id) = found {
         bail!(
-            "{}: refused: the first MiB of a cache was zeroed or written over, but its segments \
-             are there, such as segment {id}. They may hold dirty blocks that are nowhere else; \
-             use --discard-dirty to give them up",
+            "{}: refused: the first MiB of a cache was zeroed or overwritten, but its segments \
+             are still there, such as segment {id}. They may hold dirty blocks that are nowhere \
+             else; use --discard-dirty to give them up",
             args.cache.display()
         );
     }
@@ -262,7 +255,7 @@ fn report(
     out: &mut Output,
 ) -> Result<()> {
     if args.json {
-        let report = Report {
+        let report = FormatReport {
             device: &args.cache,
             formatted: !args.dry_run,
             size_bytes: device.size(),

@@ -5,23 +5,28 @@ mod numbers;
 mod own;
 mod progress;
 mod recorded;
+mod salvage;
 mod table;
+mod text;
 mod workers;
 
-pub use numbers::{count, human_rate, human_size, human_time, parse_label, percent};
+pub use numbers::{LAST_SECOND, count, human_rate, human_size, human_time, parse_label, percent};
 pub use own::{open_no_link, read_own, refuse_others};
 pub use progress::Progress;
 pub use recorded::{
-    MAX_NAME, MAX_RECORD, RECORD_SUFFIX, Recorded, config_dir, is_same_device, is_volume_name,
-    read_text,
+    MAX_NAME, MAX_RECORD, RECORD_SUFFIX, VolumeDevices, config_dir, is_same_device, is_volume_name,
 };
+pub use salvage::SalvageOption;
 pub use table::{Table, properties, table};
+pub use text::read_text;
 
 use crate::control;
 use crate::device::probe::{Access, OpenError, Opened, open};
 use crate::device::{Device, UringDevice};
-use crate::format::{Geometry, Slot};
+use crate::format::{Geometry, SEGMENT_BYTES, Slot};
 use crate::log::scan::{SlotContent, SlotState, scan_by};
+use crate::log::superblock::Superblock;
+use crate::log::{LogError, live};
 use crate::reactor::{Handle, Reactor};
 use crate::sys;
 use nix::sys::signal::{SigSet, Signal};
@@ -69,15 +74,15 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// What the help of a program other than wbcheck says of [`Exit`].
+/// What the help of programs other than wbcheck says about [`Exit`].
 pub const EXIT_CODES: &str = "\
 Exit codes:
   0  done
   1  failed or refused
   2  the command line makes no sense";
 
-/// Runs a program. An error becomes a message on standard error, as a rule of one line, and the
-/// exit code `on_error`.
+/// Runs a program. An error becomes a message on standard error, usually of one line, and the exit
+/// code `on_error`.
 pub fn run<E: Display + AsRef<dyn Error + Send + Sync>>(
     program: &str,
     on_error: Exit,
@@ -100,11 +105,11 @@ pub fn run<E: Display + AsRef<dyn Error + Send + Sync>>(
 
 /// What [`run`] says of an error.
 pub fn explain<E: Display + AsRef<dyn Error + Send + Sync>>(error: &E) -> String {
-    // The alternate form gives an error's causes as well.
+    // The alternate form includes the causes of an error.
     without_numbers(&with_holder(format!("{error:#}"), error.as_ref()))
 }
 
-/// The message of an error, which says of a device in use by which volume, where one has it.
+/// The message of an error. For a device in use, it names the volume that uses it, if one does.
 fn with_holder(message: String, error: &(dyn Error + 'static)) -> String {
     let mut causes = std::iter::successors(Some(error), |&cause| cause.source());
     let in_use = causes.find_map(|cause| match cause.downcast_ref() {
@@ -121,8 +126,8 @@ fn with_holder(message: String, error: &(dyn Error + 'static)) -> String {
     })
 }
 
-/// A message without the numbers that Rust adds to what the system says, such as in "No such file
-/// or directory (os error 2)".
+/// Removes the numbers that Rust adds to system errors, such as in "No such file or directory (os
+/// error 2)".
 fn without_numbers(message: &str) -> String {
     const BEFORE: &str = " (os error ";
     let mut parts = message.split(BEFORE);
@@ -137,14 +142,14 @@ fn without_numbers(message: &str) -> String {
     text
 }
 
-/// Prints one line on standard error, as far as that can be written.
+/// Prints one line on standard error, if that is possible.
 pub fn complain(program: &str, message: impl Display) {
     let _ = writeln!(io::stderr(), "{program}: {message}");
 }
 
-/// From now on, a signal to end (as from Ctrl-C) prints one line on standard error, which says how
-/// things stand and how to go on, and ends the program. To be called before other threads are
-/// started.
+/// From now on, a signal to end (as from Ctrl-C) prints one line on standard error and ends the
+/// program. The line tells the state of the work and how to continue. Call it before other threads
+/// start.
 ///
 /// # Errors
 /// When the system has no room for a thread.
@@ -165,8 +170,8 @@ pub fn on_interrupt(
     })
 }
 
-/// From now on, these signals do nothing to this thread and all that it starts later; instead `act`
-/// is told of each, in a thread of its own.
+/// From now on, blocks these signals in this thread and all that it starts later. A thread of its
+/// own passes each signal to `act`.
 ///
 /// # Errors
 /// When the system has no room for a thread.
@@ -184,7 +189,7 @@ pub fn on_signals(
     Ok(())
 }
 
-/// Whether a terminal is to have colours: not when its user has set `NO_COLOR` (no-color.org).
+/// Whether a terminal may have colours: not if its user has set `NO_COLOR` (no-color.org).
 pub fn wants_colours() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
 }
@@ -192,14 +197,14 @@ pub fn wants_colours() -> bool {
 fn wrapped(text: &str, indent: &str, columns: u16) -> String {
     let options = textwrap::Options::new(columns.into())
         .subsequent_indent(indent)
-        // A path or an option is to stay what it is.
+        // Paths and options must not be split.
         .word_splitter(textwrap::WordSplitter::NoHyphenation)
         .break_words(false);
     textwrap::fill(text, options)
 }
 
-/// Standard output. A reader that goes away early is no error: what would follow is thrown away,
-/// and the program's exit code still says what it found.
+/// Standard output. If its reader goes away early, that is not an error: the rest is discarded, and
+/// the exit code still tells what the program found.
 pub struct Output {
     stdout: BufWriter<StdoutLock<'static>>,
     closed: bool,
@@ -215,8 +220,8 @@ impl Output {
         writeln!(self, "{line}")
     }
 
-    /// Prints a text of one line; on a terminal too narrow for it, as several, which break between
-    /// words and begin with `indent` but for the first.
+    /// Prints a text on one line. On a terminal that is too narrow, breaks it between words, and
+    /// starts each line but the first with `indent`.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -232,7 +237,7 @@ impl Output {
         wants_colours() && io::stdout().is_terminal()
     }
 
-    /// How many columns the terminal has; `None` where it is none.
+    /// The number of columns of the terminal; `None` if the output is not a terminal.
     pub fn columns(&self) -> Option<u16> {
         table::columns()
     }
@@ -310,8 +315,8 @@ impl Io {
         Arc::new(self.reactor.handle().clone())
     }
 
-    /// Reads and verifies every slot, on all processors, and shows each to `visit` in the order of
-    /// the device.
+    /// Reads and verifies every slot, on all processors, and passes each to `visit` in device
+    /// order.
     ///
     /// # Errors
     /// When the system has no room for threads.
@@ -323,6 +328,17 @@ impl Io {
     ) -> io::Result<Vec<SlotState>> {
         let workers = Workers::start()?;
         Ok(self.block_on(scan_by(device, geometry, |read| workers.run(read), visit)))
+    }
+
+    /// How many dirty blocks the log of a device holds. Shows progress.
+    ///
+    /// # Errors
+    /// As [`live::dirty_blocks`].
+    pub fn dirty_blocks(&self, device: &Device, superblock: &Superblock) -> Result<u64, LogError> {
+        let lap = superblock.geometry.lap();
+        let mut progress = Progress::new("looking for dirty blocks", lap, SEGMENT_BYTES);
+        let visit = |slot: Slot| progress.set(u64::from(slot.0));
+        self.block_on(live::dirty_blocks(device, superblock, visit))
     }
 
     /// Runs a future to its end.

@@ -1,7 +1,10 @@
-//! Numbers and the like as people read and write them. Each number has its unit.
+//! Numbers as people read and write them, each with its unit.
 
 use crate::format::{TEXT_BYTES, fitting};
 use indicatif::BinaryBytes;
+
+/// The last second of the year 9999, counted from 1970. Later times are garbage.
+pub const LAST_SECOND: u64 = 253_402_300_799;
 
 /// A size for people, such as "8 MiB" or "1.46 TiB".
 pub fn human_size(bytes: u64) -> String {
@@ -36,7 +39,7 @@ pub fn human_time(seconds: f64) -> String {
     }
 }
 
-/// A part in percent, such as "12.5 %"; "-" where nothing is known.
+/// A ratio in percent, such as "12.5 %"; "-" if it is not known.
 pub fn percent(ratio: Option<f64>) -> String {
     ratio.map_or("-".into(), |ratio| format!("{:.1} %", ratio * 100.0))
 }
@@ -53,7 +56,7 @@ pub fn count(n: u64, noun: &str) -> String {
 /// Reads a label of a cache device.
 ///
 /// # Errors
-/// When there is no room for it in the superblock.
+/// When it does not fit into the superblock.
 pub fn parse_label(text: &str) -> Result<String, String> {
     if fitting(text) == text {
         Ok(text.into())

@@ -1,11 +1,11 @@
-//! How far long work has got.
+//! The progress of long work.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 
-/// A progress bar on standard error, with rate and time left. It shows up only on a terminal, and
-/// only when the work has taken a second.
+/// A progress bar on standard error, with rate and time left. It appears only on a terminal, and
+/// only after a second.
 pub struct Progress {
     bar: ProgressBar,
     /// Bytes of a unit of work.
@@ -16,7 +16,7 @@ pub struct Progress {
 impl Progress {
     const PATIENCE: Duration = Duration::from_secs(1);
 
-    /// A bar for `total` units of work, of so many bytes each.
+    /// A bar for `total` units of work, each of `unit` bytes.
     pub fn new(what: &'static str, total: u64, unit: usize) -> Progress {
         let unit = crate::format::to_u64(unit);
         let total = total.saturating_mul(unit);

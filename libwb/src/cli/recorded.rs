@@ -1,23 +1,21 @@
-//! The records of volumes, as far as every program needs them: which devices belong to which
-//! volume.
+//! The part of the volumes' records that every program needs: which devices belong to which volume.
 
 use super::own::read_own;
 use crate::device::probe::identity;
 use serde::Deserialize;
-use std::fs::File;
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 /// The longest name of a volume, so that the path of its socket fits what the system allows.
 pub const MAX_NAME: usize = 64;
-/// How the name of a record's file goes on after the name of the volume.
+/// The suffix of a record's file name, after the name of the volume.
 pub const RECORD_SUFFIX: &str = ".toml";
 /// The longest record that is read, in bytes.
 pub const MAX_RECORD: u64 = 1 << 20;
 
 /// A recorded volume and its devices.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Recorded {
+pub struct VolumeDevices {
     /// The volume's name.
     pub name: String,
     /// The cache device.
@@ -26,28 +24,28 @@ pub struct Recorded {
     pub backing: PathBuf,
 }
 
-impl Recorded {
-    /// All volumes that are recorded, by name. A record that cannot be read names no device, and
-    /// who may not look into the folder finds none.
+impl VolumeDevices {
+    /// All recorded volumes, by name. Skips records that it cannot read. Returns none to a user who
+    /// may not read the folder.
     ///
     /// # Errors
     /// When the folder cannot be read.
-    pub fn all() -> io::Result<Vec<Recorded>> {
+    pub fn all() -> io::Result<Vec<VolumeDevices>> {
         let entries = match std::fs::read_dir(config_dir()) {
             Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
                 return Ok(Vec::new());
             }
             entries => entries?,
         };
-        let mut all: Vec<Recorded> = Vec::new();
+        let mut all: Vec<VolumeDevices> = Vec::new();
         for entry in entries {
-            all.extend(Recorded::load(&entry?.path()));
+            all.extend(VolumeDevices::load(&entry?.path()));
         }
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
     }
 
-    fn load(path: &Path) -> Option<Recorded> {
+    fn load(path: &Path) -> Option<VolumeDevices> {
         #[derive(Deserialize)]
         struct Devices {
             cache: PathBuf,
@@ -58,7 +56,7 @@ impl Recorded {
             return None;
         }
         let Devices { cache, backing } = toml::from_str(&read_own(path, MAX_RECORD).ok()?).ok()?;
-        Some(Recorded { name: name.into(), cache, backing })
+        Some(VolumeDevices { name: name.into(), cache, backing })
     }
 
     /// Whether one of its two devices is this one.
@@ -72,32 +70,15 @@ pub fn config_dir() -> PathBuf {
     std::env::var_os("WB_CONFIG_DIR").map_or_else(|| "/etc/wb".into(), PathBuf::from)
 }
 
-/// Whether a volume can have this name. None leads out of a folder.
+/// Whether this is a valid volume name. No valid name leads out of a folder.
 pub fn is_volume_name(text: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     (1..=MAX_NAME).contains(&text.len()) && !text.starts_with(['.', '-']) && text.chars().all(plain)
 }
 
-/// Whether two paths lead to one device, or are the same path, be there a device or not.
+/// Whether two paths lead to the same device, or are equal, even if there is no device.
 pub fn is_same_device(a: &Path, b: &Path) -> bool {
     a == b || identity(a).is_ok_and(|a| identity(b).is_ok_and(|b| a == b))
-}
-
-/// Reads a text file, or a pipe.
-///
-/// # Errors
-/// When it cannot be read, is no text, or is longer than so many bytes.
-pub fn read_text(path: &Path, most: u64) -> io::Result<String> {
-    read_at_most(File::open(path)?, most)
-}
-
-fn read_at_most(file: File, most: u64) -> io::Result<String> {
-    let mut text = String::new();
-    file.take(most + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > most {
-        return Err(io::Error::new(ErrorKind::FileTooLarge, format!("longer than {most} bytes")));
-    }
-    Ok(text)
 }
 
 #[cfg(test)]
@@ -120,7 +101,7 @@ mod tests {
         std::fs::create_dir_all(&dir).unwrap();
         let load = |file: &str, text: &[u8]| {
             std::fs::write(dir.join(file), text).unwrap();
-            Recorded::load(&dir.join(file)).map(|it| (it.name, it.cache, it.backing))
+            VolumeDevices::load(&dir.join(file)).map(|it| (it.name, it.cache, it.backing))
         };
         let record = b"cache = \"/c\"\nbacking = \"/b\"\ncolour = 1\n";
         assert_eq!(load("data.toml", record), Some(("data".into(), "/c".into(), "/b".into())));
@@ -133,13 +114,13 @@ mod tests {
         ] {
             assert_eq!(load(file, text), None, "{file}");
         }
-        let load = |file: &str| Recorded::load(&dir.join(file));
+        let load = |file: &str| VolumeDevices::load(&dir.join(file));
         nix::unistd::mkfifo(&dir.join("pipe.toml"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         std::fs::create_dir(dir.join("folder.toml")).unwrap();
         std::os::unix::fs::symlink("/dev/zero", dir.join("zero.toml")).unwrap();
         assert_eq!([load("pipe.toml"), load("folder.toml"), load("zero.toml")], [None, None, None]);
         let why = read_own(&dir.join("pipe.toml"), MAX_RECORD).unwrap_err();
-        assert_eq!(why.to_string(), "refused: it is no regular file");
+        assert_eq!(why.to_string(), "refused: it is not a regular file");
         std::fs::remove_dir_all(&dir).unwrap();
     }
 }

@@ -3,12 +3,12 @@
 use comfy_table::{CellAlignment, ColumnConstraint, ContentArrangement, Width, presets};
 use std::fmt;
 
-/// A table, to be filled with rows and displayed. No line of it ends with blanks.
+/// A table to fill with rows and display. Its lines have no trailing blanks.
 pub struct Table(comfy_table::Table);
 
-/// A table with a header; numbers, which every column but those of `words` holds, stand to the
-/// right and stay whole. On a narrow terminal, long cells of words are wrapped; elsewhere a row is
-/// a line, so that other programs can read it.
+/// A table with a header. The columns in `words` hold text; all others hold numbers, which are
+/// right-aligned and never wrapped. A narrow terminal wraps long text. Elsewhere a row is one line,
+/// so that other programs can read it.
 pub fn table<const N: usize>(header: [&str; N], words: &[&str]) -> Table {
     let mut table = comfy_table::Table::new();
     table.load_style(presets::NOTHING).set_header(header);
@@ -36,7 +36,7 @@ fn fit(table: &mut comfy_table::Table) {
     }
 }
 
-/// How many columns the terminal on standard output has; `None` where it is none.
+/// The number of columns of the terminal on standard output; `None` if it is not a terminal.
 pub(super) fn columns() -> Option<u16> {
     let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok()?;
     (size.ws_col > 0).then_some(size.ws_col)

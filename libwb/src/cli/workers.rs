@@ -1,4 +1,4 @@
-//! Threads for work that takes processors, such as verifying what was read.
+//! Threads for CPU-bound work, such as verifying data.
 
 use async_task::{Runnable, Task};
 use parking_lot::Mutex;
@@ -6,7 +6,7 @@ use std::io;
 use std::sync::{Arc, mpsc};
 use std::thread::available_parallelism;
 
-/// A thread for each processor. They end when this, and all that was started on them, is gone.
+/// One thread per processor. The threads end when this value and all its tasks are gone.
 pub(super) struct Workers {
     tasks: mpsc::Sender<Runnable>,
 }

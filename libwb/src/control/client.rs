@@ -1,5 +1,5 @@
-//! The side of the socket that asks. It waits for nobody without end: a daemon that is at work says
-//! so all the time.
+//! The client side of the socket. It never waits without limit: a daemon that is at work keeps
+//! saying so.
 
 use super::line::Lines;
 use super::{FIRST, Message, PROTOCOL, Reply, Request, SOCKET, refuse_stranger, run_dir};
@@ -17,33 +17,33 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-/// How long a daemon may say nothing, in seconds. One that is at work shows progress more than
-/// twice in that.
+/// How long a daemon may be silent, in seconds. One that is at work reports progress more than
+/// twice in that time.
 const PATIENCE_SECONDS: u8 = 5;
 
-/// Why a daemon's answer could not be had.
+/// Why a daemon gave no usable answer.
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
-    /// None listens.
+    /// No daemon listens.
     #[error("no daemon listens there")]
     NotThere,
-    /// It takes the request, or not even that, and says nothing.
+    /// The daemon does not answer; it may not even take the request.
     #[error("its daemon{} does not answer", of_process(*.0))]
     Silent(Option<i32>),
-    /// It ended the connection before the end.
+    /// The daemon closed the connection before its last reply.
     #[error("its daemon went away")]
     Gone,
-    /// What it says makes no sense to this version.
+    /// This version does not understand the reply.
     #[error(
         "its daemon speaks version {protocol} of the protocol, and wbctl version {PROTOCOL}: {why}"
     )]
     Strange {
-        /// The version of the protocol that it speaks.
+        /// The protocol version of the daemon.
         protocol: u32,
-        /// What makes no sense.
+        /// What it does not understand.
         why: String,
     },
-    /// The system said no.
+    /// A system call failed.
     #[error(transparent)]
     System(#[from] io::Error),
 }
@@ -52,13 +52,13 @@ fn of_process(pid: Option<i32>) -> String {
     pid.map(|pid| format!(" (process {pid})")).unwrap_or_default()
 }
 
-/// How far a drain is, in bytes.
+/// How much a drain has left to do, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Remaining {
     /// What is still to be written back.
     pub left: u64,
-    /// What counts as dirty: what is written back of the batch under way does so until all of that
-    /// is durable.
+    /// What counts as dirty. Data of the current batch stays dirty until the whole batch is
+    /// durable.
     pub dirty: u64,
 }
 
@@ -72,12 +72,12 @@ impl Client {
     /// Connects to a daemon's socket.
     ///
     /// # Errors
-    /// When none listens there, it does not take connections, or somebody does who is not to be
-    /// believed.
+    /// When no daemon listens there, when it does not take connections, or when another user
+    /// listens.
     pub fn connect(path: &Path) -> Result<Client, AskError> {
         let client = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)
             .map_err(io::Error::from)?;
-        // It limits the connecting, too, which waits when too many others do.
+        // This also limits `connect`, which waits while too many other clients do.
         let limit = TimeVal::seconds(PATIENCE_SECONDS.into());
         setsockopt(&client, sockopt::SendTimeout, &limit).map_err(io::Error::from)?;
         let address = UnixAddr::new(path).map_err(io::Error::from)?;
@@ -90,22 +90,22 @@ impl Client {
             Err(cause) => return Err(AskError::System(cause.into())),
         }
         let pid = getsockopt(&client, sockopt::PeerCredentials).ok().map(|peer| peer.pid());
-        // In another namespace, it has none here.
+        // A process of another PID namespace has no number here.
         let pid = pid.filter(|&pid| pid > 0);
         let client = UnixStream::from(client);
         refuse_stranger(&client)?;
         Ok(Client { lines: Lines::of(client), pid })
     }
 
-    /// The process that listens, where the system knows it.
+    /// The process that listens, if the system knows it.
     pub fn pid(&self) -> Option<i32> {
         self.pid
     }
 
-    /// Sends a request; shows progress to `progress`; returns the reply that ends the exchange.
+    /// Sends a request, passes progress to `progress`, and returns the last reply.
     ///
     /// # Errors
-    /// When the daemon says nothing for seconds, or goes away before that.
+    /// When the daemon is silent for seconds, or goes away before its last reply.
     pub fn ask(
         &mut self,
         request: &Request,
@@ -116,7 +116,7 @@ impl Client {
             .map_err(io::Error::from)?;
         line.push(b'\n');
         match self.lines.socket().write_all(&line) {
-            // It may have said why before it hung up.
+            // The daemon may have sent the reason before it hung up.
             Err(e) if e.kind() != ErrorKind::BrokenPipe => return Err(self.failed(e)),
             _ => {}
         }
@@ -135,7 +135,7 @@ impl Client {
                         dirty: dirty_bytes,
                     });
                 }
-                // A newer daemon may tell more while it works.
+                // A newer daemon may send other messages while it works.
                 Reply::Unknown => {
                     unknown = Some(AskError::Strange { protocol, why: line.trim_end().into() });
                 }
@@ -155,7 +155,7 @@ impl Client {
     }
 }
 
-/// Reads a reply, and what it leaves out of a status.
+/// Reads a reply, and notes what a status leaves out.
 fn parse(line: &str) -> Result<Message<Reply>, AskError> {
     let strange =
         |protocol| move |e: serde_json::Error| AskError::Strange { protocol, why: e.to_string() };
@@ -168,8 +168,8 @@ fn parse(line: &str) -> Result<Message<Reply>, AskError> {
     Ok(Message { protocol, body: reply })
 }
 
-/// The attached volume that a device belongs to, as far as the daemons may be asked and answer
-/// soon.
+/// The attached volume that a device belongs to. It knows only of daemons that this user may ask
+/// and that answer soon.
 pub fn volume_of(device: &Path) -> Option<String> {
     let wanted = identity(device).ok()?;
     let is_wanted = |path: &Path| identity(path).is_ok_and(|found| found == wanted);

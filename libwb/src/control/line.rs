@@ -1,4 +1,4 @@
-//! Lines of a socket, each read within a time.
+//! Reads lines from a socket, each within a time limit.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::net::UnixStream;
@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 /// The longest line that is read from a socket, in bytes.
 const MAX_LINE: u64 = 64 * 1024;
 
-/// Reads lines. The time that one may take is for all of it, however many pieces it comes in.
+/// Reads lines. The time limit is for a whole line, in however many pieces it arrives.
 pub(super) struct Lines(BufReader<Until>);
 
-/// A socket that is read until some moment.
+/// A socket, and the moment until which it is read.
 struct Until {
     socket: UnixStream,
     end: Instant,

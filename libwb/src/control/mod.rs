@@ -3,16 +3,18 @@
 //! A client sends one request and reads replies until one that ends the exchange: anything but
 //! [`Reply::Progress`], which a daemon sends every other second at least while it is at work.
 //!
-//! A daemon outlives the installation of a newer version, so either side may be the older one. What
-//! a message lacks has a default, and what it has too much is passed over. What the other side must
-//! not pass over makes a new [`PROTOCOL`].
+//! A daemon outlives the installation of a newer version, so either side may be the older one. A
+//! missing member has a default, and an unknown member is ignored. A change that the other side
+//! must not ignore needs a new [`PROTOCOL`].
 
 mod client;
 mod line;
+mod state;
 mod statistics;
 mod status;
 
 pub use client::{AskError, Client, Remaining, volume_of};
+pub use state::VolumeState;
 pub use statistics::{AccessCount, Latency, VolumeStatistics, hit_ratio, ratio};
 pub use status::{LiveStatus, Stuck, VolumeStatus, by_name};
 
@@ -36,40 +38,42 @@ use std::time::Duration;
 /// The version of the protocol.
 pub const PROTOCOL: u32 = 1;
 
-/// Clients whose requests may wait for something, such as a device. More are turned away.
+/// The maximum number of clients whose requests may wait, for example for a device. Further ones
+/// are turned away.
 const MAX_WAITING: usize = 32;
-/// Connections in all. What is beyond [`MAX_WAITING`] is for requests that are answered at once,
-/// and for those that end the daemon: a device that hangs must not keep anybody from them.
+/// The maximum number of connections. Those beyond [`MAX_WAITING`] are reserved for requests that
+/// are answered at once, and for those that end the daemon. A device that hangs must not block
+/// these.
 const MAX_CONNECTIONS: usize = 128;
-/// How long a client may take for its request, in all, or to take a reply.
+/// How long a client may take to send its request, or to take a reply.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a client asks of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
 pub enum Request {
-    /// For a [`Reply::Status`].
+    /// Asks for a [`Reply::Status`].
     Status,
-    /// To make everything acknowledged durable.
+    /// Makes everything acknowledged durable.
     Flush,
-    /// To write everything back.
+    /// Writes everything back.
     Drain,
-    /// For [`Reply::Tunables`].
+    /// Asks for [`Reply::Tunables`].
     Tunables,
-    /// To let all counters start anew.
+    /// Resets all counters.
     ClearStats,
-    /// To change tunables, all of them or none.
+    /// Changes tunables, all of them or none.
     Set {
         /// Tunables by name.
         #[serde(default)]
         tunables: BTreeMap<String, TunableValue>,
     },
-    /// To write nothing back any more, but for a drain, and when the log is full. Waits a while for
-    /// what is being written back at that moment; a [`Reply::Status`] tells whether that has ended.
+    /// Pauses write-back, except for a drain and when the log is full. It waits a while for the
+    /// current batch; a [`Reply::Status`] tells whether the batch has ended.
     Pause,
-    /// To end a pause.
+    /// Ends a pause.
     Resume,
-    /// To stop serving and exit.
+    /// Stops serving, and exits.
     Detach {
         /// Write everything back first.
         #[serde(default)]
@@ -81,7 +85,7 @@ pub enum Request {
 }
 
 impl Request {
-    /// Whether it may wait for long, without being a way to end that.
+    /// Whether it may wait for long, and is not itself a way to end such a wait.
     fn may_wait(&self) -> bool {
         matches!(self, Request::Flush | Request::Drain | Request::Pause)
     }
@@ -109,8 +113,8 @@ pub enum Reply {
         /// Data that is only in the cache.
         #[serde(default)]
         dirty_bytes: u64,
-        /// What is still to be written back of it: what has been written of the batch under way is
-        /// dirty until all of that is durable. Daemons of the first days do not tell.
+        /// How much of that is still to be written back. Data of the current batch stays dirty
+        /// until the whole batch is durable. The first daemons do not tell.
         #[serde(default)]
         left_bytes: Option<u64>,
     },
@@ -122,7 +126,7 @@ pub enum Reply {
         #[serde(default)]
         message: String,
     },
-    /// Something of a newer version.
+    /// A reply of a newer version.
     #[serde(other)]
     Unknown,
 }
@@ -133,9 +137,8 @@ const FIRST: u32 = 1;
 /// A request or a reply as it goes over the socket.
 #[derive(Serialize, Deserialize)]
 struct Message<T> {
-    /// Of a reply, the version of the protocol that its daemon speaks; of a request, the version
-    /// that it needs. Where it is missing, that is [`FIRST`]: daemons of the first days take no
-    /// request that names one.
+    /// In a reply, the protocol version of the daemon; in a request, the version that it needs. If
+    /// it is missing, it is [`FIRST`], since the first daemons reject a request that names one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     protocol: Option<u32>,
     #[serde(flatten)]
@@ -185,11 +188,11 @@ impl Replies {
         }
         exchange.has_begun = true;
         exchange.has_ended = !matches!(reply, Reply::Progress { .. });
-        // A line that was cut off would spoil the next.
+        // After a truncated line, the next one would not be readable.
         exchange.socket.write_all(&line).inspect_err(|_| exchange.is_broken = true)
     }
 
-    /// Whether the client has hung up. One that has only said that it sends no more has not.
+    /// Whether the client has hung up. A client that has only shut down its writing side has not.
     fn is_hung_up(&self) -> bool {
         let exchange = self.0.lock();
         let mut events = [PollFd::new(exchange.socket.as_fd(), PollFlags::empty())];
@@ -210,26 +213,26 @@ impl Replies {
     }
 }
 
-/// One of a number of places, until it is dropped.
-struct Place(Arc<AtomicUsize>);
+/// One of a limited number of permits, until it is dropped.
+struct Permit(Arc<AtomicUsize>);
 
-impl Place {
-    fn take(taken: &Arc<AtomicUsize>, most: usize) -> Option<Place> {
-        let place = Place(taken.clone());
-        (taken.fetch_add(1, Ordering::SeqCst) < most).then_some(place)
+impl Permit {
+    fn take(taken: &Arc<AtomicUsize>, most: usize) -> Option<Permit> {
+        let permit = Permit(taken.clone());
+        (taken.fetch_add(1, Ordering::SeqCst) < most).then_some(permit)
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-/// Answers clients of a socket, each on a thread of its own, until the process ends.
+/// Answers clients of a socket, each in a thread of its own, until the process ends.
 ///
 /// # Errors
-/// When the socket cannot be made. A stale one of that name is replaced.
+/// When the socket cannot be created. A stale one of that name is replaced.
 pub fn serve(
     path: &Path,
     handle: impl Fn(Request, &mut Replies) + Send + Sync + 'static,
@@ -242,8 +245,8 @@ pub fn serve(
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     let waiting = Arc::<AtomicUsize>::default();
     let handle = Arc::new(move |request: Request, replies: &mut Replies| {
-        let place = request.may_wait().then(|| Place::take(&waiting, MAX_WAITING));
-        match place {
+        let permit = request.may_wait().then(|| Permit::take(&waiting, MAX_WAITING));
+        match permit {
             Some(None) => turn_away(replies, MAX_WAITING),
             _ => handle(request, replies),
         }
@@ -252,7 +255,7 @@ pub fn serve(
     std::thread::Builder::new().name("wb-control".into()).spawn(move || {
         for client in listener.incoming() {
             let Ok(client) = client else {
-                // Out of descriptors, most likely: come again when some may be free.
+                // Most likely, the process has no descriptor left: try again when some may be free.
                 std::thread::sleep(Duration::from_millis(100));
                 continue;
             };
@@ -260,29 +263,28 @@ pub fn serve(
                 let _ = Replies::to(client).send(&Reply::Error { message: e.to_string() });
                 continue;
             }
-            let Some(place) = Place::take(&connections, MAX_CONNECTIONS) else {
+            let Some(permit) = Permit::take(&connections, MAX_CONNECTIONS) else {
                 turn_away(&mut Replies::to(client), MAX_CONNECTIONS);
                 continue;
             };
             let handle = handle.clone();
-            // Without a thread, the client is hung up on.
+            // Without a thread, the connection is closed.
             let _ = std::thread::Builder::new().name("wb-client".into()).spawn(move || {
                 answer(client, &*handle);
-                drop(place);
+                drop(permit);
             });
         }
     })?;
     Ok(())
 }
 
-/// Refuses who is neither root nor the user of this process at the other end of a socket.
+/// Refuses a peer that is neither root nor the user of this process.
 fn refuse_stranger(peer: &UnixStream) -> io::Result<()> {
     let uid = Uid::from_raw(getsockopt(peer, PeerCredentials)?.uid());
     if uid.is_root() || uid == geteuid() {
         return Ok(());
     }
-    let why =
-        format!("refused: at the other end of the socket is user {uid}; only root may be there");
+    let why = format!("refused: user {uid} is at the other end of the socket; only root may be");
     Err(io::Error::new(io::ErrorKind::PermissionDenied, why))
 }
 
@@ -291,9 +293,9 @@ fn turn_away(replies: &mut Replies, most: usize) {
     let _ = replies.send(&Reply::Error { message });
 }
 
-/// Reads the request of one client and hands it over. What is no request is answered with an error.
-/// What a client asked for who did not wait, as while the daemon was stopped, is not done: they
-/// have been told that it failed.
+/// Reads the request of one client and passes it to `handle`. Replies to an invalid request with an
+/// error. If the client did not wait, for example while the daemon was stopped, drops the request:
+/// the client has reported its failure.
 pub fn answer(client: UnixStream, handle: &impl Fn(Request, &mut Replies)) {
     let (Ok(()), Ok(writer)) = (client.set_write_timeout(Some(PATIENCE)), client.try_clone())
     else {
@@ -307,7 +309,7 @@ pub fn answer(client: UnixStream, handle: &impl Fn(Request, &mut Replies)) {
     }
 }
 
-/// What a client asks, or why that cannot be told.
+/// The request of a client, or why it cannot be read.
 fn request(client: UnixStream) -> Result<Request, String> {
     let line = Lines::of(client).next(PATIENCE).map_err(|e| format!("not a request: {e}"))?;
     let asked: Message<serde_json::Value> =
@@ -317,19 +319,19 @@ fn request(client: UnixStream) -> Result<Request, String> {
         return Err(format!(
             "the volume's daemon is older than wbctl, and cannot do this (it speaks version \
              {PROTOCOL} of the protocol, and {newer} is needed); detach the volume and attach it \
-             anew"
+             again"
         ));
     }
     serde_json::from_value(asked.body)
         .map_err(|e| format!("not a request that the volume's daemon knows: {e}"))
 }
 
-/// The folder that has one for each running daemon.
+/// The folder with a folder for each running daemon.
 pub fn run_dir() -> PathBuf {
     std::env::var_os("WB_RUN_DIR").map_or_else(|| "/run/wb".into(), PathBuf::from)
 }
 
-/// The daemon's socket, in its folder of that.
+/// The name of the socket in a daemon's folder.
 pub const SOCKET: &str = "socket";
 
 #[cfg(test)]
@@ -430,12 +432,12 @@ mod tests {
     }
 
     #[test]
-    fn a_place_is_free_again_when_it_is_dropped() {
+    fn a_permit_is_free_again_when_it_is_dropped() {
         let taken = Arc::default();
-        let first = Place::take(&taken, 1);
-        assert!(first.is_some() && Place::take(&taken, 1).is_none());
+        let first = Permit::take(&taken, 1);
+        assert!(first.is_some() && Permit::take(&taken, 1).is_none());
         drop(first);
-        assert!(Place::take(&taken, 1).is_some());
+        assert!(Permit::take(&taken, 1).is_some());
     }
 
     proptest! {

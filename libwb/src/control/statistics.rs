@@ -1,35 +1,35 @@
-//! What a cache counts, as its daemon tells it.
+//! What a cache counts, as its daemon reports it.
 
 use crate::cache::{Accesses, Histogram, Statistics, Status, Timed};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-/// What was counted since the volume was attached or `wbctl clear-stats`, and what follows from it.
-/// `None` where nothing is known yet.
+/// The statistics since the volume was attached or since `wbctl clear-stats`. `None` where nothing
+/// is known yet.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VolumeStatistics {
-    /// How long was counted.
+    /// How long that is.
     pub seconds: f64,
-    /// Of the blocks that were read, the part that the cache held.
+    /// The share of the blocks read that the cache held.
     pub read_hit_ratio: Option<f64>,
-    /// Of the blocks that were written, the part of which the cache held a version.
+    /// The share of the blocks written of which the cache held a version.
     pub write_hit_ratio: Option<f64>,
     /// Bytes written to the cache device for each byte that was written to the volume.
     pub write_amplification: Option<f64>,
-    /// How fast write-back was in the last minute while it worked, in bytes a second; `None` while
-    /// it does not get on.
+    /// The rate of write-back while it worked in the last minute, in bytes per second; `None` while
+    /// it makes no progress.
     pub writeback_bytes_per_second: Option<f64>,
-    /// How long write-back takes at that rate until nothing is dirty.
+    /// How long write-back needs at that rate until nothing is dirty.
     pub writeback_seconds_left: Option<f64>,
-    /// Blocks by how requests met them, in the order of the kernel module.
+    /// Blocks that requests touched, by how the cache held them, in the order of the kernel module.
     pub accesses: Vec<AccessCount>,
     /// How long requests took: `read`, `write`, `flush`.
     pub latencies: BTreeMap<String, Latency>,
 }
 
-/// How many blocks were met in one way.
+/// How many blocks of one kind requests touched.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AccessCount {
@@ -45,13 +45,13 @@ pub struct AccessCount {
     pub blocks: u64,
 }
 
-/// How long requests of a kind took. A percentile is the limit of the bucket that it lies in.
+/// How long requests of a kind took. A percentile is the upper limit of its bucket.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Latency {
     /// How many requests.
     pub requests: u64,
-    /// What they took together.
+    /// Their total time.
     pub total_seconds: f64,
     /// Half of them took no longer.
     pub p50_seconds: Option<f64>,
@@ -84,7 +84,7 @@ impl Latency {
 }
 
 impl VolumeStatistics {
-    /// What a cache has counted.
+    /// The statistics of a cache.
     pub fn new(status: &Status) -> VolumeStatistics {
         let Statistics { time, counters, accesses, latencies } = &status.statistics;
         let pace = status.writeback_pace;
@@ -115,7 +115,7 @@ fn access_counts(accesses: &Accesses) -> Vec<AccessCount> {
     accesses.iter().map(count).collect()
 }
 
-/// Of the blocks that requests of a kind met, the part that the cache held.
+/// The share of the blocks touched by requests of a kind that the cache held.
 pub fn hit_ratio(accesses: &[AccessCount], request: &str) -> Option<f64> {
     let of = |hits_only: bool| {
         let met = accesses.iter().filter(|met| met.request == request && (met.hit || !hits_only));
@@ -124,7 +124,7 @@ pub fn hit_ratio(accesses: &[AccessCount], request: &str) -> Option<f64> {
     ratio(of(true), of(false))
 }
 
-/// A part of a whole, or a multiple; `None` of nothing.
+/// A ratio; `None` if the whole is 0.
 pub fn ratio(part: u64, whole: u64) -> Option<f64> {
     (whole > 0).then(|| part as f64 / whole as f64)
 }

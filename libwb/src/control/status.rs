@@ -1,6 +1,6 @@
-//! What a daemon tells of its volume.
+//! What a daemon reports about its volume.
 
-use super::VolumeStatistics;
+use super::{VolumeState, VolumeStatistics};
 use crate::cache::{Counters, Status, StuckBlocks, TunableValue, Tunables};
 use crate::device::Pending;
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
@@ -15,9 +15,9 @@ use std::path::PathBuf;
 pub struct VolumeStatus {
     /// The volume's name.
     pub name: String,
-    /// The state in a few words, such as `attached`; wbctl(8) has them all.
-    pub state: String,
-    /// Why it is in that state, or what is wrong with it, where there is something to say.
+    /// The state that it is in.
+    pub state: VolumeState,
+    /// Why it is in that state, or what is wrong with it, if there is anything to say.
     pub message: Option<String>,
     /// The loop device, while attached.
     pub device: Option<PathBuf>,
@@ -27,14 +27,14 @@ pub struct VolumeStatus {
     pub backing: PathBuf,
     /// What only the daemon knows, while attached.
     pub live: Option<LiveStatus>,
-    /// What a daemon of another version has not told of all this, as JSON pointers. It shows as
-    /// empty or 0 here.
+    /// What a daemon of another version did not report, as JSON pointers. These values are empty or
+    /// 0 here.
     #[serde(skip)]
     pub untold: Vec<String>,
 }
 
 impl VolumeStatus {
-    /// Notes what is missing in a reply that this was read from.
+    /// Notes what is missing in the reply that this was read from.
     pub(super) fn note_untold(&mut self, told: &Value) {
         let Ok(mut known) = serde_json::to_value(&*self) else { return };
         if let Some(Value::Object(counters)) = known.pointer_mut("/live/counters") {
@@ -45,12 +45,12 @@ impl VolumeStatus {
         missing("", told, &known, &mut self.untold);
     }
 
-    /// Whether its daemon has told this, a JSON pointer.
+    /// Whether the daemon reported the value at a JSON pointer.
     pub fn tells(&self, pointer: &str) -> bool {
         !self.untold.iter().any(|untold| untold == pointer)
     }
 
-    /// The same as JSON. What was not told is null.
+    /// The status as JSON. Values that the daemon did not report are null.
     ///
     /// # Errors
     /// When a path is not UTF-8.
@@ -102,13 +102,13 @@ pub struct LiveStatus {
     pub free_bytes: u64,
     /// Data whose newest version is only in the cache: what the backing device lacks.
     pub dirty_bytes: u64,
-    /// For how long the oldest of it has been waiting, in seconds; `None` where nobody knows.
+    /// How long the oldest dirty data has been waiting, in seconds; `None` if that is not known.
     pub oldest_dirty_seconds: Option<f64>,
-    /// Data that the cache holds a version of, dirty or clean.
+    /// Data of which the cache holds a version, dirty or clean.
     pub used_bytes: u64,
     /// How many places for blocks the log has.
     pub places: u64,
-    /// The place that the next block takes, counted from the log's first slot.
+    /// The place of the next block, counted from the log's first slot.
     pub next_place: u64,
     /// The segment of that place.
     pub current_segment: u64,
@@ -122,20 +122,20 @@ pub struct LiveStatus {
     pub written_back_segment: u64,
     /// Requests that the cache device has not answered yet.
     pub cache_requests_in_flight: u64,
-    /// For how long the oldest of them has been waiting, in seconds.
+    /// How long the oldest of them has been waiting, in seconds.
     pub cache_oldest_request_seconds: Option<f64>,
     /// Requests that the backing device has not answered yet.
     pub backing_requests_in_flight: u64,
-    /// For how long the oldest of them has been waiting, in seconds.
+    /// How long the oldest of them has been waiting, in seconds.
     pub backing_oldest_request_seconds: Option<f64>,
     /// Why writes are refused, if they are.
     pub failure: Option<String>,
     /// Write-back is paused.
     pub paused: bool,
-    /// Something is being written back at this moment. In a pause, that is a batch from before, a
-    /// drain, or for want of room.
+    /// Write-back is active at this moment. During a pause, that is an earlier batch, a drain, or
+    /// for lack of room.
     pub writing_back: bool,
-    /// Why write-back does not get on, if it does not.
+    /// Why write-back makes no progress, if it makes none.
     pub writeback_error: Option<String>,
     /// Blocks that cannot be written back while others can.
     pub stuck: Option<Stuck>,
@@ -147,13 +147,12 @@ pub struct LiveStatus {
     pub tunables: BTreeMap<String, TunableValue>,
     /// What has happened since the volume was attached or `wbctl clear-stats`, by name.
     pub counters: BTreeMap<String, u64>,
-    /// What else was counted in that time, and what follows from it.
+    /// Other statistics of that time, and ratios.
     pub statistics: VolumeStatistics,
 }
 
 impl LiveStatus {
-    /// What a cache says, in bytes and by name, and what its cache device and its backing device
-    /// have been asked.
+    /// The status of a cache, and of the requests to its two devices, in bytes and by name.
     pub fn new(status: &Status, sector_size: u32, [cache, backing]: [Pending; 2]) -> LiveStatus {
         LiveStatus {
             pid: std::process::id(),
@@ -198,10 +197,9 @@ impl LiveStatus {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Stuck {
-    /// How many the backing device does not take. They are kept in the cache.
+    /// How many the backing device refuses. They stay in the cache.
     pub refused: u64,
-    /// How many the cache device does not give back. Reads of them fail until they are written anew
-    /// or discarded.
+    /// How many the cache device lost. Reads of them fail until they are rewritten or discarded.
     pub lost: u64,
     /// Where the first of them lie on the volume, in bytes.
     pub first: Vec<u64>,

@@ -1,18 +1,18 @@
-//! A volume as a loop device: a file in a FUSE mount that nobody else sees, with a loop device over
-//! it.
+//! Serves a volume as a loop device: a private FUSE mount holds a file, and the loop device stands
+//! on that file.
 //!
-//! The mount stands in no folder and the loop device is set to clear itself, so that neither
+//! The mount is attached to no folder, and the loop device is set to clear itself. So neither
 //! outlives the daemon, however it ends. A mount namespace of the daemon's own would hide the mount
-//! as well, but keep every mount of the system that it was copied from in use where mounts are not
-//! shared, as in containers.
+//! as well. But where mounts are not shared, as in containers, it would keep every mount that it
+//! copied from the system in use.
 //!
-//! The daemon holds its own loop device open, and whoever closes a block device last writes out its
-//! page cache. A process that is killed would write to itself there, and wait for ever. So the FUSE
-//! connection must end first: the requests then fail. When a process ends, the kernel takes its
-//! descriptors down from the highest number to the lowest; so the loop device has the lowest
+//! The daemon holds its own loop device open, and the last process to close a block device writes
+//! out its page cache. A killed daemon would write to itself there, and wait forever. So the FUSE
+//! connection must end first: then the requests fail. When a process ends, the kernel closes its
+//! descriptors from the highest number to the lowest; so the loop device must have the lowest
 //! ([`Reserved`]).
 
-use super::Volume;
+use super::ServedVolume;
 use crate::cache::Timed;
 use crate::device::IoBuf;
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
@@ -42,15 +42,15 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 const FUSE: &str = "/dev/fuse";
 /// The largest request that the kernel sends, in bytes.
 const MAX_REQUEST: u32 = 1 << 20;
-/// Requests that the kernel keeps under way at a time.
+/// The maximum number of requests that the kernel keeps in flight.
 const MAX_BACKGROUND: u16 = 256;
 /// Threads that take requests. Each holds a buffer of 16 MiB of address space.
 const THREADS: usize = 2;
 /// The file's inode.
 const FILE: INodeNo = INodeNo(2);
-/// How long the kernel may believe what it was told of the file, which never changes.
+/// How long the kernel may cache what it was told about the file, which never changes.
 const FOREVER: Duration = Duration::from_secs(1 << 31);
-/// Attempts to get a free loop device, since another program may be quicker.
+/// Attempts to get a free loop device, because another program may be faster.
 const ATTEMPTS: u32 = 16;
 
 /// How a volume is served.
@@ -66,9 +66,9 @@ pub struct Options {
 #[derive(Debug, thiserror::Error)]
 #[error("{what}: {cause}")]
 pub struct ServeError {
-    /// What was tried.
+    /// The step that failed.
     pub what: String,
-    /// What the system said.
+    /// The error of the system.
     pub cause: io::Error,
 }
 
@@ -77,12 +77,12 @@ fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Serv
     move |cause| ServeError { what, cause: cause.into() }
 }
 
-/// A descriptor that the loop device is to get. Its number is the lowest that is free, and stays
-/// below all that are opened later.
+/// A descriptor reserved for the loop device. Its number is the lowest free one, and stays below
+/// all that are opened later.
 pub struct Reserved(OwnedFd);
 
 impl Reserved {
-    /// Takes the number. To be called before anything else is opened that stays open.
+    /// Reserves the number. Call it before anything else is opened that stays open.
     ///
     /// # Errors
     /// When the system has no descriptor left.
@@ -90,12 +90,12 @@ impl Reserved {
         Ok(Reserved(File::open("/dev/null")?.into()))
     }
 
-    /// Has the number stand for another file from now on.
+    /// Makes the number refer to another file from now on.
     fn become_file(&mut self, file: &File) -> io::Result<()> {
         Ok(dup3(file, &mut self.0, DupFlags::CLOEXEC)?)
     }
 
-    /// Refuses to go on where the kernel would take this descriptor down before one of `others`.
+    /// Fails if the kernel would close this descriptor before one of `others`.
     fn check_below(&self, others: &[RawFd]) -> io::Result<()> {
         match others.iter().all(|&other| self.0.as_raw_fd() < other) {
             true => Ok(()),
@@ -120,19 +120,19 @@ pub struct LoopDevice {
     path: PathBuf,
     device: Reserved,
     connection: Option<Arc<Connection>>,
-    /// Both last as long as the device: the mount, and the threads that answer it.
+    /// Both live as long as the device: the mount, and the threads that answer its requests.
     _mount: OwnedFd,
     _session: BackgroundSession,
 }
 
 impl LoopDevice {
-    /// Makes a FUSE file of that name, which shows as the loop device's backing file, and puts a
-    /// loop device on it. Before that, `announce` is told which one it will be; another may follow,
-    /// where somebody else takes it first.
+    /// Creates a FUSE file of that name, which shows as the loop device's backing file, and
+    /// attaches a loop device to it. Before that, it passes the path to `announce`. If another
+    /// program takes the device first, it announces the next one.
     ///
     /// # Errors
-    /// Says which step failed.
-    pub fn attach<V: Volume>(
+    /// Names the step that failed.
+    pub fn attach<V: ServedVolume>(
         volume: V,
         runtime: &Handle,
         name: &str,
@@ -154,18 +154,18 @@ impl LoopDevice {
         let session = Session::from_fd(files, OwnedFd::from(fuse), SessionACL::Owner, config)
             .and_then(Session::spawn)
             .map_err(failed("cannot start the FUSE session"))?;
-        // On a file that is open to read alone, a loop device is read-only.
+        // A loop device on a file that is open only for reading is read-only.
         let access = if options.read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
         let flags = access | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
         let file = openat(&mount, name, flags, Mode::empty())
             .map_err(failed(format!("cannot open the FUSE file '{name}'")))?;
         let (path, device) =
             configure_loop_device(&File::from(file), options.sector_size, reserved, announce)?;
-        // The file could be opened, so that the session has all its connections.
+        // The file is open, so the session has all its connections.
         let mut own = connections().map_err(failed("cannot look for FUSE connections"))?;
         own.retain(|number| !others.contains(number));
         device.check_below(&own).map_err(failed(format!("cannot serve {}", path.display())))?;
-        // Without it, the device ends as long as nothing hangs.
+        // Without it, the device still ends, as long as nothing hangs.
         let connection =
             Connection::of(&mount).inspect_err(|e| tracing::warn!("no control of FUSE: {e}"));
         let connection = connection.ok().map(Arc::new);
@@ -177,24 +177,24 @@ impl LoopDevice {
         &self.path
     }
 
-    /// What ends the device whatever its threads do, where the system has it.
+    /// What ends the device even if its threads hang, where the system offers that.
     pub fn connection(&self) -> Option<Arc<Connection>> {
         self.connection.clone()
     }
 
-    /// Takes the loop device down; what its page cache holds must have been written out before. If
-    /// somebody still holds it, it fails for them once the volume is closed.
+    /// Takes the loop device down. Its page cache must have been written out before. If a program
+    /// still holds the device, its I/O fails once the volume is closed.
     ///
     /// # Errors
     /// When the system refuses.
     pub fn detach(self) -> Result<(), ServeError> {
-        // The mount and its session end with their last user, which may be after this.
+        // The mount and its session end with their last user, which may be later.
         sys::loop_clear(&self.device.0)
             .map_err(failed(format!("cannot clear {}", self.path.display())))
     }
 }
 
-/// A FUSE connection, as the kernel lets it be controlled.
+/// The kernel's control over a FUSE connection.
 pub struct Connection {
     abort: File,
 }
@@ -210,8 +210,7 @@ impl Connection {
         Ok(Connection { abort: abort.into() })
     }
 
-    /// Makes all requests fail that are under way, and all that come later, whatever the daemon's
-    /// threads wait for.
+    /// Makes all current and later requests fail, even if the daemon's threads hang.
     ///
     /// # Errors
     /// When the system refuses.
@@ -220,7 +219,7 @@ impl Connection {
     }
 }
 
-/// A FUSE mount that stands in no folder. It ends when nobody uses it any more.
+/// A FUSE mount that is attached to no folder. It ends with its last user.
 fn mount(fuse: &File) -> rustix::io::Result<OwnedFd> {
     let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
     for (key, value) in [
@@ -269,7 +268,7 @@ fn configure_loop_device(
     Err(failed("no loop device could be had")(last))
 }
 
-/// The file that the loop device stands on, alone in its folder.
+/// The backing file of the loop device, alone in its folder.
 struct VolumeFile<V> {
     volume: V,
     runtime: Handle,
@@ -277,7 +276,7 @@ struct VolumeFile<V> {
     options: Options,
 }
 
-impl<V: Volume> VolumeFile<V> {
+impl<V: ServedVolume> VolumeFile<V> {
     fn attributes(&self, ino: INodeNo) -> FileAttr {
         let is_folder = ino == INodeNo::ROOT;
         let size = if is_folder { 0 } else { self.volume.size() };
@@ -301,7 +300,7 @@ impl<V: Volume> VolumeFile<V> {
     }
 }
 
-/// A request's place on the volume; the kernel only sends whole sectors, through direct I/O.
+/// The first sector of a request. The kernel sends only whole sectors, since it uses direct I/O.
 fn sector(offset: u64, length: usize) -> Result<Sector, fuser::Errno> {
     let aligned =
         offset.is_multiple_of(to_u64(SECTOR_BYTES)) && length.is_multiple_of(SECTOR_BYTES);
@@ -312,10 +311,10 @@ fn to_fuse(errno: Errno) -> fuser::Errno {
     fuser::Errno::from_i32(errno as i32)
 }
 
-impl<V: Volume> Filesystem for VolumeFile<V> {
+impl<V: ServedVolume> Filesystem for VolumeFile<V> {
     fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
         let wanted = InitFlags::FUSE_ASYNC_DIO | InitFlags::FUSE_ASYNC_READ;
-        // An old kernel without one of them is slower, and that is all.
+        // An old kernel without one of them is only slower.
         let _ = config.add_capabilities(wanted & config.capabilities());
         let too_much = |nearest| {
             io::Error::other(format!("the FUSE connection cannot be set up (nearest: {nearest})"))
@@ -357,7 +356,7 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         reply: ReplyData,
     ) {
         let started = Instant::now();
-        // A read may reach beyond the end; what it gets is shorter then.
+        // A read may extend beyond the end; its result is shorter then.
         let length = u64::from(size).min(self.volume.size().saturating_sub(offset));
         let sector = match sector(offset, to_usize(length)) {
             Ok(sector) => sector,
@@ -445,8 +444,8 @@ impl<V: Volume> Filesystem for VolumeFile<V> {
         reply.ok();
     }
 
-    /// Discard and write-zeroes arrive here. What the volume refuses as not supported, the kernel
-    /// does by writing zeros where it must.
+    /// Handles discard and write-zeroes. If the volume does not support one, the kernel writes
+    /// zeros where it must.
     fn fallocate(
         &self,
         _request: &Request,

@@ -1,4 +1,4 @@
-//! Front ends: they turn requests into calls of a volume, and hold no policy.
+//! Front ends. They turn requests into calls of a volume, and make no policy.
 
 pub mod loopdev;
 pub mod outside;
@@ -14,23 +14,22 @@ use nix::errno::Errno;
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::time::Duration;
 
-/// Prepares this process to serve a device that memory reclaim may wait for: its memory stays
-/// resident, and the kernel serves its allocations without waiting for I/O. To be called before
-/// other threads are started.
+/// Prepares this process to serve a device that memory reclaim may wait for. Its memory stays
+/// resident, and the kernel serves its allocations without waiting for I/O. Call it before other
+/// threads start.
 ///
 /// # Errors
-/// Says what the system refused. The process can serve all the same, but may hang when memory is
-/// short.
+/// Names what the system refused. The process can still serve, but may hang when memory is short.
 pub fn guard_against_reclaim() -> Result<(), String> {
     let locked = rights::lock_memory();
     let flusher = sys::set_io_flusher().map_err(|cause| {
-        format!("the process cannot be marked as an I/O flusher: {}", not_flusher(cause))
+        format!("cannot mark the process as an I/O flusher: {}", not_flusher(cause))
     });
     let refused: Vec<String> = [locked, flusher].into_iter().filter_map(Result::err).collect();
     if refused.is_empty() { Ok(()) } else { Err(refused.join("; ")) }
 }
 
-/// The kernel says only that it is not permitted.
+/// The kernel reports only that it is not permitted.
 fn not_flusher(cause: Errno) -> &'static str {
     match cause {
         Errno::EPERM => "it lacks CAP_SYS_RESOURCE, as in most containers",
@@ -38,9 +37,9 @@ fn not_flusher(cause: Errno) -> &'static str {
     }
 }
 
-/// Ends the process when any of its threads panics, after a `report` of that: a volume of which one
-/// thread is gone would hang whoever uses it, and what was acknowledged as durable is recovered
-/// when it is attached again.
+/// Aborts the process when any of its threads panics, after a `report` of the panic. A volume that
+/// lost a thread would make its users hang. The next attach recovers everything acknowledged as
+/// durable.
 pub fn abort_on_panic(report: impl Fn(&str) + Send + Sync + 'static) {
     std::panic::set_hook(Box::new(move |panic| {
         let trace = Backtrace::capture();
@@ -52,11 +51,11 @@ pub fn abort_on_panic(report: impl Fn(&str) + Send + Sync + 'static) {
     }));
 }
 
-/// A cache that was opened for reads alone.
+/// A cache that serves only reads.
 #[derive(Clone)]
 pub struct ReadOnly(pub Cache);
 
-impl Volume for ReadOnly {
+impl ServedVolume for ReadOnly {
     fn size(&self) -> u64 {
         self.0.size()
     }
@@ -88,21 +87,21 @@ impl Volume for ReadOnly {
 }
 
 /// What a front end serves.
-pub trait Volume: Clone + Send + Sync + 'static {
+pub trait ServedVolume: Clone + Send + Sync + 'static {
     /// Size in bytes.
     fn size(&self) -> u64;
 
-    /// Writes what can be acknowledged without waiting, from the front; returns how many bytes that
-    /// is.
+    /// Writes from the front as much as it can acknowledge without waiting. Returns how many bytes
+    /// that is.
     ///
     /// # Errors
-    /// What the writer is to be told.
+    /// The error for the writer.
     fn write_ready(&self, sector: Sector, data: &[u8]) -> Result<usize, Errno>;
 
     /// Writes the rest.
     ///
     /// # Errors
-    /// What the writer is to be told. Parts may have been written.
+    /// The error for the writer. Parts may have been written.
     fn write_rest(
         &self,
         sector: Sector,
@@ -112,25 +111,25 @@ pub trait Volume: Clone + Send + Sync + 'static {
     /// Fills a buffer.
     ///
     /// # Errors
-    /// What the reader is to be told.
+    /// The error for the reader.
     fn read(&self, sector: Sector, buf: IoBuf)
     -> impl Future<Output = Result<IoBuf, Errno>> + Send;
 
     /// Makes a range of `length` bytes read as zeros, durably.
     ///
     /// # Errors
-    /// `EOPNOTSUPP` where it cannot discard, or what else the caller is to be told. Parts may have
-    /// been discarded.
+    /// `EOPNOTSUPP` if it cannot discard, or another error for the caller. Parts may have been
+    /// discarded.
     fn discard(
         &self,
         sector: Sector,
         length: u64,
     ) -> impl Future<Output = Result<(), Errno>> + Send;
 
-    /// The same, but the range keeps its space.
+    /// The same, but the range stays allocated.
     ///
     /// # Errors
-    /// As [`Volume::discard`].
+    /// As [`ServedVolume::discard`].
     fn zero(&self, sector: Sector, length: u64) -> impl Future<Output = Result<(), Errno>> + Send {
         self.discard(sector, length)
     }
@@ -138,14 +137,14 @@ pub trait Volume: Clone + Send + Sync + 'static {
     /// Makes everything acknowledged before durable.
     ///
     /// # Errors
-    /// What the caller is to be told. Nothing is known then of what was not flushed before.
+    /// The error for the caller. The fate of data that was not flushed before is then unknown.
     fn flush(&self) -> impl Future<Output = Result<(), Errno>> + Send;
 
     /// Notes how long a request took.
     fn took(&self, _request: Timed, _time: Duration) {}
 }
 
-impl Volume for Cache {
+impl ServedVolume for Cache {
     fn size(&self) -> u64 {
         self.size()
     }

@@ -1,5 +1,5 @@
-//! A served block device from outside: who uses it, and what a process other than its server does
-//! with it.
+//! A served block device, seen from outside: who uses it, and what processes other than its server
+//! do with it.
 
 use crate::sys;
 use std::fs::{DirEntry, File, OpenOptions};
@@ -7,34 +7,34 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Makes a loop device show its partitions, until it is taken down. Reads from it, and so must not
-/// be done by its server.
+/// Makes a loop device show its partitions until it is taken down. This reads from the device, so
+/// its server must not do it.
 ///
 /// # Errors
-/// When it is none, or cannot be opened.
+/// When it is not a loop device, or cannot be opened.
 pub fn show_partitions(device: &Path) -> io::Result<()> {
     Ok(sys::loop_show_partitions(&File::open(device)?)?)
 }
 
-/// Waits until all is durable that was written to a block device and its partitions through their
-/// page caches. Must not be done by its server.
+/// Waits until everything written to a block device and its partitions through their page caches is
+/// durable. Its server must not do this.
 ///
 /// # Errors
 /// When the device fails.
 pub fn write_out(device: &Path) -> io::Result<()> {
-    // The device last: its flush covers what was written to it for the others.
+    // The device comes last: its flush covers the writes of its partitions.
     with_partitions(device).iter().rev().try_for_each(|path| match File::open(path) {
-        // A partition need not have a name in /dev, and then nobody has written to it by that.
+        // A partition without a name in /dev has not been written to by that name.
         Err(e) if e.kind() == io::ErrorKind::NotFound && path != device => Ok(()),
         file => file?.sync_all(),
     })
 }
 
-/// Takes a block device for a moment as a filesystem does. May wait for the device, and so must not
-/// be done by its server.
+/// Claims a block device for a moment, as a filesystem does. This may wait for the device, so its
+/// server must not do it.
 ///
 /// # Errors
-/// Among others, when somebody holds it, or a partition of it.
+/// Among others, when a program holds the device or one of its partitions.
 pub fn claim(device: &Path) -> io::Result<()> {
     OpenOptions::new().read(true).custom_flags(nix::libc::O_EXCL).open(device).map(drop)
 }
@@ -54,8 +54,8 @@ fn in_sysfs(device: &Path) -> PathBuf {
     Path::new("/sys/class/block").join(device.file_name().unwrap_or_default())
 }
 
-/// Who holds a block device that cannot be claimed, or a partition of it: where it is mounted, and
-/// which devices stand on it.
+/// Who holds a block device that cannot be claimed, or one of its partitions: its mount points, and
+/// the devices on top of it.
 pub fn holders(device: &Path) -> Vec<String> {
     let mut found = Vec::new();
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
@@ -83,14 +83,14 @@ pub fn holders(device: &Path) -> Vec<String> {
     found
 }
 
-/// Which programs have a block device open, or a partition of it, without holding it, such as a
-/// virtual machine, or a target that exports it; but not its own `server`. To see those of others
-/// takes root.
+/// The programs that have a block device or one of its partitions open without holding it. Examples
+/// are a virtual machine and a target that exports the device. Leaves out its own `server`. Only
+/// root sees the programs of others.
 pub fn users(device: &Path, server: u32) -> Vec<String> {
     let number = |path: &PathBuf| std::fs::metadata(path).map(|found| found.rdev()).ok();
     let numbers: Vec<u64> = with_partitions(device).iter().filter_map(number).collect();
     let is_device = |open: &DirEntry| {
-        // A file elsewhere may be on a filesystem that does not answer.
+        // A file elsewhere may be on a filesystem that hangs.
         std::fs::read_link(open.path()).is_ok_and(|path| path.starts_with("/dev/"))
             && std::fs::metadata(open.path()).is_ok_and(|found| {
                 found.file_type().is_block_device() && numbers.contains(&found.rdev())

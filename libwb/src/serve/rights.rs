@@ -1,4 +1,4 @@
-//! What a process needs of the system to serve a volume, and what it does without where it must.
+//! The rights that a process needs to serve a volume, and how it works without the optional ones.
 
 use nix::sys::mman::{MlockAllFlags, mlockall};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
@@ -18,20 +18,20 @@ pub fn refuse_without_root() -> Result<(), String> {
     if has(Capability::SysAdmin) {
         return Ok(());
     }
-    Err("to serve a volume as a loop device needs root (CAP_SYS_ADMIN). What needs no root: wbctl \
-         replay, on files of one's own"
+    Err("serving a volume as a loop device needs root (CAP_SYS_ADMIN). wbctl replay, on your own \
+         files, does not"
         .into())
 }
 
 /// Keeps all memory of this process resident, from now on.
 ///
-/// Where locked memory is limited, nothing is locked: a thread or a buffer that the limit has no
-/// room for could not be had any more, and the process would end.
+/// If locked memory is limited, locks nothing: a thread or a buffer beyond the limit could not be
+/// allocated any more, and the process would end.
 pub(super) fn lock_memory() -> Result<(), String> {
     let limit = raised_limit();
     if limit != RLIM_INFINITY && !has(Capability::IpcLock) {
         return Err(format!(
-            "memory cannot be locked: the limit is {} KiB, and only CAP_IPC_LOCK goes beyond. Set \
+            "memory cannot be locked: the limit is {} KiB, and only CAP_IPC_LOCK exceeds it. Set \
              ulimit -l unlimited, or LimitMEMLOCK=infinity in a unit",
             limit / 1024
         ));
@@ -44,7 +44,7 @@ pub(super) fn lock_memory() -> Result<(), String> {
 fn raised_limit() -> u64 {
     let limit = Resource::RLIMIT_MEMLOCK;
     let Ok((soft, hard)) = getrlimit(limit) else { return 0 };
-    // CAP_SYS_RESOURCE goes beyond the hard limit, everybody up to it.
+    // With CAP_SYS_RESOURCE, a process may exceed the hard limit; any process may go up to it.
     for wanted in [RLIM_INFINITY, hard] {
         if setrlimit(limit, wanted, wanted.max(hard)).is_ok() {
             return wanted;
@@ -53,7 +53,7 @@ fn raised_limit() -> u64 {
     soft
 }
 
-/// Whether this process has a capability. Where that cannot be told, it may try.
+/// Whether this process has a capability. If that cannot be told, it may try.
 fn has(capability: Capability) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     effective(&status).is_none_or(|set| set >> (capability as u32) & 1 == 1)

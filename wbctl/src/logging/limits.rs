@@ -1,29 +1,29 @@
-//! How often the same may be said.
+//! Limits how often the same message is logged.
 
 use std::collections::HashMap;
 use std::hash::Hash;
 use std::time::{Duration, Instant};
 
-/// What the limits are for.
+/// The time that the limits apply to.
 const WINDOW: Duration = Duration::from_secs(1);
-/// How often the same line is said in that time.
+/// How often the same line is logged in that time.
 const SAME: u32 = 3;
-/// How many lines one place in the code says in that time, such as errors that differ by their
+/// How many lines one place in the code logs in that time. Its lines may differ, for example by an
 /// address.
 const ALIKE: u32 = 20;
 
-/// Counts what each place in the code says. Of what is too much, the last line is kept, to be said
-/// with its number.
+/// Counts the lines of each place in the code. Of the lines beyond the limit, it keeps the last
+/// one, and logs it with their number.
 pub(super) struct Limits<P>(HashMap<P, Said>);
 
-/// What one place has said in the time since `since`.
+/// The lines of one place in the time since `since`.
 struct Said {
     since: Instant,
     lines: u32,
-    /// The line that came last, and how often it came in a row.
+    /// The last line, and how often it came in a row.
     last: Vec<u8>,
     in_a_row: u32,
-    /// How many lines were held back, and whether they are all that one.
+    /// How many lines were held back, and whether all of them are the last line.
     held_back: u64,
     all_the_same: bool,
 }
@@ -35,7 +35,7 @@ impl<P> Default for Limits<P> {
 }
 
 impl<P: Eq + Hash> Limits<P> {
-    /// Takes a line of a place, and returns what is to be said now.
+    /// Takes a line of a place, and returns the lines to write now.
     pub(super) fn admit(&mut self, place: P, line: Vec<u8>, now: Instant) -> Vec<Vec<u8>> {
         let said = self.0.entry(place).or_insert_with(|| Said::nothing(now));
         let mut to_say: Vec<Vec<u8>> = said.summary(now, false).into_iter().collect();
@@ -52,7 +52,7 @@ impl<P: Eq + Hash> Limits<P> {
         to_say
     }
 
-    /// What was held back and can be said now, or must be, since it is the `end`.
+    /// The summaries that are due: those of past windows, and at the `end` all.
     pub(super) fn due(&mut self, now: Instant, end: bool) -> Vec<Vec<u8>> {
         self.0.values_mut().filter_map(|said| said.summary(now, end)).collect()
     }
@@ -70,7 +70,8 @@ impl Said {
         }
     }
 
-    /// Begins a new time when the old one is over, and says what was held back in that.
+    /// Begins a new window when the old one is over, and returns a summary of the lines held back
+    /// in it.
     fn summary(&mut self, now: Instant, end: bool) -> Option<Vec<u8>> {
         if now.saturating_duration_since(self.since) < WINDOW && !end {
             return None;

@@ -1,4 +1,4 @@
-//! What `wbctl top` shows: from what the daemon tells to a picture, without a terminal.
+//! What `wbctl top` shows: it turns a daemon's reports into a picture, without a terminal.
 
 use crate::interval::{Interval, log_in_use};
 use libwb::cache::{PACING_DIVISOR, URGENT_BELOW};
@@ -13,16 +13,16 @@ use ratatui::widgets::{Paragraph, Sparkline, Widget};
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Looks that are kept for the curves: more than any terminal has columns.
+/// Samples that are kept for the curves: more than any terminal has columns.
 const KEPT: usize = 1000;
 /// How wide the names at the left are.
 const NAMES: u16 = 13;
-/// From here on, writes are slowed down: a part of the log in use.
+/// Above this share of the log in use, writes are slowed down.
 const TIGHT: f64 = 1.0 - 1.0 / PACING_DIVISOR as f64;
-/// From here on, write-back goes on whatever the load.
+/// Above this share, write-back continues whatever the load.
 const NEARLY_FULL: f64 = 1.0 - 1.0 / URGENT_BELOW as f64;
 
-/// What one look adds to the curves.
+/// What one sample adds to the curves.
 #[derive(Clone, Copy, Default)]
 struct Point {
     write_rate: u64,
@@ -38,9 +38,9 @@ pub(super) struct View {
     before: Option<LiveStatus>,
     /// Newest last.
     points: VecDeque<Point>,
-    /// Why there is nothing new, if there is not.
+    /// Why there is no new sample, if there is none.
     gone: Option<String>,
-    /// What the daemon does not tell, if anything.
+    /// What the daemon does not report, if anything.
     untold: Option<String>,
 }
 
@@ -50,8 +50,7 @@ impl View {
         View { is_coloured, interval, volume: None, before: None, points, gone: None, untold: None }
     }
 
-    /// Takes in what the daemon tells, or why it does not. What it told before stays, so that one
-    /// sees how things stood.
+    /// Takes in a report of the daemon, or why there is none. The previous report stays visible.
     pub(super) fn look(&mut self, told: anyhow::Result<VolumeStatus>) {
         let volume = match told {
             Ok(volume) => volume,
@@ -64,7 +63,7 @@ impl View {
         self.untold = (!volume.untold.is_empty()).then(|| {
             let untold: Vec<&str> =
                 volume.untold.iter().filter_map(|it| it.rsplit('/').next()).collect();
-            format!("the daemon is of another version and does not tell {}", untold.join(", "))
+            format!("the daemon is of another version and does not report {}", untold.join(", "))
         });
         self.before = self.volume.take().and_then(|volume| volume.live);
         if let (Some(before), Some(now)) = (&self.before, &volume.live) {
@@ -88,7 +87,7 @@ impl View {
     }
 }
 
-/// A rate without its fraction. What a float cannot be becomes the nearest that can be.
+/// A rate without its fraction, saturated.
 fn round(rate: f64) -> u64 {
     Duration::try_from_secs_f64(rate.max(0.0)).map_or(u64::MAX, |rate| rate.as_secs())
 }
@@ -119,7 +118,7 @@ impl View {
             Span::styled(format!(" {}", volume.name), Style::new().add_modifier(Modifier::BOLD)),
             Span::raw(format!(
                 "  {device}  {}",
-                if self.gone.is_some() { "gone; this is how things stood" } else { &volume.state }
+                if self.gone.is_some() { "gone; last known state" } else { volume.state.name() }
             )),
         ]);
         let right = format!("every {} s, q quits ", self.interval.as_secs_f64());
@@ -152,8 +151,7 @@ impl View {
         self.curve("write p99", |p| p.write_p99_micros, &time, newest, Color::Yellow, p99, buf);
     }
 
-    /// How full the log is, and where on the device it is being written: all its slots from left to
-    /// right.
+    /// How full the log is, and the write position among its slots, from left to right.
     fn log(&self, live: &LiveStatus, area: Rect, buf: &mut Buffer) {
         let in_use = log_in_use(live).unwrap_or_default();
         let (word, colour) = match in_use {
@@ -190,7 +188,7 @@ impl View {
             live.oldest_dirty_seconds.map(|age| format!(", the oldest for {}", human_time(age)));
         let rate = statistics.writeback_bytes_per_second.zip(statistics.writeback_seconds_left);
         let writeback = match (&live.writeback_error, rate) {
-            (Some(error), _) => format!("does not get on, trying again: {error}"),
+            (Some(error), _) => format!("makes no progress, trying again: {error}"),
             (None, _) if live.paused => "paused".into(),
             (None, Some((rate, left))) => {
                 format!("{} while it works, {} left", human_rate(rate), human_time(left))
@@ -234,7 +232,7 @@ impl View {
         ]
     }
 
-    /// What was done since the last look.
+    /// The activity since the last sample.
     fn work(&self, live: &LiveStatus) -> Vec<Line<'static>> {
         let interval = Interval::between(self.before.as_ref(), live);
         let line = |name: &str, requests: &str, bytes: &str, kind: &str| {
@@ -261,7 +259,7 @@ impl View {
         ]
     }
 
-    /// A curve of the looks so far, the newest at the right, with the newest and the largest value
+    /// A curve of the samples, the newest at the right, with the newest and the largest value
     /// beside it.
     #[expect(clippy::too_many_arguments, reason = "what to draw, how, and where")]
     fn curve(
@@ -291,8 +289,7 @@ impl View {
     }
 }
 
-/// The log's slots in so many columns: what is not written back, where the next segment goes, and
-/// the rest.
+/// The log's slots in `columns` columns: those not written back, the newest segment, and the rest.
 fn position(live: &LiveStatus, columns: u16) -> Vec<char> {
     let slots = (live.log_bytes / to_u64(SEGMENT_BYTES)).max(1);
     let dirty = live.newest_segment.saturating_sub(live.written_back_segment).min(slots);
@@ -415,7 +412,7 @@ mod tests {
             let mut view = View::new(true, Duration::from_secs(1));
             view.look(Ok(told));
             let text = drawn(&view, 100, 24);
-            assert!(text.contains(&format!("does not tell {key}")), "without {pointer}:\n{text}");
+            assert!(text.contains(&format!("does not report {key}")), "without {pointer}:\n{text}");
             assert!(
                 pointer == "/device" || text.contains("/dev/loop7"),
                 "without {pointer}:\n{text}"

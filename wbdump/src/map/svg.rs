@@ -1,13 +1,13 @@
 //! The picture as a file.
 
-use super::{Kind, Map};
+use super::layout::{Kind, Map};
 use libwb::cli::{count, human_size};
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use std::path::Path;
 use svg::Document;
 use svg::node::element::{Rectangle, Text};
 
-/// Cells of a row, and rows at most.
+/// The number of cells in a row, and the maximum number of rows.
 const COLUMNS: usize = 64;
 const ROWS: usize = 40;
 /// In pixels: a cell with the gap to the next, and the margin around everything.
@@ -99,7 +99,7 @@ fn add_legend(mut document: Document, map: &Map, y: usize) -> Document {
         x = next;
     }
     let Some((_, id)) = map.point else { return document };
-    // On a line of its own, for there are many kinds.
+    // On a line of its own, because there are many kinds.
     let y = y + CELL + 6;
     let point = square(MARGIN, y, Kind::Dirty)
         .set("fill", "none")
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn every_cell_is_drawn_and_names_are_escaped() {
-        let map = super::super::tests::map();
+        let map = crate::map::layout::tests::map();
         let text = draw(&map).to_string();
         assert!(text.starts_with("<svg ") && text.trim_end().ends_with("</svg>"), "{text}");
         // The ground, 8 cells, 5 squares of the legend, the bars.

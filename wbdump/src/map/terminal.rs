@@ -1,15 +1,15 @@
 //! The picture in characters.
 
-use super::{Kind, Map};
+use super::layout::{Kind, Map};
 use anstyle::{AnsiColor, Style};
 use anyhow::Result;
 use libwb::cli::{Output, count, human_size};
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use std::io::Write;
 
-/// Where there is no terminal.
+/// The width if there is no terminal.
 const COLUMNS: u16 = 80;
-/// Lines of the log.
+/// The number of lines for the log.
 const LINES: usize = 16;
 const POINT: char = '▶';
 
@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn the_log_and_the_backing_device_are_drawn() {
-        let map = super::super::tests::map();
+        let map = crate::map::layout::tests::map();
         let picture = Picture { map: &map, columns: 10, is_coloured: false };
         let log = picture.log();
         assert_eq!(log.lines().nth(1), Some("▒▒▒█X▶··"), "{log}");
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn colours_come_only_where_they_are_wanted() {
-        let map = super::super::tests::map();
+        let map = crate::map::layout::tests::map();
         let shown =
             |is_coloured| Picture { map: &map, columns: 10, is_coloured }.log().contains('\x1b');
         assert!(shown(true) && !shown(false));

@@ -8,7 +8,7 @@ use serde::Serialize;
 use std::path::Path;
 
 #[derive(Serialize)]
-pub(crate) struct Report<'a> {
+pub(crate) struct CheckReport<'a> {
     device: &'a str,
     verdict: Verdict,
     /// False when only the headers were read.
@@ -18,7 +18,7 @@ pub(crate) struct Report<'a> {
     slots_valid: u64,
     slots_empty: u64,
     slots_damaged: usize,
-    /// The superblock record; null when it is garbage.
+    /// The superblock record; null if it is garbage.
     record_segment: Option<u64>,
     newest_segment: u64,
     written_back_segment: u64,
@@ -40,11 +40,12 @@ pub(crate) struct Report<'a> {
     corruption: Vec<String>,
     /// One of the two copies of the superblock extension is damaged.
     superblock_copy_damaged: bool,
-    /// One was being written when the power went.
+    /// One of them was being written when the power went.
     superblock_copy_torn: bool,
-    /// The ways on with a corrupt log, and what each would give up.
+    /// The ways to go on with a corrupt log, and what each would give up.
     salvage: Vec<Summary>,
-    /// What --repair has done; null when there was nothing to do. All else is as it is afterwards.
+    /// What --repair did; null if there was nothing to do. All other members describe the state
+    /// after it.
     repair: Option<Repair>,
 }
 
@@ -52,7 +53,7 @@ pub(crate) struct Report<'a> {
 struct Repair {
     verdict_before: Verdict,
     written: Vec<String>,
-    /// What was given up of a corrupt log; null where nothing had to be.
+    /// What the salvage of a corrupt log gave up; null if there was no salvage.
     salvage: Option<Summary>,
 }
 
@@ -67,12 +68,12 @@ struct Damaged<'a> {
     blocks_at_risk: Vec<u64>,
 }
 
-impl Report<'_> {
-    pub(crate) fn of<'a>(f: &'a Findings, repaired: Option<&Repaired>) -> Report<'a> {
+impl CheckReport<'_> {
+    pub(crate) fn of<'a>(f: &'a Findings, repaired: Option<&Repaired>) -> CheckReport<'a> {
         let mut corruption: Vec<_> =
             f.recovery.corruption.iter().map(ToString::to_string).collect();
         corruption.extend(f.record.err().map(|fault| fault.to_string()));
-        Report {
+        CheckReport {
             device: &f.device,
             verdict: f.verdict(),
             data_verified: !f.headers_only,

@@ -1,5 +1,5 @@
-//! The findings in words: the verdict first, then what is on the device, then what is wrong, what
-//! that means for the data, and what to do.
+//! The findings as text: the verdict, the contents of the device, what is wrong, what that means
+//! for the data, and what to do.
 
 use crate::findings::{Broken, Findings, Verdict};
 use libwb::cli::{Output, count, human_size};
@@ -8,7 +8,7 @@ use libwb::log::recovery::{Corruption, Explanation};
 use libwb::log::salvage::{salvage_advice, salvage_options, segments};
 use std::io::{self, Write};
 
-/// Items of a list that are shown one by one.
+/// The maximum number of list items that are shown one by one.
 const SHOWN: usize = 10;
 
 /// The first line.
@@ -132,15 +132,16 @@ fn dirty_blocks(n: u64) -> String {
 
 struct Problem {
     what: String,
-    /// For the data.
+    /// What it means for the data.
     meaning: String,
 }
 
 fn errors(f: &Findings) -> Vec<Problem> {
     let mut errors = Vec::new();
     if let Err(fault) = f.record {
-        let meaning =
-            "What was written back is not known; every segment counts as not written back.".into();
+        let meaning = "Nothing tells what was written back, so every segment counts as not \
+                       written back."
+            .into();
         errors.push(Problem { what: fault.to_string(), meaning });
     }
     errors.extend(f.recovery.corruption.iter().filter_map(|corruption| explained(f, corruption)));
@@ -190,9 +191,9 @@ fn lost(f: &Findings) -> Option<Problem> {
             count(to_u64(lost.len()), "block")
         ),
         meaning: format!(
-            "The cache device had altered what was written there before it was written back (4096 \
-             bytes each, at byte {}{more} of the volume). Reads of it fail until it is written \
-             anew or discarded.",
+            "The cache device altered the data before wb could write it back (4096 bytes each, at \
+             byte {}{more} of the volume). Reads of these blocks fail until you rewrite or \
+             discard them.",
             shown.join(", ")
         ),
     })
@@ -214,14 +215,14 @@ fn resized(f: &Findings) -> Option<Problem> {
              device was truncated or resized"
         ),
         meaning: format!(
-            "Which segments belong to the log cannot be told on a device of this size ({} bytes). \
-             At its former size the cache may be whole.",
+            "On a device of this size ({} bytes), nothing tells which segments belong to the log. \
+             At its former size, the cache may be whole.",
             f.size
         ),
     })
 }
 
-/// What is wrong with single slots is told with them.
+/// Errors of single slots are shown with the slots.
 fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
     let meaning = match corruption {
         Corruption::Gap { missing, .. }
@@ -234,8 +235,8 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
         Corruption::Gap { missing, .. }
         | Corruption::DurableMissing { missing, .. }
         | Corruption::WrittenPastHole { missing, .. } => format!(
-            "After it stand {} with {}, which may be nowhere else. They can be applied only if \
-             what segment {missing} held is given up.",
+            "After it come {} with {}, which may be nowhere else. To apply them means to give up \
+             what segment {missing} held.",
             segments(&f.recovery.dropped),
             count(f.dropped.dirty_blocks, "dirty block"),
         ),
@@ -244,8 +245,8 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
              back may be lost."
                 .into()
         }
-        Corruption::PairingLost => "Nothing shows any more which backing device is the right one; \
-                                    on another, the log would destroy data."
+        Corruption::PairingLost => "Nothing tells any more which backing device is the right one. \
+                                    On another one, the log would destroy data."
             .into(),
         Corruption::WrongSlot { .. }
         | Corruption::Unexplained { .. }
@@ -262,11 +263,11 @@ fn slot_error(f: &Findings, b: &Broken) -> Problem {
         Explanation::WrittenBack => {
             "Its data had been written back; none is at risk. The device may be wearing out.".into()
         }
-        Explanation::PowerCut => "Nothing that was acknowledged as durable can have been in it, \
-                                  but the device is failing."
+        Explanation::PowerCut => "It cannot have held anything acknowledged as durable, but the \
+                                  device is failing."
             .into(),
         Explanation::None if b.at_risk.is_empty() => {
-            "What it held may be lost, and its header does not tell which blocks.".into()
+            "What it held may be lost, and its header does not tell which blocks that was.".into()
         }
         Explanation::None => {
             let shown: Vec<_> = b.at_risk.iter().take(SHOWN).map(ToString::to_string).collect();
@@ -295,9 +296,9 @@ fn notes(f: &Findings) -> Vec<String> {
     let r = &f.recovery;
     if r.is_cut_short {
         notes.push(format!(
-            "Segment {} is cut short: it ends with the last flush, and what was written of it \
-             after that is torn. wb applies it up to there; the kernel module would drop it. \
-             --repair closes it there.",
+            "Segment {} is cut short: it ends with the last flush, and everything after that is \
+             torn. wb applies it up to the flush; the kernel module would drop it. --repair \
+             closes it there.",
             r.point
         ));
     }
@@ -307,7 +308,7 @@ fn notes(f: &Findings) -> Vec<String> {
         .any(|c| matches!(c, Corruption::Gap { .. } | Corruption::DurableMissing { .. }));
     if !r.dropped.is_empty() && !breaks {
         notes.push(format!(
-            "After a gap stand {}, which will not be applied: the power went before anything in \
+            "After a gap come {}, which will not be applied: the power went before anything in \
              them was acknowledged as durable.",
             segments(&r.dropped)
         ));
@@ -315,14 +316,14 @@ fn notes(f: &Findings) -> Vec<String> {
     if f.scanned.superblock.has_torn_copy() {
         notes.push(
             "One of the two copies of the superblock extension is torn: it was being written when \
-             the power went. The other one is sound; --repair, and the next detach, write the \
-             torn one anew."
+             the power went. The other one is sound. --repair and the next detach rewrite the \
+             torn one."
                 .into(),
         );
     }
     if !r.skipped.is_empty() {
         notes.push(format!(
-            "{} need not be applied: {} was being written over, which happens only after \
+            "{} need not be applied: {} was being overwritten, which happens only after \
              everything up to it was written back.",
             capitalized(&segments(&r.skipped)),
             if r.skipped.len() == 1 { "it" } else { "the last of them" },
@@ -330,9 +331,9 @@ fn notes(f: &Findings) -> Vec<String> {
     }
     if !f.misleading.is_empty() {
         notes.push(format!(
-            "From {}, the kernel module may take old data for new, as from any cache that was not \
-             detached in order. Before it gets the device, use --repair, or attach and detach the \
-             volume; wb needs neither.",
+            "The kernel module may take old data in {} for new, as in any cache that was not \
+             detached in order. Before you give it the device, use --repair, or attach and detach \
+             the volume. wb needs neither.",
             segments(&f.misleading)
         ));
     }
@@ -345,15 +346,15 @@ fn advice(f: &Findings) -> Option<String> {
         Verdict::SoundAfterPowerCut => "nothing. Use the cache as usual.",
         Verdict::BlocksLost => {
             "attach the volume, and find out which files the blocks belong to (debugfs, xfs_io). \
-             Restore those from a backup; that writes the blocks anew. Replace the cache device."
+             Restore those from a backup, which rewrites the blocks. Replace the cache device."
         }
         Verdict::Damaged => {
-            "repair it with --repair, or write everything back: the damaged slots will be written \
-             over in time. Watch the device, or replace it."
+            "repair it with --repair, or write everything back: the damaged slots will be \
+             overwritten in time. Watch the device, or replace it."
         }
         Verdict::Corrupt if f.scanned.is_resized() => {
-            "give the device its former size again, then check again. Do not attach or format it \
-             before that."
+            "give the device its former size again, then check it again. Until then, do not attach \
+             or format it."
         }
         Verdict::Corrupt if f.live.beyond_count > 0 && f.recovery.corruption.is_empty() => {
             "look for the right backing device. Do not attach this pair."
@@ -365,14 +366,14 @@ fn advice(f: &Findings) -> Option<String> {
         }
         Verdict::Corrupt if !f.ways.is_empty() => {
             return Some(format!(
-                "copy both devices first, and see with wbdump what can be read. Then {}, here or \
-                 with wbctl attach or replay:",
+                "copy both devices first, and use wbdump to see what can be read. Then {}, here \
+                 or with wbctl attach or replay:",
                 salvage_advice(&f.ways)
             ));
         }
         Verdict::Corrupt => {
-            "attach, write back and format nothing yet: that would make the loss final. Copy both \
-             devices first; then see with wbdump what can still be read."
+            "do not attach, write back or format anything yet: that would make the loss final. \
+             Copy both devices first; then use wbdump to see what can still be read."
         }
     };
     Some(advice.into())
@@ -380,7 +381,7 @@ fn advice(f: &Findings) -> Option<String> {
 
 fn where_it_is(f: &Findings, b: &Broken) -> String {
     let at = format!("slot {} (at byte {})", b.slot, f.geometry.slot_offset(b.slot));
-    // A wrong checksum says itself which segment it is.
+    // The message about a wrong checksum already names the segment.
     if b.expected == SegmentId::NONE || b.fault.contains(&format!("segment {} ", b.expected)) {
         at
     } else {

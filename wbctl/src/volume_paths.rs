@@ -1,4 +1,4 @@
-//! Names of volumes, and the folders and files that belong to them.
+//! The names of volumes, and the folders and files that belong to each.
 
 use anyhow::{Context, Result, bail};
 use libwb::cli::{
@@ -14,35 +14,37 @@ use std::str::FromStr;
 
 /// A volume's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Name(String);
+pub(crate) struct VolumeName(String);
 
-impl FromStr for Name {
+impl FromStr for VolumeName {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Name, String> {
+    fn from_str(text: &str) -> Result<VolumeName, String> {
         if !is_volume_name(text) {
             return Err(format!(
                 "a volume name is 1 to {MAX_NAME} letters, digits, dots, dashes and underscores, \
-                 and begins with none of '.' and '-'"
+                 and does not begin with '.' or '-'"
             ));
         }
-        Ok(Name(text.into()))
+        Ok(VolumeName(text.into()))
     }
 }
 
-impl fmt::Display for Name {
+impl fmt::Display for VolumeName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }
 }
 
-impl Name {
-    /// A name for a volume that was given none: the cache device's file name, as far as that can be
-    /// one.
-    pub(crate) fn of_device(device: &Path) -> Result<Name> {
+impl VolumeName {
+    /// The default name of a volume: the file name of its cache device, if that is valid.
+    pub(crate) fn of_device(device: &Path) -> Result<VolumeName> {
         let file = device.file_stem().unwrap_or_default().to_string_lossy();
         file.parse().map_err(|_| {
-            anyhow::anyhow!("{}: its name is no volume name; give one", device.display())
+            anyhow::anyhow!(
+                "{}: its file name is not a valid volume name; give a name",
+                device.display()
+            )
         })
     }
 
@@ -66,26 +68,26 @@ impl Name {
         Path::new("/dev/wb").join(&self.0)
     }
 
-    /// The file that the loop device stands on, as sysfs and udev see it: at the root of a mount
-    /// that nobody else sees.
+    /// The backing file of the loop device, as sysfs and udev see it: at the root of a mount that
+    /// no other process sees.
     pub(crate) fn served_file(&self) -> String {
         format!("{self}.wb")
     }
 
-    /// Says which loop device the daemon has. udev's rule asks it before it names a device after
-    /// the volume: a file of the same name may stand under anybody's loop device.
+    /// The file that names the daemon's loop device. udev's rule reads it before it names a device
+    /// after the volume, because any user may attach a file of the same name to a loop device.
     fn note(&self) -> PathBuf {
         self.run_dir().join("loop")
     }
 
-    /// Notes which loop device the daemon is going to have.
+    /// Notes which loop device the daemon will have.
     pub(crate) fn note_loop(&self, device: &Path) -> std::io::Result<()> {
         let name = device.file_name().unwrap_or_default().to_string_lossy();
         std::fs::write(self.note(), format!("{name}\n"))
     }
 
-    /// Removes what a daemon shows to others while its volume can be used. What cannot be removed
-    /// is left.
+    /// Removes what a daemon shows to others while its volume can be used. Ignores files that it
+    /// cannot remove.
     pub(crate) fn withdraw(&self) {
         for file in [self.link(), self.note(), self.socket()] {
             let _ = std::fs::remove_file(file);
@@ -96,8 +98,8 @@ impl Name {
         self.run_dir().join("lock")
     }
 
-    /// Takes the lock that a daemon holds as long as it lives; `None` when one does. Makes the
-    /// folder.
+    /// Takes the lock that a daemon holds as long as it lives; `None` if a daemon holds it. Creates
+    /// the folder.
     pub(crate) fn lock(&self) -> Result<Option<Flock<File>>> {
         self.lock_by(FlockArg::LockExclusiveNonblock)
     }
@@ -115,8 +117,8 @@ impl Name {
             .and_then(|file| refuse_others(&path, &file.metadata()?).map(|()| file))
             .with_context(|| format!("cannot open {}", path.display()))?;
         match Flock::lock(file, how) {
-            // Somebody who held the lock may have cleared it away, and another may have made a new
-            // one.
+            // Another process may have held the lock and deleted its file, and a third may have
+            // created a new one.
             Ok(lock) if !is_file_at(&lock, &path) => self.lock_by(how),
             Ok(lock) => Ok(Some(lock)),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(None),
@@ -124,8 +126,8 @@ impl Name {
         }
     }
 
-    /// Removes all files of a daemon, which must not run: `lock` is its lock. True when it had not
-    /// removed them itself.
+    /// Removes all files of a daemon that does not run; `lock` is its lock. True if the daemon had
+    /// not removed them itself.
     pub(crate) fn clear(&self, lock: Flock<File>) -> Result<bool> {
         let mut was_left = false;
         for file in [self.link(), self.note(), self.socket()] {
@@ -133,7 +135,7 @@ impl Name {
         }
         remove(&self.lock_file())?;
         drop(lock);
-        // Another daemon may be starting; then it is not empty.
+        // Another daemon may be starting; then the folder is not empty.
         let _ = std::fs::remove_dir(self.run_dir());
         Ok(was_left)
     }
@@ -141,24 +143,25 @@ impl Name {
     /// Whether a daemon runs for this volume.
     pub(crate) fn is_running(&self) -> Result<bool> {
         let path = self.lock_file();
-        // An ordinary user may not look, and is not to be told that there is none.
+        // An ordinary user may not look, and must not be told that no daemon runs.
         let is_there = path.try_exists().with_context(|| {
             format!(
                 "cannot tell whether '{self}' is attached: cannot look for {} (root is needed)",
                 path.display()
             )
         })?;
-        // Shared: two who look at the same time must not take each other for a daemon.
+        // A shared lock: two processes that check at the same time must not take each other for a
+        // daemon.
         Ok(is_there && self.lock_by(FlockArg::LockSharedNonblock)?.is_none())
     }
 }
 
-/// Refuses a run folder in which another user could put a socket or a lock of his own.
+/// Refuses a run folder in which another user could put a socket or a lock.
 fn refuse_foreign_folder(dir: &Path) -> Result<()> {
     let refused = || format!("cannot use the folder {}", dir.display());
     let meta = std::fs::symlink_metadata(dir).with_context(refused)?;
     if !meta.is_dir() {
-        bail!("{}: it is no folder; remove it", refused());
+        bail!("{}: it is not a folder; remove it", refused());
     }
     refuse_others(dir, &meta).with_context(refused)
 }
@@ -179,8 +182,8 @@ fn remove(path: &Path) -> Result<bool> {
 }
 
 /// Names of all volumes that are recorded or have a run folder, sorted.
-pub(crate) fn all_names() -> Result<Vec<Name>> {
-    let mut names: Vec<Name> = Vec::new();
+pub(crate) fn all_names() -> Result<Vec<VolumeName>> {
+    let mut names: Vec<VolumeName> = Vec::new();
     for (dir, suffix) in [(config_dir(), RECORD_SUFFIX), (run_dir(), "")] {
         let entries = match std::fs::read_dir(&dir) {
             Ok(entries) => entries,

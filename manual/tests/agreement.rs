@@ -137,7 +137,8 @@ fn bash_takes_the_completions() {
 fn offered(folder: &TempDir, words: &[&str]) -> String {
     let [name, .., previous, current] = words else { panic!("too few words: {words:?}") };
     let script = r#"source "$1"; shift; previous=$1 current=$2; shift 2
-        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)); "_$1" "$1" "$current" "$previous"; echo "${COMPREPLY[@]}""#;
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)); "_$1" "$1" "$current" "$previous"
+        echo "${COMPREPLY[@]}""#;
     let mut bash = Command::new("bash");
     bash.args(["-c", script, "bash"]).arg(folder.path().join(completion(Shell::Bash, name)));
     // A word that only begins is empty to the function.

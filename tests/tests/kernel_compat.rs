@@ -102,11 +102,11 @@ struct TestVolume {
     simulation: Simulation,
     cache: Arc<BadPlaces>,
     backing: Arc<SimDevice>,
-    planted: Rules,
+    rules: Rules,
 }
 
 impl TestVolume {
-    fn new(extended: bool, seed: u64, planted: Rules) -> TestVolume {
+    fn new(extended: bool, seed: u64, rules: Rules) -> TestVolume {
         let simulation = Simulation::new(seed);
         let device = |name, bytes| SimDevice::new(simulation.runtime(), name, vec![0; bytes], 512);
         let cache = device("cache", to_usize(SUPERBLOCK_REGION_BYTES) + SEGMENTS * SEGMENT_BYTES);
@@ -114,7 +114,7 @@ impl TestVolume {
         let page = SuperblockExtension::new(Uuid::from_u128(7), cache.size());
         let (device, name) = (Mutex::new(Arc::new(cache)), "cache".into());
         let cache = Arc::new(BadPlaces { device, name, bad: Mutex::default() });
-        let test = TestVolume { simulation, cache, backing, planted };
+        let test = TestVolume { simulation, cache, backing, rules };
         test.run(create(&test.cache(), extended.then_some(&page), |_| ())).expect("an empty cache");
         test
     }
@@ -134,7 +134,7 @@ impl TestVolume {
             self.cache(),
             self.backing.clone(),
             runtime,
-            OpenOptions::serve().tunables(tunables).rules(self.planted),
+            OpenOptions::serve().tunables(tunables).rules(self.rules),
         );
         self.run(opening).expect("a sound cache")
     }
@@ -186,8 +186,8 @@ impl TestVolume {
 }
 
 /// The header of a segment cannot be read when a block of it is discarded.
-fn discards_what_cannot_be_read(planted: Rules, extended: bool, seed: u64) -> Result<(), String> {
-    let test = TestVolume::new(extended, seed, planted);
+fn discards_what_cannot_be_read(rules: Rules, extended: bool, seed: u64) -> Result<(), String> {
+    let test = TestVolume::new(extended, seed, rules);
     let cache = test.open();
     test.write_back(&cache, 0..2, 1);
     test.cache.bad.lock().reads = header(0);
@@ -201,8 +201,8 @@ fn discards_what_cannot_be_read(planted: Rules, extended: bool, seed: u64) -> Re
 }
 
 /// A discard fails during the write that empties a segment, and is tried again.
-fn discards_again(planted: Rules, extended: bool, seed: u64) -> Result<(), String> {
-    let mut test = TestVolume::new(extended, seed, planted);
+fn discards_again(rules: Rules, extended: bool, seed: u64) -> Result<(), String> {
+    let mut test = TestVolume::new(extended, seed, rules);
     let cache = test.open();
     test.write_back(&cache, 0..2, 1);
     test.fail(Faults { write: 1.0, ..Faults::default() });
@@ -223,10 +223,10 @@ fn discards_again(planted: Rules, extended: bool, seed: u64) -> Result<(), Strin
 type Scenario = fn(Rules, bool, u64) -> Result<(), String>;
 
 /// The first failure among seeds with and without the extension.
-fn failure(scenario: Scenario, planted: Rules) -> Option<String> {
+fn failure(scenario: Scenario, rules: Rules) -> Option<String> {
     let all = (0..SEEDS).flat_map(|seed| [false, true].map(|extended| (extended, seed)));
     let judge = |(extended, seed)| {
-        let failed = scenario(planted, extended, seed).err()?;
+        let failed = scenario(rules, extended, seed).err()?;
         Some(format!("extended: {extended}, seed {seed}: {failed}"))
     };
     all.into_iter().find_map(judge)

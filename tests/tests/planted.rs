@@ -30,7 +30,7 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::CommittedNeverOverwritten, 0, 100),
     (Rule::DurableAsOfFlushStart, 0, 1000),
     (Rule::OpenEndClosed, 0, 500),
-    (Rule::RecoveryStopsAtCutShort, 800, 1000),
+    (Rule::RecoveryStopsAtCutShort, 0, 800),
     (Rule::UnclaimedReadWhole, 0, 500),
     (Rule::OnlyDurableClaimed, 200, 800),
     (Rule::DiscardFlushed, 0, 200),

@@ -40,10 +40,10 @@ struct TestVolume {
 
 impl TestVolume {
     fn new(segments: u64, blocks: u64, tunables: Tunables) -> TestVolume {
-        TestVolume::planted(segments, blocks, tunables, Rules::default())
+        TestVolume::with_rules(segments, blocks, tunables, Rules::default())
     }
 
-    fn planted(segments: u64, blocks: u64, tunables: Tunables, planted: Rules) -> TestVolume {
+    fn with_rules(segments: u64, blocks: u64, tunables: Tunables, rules: Rules) -> TestVolume {
         let simulation = Simulation::new(1);
         let runtime = simulation.runtime().clone();
         let mut log =
@@ -58,7 +58,7 @@ impl TestVolume {
             devices.0,
             devices.1,
             Arc::new(runtime),
-            OpenOptions::serve().tunables(tunables).rules(planted),
+            OpenOptions::serve().tunables(tunables).rules(rules),
         );
         let cache = simulation.block_on(opening).expect("an end").expect("a fresh cache");
         let shows = vec![OLD; to_usize(blocks * BLOCK)];
@@ -305,11 +305,11 @@ fn a_sequence_beyond_the_threshold_is_not_cached_and_parts_of_blocks_are_not() {
 }
 
 /// Blocks that become outdated on their way into the cache, or there.
-fn becomes_old(planted: Rules) {
+fn becomes_old(rules: Rules) {
     let cells = 4;
     for discards in [false, true] {
         for is_injected in [false, true] {
-            let mut test = TestVolume::planted(8, 64, reads_cached(cells), planted);
+            let mut test = TestVolume::with_rules(8, 64, reads_cached(cells), rules);
             if is_injected {
                 test.warm(0..4);
             } else {

@@ -113,7 +113,7 @@ fn a_filesystem_grows_with_its_backing_device() {
     });
 }
 
-/// The recipe of README.md.
+/// The recipe of wb(7).
 #[test]
 fn a_cache_device_is_replaced_by_a_larger_one() {
     needs_serving!();

@@ -34,7 +34,7 @@ fn version_of(data: &[u8]) -> u64 {
 
 struct TestVolume {
     simulation: Simulation,
-    planted: Rules,
+    rules: Rules,
     cache: Arc<SimDevice>,
     backing: Arc<SimDevice>,
     /// For each block, the version that must survive, and the newest.
@@ -49,14 +49,14 @@ struct TestVolume {
 struct Cut;
 
 impl TestVolume {
-    fn new(seed: u64, planted: Rules) -> TestVolume {
+    fn new(seed: u64, rules: Rules) -> TestVolume {
         let simulation = Simulation::new(seed);
         let cache = SimDevice::new(simulation.runtime(), "cache", fresh_cache(SEGMENTS, true), 512);
         let backing =
             SimDevice::new(simulation.runtime(), "backing", fresh_backing(8 * BLOCKS), 512);
         TestVolume {
             simulation,
-            planted,
+            rules,
             cache: Arc::new(cache),
             backing: Arc::new(backing),
             flushed: BTreeMap::new(),
@@ -73,7 +73,7 @@ impl TestVolume {
     fn open(&self) -> Result<Cache, Cut> {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
         let runtime = Arc::new(self.simulation.runtime().clone());
-        let opened = Cache::open(cache, backing, runtime, OpenOptions::serve().rules(self.planted));
+        let opened = Cache::open(cache, backing, runtime, OpenOptions::serve().rules(self.rules));
         self.finish(opened).map(|opened| opened.expect("a sound cache"))
     }
 
@@ -209,9 +209,9 @@ impl TestVolume {
 }
 
 /// One scenario of it.
-fn run(seed: u64, planted: Rules, cut_after: Option<u64>) {
+fn run(seed: u64, rules: Rules, cut_after: Option<u64>) {
     println!("seed {seed}, a power cut after {cut_after:?} requests");
-    let mut test = TestVolume::new(seed, planted);
+    let mut test = TestVolume::new(seed, rules);
     let went = test.go_through(cut_after);
     assert!(went.is_ok() || cut_after.is_some());
     test.cut();
@@ -233,8 +233,8 @@ fn power_cuts_do_not_lose_blocks_that_are_stuck() {
 /// Whether any scenario finds a bug.
 fn is_found(bug: Rule) -> bool {
     let cuts = (0..150).map(|nth| Some(1900 + nth * 13)).chain([None]);
-    let planted = || Rules::breaking(bug);
-    cuts.zip(0..).any(|(cut, seed)| std::panic::catch_unwind(|| run(seed, planted(), cut)).is_err())
+    let rules = || Rules::breaking(bug);
+    cuts.zip(0..).any(|(cut, seed)| std::panic::catch_unwind(|| run(seed, rules(), cut)).is_err())
 }
 
 #[test]

@@ -334,8 +334,7 @@ fn fstab_line(text: &str) -> String {
 
 #[test]
 fn the_mount_that_the_manual_advises_belongs_to_the_unit() {
-    let advised = fstab_line(include_str!("../../README.md"));
-    assert_eq!(fstab_line(include_str!("../../manual/src/wb.7")), advised);
+    let advised = fstab_line(include_str!("../../manual/src/wb.7"));
     let generator = Path::new("/usr/lib/systemd/system-generators/systemd-fstab-generator");
     if !generator.exists() {
         skip!("needs {}", generator.display());

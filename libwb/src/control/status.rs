@@ -228,7 +228,10 @@ mod tests {
     fn what_was_not_told_is_known_and_null_and_what_is_unknown_is_left_out() {
         let told = json!({
             "name": "data", "colour": "red",
-            "live": { "pid": 7, "counters": { "writes": 3 }, "statistics": { "accesses": [{ "hit": true }] } },
+            "live": {
+                "pid": 7, "counters": { "writes": 3 },
+                "statistics": { "accesses": [{ "hit": true }] },
+            },
         });
         let mut status: VolumeStatus = serde_json::from_value(told.clone()).unwrap();
         status.note_untold(&told);

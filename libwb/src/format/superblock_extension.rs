@@ -12,10 +12,13 @@ use uuid::Uuid;
 /// them.
 pub const EXTENSION_OFFSETS: [u64; 2] = [64 * 1024, 128 * 1024];
 /// The longest label or device identity, in bytes of UTF-8.
-pub const TEXT_BYTES: usize = 64;
+pub const TEXT_BYTES: usize = page::TEXT_BYTES;
 
 /// Offsets in a page of the superblock extension.
 mod page {
+    use crate::format::geometry::BLOCK_BYTES;
+
+    pub(super) const TEXT_BYTES: usize = 64;
     pub(super) const MARKER: usize = 0;
     pub(super) const GENERATION: usize = 8;
     pub(super) const VERSION: usize = 16;
@@ -29,13 +32,13 @@ mod page {
     pub(super) const BACKING_SECTORS: usize = 128;
     pub(super) const BACKING_ID: usize = 136;
     pub(super) const CACHE_BYTES: usize = 200;
-    pub(super) const CRC: usize = super::BLOCK_BYTES - 4;
+    pub(super) const CRC: usize = BLOCK_BYTES - 4;
 
     const _: () =
         assert!(GENERATION == MARKER + 8 && CLEAN_ID == IS_CLEAN + 4 && UUID == CREATED + 8);
-    const _: () = assert!(LABEL == UUID + 16 && BACKING_SECTORS == LABEL + super::TEXT_BYTES);
+    const _: () = assert!(LABEL == UUID + 16 && BACKING_SECTORS == LABEL + TEXT_BYTES);
     const _: () =
-        assert!(BACKING_ID == BACKING_SECTORS + 8 && CACHE_BYTES == BACKING_ID + super::TEXT_BYTES);
+        assert!(BACKING_ID == BACKING_SECTORS + 8 && CACHE_BYTES == BACKING_ID + TEXT_BYTES);
     const _: () = assert!(CACHE_BYTES + 8 <= CRC);
 }
 

@@ -16,13 +16,13 @@ use std::sync::Arc;
 /// Opens caches.
 #[derive(Clone, Copy, Debug)]
 pub struct WriteCache {
-    planted: Rules,
+    rules: Rules,
     recover: Recover,
 }
 
 impl Default for WriteCache {
     fn default() -> WriteCache {
-        WriteCache { planted: Rules::default(), recover }
+        WriteCache { rules: Rules::default(), recover }
     }
 }
 
@@ -30,7 +30,7 @@ impl WriteCache {
     /// Opens caches that have a bug.
     pub fn with(bug: Rule) -> WriteCache {
         let recover = if bug == Rule::RotIsNoPowerCut { recover_forgiving } else { recover };
-        WriteCache { planted: Rules::breaking(bug), recover }
+        WriteCache { rules: Rules::breaking(bug), recover }
     }
 }
 
@@ -66,13 +66,13 @@ impl Engine for WriteCache {
         config: EngineConfig,
     ) -> EngineFuture<Arc<dyn EngineVolume>> {
         let tunables = tunables(config);
-        let planted = self.planted;
+        let rules = self.rules;
         Box::pin(async move {
             let opened = Cache::open(
                 cache,
                 backing,
                 runtime,
-                OpenOptions::serve().tunables(tunables).rules(planted),
+                OpenOptions::serve().tunables(tunables).rules(rules),
             )
             .await;
             opened

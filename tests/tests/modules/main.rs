@@ -14,18 +14,19 @@ const PACKAGES: [&str; 6] = ["libwb", "wbctl", "wbformat", "wbcheck", "wbdump", 
 
 /// The layers of libwb from the bottom up, and which others each may use. A row for a module within
 /// a layer adds to what the layer may use.
-const LAYERS: [(&str, &[&str]); 13] = [
+const LAYERS: [(&str, &[&str]); 14] = [
     ("format", &[]),
     ("buf", &["format"]),
-    ("planted", &[]),
+    ("rules", &[]),
+    ("pending", &["format"]),
     ("runtime", &["format"]),
     ("sys", &["format"]),
-    ("reactor", &["buf", "format", "runtime", "sys"]),
-    ("device", &["buf", "format", "runtime", "sys"]),
+    ("reactor", &["buf", "format", "pending", "runtime", "sys"]),
+    ("device", &["buf", "format", "pending", "runtime", "sys"]),
     ("device::uring", &["reactor"]),
-    ("log", &["buf", "device", "format", "planted", "runtime", "sys"]),
-    ("cache", &["buf", "device", "format", "log", "planted", "runtime", "sys"]),
-    ("control", &["buf", "cache", "device", "format", "log", "runtime", "sys"]),
+    ("log", &["buf", "device", "format", "rules", "runtime", "sys"]),
+    ("cache", &["buf", "device", "format", "log", "rules", "runtime", "sys"]),
+    ("control", &["buf", "cache", "device", "format", "log", "pending", "runtime", "sys"]),
     ("serve", &["buf", "cache", "device", "format", "log", "reactor", "runtime", "sys"]),
     (
         "cli",

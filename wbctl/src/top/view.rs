@@ -328,22 +328,24 @@ mod tests {
             "p999_seconds": null, "buckets": [0, 0, seconds, 0],
         });
         let statistics = serde_json::json!({
-            "seconds": seconds, "read_hit_ratio": null, "write_hit_ratio": 0.25, "write_amplification": 1.02,
-            "writeback_bytes_per_second": 2.0 * MIB as f64, "writeback_seconds_left": 1.0, "accesses": [],
-            "latencies": { "write": taken },
+            "seconds": seconds, "read_hit_ratio": null, "write_hit_ratio": 0.25,
+            "write_amplification": 1.02, "writeback_bytes_per_second": 2.0 * MIB as f64,
+            "writeback_seconds_left": 1.0, "accesses": [], "latencies": { "write": taken },
         });
         let live = serde_json::json!({
             "pid": 1, "sector_size": 512, "volume_bytes": 1 << 30, "log_bytes": 8 * MIB,
-            "free_bytes": (16 - newest) * MIB / 2, "dirty_bytes": 2 * MIB, "oldest_dirty_seconds": 61.0,
+            "free_bytes": (16 - newest) * MIB / 2, "dirty_bytes": 2 * MIB,
+            "oldest_dirty_seconds": 61.0,
             "used_bytes": 3 * MIB, "places": 2032, "next_place": 0, "current_segment": newest + 1,
             "newest_segment": newest, "written_segment": newest, "durable_segment": newest,
-            "written_back_segment": 0, "failure": null, "paused": false, "writeback_error": null, "stuck": null,
+            "written_back_segment": 0, "failure": null, "paused": false, "writeback_error": null,
+            "stuck": null,
             "recovery_seconds": 0.0, "recovery_bytes": 0, "tunables": {}, "statistics": statistics,
             "counters": { "writes": 10 * seconds, "write_bytes": seconds * MIB },
         });
         let json = serde_json::json!({
-            "name": "data", "state": "attached", "device": "/dev/loop7", "cache": "/c", "backing": "/b",
-            "live": live,
+            "name": "data", "state": "attached", "device": "/dev/loop7", "cache": "/c",
+            "backing": "/b", "live": live,
         });
         serde_json::from_value(json).expect("a volume's state")
     }

@@ -1,7 +1,8 @@
 //! What the kernel module must not find: written-back segments with old data are emptied.
 //!
 //! That happens before a discard or a write around the log is acknowledged, and when the cache is
-//! closed. [`log::kernel_compat`](crate::log::kernel_compat) says which segments that concerns, and why.
+//! closed. [`log::kernel_compat`](crate::log::kernel_compat) says which segments that concerns, and
+//! why.
 //!
 //! A segment in doubt (see [`stale_segments`](crate::cache::state)) is written again by each
 //! attempt. A header that cannot be read is written without.

@@ -4,7 +4,8 @@
 //!
 //! - six bytes for what the place holds;
 //! - four bytes and a bit for the CRC of its data, if the cache keeps any;
-//! - between four and five bytes for a [`Table`], which finds the place of a block's newest version.
+//! - between four and five bytes for a [`Table`], which finds the place of a block's newest
+//!   version.
 
 use super::table::Table;
 use crate::format::{BlockNo, DirtyBits, Geometry, PLACES, Place, Slot};
@@ -169,8 +170,8 @@ impl Index {
         Cached { place: place(number), dirty: DirtyBits(dirty) }
     }
 
-    /// Changes the dirty bits of a place that holds something. It is about to hold other data of the
-    /// same block.
+    /// Changes the dirty bits of a place that holds something. It is about to hold other data of
+    /// the same block.
     pub(crate) fn set_dirty(&mut self, place: Place, dirty: DirtyBits) {
         debug_assert!(self.at(place).is_some());
         self.not_discarded(number(place));

@@ -1,10 +1,10 @@
 //! A hash table of numbers that is allocated once and may be filled almost to the last cell.
 //!
-//! It is a cuckoo hash table. Each entry lies in one of two buckets that its hash names. A bucket is
-//! a cache line. So a search looks at two lines, however full the table is, and a removal leaves
+//! It is a cuckoo hash table. Each entry lies in one of two buckets that its hash names. A bucket
+//! is a cache line. So a search looks at two lines, however full the table is, and a removal leaves
 //! nothing behind. When both buckets are full, an entry moves to its other bucket, and so on, at
-//! most [`MAX_MOVES`] times. If that makes no room, the entry is kept aside, where a search looks at
-//! all entries. Since the hash is secret, that hardly happens.
+//! most [`MAX_MOVES`] times. If that makes no room, the entry is kept aside, where a search looks
+//! at all entries. Since the hash is secret, that hardly happens.
 
 use crate::format::{to_u64, to_usize};
 use crate::sys::prefer_huge_pages;

@@ -28,6 +28,7 @@ demo: deps
 test: deps sim
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --all-features -- -D warnings
+	tests/features.sh
 	tests/run.sh
 
 # Tests wb against the real kernel module in a virtual machine. Takes a few minutes.

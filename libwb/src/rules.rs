@@ -1,7 +1,7 @@
 //! The rules that keep data safe, each of which the simulator's tests break once, to prove that
 //! they would notice.
 //!
-//! Where a rule decides something, the code asks [`Rules::keep`]. Without the feature `sim` the
+//! Where a rule decides something, the code asks `Rules::keep`. Without the feature `sim` the
 //! answer is always yes, and the compiler leaves nothing of the question.
 
 #![cfg_attr(
@@ -92,6 +92,7 @@ pub enum Rule {
     LostMarked,
     /// Recovery does not take rot for the work of a power cut. The engine never asks; the check of
     /// flipped bits does.
+    #[cfg(feature = "sim")]
     RotIsNoPowerCut,
 }
 

@@ -2,16 +2,25 @@
 //!
 //! All `unsafe` of this crate is here and in the reactor.
 
+#[cfg(feature = "uring")]
 mod block_device;
+#[cfg(feature = "serve-loop")]
 mod loop_device;
 mod memory;
+#[cfg(feature = "serve-loop")]
 mod process;
 
+#[cfg(feature = "uring")]
 pub(crate) use block_device::{
     block_device_size, direct_io_alignment, is_read_only, logical_block_size,
 };
+#[cfg(feature = "serve-loop")]
 pub(crate) use loop_device::{loop_clear, loop_configure, loop_get_free, loop_show_partitions};
-pub(crate) use memory::{keep_freed_memory, prefer_huge_pages, prefetch_to_write};
+#[cfg(feature = "uring")]
+pub(crate) use memory::keep_freed_memory;
+#[cfg(feature = "engine")]
+pub(crate) use memory::{prefer_huge_pages, prefetch_to_write};
 #[cfg(feature = "cli")]
 pub(crate) use process::ignore_file_size_signal;
+#[cfg(feature = "serve-loop")]
 pub(crate) use process::set_io_flusher;

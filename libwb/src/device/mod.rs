@@ -1,18 +1,25 @@
 //! Block devices with owned, aligned buffers. A cache stands on two of them.
 
+#[cfg(feature = "uring")]
 pub mod fit;
+#[cfg(feature = "uring")]
 mod held;
+#[cfg(feature = "uring")]
 mod identity;
 mod layer;
 mod mem;
 mod overlay;
+#[cfg(feature = "uring")]
 pub mod probe;
 #[cfg(feature = "blkid")]
 pub mod signatures;
 #[cfg(feature = "sim")]
 pub mod sim;
+#[cfg(feature = "uring")]
 pub mod sparse;
+#[cfg(feature = "uring")]
 mod uring;
+#[cfg(feature = "uring")]
 mod watched;
 
 pub use crate::buf::{IoBuf, SharedBuf};
@@ -20,7 +27,9 @@ pub use crate::pending::Pending;
 pub use layer::DeviceLayer;
 pub use mem::MemDevice;
 pub use overlay::Overlay;
+#[cfg(feature = "uring")]
 pub use uring::UringDevice;
+#[cfg(feature = "uring")]
 pub use watched::{Gone, Watched};
 
 use crate::format::to_u64;

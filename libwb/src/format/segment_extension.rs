@@ -88,7 +88,8 @@ pub struct Commit {
 /// power cut does not tear.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SegmentExtension {
-    /// [`SuperblockExtension::digest`] of the cache that the segment belongs to.
+    /// [`SuperblockExtension::digest`](super::SuperblockExtension::digest) of the cache that the
+    /// segment belongs to.
     pub digest: u32,
     /// Why the segment was closed.
     pub reason: Reason,

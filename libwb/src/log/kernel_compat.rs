@@ -112,6 +112,7 @@ pub(crate) struct Emptied {
     /// The block to write.
     pub(crate) block: IoBuf,
     /// The device has an empty segment there already.
+    #[cfg_attr(not(feature = "engine"), allow(dead_code, reason = "a repair writes it anyway"))]
     pub(crate) is_there: bool,
 }
 

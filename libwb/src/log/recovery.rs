@@ -146,6 +146,7 @@ impl Recovery {
 
     /// The same log, ending at another one of its [`Recovery::points`]. The log must not continue
     /// on the device after that.
+    #[cfg(feature = "engine")]
     pub(crate) fn until(self, point: SegmentId) -> Recovery {
         let is_last = point == self.point;
         Recovery {

@@ -232,7 +232,7 @@ pub async fn scan_headers(
     gather(stream::iter(reads).buffered(HEADER_SCAN_DEPTH), geometry, visit).await
 }
 
-/// As [`scan`], but skips the data of segments that sound headers prove to be whole: see [`Proof`].
+/// As [`scan`], but skips the data of segments that sound headers prove to be whole.
 /// `visit` may be called twice for a slot; the second call counts.
 pub async fn scan_trusting(
     device: &Device,

@@ -4,6 +4,7 @@
 use nix::libc;
 
 /// Asks for huge pages for memory that is accessed at random. Without them, the access is slower.
+#[cfg(feature = "engine")]
 pub(crate) fn prefer_huge_pages<T>(memory: &[T]) {
     // Memory below this size has no huge page.
     const PAGE: usize = 2 << 20;
@@ -23,6 +24,7 @@ pub(crate) fn prefer_huge_pages<T>(memory: &[T]) {
 /// Makes the processor fetch memory that is written next. Without this, a copy into memory outside
 /// the processor's caches waits for each line. On processors without such an instruction, it does
 /// nothing.
+#[cfg(feature = "engine")]
 pub(crate) fn prefetch_to_write(memory: &mut [u8]) {
     #[cfg(target_arch = "x86_64")]
     {
@@ -39,6 +41,7 @@ pub(crate) fn prefetch_to_write(memory: &mut [u8]) {
 
 /// Makes the allocator keep some megabytes of freed memory. By default it returns the buffer of a
 /// segment to the system at once. Faulting in the next buffer takes longer than reading it.
+#[cfg(feature = "uring")]
 pub(crate) fn keep_freed_memory() {
     #[cfg(target_env = "gnu")]
     {

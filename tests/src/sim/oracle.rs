@@ -11,7 +11,7 @@
 //! acknowledged flush. A write that any sector shows was submitted before T. So every write
 //! acknowledged before the latest such submission is in the state: each of its sectors shows it or
 //! something no older. A write under way at T may be there in part. Of an acknowledged write, each
-//! block is there whole or not at all, and no block without those before it ([`blocks`]).
+//! block is there whole or not at all, and no block without those before it (`blocks`).
 //!
 //! *Discards* are writes of zeros. A sector of zeros may show any discard, so one right discard is
 //! enough.

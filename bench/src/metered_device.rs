@@ -1,6 +1,6 @@
 //! A device that counts what is read and may limit the rate of writes.
 
-use libwb::device::{BlockDevice, Device, IoBuf, IoFuture, SharedBuf};
+use libwb::device::{BlockDevice, Device, DeviceLayer, IoBuf, IoFuture, SharedBuf};
 use libwb::format::to_u64;
 use libwb::runtime::Runtime;
 use parking_lot::Mutex;
@@ -46,17 +46,9 @@ impl MeteredDevice {
     }
 }
 
-impl BlockDevice for MeteredDevice {
-    fn name(&self) -> &Arc<str> {
-        self.device.name()
-    }
-
-    fn size(&self) -> u64 {
-        self.device.size()
-    }
-
-    fn block_size(&self) -> u32 {
-        self.device.block_size()
+impl DeviceLayer for MeteredDevice {
+    fn below(&self) -> &dyn BlockDevice {
+        &*self.device
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
@@ -80,13 +72,5 @@ impl BlockDevice for MeteredDevice {
             sleep.await;
             write.await
         })
-    }
-
-    fn flush(&self) -> IoFuture<()> {
-        self.device.flush()
-    }
-
-    fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
-        self.device.discard(offset, length)
     }
 }

@@ -1,6 +1,6 @@
 //! How busy a device is kept.
 
-use crate::device::{BlockDevice, Device, IoBuf, IoFuture, SharedBuf};
+use crate::device::{BlockDevice, Device, DeviceLayer, IoBuf, IoFuture, SharedBuf};
 use crate::runtime::Runtime;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -74,25 +74,9 @@ impl BusyMeter {
     }
 }
 
-impl BlockDevice for BusyMeter {
-    fn name(&self) -> &Arc<str> {
-        self.device.name()
-    }
-
-    fn size(&self) -> u64 {
-        self.device.size()
-    }
-
-    fn identity(&self) -> &str {
-        self.device.identity()
-    }
-
-    fn block_size(&self) -> u32 {
-        self.device.block_size()
-    }
-
-    fn busy(&self) -> Option<Duration> {
-        self.device.busy()
+impl DeviceLayer for BusyMeter {
+    fn below(&self) -> &dyn BlockDevice {
+        &*self.device
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {

@@ -21,10 +21,10 @@ use libwb::control;
 use libwb::device::Device;
 use libwb::device::probe::{self, Access, OpenError, Opened};
 use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
-use libwb::log::pairing::BackingFacts;
-use libwb::log::pairing::accept_growth;
+use libwb::log::pairing::{BackingFacts, accept_growth};
+use libwb::reactor::Handle;
 use libwb::serve::ReadOnly;
-use libwb::serve::loopdev::{LoopDevice, Options, Reserved};
+use libwb::serve::loopdev::{LoopDevice, Options, Reserved, ServeError};
 use std::fs::Permissions;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -194,31 +194,18 @@ fn serve(
         closed?;
         to_look_at.refuse_gone(to_close.status().dirty_blocks)
     };
-    let file = name.served_file();
     let options = Options { sector_size, read_only };
-    let note = |device: &Path| name.note_loop(device);
-    let served = match read_only {
-        true => {
-            LoopDevice::attach(ReadOnly(cache.clone()), &runtime, &file, options, reserved, note)
-        }
-        false => LoopDevice::attach(cache.clone(), &runtime, &file, options, reserved, note),
-    };
-    let device = match served {
+    let device = match loop_device(&name, &cache, &runtime, options, reserved) {
         Ok(device) => device,
         Err(e) => {
+            name.withdraw();
             let _ = close();
             return Err(e.into());
         }
     };
     watched.served_as(device.path());
     show_partitions(device.path());
-    let served = LiveVolume {
-        name: name.clone(),
-        cache: cache.clone(),
-        devices: devices.clone(),
-        connection: device.connection(),
-        path: device.path().into(),
-    };
+    let served = LiveVolume::of(&name, &cache, &devices, &device);
     let daemon = Daemon {
         name: name.clone(),
         watched,
@@ -240,6 +227,22 @@ fn serve(
     }
     stages.reach(Stage::Serving);
     serve_until_ended(&served, device, ended, close)
+}
+
+/// Serves a cache as a loop device.
+fn loop_device(
+    name: &VolumeName,
+    cache: &Cache,
+    runtime: &Handle,
+    options: Options,
+    reserved: Reserved,
+) -> Result<LoopDevice, ServeError> {
+    let (file, note) = (name.served_file(), |device: &Path| name.note_loop(device));
+    if options.read_only {
+        let volume = ReadOnly(cache.clone());
+        return LoopDevice::attach(volume, runtime, &file, options, reserved, note);
+    }
+    LoopDevice::attach(cache.clone(), runtime, &file, options, reserved, note)
 }
 
 /// Makes the kernel look for partitions, and gives up after [`TO_SHOW`] if a device hangs.

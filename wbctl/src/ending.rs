@@ -43,11 +43,11 @@ pub(crate) enum End {
 
 /// A volume that is being served.
 pub(crate) struct LiveVolume {
-    pub(crate) name: VolumeName,
-    pub(crate) cache: Cache,
-    pub(crate) devices: [Device; 2],
-    pub(crate) connection: Option<Arc<Connection>>,
-    pub(crate) path: PathBuf,
+    name: VolumeName,
+    cache: Cache,
+    devices: [Device; 2],
+    connection: Option<Arc<Connection>>,
+    path: PathBuf,
 }
 
 /// The requests to end, so far.
@@ -209,6 +209,21 @@ fn describe(error: &anyhow::Error) -> String {
 }
 
 impl LiveVolume {
+    pub(crate) fn of(
+        name: &VolumeName,
+        cache: &Cache,
+        devices: &[Device; 2],
+        device: &LoopDevice,
+    ) -> LiveVolume {
+        LiveVolume {
+            name: name.clone(),
+            cache: cache.clone(),
+            devices: devices.clone(),
+            connection: device.connection(),
+            path: device.path().into(),
+        }
+    }
+
     /// A number that changes as long as the volume takes writes, or makes room for them.
     fn writing(&self) -> impl FnMut() -> u64 + Send + 'static {
         let cache = self.cache.clone();

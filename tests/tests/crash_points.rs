@@ -13,7 +13,7 @@ use wb_tests::sim::real::WriteCache;
 
 /// How many interleavings to run each script with.
 const SEEDS: u64 = 2;
-/// How many interleavings a planted bug may need to show.
+/// How many interleavings it may take until a broken rule shows.
 const BUG_SEEDS: u64 = 8;
 /// Sectors of a whole segment's blocks.
 const SEGMENT: u64 = 127 * 8;
@@ -412,9 +412,9 @@ fn gaps() {
     everywhere("gaps", &[5, 8], GAPS);
 }
 
-/// Rules bugs must show, to prove that the crashes find bugs.
+/// Broken rules must show, to prove that the crashes find bugs.
 #[test]
-fn planted_bugs_show() {
+fn broken_rules_show() {
     let cases = [
         (Rule::FlushWaitsForDevice, "laps", 3, LAPS),
         (Rule::BackingFlushedBeforeRecord, "drains", 3, DRAINS),
@@ -438,10 +438,10 @@ fn planted_bugs_show() {
         (Rule::WriteAroundDropsCached, "around", 5, AROUND),
         (Rule::OlderWrittenThoughNewerDurable, "batches", 8, BATCHES),
     ];
-    for (bug, name, segments, steps) in cases {
-        let engine: Arc<dyn Engine> = Arc::new(WriteCache::with(bug));
+    for (rule, name, segments, steps) in cases {
+        let engine: Arc<dyn Engine> = Arc::new(WriteCache::with(rule));
         let script = script(name, segments, steps);
         let caught = (0..BUG_SEEDS).any(|seed| explore(&engine, &script, true, seed).is_err());
-        assert!(caught, "{bug:?} goes unnoticed by {name}");
+        assert!(caught, "{rule:?} goes unnoticed by {name}");
     }
 }

@@ -230,10 +230,10 @@ fn power_cuts_do_not_lose_blocks_that_are_stuck() {
     }
 }
 
-/// Whether any scenario finds a bug.
-fn is_found(bug: Rule) -> bool {
+/// Whether any scenario shows that a rule is broken.
+fn is_found(rule: Rule) -> bool {
     let cuts = (0..150).map(|nth| Some(1900 + nth * 13)).chain([None]);
-    let rules = || Rules::breaking(bug);
+    let rules = || Rules::breaking(rule);
     cuts.zip(0..).any(|(cut, seed)| std::panic::catch_unwind(|| run(seed, rules(), cut)).is_err())
 }
 

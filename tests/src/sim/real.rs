@@ -27,10 +27,10 @@ impl Default for WriteCache {
 }
 
 impl WriteCache {
-    /// Opens caches that have a bug.
-    pub fn with(bug: Rule) -> WriteCache {
-        let recover = if bug == Rule::RotIsNoPowerCut { recover_forgiving } else { recover };
-        WriteCache { rules: Rules::breaking(bug), recover }
+    /// Opens caches that break a rule.
+    pub fn with(rule: Rule) -> WriteCache {
+        let recover = if rule == Rule::RotIsNoPowerCut { recover_forgiving } else { recover };
+        WriteCache { rules: Rules::breaking(rule), recover }
     }
 }
 

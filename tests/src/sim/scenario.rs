@@ -72,7 +72,7 @@ pub fn run(engine: &dyn Engine, seed: u64) -> Result<SeedReport, Failure> {
 /// process.
 pub type Watch<'a> = dyn FnMut(&SimDevice, &SimDevice) + 'a;
 
-/// As [`run`], with somebody who watches.
+/// As [`run`], with an observer.
 ///
 /// # Errors
 /// As [`run`].

@@ -1,10 +1,13 @@
-//! The simulator finds each planted bug within a few seeds. Some bugs show in few seeds only. The
-//! scripts of `crash_points.rs`, which crash at every moment, find those: `FenceIgnored` needs a
-//! write during a discard. `CommitOverUndurable` needs a header that is torn in the short time
-//! between two commits. `RecordNotDurable` needs a slot that is reused just before a power cut.
-//! `DroppedNotErased` needs a log that grows up to what an earlier power cut had cut off.
-//! `kernel_compat.rs` finds `UnreadableLeft` and `HalfEmptiedTrusted`, which need a device that
-//! fails during a discard. `stuck.rs` finds bugs about blocks that cannot be written back.
+//! The simulator notices a cache that breaks a rule, within a few seeds. Some broken rules show in
+//! few seeds only. Other tests find those:
+//!
+//! - The scripts of `crash_points.rs`, which crash at every moment, find `RangeLocksRespected` (it
+//!   needs a write during a discard), `CommitReplacedOnlyWhenDurable` (a header that is torn between
+//!   two commits), `RecordMadeDurable` (a slot that is reused just before a power cut) and
+//!   `DroppedErased` (a log that grows up to what an earlier power cut had cut off).
+//! - `kernel_compat.rs` finds `UnreadableEmptied` and `EmptiedOnlyWhenFlushed`, which need a device
+//!   that fails during a discard.
+//! - `stuck.rs` finds the rules about blocks that cannot be written back.
 
 use libwb::rules::Rule;
 use std::panic::catch_unwind;
@@ -12,8 +15,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use wb_tests::sim::real::WriteCache;
 use wb_tests::sim::run;
 
-/// The seeds to search for each bug: the first seed, and how many may be needed. If the first seed
-/// that shows the bug is far from 0, the search begins shortly before it. The ranges leave room,
+/// The seeds to search for each broken rule: the first seed, and how many may be needed. If the
+/// first seed that shows it is far from 0, the search begins shortly before it. The ranges leave room,
 /// because a change of the engine changes the scenario of each seed.
 const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::FlushWaitsForDevice, 0, 100),
@@ -50,8 +53,8 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
 ];
 
 /// The simulator's failure for a seed, if any. A panic of the engine counts as well.
-fn verdict(bug: Rule, seed: u64) -> Option<String> {
-    match catch_unwind(|| run(&WriteCache::with(bug), seed)) {
+fn verdict(rule: Rule, seed: u64) -> Option<String> {
+    match catch_unwind(|| run(&WriteCache::with(rule), seed)) {
         Ok(result) => {
             result.err().map(|failure| failure.text.lines().next().unwrap_or_default().to_string())
         }
@@ -59,20 +62,22 @@ fn verdict(bug: Rule, seed: u64) -> Option<String> {
     }
 }
 
-/// Searches for a bug; returns a line for the table, and whether the search found it.
-fn look_for(&(bug, first, seeds): &(Rule, u64, u64)) -> (String, bool) {
-    let found = (first..first + seeds).find_map(|seed| verdict(bug, seed).map(|text| (seed, text)));
+/// Searches for a seed that shows a broken rule. Returns a line for the table, and whether there is
+/// one.
+fn look_for(&(rule, first, seeds): &(Rule, u64, u64)) -> (String, bool) {
+    let found =
+        (first..first + seeds).find_map(|seed| verdict(rule, seed).map(|text| (seed, text)));
     let line = match &found {
         Some((seed, text)) => {
-            format!("{bug:?}: seed {seed}, {} from {first} on: {text}", seed - first + 1)
+            format!("{rule:?}: seed {seed}, {} from {first} on: {text}", seed - first + 1)
         }
-        None => format!("{bug:?} goes unnoticed by the {seeds} seeds from {first} on"),
+        None => format!("{rule:?} goes unnoticed by the {seeds} seeds from {first} on"),
     };
     (line, found.is_some())
 }
 
 #[test]
-fn every_planted_bug_is_found() {
+fn every_broken_rule_is_noticed() {
     let next = AtomicUsize::new(0);
     let work = || {
         let mut missed = Vec::new();

@@ -1,6 +1,6 @@
-//! What the backing device alone holds on the day the cache device dies: all that was written back,
-//! and of the batch that was on its way any part. The simulator looks at that after every crash
-//! (tests/src/sim/ledger.rs).
+//! What the backing device alone holds when the cache device dies: everything written back, and any
+//! part of the batch under way. The simulator checks this after every crash
+//! (tests/src/sim/backing_history.rs).
 
 use std::fs::File;
 use std::path::Path;

@@ -67,10 +67,10 @@ const KILLED: u32 = 10;
 
 /// Writes far more than the memory of `group` to a folder, and makes it durable.
 ///
-/// In a group of version 1 the kernel does not slow down who dirties pages, and an allocation for
-/// XFS may not wait for pages to be cleaned (GFP_NOFS). Where it comes first, the kernel kills the
-/// program, whatever is below the filesystem. So such a file is written again, when what was dirty
-/// is on the volume. What the test is about is that no program hangs.
+/// In a cgroup of version 1, the kernel does not throttle processes that dirty pages. An allocation
+/// for XFS may not wait for pages to be cleaned (GFP_NOFS). If it hits the limit first, the kernel
+/// kills the program, whatever is below the filesystem. So such a file is written again once the
+/// dirty data is on the volume. The test only checks that no program hangs.
 fn write_all(group: &Cgroup, source: &Path, on: &Path) {
     let mut copy = Command::new("sh");
     // Of the shell and cp, the kernel is to choose cp. 137: killed.

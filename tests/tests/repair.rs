@@ -192,8 +192,7 @@ fn a_segment_that_is_cut_short_is_closed_with_the_last_commit_that_stands() {
     assert!(kept[4 * 4096..] == [0; 4096]);
 }
 
-/// What the kernel module would make of the devices, were it not for the repair, would be older
-/// than what was flushed.
+/// Without the repair, the kernel module would show older data than was flushed.
 #[test]
 fn after_a_crash_the_kernel_module_reads_the_volume_from_what_a_repair_leaves() {
     needs_serving!();

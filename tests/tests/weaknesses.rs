@@ -236,8 +236,8 @@ fn the_model_gives_the_volumes_that_the_kernel_module_recovers() {
     }
 }
 
-/// Tears a segment: what reached the device of it is its first sector, its header, all but its last
-/// sector, or all but its first. Returns whether that can be told from a slot that was never
+/// Tears a segment: only its first sector, its header, all but its last sector, or all but its
+/// first sector reached the device. Returns whether the slot differs from one that was never
 /// written.
 fn tear(cache: &mut [u8], id: u64, kind: &str) -> bool {
     let segment = &mut cache[place(id)];

@@ -6,9 +6,9 @@ use futures_util::lock::Mutex as AsyncMutex;
 use nix::errno::Errno;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// The flushes of a device with several users. A failed flush gives up what it should have made
-/// durable, whoever wrote that, and no later flush reports it. So each user must know of the
-/// failures of all.
+/// The flushes of a device with several users. A failed flush may lose any data that it covers,
+/// whoever wrote the data, and no later flush reports the loss. So each user must know of every
+/// failure.
 #[derive(Default)]
 pub(crate) struct SharedFlush {
     /// Held during a flush.

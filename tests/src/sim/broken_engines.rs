@@ -38,7 +38,7 @@ pub enum Flaw {
     Hangs,
 }
 
-/// Opens broken_engines.
+/// Opens volumes on a simple engine with this flaw.
 #[derive(Clone, Copy, Debug)]
 pub struct SimpleEngine(pub Flaw);
 

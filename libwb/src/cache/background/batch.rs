@@ -203,8 +203,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Notes the newest versions of blocks that cannot be read where they are to be written back
-    /// from.
+    /// Notes the newest segment that holds a newer version of a block that cannot be read.
     fn look_for_newer(&self, unreadable: &DeviceRead) {
         let mut visit = self.state.lock();
         let state = &mut *visit;

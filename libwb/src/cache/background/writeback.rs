@@ -69,9 +69,9 @@ impl Engine {
         stop.map_or(Ok(()), Err)
     }
 
-    /// Moves what was not written back, where that may be, and records how far the log is written
-    /// back then. Returns how far that is, and why no further, or why to wait before the next
-    /// batch: when this one has written nothing.
+    /// Moves blocks that were not written back, where that is allowed. Then records how far the log
+    /// is written back. Returns this segment, and why write-back stopped there. If the batch wrote
+    /// nothing, returns why to wait before the next one.
     async fn pass(
         &self,
         last: SegmentId,

@@ -52,8 +52,9 @@ impl Engine {
         failed.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Empties all stale segments. A block may have older versions in any of them. Returns why one
-    /// could not be emptied that may hold some of these blocks: they could come back.
+    /// Empties all stale segments, since any of them may hold older versions of a block. Returns an
+    /// error if a segment that may hold some of these blocks could not be emptied: their old data
+    /// could come back.
     pub(crate) async fn empty_stale_segments(
         self: &Arc<Self>,
         blocks: &Range<BlockNo>,

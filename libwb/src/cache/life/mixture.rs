@@ -1,11 +1,10 @@
-//! Whether a backing device already holds what comes after the point that a log is to be replayed
-//! until.
+//! Whether a backing device already holds writes from after the point at which a replay is to end.
 //!
-//! A replay undoes nothing. After one that went further, the backing device would be in no state of
-//! the volume: a mixture of two. Nothing on either device says how far a replay with `--until`
-//! went, but the data does. Such a replay wrote every block of the first segment after the point,
-//! as that segment has it or a later one. One of these blocks alone proves little: what changed
-//! back again looks the same. So most of them count.
+//! A replay undoes nothing. If an earlier one went further, the backing device would end up with a
+//! mixture of two states of the volume. Neither device records how far a replay with `--until`
+//! went, but the data shows it. Such a replay wrote every block of the first segment after the
+//! point, in this segment's version or a later one. One such block alone proves little, because it
+//! may have changed back. So the replay is refused only if most of these blocks match.
 
 use crate::cache::state::index::Index;
 use crate::device::{Device, DeviceError, IoBuf};

@@ -167,8 +167,8 @@ pub fn refuse_size(backing: &str, bytes: u64) -> Result<(), CacheError> {
 }
 
 impl Engine {
-    /// Makes the devices agree with what recovery decided. A crash in the midst of it changes
-    /// nothing of that.
+    /// Makes the devices agree with what recovery decided. A crash during this does not change the
+    /// decision.
     async fn settle(
         &self,
         recovery: &Recovery,
@@ -203,12 +203,13 @@ impl Engine {
         let dropped = recovery.dropped.iter().map(|&id| geometry.slot_of(id));
         let slots: Vec<Slot> = dropped.chain(torn.map(|damage| damage.slot)).collect();
         if !slots.is_empty() && self.rules.keep(Rule::DroppedErased) {
-            // With a single slot, only what it holds bears out the record.
+            // With a single slot, only a segment in it confirms the record. So it gets an empty
+            // one.
             let filler = if geometry.slots() == 1 { recovery.point } else { SegmentId::NONE };
             self.erase(slots.into_iter().map(|slot| (slot, filler)).collect()).await?;
         }
-        // The log goes on after the newest segment. Only when nothing is left that could be taken
-        // for what followed it, may its header say that it was closed.
+        // The log continues after the newest segment. Its header may say that it was closed
+        // only once nothing is left that looks like a later segment.
         if let Some(id) = recovery.open_end().filter(|_| self.rules.keep(Rule::OpenEndClosed)) {
             close_segment(&self.cache, geometry, id).await?;
             self.cache.flush().await?;
@@ -216,9 +217,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes what is damaged and written back sound. It has no explanation any more once the log
-    /// has come near it, and the kernel module would read no further than there. What cannot be
-    /// written is no worse than it was.
+    /// Replaces damaged written-back segments with empty ones. Otherwise nothing would explain the
+    /// damage once the log comes near it, and the kernel module would stop reading there. A failed
+    /// write makes nothing worse.
     async fn renew(&self, damage: &[Damage]) {
         let damaged = damage.iter().filter(|damage| damage.explanation == Explanation::WrittenBack);
         let slots: Vec<_> = damaged.map(|damage| (damage.slot, damage.expected)).collect();

@@ -32,7 +32,8 @@ impl Drop for Drain<'_> {
 }
 
 impl Engine {
-    /// Makes everything durable that was acknowledged before, where the write mode promises it.
+    /// Makes all earlier acknowledged writes durable in the log. In the modes `through` and
+    /// `around`, makes them durable on the backing device, too.
     pub(crate) async fn flush(&self) -> Result<(), CacheError> {
         self.counters.flushes.add(1);
         self.flush_log().await?;

@@ -45,9 +45,9 @@ impl Drop for RangeLock<'_> {
 }
 
 impl Engine {
-    /// A change of locked blocks on the backing device has failed. What that device shows of them
-    /// now, the next power cut may take back; in the log, it would stay. So nothing that the device
-    /// shows is admitted any more.
+    /// A change of locked blocks on the backing device has failed. The next power cut may undo what
+    /// the device shows of them now, but a copy in the log would stay. So from now on, no data from
+    /// the device is admitted.
     pub(super) fn change_failed(&self, error: &DeviceError) {
         tracing::warn!("read caching is suspended until the volume is attached again: {error}");
         self.state.lock().admission.suspend();

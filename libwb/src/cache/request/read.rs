@@ -248,9 +248,9 @@ impl Engine {
         plan
     }
 
-    /// Fetches from a device. Also returns how many bytes precede what was asked for. `into` is a
-    /// buffer of just the right length, if there is one. `alone` is a fetch beside which the
-    /// request needs no other.
+    /// Fetches from a device. Also returns how many bytes precede the requested data. `into` is a
+    /// buffer of exactly the right length, if there is one. `alone` says that the request needs no
+    /// other fetch.
     async fn fetch(
         &self,
         fetch: &Fetch,

@@ -18,9 +18,9 @@ const RESERVE_DIVISOR: u64 = 8;
 /// takes.
 const FIRST_BLOCKS: u64 = 64;
 
-/// No write waits longer for its turn. Beyond that it waits for a slot, as all do when the log is
-/// full: a price that was measured on full segments says little where flushes close them almost
-/// empty.
+/// The longest that a write waits for its turn. After that it goes on, and waits for a slot only if
+/// the log is full. The price is measured on full segments. It says little where flushes close
+/// segments almost empty.
 const LONGEST: Duration = Duration::from_millis(500);
 
 /// When writes may go.

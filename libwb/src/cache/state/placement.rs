@@ -185,8 +185,8 @@ impl State {
         self.stale.outdated(self.log.id_of(old.place.slot));
     }
 
-    /// Writes zeros over what the log holds of some blocks that is not written back, dirty or
-    /// clean, and drops what is. Returns the block that it got to.
+    /// Makes the cache hold only zeros of some blocks. Writes zeros over versions that are not
+    /// written back, dirty or clean. Drops the others. Returns the block at which it stopped.
     pub(crate) fn cover(
         &mut self,
         blocks: Range<BlockNo>,

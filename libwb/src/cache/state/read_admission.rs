@@ -106,7 +106,7 @@ impl ReadAdmission {
         self.next = BlockNo(block.0 + 1);
         if self.sequence > self.threshold {
             if self.sequence == self.threshold + 1 {
-                // Its beginning could not be told from single misses.
+                // Its first blocks looked like single misses. They are not to be admitted, either.
                 (block.0 - self.threshold..block.0).for_each(|before| self.cancel(BlockNo(before)));
             }
             return false;

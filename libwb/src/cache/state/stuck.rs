@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
-/// How often, and for how long, a block is tried before it is moved.
+/// A block is moved once it has failed this many times, over at least this long.
 const ATTEMPTS: u32 = 4;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Blocks that are moved at a time: as many as one slot takes.
@@ -84,8 +84,8 @@ pub struct StuckBlocks {
     pub lost: u64,
     /// Where some of them lie on the volume, in bytes, in order.
     pub first: Vec<u64>,
-    /// Why the first of them cannot be written back: of those that the backing device does not
-    /// take, if there are any.
+    /// Why the first block that the backing device refuses cannot be written back. If it refuses
+    /// none, why the first lost block cannot.
     pub error: DeviceError,
 }
 
@@ -134,8 +134,8 @@ pub(crate) struct MovedBlock {
 
 impl Stuck {
     /// Forgets blocks that are written back or discarded, and lost blocks that are written anew.
-    /// What the backing device does not take of one version of a block, it does not take of the
-    /// next.
+    /// A rewritten block that the backing device refused stays: the device will refuse the new
+    /// version, too.
     pub(crate) fn prune(&mut self, log: &SegmentLog) {
         if self.blocks.is_empty() {
             return;
@@ -222,7 +222,7 @@ impl Stuck {
                 passage.obstacle = stuck.map(|stuck| (stuck.error.clone(), may_ever));
                 break;
             }
-            // Of one that is not known any more, something newer stands.
+            // If a block is no longer known as stuck, a newer version has replaced it.
             passage.moves.push((id, block));
         }
         passage

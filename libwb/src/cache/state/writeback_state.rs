@@ -123,8 +123,8 @@ impl WritebackState {
         WritebackState::is_urgent(log) || self.is_awaited(log)
     }
 
-    /// Whether it is time to write back. `threshold` is the load in percent from which on there
-    /// must be a better reason than room. `at_once` says that nothing is to stay in the log.
+    /// Whether it is time to write back. Under a load of `threshold` percent or more, neither an
+    /// idle volume nor a half-full log is a reason. `at_once`: nothing is to stay in the log.
     pub(crate) fn is_time(
         &self,
         log: &SegmentLog,
@@ -145,8 +145,8 @@ impl WritebackState {
         WritebackState::is_urgent(log) || ((load.idle || half_full) && load.percent < threshold)
     }
 
-    /// How many segments a batch may take. While hardly anything is written, or a drain waits for
-    /// all of it, that is as many as there are free slots.
+    /// How many segments a batch may take. If the volume is idle or a drain waits, this is at least
+    /// the number of free slots.
     pub(crate) fn largest_batch(&self, log: &SegmentLog, load: Load) -> u64 {
         let part = (log.geometry().lap() / BATCH_DIVISOR).max(SMALL_BATCH);
         let calm = load.idle || self.is_draining(log);
@@ -159,8 +159,9 @@ impl WritebackState {
         self.replaced_by = self.replaced_by.max(id);
     }
 
-    /// Up to where a batch must reach to heal what cannot be read, if it may: no larger than the
-    /// largest that can be set, for each block of it takes memory.
+    /// The segment up to which a batch must reach so that newer versions replace unreadable blocks.
+    /// `None` if it lies after `reached`, or the batch would exceed [`LARGEST_BATCH`]: each block
+    /// takes memory.
     pub(crate) fn replacement(&self, log: &SegmentLog, reached: SegmentId) -> Option<SegmentId> {
         let furthest = reached.min(log.written_back().plus(LARGEST_BATCH));
         Some(self.replaced_by).filter(|&id| id <= furthest)
@@ -249,8 +250,8 @@ impl WritebackState {
         self.record_in_doubt
     }
 
-    /// Whether writes are paced. That would free no slot while nothing is written back, be it
-    /// paused or kept off by a busy disk.
+    /// Whether writes are paced. Pacing would be useless while write-back is paused, or held off by
+    /// a busy disk.
     pub(crate) fn is_pacing(&self, log: &SegmentLog) -> bool {
         self.has_work && self.pacing.is_due(log)
     }

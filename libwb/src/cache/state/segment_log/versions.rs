@@ -132,8 +132,9 @@ impl SegmentLog {
                 || !self.rules.keep(Rule::OlderWrittenUnlessNewerInBatch)
                 || !self.rules.keep(Rule::OlderWrittenThoughNewerDurable)
                     && newer <= self.durable();
-            // What the newest version lacks was written back before that was made, though the
-            // record may not say so. Something newer than this one may have been.
+            // Sectors that the newest version lacks were written back before it was made, though
+            // the record may not say so. There, the backing device may hold newer data than this
+            // version.
             let sectors = sectors.intersection(newest.dirty);
             (!sectors.is_clean() && !superseded).then_some(Item {
                 block,

@@ -90,7 +90,7 @@ fn a_name_that_exists_is_not_imported_again() {
     let text = format!("other /dev/a /dev/b\n{} /dev/c /dev/d\n", volume.name);
     let refused = refuses(&volume, &text, "exists already: it is recorded in");
     let way_on =
-        format!("first run: wbctl remove {0}; or take the line of '{0}' out of ", volume.name);
+        format!("first run: wbctl remove {0}; or remove the line of '{0}' from ", volume.name);
     assert!(refused.stderr.contains(&way_on), "{refused:?}");
 }
 
@@ -106,7 +106,7 @@ fn a_device_of_another_volume_is_not_imported() {
         [format!("/dev/a {cache}"), format!("{backing} /dev/b"), format!("{cache} /dev/b")]
     {
         let refused = refuses(&volume, &format!("other /dev/c /dev/d\nnew {devices}\n"), &why);
-        assert!(refused.stderr.contains("take the line of 'new' out of"), "{refused:?}");
+        assert!(refused.stderr.contains("remove the line of 'new' from"), "{refused:?}");
     }
     volume.must(&["remove", &volume.name]);
     volume.must(&["import", &table(&volume, &format!("new {backing} {cache}\n"))]);

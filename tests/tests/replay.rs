@@ -212,7 +212,7 @@ fn a_log_is_replayed_until_an_earlier_point_and_stays_as_it_is_for_the_rest() {
     let refused = replay_until(&volume, "2", &[]);
     assert_eq!(refused.code, 1, "{refused:?}");
     assert!(
-        refused.stderr.contains("give one from 3, up to which all is written back, to 3"),
+        refused.stderr.contains("give a segment from 3 (all up to it is written back) to 3"),
         "{refused:?}"
     );
     assert_eq!(volume.images(), before);
@@ -226,7 +226,7 @@ fn a_point_that_the_log_does_not_reach_is_refused_and_a_salvage_until_it_is_sens
         let refused = replay_until(&volume, until, &[]);
         assert_eq!(refused.code, 1, "{refused:?}");
         assert!(
-            refused.stderr.contains("give one from 0, up to which all is written back, to 3"),
+            refused.stderr.contains("give a segment from 0 (all up to it is written back) to 3"),
             "{refused:?}"
         );
     }

@@ -101,7 +101,7 @@ fn a_file_that_a_loop_device_stands_on_is_in_use_by_whatever_name() {
     std::fs::hard_link(&volume.cache, &hard_link).unwrap();
     let device = LoopDevice::attach(&volume.cache).expect("a loop device");
     let path = device.path.clone();
-    let stands = format!("in use: the loop device {} stands on it", path.display());
+    let stands = format!("in use: the loop device {} uses it", path.display());
     let advice = format!("losetup --detach {}", path.display());
     for name in [volume.cache.clone(), link, hard_link] {
         wbformat_refuses(&name, &[text(&name), &stands, &advice]);
@@ -112,7 +112,7 @@ fn a_file_that_a_loop_device_stands_on_is_in_use_by_whatever_name() {
     assert_eq!(wb!("wbcheck", &volume.cache).code, 0);
     drop(device);
     let device = LoopDevice::attach(&volume.backing).expect("a loop device");
-    all_refuse(&volume, &[text(&volume.backing), "stands on it"]);
+    all_refuse(&volume, &[text(&volume.backing), "uses it"]);
     drop(device);
     volume.must(&[&["replay"], &volume.pair()[..]].concat());
 }
@@ -122,7 +122,7 @@ fn a_block_device_that_a_loop_device_stands_on_is_in_use() {
     needs_serving!();
     let (volume, [cache, _backing]) = on_loop_devices(Volume::golden("few-1"));
     let device = LoopDevice::attach(&cache.path).expect("a loop device");
-    let stands = format!("in use: the loop device {} stands on it", device.path.display());
+    let stands = format!("in use: the loop device {} uses it", device.path.display());
     wbformat_refuses(&cache.path, &[text(&cache.path), &stands]);
     all_refuse(&volume, &[&stands]);
     drop(device);

@@ -47,9 +47,9 @@ pub(crate) struct Args {
     /// damaged copy of the superblock extension; damaged first bytes of a device that has such an
     /// extension; with --salvage, also a corrupt log.
     ///
-    /// After the repair, the kernel module reads the same volume from the log as wb, as after a
-    /// detach. No segment remains at which it would stop. No segment that is written back remains
-    /// from which it would take old data for new. The device must not be attached.
+    /// After the repair, as after a detach, the kernel module reads the same volume from the log as
+    /// wb. It does not stop at a damaged segment. It does not take old data for new from a segment
+    /// that is written back. The device must not be attached.
     #[arg(long, conflicts_with_all = ["segment", "headers_only"])]
     pub(crate) repair: bool,
 

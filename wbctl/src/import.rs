@@ -60,7 +60,7 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
         free.map_err(|e| {
             let table = args.table.display();
             anyhow!(
-                "{e:#}; or take the line of '{}' out of {table}: nothing was imported",
+                "{e:#}; or remove the line of '{}' from {table}. Nothing was imported",
                 entry.name
             )
         })?;

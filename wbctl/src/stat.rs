@@ -40,8 +40,8 @@ const COLUMNS: [Column; 14] = [
 pub(crate) struct Args {
     /// The volume
     name: VolumeName,
-    /// Print a line every so many seconds, instead of one line for all time since the counters were
-    /// reset
+    /// Print a line at this interval in seconds, instead of one line for the time since the
+    /// counters were reset
     #[arg(value_parser = parse_interval)]
     interval: Option<Duration>,
     /// Stop after this many lines

@@ -16,7 +16,7 @@ use view::View;
 pub(crate) struct Args {
     /// The volume
     name: VolumeName,
-    /// Refresh every so many seconds
+    /// The time between two refreshes, in seconds
     #[arg(value_parser = parse_interval, default_value = "1")]
     interval: Duration,
 }

@@ -19,7 +19,7 @@ pub enum CacheError {
     #[error("writes are refused since the cache device failed: {0}")]
     Failed(DeviceError),
     /// The log is full.
-    #[error("the log is full, and write-back does not get on: {0}")]
+    #[error("the log is full, and write-back makes no progress: {0}")]
     Full(DeviceError),
     /// All that could be written back was.
     #[error("all else is written back, but {0}")]
@@ -50,9 +50,9 @@ pub enum CacheError {
     Closed,
     /// The cache was closed, but a segment that is written back could not be emptied.
     #[error(
-        "all data is kept, but the kernel module must not get this cache yet, for it would take \
-         old data for new: {0}. Attach and detach the volume once more, or use wbcheck --repair, \
-         before it does"
+        "all data is kept, but the cache is not ready for the kernel module, which would take old \
+         data for new: {0}. Before you give it the cache, attach and detach the volume again, or \
+         use wbcheck --repair"
     )]
     NotHandedOver(DeviceError),
 }

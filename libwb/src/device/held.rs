@@ -45,7 +45,7 @@ fn loop_device(wanted: &Wanted) -> Option<String> {
         let name = name.to_string_lossy();
         wanted.is_at(Path::new(&OsString::from_vec(file))).then(|| {
             format!(
-                "the loop device /dev/{name} stands on it. Unmount what is on that, then: losetup \
+                "the loop device /dev/{name} uses it. Unmount that loop device, then: losetup \
                  --detach /dev/{name}"
             )
         })

@@ -288,7 +288,8 @@ fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), Op
             .map_err(|cause| OpenError::System { path: path.clone(), cause: cause.into() })?;
         if read_only {
             return protected(format!(
-                "the device is read-only. Unless that is a switch on it: blockdev --setrw {shown}"
+                "the device is read-only. If it has no write-protect switch: blockdev --setrw \
+                 {shown}"
             ));
         }
         return Ok(());
@@ -296,7 +297,7 @@ fn refuse_unwritable(path: &Path, file: &File, meta: &Metadata) -> Result<(), Op
     // Root may write to it anyway, but the mode forbids that for everyone.
     if meta.mode() & 0o222 == 0 {
         return protected(format!(
-            "its mode lets nobody write. If that may change: chmod u+w {shown}"
+            "its mode lets no user write. To allow writes: chmod u+w {shown}"
         ));
     }
     match getrlimit(Resource::RLIMIT_FSIZE) {

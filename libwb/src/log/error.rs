@@ -69,8 +69,8 @@ pub enum LogErrorKind {
     },
     /// The log cannot be replayed until this point.
     #[error(
-        "the log cannot be replayed until segment {until}; give one from {first}, up to which all \
-         is written back, to {last}, the newest"
+        "the log cannot be replayed until segment {until}; give a segment from {first} (all up \
+         to it is written back) to {last} (the newest)"
     )]
     NoSuchPoint {
         /// The point requested.

@@ -265,7 +265,7 @@ fn configure_loop_device(
         }
         last = Errno::EBUSY;
     }
-    Err(failed("no loop device could be had")(last))
+    Err(failed("cannot get a loop device")(last))
 }
 
 /// The backing file of the loop device, alone in its folder.

@@ -171,7 +171,7 @@ fn the_daemon_is_kept_from_waiting_for_itself_or_says_so() {
     let said = attached.stderr();
     assert_ne!(
         all,
-        said.contains("cannot be marked as an I/O flusher: it lacks CAP_SYS_RESOURCE"),
+        said.contains("cannot mark the process as an I/O flusher: it lacks CAP_SYS_RESOURCE"),
         "{said}"
     );
 }

@@ -271,7 +271,7 @@ fn a_second_cache_is_refused_while_the_recorded_one_is_dirty() {
         volume.cache.display()
     );
     let remove = format!("wbctl remove --force {}", volume.name);
-    is_refused(&volume, &second, &[&format!("{whose}holds 1 dirty block, "), &remove]);
+    is_refused(&volume, &second, &[&format!("{whose}holds 1 dirty block. "), &remove]);
     let anyway = volume.wbctl(&[&["replay", "--older"], &pair(&second, &volume)[..]].concat());
     assert!(anyway.code == 1 && anyway.stderr.contains(&whose), "{anyway:?}");
     // A record of that one does not help either.

@@ -42,6 +42,8 @@ pub(crate) struct ReadAdmission {
     /// device.
     waiting: BTreeMap<BlockNo, IoBuf>,
     tickets: u64,
+    /// How often a block came to wait while it was time to put waiting blocks into the log.
+    ripened: u64,
     /// How many misses in a row were of neighbouring blocks, and the block that would go on with
     /// them.
     sequence: u64,
@@ -61,6 +63,7 @@ impl ReadAdmission {
             reserved: BTreeMap::new(),
             waiting: BTreeMap::new(),
             tickets: 0,
+            ripened: 0,
             sequence: 0,
             next: BlockNo(0),
             misses: None,
@@ -136,7 +139,7 @@ impl ReadAdmission {
     pub(crate) fn keep(&mut self, block: BlockNo, data: IoBuf) -> bool {
         let kept = self.has_room();
         if kept {
-            self.waiting.insert(block, data);
+            self.add(block, data);
         }
         kept
     }
@@ -145,9 +148,19 @@ impl ReadAdmission {
     pub(crate) fn fill(&mut self, block: BlockNo, ticket: Ticket, data: IoBuf) -> bool {
         let kept = self.give_up(block, ticket);
         if kept {
-            self.waiting.insert(block, data);
+            self.add(block, data);
         }
         kept
+    }
+
+    fn add(&mut self, block: BlockNo, data: IoBuf) {
+        self.waiting.insert(block, data);
+        self.ripened += u64::from(self.is_ripe());
+    }
+
+    /// Changes when a block came to wait while it was time to put waiting blocks into the log.
+    pub(crate) fn ripened(&self) -> u64 {
+        self.ripened
     }
 
     /// Ends a reservation. Returns whether it was still there.

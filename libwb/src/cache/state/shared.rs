@@ -41,8 +41,8 @@ struct Landmarks {
     /// Range locks that ended.
     unlocked: u64,
     writeback: writeback_state::Happened,
-    /// Read admission has enough blocks for the log.
-    ripe: bool,
+    /// How often read admission had enough blocks for the log.
+    ripened: u64,
     lifecycle: LifecycleMark,
 }
 
@@ -52,7 +52,7 @@ impl Landmarks {
             log: state.log.landmarks(),
             unlocked: state.locks.released(),
             writeback: state.writeback.happened(),
-            ripe: state.admission.is_ripe(),
+            ripened: state.admission.ripened(),
             lifecycle: state.lifecycle.mark(),
         }
     }
@@ -81,7 +81,7 @@ impl Landmarks {
             (writeback.asked != old_writeback.asked, &[Writeback]),
             // A batch ended, well or not.
             (writeback.ended != old_writeback.ended, &[Request]),
-            (self.ripe && !before.ripe, &[Admission]),
+            (self.ripened != before.ripened, &[Admission]),
             // A failure, the beginning of the end, or the end of a task.
             (self.lifecycle != before.lifecycle, EVERYBODY),
         ]

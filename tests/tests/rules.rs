@@ -2,8 +2,8 @@
 //! few seeds only. Other tests find those:
 //!
 //! - The scripts of `crash_points.rs`, which crash at every moment, find `RangeLocksRespected` (it
-//!   needs a write during a discard), `CommitReplacedOnlyWhenDurable` (a header that is torn between
-//!   two commits), `RecordMadeDurable` (a slot that is reused just before a power cut) and
+//!   needs a write during a discard), `CommitReplacedOnlyWhenDurable` (a header that is torn
+//!   between two commits), `RecordMadeDurable` (a slot that is reused just before a power cut) and
 //!   `DroppedErased` (a log that grows up to what an earlier power cut had cut off).
 //! - `kernel_compat.rs` finds `UnreadableEmptied` and `EmptiedOnlyWhenFlushed`, which need a device
 //!   that fails during a discard.
@@ -16,8 +16,8 @@ use wb_tests::sim::real::WriteCache;
 use wb_tests::sim::run;
 
 /// The seeds to search for each broken rule: the first seed, and how many may be needed. If the
-/// first seed that shows it is far from 0, the search begins shortly before it. The ranges leave room,
-/// because a change of the engine changes the scenario of each seed.
+/// first seed that shows it is far from 0, the search begins shortly before it. The ranges leave
+/// room, because a change of the engine changes the scenario of each seed.
 const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::FlushWaitsForDevice, 0, 100),
     (Rule::BackingFlushedBeforeRecord, 0, 20),

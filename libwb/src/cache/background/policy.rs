@@ -86,10 +86,7 @@ impl Engine {
             let next = self.state.lock().next_writeback(load, &tunables, now);
             match next {
                 Next::Batch { last } => self.batch(last, &mut failures).await,
-                Next::Flush => {
-                    self.state.wake(Waiter::Flusher);
-                    listener.await;
-                }
+                Next::Flush => listener.await,
                 Next::Wait => {
                     if let Either::Right(_) = select(listener, &mut meter.end).await {
                         // However early the clock says that was: a sleep that has ended is not to
@@ -130,6 +127,7 @@ impl Engine {
             }
             Some(BatchStop::Stuck(error)) => {
                 self.batch_failed(&error);
+                self.state.lock().writeback.failed();
                 self.pause_after(error, failures).await;
             }
         }

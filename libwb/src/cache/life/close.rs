@@ -32,9 +32,11 @@ impl Engine {
     }
 
     fn warn_of_lost_blocks(&self) {
-        let mut visit = self.state.lock();
-        let state = &mut *visit;
-        let lost = state.stuck.report(&state.log).map_or(0, |stuck| stuck.lost);
+        let lost = {
+            let mut visit = self.state.lock();
+            let state = &mut *visit;
+            state.stuck.report(&state.log).map_or(0, |stuck| stuck.lost)
+        };
         if lost > 0 {
             tracing::warn!(
                 "{lost} blocks are lost; the kernel module would not know, and take what is left \

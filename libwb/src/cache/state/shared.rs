@@ -71,7 +71,7 @@ impl Landmarks {
             (log.appended != old.appended, &[Request, Flusher, Writeback, Admission]),
             (log.durable_to != old.durable_to, EVERYBODY),
             // Slots came free.
-            (log.written_back != old.written_back, &[Request, Writeback, Admission]),
+            (log.written_back != old.written_back, &[Request, Admission]),
             // A request wants durability: perhaps a commit, then a flush.
             (log.wanted != old.wanted, &[Appender, Flusher]),
             // A slot may be overwritten.

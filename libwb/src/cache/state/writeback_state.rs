@@ -225,15 +225,20 @@ impl WritebackState {
         self.events.ended += 1;
     }
 
-    /// How often that has happened.
+    /// Some blocks could not be written back; why is known now.
+    pub(crate) fn failed(&mut self) {
+        self.events.ended += 1;
+    }
+
+    /// How often write-back has stopped.
     pub(crate) fn stops(&self) -> u64 {
         self.stops
     }
 
     /// Writes that would wait for a slot fail from now on; or they wait again.
     pub(crate) fn set_jammed(&mut self, jammed: Option<DeviceError>) {
+        self.events.ended += u64::from(jammed.is_some());
         self.jammed = jammed;
-        self.events.ended += 1;
     }
 
     /// Why writes that would wait for a slot fail, if they do.
@@ -260,5 +265,37 @@ impl WritebackState {
     pub(crate) fn admit(&mut self, log: &SegmentLog, now: Duration, blocks: usize) -> Duration {
         let is_pacing = self.is_pacing(log);
         self.pacing.admit(log, is_pacing, now, blocks)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cache::state::ages::Ages;
+    use crate::cache::state::index::Index;
+    use crate::cache::state::wait::Reserve;
+    use crate::format::{
+        BlockNo, DirtyBits, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64,
+    };
+    use crate::rules::Rules;
+
+    #[test]
+    fn writes_are_paced_only_while_there_is_something_to_write_back() {
+        let bytes = SUPERBLOCK_REGION_BYTES + 4 * to_u64(SEGMENT_BYTES);
+        let geometry = Geometry::of_device(bytes).expect("four slots");
+        let (none, ages) = (SegmentId::NONE, Ages::new(geometry.slots()));
+        let index = Index::new(geometry, true);
+        let mut log = SegmentLog::new(geometry, index, none, none, ages, Rules::default());
+        for block in 0..3 * 127 {
+            log.take_place(BlockNo(block), DirtyBits::ALL, Reserve::Keep).expect("there is room");
+        }
+        let mut state = WritebackState::default();
+        state.note_work(true);
+        assert!(!state.is_pacing(&log), "nothing is known of write-back");
+        state.batch_begun(Duration::ZERO, 100);
+        state.batch_written(Duration::from_secs(1), true);
+        assert!(state.is_pacing(&log));
+        state.note_work(false);
+        assert!(!state.is_pacing(&log));
     }
 }

@@ -119,7 +119,10 @@ impl SegmentLog {
     /// What of a segment a batch that ends with `last` must write back.
     pub(crate) fn items_of(&self, id: SegmentId, last: SegmentId) -> Vec<Item> {
         let item = |(place, block, sectors): (Place, BlockNo, DirtyBits)| {
-            let newest = self.index.get(block).filter(|_| !sectors.is_clean())?;
+            if sectors.is_clean() {
+                return None;
+            }
+            let newest = self.index.get(block)?;
             if newest.place == place {
                 let discarded = self.index.is_discarded(place) && sectors.is_all();
                 return Some(Item { block, place, sectors, discarded });

@@ -10,6 +10,8 @@ mod memory;
 #[cfg(feature = "serve-loop")]
 mod process;
 
+#[cfg(feature = "serve-loop")]
+pub(crate) use block_device::allow_writes;
 #[cfg(feature = "uring")]
 pub(crate) use block_device::{
     block_device_size, direct_io_alignment, is_read_only, logical_block_size,

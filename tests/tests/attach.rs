@@ -3,6 +3,7 @@
 use nix::sys::signal::Signal;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 use wb_tests::{
     Filesystem, MIB, Volume, needs_serving, noise, overwrite, read_at, sha256, sha256_direct,
     wait_for,
@@ -38,6 +39,24 @@ fn a_new_cache_is_not_called_recovered() {
     let attached = volume.attach_with(&[]);
     assert!(attached.stderr().contains("recovered in"), "{}", attached.stderr());
     attached.detach(&[]);
+}
+
+/// Such a protection stays on a loop device when it is detached.
+#[test]
+fn a_loop_device_that_was_write_protected_before_takes_writes() {
+    needs_serving!();
+    let volume = Volume::created(8, 16 * MIB);
+    let attached = volume.attach_with(&[]);
+    let device = attached.device.clone();
+    wb_tests::succeeds(Command::new("blockdev").arg("--setro").arg(&device));
+    attached.detach(&[]);
+    // Another program may take it first, and the volume gets another one.
+    let attached = volume.attach_with(&[]);
+    overwrite(&attached.device, 0, &noise(1, MIB));
+    assert_eq!(read_at(&attached.device, 0, MIB), noise(1, MIB));
+    attached.detach(&[]);
+    // For those who use it next.
+    let _ = Command::new("blockdev").arg("--setrw").arg(&device).status();
 }
 
 #[test]

@@ -159,8 +159,7 @@ impl LoopDevice {
         let flags = access | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
         let file = openat(&mount, name, flags, Mode::empty())
             .map_err(failed(format!("cannot open the FUSE file '{name}'")))?;
-        let (path, device) =
-            configure_loop_device(&File::from(file), options.sector_size, reserved, announce)?;
+        let (path, device) = configure_loop_device(&File::from(file), options, reserved, announce)?;
         // The file is open, so the session has all its connections.
         let mut own = connections().map_err(failed("cannot look for FUSE connections"))?;
         own.retain(|number| !others.contains(number));
@@ -240,7 +239,7 @@ fn mount(fuse: &File) -> rustix::io::Result<OwnedFd> {
 
 fn configure_loop_device(
     file: &File,
-    sector_size: u32,
+    options: Options,
     mut reserved: Reserved,
     mut announce: impl FnMut(&Path) -> io::Result<()>,
 ) -> Result<(PathBuf, Reserved), ServeError> {
@@ -257,8 +256,15 @@ fn configure_loop_device(
             .and_then(|device| reserved.become_file(&device))
             .map_err(failed(format!("cannot open {}", path.display())))?;
         announce(&path).map_err(failed(format!("cannot announce {}", path.display())))?;
-        match sys::loop_configure(&reserved.0, file, sector_size) {
-            Ok(()) => return Ok((path, reserved)),
+        match sys::loop_configure(&reserved.0, file, options.sector_size) {
+            Ok(()) => {
+                // A write protection outlives what a loop device was used for before.
+                if !options.read_only {
+                    let refused = failed(format!("cannot write to {}", path.display()));
+                    sys::allow_writes(&reserved.0).map_err(refused)?;
+                }
+                return Ok((path, reserved));
+            }
             // Another program took it first.
             Err(Errno::EBUSY) => {}
             Err(cause) => return Err(failed(format!("cannot set up {}", path.display()))(cause)),

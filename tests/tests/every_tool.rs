@@ -178,8 +178,8 @@ const COMMANDS: [(&str, &[&str]); 2] = [
     ("wbdump", &["super", "segments", "segment", "blocks", "block"]),
 ];
 
-/// What is written of the JSON that a program prints, as lines: that of a command is what stands
-/// before the first command, and below each line that names it.
+/// The lines of the manual about the JSON that a command prints. These are the lines before the
+/// first command, and those below each line that names this command.
 fn page_of(program: &str, command: &str) -> String {
     let page = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../manual/src/{program}.roff"));
     let page = std::fs::read_to_string(page).expect("what is written of a program");

@@ -62,7 +62,7 @@ impl Drop for Cgroup {
     }
 }
 
-/// How often a file is begun again that the kernel has killed the copying of.
+/// How many times to try to copy a file. The kernel may kill `cp` during each attempt.
 const KILLED: u32 = 10;
 
 /// Writes far more than the memory of `group` to a folder, and makes it durable.

@@ -1,5 +1,5 @@
-//! An older copy of a cache is not put over newer data in silence, nor a second cache before what a
-//! first one still holds.
+//! wb refuses to write an older copy of a cache over newer data. It also refuses a second cache in
+//! front of a backing device while the first one still holds dirty data.
 
 use nix::sys::signal::Signal;
 use std::fs::{File, Permissions};

@@ -1,4 +1,4 @@
-//! Whom a volume's files are for, whom wb believes, and what it does with less than all rights.
+//! Who may access a volume's files, whose files wb trusts, and how it works with limited rights.
 
 use std::fs::{Metadata, Permissions, set_permissions};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown, lchown, symlink};

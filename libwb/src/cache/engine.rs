@@ -1,5 +1,5 @@
-//! The engine behind a [`Cache`](super::Cache): its devices, its state, its counters. What it does
-//! lies in the rooms beside this file, each a set of methods.
+//! The engine behind a [`Cache`](super::Cache): its devices, its state, its counters. Its methods
+//! are in the folders beside this file, grouped by task.
 
 use super::busy_meter::BusyMeter;
 use super::error::CacheError;
@@ -34,8 +34,8 @@ pub(super) struct Engine {
     pub(super) counters: AtomicCounters,
     pub(super) latencies: AtomicLatencies,
     pub(super) baseline: Baseline,
-    /// Held while the cache device is flushed: of two flushes at once, one could take the other's
-    /// error.
+    /// Held while the cache device is flushed. The kernel might report an error to only one of two
+    /// concurrent flushes.
     pub(super) flushing: AsyncMutex<()>,
     pub(super) recovery_time: Duration,
     /// Bytes of the log that recovery read.
@@ -72,8 +72,8 @@ impl Engine {
         Err(CacheError::OutOfRange { sector, length })
     }
 
-    /// Whether a flush makes a commit, or closes the segment. In strict order each batch of
-    /// write-back ends with a flush, and the record of it names whole segments.
+    /// Whether a flush makes a commit; otherwise it closes the segment. In strict order, each batch
+    /// must end where a flush did, and the superblock record can only name whole segments.
     pub(super) fn commits(&self) -> bool {
         self.digest.is_some() && self.tunables.lock().writeback_order != WritebackOrder::Strict
     }

@@ -13,8 +13,7 @@ pub struct Tunables {
     pub writeback_threshold: u32,
     /// The most segments that write-back takes at a time; more of them merge better.
     pub nr_max_batched_writeback: u32,
-    /// Whether the backing device alone is a true prefix of the write history at all times, flush
-    /// by flush.
+    /// In which order data is written back, and so what the backing device alone holds meanwhile.
     pub writeback_order: WritebackOrder,
     /// Where writes go first.
     pub write_mode: WriteMode,

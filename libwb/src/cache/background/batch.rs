@@ -13,10 +13,10 @@ use std::sync::atomic::Ordering;
 
 /// The longest single write to the backing device, in sectors.
 const MAX_RUN_SECTORS: u64 = 2048;
-/// Writes to the backing device at a time: as many as a disk's queue holds, so that it can choose
-/// the next that comes under its arm. Each takes its data twice, as read and as written, which is
-/// 64 MiB at most. Besides, a batch takes 24 bytes for each block, an [`Item`], and as much again
-/// while it is sorted: 25 MB for 4096 segments.
+/// The queue depth of write-back on the backing device: enough to fill a disk's own queue, so that
+/// the disk can reorder the writes. Each write buffers its data twice, as read and as written, at
+/// most 64 MiB in all. In addition, each block of a batch takes an [`Item`] of 24 bytes, and as
+/// much again during sorting. For 4096 segments, this is 25 MB.
 const DEPTH: usize = 32;
 /// Reads of the cache device at a time for each of them: more would keep those of requests and
 /// commits waiting.
@@ -91,8 +91,8 @@ impl Engine {
         Ok(BatchOutcome { failed, any })
     }
 
-    /// Writes runs, several at a time. Returns how many succeeded, and those that failed. A device
-    /// that fails altogether is not tried with all of a batch.
+    /// Writes runs, several at a time. Returns how many succeeded, and those that failed. Stops
+    /// early if most writes fail, since then the device itself has probably failed.
     async fn write_runs(
         &self,
         runs: &mut impl Iterator<Item = Run>,

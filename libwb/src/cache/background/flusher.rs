@@ -29,9 +29,9 @@ impl Engine {
         self.task_ended();
     }
 
-    /// Flushes the cache device, and so makes durable what had been written when it began. A
-    /// failure fails the cache, whoever asked: segments that it cost would count as durable after
-    /// the next flush.
+    /// Flushes the cache device, which makes durable what was written before the flush began. A
+    /// failed flush always fails the cache. Otherwise segments that the device has lost would count
+    /// as durable after the next flush.
     pub(crate) async fn flush_cache_device(&self) -> Result<(), DeviceError> {
         let _alone = self.flushing.lock().await;
         let mut written = {

@@ -8,8 +8,8 @@ use crate::device::{DeviceError, IoBuf};
 use crate::format::{BLOCK_BYTES, BlockNo, Place, SegmentId, crc32c, to_u64};
 
 impl Engine {
-    /// Moves blocks of segments up to `last`, in their order, as many as can be. Returns how many
-    /// that are, and why not all. It is durable after a flush of the log.
+    /// Moves as many of these blocks, from segments up to `last`, as possible, in the given order.
+    /// Returns how many it moved, and why not all. The copies are durable after a flush of the log.
     ///
     /// # Errors
     /// When the cache has failed, or is being closed.

@@ -89,8 +89,8 @@ impl Engine {
                 Next::Flush => listener.await,
                 Next::Wait => {
                     if let Either::Right(_) = select(listener, &mut meter.end).await {
-                        // However early the clock says that was: a sleep that has ended is not to
-                        // be polled again.
+                        // The sleep has ended, and must not be polled again, even if the period is
+                        // not quite over by the clock.
                         meter.end = self.runtime.sleep(PERIOD);
                     }
                 }

@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Buckets of a histogram. The last one takes all that is longer than the one before: half a
-/// minute.
+/// The number of buckets of a histogram. The last one counts everything over 2^24 µs, about 17
+/// seconds.
 const BUCKETS: usize = 26;
 
 /// A kind of request whose time is measured.

@@ -30,8 +30,8 @@ impl Statistics {
     }
 }
 
-/// What the counters were when they last started anew. They themselves only grow: the engine goes
-/// by some of them.
+/// The values of the counters at the last reset. A reset does not change the counters themselves,
+/// because the engine relies on some of them.
 pub(crate) struct Baseline(Mutex<Statistics>);
 
 impl Baseline {

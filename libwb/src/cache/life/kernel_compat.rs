@@ -4,18 +4,18 @@
 //! closed. [`log::kernel_compat`](crate::log::kernel_compat) says which segments that concerns, and
 //! why.
 //!
-//! A segment in doubt (see [`stale_segments`](crate::cache::state)) is written again by each
-//! attempt. A header that cannot be read is written without.
+//! Each attempt rewrites the segments in doubt (see [`stale_segments`](crate::cache::state)). A
+//! header that cannot be read is replaced by a new one.
 //!
-//! A header that cannot be written keeps nothing waiting for long. Each request that needs it gone
-//! tries once:
+//! A header that cannot be written does not delay others for long. A request that needs the segment
+//! emptied tries only once. If that fails:
 //!
 //! - A discard fails if the segment may hold some of its blocks.
 //! - A write around the log goes through the log instead, on top of the segment.
 //! - A close tries a few times more, then says so and leaves no clean mark.
 //!
-//! That ends when a write succeeds, or when the log comes to the slot: it is overwritten then, or
-//! fails as any other would.
+//! The doubt ends when a write succeeds, or when the log reaches the slot. Then the log overwrites
+//! the segment, or the write fails like that of any other segment.
 
 use crate::cache::engine::Engine;
 use crate::cache::error::CacheError;
@@ -125,8 +125,8 @@ impl Engine {
             let geometry = state.log.geometry();
             let slot = geometry.slot_of(id);
             if state.log.id_of(slot) != id {
-                // The newer segment in the slot is durable before anything is acknowledged that
-                // this one was to be emptied for.
+                // A newer segment has the slot. It becomes durable before the request that wants
+                // this one emptied is acknowledged.
                 state.stale.trust(id);
                 return Ok(false);
             }

@@ -195,8 +195,8 @@ impl Engine {
         }
         // While dropped segments stand, the log does not end below the record, whatever is damaged.
         self.renew(&recovery.damage).await;
-        // The log will grow up to dropped segments again, and what is half there could be made
-        // whole by a write of the same data.
+        // The log will reach the slots of dropped segments again. If the same data is written
+        // there, even a torn write could then complete what is left of a dropped segment.
         let geometry = self.state.lock().log.geometry();
         let torn =
             recovery.damage.iter().filter(|damage| damage.explanation == Explanation::PowerCut);

@@ -6,8 +6,7 @@ use crate::device::IoBuf;
 use crate::format::{BLOCK_BYTES, BlockNo};
 use std::sync::Arc;
 
-/// Blocks whose admission a read has reserved. What is left of them when this is dropped is given
-/// up.
+/// Blocks whose admission a read has reserved. Dropping this cancels the remaining reservations.
 pub(super) struct Reservation {
     engine: Arc<Engine>,
     ticket: Ticket,

@@ -32,7 +32,8 @@ impl State {
         let next = self.choose_next(load, tunables, now);
         self.writeback.note_work(matches!(next, Next::Batch { .. } | Next::Flush));
         if matches!(next, Next::Batch { .. }) {
-            // In the visit in which it was chosen: a pause comes before, or sees it.
+            // In the same visit as the choice, so that a pause either prevents this batch or waits
+            // for it.
             self.writeback.batch_chosen(now);
         }
         next
@@ -83,8 +84,8 @@ impl State {
         is_set && self.rules.keep(Rule::OneEpochPerBatch)
     }
 
-    /// Whether the next batch is to go on after this segment, up to where what cannot be read has a
-    /// newer version. In strict order it must not.
+    /// Whether the next batch must extend beyond this segment, to include the newer version of a
+    /// block that cannot be read. Never in strict order.
     pub(crate) fn reaches_further_than(&self, last: SegmentId, tunables: &Tunables) -> bool {
         let replacement = self.writeback.replacement(&self.log, self.log.durable());
         !self.is_strict(tunables) && replacement.is_some_and(|id| last < id)

@@ -1,9 +1,8 @@
 //! Back-pressure before the log is full.
 //!
-//! When few slots are free, writes are *paced*: each waits for its turn, at the rate at which the
-//! free places are to be used up until the batch under way is written back. So the free slots
-//! outlast the batch. A full log settles where writes come in as fast as they go out, each a little
-//! late, instead of all stopping until a batch is done.
+//! When few slots are free, writes are *paced*. Each is delayed a little, so that the free places
+//! last until the current batch is written back. On a full log, the rate of writes settles at the
+//! rate of write-back. Otherwise all writes would stall until a batch ends.
 
 use super::segment_log::SegmentLog;
 use crate::format::{PLACES, to_u64};
@@ -18,9 +17,8 @@ const RESERVE_DIVISOR: u64 = 8;
 /// takes.
 const FIRST_BLOCKS: u64 = 64;
 
-/// The longest that a write waits for its turn. After that it goes on, and waits for a slot only if
-/// the log is full. The price is measured on full segments. It says little where flushes close
-/// segments almost empty.
+/// The longest delay of a paced write. After that, it waits only if the log is full. The delay is
+/// computed as if segments were full, so it may be wrong if flushes close segments almost empty.
 const LONGEST: Duration = Duration::from_millis(500);
 
 /// When writes may go.
@@ -96,8 +94,8 @@ impl Pacing {
             return Duration::ZERO;
         }
         let price = self.price(log);
-        // A flush closes a segment with places left, and what that wastes is paid for as well. More
-        // than that was not wasted but taken by writes that were not paced.
+        // A flush may close a segment with unused places; the writer is charged for these, too. If
+        // more than a segment's places are gone, writes that were not paced took them.
         let since = taken.saturating_sub(self.charged);
         let wasted = if since <= u64::from(PLACES) { since } else { 0 };
         self.charged = self.charged.max(taken) + to_u64(blocks);

@@ -102,8 +102,8 @@ impl State {
                 new.copy_into(data, bytes);
                 return Ok(());
             }
-            // The new version must carry on what is not written back and not overwritten, so that
-            // it alone holds all of that.
+            // The new version must include all sectors that are not written back, except those that
+            // it overwrites. So the newest version alone has every dirty sector.
             let carries_on = self.log.is_dirty(old) && !old.dirty.without(dirty).is_clean();
             if carries_on && self.rules.keep(Rule::MergeKeepsOldSectors) {
                 if self.log.is_lost(old.place) {

@@ -1,4 +1,4 @@
-//! How fast data was written back in the last minute, of the time in which anything was.
+//! The throughput of write-back in the last minute. Only time in which a batch was active counts.
 
 use std::collections::VecDeque;
 use std::time::Duration;

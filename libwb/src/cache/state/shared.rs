@@ -107,7 +107,7 @@ impl SharedState {
         self.event(waiter).listen()
     }
 
-    /// Wakes one kind of waiters, for a change that is none of the state.
+    /// Wakes one kind of waiter directly. Needed only if the change is not part of the state.
     pub(crate) fn wake(&self, waiter: Waiter) {
         self.event(waiter).notify(usize::MAX);
     }

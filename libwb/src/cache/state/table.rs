@@ -21,8 +21,8 @@ type Bucket = [u32; CELLS];
 
 /// Finds numbers by the hash of what they stand for, which the caller knows.
 pub(crate) struct Table {
-    /// In each cell a number plus one, and above it as much of the hash as there is room for; or
-    /// [`FREE`]. Fresh memory that is not touched before it is used.
+    /// Each cell is [`FREE`], or holds a number plus one in its low bits. The bits above hold as
+    /// much of the hash as fits. Cells are zeros from the start, so unused memory stays untouched.
     cells: Box<[u32]>,
     /// Where the first bucket begins, so that each is one cache line.
     start: usize,

@@ -12,9 +12,9 @@ use std::time::Duration;
 pub const URGENT_BELOW: u64 = 8;
 /// The most segments in a batch, as `nr_max_batched_writeback` has it.
 const LARGEST_BATCH: u64 = 4096;
-/// A batch takes at most this part of the log: one segment in this many. Its slots come free all at
-/// once, and writes have to make do with the others until then. A larger batch moves a disk's arm
-/// less for each block.
+/// A batch takes at most this part of the log: one segment in this many. Its slots become free only
+/// when the whole batch is done; until then, writes have only the other slots. On the other hand,
+/// a larger batch needs shorter seeks for each block.
 const BATCH_DIVISOR: u64 = 4;
 /// But a batch need not be smaller than this.
 const SMALL_BATCH: u64 = 8;
@@ -24,7 +24,7 @@ const SMALL_BATCH: u64 = 8;
 pub(crate) struct Load {
     /// Nothing was written in the last period.
     pub(crate) idle: bool,
-    /// For how much of it others than write-back kept the backing device busy, in percent.
+    /// The utilization of the backing device in that period, without write-back, in percent.
     pub(crate) percent: u32,
 }
 

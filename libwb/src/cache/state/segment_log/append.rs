@@ -9,8 +9,8 @@ use crate::rules::Rule;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Segments that may be on the device without being durable. Beyond that the appender has it
-/// flushed, whether a request waits or not: a recovery has to read them whole.
+/// When this many written segments are not durable, the log asks for a flush, even if no request
+/// waits for one. Recovery must read such segments whole, so there should be few.
 const MAX_UNDURABLE: u64 = 64;
 
 /// Something to be written to the device: a commit, or the rest of a sealed segment.
@@ -93,8 +93,8 @@ impl SegmentLog {
     /// commit. While the write must wait for a flush of the device, that flush is asked for.
     pub(crate) fn start_next_job(&mut self) -> Option<Job> {
         let id = self.next_to_append()?;
-        // A power cut may lose what is not durable, in any order. Recovery tells that from
-        // corruption by its extent.
+        // A power cut may lose any of the segments that are not durable. Recovery takes a gap that
+        // is longer than this window for corruption.
         let window = self.geometry.write_window();
         if id.since(self.durable()) > window && self.rules.keep(Rule::LossWindowKept) {
             self.want(Position::end_of(id.minus(window)));

@@ -127,9 +127,9 @@ impl SegmentLog {
                 let discarded = self.index.is_discarded(place) && sectors.is_all();
                 return Some(Item { block, place, sectors, discarded });
             }
-            // A newer version in this batch carries all that this one does. One beyond the batch
-            // does not stand for it: should a power cut undo that one, or the cache device be lost
-            // before its turn, the backing device would hold neither.
+            // A newer version in this batch includes all dirty sectors of this one. A newer version
+            // beyond the batch is no substitute. A power cut may undo it, or the cache device may
+            // be lost before it is written back. Then the backing device would hold neither.
             let newer = self.id_of(newest.place.slot);
             let superseded = newer <= last
                 || !self.rules.keep(Rule::OlderWrittenUnlessNewerInBatch)

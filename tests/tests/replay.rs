@@ -271,7 +271,7 @@ fn a_replay_until_an_earlier_point_than_the_last_is_refused_and_told_to_be_a_mix
         let refused = replay_until(&volume, "1", options);
         assert_eq!((refused.code, refused.stderr.lines().count()), (1, 1), "{refused:?}");
         for why in [
-            "holds what segment 2 wrote already, which comes after 1",
+            "already holds what segment 2 wrote, which comes after segment 1",
             "a mixture of both",
             "--older",
         ] {

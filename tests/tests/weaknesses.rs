@@ -377,7 +377,7 @@ fn garbage_ids_are_refused() {
         }
         let mut cache = pair.cache.clone();
         cache[place(id)][..8].copy_from_slice(&far.to_le_bytes());
-        let says = ["though valid segments reach up to", "which none reaches"];
+        let says = ["though valid segments reach up to", "an id that no real log reaches"];
         refused_as(says, &on_files(&pair, &cache), &format!("{name}, id {far}"));
         // No power cut writes a sound segment to a wrong slot, not even where it may damage what is
         // there.

@@ -114,8 +114,8 @@ fn refuse_other_than_damaged(
         (None, None) => Err(error.into()),
         (None, Some(signature)) => bail!("{error}; it holds: {signature}"),
         (Some(_), Some(signature)) => bail!(
-            "{error}; it holds: {signature}. Yet it was formatted as a cache: if that is still \
-             needed, copy the device, wipe what was put on it (wipefs --all), then use wbcheck \
+            "{error}; it holds: {signature}. Yet it was formatted as a cache. If you still need \
+             the cache, copy the device, wipe what was put on it (wipefs --all), then use wbcheck \
              --repair"
         ),
         (Some(_), None) if !args.repair => bail!(

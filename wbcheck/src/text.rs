@@ -235,7 +235,7 @@ fn explained(f: &Findings, corruption: &Corruption) -> Option<Problem> {
         Corruption::Gap { missing, .. }
         | Corruption::DurableMissing { missing, .. }
         | Corruption::WrittenPastHole { missing, .. } => format!(
-            "After it come {} with {}, which may be nowhere else. To apply them means to give up \
+            "After it come {} with {}, which may be nowhere else. If you apply them, you give up \
              what segment {missing} held.",
             segments(&f.recovery.dropped),
             count(f.dropped.dirty_blocks, "dirty block"),

@@ -19,9 +19,9 @@ pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) 
         let Some(holds) = dirt(io, other, uuid)? else { continue };
         let VolumeDevices { name, cache, .. } = other;
         bail!(
-            "{}: refused: it belongs to the volume '{name}', whose cache {} {holds}. Written back \
-             later, that would overwrite what another cache writes now. Write it back first \
-             (wbctl replay with that cache), or give it up: wbctl remove --force {name}",
+            "{}: refused: it belongs to the volume '{name}', whose cache {} {holds}. If that \
+             data is written back later, it overwrites what another cache writes now. Write it \
+             back first (wbctl replay with that cache), or give it up: wbctl remove --force {name}",
             backing.display(),
             cache.display(),
         );

@@ -72,7 +72,7 @@ pub enum Corruption {
         highest: SegmentId,
     },
     /// The log ends at an id that no real log reaches.
-    #[error("the log ends at segment {id}, which none reaches")]
+    #[error("the log ends at segment {id}, an id that no real log reaches")]
     GarbageId {
         /// The recovery point.
         id: SegmentId,

@@ -91,9 +91,9 @@ pub enum LogErrorKind {
     /// The backing device, which is the device of this error, already holds writes from after the
     /// point of the replay.
     #[error(
-        "holds what segment {segment} wrote already, which comes after {until}: an earlier replay \
-         went further, or more was written back than the record says. A replay undoes nothing, so \
-         this would make a mixture of both"
+        "already holds what segment {segment} wrote, which comes after segment {until}: an earlier \
+         replay went further, or more was written back than the record says. A replay undoes \
+         nothing, so the result would be a mixture of both"
     )]
     Ahead {
         /// The point.

@@ -39,8 +39,8 @@ impl Engine {
         };
         if lost > 0 {
             tracing::warn!(
-                "{lost} blocks are lost; the kernel module would not know, and take what is left \
-                 of them for data"
+                "{lost} blocks are lost; the kernel module would not know that, and would take \
+                 what is left of them for valid data"
             );
         }
     }

@@ -218,10 +218,7 @@ fn after_a_crash_the_kernel_module_reads_the_volume_from_what_a_repair_leaves() 
     assert!(!for_module());
     let found = check(&volume.cache);
     assert_eq!(found.first_line(), format!("{}: sound", volume.cache.display()), "{found:?}");
-    assert!(
-        found.stdout.contains("From segment 1, the kernel module may take old data"),
-        "{found:?}"
-    );
+    assert!(found.stdout.contains("The kernel module may take old data in segment 1"), "{found:?}");
     assert_eq!(
         wb!("wbcheck", &volume.cache, "--json").json()["misleading_segments"],
         serde_json::json!([1])

@@ -279,7 +279,10 @@ fn a_replay_until_an_earlier_point_than_the_last_is_refused_and_told_to_be_a_mix
         }
     }
     let looked = replay_until(&volume, "1", &["--older", "--dry-run"]);
-    assert!(looked.code == 0 && looked.stdout.contains("that would make a mixture"), "{looked:?}");
+    assert!(
+        looked.code == 0 && looked.stdout.contains("the result would be a mixture"),
+        "{looked:?}"
+    );
     assert_eq!(volume.images(), before);
     let mixed = replay_until(&volume, "1", &["--older"]);
     let said = "the backing device already held what segment 2 wrote: the result is a mixture";

@@ -228,17 +228,30 @@ fn a_second_reader_reads_crafted_devices() {
 /// was not closed.
 #[test]
 fn a_second_reader_reads_what_is_torn_and_damaged() {
-    const HEADER: u32 = (1 << 20) + 2 * (512 << 10);
-    let base = u8::try_from(GOLDEN.len() + 1).expect("few bases");
-    let image = DamageScript { base, changes: Vec::new() }.build();
-    let header = &image[to_usize(HEADER.into())..][..BLOCK_BYTES];
-    let (length, before) = (u32::from(header[12]), u32::from(header[57]));
-    assert!((header[28], length > before, before > 0) == (6, true, true), "{length} {before}");
-    let write = |at, byte| Change::Write { at: HEADER + at, bytes: vec![byte] };
-    let torn = write(4096 * length, !image[to_usize((HEADER + 4096 * length).into())]);
+    let header_at = |slot: u8| (1 << 20) + u32::from(slot) * (512 << 10);
+    // The newest commit of an open segment, and how many blocks that and the one before have.
+    let commits = |image: &[u8], slot| {
+        let header = image.get(to_usize(u64::from(header_at(slot)))..)?.get(..BLOCK_BYTES)?;
+        let (length, before) = (u32::from(header[12]), u32::from(header[57]));
+        (header[28] == 6 && length > before && before > 0).then_some(length)
+    };
+    let image = |base| DamageScript { base, changes: Vec::new() }.build();
+    let bases = u8::try_from(GOLDEN.len()).expect("few bases")..;
+    let (base, image, slot, length) = bases
+        .take(BASES - GOLDEN.len())
+        .map(|base| (base, image(base)))
+        .find_map(|(base, image)| {
+            let (slot, length) =
+                (0..6).find_map(|slot| commits(&image, slot).map(|length| (slot, length)))?;
+            Some((base, image, slot, length))
+        })
+        .expect("a cache that was not closed");
+    let at = header_at(slot);
+    let write = |offset, byte| Change::Write { at: at + offset, bytes: vec![byte] };
+    let torn = write(4096 * length, !image[to_usize((at + 4096 * length).into())]);
     let unmarked = write(16, 1);
     let unaligned = write(512 + 16 * (length - 1), 1);
-    let seal = Change::Reseal { slot: 2, blocks: false };
+    let seal = Change::Reseal { slot, blocks: false };
     let mut reader = reader!();
     for changes in [
         vec![torn.clone()],

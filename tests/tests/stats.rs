@@ -85,7 +85,7 @@ fn counters_start_anew_when_told_to_and_nothing_else_changes() {
     assert_eq!((written_blocks(&volume, true), written_blocks(&volume, false)), (256, 0));
     attached.detach(&[]);
     let refused = volume.wbctl(&["clear-stats", &volume.name]);
-    assert!(refused.code == 1 && refused.stderr.contains("is not attached"), "{refused:?}");
+    assert!(refused.code == 3 && refused.stderr.contains("is not attached"), "{refused:?}");
 }
 
 /// The line of the kernel module, read as its readme describes it.
@@ -143,7 +143,7 @@ fn scripts_for_the_kernel_module_get_its_status_line() {
     );
     attached.detach(&[]);
     let refused = volume.wbctl(&["status", "--dm", &volume.name]);
-    assert!(refused.code == 1 && refused.stderr.contains("is not attached"), "{refused:?}");
+    assert!(refused.code == 3 && refused.stderr.contains("is not attached"), "{refused:?}");
     assert_eq!(volume.wbctl(&["status", "--dm"]).code, 2);
 }
 
@@ -185,7 +185,7 @@ fn stat_prints_a_line_for_all_time_or_for_each_interval() {
     }
     attached.detach(&[]);
     let refused = volume.wbctl(&["stat", &volume.name]);
-    assert!(refused.code == 1 && refused.stderr.contains("is not attached"), "{refused:?}");
+    assert!(refused.code == 3 && refused.stderr.contains("is not attached"), "{refused:?}");
 }
 
 #[test]

@@ -140,7 +140,7 @@ fn a_socket_of_another_user_is_not_taken_for_a_daemon() {
     assert!(is_there && std::fs::metadata(&socket).unwrap().uid() == NOBODY);
     is_refused(
         &outcome,
-        &["cannot reach the daemon", "at the other end of the socket is user 65534"],
+        &["cannot reach the daemon", "user 65534 is at the other end of the socket"],
     );
 }
 

@@ -8,6 +8,7 @@ use nix::errno::Errno;
 
 /// Why a cache cannot do what was asked.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum CacheError {
     /// The log cannot be read or trusted.
     #[error(transparent)]

@@ -75,6 +75,7 @@ impl fmt::Display for TunableValue {
 
 /// Why a tunable cannot be set.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum TunableError {
     /// No tunable has that name.
     #[error("unknown tunable '{key}'; known: {}", Tunables::keys().collect::<Vec<_>>().join(", "))]

@@ -164,9 +164,13 @@ fn an_interrupted_drain_says_the_number_that_list_says() {
     volume.create(&[]);
     let name = volume.name.as_str();
     let attached = volume.attach_with(&["writeback_threshold=0"]);
-    // Two runs. The second hangs, so that the batch is half written.
-    write(&volume, &attached.device, 2 * MIB);
-    let hanging = backing.hang_writes(MIB..2 * MIB);
+    // Two runs. The second hangs, so that the batch is half written. They are no neighbours, or the
+    // kernel might merge them into one write.
+    for at in [0, 4 * MIB] {
+        overwrite(&attached.device, at, &noise(at, MIB));
+    }
+    std::fs::File::open(&attached.device).unwrap().sync_all().unwrap();
+    let hanging = backing.hang_writes(4 * MIB..5 * MIB);
     let mut drain = volume.command(&["drain", name]).stderr(Stdio::piped()).spawn().expect("wbctl");
     assert!(wait_for(|| catches_signals(&mut drain)), "wbctl does not look after its signals");
     let written = || volume.status()["live"]["counters"]["written_back_bytes"].clone();

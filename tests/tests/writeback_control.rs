@@ -1,5 +1,6 @@
 //! Write-back as a user steers it: paused and resumed, drained, and a drain that is given up.
 
+use libwb::cli::human_size;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::process::{Child, Stdio};
@@ -164,25 +165,27 @@ fn an_interrupted_drain_says_the_number_that_list_says() {
     volume.create(&[]);
     let name = volume.name.as_str();
     let attached = volume.attach_with(&["writeback_threshold=0"]);
-    // Two runs. The second hangs, so that the batch is half written. They are no neighbours, or the
-    // kernel might merge them into one write.
-    for at in [0, 4 * MIB] {
-        overwrite(&attached.device, at, &noise(at, MIB));
+    // Two runs. The second hangs, so that the batch is half written. The loop device writes one run
+    // after the other. So the first is small: it has long been read, and comes first.
+    for (at, bytes) in [(0, 4096), (4 * MIB, MIB)] {
+        overwrite(&attached.device, at, &noise(at, bytes));
     }
     std::fs::File::open(&attached.device).unwrap().sync_all().unwrap();
+    let all = MIB + 4096;
     let hanging = backing.hang_writes(4 * MIB..5 * MIB);
     let mut drain = volume.command(&["drain", name]).stderr(Stdio::piped()).spawn().expect("wbctl");
     assert!(wait_for(|| catches_signals(&mut drain)), "wbctl does not look after its signals");
     let written = || volume.status()["live"]["counters"]["written_back_bytes"].clone();
-    assert!(wait_for(|| written() == MIB), "{}", volume.status());
+    assert!(wait_for(|| written() == 4096), "{}", volume.status());
     // Its progress comes several times a second.
     std::thread::sleep(std::time::Duration::from_secs(1));
     interrupt(&drain);
     let ended = drain.wait_with_output().expect("wbctl");
     let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-    assert!(said.contains("interrupted: 2 MiB are still only in the cache"), "{said}");
-    assert_eq!(dirty(&volume), 2 * MIB);
-    assert!(volume.must(&["list"]).contains("2 MiB"));
+    let size = human_size(all);
+    assert!(said.contains(&format!("interrupted: {size} are still only in the cache")), "{said}");
+    assert_eq!(dirty(&volume), all);
+    assert!(volume.must(&["list"]).contains(&size));
     drop(hanging);
     attached.detach(&["--drain"]);
 }

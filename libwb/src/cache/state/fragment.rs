@@ -14,11 +14,13 @@ pub(crate) struct Fragment {
 }
 
 impl Fragment {
+    #[inline]
     pub(crate) fn bits(&self) -> DirtyBits {
         DirtyBits::range(self.first, self.length / SECTOR_BYTES)
     }
 
     /// Whether it covers its block.
+    #[inline]
     pub(crate) fn is_whole_block(&self) -> bool {
         self.length == BLOCK_BYTES
     }
@@ -29,6 +31,7 @@ impl Fragment {
     }
 
     /// Copies the fragment's data into its block.
+    #[inline]
     pub(crate) fn copy_into(&self, block: &mut [u8; BLOCK_BYTES], bytes: &[u8]) {
         let at = self.first * SECTOR_BYTES;
         block[at..at + bytes.len()].copy_from_slice(bytes);

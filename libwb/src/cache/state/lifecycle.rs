@@ -31,6 +31,7 @@ pub(crate) struct LifecycleMark {
 }
 
 impl Lifecycle {
+    #[inline]
     pub(crate) fn mark(&self) -> LifecycleMark {
         LifecycleMark { failed: self.failure.is_some(), stage: self.stage, tasks: self.tasks }
     }
@@ -64,6 +65,7 @@ impl Lifecycle {
     }
 
     /// Whether requests can only fail from now on.
+    #[inline]
     pub(crate) fn is_ending(&self) -> bool {
         self.failure.is_some() || self.is_closing()
     }
@@ -77,6 +79,7 @@ impl Lifecycle {
     ///
     /// # Errors
     /// When the cache device failed, or no more requests are taken.
+    #[inline]
     pub(crate) fn check_open(&self) -> Result<(), CacheError> {
         self.check(Stage::Closing)
     }

@@ -74,6 +74,7 @@ impl Pacing {
     }
 
     /// Whether few slots are free, and it is known how long write-back takes.
+    #[inline]
     pub(crate) fn is_due(&self, log: &SegmentLog) -> bool {
         let few_are_free = log.free_slots() * PACING_DIVISOR < log.geometry().lap();
         few_are_free && !self.per_block.is_zero()

@@ -24,11 +24,13 @@ impl Position {
         Position { id, length }
     }
 
+    #[inline]
     pub(crate) fn id(self) -> SegmentId {
         self.id
     }
 
     /// The last segment that lies before this position as a whole.
+    #[inline]
     pub(crate) fn whole_segments(self) -> SegmentId {
         if self.length == Position::CLOSED { self.id } else { self.id.minus(1) }
     }

@@ -22,6 +22,7 @@ impl RangeLocks {
     }
 
     /// Whether a request is changing this block on the backing device.
+    #[inline]
     pub(crate) fn is_locked(&self, block: BlockNo) -> bool {
         self.locked.iter().any(|blocks| blocks.contains(&block))
             && self.rules.keep(Rule::RangeLocksRespected)
@@ -50,6 +51,7 @@ impl RangeLocks {
         }
     }
 
+    #[inline]
     pub(crate) fn released(&self) -> u64 {
         self.released
     }

@@ -159,6 +159,7 @@ impl ReadAdmission {
     }
 
     /// Changes when a block came to wait while it was time to put waiting blocks into the log.
+    #[inline]
     pub(crate) fn ripened(&self) -> u64 {
         self.ripened
     }
@@ -173,6 +174,7 @@ impl ReadAdmission {
     }
 
     /// What is read, or was read, of a block is old.
+    #[inline]
     pub(crate) fn cancel(&mut self, block: BlockNo) {
         self.reserved.remove(&block);
         self.waiting.remove(&block);

@@ -47,6 +47,7 @@ struct Landmarks {
 }
 
 impl Landmarks {
+    #[inline]
     fn of(state: &State) -> Landmarks {
         Landmarks {
             log: state.log.landmarks(),
@@ -93,6 +94,7 @@ impl SharedState {
         SharedState { state: Mutex::new(state), events: Default::default(), runtime }
     }
 
+    #[inline]
     pub(crate) fn lock(&self) -> Visit<'_> {
         let state = self.state.lock();
         Visit { before: Landmarks::of(&state), state: Some(state), shared: self }
@@ -142,12 +144,14 @@ pub(crate) struct Visit<'a> {
 impl Deref for Visit<'_> {
     type Target = State;
 
+    #[inline]
     fn deref(&self) -> &State {
         self.state.as_ref().expect("a visit has the lock")
     }
 }
 
 impl DerefMut for Visit<'_> {
+    #[inline]
     fn deref_mut(&mut self) -> &mut State {
         self.state.as_mut().expect("a visit has the lock")
     }

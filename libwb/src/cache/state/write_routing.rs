@@ -53,6 +53,7 @@ impl WriteRouting {
     }
 
     /// A write comes. Returns whether it is to go around the log.
+    #[inline]
     pub(crate) fn arrives(&mut self, sector: Sector, bytes: usize) -> bool {
         if self.cutoff > 0 && bytes > 0 {
             self.remember(Sequence { start: sector, end: end(sector, bytes) });
@@ -61,6 +62,7 @@ impl WriteRouting {
     }
 
     /// The same, of a write that has come, or the rest of it.
+    #[inline]
     pub(crate) fn applies_to(&self, sector: Sector, bytes: usize) -> bool {
         let end = end(sector, bytes);
         let has_it = |sequence: &&Sequence| sequence.start <= sector && end <= sequence.end;

@@ -62,6 +62,7 @@ pub(crate) struct Happened {
 }
 
 impl WritebackState {
+    #[inline]
     pub(crate) fn happened(&self) -> Happened {
         self.events
     }
@@ -257,6 +258,7 @@ impl WritebackState {
 
     /// Whether writes are paced. Pacing would be useless while write-back is paused, or held off by
     /// a busy disk.
+    #[inline]
     pub(crate) fn is_pacing(&self, log: &SegmentLog) -> bool {
         self.has_work && self.pacing.is_due(log)
     }

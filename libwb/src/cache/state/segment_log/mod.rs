@@ -123,6 +123,7 @@ impl SegmentLog {
         }
     }
 
+    #[inline]
     pub(crate) fn landmarks(&self) -> Landmarks {
         Landmarks {
             newest: self.newest,
@@ -135,37 +136,44 @@ impl SegmentLog {
         }
     }
 
+    #[inline]
     pub(crate) fn geometry(&self) -> Geometry {
         self.geometry
     }
 
     /// The newest segment: open, or sealed, or written long ago.
+    #[inline]
     pub(crate) fn newest(&self) -> SegmentId {
         self.newest
     }
 
     /// Every segment up to this one is on the device, perhaps in its volatile cache.
+    #[inline]
     pub(crate) fn written(&self) -> SegmentId {
         self.written
     }
 
     /// Every segment up to this one survives a power cut.
+    #[inline]
     pub(crate) fn durable(&self) -> SegmentId {
         self.durable_to.whole_segments()
     }
 
     /// What survives a power cut, the commits of the segment after [`SegmentLog::durable`]
     /// included.
+    #[inline]
     pub(crate) fn durable_to(&self) -> Position {
         self.durable_to
     }
 
     /// Every segment up to this one is written back, and the device says so durably.
+    #[inline]
     pub(crate) fn written_back(&self) -> SegmentId {
         self.written_back
     }
 
     /// The newest sealed segment, or one that was written long ago.
+    #[inline]
     pub(crate) fn last_sealed(&self) -> SegmentId {
         match &self.open {
             Some(open) => open.id.minus(1),
@@ -179,6 +187,7 @@ impl SegmentLog {
     }
 
     /// The segment that a slot holds now, in RAM or on the device.
+    #[inline]
     pub(crate) fn id_of(&self, slot: Slot) -> SegmentId {
         self.geometry.id_in_slot(slot, self.newest)
     }
@@ -189,11 +198,13 @@ impl SegmentLog {
     }
 
     /// Segments, sealed or open, that are not written back.
+    #[inline]
     pub(crate) fn dirty_segments(&self) -> u64 {
         self.newest.since(self.written_back)
     }
 
     /// Slots that can take a segment at once, without the reserve.
+    #[inline]
     pub(crate) fn free_slots(&self) -> u64 {
         // A small log has none to spare.
         let reserve = (self.geometry.lap() / 8).min(RESERVED_SLOTS);
@@ -201,6 +212,7 @@ impl SegmentLog {
     }
 
     /// The same with the reserve.
+    #[inline]
     pub(crate) fn all_free_slots(&self) -> u64 {
         self.geometry.lap() - self.dirty_segments()
     }
@@ -226,6 +238,7 @@ impl SegmentLog {
 
     /// Takes the next place of the open segment for a block, and makes it the block's newest
     /// version. The place holds old data of other blocks until the caller fills it.
+    #[inline]
     pub(crate) fn take_place(
         &mut self,
         block: BlockNo,
@@ -258,6 +271,7 @@ impl SegmentLog {
 
     /// The data of a block in the open segment, to be overwritten in place, unless a commit holds
     /// it. Its dirty bits grow by `dirty`.
+    #[inline]
     pub(crate) fn overwrite(
         &mut self,
         old: Cached,
@@ -307,12 +321,14 @@ impl SegmentLog {
     }
 
     /// Whether there is room for another sealed segment.
+    #[inline]
     pub(crate) fn may_seal(&self) -> bool {
         self.sealed.len() < MAX_SEALED
     }
 
     /// Seals the open segment if it is full and there is room for another sealed one. Without room,
     /// the next write waits.
+    #[inline]
     pub(crate) fn seal_if_full(&mut self) {
         if self.open.as_ref().is_some_and(|open| open.length == PLACES) {
             let _ = self.seal(Reason::Full);

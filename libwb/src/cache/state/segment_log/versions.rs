@@ -20,6 +20,7 @@ pub(crate) struct Item {
 
 impl SegmentLog {
     /// The newest version of a block, if the cache holds any.
+    #[inline]
     pub(crate) fn newest_version(&self, block: BlockNo) -> Option<Cached> {
         self.index.get(block)
     }
@@ -40,11 +41,13 @@ impl SegmentLog {
     }
 
     /// Whether a place lies in a segment that recovery would apply: one that is not written back.
+    #[inline]
     pub(crate) fn is_live(&self, place: Place) -> bool {
         self.id_of(place.slot) > self.written_back
     }
 
     /// Whether a version holds data that the backing device lacks.
+    #[inline]
     pub(crate) fn is_dirty(&self, version: Cached) -> bool {
         !version.dirty.is_clean() && self.is_live(version.place)
     }
@@ -65,6 +68,7 @@ impl SegmentLog {
     }
 
     /// A place's data, while its segment is in RAM.
+    #[inline]
     pub(crate) fn in_ram(&self, place: Place) -> Option<&[u8; BLOCK_BYTES]> {
         let id = self.id_of(place.slot);
         let at = offset_in_segment(place.index);

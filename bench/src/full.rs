@@ -124,7 +124,7 @@ fn tables(seen: &Seen, took: Duration) -> Vec<Table> {
         },
         Table {
             title: title("latency while the log fills up"),
-            unit: "microseconds, 20 of which a write takes that waits for nothing",
+            unit: "microseconds; a write that waits for nothing takes 20",
             baseline: "the median of the same writes",
             rows: rows.collect(),
         },

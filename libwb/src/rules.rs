@@ -1,5 +1,5 @@
-//! The rules that keep data safe, each of which the simulator's tests break once, to prove that
-//! they would notice.
+//! The rules that keep data safe. The simulator's tests break each rule once, to prove that they
+//! would notice.
 //!
 //! Where a rule decides something, the code asks `Rules::keep`. Without the feature `sim` the
 //! answer is always yes, and the compiler leaves nothing of the question.

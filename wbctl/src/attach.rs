@@ -275,8 +275,8 @@ fn recover(
     let tunables = volume.tunables()?;
     let open = async |known| {
         let (cache, backing) = (cache.clone(), backing.clone());
-        let purpose = if args.read_only { OpenOptions::read_only() } else { OpenOptions::serve() };
-        Cache::open(cache, backing, io.runtime(), purpose.knowing(known).tunables(tunables.clone()))
+        let options = if args.read_only { OpenOptions::read_only() } else { OpenOptions::serve() };
+        Cache::open(cache, backing, io.runtime(), options.knowing(known).tunables(tunables.clone()))
             .await
     };
     let opened = io.block_on(salvage::open(&args.salvage, cache, backing, past.reach, open));

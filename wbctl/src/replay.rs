@@ -152,8 +152,8 @@ fn write_back(
 ) -> Result<ReplayReport> {
     let open = async |known| {
         let (cache, backing) = (cache.clone(), backing.clone());
-        let purpose = OpenOptions::replay().knowing(known);
-        Cache::open(cache, backing, io.runtime(), purpose).await
+        let options = OpenOptions::replay().knowing(known);
+        Cache::open(cache, backing, io.runtime(), options).await
     };
     let (cache, salvaged) =
         io.block_on(salvage::open(&args.salvage, &cache, &backing, known, open))?;

@@ -14,7 +14,7 @@ pub struct VolumeStatistics {
     pub seconds: f64,
     /// The share of the blocks read that the cache held.
     pub read_hit_ratio: Option<f64>,
-    /// The share of the blocks written of which the cache held a version.
+    /// Of the blocks written, the share that was in the cache.
     pub write_hit_ratio: Option<f64>,
     /// Bytes written to the cache device for each byte that was written to the volume.
     pub write_amplification: Option<f64>,

@@ -104,7 +104,7 @@ pub struct LiveStatus {
     pub dirty_bytes: u64,
     /// How long the oldest dirty data has been waiting, in seconds; `None` if that is not known.
     pub oldest_dirty_seconds: Option<f64>,
-    /// Data of which the cache holds a version, dirty or clean.
+    /// Data that the cache holds, dirty or clean.
     pub used_bytes: u64,
     /// How many places for blocks the log has.
     pub places: u64,

@@ -124,14 +124,7 @@ impl SimDevice {
     /// # Panics
     /// After a crash.
     pub fn content(&self) -> Vec<u8> {
-        self.inner
-            .state
-            .lock()
-            .disk
-            .as_ref()
-            .expect("a disk that has not crashed")
-            .visible()
-            .to_vec()
+        self.inner.state.lock().live_disk().visible().to_vec()
     }
 
     /// The content that is certainly durable.
@@ -139,14 +132,7 @@ impl SimDevice {
     /// # Panics
     /// After a crash.
     pub fn durable(&self) -> Vec<u8> {
-        self.inner
-            .state
-            .lock()
-            .disk
-            .as_ref()
-            .expect("a disk that has not crashed")
-            .durable()
-            .to_vec()
+        self.inner.state.lock().live_disk().durable().to_vec()
     }
 
     /// All that a power cut could leave now.
@@ -155,7 +141,7 @@ impl SimDevice {
     /// After a crash.
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
-        Snapshot::new(self.inner.state.lock().disk.clone().expect("a disk that has not crashed"))
+        Snapshot::new(self.inner.state.lock().live_disk().clone())
     }
 
     /// What is there after a crash. This device fails everything from now on; the caller drops all
@@ -308,6 +294,11 @@ impl State {
 
     fn fails(&mut self, chance: f64) -> bool {
         chance > 0.0 && self.rng.f64() < chance
+    }
+
+    /// The disk of a device that has not crashed.
+    fn live_disk(&self) -> &Disk {
+        self.disk.as_ref().expect("a disk that has not crashed")
     }
 
     fn disk(&mut self) -> Result<&mut Disk, Errno> {

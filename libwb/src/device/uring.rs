@@ -64,6 +64,12 @@ impl UringDevice {
             }
         })
     }
+
+    /// Zeroes or discards, as the mode says.
+    fn fallocate(&self, mode: FallocateFlags, offset: u64, length: u64) -> IoFuture<()> {
+        let kind = OpKind::Zero { mode, offset, length };
+        Box::pin(unit(self.submit(Operation::Discard, offset, length, kind)))
+    }
 }
 
 async fn unit(future: IoFuture<Option<IoBuf>>) -> Result<(), DeviceError> {
@@ -150,22 +156,10 @@ impl BlockDevice for UringDevice {
     }
 
     fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE;
-        Box::pin(unit(self.submit(
-            Operation::Discard,
-            offset,
-            length,
-            OpKind::Zero { mode, offset, length },
-        )))
+        self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, length)
     }
 
     fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
-        let mode = FallocateFlags::FALLOC_FL_ZERO_RANGE;
-        Box::pin(unit(self.submit(
-            Operation::Discard,
-            offset,
-            length,
-            OpKind::Zero { mode, offset, length },
-        )))
+        self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, length)
     }
 }

@@ -82,7 +82,7 @@ pub enum SlotState {
 }
 
 impl SlotState {
-    /// A slot of which only the fault is known.
+    /// A slot whose fault alone is known.
     pub(super) fn invalid(fault: impl Into<SlotFault>) -> SlotState {
         SlotState::Invalid { fault: fault.into(), proved: None, stray: None }
     }

@@ -320,8 +320,8 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    /// A volume after so many seconds, in which it has taken a MiB each, with a log of 16 segments
-    /// of which it wrote `newest`.
+    /// A volume that takes a MiB each second, after this number of seconds. Its log has 16 slots;
+    /// `newest` is its newest segment.
     fn volume(seconds: u64, newest: u64) -> VolumeStatus {
         let taken = serde_json::json!({
             "requests": seconds, "total_seconds": 0.0, "p50_seconds": null, "p99_seconds": null,

@@ -89,7 +89,7 @@ impl Engine {
         Ok(failed.into_iter().find_map(|(id, error)| may_hold(id).then_some(error)))
     }
 
-    /// Makes written-back segments empty, durably, and returns those of which that failed.
+    /// Empties written-back segments durably. Returns those that it could not empty, and why.
     async fn empty_segments(
         self: &Arc<Self>,
         segments: Vec<SegmentId>,

@@ -89,7 +89,7 @@ impl OpenOptions {
         OpenOptions { mixes, ..self }
     }
 
-    /// With these rules, of which a test may break one.
+    /// With these rules. A test may break one of them.
     #[cfg(feature = "sim")]
     #[must_use]
     pub fn rules(self, rules: Rules) -> OpenOptions {

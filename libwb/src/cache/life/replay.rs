@@ -26,7 +26,7 @@ pub(super) struct Replay {
     /// Dirty sectors of older versions that the newest version of their block does not carry. They
     /// had been written back when the newer version was made, but the log does not say so.
     pub(super) leftovers: Vec<Item>,
-    /// The newest live segment with a clean entry, of which the index knows nothing.
+    /// The newest live segment with a clean entry. The index does not hold clean entries.
     pub(super) staged: SegmentId,
     pub(super) bytes_read: u64,
     pub(super) ages: Ages,

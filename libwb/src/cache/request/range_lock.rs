@@ -14,7 +14,7 @@ pub(super) struct RangeLock<'a> {
 }
 
 impl<'a> RangeLock<'a> {
-    /// Locks blocks, none of which is locked.
+    /// Locks blocks. None of them may be locked.
     pub(super) fn new(
         engine: &'a Engine,
         state: &mut State,

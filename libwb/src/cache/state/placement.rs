@@ -42,7 +42,7 @@ pub(crate) enum Merged {
 }
 
 impl State {
-    /// How a request meets a block of which the cache holds this version.
+    /// How a request meets a block. `cached` is what the cache holds of the block, if anything.
     pub(crate) fn access(&self, at: &Fragment, cached: Option<Cached>, write: bool) -> Access {
         let in_ram = cached.is_some_and(|cached| self.log.in_ram(cached.place).is_some());
         Access { write, hit: cached.is_some(), in_ram, whole: at.is_whole_block() }

@@ -38,7 +38,7 @@ impl RangeLocks {
         self.locked.iter().all(|other| other.end <= blocks.start || blocks.end <= other.start)
     }
 
-    /// Locks blocks, none of which is locked.
+    /// Locks blocks. None of them may be locked.
     pub(crate) fn lock(&mut self, blocks: Range<BlockNo>) {
         self.locked.push(blocks);
     }

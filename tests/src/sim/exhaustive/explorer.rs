@@ -24,7 +24,7 @@ pub struct Tally {
     pub moments: u64,
     /// Crashes: one for each moment and each set of surviving writes.
     pub crashes: u64,
-    /// Crashes that left different devices, each of which was recovered.
+    /// Crashes that left different devices. Each device was recovered.
     pub recoveries: u64,
 }
 

@@ -1,24 +1,22 @@
 //! Salvage and repair of logs in memory.
 
+mod any_damage;
+mod power_cuts;
+
 use super::*;
 use crate::device::Device;
 use crate::format::SegmentId;
 use crate::format::{
     BLOCK_BYTES, EXTENSION_OFFSETS, SECTOR_BYTES, SEGMENT_BYTES, to_u64, to_usize,
 };
-use crate::log::evidence::cases_of_evidence;
 use crate::log::live::Beyond;
 use crate::log::pairing::BackingFacts;
 use crate::log::recovery::Corruption;
 use crate::log::scan::SlotState;
-use crate::log::test_log::{
-    LENGTH, MASKS, SLOTS, TestLog, Write, expected, in_sectors, lost, read, salvage, survivors,
-    volume, with_survivors,
-};
+use crate::log::test_log::{LENGTH, SLOTS, TestLog, expected, lost, read, salvage, volume};
 use crate::log::{LogError, LogErrorKind};
 use futures_lite::future::block_on;
-use proptest::prelude::*;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 
 #[test]
 fn a_sound_log_is_left_alone() {
@@ -335,214 +333,4 @@ fn a_corrupt_log_is_not_repaired() {
         block_on(read(&device).repair(&device)),
         Err(LogError { kind: LogErrorKind::Corrupt { .. }, .. })
     ));
-}
-
-/// Logs that are corrupt in every known way.
-fn cases() -> Vec<TestLog> {
-    let mut cases = Vec::new();
-    for extended in [false, true] {
-        let new = |newest| TestLog::new(newest, extended);
-        let mut case = |mut log: TestLog, damage: &dyn Fn(&mut TestLog)| {
-            damage(&mut log);
-            cases.push(log);
-        };
-        case(new(9), &|log| {
-            log.rot(3, 2);
-        });
-        case(new(20), &|log| {
-            log.rot(8, 2).rot(12, 0).garble(18);
-        });
-        case(new(20), &|log| {
-            log.garble(7).rot(8, 4).rot(11, 0);
-        });
-        case(new(20), &|log| {
-            log.record(9).rot(10, 1).garble(9);
-        });
-        case(new(14), &|log| {
-            log.garble(1).rot(9, 1);
-        });
-        case(new(9), &|log| {
-            log.record(9).garble(9);
-        });
-        case(new(9), &|log| {
-            log.record(11);
-        });
-        case(new(9), &|log| {
-            log.record(u64::MAX).rot(4, 4);
-        });
-        case(new(9), &|log| {
-            log.unreadable(2).garble(5);
-        });
-        case(new(5), &|log| {
-            log.garble(12).garble(13);
-        });
-    }
-    let mut marked = TestLog::new(9, true);
-    marked.write_pages(Some(SegmentId(9)));
-    marked.rot(8, 2).rot(9, 4);
-    cases.push(marked);
-    let mut marked_beyond = TestLog::new(9, true);
-    marked_beyond.put(11, true, 0);
-    marked_beyond.write_pages(Some(SegmentId(20)));
-    cases.push(marked_beyond);
-    cases.extend(cases_of_evidence());
-    let mut mixed = TestLog::new(20, true);
-    mixed.put(19, false, 0);
-    mixed.garble(8);
-    cases.push(mixed);
-    cases
-}
-
-#[test]
-fn a_power_cut_at_any_write_and_a_second_attempt_give_the_same_volume() {
-    for (nth, log) in cases().iter().enumerate() {
-        let device: Device = log.device();
-        let before = generation(&read(&device));
-        for way in SalvageMode::ALL {
-            let (done, plan) = salvage(log, way);
-            let want = volume(&done.memory.content()).expect("a sound log");
-            let writes = done.writes.lock().clone();
-            let sectors = in_sectors(&writes);
-            // Several masks keep the same writes. All writes up to one flush are also no writes
-            // after the previous one.
-            let mut seen = HashSet::new();
-            let mut check = |writes: &[Write], flushes, any, what: &str| {
-                let survivors = survivors(writes, flushes, any);
-                if seen.insert(survivors.clone()) {
-                    let what = format!("case {nth}, {way}, flush {flushes}, {what}, mask {any:#x}");
-                    let cut = with_survivors(log, writes, &survivors);
-                    assert_eq!(
-                        after_second_attempt(&cut, way, before, &what).as_ref(),
-                        Some(&want),
-                        "{what}"
-                    );
-                }
-            };
-            for flushes in 0..=*done.flushes.lock() {
-                let count = writes.iter().filter(|(.., after)| *after == flushes).count();
-                let alone = (0..count).flat_map(|nth| [1 << nth, !(1 << nth)]);
-                for any in MASKS.into_iter().take(2).chain(alone) {
-                    check(&writes, flushes, any, "whole");
-                }
-                // Only the header proves the good blocks that a salvage keeps of a segment.
-                if plan.given_up.iter().all(|lost| lost.kept == 0) {
-                    for any in MASKS.into_iter().skip(2) {
-                        check(&sectors, flushes, any, "torn");
-                    }
-                }
-            }
-        }
-    }
-}
-
-fn generation(scanned: &Scanned) -> Option<u64> {
-    scanned.superblock.extension().map(|page| page.generation)
-}
-
-/// The volume of a log after a salvage, if it needs one. If the log is sound without the segments
-/// given up, its `generation` must distinguish it from an older copy.
-fn after_second_attempt(
-    log: &TestLog,
-    way: SalvageMode,
-    before: Option<u64>,
-    what: &str,
-) -> Option<BTreeMap<u64, u8>> {
-    let device: Device = log.device();
-    let now = read(&device);
-    if now.is_corrupt() {
-        return volume(&salvage(log, way).0.memory.content());
-    }
-    assert!(before.is_none() || generation(&now) > before, "{what}");
-    volume(&log.image)
-}
-
-/// Something wrong with a log.
-#[derive(Clone, Debug)]
-enum Damage {
-    Rot { id: u64, block: usize },
-    Garble { id: u64 },
-    Unreadable { id: u64 },
-    Record { id: u64 },
-    Clean { id: u64 },
-    Bytes { slot: u64, at: usize, bytes: Vec<u8> },
-    Move { from: u64, to: u64 },
-}
-
-fn damage() -> impl Strategy<Value = Damage> {
-    let (id, block) = (|| 1..40u64, 0..5usize);
-    let far = || prop_oneof![8 => 0..60u64, 1 => Just(u64::MAX), 1 => any::<u64>()];
-    prop_oneof![
-        4 => (id(), block).prop_map(|(id, block)| Damage::Rot { id, block }),
-        2 => id().prop_map(|id| Damage::Garble { id }),
-        1 => id().prop_map(|id| Damage::Unreadable { id }),
-        1 => far().prop_map(|id| Damage::Record { id }),
-        1 => far().prop_map(|id| Damage::Clean { id }),
-        3 => (id(), 0..600usize, prop::collection::vec(any::<u8>(), 1..9))
-            .prop_map(|(slot, at, bytes)| Damage::Bytes { slot, at, bytes }),
-        1 => (id(), id()).prop_map(|(from, to)| Damage::Move { from, to }),
-    ]
-}
-
-impl Damage {
-    fn inflict(&self, log: &mut TestLog) {
-        match self {
-            Damage::Rot { id, block } => {
-                log.rot(*id, *block);
-            }
-            Damage::Garble { id } => {
-                log.garble(*id);
-            }
-            Damage::Unreadable { id } => {
-                log.unreadable(*id);
-            }
-            Damage::Record { id } => {
-                log.record(*id);
-            }
-            Damage::Clean { id } => log.write_pages(Some(SegmentId(*id))),
-            Damage::Bytes { slot, at, bytes } => {
-                let at = log.at(*slot) + at;
-                log.image[at..at + bytes.len()].copy_from_slice(bytes);
-            }
-            Damage::Move { from, to } => {
-                let (from, to) = (log.at(*from), log.at(*to));
-                log.image.copy_within(from..from + SEGMENT_BYTES, to);
-            }
-        }
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(150))]
-
-    #[test]
-    fn after_any_damage_recovery_accepts_the_log_or_what_salvage_makes_of_it(
-        slots in prop_oneof![3 => 14..15u64, 1 => 1..6u64],
-        newest in 0..40u64,
-        kinds in any::<[bool; 2]>(),
-        module_wrote in 0..40u64,
-        record in 0..40u64,
-        damage in prop::collection::vec(damage(), 1..6),
-    ) {
-        let [extended, module_came_later] = kinds;
-        let mut log = TestLog::empty(slots, extended);
-        for id in 1..=newest {
-            let ours = extended && !(module_came_later && id > module_wrote);
-            log.put(id, ours, id.saturating_sub(1 + slots / 4));
-        }
-        log.record(record.min(newest));
-        for damage in damage {
-            damage.inflict(&mut log);
-        }
-        let device: Device = log.device();
-        // If most segments lie in wrong slots, the device itself was resized.
-        let found = read(&device);
-        if !found.is_corrupt() || found.is_resized() {
-            return Ok(());
-        }
-        for way in SalvageMode::ALL {
-            let (done, plan) = salvage(&log, way);
-            prop_assert!(volume(&done.memory.content()).is_some());
-            let _ = (plan.gives_up(), plan.changes(), plan.summary());
-        }
-    }
 }

@@ -112,9 +112,13 @@ fn parameters(options: &Options, bytes: u64) -> [u8; 60] {
 pub fn check_support() -> Result<(), ServeError> {
     let mut control = open_control()?;
     let mut features = [0; 8];
-    control
-        .command(Command::GetFeatures, u32::MAX, &mut features)
-        .map_err(failed("the kernel's ublk driver is too old (Linux 6.5 is needed)"))?;
+    control.command(Command::GetFeatures, u32::MAX, &mut features).map_err(|cause| {
+        let what = match cause.kind() {
+            io::ErrorKind::PermissionDenied => "cannot use ublk (root is needed)",
+            _ => "the kernel's ublk driver is too old (Linux 6.5 is needed)",
+        };
+        ServeError { what: what.into(), cause }
+    })?;
     if NativeEndian::read_u64(&features) & IOCTL_ENCODED == 0 {
         let what = "the kernel's ublk driver lacks ioctl-encoded commands";
         return Err(failed(what)(Errno::EOPNOTSUPP));

@@ -2,7 +2,7 @@
 
 use super::held;
 pub use super::identity::{Identity, identity};
-use super::identity::{serial, sysfs_folder};
+use super::identity::{prefers_durable_writes, serial, sysfs_folder};
 use crate::format::{SECTOR_BYTES, to_u64};
 use crate::sys;
 use nix::errno::Errno;
@@ -174,6 +174,8 @@ pub struct Opened {
     pub identity_text: String,
     /// The file with its statistics, for a block device.
     pub stat: Option<PathBuf>,
+    /// Whether a durable write takes less time than a write and a flush.
+    pub prefers_durable_writes: bool,
 }
 
 /// A device stays open a moment longer than its program: io_uring closes it in the background.
@@ -244,8 +246,18 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     }
     let sysfs = is_block.then(|| sysfs_folder(meta.rdev()));
     let identity_text = sysfs.as_deref().map_or_else(String::new, serial);
+    let prefers_durable_writes = sysfs.as_deref().is_some_and(prefers_durable_writes);
     let stat = sysfs.map(|folder| folder.join("stat"));
-    Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
+    Ok(Opened {
+        path: path.into(),
+        file,
+        size,
+        block_size,
+        identity,
+        identity_text,
+        stat,
+        prefers_durable_writes,
+    })
 }
 
 /// Opens a file for direct I/O if possible, and claims a block device exclusively.

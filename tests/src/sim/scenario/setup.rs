@@ -51,10 +51,10 @@ impl<'a> Scenario<'a> {
             oracle.let_blocks_tear();
         }
         let settings = format!(
-            "{segments} segments, extended: {extended}, durable writes: {durable_writes}, {sectors} \
-             sectors, block sizes {cache_block_size} and {block_size}, backing device {slowness} \
-             times slower, faulty: {faulty}, forgetful: {forgetful}, strict: {strict}, all through \
-             the log: {all_logged}"
+            "{segments} segments, extended: {extended}, durable writes: {durable_writes}, \
+             {sectors} sectors, block sizes {cache_block_size} and {block_size}, backing device \
+             {slowness} times slower, faulty: {faulty}, forgetful: {forgetful}, strict: {strict}, \
+             all through the log: {all_logged}"
         );
         Scenario {
             engine,

@@ -39,7 +39,7 @@ pub(super) fn sysfs_folder(number: u64) -> PathBuf {
 
 /// Whether a block device makes a single write durable in less time than a write and a flush take,
 /// as sysfs says: it can do so itself (FUA), or has no volatile cache. Elsewhere the kernel flushes
-/// after each such write, which takes as long.
+/// after each such write, and a commit may consist of two.
 pub(super) fn prefers_durable_writes(dir: &Path) -> bool {
     let says = |file: &str, what: &str| {
         // A partition has the queue of its disk.

@@ -134,6 +134,10 @@ impl Runtime for Handle {
         Box::pin(Sleep::new(self.0.clone(), duration))
     }
 
+    fn is_thread_shared(&self) -> bool {
+        self.0.is_own_thread()
+    }
+
     fn now(&self) -> Duration {
         self.0.started.elapsed()
     }

@@ -82,6 +82,8 @@ pub enum Rule {
     WriteAroundCancelsAdmission,
     /// A write cancels the admission of its block, so that nothing older is admitted.
     WriteCancelsAdmission,
+    /// A read reserves the admission of a block in the same visit that finds it missing.
+    ReservedInSameVisit,
     /// A discard cancels the admission of its blocks.
     DiscardCancelsAdmission,
     /// A block that could not be written back counts as moved only when its copy is durable.

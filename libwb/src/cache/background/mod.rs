@@ -7,4 +7,5 @@ mod flusher;
 mod moving;
 mod policy;
 mod runs;
+mod sorted;
 mod writeback;

@@ -10,9 +10,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::collections::binary_heap::PeekMut;
 
-/// Items that are dealt with before other tasks run. A batch of 4096 segments has some thousand
-/// such chunks.
-pub(super) const CHUNK: usize = 512;
+/// Items that are dealt with before other tasks run: about those of a segment.
+pub(super) const CHUNK: usize = 128;
 
 /// Sorts each chunk. Versions of the same block stay in their order.
 pub(super) async fn sort_chunks(items: &mut [Item]) {

@@ -190,8 +190,8 @@ impl Stuck {
 
     /// Notes what has failed in a batch that ends with `last`, and says how far the batch can go
     /// all the same. `in_the_way` are blocks that have failed or were not tried, each with its
-    /// oldest segment that is not written back. `movable` says whether lost blocks may be moved (`true`),
-    /// and others (`false`).
+    /// oldest segment that is not written back. `movable` says whether lost blocks may be moved
+    /// (`true`), and others (`false`).
     pub(crate) fn passage(
         &mut self,
         log: &SegmentLog,

@@ -18,8 +18,8 @@ PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fspro
 	zstd util-linux udev python3 strace
 
 # What runs a virtual machine with the real kernel module, and what builds the module.
-VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod dmsetup dkms linux-image-amd64 \
-	linux-headers-amd64 dm-writeboost-dkms
+VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod xz-utils dmsetup dkms \
+	linux-image-amd64 linux-headers-amd64 dm-writeboost-dkms
 
 demo: deps
 	cargo build --release --workspace --bins
@@ -34,7 +34,7 @@ test: deps sim
 # Tests wb against the real kernel module in a virtual machine. Takes a few minutes.
 test-vm: deps
 	@tests/install-packages.sh $(VM_PACKAGES)
-	tests/vm/run.sh
+	tests/vm/run.sh module
 
 # Uses the build of the tests, so that nothing is built twice.
 sim: deps

@@ -17,9 +17,11 @@ STRESS_SECONDS = 300
 PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fsprogs xfsprogs fio \
 	zstd util-linux udev python3 strace
 
-# What runs a virtual machine with the real kernel module, and what builds the module.
-VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod xz-utils dmsetup dkms \
-	linux-image-amd64 linux-headers-amd64 dm-writeboost-dkms
+# What runs virtual machines: one with the real kernel module, and what builds that, and one with
+# a kernel that has ublk. The module does not build for the second kernel, so no headers of it.
+VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod xz-utils binutils dmsetup fdisk \
+	dkms linux-image-amd64 linux-headers-amd64 dm-writeboost-dkms \
+	linux-image-6.12-amd64
 
 demo: deps
 	cargo build --release --workspace --bins
@@ -31,10 +33,11 @@ test: deps sim
 	tests/features.sh
 	tests/run.sh
 
-# Tests wb against the real kernel module in a virtual machine. Takes a few minutes.
+# Tests wb against the real kernel module in a virtual machine, and its front ends from end to end
+# in another, which has ublk. Takes some ten minutes.
 test-vm: deps
 	@tests/install-packages.sh $(VM_PACKAGES)
-	tests/vm/run.sh module
+	tests/vm/run.sh module front-ends
 
 # Uses the build of the tests, so that nothing is built twice.
 sim: deps

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Runs the tests against the real kernel module. Needs the packages that `make test-vm` names.
-# usage: run.sh module
+# Runs the tests that need a VM: those against the real kernel module, and those of the front ends,
+# with the programs that people use. Needs the packages that `make test-vm` names.
+# usage: run.sh module|front-ends...
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin:/sbin
@@ -20,6 +21,23 @@ module() {
     tests/vm/initramfs.sh "$kernel" "$vm/module.cpio" dmsetup "$vm/volume"
     WB_VM_KERNEL=$kernel WB_VM_INITRAMFS=$vm/module.cpio \
         cargo test -p wb-tests --all-features --test vm -- --ignored --nocapture
+}
+
+front-ends() {
+    local kernel share=$vm/front-ends
+    kernel=$(tests/vm/kernel-with.sh ublk_drv)
+    mkdir -p "$share"
+    for program in wbctl wbcheck wbdump wbformat; do
+        strip -o "$vm/$program" "${CARGO_TARGET_DIR:-target}/debug/$program"
+    done
+    tests/vm/initramfs.sh "$kernel" "$vm/front-ends.cpio" "$vm"/{wbctl,wbcheck,wbdump,wbformat} \
+        fio mkfs.ext4 e2fsck mkfs.xfs xfs_repair blkdiscard fstrim blockdev sfdisk dd du cmp \
+        truncate
+    truncate -s 64M "$share/cache"
+    truncate -s 128M "$share/backing"
+    { echo "only=${WB_VM_ONLY:-}" && cat tests/vm/front-ends.sh; } > "$share/plan"
+    tests/vm/run-plan.sh 900 "$kernel" "$vm/front-ends.cpio" "$share" cache="$share/cache" \
+        backing="$share/backing",discard=unmap
 }
 
 for tests in "$@"; do "$tests"; done

@@ -105,7 +105,7 @@ space() {
 verify() {
     file=$1
     shift
-    fio --name=verify --filename="$file" --size=12M --rw=randwrite --bsrange=4k-64k --direct=1 \
+    fio --name=verify --filename="$file" --size=8M --rw=randwrite --bsrange=4k-64k --direct=1 \
         --ioengine=libaio --iodepth=16 --verify=crc32c --verify_fatal=1 "$@" > fio
 }
 
@@ -381,14 +381,14 @@ without_the_driver_ublk_is_refused_and_auto_takes_loop() {
     create 64M
     refuses wbctl attach v --serve ublk 2> refused
     grep 'modprobe ublk_drv' refused
-    attach --serve auto
+    attach
     [ "${device#/dev/loop}" != "$device" ]
     detach
 }
 
 with_the_driver_auto_takes_ublk() {
     create 64M
-    attach --serve auto
+    attach
     [ "${device#/dev/ublkb}" != "$device" ]
     detach
 }
@@ -399,6 +399,7 @@ try() {
     rm -rf /tmp/test /etc/wb /var/lib/wb
     mkdir -p /tmp/test /etc /run
     cd /tmp/test || exit
+    : > daemon
     started=$(cut -d. -f1 /proc/uptime)
     (set -ex; "$1") > log 2>&1
     code=$?
@@ -411,7 +412,7 @@ try() {
         echo "FAILED  $front: $1 ($took s)"
         tail -n 30 log | sed 's/^/    /'
         echo "    the daemon said:"
-        sed 's/^/    /' daemon 2>&1
+        sed 's/^/    /' daemon
     fi
     ! grep -q ' /mnt ' /proc/mounts || umount -l /mnt
     ! pidof wbctl >/dev/null || killall -9 wbctl
@@ -438,9 +439,11 @@ try_all() {
 }
 
 try_all loop
+front=auto
 try without_the_driver_ublk_is_refused_and_auto_takes_loop
 modprobe ublk_drv
 try_all ublk
+front=auto
 try with_the_driver_auto_takes_ublk
 
 echo "front ends: $passed passed, $failed failed"

@@ -6,11 +6,12 @@ use crate::report::{Goal, Round, Row, Table};
 use crate::uncached::{DeviceVolume, MemoryVolume};
 use crate::{Options, setup};
 use anyhow::Result;
+use libwb::device::probe::Traits;
 use libwb::device::{Device, MemDevice};
 use libwb::format::to_usize;
 use libwb::reactor::Reactor;
-use libwb::serve::ServedVolume;
-use libwb::serve::loopdev::{LoopDevice, Options as LoopOptions, Reserved};
+use libwb::serve::loopdev::{LoopDevice, Reserved};
+use libwb::serve::{self, Volume};
 use std::sync::Arc;
 
 /// The size of the volume. All of it fits the cache, so that reads are hits.
@@ -71,7 +72,7 @@ fn on_files(options: &Options) -> Result<Table> {
 fn compare(
     options: &Options,
     reactor: &Reactor,
-    baseline: impl ServedVolume,
+    baseline: impl Volume,
     device: Device,
     backing: Device,
 ) -> Result<Vec<Row>> {
@@ -126,14 +127,15 @@ fn rows(
         .collect())
 }
 
-fn serve(volume: impl ServedVolume, reactor: &Reactor) -> Result<LoopDevice> {
+fn serve(volume: impl Volume, reactor: &Reactor) -> Result<LoopDevice> {
     let reserved = Reserved::take()?;
     Ok(LoopDevice::attach(
         volume,
         reactor.handle(),
         "wb-bench",
-        LoopOptions { sector_size: 512, read_only: false },
+        serve::Options { sector_size: 512, read_only: false, backing: Traits::default() },
         reserved,
         |_| Ok(()),
+        |why| eprintln!("wb-bench: a loop device gets no more requests: {why}"),
     )?)
 }

@@ -3,7 +3,7 @@
 
 use libwb::device::{Device, IoBuf, SharedBuf};
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
-use libwb::serve::ServedVolume;
+use libwb::serve::Volume;
 use nix::errno::Errno;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -44,7 +44,7 @@ impl MemoryVolume {
     }
 }
 
-impl ServedVolume for MemoryVolume {
+impl Volume for MemoryVolume {
     async fn discard(&self, _sector: Sector, _length: u64) -> Result<(), Errno> {
         Err(Errno::EOPNOTSUPP)
     }
@@ -79,7 +79,7 @@ impl ServedVolume for MemoryVolume {
 #[derive(Clone)]
 pub(crate) struct DeviceVolume(pub(crate) Device);
 
-impl ServedVolume for DeviceVolume {
+impl Volume for DeviceVolume {
     async fn discard(&self, _sector: Sector, _length: u64) -> Result<(), Errno> {
         Err(Errno::EOPNOTSUPP)
     }

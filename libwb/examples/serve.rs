@@ -5,7 +5,8 @@ use libwb::cache::{Cache, OpenOptions};
 use libwb::device::probe::{Access, open_pair};
 use libwb::device::{Device, UringDevice};
 use libwb::reactor::Reactor;
-use libwb::serve::loopdev::{LoopDevice, Options, Reserved};
+use libwb::serve::Options;
+use libwb::serve::loopdev::{LoopDevice, Reserved};
 use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -19,14 +20,16 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (cache, backing) = open_pair(cache, backing, [Access::Write; 2])?;
     let reactor = Reactor::start()?;
     let runtime = reactor.handle().clone();
+    let options = Options { sector_size: 512, read_only: false, backing: backing.traits };
     let [cache, backing] =
         [cache, backing].map(|it| Arc::new(UringDevice::new(&runtime, it)) as Device);
     let opening = Cache::open(cache, backing, Arc::new(runtime.clone()), OpenOptions::serve());
     let cache = reactor.block_on(opening)?;
 
-    let options = Options { sector_size: 512, read_only: false };
+    let lost = |why: &str| eprintln!("the device gets no more requests: {why}");
+    let volume = cache.clone();
     let device =
-        LoopDevice::attach(cache.clone(), &runtime, "example", options, reserved, |_| Ok(()))?;
+        LoopDevice::attach(volume, &runtime, "example", options, reserved, |_| Ok(()), lost)?;
     println!("serving {}; press Enter to end", device.path().display());
     std::io::stdin().read_line(&mut String::new())?;
 

@@ -9,7 +9,7 @@
 //! | `device`, `log` | `log` (default) | block devices; scan, recovery, salvage of a log |
 //! | `cache` | `engine` | the write cache itself |
 //! | `reactor` | `uring` | files and block devices through io_uring |
-//! | `serve` | `serve-loop` | a volume as a loop device |
+//! | `serve` | `serve-ublk`, `serve-loop` | a volume as a block device |
 //! | `control` | `control` | the socket of the daemon |
 //! | `cli` | `cli` | what the programs share |
 //!
@@ -84,7 +84,7 @@ mod rules;
 pub mod rules;
 #[cfg(any(feature = "engine", feature = "uring"))]
 pub mod runtime;
-#[cfg(feature = "serve-loop")]
+#[cfg(feature = "serve")]
 pub mod serve;
 #[cfg(any(feature = "engine", feature = "uring"))]
 mod sys;

@@ -9,10 +9,13 @@ mod ring;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use operation::{Addresses, OpKind, OpResult, Target};
+pub(crate) use operation::{Addresses, Lent, OpKind, OpResult, Target};
 
 use crate::pending::InFlight;
 use crate::runtime::Runtime;
+use crate::runtime::thread;
+#[cfg(feature = "serve-ublk")]
+use crate::sys::LazyBuffer;
 use crate::sys::keep_freed_memory;
 use futures_channel::oneshot;
 use futures_util::future::BoxFuture;
@@ -78,6 +81,28 @@ impl Handle {
         let (done, result) = oneshot::channel();
         self.0.post(|inbox| inbox.ops.push(Op { target, in_flight, kind, progress: 0, done }));
         result.await.unwrap_or((Err(Errno::ECANCELED), None))
+    }
+
+    /// Waits until a file can be read.
+    #[cfg(feature = "serve-loop")]
+    pub(crate) async fn readable(&self, file: &Target) -> Result<(), Errno> {
+        self.submit(Some(file.clone()), None, OpKind::Readable).await.0
+    }
+
+    /// Carries out a command of the ublk driver, which has the buffer meanwhile.
+    #[cfg(feature = "serve-ublk")]
+    pub(crate) async fn serve(
+        &self,
+        device: &Target,
+        code: u32,
+        argument: [u8; 16],
+        buffer: LazyBuffer,
+    ) -> Result<LazyBuffer, Errno> {
+        let kind = OpKind::Serve { code, argument, buffer };
+        match self.submit(Some(device.clone()), None, kind).await {
+            (Ok(()), Some(Lent::Serve(buffer))) => Ok(buffer),
+            (done, _) => Err(done.err().unwrap_or(Errno::ECANCELED)),
+        }
     }
 }
 
@@ -167,7 +192,7 @@ impl Reactor {
                 ring.run();
             }
         };
-        let thread = std::thread::Builder::new().name("wb-reactor".into()).spawn(run)?;
+        let thread = thread("wb-reactor").spawn(run)?;
         result
             .recv()
             .unwrap_or_else(|_| Err(io::Error::other("the reactor's thread has ended")))?;

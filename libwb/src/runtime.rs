@@ -2,7 +2,17 @@
 //! [`crate::reactor`], the simulator on a seeded executor with a virtual clock.
 
 use futures_util::future::BoxFuture;
+use std::thread::Builder;
 use std::time::Duration;
+
+/// The stack of a thread in bytes. A daemon keeps all its memory resident, so this is less than
+/// usual.
+const STACK: usize = 512 << 10;
+
+/// A thread of a program that may be a daemon.
+pub fn thread(name: &str) -> Builder {
+    Builder::new().name(name.into()).stack_size(STACK)
+}
 
 /// Runs tasks and keeps time.
 pub trait Runtime: Send + Sync + 'static {

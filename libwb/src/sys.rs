@@ -4,11 +4,15 @@
 
 #[cfg(feature = "uring")]
 mod block_device;
+#[cfg(feature = "uring")]
+mod lazy_buffer;
 #[cfg(feature = "serve-loop")]
 mod loop_device;
 mod memory;
-#[cfg(feature = "serve-loop")]
+#[cfg(feature = "serve")]
 mod process;
+#[cfg(feature = "serve-ublk")]
+mod ublk;
 
 #[cfg(feature = "serve-loop")]
 pub(crate) use block_device::allow_writes;
@@ -16,6 +20,8 @@ pub(crate) use block_device::allow_writes;
 pub(crate) use block_device::{
     block_device_size, direct_io_alignment, is_read_only, logical_block_size,
 };
+#[cfg(feature = "uring")]
+pub(crate) use lazy_buffer::LazyBuffer;
 #[cfg(feature = "serve-loop")]
 pub(crate) use loop_device::{loop_clear, loop_configure, loop_get_free, loop_show_partitions};
 #[cfg(feature = "uring")]
@@ -24,5 +30,7 @@ pub(crate) use memory::keep_freed_memory;
 pub(crate) use memory::{prefer_huge_pages, prefetch_to_write};
 #[cfg(feature = "cli")]
 pub(crate) use process::ignore_file_size_signal;
-#[cfg(feature = "serve-loop")]
+#[cfg(feature = "serve")]
 pub(crate) use process::set_io_flusher;
+#[cfg(feature = "serve-ublk")]
+pub(crate) use ublk::{CONTROL, Command, Control, Description, Descriptions, open_queue};

@@ -189,12 +189,14 @@ impl Volume {
         self.attach_with(&self.pair())
     }
 
-    /// Runs `wbctl attach NAME` with options.
+    /// Runs `wbctl attach NAME` with options. The volume becomes a loop device even where the kernel
+    /// has ublk: many tests look at the loop device.
     ///
     /// # Panics
     /// When it does not get ready.
     pub fn attach_with(&self, more: &[&str]) -> Attached<'_> {
-        self.start(self.command(&[&["attach", self.name.as_str()], more].concat()))
+        let served = ["attach", self.name.as_str(), "--serve", "loop"];
+        self.start(self.command(&[&served, more].concat()))
     }
 
     /// Runs a command that attaches this volume.

@@ -120,7 +120,7 @@ fn udev_does_not_name_a_loop_device_after_a_volume_that_is_not_the_daemons() {
     assert!(!is_named(&found), "{found:#?}");
     assert!(is_named(&udev(&rules, &attached.device, &run).unwrap()));
     // It had this one, but was killed.
-    let note = run.join(&volume.name).join("loop");
+    let note = run.join(&volume.name).join("device");
     attached.kill();
     let name = forged.path.file_name().unwrap().to_str().unwrap();
     assert!(std::fs::read_to_string(&note).is_ok_and(|text| text.starts_with("loop")));

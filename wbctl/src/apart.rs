@@ -3,11 +3,16 @@
 //! No one can kill a thread that waits for its own daemon's device. It waits for an answer, or for
 //! the end of the FUSE connection, which ends only when all threads have ended. A separate process
 //! gets an error instead as soon as the daemon is gone.
+//!
+//! One such process outlives the daemon: the [`Guard`].
 
+use crate::volume_paths::VolumeName;
 use clap::ValueEnum;
 use libwb::cli::Exit;
-use libwb::serve::outside;
+use libwb::runtime::thread;
+use libwb::serve::{outside, ublk};
 use nix::errno::Errno;
+use nix::sys::signal::Signal;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -17,6 +22,8 @@ use std::time::{Duration, Instant};
 /// The pauses between checks whether the process has ended: the first one, and the longest.
 const OFTEN: Duration = Duration::from_millis(1);
 const SELDOM: Duration = Duration::from_millis(100);
+/// How long the kernel may take to end the requests of a killed daemon.
+const TO_DIE: Duration = Duration::from_secs(60);
 /// How long the daemon retries to start the process.
 const TO_START: Duration = Duration::from_secs(5);
 
@@ -28,6 +35,10 @@ pub(crate) enum Task {
     Claim,
     /// Show its partitions.
     ShowPartitions,
+    /// When the daemon is gone, remove what it left of the device at the ublk driver.
+    Guard,
+    /// Print the name of the volume that a daemon serves as this device.
+    Owner,
 }
 
 #[derive(clap::Args)]
@@ -42,6 +53,8 @@ pub(crate) fn carry_out(args: &Args) -> ! {
         Task::WriteOut => outside::write_out(&args.device),
         Task::Claim => outside::claim(&args.device),
         Task::ShowPartitions => outside::show_partitions(&args.device),
+        Task::Guard => guard(&args.device),
+        Task::Owner => owner(&args.device),
     };
     let number = done.err().map(|e| e.raw_os_error().unwrap_or(Errno::EIO as i32));
     std::process::exit(number.unwrap_or(Exit::Done as i32))
@@ -79,7 +92,7 @@ pub(crate) fn run(
         if !go_on() {
             // The process may take the signal only when the device answers or is gone.
             let _ = child.kill();
-            let _ = std::thread::Builder::new().spawn(move || child.wait());
+            let _ = thread("wb-apart").spawn(move || child.wait());
             return None;
         }
         std::thread::sleep(pause);
@@ -87,17 +100,47 @@ pub(crate) fn run(
     }
 }
 
+/// A process that removes what a killed daemon leaves of its ublk device. If the daemon ends in
+/// order, nothing is left, and the process just ends.
+pub(crate) struct Guard(#[expect(dead_code, reason = "its end of a pipe closes with us")] Child);
+
+impl Guard {
+    /// Guards a device of this process.
+    pub(crate) fn of(device: &Path) -> io::Result<Guard> {
+        command(Task::Guard, device).stdin(Stdio::piped()).spawn().map(Guard)
+    }
+}
+
+/// Waits until the daemon is gone, then removes its device.
+fn guard(device: &Path) -> io::Result<()> {
+    // Only the daemon ends it.
+    libwb::cli::on_signals([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP], |_| ())?;
+    io::copy(&mut io::stdin(), &mut io::sink())?;
+    let begun = Instant::now();
+    // The kernel notices a moment later that the daemon is gone.
+    while !ublk::remove_dead(device).map_err(|e| e.cause)? && begun.elapsed() < TO_DIE {
+        std::thread::sleep(SELDOM);
+    }
+    Ok(())
+}
+
+fn owner(device: &Path) -> io::Result<()> {
+    let owner = VolumeName::serving(device).ok_or(io::ErrorKind::NotFound)?;
+    println!("{owner}");
+    Ok(())
+}
+
+fn start(task: Task, device: &Path) -> io::Result<Child> {
+    command(task, device).stdin(Stdio::null()).spawn()
+}
+
 /// Starts this very program, since another version may be installed by now. The process inherits no
 /// descriptor, and no signal of the terminal, which are for the daemon.
-fn start(task: Task, device: &Path) -> io::Result<Child> {
+fn command(task: Task, device: &Path) -> Command {
     let task =
         task.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default();
-    Command::new("/proc/self/exe")
-        .args(["apart", &task])
-        .arg(device)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .process_group(0)
-        .spawn()
+    let mut command = Command::new("/proc/self/exe");
+    command.args(["apart", &task]).arg(device);
+    command.stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+    command
 }

@@ -11,6 +11,7 @@ use crate::notify::{self, Busy};
 use crate::older::Past;
 use crate::pair::absolute;
 use crate::sector_size::{self, SectorSize};
+use crate::serving::{self, FrontEnd, ServeOption, Serving};
 use crate::signals::{self, Stage, Stages};
 use crate::volume_paths::VolumeName;
 use crate::{leftovers, logging, rival, salvage, watch};
@@ -22,16 +23,15 @@ use libwb::device::Device;
 use libwb::device::probe::{self, Access, OpenError, Opened};
 use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
 use libwb::log::pairing::{BackingFacts, accept_growth};
-use libwb::reactor::Handle;
-use libwb::serve::ReadOnly;
-use libwb::serve::loopdev::{LoopDevice, Options, Reserved, ServeError};
+use libwb::serve::Options;
+use libwb::serve::loopdev::Reserved;
 use std::fs::Permissions;
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long attach retries to open a device that is in use.
@@ -56,6 +56,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DEV", requires = "cache")]
     backing: Option<PathBuf>,
     #[command(flatten)]
+    serve: ServeOption,
+    #[command(flatten)]
     sector: SectorSize,
     #[command(flatten)]
     salvage: SalvageOption,
@@ -65,7 +67,7 @@ pub(crate) struct Args {
     older: bool,
     /// Serve only reads, and change nothing on either device
     ///
-    /// wb keeps in memory what recovery would write. The loop device is read-only, too. To mount a
+    /// wb keeps in memory what recovery would write. The block device is read-only, too. To mount a
     /// filesystem whose journal was not replayed, use -o ro,noload (ext4) or -o ro,norecovery
     /// (xfs).
     #[arg(long, conflicts_with_all = ["salvage", "grown"])]
@@ -114,6 +116,7 @@ impl Args {
                     // Others read these paths from other working directories.
                     cache: absolute(cache)?,
                     backing: absolute(backing)?,
+                    serve: FrontEnd::default(),
                     sector_size: None,
                     tunables: Default::default(),
                 };
@@ -125,6 +128,7 @@ impl Args {
             }
             _ => bail!("give a volume's name, or --cache and --backing"),
         };
+        volume.serve = self.serve.front_end.unwrap_or(volume.serve);
         volume.sector_size = self.sector.sector_size.or(volume.sector_size);
         let tunables: Vec<String> = tunable.into_iter().chain(&self.tunables).cloned().collect();
         volume.tunables.extend(parse_tunables(&tunables)?);
@@ -168,9 +172,14 @@ fn serve(
 ) -> Result<()> {
     lock_for_life(&name)?;
     leftovers::warn(&name);
+    serving::remove_dead(&name);
     let (cache, backing) =
         open_patiently(&name, &volume, Duration::from_secs(args.wait.into()), args.read_only)?;
-    let sector_size = sector_size::choose(volume.sector_size, &backing)?;
+    let options = Options {
+        sector_size: sector_size::choose(volume.sector_size, &backing)?,
+        read_only: args.read_only,
+        backing: backing.traits,
+    };
     if let Err(why) = libwb::serve::guard_against_reclaim() {
         tracing::warn!("{why}: the volume may hang when memory is short");
     }
@@ -186,7 +195,7 @@ fn serve(
     drop(recovering);
     let keeper =
         if args.read_only { None } else { Keeper::start(cache.clone(), About::of(&name, &volume)) };
-    let read_only = args.read_only;
+    let Options { sector_size, read_only, .. } = options;
     let (to_close, to_look_at) = (cache.clone(), watched.clone());
     let close = move || {
         let closed = if read_only { Ok(()) } else { io.block_on(to_close.close()) };
@@ -194,8 +203,15 @@ fn serve(
         closed?;
         to_look_at.refuse_gone(to_close.status().dirty_blocks)
     };
-    let options = Options { sector_size, read_only };
-    let device = match loop_device(&name, &cache, &runtime, options, reserved) {
+    let serving = Serving {
+        name: &name,
+        cache: &cache,
+        runtime: &runtime,
+        options,
+        reserved,
+        lost: lost(&end),
+    };
+    let device = match serving.start(volume.serve) {
         Ok(device) => device,
         Err(e) => {
             name.withdraw();
@@ -204,7 +220,9 @@ fn serve(
         }
     };
     watched.served_as(device.path());
-    show_partitions(device.path());
+    if !device.shows_partitions() {
+        show_partitions(device.path());
+    }
     let served = LiveVolume::of(&name, &cache, &devices, &device);
     let daemon = Daemon {
         name: name.clone(),
@@ -229,20 +247,10 @@ fn serve(
     serve_until_ended(&served, device, ended, close)
 }
 
-/// Serves a cache as a loop device.
-fn loop_device(
-    name: &VolumeName,
-    cache: &Cache,
-    runtime: &Handle,
-    options: Options,
-    reserved: Reserved,
-) -> Result<LoopDevice, ServeError> {
-    let (file, note) = (name.served_file(), |device: &Path| name.note_loop(device));
-    if options.read_only {
-        let volume = ReadOnly(cache.clone());
-        return LoopDevice::attach(volume, runtime, &file, options, reserved, note);
-    }
-    LoopDevice::attach(cache.clone(), runtime, &file, options, reserved, note)
+/// What ends the daemon when its block device gets no more requests.
+fn lost(end: &Sender<End>) -> Arc<dyn Fn(&str) + Send + Sync> {
+    let end = end.clone();
+    Arc::new(move |why| drop(end.send(End::Lost(why.into()))))
 }
 
 /// Makes the kernel look for partitions, and gives up after [`TO_SHOW`] if a device hangs.
@@ -355,7 +363,7 @@ fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
     }
 }
 
-/// Makes a stable name for the loop device. udev makes the same link (dist/udev), but udev may not
+/// Makes a stable name for the block device. udev makes the same link (dist/udev), but udev may not
 /// be running. The volume works without it.
 fn link(name: &VolumeName, device: &Path) {
     let link = name.link();

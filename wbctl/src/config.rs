@@ -1,6 +1,7 @@
 //! The record of a volume: a TOML file in the configuration folder.
 
 use crate::sector_size;
+use crate::serving::FrontEnd;
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
@@ -25,7 +26,10 @@ pub(crate) struct RecordedVolume {
     pub(crate) cache: PathBuf,
     /// The backing device.
     pub(crate) backing: PathBuf,
-    /// Logical sector size of the loop device in bytes. If absent, the backing device determines
+    /// How the volume becomes a block device.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub(crate) serve: FrontEnd,
+    /// Logical sector size of the block device in bytes. If absent, the backing device determines
     /// it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) sector_size: Option<u32>,
@@ -84,6 +88,10 @@ impl RecordedVolume {
         tunables.check()?;
         Ok(tunables)
     }
+}
+
+fn is_default(front_end: &FrontEnd) -> bool {
+    *front_end == FrontEnd::default()
 }
 
 /// Refuses a path that no file can have.

@@ -3,6 +3,7 @@
 use crate::config::{RecordedVolume, parse_tunables, refuse_recorded, refuse_shared};
 use crate::pair::{Pair, absolute};
 use crate::sector_size::{self, SectorSize};
+use crate::serving::ServeOption;
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
 use libwb::cache::refuse_size;
@@ -19,6 +20,8 @@ pub(crate) struct Args {
     name: VolumeName,
     #[command(flatten)]
     pair: Pair,
+    #[command(flatten)]
+    serve: ServeOption,
     #[command(flatten)]
     sector: SectorSize,
     /// Go on in spite of these: the cache device holds a filesystem, a partition table or the like;
@@ -45,6 +48,7 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     let volume = RecordedVolume {
         cache: absolute(&args.pair.cache)?,
         backing: absolute(&args.pair.backing)?,
+        serve: args.serve.front_end.unwrap_or_default(),
         sector_size: args.sector.sector_size,
         tunables: parse_tunables(&args.tunables)?,
     };

@@ -14,6 +14,7 @@ use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeState, Vol
 use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::Handle;
+use libwb::runtime::thread;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Mutex;
@@ -215,7 +216,7 @@ impl Daemon {
         let run = move || {
             let _ = done.send(work());
         };
-        std::thread::Builder::new().spawn(run).context("cannot start a thread")?;
+        thread("wb-aside").spawn(run).context("cannot start a thread")?;
         loop {
             match result.recv_timeout(WORKING) {
                 Ok(done) => return Ok(done),

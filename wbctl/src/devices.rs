@@ -6,6 +6,7 @@ use libwb::cli::human_size;
 use libwb::device::probe::{Identity, Opened, identity};
 use libwb::device::{Gone, Watched};
 use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::runtime::thread;
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
@@ -74,7 +75,7 @@ impl Devices {
                 .send(Found { cache: both.gone(&both.cache), backing: both.gone(&both.backing) });
             both.looks.fetch_sub(1, Ordering::SeqCst);
         };
-        if std::thread::Builder::new().name("wb-look".into()).spawn(look).is_err() {
+        if thread("wb-look").spawn(look).is_err() {
             self.0.looks.fetch_sub(1, Ordering::SeqCst);
         }
         found.recv_timeout(SOON).unwrap_or_default()

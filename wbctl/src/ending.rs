@@ -8,6 +8,7 @@ use crate::apart::{self, Task};
 use crate::holders::holders;
 use crate::logging;
 use crate::notify::{self, Busy};
+use crate::serving::{CutOff, Served};
 use crate::volume_paths::VolumeName;
 use anyhow::{Result, anyhow};
 use libwb::cache::{Cache, CacheError};
@@ -15,10 +16,8 @@ use libwb::cli::{Exit, human_size};
 use libwb::control::{Replies, Reply};
 use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
-use libwb::serve::loopdev::{Connection, LoopDevice};
 use nix::sys::signal::Signal;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -39,6 +38,8 @@ pub(crate) enum End {
         force: bool,
         replies: Replies,
     },
+    /// The block device gets no more requests; this says why.
+    Lost(String),
 }
 
 /// A volume that is being served.
@@ -46,7 +47,7 @@ pub(crate) struct LiveVolume {
     name: VolumeName,
     cache: Cache,
     devices: [Device; 2],
-    connection: Option<Arc<Connection>>,
+    cut_off: CutOff,
     path: PathBuf,
 }
 
@@ -63,6 +64,8 @@ impl Callers<'_> {
     fn hear(&mut self, end: End) {
         let urges = match end {
             End::Signal(_) => true,
+            // The daemon ends already, which ends the device.
+            End::Lost(_) => false,
             End::Detach { force, replies } => {
                 self.clients.push(replies);
                 force
@@ -144,10 +147,41 @@ impl Callers<'_> {
     }
 }
 
+impl Callers<'_> {
+    /// Waits for the users of the device if the end allows that, and writes out its page cache.
+    fn release(&mut self, served: &LiveVolume, end: Option<End>) -> Result<()> {
+        match end {
+            Some(End::Lost(why)) => {
+                let lost = anyhow!("{} gets no more requests: {why}", served.path.display());
+                tracing::error!("{lost}: closing the log");
+                return Err(lost);
+            }
+            Some(End::Signal(signal)) => {
+                tracing::info!("{signal}: closing the log");
+                self.wait_until_released(served);
+            }
+            Some(detach) => {
+                tracing::info!("detaching");
+                self.hear(detach);
+            }
+            None => {}
+        }
+        let held = holders(&served.path);
+        if !held.is_empty() {
+            tracing::warn!(
+                "{} is still {}: it fails from now on",
+                served.path.display(),
+                held.join(", ")
+            );
+        }
+        self.write_out(served)
+    }
+}
+
 /// Serves until a signal or a client ends it, then shuts down. `close` closes the log.
 pub(crate) fn serve_until_ended(
     served: &LiveVolume,
-    device: LoopDevice,
+    device: Served,
     ended: &Receiver<End>,
     close: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> Result<()> {
@@ -155,32 +189,13 @@ pub(crate) fn serve_until_ended(
     let end = ended.recv();
     notify::stopping();
     let closing = Busy::with("closing", served.writing());
-    match end {
-        Ok(End::Signal(signal)) => {
-            tracing::info!("{signal}: closing the log");
-            callers.wait_until_released(served);
-        }
-        Ok(detach) => {
-            tracing::info!("detaching");
-            callers.hear(detach);
-        }
-        Err(_) => {}
-    }
-    let held = holders(&served.path);
-    if !held.is_empty() {
-        tracing::warn!(
-            "{} is still {}: it fails from now on",
-            served.path.display(),
-            held.join(", ")
-        );
-    }
-    let written_out = callers.write_out(served);
+    let written_out = callers.release(served, end.ok());
     if written_out.is_err() {
         // Programs that wait for the device get an error, and nothing may arrive late.
         served.cut_off();
     }
     let Some(detached) = callers.within(move || device.detach()) else {
-        served.end_now(callers, "the loop device could be taken down", written_out.is_ok())
+        served.end_now(callers, "the block device could be taken down", written_out.is_ok())
     };
     if let Err(e) = detached {
         tracing::warn!("{e}");
@@ -213,13 +228,13 @@ impl LiveVolume {
         name: &VolumeName,
         cache: &Cache,
         devices: &[Device; 2],
-        device: &LoopDevice,
+        device: &Served,
     ) -> LiveVolume {
         LiveVolume {
             name: name.clone(),
             cache: cache.clone(),
             devices: devices.clone(),
-            connection: device.connection(),
+            cut_off: device.cut_off(),
             path: device.path().into(),
         }
     }
@@ -246,9 +261,7 @@ impl LiveVolume {
 
     /// Aborts all requests to the device: programs that wait for it get an error.
     fn cut_off(&self) {
-        if let Some(Err(e)) = self.connection.as_ref().map(|connection| connection.abort()) {
-            tracing::warn!("cannot abort the requests to {}: {e}", self.path.display());
-        }
+        self.cut_off.now(&self.path);
     }
 
     /// Tells clients how the shutdown ended, and how much data is only in the cache. Ignores

@@ -5,6 +5,7 @@
 //! and blanks, separate them. Empty lines and lines that begin with `#` are ignored.
 
 use crate::config::{RecordedVolume, refuse_nul, refuse_recorded, refuse_shared};
+use crate::serving::FrontEnd;
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
@@ -169,6 +170,7 @@ fn parse_line(line: &str) -> Result<Entry> {
     tunables.retain(|key, _| set.contains(key.as_str()));
     let name = name.parse().map_err(|why: String| anyhow!("'{name}': {why}"))?;
     let volume = RecordedVolume {
+        serve: FrontEnd::default(),
         cache: cache.into(),
         backing: backing.into(),
         sector_size: None,

@@ -3,6 +3,7 @@
 use crate::notes::{self, About};
 use libwb::cache::Cache;
 use libwb::log::reach::Seen;
+use libwb::runtime::thread;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -31,7 +32,7 @@ impl Keeper {
         let mut pen = Pen { cache, about, noted: None, has_failed: false };
         pen.write(false);
         let (stop, stopped) = channel();
-        let thread = std::thread::Builder::new().name("wb-notes".into()).spawn(move || {
+        let thread = thread("wb-notes").spawn(move || {
             while stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
                 if pen.cache.seen() != pen.noted {
                     pen.write(false);

@@ -3,6 +3,7 @@
 //! released.
 
 use crate::holders::holders;
+use crate::serving;
 use crate::volume_paths::VolumeName;
 use anyhow::{Result, bail};
 use libwb::cli::Output;
@@ -69,6 +70,7 @@ pub(crate) fn warn(name: &VolumeName) {
 pub(crate) fn clear(name: &VolumeName, out: &mut Output) -> Result<()> {
     let left = Leftovers::of(name);
     let Some(lock) = name.lock()? else { bail!("volume '{name}' is being attached") };
+    serving::remove_dead(name);
     if !name.clear(lock)? && left.orphans.is_empty() {
         bail!("volume '{name}' is not attached, and nothing was left behind; see wbctl list");
     }

@@ -25,6 +25,7 @@ mod replay;
 mod rival;
 mod salvage;
 mod sector_size;
+mod serving;
 mod show;
 mod signals;
 mod stat;
@@ -56,7 +57,7 @@ struct Cli {
 enum Command {
     /// Make a cache device and record the volume under a name
     Create(create::Args),
-    /// Recover a volume and serve it as a loop device, in the foreground
+    /// Recover a volume and serve it as a block device, in the foreground
     ///
     /// Prints `ready /dev/loopN` when the volume can be used.
     ///

@@ -9,6 +9,7 @@ mod limits;
 
 use crate::logging::limits::Limits;
 use libwb::cli::wants_colours;
+use libwb::runtime::thread;
 use nix::errno::Errno;
 use std::fs::File;
 use std::io::{self, IsTerminal, Write};
@@ -61,9 +62,7 @@ pub(crate) fn to_stderr() -> io::Result<()> {
         lost: AtomicU64::new(0),
         limits: Mutex::default(),
     });
-    std::thread::Builder::new()
-        .name("wb-log".into())
-        .spawn(move || write_lines(&waiting, queue, stderr))?;
+    thread("wb-log").spawn(move || write_lines(&waiting, queue, stderr))?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_target(false)

@@ -4,6 +4,7 @@
 //! the daemon asks for more time only while the work makes progress.
 
 use libwb::device::Device;
+use libwb::runtime::thread;
 use sd_notify::NotifyState;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::time::Duration;
@@ -42,7 +43,8 @@ impl Busy {
     pub(crate) fn with(text: &str, mut done: impl FnMut() -> u64 + Send + 'static) -> Busy {
         status(text);
         let (alive, over) = channel::<()>();
-        std::thread::spawn(move || {
+        // Without the thread, systemd gives up earlier.
+        let _ = thread("wb-busy").spawn(move || {
             let mut patience = Patience::default();
             loop {
                 if patience.is_due(done()) {

@@ -7,7 +7,7 @@ use libwb::device::probe::Opened;
 /// The option `--sector-size`.
 #[derive(clap::Args)]
 pub(crate) struct SectorSize {
-    /// Logical sector size of the loop device in bytes; by default that of the backing device
+    /// Logical sector size of the block device in bytes; by default that of the backing device
     #[arg(
         long,
         value_parser = sizes(),

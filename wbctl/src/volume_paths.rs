@@ -12,6 +12,9 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
+/// The file in which a daemon notes its block device.
+const NOTE: &str = "device";
+
 /// A volume's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct VolumeName(String);
@@ -63,7 +66,7 @@ impl VolumeName {
         self.run_dir().join(SOCKET)
     }
 
-    /// The link to the loop device.
+    /// The link to the block device.
     pub(crate) fn link(&self) -> PathBuf {
         Path::new("/dev/wb").join(&self.0)
     }
@@ -74,16 +77,31 @@ impl VolumeName {
         format!("{self}.wb")
     }
 
-    /// The file that names the daemon's loop device. udev's rule reads it before it names a device
+    /// The file that names the daemon's block device. udev's rule reads it before it names a device
     /// after the volume, because any user may attach a file of the same name to a loop device.
     fn note(&self) -> PathBuf {
-        self.run_dir().join("loop")
+        self.run_dir().join(NOTE)
     }
 
-    /// Notes which loop device the daemon will have.
-    pub(crate) fn note_loop(&self, device: &Path) -> std::io::Result<()> {
+    /// Notes which block device the daemon will have.
+    pub(crate) fn note_device(&self, device: &Path) -> std::io::Result<()> {
         let name = device.file_name().unwrap_or_default().to_string_lossy();
         std::fs::write(self.note(), format!("{name}\n"))
+    }
+
+    /// The block device that a daemon noted.
+    pub(crate) fn noted_device(&self) -> Option<PathBuf> {
+        let note = std::fs::read_to_string(self.note()).ok()?;
+        Some(Path::new("/dev").join(note.trim_end()))
+    }
+
+    /// The volume whose daemon lives, and has noted this block device.
+    pub(crate) fn serving(device: &Path) -> Option<VolumeName> {
+        let names = std::fs::read_dir(run_dir()).ok()?.flatten();
+        names
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<VolumeName>().ok())
+            .filter(|name| name.noted_device().as_deref() == Some(device))
+            .find(|name| name.is_running().unwrap_or(false))
     }
 
     /// Removes what a daemon shows to others while its volume can be used. Ignores files that it

@@ -2,6 +2,7 @@
 
 use libwb::cli::{self, human_time};
 use libwb::device::{Device, Pending};
+use libwb::runtime::thread;
 use std::time::Duration;
 
 /// A request that waits longer is worth a warning.
@@ -24,7 +25,7 @@ pub(crate) fn start(devices: [Device; 2]) {
             std::thread::sleep(OFTEN);
         }
     };
-    if let Err(e) = std::thread::Builder::new().name("wb-watch".into()).spawn(watch) {
+    if let Err(e) = thread("wb-watch").spawn(watch) {
         tracing::warn!("cannot watch for devices that hang: {e}");
     }
 }

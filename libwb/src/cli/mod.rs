@@ -28,6 +28,7 @@ use crate::log::scan::{SlotContent, SlotState, scan_by};
 use crate::log::superblock::Superblock;
 use crate::log::{LogError, live};
 use crate::reactor::{Handle, Reactor};
+use crate::runtime::thread;
 use crate::sys;
 use nix::sys::signal::{SigSet, Signal};
 use serde::Serialize;
@@ -181,7 +182,7 @@ pub fn on_signals(
 ) -> io::Result<()> {
     let signals: SigSet = signals.into_iter().collect();
     signals.thread_block()?;
-    std::thread::Builder::new().name("wb-signals".into()).spawn(move || {
+    thread("wb-signals").spawn(move || {
         while let Ok(signal) = signals.wait() {
             act(signal);
         }

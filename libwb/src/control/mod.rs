@@ -19,6 +19,7 @@ pub use statistics::{AccessCount, Latency, VolumeStatistics, hit_ratio, ratio};
 pub use status::{LiveStatus, Stuck, VolumeStatus, by_name};
 
 use crate::cache::TunableValue;
+use crate::runtime::thread;
 use line::Lines;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
@@ -252,7 +253,7 @@ pub fn serve(
         }
     });
     let connections = Arc::<AtomicUsize>::default();
-    std::thread::Builder::new().name("wb-control".into()).spawn(move || {
+    thread("wb-control").spawn(move || {
         for client in listener.incoming() {
             let Ok(client) = client else {
                 // Most likely, the process has no descriptor left: try again when some may be free.
@@ -269,7 +270,7 @@ pub fn serve(
             };
             let handle = handle.clone();
             // Without a thread, the connection is closed.
-            let _ = std::thread::Builder::new().name("wb-client".into()).spawn(move || {
+            let _ = thread("wb-client").spawn(move || {
                 answer(client, &*handle);
                 drop(permit);
             });

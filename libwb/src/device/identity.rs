@@ -37,6 +37,13 @@ pub(super) fn sysfs_folder(number: u64) -> PathBuf {
     PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))
 }
 
+/// The folder in which the kernel describes a block device's queue; a partition has its disk's.
+pub(super) fn queue_folder(number: u64) -> PathBuf {
+    let folder = sysfs_folder(number);
+    let own = folder.join("queue");
+    if own.exists() { own } else { folder.join("../queue") }
+}
+
 /// A block device's own identity, from sysfs:
 ///
 /// - of a device-mapper or MD device, its UUID;

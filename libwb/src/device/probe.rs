@@ -2,7 +2,7 @@
 
 use super::held;
 pub use super::identity::{Identity, identity};
-use super::identity::{serial, sysfs_folder};
+use super::identity::{queue_folder, serial, sysfs_folder};
 use crate::format::{SECTOR_BYTES, to_u64};
 use crate::sys;
 use nix::errno::Errno;
@@ -174,6 +174,31 @@ pub struct Opened {
     pub identity_text: String,
     /// The file with its statistics, for a block device.
     pub stat: Option<PathBuf>,
+    /// What users of a device on top of it should know.
+    pub traits: Traits,
+}
+
+/// What users of a block device go by when they lay out data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traits {
+    /// Physical sector size in bytes, if it is known.
+    pub physical_sector_size: Option<u32>,
+    /// Whether seeking takes time, as on a hard disk.
+    pub rotational: bool,
+}
+
+impl Traits {
+    /// Those of a block device, by its number; of a file's filesystem, those of its device.
+    fn of(number: u64) -> Traits {
+        let folder = queue_folder(number);
+        let read =
+            |file| std::fs::read_to_string(folder.join(file)).ok()?.trim().parse::<u32>().ok();
+        Traits {
+            physical_sector_size: read("physical_block_size")
+                .filter(|size| size.is_power_of_two() && (512..=1 << 20).contains(size)),
+            rotational: read("rotational") == Some(1),
+        }
+    }
 }
 
 /// A device stays open a moment longer than its program: io_uring closes it in the background.
@@ -245,7 +270,9 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     let sysfs = is_block.then(|| sysfs_folder(meta.rdev()));
     let identity_text = sysfs.as_deref().map_or_else(String::new, serial);
     let stat = sysfs.map(|folder| folder.join("stat"));
-    Ok(Opened { path: path.into(), file, size, block_size, identity, identity_text, stat })
+    let traits = Traits::of(if is_block { meta.rdev() } else { meta.dev() });
+    let path = path.into();
+    Ok(Opened { path, file, size, block_size, identity, identity_text, stat, traits })
 }
 
 /// Opens a file for direct I/O if possible, and claims a block device exclusively.

@@ -4,7 +4,7 @@ use super::probe::Opened;
 use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, Pending, SharedBuf};
 use crate::format::to_u64;
 use crate::pending::Requests;
-use crate::reactor::{Addresses, Handle, OpKind, Target};
+use crate::reactor::{Addresses, Handle, Lent, OpKind, Target};
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 use std::future::ready;
@@ -59,7 +59,8 @@ impl UringDevice {
                 return Err(fail(Errno::EINVAL));
             }
             match handle.submit(Some(target), Some(requests.begin()), kind).await {
-                (Ok(()), buf) => Ok(buf),
+                (Ok(()), Some(Lent::Read(buf))) => Ok(Some(buf)),
+                (Ok(()), _) => Ok(None),
                 (Err(cause), _) => Err(fail(cause)),
             }
         })

@@ -1,6 +1,7 @@
 //! What the reactor's thread shares with the others: the inbox for tasks and operations.
 
 use super::operation::Op;
+use crate::runtime::thread;
 use async_task::Runnable;
 use nix::sys::eventfd::EventFd;
 use parking_lot::Mutex;
@@ -47,8 +48,7 @@ impl Shared {
         if !tasks.is_empty() {
             // The caller may hold a lock that the task takes when it is dropped. So another thread
             // drops it.
-            let _ =
-                std::thread::Builder::new().name("wb-late-tasks".into()).spawn(move || drop(tasks));
+            let _ = thread("wb-late-tasks").spawn(move || drop(tasks));
         }
         if self.parked.swap(false, Ordering::SeqCst) {
             // The counter is never read. It overflows after 2^64 wake-ups, which is never.

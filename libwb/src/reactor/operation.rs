@@ -4,11 +4,13 @@
 use crate::buf::{IoBuf, SharedBuf};
 use crate::format::to_u64;
 use crate::pending::InFlight;
+use crate::sys::LazyBuffer;
 use futures_channel::oneshot;
 use io_uring::{opcode, squeue, types};
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 use nix::libc::iovec;
+use nix::poll::PollFlags;
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, fstatfs};
 use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
@@ -28,6 +30,16 @@ pub(crate) enum OpKind {
     Zero { mode: FallocateFlags, offset: u64, length: u64 },
     /// Only let time pass.
     Sleep(Box<types::Timespec>),
+    /// Wait until the file can be read.
+    Readable,
+    /// A command of the ublk driver. The driver may access the buffer until the command completes.
+    Serve { code: u32, argument: [u8; 16], buffer: LazyBuffer },
+}
+
+/// Memory that an operation gives back when it has ended.
+pub(crate) enum Lent {
+    Read(IoBuf),
+    Serve(LazyBuffer),
 }
 
 /// The addresses of the parts that are still to be written, in the form of `writev`.
@@ -53,8 +65,8 @@ impl Addresses {
     }
 }
 
-/// How an operation ended, and the buffer of a read.
-pub(crate) type OpResult = (Result<(), Errno>, Option<IoBuf>);
+/// How an operation ended, and the memory that it gives back.
+pub(crate) type OpResult = (Result<(), Errno>, Option<Lent>);
 
 /// The file that an operation works on.
 #[derive(Clone)]
@@ -86,6 +98,14 @@ pub(super) struct Op {
     /// Bytes that earlier short completions have transferred.
     pub(super) progress: usize,
     pub(super) done: oneshot::Sender<OpResult>,
+}
+
+impl Op {
+    /// Whether it moves data of a device, and ends by itself in time. The others wait for something
+    /// else, perhaps forever.
+    pub(super) fn is_io(&self) -> bool {
+        !matches!(self.kind, OpKind::Sleep(_) | OpKind::Readable | OpKind::Serve { .. })
+    }
 }
 
 fn fd(op: &Op) -> types::Fd {
@@ -127,6 +147,12 @@ pub(super) fn entry(op: &mut Op) -> squeue::Entry {
             .mode((*mode | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits())
             .build(),
         OpKind::Sleep(time) => opcode::Timeout::new(&raw const **time).build(),
+        OpKind::Readable => {
+            opcode::PollAdd::new(fd, PollFlags::POLLIN.bits().cast_unsigned().into()).build()
+        }
+        OpKind::Serve { code, argument, .. } => {
+            opcode::UringCmd16::new(fd, *code).cmd(*argument).build()
+        }
     }
 }
 

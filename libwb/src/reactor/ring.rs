@@ -2,7 +2,7 @@
 #![allow(unsafe_code)] // each submission says why its memory stays valid
 
 use super::inbox::Shared;
-use super::operation::{Op, OpKind, entry, outcome};
+use super::operation::{Lent, Op, OpKind, entry, outcome};
 use crate::format::{to_u64, to_usize};
 use async_task::Runnable;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -15,10 +15,11 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Entries of the submission queue. The completion queue has twice as many.
+/// Entries of the submission queue.
 const RING_ENTRIES: u32 = 256;
-/// Operations that the kernel has at a time. The completion queue then cannot overflow. Other
-/// operations wait.
+/// Entries of the completion queue: enough for all I/O, and for what a front end waits for.
+const COMPLETIONS: u32 = 8 * RING_ENTRIES;
+/// I/O that the kernel has at a time. Other I/O waits.
 const MAX_IN_FLIGHT: usize = 2 * RING_ENTRIES as usize - 1;
 /// The `user_data` of the poll that wakes the reactor.
 const WAKE: u64 = u64::MAX;
@@ -30,9 +31,12 @@ fn build_ring() -> io::Result<IoUring> {
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_taskrun_flag()
+        .setup_cqsize(COMPLETIONS)
         .build(RING_ENTRIES);
     let ring = match deferred {
-        Err(e) if e.raw_os_error() == Some(EINVAL) => IoUring::new(RING_ENTRIES),
+        Err(e) if e.raw_os_error() == Some(EINVAL) => {
+            IoUring::builder().setup_cqsize(COMPLETIONS).build(RING_ENTRIES)
+        }
         made => made,
     }?;
     // The kernel has worker threads for operations whose submission may wait. By default there are
@@ -62,6 +66,8 @@ pub(super) struct Ring {
     ops: Slab<Op>,
     /// Keys of operations that have not been submitted yet.
     backlog: VecDeque<usize>,
+    /// How much I/O the kernel has.
+    io_in_flight: usize,
     /// Whether the poll on the wake-up descriptor is under way.
     armed: bool,
 }
@@ -70,7 +76,7 @@ impl Ring {
     /// Makes the ring, for the thread that calls this.
     pub(super) fn new(shared: Arc<Shared>) -> io::Result<Ring> {
         let (ops, backlog) = (Slab::new(), VecDeque::new());
-        Ok(Ring { shared, ring: build_ring()?, ops, backlog, armed: false })
+        Ok(Ring { shared, ring: build_ring()?, ops, backlog, io_in_flight: 0, armed: false })
     }
 
     /// Runs until the reactor is dropped.
@@ -135,9 +141,10 @@ impl Ring {
             // SAFETY: the entry refers to no memory, and the descriptor lives as long as the ring.
             self.armed = unsafe { self.ring.submission().push(&poll.user_data(WAKE)) }.is_ok();
         }
-        while self.ops.len() - self.backlog.len() < MAX_IN_FLIGHT {
+        while self.io_in_flight < MAX_IN_FLIGHT {
             let Some(key) = self.backlog.pop_front() else { return };
             let op = &mut self.ops[key];
+            let is_io = op.is_io();
             let may_block = op.target.as_ref().is_some_and(|target| target.may_block);
             let flags = if may_block { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
             let entry = entry(op).user_data(to_u64(key)).flags(flags);
@@ -149,6 +156,8 @@ impl Ring {
                 if self.ring.submission().is_full() {
                     return;
                 }
+            } else if is_io {
+                self.io_in_flight += 1;
             }
         }
     }
@@ -163,34 +172,42 @@ impl Ring {
                 continue;
             }
             let key = to_usize(user_data);
+            if self.ops[key].is_io() {
+                self.io_in_flight -= 1;
+            }
             if let Some(outcome) = outcome(&mut self.ops[key], result) {
                 let op = self.ops.remove(key);
                 if let (Ok(()), Some(in_flight)) = (&outcome, &op.in_flight) {
                     in_flight.succeeded();
                 }
-                let buf = match op.kind {
-                    OpKind::Read { buf, .. } => Some(buf),
+                let lent = match op.kind {
+                    OpKind::Read { buf, .. } => Some(Lent::Read(buf)),
+                    OpKind::Serve { buffer, .. } => Some(Lent::Serve(buffer)),
                     _ => None,
                 };
-                let _ = op.done.send((outcome, buf));
+                let _ = op.done.send((outcome, lent));
             } else {
                 self.backlog.push_back(key);
             }
         }
     }
 
-    /// Waits for the I/O that the kernel has, before its memory is freed. A sleep owns no memory
-    /// that the kernel still accesses, so it is not waited for.
+    /// Waits for the I/O that the kernel has, before its memory is freed. Of the rest, only a
+    /// command of a device that is still being served owns memory that the kernel accesses. Its
+    /// memory is never freed.
     fn finish(mut self, tasks: VecDeque<Runnable>) {
         for key in std::mem::take(&mut self.backlog) {
             self.ops.remove(key);
         }
-        while self.ops.iter().any(|(_, op)| !matches!(op.kind, OpKind::Sleep(_))) {
+        while self.io_in_flight > 0 {
             self.enter(1);
             self.reap();
             for key in std::mem::take(&mut self.backlog) {
                 self.ops.remove(key);
             }
+        }
+        for op in self.ops.drain().filter(|op| matches!(op.kind, OpKind::Serve { .. })) {
+            std::mem::forget(op.kind);
         }
         drop(tasks);
         // Dropping a task may wake other tasks, which are then posted to the inbox.

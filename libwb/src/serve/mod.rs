@@ -1,18 +1,58 @@
-//! Front ends. They turn requests into calls of a volume, and make no policy.
+//! Front ends. They turn requests into calls of a [`Volume`], and make no policy.
 
+#[cfg(feature = "serve-loop")]
+mod fuse;
+#[cfg(feature = "serve-loop")]
 pub mod loopdev;
+#[cfg(feature = "serve-loop")]
 pub mod outside;
+#[cfg(any(feature = "serve-loop", feature = "serve-ublk"))]
+mod request;
 mod rights;
+#[cfg(feature = "serve-ublk")]
+pub mod ublk;
 
 pub use rights::refuse_without_root;
 
 use crate::cache::{Cache, Timed};
 use crate::device::IoBuf;
+use crate::device::probe::Traits;
 use crate::format::Sector;
 use crate::sys;
 use nix::errno::Errno;
 use std::backtrace::{Backtrace, BacktraceStatus};
+use std::io;
 use std::time::Duration;
+
+/// The longest discard that a device announces, in bytes. The kernel splits longer ones. So a disk
+/// that discards slowly keeps other requests waiting for a piece at most.
+const MAX_DISCARD: u64 = 64 << 20;
+
+/// How a volume is served.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Logical sector size of the block device in bytes: 512 or 4096.
+    pub sector_size: u32,
+    /// Whether it takes no writes.
+    pub read_only: bool,
+    /// What users of the block device should know about the backing device.
+    pub backing: Traits,
+}
+
+/// Why a volume cannot be served.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {cause}")]
+pub struct ServeError {
+    /// The step that failed.
+    pub what: String,
+    /// The error of the system.
+    pub cause: io::Error,
+}
+
+fn failed<E: Into<io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> ServeError {
+    let what = what.into();
+    move |cause| ServeError { what, cause: cause.into() }
+}
 
 /// Prepares this process to serve a device that memory reclaim may wait for. Its memory stays
 /// resident, and the kernel serves its allocations without waiting for I/O. Call it before other
@@ -55,7 +95,7 @@ pub fn abort_on_panic(report: impl Fn(&str) + Send + Sync + 'static) {
 #[derive(Clone)]
 pub struct ReadOnly(pub Cache);
 
-impl ServedVolume for ReadOnly {
+impl Volume for ReadOnly {
     fn size(&self) -> u64 {
         self.0.size()
     }
@@ -87,7 +127,7 @@ impl ServedVolume for ReadOnly {
 }
 
 /// What a front end serves.
-pub trait ServedVolume: Clone + Send + Sync + 'static {
+pub trait Volume: Clone + Send + Sync + 'static {
     /// Size in bytes.
     fn size(&self) -> u64;
 
@@ -129,7 +169,7 @@ pub trait ServedVolume: Clone + Send + Sync + 'static {
     /// The same, but the range stays allocated.
     ///
     /// # Errors
-    /// As [`ServedVolume::discard`].
+    /// As [`Volume::discard`].
     fn zero(&self, sector: Sector, length: u64) -> impl Future<Output = Result<(), Errno>> + Send {
         self.discard(sector, length)
     }
@@ -144,7 +184,7 @@ pub trait ServedVolume: Clone + Send + Sync + 'static {
     fn took(&self, _request: Timed, _time: Duration) {}
 }
 
-impl ServedVolume for Cache {
+impl Volume for Cache {
     fn size(&self) -> u64 {
         self.size()
     }

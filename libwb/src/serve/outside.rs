@@ -2,6 +2,7 @@
 //! do with it.
 
 use crate::sys;
+use nix::sys::stat::{major, minor};
 use std::fs::{DirEntry, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
@@ -58,19 +59,16 @@ fn in_sysfs(device: &Path) -> PathBuf {
 /// the devices on top of it.
 pub fn holders(device: &Path) -> Vec<String> {
     let mut found = Vec::new();
-    let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     for path in with_partitions(device) {
         let of = if path == device {
             String::new()
         } else {
             format!(" (its partition {})", path.display())
         };
-        for line in mounts.lines() {
-            let mut fields = line.split(' ');
-            if fields.next() == Some(&path.to_string_lossy()) {
-                found.extend(fields.next().map(|place| format!("mounted on {place}{of}")));
-            }
-        }
+        let number = std::fs::metadata(&path).map(|device| device.rdev()).unwrap_or(0);
+        let places = mounts.lines().filter_map(|line| place_of(line, &path, number));
+        found.extend(places.map(|place| format!("mounted on {place}{of}")));
         for holder in
             std::fs::read_dir(in_sysfs(&path).join("holders")).into_iter().flatten().flatten()
         {
@@ -81,6 +79,18 @@ pub fn holders(device: &Path) -> Vec<String> {
         found.push("held by another program".into());
     }
     found
+}
+
+/// Where a line of /proc/self/mountinfo says that a block device is mounted. Some filesystems show
+/// the device only as what was mounted, which may be a link to it.
+fn place_of<'a>(line: &'a str, device: &Path, number: u64) -> Option<&'a str> {
+    let (mount, filesystem) = line.split_once(" - ")?;
+    let mut fields = mount.split(' ');
+    let (shown, place) = (fields.nth(2)?, fields.nth(1)?);
+    let source = Path::new(filesystem.split(' ').nth(1)?);
+    let is_source = source.starts_with("/dev")
+        && (source == device || std::fs::canonicalize(source).is_ok_and(|it| it == device));
+    (shown == format!("{}:{}", major(number), minor(number)) || is_source).then_some(place)
 }
 
 /// The programs that have a block device or one of its partitions open without holding it. Examples
@@ -109,4 +119,26 @@ pub fn users(device: &Path, server: u32) -> Vec<String> {
         }
     }
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::place_of;
+    use nix::sys::stat::makedev;
+    use std::path::Path;
+
+    #[test]
+    fn a_mount_is_found_by_the_number_of_its_device_or_by_what_was_mounted() {
+        let device = Path::new("/dev/ublkb0");
+        let number = makedev(259, 0);
+        let by_link = "40 30 259:0 / /srv rw,relatime shared:1 - ext4 /dev/wb/data rw";
+        assert_eq!(place_of(by_link, device, number), Some("/srv"));
+        let of_btrfs = "41 30 0:45 /@home /home rw - btrfs /dev/ublkb0 rw,subvol=/@home";
+        assert_eq!(place_of(of_btrfs, device, number), Some("/home"));
+        let other = "42 30 8:1 / /boot rw - ext4 /dev/sda1 rw";
+        assert_eq!(place_of(other, device, number), None);
+        for cut_short in ["", "1 2 259:0", "1 2 259:0 / /srv rw", "1 2 259:0 / /srv rw - ext4"] {
+            assert_eq!(place_of(cut_short, device, number), None, "{cut_short}");
+        }
+    }
 }

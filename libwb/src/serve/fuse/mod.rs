@@ -1,0 +1,258 @@
+//! A volume as the only file of a FUSE filesystem. The reactor reads the kernel's requests, and
+//! answers in the same turn what needs no waiting.
+
+mod wire;
+
+use super::request::{Answer, Outcome, Request, carry_out, whole_sectors, write};
+use super::{Options, ServeError, Volume, failed};
+use crate::format::{to_u64, to_usize};
+use crate::reactor::{Handle, Target};
+use crate::runtime::Runtime;
+use futures_lite::future::yield_now;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat};
+use nix::sys::stat::{Mode, fstat, minor};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+    fsopen,
+};
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use wire::{Attributes, Call, Limits, Message};
+
+const FUSE: &str = "/dev/fuse";
+const LIMITS: Limits = Limits { max_request: 1 << 20, in_flight: 256 };
+/// A message is a request and its data, with room for the headers.
+const MAX_MESSAGE: usize = LIMITS.max_request as usize + 4096;
+/// How many requests are taken before other tasks get a turn.
+const BURST: u32 = 16;
+/// The inodes of the folder and of the file in it.
+const FOLDER: u64 = 1;
+const FILE: u64 = 2;
+
+/// A connection to the kernel, with a mount that is attached to no folder.
+pub(super) struct Connected {
+    /// It ends with its last user.
+    pub(super) mount: OwnedFd,
+    /// The file, open for direct I/O.
+    pub(super) file: File,
+    /// The number of the descriptor that holds the connection.
+    pub(super) descriptor: RawFd,
+}
+
+/// Makes a filesystem whose only file, `name`, is the volume. Calls `ended` once no requests come
+/// any more: the mount has ended, or the connection failed.
+///
+/// # Errors
+/// Names the step that failed.
+pub(super) fn connect<V: Volume>(
+    volume: V,
+    runtime: &Handle,
+    name: &str,
+    options: Options,
+    ended: impl Fn(&str) + Send + Sync + 'static,
+) -> Result<Connected, ServeError> {
+    let fuse = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(FUSE)
+        .map_err(failed(format!("cannot open {FUSE}")))?;
+    let descriptor = fuse.as_raw_fd();
+    let mount = mount(&fuse).map_err(failed("cannot make a FUSE mount (root is needed)"))?;
+    let (volume, runtime) = (volume, runtime.clone());
+    let connection = Target::new(fuse);
+    let files = Arc::new(VolumeFile { volume, runtime, connection, name: name.into(), options });
+    let serving = files.clone();
+    files.runtime.spawn(Box::pin(async move {
+        let why = serving.serve().await;
+        ended(why.desc());
+    }));
+    // A loop device on a file that is open only for reading is read-only.
+    let access = if options.read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
+    let flags = access | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
+    let file = openat(&mount, name, flags, Mode::empty())
+        .map_err(failed(format!("cannot open the FUSE file '{name}'")))?;
+    Ok(Connected { mount, file: file.into(), descriptor })
+}
+
+/// A FUSE mount that is attached to no folder. It ends with its last user.
+fn mount(fuse: &File) -> rustix::io::Result<OwnedFd> {
+    let context = fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in [
+        ("source", "wb"),
+        ("fd", &fuse.as_raw_fd().to_string()),
+        ("rootmode", "40000"),
+        ("user_id", "0"),
+        ("group_id", "0"),
+    ] {
+        fsconfig_set_string(&context, key, value)?;
+    }
+    fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+}
+
+/// The kernel's control over a FUSE connection.
+pub struct Connection {
+    abort: File,
+}
+
+impl Connection {
+    pub(super) fn of(mount: &OwnedFd) -> io::Result<Connection> {
+        let number = minor(fstat(mount)?.st_dev);
+        let context = fsopen("fusectl", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_create(&context)?;
+        let control = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty())?;
+        let flags = OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+        let abort = openat(&control, format!("{number}/abort").as_str(), flags, Mode::empty())?;
+        Ok(Connection { abort: abort.into() })
+    }
+
+    /// Makes all current and later requests fail, even if the daemon's threads hang.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn abort(&self) -> io::Result<()> {
+        (&self.abort).write_all(b"1")
+    }
+}
+
+/// The file, alone in its folder.
+struct VolumeFile<V> {
+    volume: V,
+    runtime: Handle,
+    connection: Target,
+    name: String,
+    options: Options,
+}
+
+impl<V: Volume> VolumeFile<V> {
+    /// Takes requests until the connection ends. Returns why it did: `ENODEV` when the mount ended.
+    async fn serve(self: &Arc<Self>) -> Errno {
+        let mut buffer = vec![0; MAX_MESSAGE];
+        let mut taken = 0;
+        loop {
+            match self.connection.file().read(&mut buffer) {
+                Ok(length) => {
+                    self.take(&buffer[..length]);
+                    taken += 1;
+                    if taken % BURST == 0 {
+                        yield_now().await;
+                    }
+                }
+                Err(e) => match Errno::from_raw(e.raw_os_error().unwrap_or(0)) {
+                    Errno::EAGAIN => {
+                        if let Err(errno) = self.runtime.readable(&self.connection).await {
+                            return errno;
+                        }
+                    }
+                    // A request was interrupted before it could be taken.
+                    Errno::EINTR | Errno::ENOENT => {}
+                    errno => return errno,
+                },
+            }
+        }
+    }
+
+    /// Answers a request, or starts a task that will.
+    fn take(self: &Arc<Self>, bytes: &[u8]) {
+        let Some(Message { unique, node, call }) = Message::decode(bytes) else {
+            tracing::error!("the kernel sent a FUSE message of {} bytes that is none", bytes.len());
+            return;
+        };
+        match call {
+            Call::Init { major, readahead, flags } if major >= 7 => {
+                self.answer(unique, Ok(&wire::init(readahead, flags, LIMITS)));
+            }
+            Call::Init { .. } => self.answer(unique, Err(Errno::EPROTO)),
+            Call::Lookup { name } if name == self.name.as_bytes() => {
+                self.answer(unique, Ok(&self.attributes(FILE).entry()));
+            }
+            Call::Lookup { .. } => self.answer(unique, Err(Errno::ENOENT)),
+            Call::Attributes => self.answer(unique, Ok(&self.attributes(node).encode())),
+            Call::Open => self.answer(unique, Ok(&wire::opened())),
+            Call::Statistics => self.answer(unique, Ok(&wire::statistics())),
+            Call::Close => self.answer(unique, Ok(&[])),
+            Call::Forget => {}
+            Call::Unknown => self.answer(unique, Err(Errno::ENOSYS)),
+            Call::Write { offset, data } => self.write(unique, offset, data),
+            Call::Read { offset, size } => {
+                // A read may extend beyond the end; its result is shorter then.
+                let length = u64::from(size.min(LIMITS.max_request))
+                    .min(self.volume.size().saturating_sub(offset));
+                let request = whole_sectors(offset, length)
+                    .map(|sector| Request::Read { sector, length: to_usize(length) });
+                self.begin(unique, request);
+            }
+            Call::Sync => self.begin(unique, Ok(Request::Flush)),
+            Call::Allocate { offset, length, mode } => {
+                self.begin(unique, allocation(offset, length, mode));
+            }
+        }
+    }
+
+    fn write(self: &Arc<Self>, unique: u64, offset: u64, data: &[u8]) {
+        let length = data.len();
+        let done = match whole_sectors(offset, to_u64(length)) {
+            Ok(sector) => write(&self.volume, sector, data, false),
+            Err(errno) => Answer::Ready(Err(errno)),
+        };
+        let file = self.clone();
+        let answer = move |outcome: Outcome| {
+            let written = wire::written(length);
+            file.answer(unique, outcome.as_ref().map(|_| &written[..]).map_err(|errno| *errno));
+        };
+        match done {
+            Answer::Ready(outcome) => answer(outcome),
+            Answer::Later(rest) => self.runtime.run_now(async move { answer(rest.await) }),
+        }
+    }
+
+    fn begin(self: &Arc<Self>, unique: u64, request: Result<Request, Errno>) {
+        let request = match request {
+            Ok(request) => request,
+            Err(errno) => return self.answer(unique, Err(errno)),
+        };
+        let (file, volume) = (self.clone(), self.volume.clone());
+        self.runtime.run_now(async move {
+            match carry_out(volume, request).await {
+                Ok(data) => file.answer(unique, Ok(data.as_deref().unwrap_or_default())),
+                Err(errno) => file.answer(unique, Err(errno)),
+            }
+        });
+    }
+
+    fn answer(&self, unique: u64, outcome: Result<&[u8], Errno>) {
+        let data = outcome.unwrap_or_default();
+        let header = wire::answer(unique, outcome.map(drop), data.len());
+        let parts = [IoSlice::new(&header), IoSlice::new(data)];
+        // It fails only where no one waits for the answer: the request was interrupted, or the
+        // connection has ended.
+        let _ = self.connection.file().write_vectored(&parts);
+    }
+
+    fn attributes(&self, node: u64) -> Attributes {
+        let (size, mode) = match node {
+            FOLDER => (0, nix::libc::S_IFDIR | 0o700),
+            _ => (self.volume.size(), nix::libc::S_IFREG | 0o600),
+        };
+        Attributes { node, size, mode, unit: self.options.sector_size }
+    }
+}
+
+/// Understands `fallocate`, as loop devices use it for discards and zeros. If the volume does not
+/// support one, the kernel writes zeros where it must.
+fn allocation(offset: u64, length: u64, mode: u32) -> Result<Request, Errno> {
+    let sector = whole_sectors(offset, length)?;
+    match mode.cast_signed() & !nix::libc::FALLOC_FL_KEEP_SIZE {
+        nix::libc::FALLOC_FL_PUNCH_HOLE => Ok(Request::Discard { sector, length }),
+        nix::libc::FALLOC_FL_ZERO_RANGE => Ok(Request::Zero { sector, length }),
+        _ => Err(Errno::EOPNOTSUPP),
+    }
+}

@@ -1,0 +1,339 @@
+//! Serves a volume as a block device of the kernel's ublk driver: the kernel passes each request to
+//! the reactor through its ring, and takes the answer from there.
+//!
+//! The device has one queue, with a task for each tag. Such a task has a command in the ring that
+//! completes when the kernel has a request under this tag. The command that answers it waits for
+//! the next one.
+//!
+//! A device whose server has died takes no more requests, but its entry at the driver remains until
+//! someone deletes it: [`remove_dead`].
+
+mod queue;
+
+use super::{MAX_DISCARD, Options, ServeError, Volume, failed};
+use crate::format::{SECTOR_BYTES, to_u64};
+use crate::reactor::Handle;
+use crate::sys::{CONTROL, Command, Control};
+use byteorder::{ByteOrder, NativeEndian};
+use nix::errno::Errno;
+use queue::Queue;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Requests at a time. Reads that wait for a slow disk must leave some for other requests.
+const DEPTH: u16 = 128;
+/// The largest request in bytes. Each tag has a buffer of this size, which takes memory once a
+/// request is as large.
+const MAX_REQUEST: u32 = 128 << 10;
+/// In the device's field that is the server's own: it is one of ours.
+const OURS: u64 = u64::from_le_bytes(*b"wbvolume");
+
+/// Feature: commands are encoded as ioctls. Kernels before 6.4 lack it.
+const IOCTL_ENCODED: u64 = 1 << 6;
+
+/// `struct ublksrv_ctrl_dev_info`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Info {
+    depth: u16,
+    state: u16,
+    max_request: u32,
+    number: u32,
+    flags: u64,
+    of_server: u64,
+}
+
+impl Info {
+    const BYTES: usize = 64;
+    /// The state of a device that was never started, or whose server has ended.
+    const DEAD: u16 = 0;
+
+    fn encode(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        NativeEndian::write_u16(&mut bytes[0..], 1); // queues
+        NativeEndian::write_u16(&mut bytes[2..], self.depth);
+        NativeEndian::write_u32(&mut bytes[8..], self.max_request);
+        NativeEndian::write_u32(&mut bytes[12..], self.number);
+        NativeEndian::write_u64(&mut bytes[24..], self.flags);
+        NativeEndian::write_u64(&mut bytes[32..], self.of_server);
+        bytes
+    }
+
+    fn decode(bytes: &[u8; Self::BYTES]) -> Info {
+        Info {
+            depth: NativeEndian::read_u16(&bytes[2..]),
+            state: NativeEndian::read_u16(&bytes[4..]),
+            max_request: NativeEndian::read_u32(&bytes[8..]),
+            number: NativeEndian::read_u32(&bytes[12..]),
+            flags: NativeEndian::read_u64(&bytes[24..]),
+            of_server: NativeEndian::read_u64(&bytes[32..]),
+        }
+    }
+}
+
+/// `struct ublk_params`, with the parts `basic` and `discard`.
+fn parameters(options: &Options, bytes: u64) -> [u8; 60] {
+    const READ_ONLY: u32 = 1;
+    const ROTATIONAL: u32 = 1 << 1;
+    const VOLATILE_CACHE: u32 = 1 << 2;
+    const FUA: u32 = 1 << 3;
+    let mut attributes = VOLATILE_CACHE | FUA;
+    if options.read_only {
+        attributes |= READ_ONLY;
+    }
+    if options.backing.rotational {
+        attributes |= ROTATIONAL;
+    }
+    let physical = options.backing.physical_sector_size.unwrap_or(0).max(options.sector_size);
+    let shift = |size: u32| u8::try_from(size.ilog2()).unwrap_or(12);
+    let sectors = |bytes: u64| bytes / to_u64(SECTOR_BYTES);
+    let most = u32::try_from(sectors(MAX_DISCARD)).unwrap_or(u32::MAX);
+    let mut it = [0; 60];
+    NativeEndian::write_u32(&mut it[0..], 60);
+    NativeEndian::write_u32(&mut it[4..], 1 | 1 << 1); // basic, discard
+    NativeEndian::write_u32(&mut it[8..], attributes);
+    it[12] = shift(options.sector_size);
+    it[13] = shift(physical);
+    it[14] = shift(physical); // optimal I/O
+    it[15] = shift(physical); // minimal I/O
+    NativeEndian::write_u32(&mut it[16..], MAX_REQUEST / 512);
+    NativeEndian::write_u64(&mut it[24..], sectors(bytes));
+    NativeEndian::write_u32(&mut it[44..], physical.max(4096)); // discard granularity
+    NativeEndian::write_u32(&mut it[48..], most);
+    NativeEndian::write_u32(&mut it[52..], most); // write-zeroes
+    NativeEndian::write_u16(&mut it[56..], 1); // segments of a discard
+    it
+}
+
+/// Whether the driver is there, usable for this process, and has all that is needed.
+///
+/// # Errors
+/// Says what is missing.
+pub fn check_support() -> Result<(), ServeError> {
+    let mut control = open_control()?;
+    let mut features = [0; 8];
+    control.command(Command::GetFeatures, u32::MAX, &mut features).map_err(|cause| {
+        let what = match cause.kind() {
+            io::ErrorKind::PermissionDenied => "cannot use ublk (root is needed)",
+            _ => "the kernel's ublk driver is too old (Linux 6.5 is needed)",
+        };
+        ServeError { what: what.into(), cause }
+    })?;
+    if NativeEndian::read_u64(&features) & IOCTL_ENCODED == 0 {
+        let what = "the kernel's ublk driver lacks ioctl-encoded commands";
+        return Err(failed(what)(Errno::EOPNOTSUPP));
+    }
+    Ok(())
+}
+
+fn open_control() -> Result<Control, ServeError> {
+    Control::open().map_err(|cause| {
+        let what = match cause.kind() {
+            io::ErrorKind::NotFound => {
+                format!("cannot open {CONTROL}; if the kernel has ublk, load it: modprobe ublk_drv")
+            }
+            _ => format!("cannot open {CONTROL}"),
+        };
+        ServeError { what, cause }
+    })
+}
+
+/// Deletes the entry of a device of ours whose server has died. Leaves any other device alone.
+/// Returns whether it is gone, or never was one of ours.
+///
+/// # Errors
+/// When the driver refuses.
+pub fn remove_dead(device: &Path) -> Result<bool, ServeError> {
+    let Some(number) = number_of(device) else { return Ok(true) };
+    let mut control = open_control()?;
+    match info(&mut control, number) {
+        Ok(info) if info.of_server != OURS => return Ok(true),
+        Ok(info) if info.state != Info::DEAD => return Ok(false),
+        Ok(_) => {}
+        Err(_) => return Ok(true),
+    }
+    delete(&mut control, number)
+        .map(|()| true)
+        .map_err(failed(format!("cannot remove the dead device {}", device.display())))
+}
+
+/// The number of a device, by its path.
+fn number_of(device: &Path) -> Option<u32> {
+    device.file_name()?.to_str()?.strip_prefix("ublkb")?.parse().ok()
+}
+
+fn info(control: &mut Control, number: u32) -> io::Result<Info> {
+    let mut bytes = [0; Info::BYTES];
+    control.command(Command::GetInfo, number, &mut bytes)?;
+    Ok(Info::decode(&bytes))
+}
+
+/// Deletes a device. Where the kernel can, this does not wait for those who still hold it.
+fn delete(control: &mut Control, number: u32) -> io::Result<()> {
+    match control.command(Command::DeleteLater, number, &mut []) {
+        Err(e) if matches!(e.raw_os_error().map(Errno::from_raw), Some(Errno::EOPNOTSUPP)) => {
+            control.command(Command::Delete, number, &mut [])
+        }
+        done => done,
+    }
+}
+
+/// A block device that serves a volume. Dropping it takes the device down.
+pub struct UblkDevice {
+    number: u32,
+    path: PathBuf,
+    requests: Requests,
+    is_down: bool,
+}
+
+/// The requests to a device. They can be ended even if the devices that it stands on hang.
+#[derive(Clone)]
+pub struct Requests(Arc<dyn Abort>);
+
+/// What ends all requests of a queue, whatever its volume is.
+trait Abort: Send + Sync {
+    fn abort(&self);
+}
+
+impl Requests {
+    /// Makes all current and later requests fail.
+    pub fn abort(&self) {
+        self.0.abort();
+    }
+}
+
+impl UblkDevice {
+    /// Makes the block device. Passes its path to `announce` before it appears. Calls `ended` if
+    /// the device ends by itself, because someone has deleted it or its queue failed.
+    ///
+    /// # Errors
+    /// Names the step that failed.
+    pub fn attach<V: Volume>(
+        volume: V,
+        runtime: &Handle,
+        options: Options,
+        announce: impl FnOnce(&Path) -> io::Result<()>,
+        ended: impl Fn(&str) + Send + Sync + 'static,
+    ) -> Result<UblkDevice, ServeError> {
+        check_support()?;
+        let mut control = open_control()?;
+        let number = add(&mut control).map_err(failed("cannot add a ublk device"))?;
+        let path = PathBuf::from(format!("/dev/ublkb{number}"));
+        let bytes = volume.size();
+        let served = announce(&path)
+            .map_err(failed(format!("cannot announce {}", path.display())))
+            .and_then(|()| Queue::serve(volume, runtime, number, ended));
+        let started = served.and_then(|queue| {
+            start(&mut control, number, &options, bytes, || !queue.has_ended())
+                .map_err(failed(format!("cannot start {}", path.display())))
+                .map(|()| Requests(queue))
+        });
+        match started {
+            Ok(requests) => Ok(UblkDevice { number, path, requests, is_down: false }),
+            Err(e) => {
+                let _ = take_down(&mut control, number);
+                Err(e)
+            }
+        }
+    }
+
+    /// The device's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its requests.
+    pub fn requests(&self) -> Requests {
+        self.requests.clone()
+    }
+
+    /// Takes the device down. If a program still holds it, its I/O fails from now on.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn detach(mut self) -> Result<(), ServeError> {
+        self.is_down = true;
+        take_down(&mut open_control()?, self.number)
+            .map_err(failed(format!("cannot take down {}", self.path.display())))
+    }
+}
+
+impl Drop for UblkDevice {
+    fn drop(&mut self) {
+        if !self.is_down
+            && let Ok(mut control) = open_control()
+        {
+            let _ = take_down(&mut control, self.number);
+        }
+    }
+}
+
+/// Adds a device of any free number.
+fn add(control: &mut Control) -> io::Result<u32> {
+    let wanted = Info {
+        depth: DEPTH,
+        max_request: MAX_REQUEST,
+        number: u32::MAX,
+        flags: IOCTL_ENCODED,
+        of_server: OURS,
+        ..Info::default()
+    };
+    let mut bytes = wanted.encode();
+    control.command(Command::Add, u32::MAX, &mut bytes)?;
+    Ok(Info::decode(&bytes).number)
+}
+
+/// Makes the block device appear. The kernel then looks for partitions on it, so its queue must be
+/// served already.
+fn start(
+    control: &mut Control,
+    number: u32,
+    options: &Options,
+    bytes: u64,
+    is_served: impl Fn() -> bool,
+) -> io::Result<()> {
+    control.command(Command::SetParameters, number, &mut parameters(options, bytes))?;
+    control.start(number, is_served)
+}
+
+fn take_down(control: &mut Control, number: u32) -> io::Result<()> {
+    let stopped = control.command(Command::Stop, number, &mut []);
+    stopped.and(delete(control, number))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::probe::Traits;
+
+    #[test]
+    fn what_the_driver_is_told_of_a_device() {
+        let backing = Traits { physical_sector_size: Some(4096), rotational: true };
+        let options = Options { sector_size: 512, read_only: true, backing };
+        let it = parameters(&options, 1 << 30);
+        assert_eq!(NativeEndian::read_u32(&it[8..]), 0b1111, "attributes");
+        assert_eq!(it[12..16], [9, 12, 12, 12], "shifts of the sizes");
+        assert_eq!(NativeEndian::read_u32(&it[16..]), MAX_REQUEST / 512);
+        assert_eq!(NativeEndian::read_u64(&it[24..]), 1 << 21, "sectors");
+        let plain = Options { sector_size: 4096, read_only: false, backing: Traits::default() };
+        let it = parameters(&plain, 1 << 30);
+        assert_eq!((NativeEndian::read_u32(&it[8..]), it[12], it[13]), (0b1100, 12, 12));
+    }
+
+    #[test]
+    fn a_device_is_told_by_its_number() {
+        assert_eq!(number_of(Path::new("/dev/ublkb12")), Some(12));
+        for other in ["/dev/loop0", "/dev/ublkb", "/dev/ublkb1p1", "/"] {
+            assert_eq!(number_of(Path::new(other)), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn what_the_driver_says_of_a_device_is_read_as_it_is_written() {
+        let info =
+            Info { depth: 7, max_request: 4096, number: 3, flags: 5, of_server: OURS, state: 0 };
+        let read = Info::decode(&info.encode());
+        assert_eq!((read.depth, read.max_request, read.number), (7, 4096, 3));
+        assert_eq!((read.flags, read.of_server, read.state), (5, OURS, Info::DEAD));
+    }
+}

@@ -1,0 +1,240 @@
+//! The queue of a ublk device: a task for each tag, on the reactor.
+
+use super::{Abort, DEPTH, MAX_REQUEST};
+use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
+use crate::reactor::{Handle, Target};
+use crate::runtime::Runtime;
+use crate::serve::request::{Answer, Outcome, Request, carry_out, write};
+use crate::serve::{ServeError, Volume, failed};
+use crate::sys::{Description, Descriptions, LazyBuffer, open_queue};
+use byteorder::{ByteOrder, NativeEndian};
+use event_listener::Event;
+use futures_util::future::{BoxFuture, Either, poll_immediate, select};
+use nix::errno::Errno;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// The command that waits for the first request under a tag: `UBLK_U_IO_FETCH_REQ`.
+const FETCH: u32 = 0xc010_7520;
+/// The command that answers a request, and waits for the next: `UBLK_U_IO_COMMIT_AND_FETCH_REQ`.
+const ANSWER_AND_FETCH: u32 = 0xc010_7521;
+
+/// What the kernel asks for under a tag.
+#[derive(Debug, PartialEq, Eq)]
+enum Asked {
+    /// To write this many bytes from the tag's buffer.
+    Write {
+        sector: Sector,
+        length: usize,
+        fua: bool,
+    },
+    Other(Request),
+}
+
+/// Understands a description. A request must fit the tag's buffer.
+fn understand(asked: &Description) -> Result<Asked, Errno> {
+    const READ: u32 = 0;
+    const WRITE: u32 = 1;
+    const FLUSH: u32 = 2;
+    const DISCARD: u32 = 3;
+    const WRITE_ZEROES: u32 = 5;
+    const FUA: u32 = 1 << 13;
+    const KEEPS_SPACE: u32 = 1 << 15; // NOUNMAP
+    let sector = Sector(asked.sector);
+    let bytes = u64::from(asked.sectors) * to_u64(SECTOR_BYTES);
+    let in_buffer = || match bytes <= u64::from(MAX_REQUEST) {
+        true => Ok(to_usize(bytes)),
+        false => Err(Errno::EINVAL),
+    };
+    Ok(match asked.operation & 0xff {
+        READ => Asked::Other(Request::Read { sector, length: in_buffer()? }),
+        WRITE => {
+            let fua = asked.operation & FUA != 0;
+            Asked::Write { sector, length: in_buffer()?, fua }
+        }
+        FLUSH => Asked::Other(Request::Flush),
+        WRITE_ZEROES if asked.operation & KEEPS_SPACE != 0 => {
+            Asked::Other(Request::Zero { sector, length: bytes })
+        }
+        DISCARD | WRITE_ZEROES => Asked::Other(Request::Discard { sector, length: bytes }),
+        _ => return Err(Errno::EOPNOTSUPP),
+    })
+}
+
+pub(super) struct Queue<V> {
+    volume: V,
+    runtime: Handle,
+    device: Target,
+    descriptions: Descriptions,
+    is_aborted: AtomicBool,
+    aborted: Event,
+    has_ended: AtomicBool,
+    ended: Box<dyn Fn(&str) + Send + Sync>,
+}
+
+impl<V: Volume> Queue<V> {
+    /// Serves a device's requests, until the device is stopped.
+    pub(super) fn serve(
+        volume: V,
+        runtime: &Handle,
+        number: u32,
+        ended: impl Fn(&str) + Send + Sync + 'static,
+    ) -> Result<Arc<Self>, ServeError> {
+        let file = open_queue(number).map_err(failed(format!("cannot open /dev/ublkc{number}")))?;
+        let descriptions =
+            Descriptions::map(&file, DEPTH).map_err(failed("cannot map the ublk queue"))?;
+        let buffers: Vec<LazyBuffer> = (0..DEPTH)
+            .map(|_| LazyBuffer::new(to_usize(MAX_REQUEST.into())))
+            .collect::<Result<_, _>>()
+            .map_err(failed("cannot map the buffers of the ublk queue"))?;
+        let queue = Arc::new(Queue {
+            volume,
+            runtime: runtime.clone(),
+            device: Target::new(file),
+            descriptions,
+            is_aborted: AtomicBool::new(false),
+            aborted: Event::new(),
+            has_ended: AtomicBool::new(false),
+            ended: Box::new(ended),
+        });
+        for (tag, buffer) in (0..DEPTH).zip(buffers) {
+            runtime.spawn(Box::pin(queue.clone().serve_tag(tag, buffer)));
+        }
+        Ok(queue)
+    }
+
+    async fn serve_tag(self: Arc<Self>, tag: u16, mut buffer: LazyBuffer) {
+        let (mut code, mut result) = (FETCH, 0);
+        loop {
+            // `struct ublksrv_io_cmd`, for queue 0.
+            let mut argument = [0; 16];
+            NativeEndian::write_u16(&mut argument[2..], tag);
+            NativeEndian::write_i32(&mut argument[4..], result);
+            NativeEndian::write_u64(&mut argument[8..], to_u64(buffer.as_ptr().addr()));
+            buffer = match self.runtime.serve(&self.device, code, argument, buffer).await {
+                Ok(buffer) => buffer,
+                Err(errno) => return self.ends(errno),
+            };
+            result = match self.perform(&self.descriptions.get(tag), &mut buffer).await {
+                Ok(bytes) => bytes,
+                Err(errno) => -(errno as i32),
+            };
+            code = ANSWER_AND_FETCH;
+        }
+    }
+
+    /// Performs a request. Returns how many bytes of the buffer were read or written.
+    async fn perform(&self, asked: &Description, buffer: &mut LazyBuffer) -> Result<i32, Errno> {
+        let length = match understand(asked)? {
+            Asked::Write { sector, length, fua } => {
+                match write(&self.volume, sector, &buffer[..length], fua) {
+                    Answer::Ready(done) => done?,
+                    Answer::Later(done) => self.unless_aborted(done).await?,
+                };
+                length
+            }
+            Asked::Other(request) => {
+                let work = Box::pin(carry_out(self.volume.clone(), request));
+                match self.unless_aborted(work).await? {
+                    None => 0,
+                    Some(data) => {
+                        buffer[..data.len()].copy_from_slice(&data);
+                        data.len()
+                    }
+                }
+            }
+        };
+        // At most MAX_REQUEST.
+        Ok(i32::try_from(length).unwrap_or(i32::MAX))
+    }
+
+    /// Waits for the outcome of a request. If the device is cut off meanwhile, the request goes on,
+    /// but its user gets an error.
+    async fn unless_aborted(&self, mut work: BoxFuture<'static, Outcome>) -> Outcome {
+        if let Some(outcome) = poll_immediate(&mut work).await {
+            return outcome;
+        }
+        let aborted = self.aborted.listen();
+        if self.is_aborted.load(Ordering::SeqCst) {
+            self.runtime.spawn(Box::pin(async move { drop(work.await) }));
+            return Err(Errno::EIO);
+        }
+        match select(work, pin!(aborted)).await {
+            Either::Left((outcome, _)) => outcome,
+            Either::Right(((), work)) => {
+                self.runtime.spawn(Box::pin(async move { drop(work.await) }));
+                Err(Errno::EIO)
+            }
+        }
+    }
+
+    /// A tag gets no more requests. The first one tells why, unless the device was stopped.
+    fn ends(&self, errno: Errno) {
+        if !self.has_ended.swap(true, Ordering::Relaxed) {
+            (self.ended)(errno.desc());
+        }
+    }
+}
+
+impl<V> Queue<V> {
+    /// Whether the device gets no more requests.
+    pub(super) fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Relaxed)
+    }
+}
+
+impl<V: Volume> Abort for Queue<V> {
+    fn abort(&self) {
+        self.is_aborted.store(true, Ordering::SeqCst);
+        self.aborted.notify(usize::MAX);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn asked(operation: u32, sectors: u32) -> Description {
+        Description { operation, sectors, sector: 8, address: 0 }
+    }
+
+    #[test]
+    fn requests_are_understood_with_their_flags() {
+        let sector = Sector(8);
+        let write = |fua| Ok(Asked::Write { sector, length: 1024, fua });
+        assert_eq!(understand(&asked(1, 2)), write(false));
+        assert_eq!(understand(&asked(1 | 1 << 13, 2)), write(true));
+        let other = |operation, request| {
+            assert_eq!(understand(&asked(operation, 2)), Ok(Asked::Other(request)));
+        };
+        other(0, Request::Read { sector, length: 1024 });
+        other(2, Request::Flush);
+        other(3, Request::Discard { sector, length: 1024 });
+        other(5, Request::Discard { sector, length: 1024 });
+        other(5 | 1 << 15, Request::Zero { sector, length: 1024 });
+        assert_eq!(understand(&asked(4, 2)), Err(Errno::EOPNOTSUPP));
+    }
+
+    #[test]
+    fn a_request_that_does_not_fit_the_buffer_is_refused() {
+        for operation in [0, 1] {
+            assert!(understand(&asked(operation, MAX_REQUEST / 512)).is_ok());
+            let too_long = understand(&asked(operation, MAX_REQUEST / 512 + 1));
+            assert_eq!(too_long, Err(Errno::EINVAL));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_description_is_too_strange(operation: u32, sectors: u32, sector: u64) {
+            let asked = Description { operation, sectors, sector, address: u64::MAX };
+            if let Ok(Asked::Write { length, .. } | Asked::Other(Request::Read { length, .. })) =
+                understand(&asked)
+            {
+                prop_assert!(length <= to_usize(MAX_REQUEST.into()));
+            }
+        }
+    }
+}

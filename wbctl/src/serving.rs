@@ -1,0 +1,167 @@
+//! The front end of a volume: a ublk device where the kernel has that, else a loop device.
+
+use crate::apart::Guard;
+use crate::volume_paths::VolumeName;
+use anyhow::Result;
+use clap::ValueEnum;
+use libwb::cache::Cache;
+use libwb::reactor::Handle;
+use libwb::serve::loopdev::{Connection, LoopDevice, Reserved};
+use libwb::serve::ublk::{self, Requests, UblkDevice};
+use libwb::serve::{Options, ReadOnly, ServeError, Volume};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+use std::sync::Arc;
+
+/// How a volume becomes a block device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum FrontEnd {
+    /// ublk where it works, else loop
+    #[default]
+    Auto,
+    /// A device of the kernel's ublk driver (Linux 6.5 and later): faster
+    Ublk,
+    /// A loop device over FUSE
+    Loop,
+}
+
+/// The option `--serve`.
+#[derive(clap::Args)]
+pub(crate) struct ServeOption {
+    /// How the volume becomes a block device; by default with ublk where that works
+    #[arg(long = "serve", value_name = "auto|ublk|loop", hide_possible_values = true)]
+    pub(crate) front_end: Option<FrontEnd>,
+}
+
+/// A volume's block device.
+pub(crate) enum Served {
+    Ublk {
+        device: UblkDevice,
+        /// Removes what the device leaves behind if this process is killed.
+        _guard: Option<Guard>,
+    },
+    Loop(LoopDevice),
+}
+
+/// What ends all requests to a block device, even if other devices hang.
+pub(crate) enum CutOff {
+    Ublk(Requests),
+    Loop(Option<Arc<Connection>>),
+}
+
+impl CutOff {
+    /// Makes all current and later requests fail.
+    pub(crate) fn now(&self, device: &Path) {
+        match self {
+            CutOff::Ublk(requests) => requests.abort(),
+            CutOff::Loop(connection) => {
+                if let Some(Err(e)) = connection.as_ref().map(|connection| connection.abort()) {
+                    tracing::warn!("cannot abort the requests to {}: {e}", device.display());
+                }
+            }
+        }
+    }
+}
+
+/// What a front end needs to serve a volume.
+pub(crate) struct Serving<'a> {
+    pub(crate) name: &'a VolumeName,
+    pub(crate) cache: &'a Cache,
+    pub(crate) runtime: &'a Handle,
+    pub(crate) options: Options,
+    /// For the loop device.
+    pub(crate) reserved: Reserved,
+    /// Told why the device gets no more requests.
+    pub(crate) lost: Arc<dyn Fn(&str) + Send + Sync>,
+}
+
+impl Serving<'_> {
+    /// Makes the block device.
+    ///
+    /// # Errors
+    /// Names the step that failed.
+    pub(crate) fn start(self, front_end: FrontEnd) -> Result<Served, ServeError> {
+        if self.options.read_only {
+            let volume = ReadOnly(self.cache.clone());
+            self.serve(front_end, volume)
+        } else {
+            let volume = self.cache.clone();
+            self.serve(front_end, volume)
+        }
+    }
+
+    fn serve(self, front_end: FrontEnd, volume: impl Volume) -> Result<Served, ServeError> {
+        match front_end {
+            FrontEnd::Ublk => self.ublk(volume),
+            FrontEnd::Loop => self.loop_device(volume),
+            FrontEnd::Auto => match self.ublk(volume.clone()) {
+                Ok(served) => Ok(served),
+                Err(why) => {
+                    tracing::info!("served as a loop device; ublk would be faster, but: {why}");
+                    self.loop_device(volume)
+                }
+            },
+        }
+    }
+
+    fn ublk(&self, volume: impl Volume) -> Result<Served, ServeError> {
+        let note = |device: &Path| self.name.note_device(device);
+        let device = UblkDevice::attach(volume, self.runtime, self.options, note, self.lost())?;
+        let guard = Guard::of(device.path()).inspect_err(|e| {
+            tracing::warn!("if this process is killed, its dead device stays behind: {e}");
+        });
+        Ok(Served::Ublk { device, _guard: guard.ok() })
+    }
+
+    fn loop_device(self, volume: impl Volume) -> Result<Served, ServeError> {
+        let (file, ended) = (self.name.served_file(), self.lost());
+        let note = |device: &Path| self.name.note_device(device);
+        let (runtime, options) = (self.runtime, self.options);
+        LoopDevice::attach(volume, runtime, &file, options, self.reserved, note, ended)
+            .map(Served::Loop)
+    }
+
+    fn lost(&self) -> impl Fn(&str) + Send + Sync + 'static {
+        let lost = self.lost.clone();
+        move |why| lost(why)
+    }
+}
+
+impl Served {
+    pub(crate) fn path(&self) -> &Path {
+        match self {
+            Served::Ublk { device, .. } => device.path(),
+            Served::Loop(device) => device.path(),
+        }
+    }
+
+    pub(crate) fn cut_off(&self) -> CutOff {
+        match self {
+            Served::Ublk { device, .. } => CutOff::Ublk(device.requests()),
+            Served::Loop(device) => CutOff::Loop(device.connection()),
+        }
+    }
+
+    /// Whether the kernel has looked for partitions already.
+    pub(crate) fn shows_partitions(&self) -> bool {
+        matches!(self, Served::Ublk { .. })
+    }
+
+    /// Takes the device down. Its page cache must have been written out before.
+    pub(crate) fn detach(self) -> Result<(), ServeError> {
+        match self {
+            Served::Ublk { device, .. } => device.detach(),
+            Served::Loop(device) => device.detach(),
+        }
+    }
+}
+
+/// Removes what an earlier daemon's device has left at the driver.
+pub(crate) fn remove_dead(name: &VolumeName) {
+    if let Some(device) = name.noted_device()
+        && let Err(e) = ublk::remove_dead(&device)
+    {
+        tracing::warn!("{e}");
+    }
+}

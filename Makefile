@@ -1,7 +1,7 @@
 # Everything that developers and newcomers run. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak stress fuzz test-vm bench deps tools build install uninstall deb \
-	package deny advisories fmt
+.PHONY: demo test sim soak stress fuzz test-vm bench bench-vm deps tools build install uninstall \
+	deb package deny advisories fmt
 
 # How many scenarios of work and crashes `make sim` and `make soak` simulate, and the first seed of
 # `make soak`.
@@ -12,14 +12,20 @@ FIRST = 0
 SECONDS = 180
 # How many seconds `make stress` runs.
 STRESS_SECONDS = 300
+# How often `make bench-vm` measures each figure, and on which kind of disk: virtio or nvme, which
+# has FUA.
+ROUNDS = 3
+DISKS = virtio
 
 # What the build needs (libblkid and the tools to bind to it), and what the tests use on volumes.
 PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fsprogs xfsprogs fio \
 	zstd util-linux udev python3 strace
 
-# What runs a virtual machine with the real kernel module, and what builds the module.
-VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod dmsetup dkms linux-image-amd64 \
-	linux-headers-amd64 dm-writeboost-dkms
+# What runs virtual machines: one with the real kernel module, and what builds that, and one with
+# a kernel that has ublk. The module does not build for the second kernel, so no headers of it.
+VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod xz-utils binutils dmsetup fdisk \
+	bcache-tools dkms linux-image-amd64 linux-headers-amd64 dm-writeboost-dkms \
+	linux-image-6.12-amd64
 
 demo: deps
 	cargo build --release --workspace --bins
@@ -31,10 +37,11 @@ test: deps sim
 	tests/features.sh
 	tests/run.sh
 
-# Tests wb against the real kernel module in a virtual machine. Takes a few minutes.
+# Tests wb against the real kernel module in a virtual machine, and its front ends from end to end
+# in another, which has ublk. Takes some ten minutes.
 test-vm: deps
 	@tests/install-packages.sh $(VM_PACKAGES)
-	tests/vm/run.sh
+	tests/vm/run.sh module front-ends
 
 # Uses the build of the tests, so that nothing is built twice.
 sim: deps
@@ -57,6 +64,12 @@ fuzz: deps
 bench: deps
 	cargo build --release -p wbcheck
 	cargo run --release -p wb-bench -- all
+
+# Measures the front ends beside other caches, in a virtual machine for each kernel, and prints the
+# tables of docs/benchmarks.md. Takes some ten minutes, on a machine that does nothing else.
+bench-vm: deps
+	@tests/install-packages.sh $(VM_PACKAGES)
+	bench/vm/run.sh $(ROUNDS) $(DISKS)
 
 build: deps
 	cargo build --release --workspace --bins

@@ -1,12 +1,13 @@
 #!/bin/sh
-# Makes the initramfs of the VM: busybox, dmsetup, the program of volume.rs, and the modules for
-# virtio disks, the share, and dm-writeboost. usage: initramfs.sh KERNEL VOLUME OUT
+# Makes the initramfs of a VM: busybox, a shell, programs, and the modules that a plan may load.
+# usage: initramfs.sh KERNEL OUT PROGRAM...
 set -eu
-kernel=$1 volume=$2 out=$3
+kernel=$1 out=$2
+shift 2
 here=$(dirname "$(readlink -f "$0")")
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
-mkdir "$root/bin" "$root/proc" "$root/sys" "$root/dev" "$root/share"
+mkdir -p "$root/proc" "$root/sys" "$root/dev" "$root/share" "$root/etc"
 
 put() { # FILE DIRECTORY: with the shared libraries it needs
     install -D "$1" "$root$2"
@@ -15,14 +16,22 @@ put() { # FILE DIRECTORY: with the shared libraries it needs
     done
 }
 put /bin/busybox /bin/busybox
-put "$(command -v dmsetup)" /bin/dmsetup
-install "$volume" "$root/bin/volume"
+# busybox's own shell would prefer its applets to the programs.
+put /bin/sh /bin/sh
+for program in "$@"; do put "$(command -v "$program")" "/bin/${program##*/}"; done
 install "$here/init" "$root/init"
 
-# Lists modules in the order of loading. What is built into the kernel needs no loading.
-for module in virtio_pci virtio_blk 9pnet_virtio 9p crc32c_generic dm-writeboost; do
-    modprobe --set-version "$kernel" --show-depends "$module"
-done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' > "$root/modules"
-while read -r module; do install -D -m 644 "$module" "$root$module"; done < "$root/modules"
+# This kernel may lack some, or have them built in.
+for module in virtio_pci virtio_blk nvme 9pnet_virtio 9p crc32c_generic ext4 xfs fuse loop \
+    ublk_drv brd dm-mod dm-writeboost dm-writecache bcache; do
+    modprobe --set-version "$kernel" --show-depends "$module" 2>/dev/null || true
+done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' | while read -r module; do
+    install -D -m 644 "$module" "$root$module"
+done
+# busybox does not unpack them.
+find "$root/lib/modules" -name '*.xz' -exec xz -d {} +
+install -m 644 -t "$root/lib/modules/$kernel" "/lib/modules/$kernel"/modules.builtin* \
+    "/lib/modules/$kernel/modules.order"
+depmod -b "$root" "$kernel"
 
 (cd "$root" && find . | cpio --quiet -o -H newc) > "$out"

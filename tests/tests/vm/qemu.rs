@@ -1,5 +1,4 @@
-//! A virtual machine with the kernel module. `tests/vm/init` has the shell functions that a plan
-//! may call.
+//! A virtual machine with the kernel module.
 
 use crate::pair::Pair;
 use std::fs;
@@ -10,8 +9,8 @@ use std::time::{Duration, Instant};
 /// How long a plan may take. Without hardware virtualization everything is slow, the more so beside
 /// other work.
 const PATIENCE: Duration = Duration::from_secs(1800);
-/// The first PCI slot for disks; the lower ones are for what qemu adds by itself.
-const FIRST_SLOT: usize = 8;
+/// The shell functions that a plan may call.
+const FUNCTIONS: &str = include_str!("../../vm/module.sh");
 
 /// A running machine; killed when this value goes away.
 pub(crate) struct Vm {
@@ -30,48 +29,20 @@ impl Vm {
         for stale in ["progress", "result", "output"] {
             let _ = fs::remove_file(share.join(stale));
         }
-        fs::write(share.join("plan"), plan).unwrap();
+        fs::write(share.join("plan"), [FUNCTIONS, plan].concat()).unwrap();
         let variable = |name| {
             std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: use make test-vm"))
         };
-        let kernel = format!("/boot/vmlinuz-{}", variable("WB_VM_KERNEL"));
-        let folder = share.display();
-        let mut qemu = Command::new("qemu-system-x86_64");
-        qemu.args([
-            "-accel",
-            "tcg,thread=multi",
-            "-cpu",
-            "max",
-            "-smp",
-            "2",
-            "-m",
-            "2G",
-            "-nodefaults",
-            "-no-reboot",
-        ])
-        .args(["-display", "none", "-serial", &format!("file:{folder}/console")])
-        .args(["-kernel", &kernel, "-initrd", &variable("WB_VM_INITRAMFS")])
-        .args(["-append", "console=ttyS0 panic=-1 quiet mitigations=off"])
-        .args(["-virtfs", &format!("local,path={folder},mount_tag=share,security_model=none")]);
-        let disks = pairs
-            .into_iter()
-            .flat_map(|pair| [('c', pair, pair.cache()), ('b', pair, pair.backing())]);
-        for (nth, (which, pair, path)) in disks.enumerate() {
-            let (slot, function) = (FIRST_SLOT + nth / 8, nth % 8);
-            let serial = format!("{}-{which}", pair.name);
-            assert!(serial.len() <= 20, "{serial}: too long for the serial number of a disk");
-            // What qemu has acknowledged survives its being killed: it is in the host's page cache.
-            let drive =
-                format!("if=none,id=d{nth},file={},format=raw,cache=unsafe", path.display());
-            let device = format!(
-                "virtio-blk-pci,drive=d{nth},serial={serial},addr={slot:x}.{function},\
-                 multifunction=on"
-            );
-            qemu.args(["-drive", &drive, "-device", &device]);
-        }
+        let disks = pairs.into_iter().flat_map(|pair| {
+            [('c', pair.cache()), ('b', pair.backing())]
+                .map(|(which, path)| format!("{}-{which}={}", pair.name, path.display()))
+        });
+        let boot = Path::new(env!("CARGO_MANIFEST_DIR")).join("vm/boot.sh");
+        let mut qemu = Command::new(boot);
+        qemu.args([variable("WB_VM_KERNEL"), variable("WB_VM_INITRAMFS")]).arg(share).args(disks);
         let log = fs::File::create(share.join("qemu")).unwrap();
         let qemu = qemu.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn();
-        let qemu = qemu.expect("qemu-system-x86_64, from the package qemu-system-x86");
+        let qemu = qemu.expect("boot.sh");
         Vm { qemu, share: share.into(), started: Instant::now() }
     }
 
@@ -107,9 +78,9 @@ impl Vm {
     }
 
     fn what_it_said(&self) -> String {
-        let told = ["qemu", "progress", "output", "dmesg"]
-            .map(|name| format!("{name}: {}\n", self.file(name)));
-        format!("\n{}see {}/console", told.concat(), self.share.display())
+        let told =
+            ["qemu", "progress", "output"].map(|name| format!("{name}: {}\n", self.file(name)));
+        format!("\n{}see {}/console and dmesg", told.concat(), self.share.display())
     }
 
     fn file(&self, name: &str) -> String {

@@ -1,5 +1,7 @@
 //! How a volume becomes a block device, and what happens when that ends by itself.
 
+#![allow(clippy::unwrap_used)] // all of it is a test, but clippy sees that in test functions alone
+
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, minor, stat};
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, statfs};

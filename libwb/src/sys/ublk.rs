@@ -40,7 +40,7 @@ impl Command {
     fn code(self) -> u32 {
         const READ: u32 = 2 << 30;
         const READ_WRITE: u32 = 3 << 30;
-        const STRUCT: u32 = (size_of::<ControlCommand>() as u32) << 16 | (b'u' as u32) << 8;
+        const STRUCT: u32 = 32 << 16 | 0x75 << 8; // its size, and 'u'
         STRUCT
             | match self {
                 Command::GetInfo => READ | 0x02,

@@ -1,6 +1,7 @@
 //! Small writes with a flush each: how long each takes, and what it costs the cache device.
 
 use crate::Options;
+use crate::metered_device::MeteredDevice;
 use crate::report::{Goal, Round, Row, Table};
 use crate::setup;
 use anyhow::Result;
@@ -30,7 +31,10 @@ struct Cost {
 /// Measures both sides in turn, with one request at a time and with sixteen.
 pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
     let reactor = Reactor::start()?;
-    let device = setup::file(&reactor, &options.dir, "cache", LOG_BYTES)?;
+    let device = match &options.cache {
+        Some(path) => setup::opened(&reactor, path)?,
+        None => setup::file(&reactor, &options.dir, "cache", LOG_BYTES)?,
+    };
     let mut latency = Vec::new();
     let mut bytes = Vec::new();
     let rows = [
@@ -47,7 +51,7 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
         for _ in 0..options.rounds {
             setup::check_signals()?;
             let length = Duration::from_secs(options.seconds.into());
-            let baseline = reactor.block_on(raw(&device, depth, length))?;
+            let baseline = reactor.block_on(raw(&device, depth, length, false))?;
             let cost = reactor.block_on(engine(&reactor, &device, depth, length))?;
             times.push(Round { baseline, cache: cost.micros });
             log.push(Round { baseline: SEGMENT_KIB, cache: cost.log_kib });
@@ -57,8 +61,12 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
         bytes.push(Row::new(log_name, Goal::AtMost(MOST_KIB / SEGMENT_KIB), log));
         bytes.push(Row::new(bytes_name, Goal::AtMost(MOST_KIB / SEGMENT_KIB), written));
     }
-    let title = |what| {
-        format!("{what}: the cache device is a file with direct I/O in {}", options.dir.display())
+    let title = |what| match &options.cache {
+        Some(path) => format!("{what}: the cache device is {}", path.display()),
+        None => {
+            let dir = options.dir.display();
+            format!("{what}: the cache device is a file with direct I/O in {dir}")
+        }
     };
     Ok(vec![
         Table {
@@ -73,7 +81,40 @@ pub(crate) fn measure(options: &Options) -> Result<Vec<Table>> {
             baseline: "the kernel module, which spends a segment on each",
             rows: bytes,
         },
+        Table {
+            title: title("Durable writes, latency"),
+            unit: "microseconds, mean",
+            baseline: "a write and a flush of the device",
+            rows: durable_writes(options, &reactor, &device)?,
+        },
     ])
+}
+
+/// Compares durable writes with writes and flushes, of the device itself and below the engine. The
+/// engine uses them only where the device prefers them.
+fn durable_writes(options: &Options, reactor: &Reactor, device: &Device) -> Result<Vec<Row>> {
+    // A layer has no durable writes.
+    let plain: Device = Arc::new(MeteredDevice::new(device.clone()));
+    let (mut itself, mut below) = (Vec::new(), Vec::new());
+    for _ in 0..options.rounds {
+        setup::check_signals()?;
+        let length = Duration::from_secs(options.seconds.into());
+        itself.push(Round {
+            baseline: reactor.block_on(raw(device, 1, length, false))?,
+            cache: reactor.block_on(raw(device, 1, length, true))?,
+        });
+        if device.prefers_durable_writes() {
+            below.push(Round {
+                baseline: reactor.block_on(engine(reactor, &plain, 1, length))?.micros,
+                cache: reactor.block_on(engine(reactor, device, 1, length))?.micros,
+            });
+        }
+    }
+    let mut rows = vec![Row::new("8 KiB, the device itself", Goal::None, itself)];
+    if !below.is_empty() {
+        rows.push(Row::new("write and flush, the engine", Goal::AtMost(0.9), below));
+    }
+    Ok(rows)
 }
 
 /// Repeats an operation, several at a time. Returns the mean time in microseconds, and the number
@@ -101,13 +142,18 @@ async fn repeat(
     Ok((time.as_secs_f64() * 1e6 / f64::from(count), f64::from(count)))
 }
 
-async fn raw(device: &Device, depth: u64, length: Duration) -> Result<f64> {
+async fn raw(device: &Device, depth: u64, length: Duration, durably: bool) -> Result<f64> {
     const BYTES: u64 = 2 * BLOCK_BYTES as u64;
     let mut buf = IoBuf::zeroed(2 * BLOCK_BYTES);
     buf.fill(0x5a);
     let data = SharedBuf::from(buf);
+    let places = device.size() / BYTES;
     let once = async |nth: u64| {
-        device.write(nth * BYTES % LOG_BYTES, data.clone()).await?;
+        let offset = nth % places * BYTES;
+        if durably {
+            return Ok(device.write_durably(offset, vec![data.clone()]).await?);
+        }
+        device.write(offset, data.clone()).await?;
         Ok(device.flush().await?)
     };
     Ok(repeat(depth, length, once).await?.0)

@@ -51,6 +51,9 @@ struct Options {
     /// Where to put the cache and backing files; a filesystem with direct I/O says most
     #[arg(long, global = true, value_name = "DIR", default_value_os_t = std::env::temp_dir())]
     dir: PathBuf,
+    /// What 'flush' takes for a cache device, instead of a file; all its data is lost
+    #[arg(long, global = true, value_name = "PATH")]
+    cache: Option<PathBuf>,
 }
 
 #[derive(Subcommand, Clone, Copy, PartialEq, Eq)]

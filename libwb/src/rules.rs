@@ -50,6 +50,12 @@ pub enum Rule {
     WrittenWithoutGap,
     /// A failed flush of the cache device is final.
     FailedFlushFinal,
+    /// A commit is durable by itself only if everything before it is durable.
+    DurableWithoutGap,
+    /// A failed durable write to the cache device is final.
+    FailedDurableWriteFinal,
+    /// The cache device is not flushed during a durable write.
+    DurableWriteAlone,
     /// Data from the cache device is served only if its CRC is right.
     ReadsVerified,
     /// A header claims durability only for segments that are durable.

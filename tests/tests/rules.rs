@@ -7,6 +7,8 @@
 //!   `DroppedErased` (a log that grows up to what an earlier power cut had cut off).
 //! - `kernel_compat.rs` finds `UnreadableEmptied` and `EmptiedOnlyWhenFlushed`, which need a device
 //!   that fails during a discard.
+//! - `durable_commits.rs` finds `FailedDurableWriteFinal` and `DurableWriteAlone`, which need large
+//!   writes, a flush of the cache device or both while a commit is under way.
 //! - `stuck.rs` finds the rules about blocks that cannot be written back.
 
 use libwb::rules::Rule;
@@ -32,6 +34,7 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::ReadsVerified, 0, 200),
     (Rule::CommittedNeverOverwritten, 0, 100),
     (Rule::DurableAsOfFlushStart, 0, 1000),
+    (Rule::DurableWithoutGap, 0, 500),
     (Rule::OpenEndClosed, 0, 500),
     (Rule::RecoveryStopsAtCutShort, 0, 800),
     (Rule::UnclaimedReadWhole, 0, 500),

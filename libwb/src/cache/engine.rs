@@ -34,8 +34,8 @@ pub(super) struct Engine {
     pub(super) counters: AtomicCounters,
     pub(super) latencies: AtomicLatencies,
     pub(super) baseline: Baseline,
-    /// Held while the cache device is flushed. The kernel might report an error to only one of two
-    /// concurrent flushes.
+    /// Held while the cache device is flushed, or written durably, which may flush it. An error
+    /// might be reported to only one of two concurrent flushes.
     pub(super) flushing: AsyncMutex<()>,
     pub(super) recovery_time: Duration,
     /// Bytes of the log that recovery read.

@@ -44,6 +44,19 @@ pub(super) fn queue_folder(number: u64) -> PathBuf {
     if own.exists() { own } else { folder.join("../queue") }
 }
 
+/// Whether a block device makes a single write durable in less time than a write and a flush take,
+/// as sysfs says: it can do so itself (FUA), or has no volatile cache. Elsewhere the kernel flushes
+/// after each such write, and a commit may consist of two.
+pub(super) fn prefers_durable_writes(dir: &Path) -> bool {
+    let says = |file: &str, what: &str| {
+        // A partition has the queue of its disk.
+        ["queue", "../queue"].iter().any(|queue| {
+            std::fs::read_to_string(dir.join(queue).join(file)).is_ok_and(|it| it.trim() == what)
+        })
+    };
+    says("fua", "1") || says("write_cache", "write through")
+}
+
 /// A block device's own identity, from sysfs:
 ///
 /// - of a device-mapper or MD device, its UUID;
@@ -63,5 +76,30 @@ pub(super) fn serial(dir: &Path) -> String {
         Some(partition) => {
             of_disk("../").map_or_else(String::new, |disk| format!("{disk}-part{partition}"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::prefers_durable_writes;
+    use std::fs::{create_dir_all, write};
+
+    #[test]
+    fn a_device_with_fua_or_without_a_volatile_cache_prefers_durable_writes() {
+        let dir = tempfile::tempdir().unwrap();
+        for (fua, cache, prefers) in [
+            ("1\n", "write back\n", true),
+            ("0\n", "write back\n", false),
+            ("0\n", "write through\n", true),
+        ] {
+            let (disk, partition) = (dir.path().join("sda"), dir.path().join("sda/sda1"));
+            create_dir_all(disk.join("queue")).unwrap();
+            create_dir_all(&partition).unwrap();
+            write(disk.join("queue/fua"), fua).unwrap();
+            write(disk.join("queue/write_cache"), cache).unwrap();
+            assert_eq!(prefers_durable_writes(&disk), prefers, "{fua}{cache}");
+            assert_eq!(prefers_durable_writes(&partition), prefers, "{fua}{cache}");
+        }
+        assert!(!prefers_durable_writes(&dir.path().join("none")));
     }
 }

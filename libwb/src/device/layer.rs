@@ -8,7 +8,7 @@ use std::time::Duration;
 ///
 /// Implement [`DeviceLayer::below`] and the methods that differ. The type is then a
 /// [`BlockDevice`]. A layer that must not change the device below implements `write`, `flush`,
-/// `discard` and `zero`.
+/// `discard` and `zero`. A layer has no durable writes: they would pass by its `write`.
 pub trait DeviceLayer: Send + Sync + 'static {
     /// The device below.
     fn below(&self) -> &dyn BlockDevice;

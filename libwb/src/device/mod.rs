@@ -52,6 +52,8 @@ pub enum Operation {
     Flush,
     /// Discarding a range; it reads as zeros afterwards.
     Discard,
+    /// Writing bytes that are durable at once.
+    DurableWrite,
 }
 
 impl fmt::Display for Operation {
@@ -61,6 +63,7 @@ impl fmt::Display for Operation {
             Operation::Write => "write",
             Operation::Flush => "flush",
             Operation::Discard => "discard",
+            Operation::DurableWrite => "durable write",
         })
     }
 }
@@ -159,6 +162,23 @@ pub trait BlockDevice: Send + Sync + 'static {
         // Waits for all writes, even after a failure. Otherwise a write under way could overwrite a
         // retry.
         Box::pin(async move { futures_util::future::join_all(writes).await.into_iter().collect() })
+    }
+
+    /// Whether [`BlockDevice::write_durably`] is there, and takes less time than a write and a
+    /// flush.
+    fn prefers_durable_writes(&self) -> bool {
+        false
+    }
+
+    /// Writes several pieces of data back to back from `offset` on. When that is done, they are
+    /// durable, but nothing that was written before is for that. A failure may cost any write that
+    /// is not durable yet, and no later flush need report that.
+    fn write_durably(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
+        let length = to_u64(parts.iter().map(|part| part.len()).sum());
+        let (device, operation) = (self.name().clone(), Operation::DurableWrite);
+        let cause = Errno::EOPNOTSUPP;
+        let refused = DeviceError { device, operation, offset, length, cause };
+        Box::pin(std::future::ready(Err(refused)))
     }
 
     /// Makes every write that completed before the call durable.

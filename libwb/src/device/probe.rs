@@ -2,7 +2,7 @@
 
 use super::held;
 pub use super::identity::{Identity, identity};
-use super::identity::{queue_folder, serial, sysfs_folder};
+use super::identity::{prefers_durable_writes, queue_folder, serial, sysfs_folder};
 use crate::format::{SECTOR_BYTES, to_u64};
 use crate::sys;
 use nix::errno::Errno;
@@ -174,6 +174,8 @@ pub struct Opened {
     pub identity_text: String,
     /// The file with its statistics, for a block device.
     pub stat: Option<PathBuf>,
+    /// Whether a durable write takes less time than a write and a flush.
+    pub prefers_durable_writes: bool,
     /// What users of a device on top of it should know.
     pub traits: Traits,
 }
@@ -269,10 +271,20 @@ fn open_at_once(path: &Path, access: Access) -> Result<Opened, OpenError> {
     }
     let sysfs = is_block.then(|| sysfs_folder(meta.rdev()));
     let identity_text = sysfs.as_deref().map_or_else(String::new, serial);
+    let prefers_durable_writes = sysfs.as_deref().is_some_and(prefers_durable_writes);
     let stat = sysfs.map(|folder| folder.join("stat"));
     let traits = Traits::of(if is_block { meta.rdev() } else { meta.dev() });
-    let path = path.into();
-    Ok(Opened { path, file, size, block_size, identity, identity_text, stat, traits })
+    Ok(Opened {
+        path: path.into(),
+        file,
+        size,
+        block_size,
+        identity,
+        identity_text,
+        stat,
+        prefers_durable_writes,
+        traits,
+    })
 }
 
 /// Opens a file for direct I/O if possible, and claims a block device exclusively.

@@ -31,7 +31,7 @@ pub struct Faults {
     /// The chance that a write or a discard fails, 0 to 1. It may have taken partial effect.
     pub write: f64,
     /// The chance that a flush fails, 0 to 1. Then some of the data that it covers never becomes
-    /// durable.
+    /// durable. A durable write may fail in the same way, and cost as much.
     pub flush: f64,
 }
 
@@ -50,6 +50,7 @@ pub struct SimDevice {
     inner: Arc<Inner>,
     size: u64,
     block_size: u32,
+    prefers_durable_writes: bool,
 }
 
 struct Inner {
@@ -84,7 +85,13 @@ impl SimDevice {
         let state =
             State { disk: Some(disk), rng, faults: Faults::default(), slowness: 1, rotten, bad };
         let inner = Inner { name, runtime: runtime.clone(), state: Mutex::new(state) };
-        SimDevice { inner: Arc::new(inner), size, block_size }
+        SimDevice { inner: Arc::new(inner), size, block_size, prefers_durable_writes: false }
+    }
+
+    /// The same device with durable writes that it prefers, or without.
+    #[must_use]
+    pub fn preferring_durable_writes(self, prefers_durable_writes: bool) -> SimDevice {
+        SimDevice { prefers_durable_writes, ..self }
     }
 
     /// Sets how the device fails from now on.
@@ -167,7 +174,8 @@ impl SimDevice {
             self.inner.name.clone(),
             disk,
             self.block_size,
-        );
+        )
+        .preferring_durable_writes(self.prefers_durable_writes);
         device.inner.state.lock().bad = bad;
         device
     }
@@ -251,7 +259,8 @@ impl SimDevice {
             });
         }
         let first = to_usize(offset) / SECTOR_BYTES;
-        self.submit(what, delay, move |state| state.end_write(id, first..first + count))
+        let durably = operation == Operation::DurableWrite;
+        self.submit(what, delay, move |state| state.end_write(id, first..first + count, durably))
     }
 }
 
@@ -305,12 +314,24 @@ impl State {
         self.disk.as_mut().ok_or(Errno::ENODEV)
     }
 
-    fn end_write(&mut self, id: RequestId, sectors: Range<usize>) -> Result<(), Errno> {
+    fn end_write(
+        &mut self,
+        id: RequestId,
+        sectors: Range<usize>,
+        durably: bool,
+    ) -> Result<(), Errno> {
         if self.bad.range(sectors).next().is_some() || self.fails(self.faults.write) {
             self.disk()?.fail(id);
             return Err(Errno::EIO);
         }
         self.disk()?.complete(id);
+        if durably && self.fails(self.faults.flush) {
+            let by = self.disk()?.completed();
+            return self.fail_flush(by);
+        }
+        if durably {
+            self.disk()?.make_durable(id);
+        }
         Ok(())
     }
 
@@ -330,12 +351,16 @@ impl State {
 
     fn end_flush(&mut self, by: Completed) -> Result<(), Errno> {
         if self.fails(self.faults.flush) {
-            let disk = self.disk.as_mut().ok_or(Errno::ENODEV)?;
-            disk.fail_flush(&mut self.rng, by);
-            return Err(Errno::EIO);
+            return self.fail_flush(by);
         }
         self.disk()?.flush(by);
         Ok(())
+    }
+
+    fn fail_flush(&mut self, by: Completed) -> Result<(), Errno> {
+        let disk = self.disk.as_mut().ok_or(Errno::ENODEV)?;
+        disk.fail_flush(&mut self.rng, by);
+        Err(Errno::EIO)
     }
 }
 
@@ -361,6 +386,15 @@ impl BlockDevice for SimDevice {
 
     fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()> {
         self.submit_write(Operation::Write, offset, data)
+    }
+
+    fn prefers_durable_writes(&self) -> bool {
+        self.prefers_durable_writes
+    }
+
+    fn write_durably(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
+        let whole = parts.iter().map(|part| &part[..]).collect::<Vec<_>>().concat();
+        self.submit_write(Operation::DurableWrite, offset, IoBuf::copy_of(&whole).into())
     }
 
     fn flush(&self) -> IoFuture<()> {

@@ -23,6 +23,7 @@ pub struct UringDevice {
     identity: String,
     /// The file in which the system counts the busy time of a block device.
     stat: Option<PathBuf>,
+    prefers_durable_writes: bool,
     requests: Arc<Requests>,
 }
 
@@ -36,6 +37,7 @@ impl UringDevice {
             block_size: opened.block_size,
             identity: opened.identity_text,
             stat: opened.stat,
+            prefers_durable_writes: opened.prefers_durable_writes,
             requests: Arc::default(),
             target: Target::new(opened.file),
         }
@@ -64,6 +66,13 @@ impl UringDevice {
                 (Err(cause), _) => Err(fail(cause)),
             }
         })
+    }
+
+    fn write_all(&self, offset: u64, parts: Vec<SharedBuf>, durably: bool) -> IoFuture<()> {
+        let operation = if durably { Operation::DurableWrite } else { Operation::Write };
+        let length = to_u64(parts.iter().map(|part| part.len()).sum());
+        let kind = OpKind::WriteParts { offset, parts, addresses: Addresses::default(), durably };
+        Box::pin(unit(self.submit(operation, offset, length, kind)))
     }
 
     /// Zeroes or discards, as the mode says.
@@ -147,9 +156,15 @@ impl BlockDevice for UringDevice {
     }
 
     fn write_parts(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
-        let length = to_u64(parts.iter().map(|part| part.len()).sum());
-        let kind = OpKind::WriteParts { offset, parts, addresses: Addresses::default() };
-        Box::pin(unit(self.submit(Operation::Write, offset, length, kind)))
+        self.write_all(offset, parts, false)
+    }
+
+    fn prefers_durable_writes(&self) -> bool {
+        self.prefers_durable_writes
+    }
+
+    fn write_durably(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
+        self.write_all(offset, parts, true)
     }
 
     fn flush(&self) -> IoFuture<()> {
@@ -162,5 +177,25 @@ impl BlockDevice for UringDevice {
 
     fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
         self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::probe::{Access, open};
+    use super::*;
+    use crate::reactor::Reactor;
+
+    #[test]
+    fn a_durable_write_of_several_pieces_is_read_back() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(16384).unwrap();
+        let reactor = Reactor::start().unwrap();
+        let device = UringDevice::new(reactor.handle(), open(file.path(), Access::Write).unwrap());
+        let parts = [1, 2].map(|with| IoBuf::copy_of(&[with; 4096]).into());
+        reactor.block_on(device.write_durably(4096, parts.into())).unwrap();
+        let read = reactor.block_on(device.read(0, IoBuf::zeroed(16384))).unwrap();
+        assert_eq!(read[..], [[0; 4096], [1; 4096], [2; 4096], [0; 4096]].concat());
+        assert!(!device.prefers_durable_writes(), "a file says nothing of that");
     }
 }

@@ -9,7 +9,7 @@ use futures_channel::oneshot;
 use io_uring::{opcode, squeue, types};
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
-use nix::libc::iovec;
+use nix::libc::{RWF_DSYNC, iovec};
 use nix::poll::PollFlags;
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, fstatfs};
 use std::fs::File;
@@ -22,8 +22,9 @@ pub(crate) enum OpKind {
     Read { offset: u64, buf: IoBuf },
     /// Write the data.
     Write { offset: u64, data: SharedBuf },
-    /// Write several pieces of data back to back, as one operation.
-    WriteParts { offset: u64, parts: Vec<SharedBuf>, addresses: Addresses },
+    /// Write several pieces of data back to back, as one operation; perhaps so that they are
+    /// durable when it ends.
+    WriteParts { offset: u64, parts: Vec<SharedBuf>, addresses: Addresses, durably: bool },
     /// `fdatasync`.
     Sync,
     /// `fallocate` with this mode, keeping the size.
@@ -134,11 +135,12 @@ pub(super) fn entry(op: &mut Op) -> squeue::Entry {
                 .offset(*offset + to_u64(done))
                 .build()
         }
-        OpKind::WriteParts { offset, parts, addresses } => {
+        OpKind::WriteParts { offset, parts, addresses, durably } => {
             addresses.note(parts, done);
             let count = u32::try_from(addresses.0.len()).unwrap_or(u32::MAX);
             opcode::Writev::new(fd, addresses.0.as_ptr(), count)
                 .offset(*offset + to_u64(done))
+                .rw_flags(if *durably { RWF_DSYNC } else { 0 })
                 .build()
         }
         OpKind::Sync => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),

@@ -111,18 +111,21 @@ struct ScriptRun {
     simulation: Simulation,
     explorer: Arc<Explorer>,
     devices: [Arc<SimDevice>; 2],
+    /// Whether the cache device prefers durable writes.
+    durable_writes: bool,
 }
 
 impl ScriptRun {
     fn new(engine: Arc<dyn Engine>, script: &Script, extended: bool, seed: u64) -> ScriptRun {
         let simulation = Simulation::new(seed);
         let sectors = script.blocks * to_u64(BLOCK_BYTES / SECTOR_BYTES);
-        let devices =
-            devices(&simulation, [fresh_cache(script.segments, extended), fresh_backing(sectors)]);
+        let contents = [fresh_cache(script.segments, extended), fresh_backing(sectors)];
+        let durable_writes = !seed.is_multiple_of(2);
+        let devices = devices(&simulation, contents, durable_writes);
         let mut oracle = Oracle::new(sectors);
         oracle.keep_backing_history();
         let explorer = Explorer::new(engine, oracle, seed);
-        ScriptRun { simulation, explorer: Arc::new(explorer), devices }
+        ScriptRun { simulation, explorer: Arc::new(explorer), devices, durable_writes }
     }
 
     fn steps(&mut self, steps: &[Step]) -> Result<(), String> {
@@ -183,7 +186,7 @@ impl ScriptRun {
         self.explorer.oracle.lock().recovered(Crash::PowerCut, &data);
         self.explorer.verdict()?;
         self.explorer.start_over();
-        self.devices = devices(&self.simulation, images);
+        self.devices = devices(&self.simulation, images, self.durable_writes);
         self.open()
     }
 
@@ -265,8 +268,12 @@ impl ScriptRun {
     }
 }
 
-fn devices(simulation: &Simulation, [cache, backing]: [Vec<u8>; 2]) -> [Arc<SimDevice>; 2] {
-    let device =
-        |name, content| Arc::new(SimDevice::new(simulation.runtime(), name, content, UNIT));
-    [device("cache", cache), device("backing", backing)]
+fn devices(
+    simulation: &Simulation,
+    [cache, backing]: [Vec<u8>; 2],
+    durable_writes: bool,
+) -> [Arc<SimDevice>; 2] {
+    let device = |name, content| SimDevice::new(simulation.runtime(), name, content, UNIT);
+    let cache = device("cache", cache).preferring_durable_writes(durable_writes);
+    [cache, device("backing", backing)].map(Arc::new)
 }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// How often a failed write of a segment is tried again before writes are refused. A failed flush
-/// is never tried again.
+/// or durable write is never tried again.
 const RETRIES: u32 = 3;
 /// The same where the device has no room, as a sparse file on a full filesystem: an administrator
 /// may make room. With the pauses that is some 20 seconds.
@@ -60,7 +60,7 @@ impl Engine {
 
     /// Writes a commit, or the rest of a segment.
     async fn append(&self, job: Job) -> Result<Appended, DeviceError> {
-        let Job { id, reason, mut metablocks, first, data, before } = job;
+        let Job { id, reason, mut metablocks, first, data, before, may_be_durable } = job;
         let (geometry, durable, written_back) = {
             let visit = self.state.lock();
             let log = &visit.log;
@@ -87,38 +87,41 @@ impl Engine {
         let checksum =
             encode_header(header.block_at_mut(0), id, &metablocks, &data, extension.as_ref());
         let place = Place { slot: geometry.slot_of(id), index: first };
-        let header = SharedBuf::from(header);
-        let written = self
-            .retrying(|| self.write_segment(geometry, place, header.clone(), data.clone()))
-            .await;
+        let added = data.len();
+        let writes = writes(geometry, place, header.into(), data);
+        let is_durable = may_be_durable && self.cache.prefers_durable_writes();
+        let written = match is_durable {
+            true => self.write_log_durably(&writes).await,
+            false => self.retrying(|| self.write_log(&writes, false)).await,
+        };
         written.inspect_err(|_| tracing::error!("segment {id} cannot be written"))?;
-        self.counters.appended(reason, length, data.len());
+        self.counters.appended(reason, length, added);
         #[allow(clippy::cast_possible_truncation)] // at most PLACES
         let commit = (reason == Reason::Open).then_some(Commit { length: length as u8, checksum });
-        Ok(Appended { id, first, crcs, commit })
+        Ok(Appended { id, first, crcs, commit, is_durable })
     }
 
-    /// Writes the header of a segment, and data from some place on.
-    async fn write_segment(
-        &self,
-        geometry: Geometry,
-        first: Place,
-        header: SharedBuf,
-        data: SharedBuf,
-    ) -> Result<(), DeviceError> {
-        let offset = geometry.slot_offset(first.slot);
-        if data.is_empty() {
-            return self.cache.write(offset, header).await;
+    /// Makes these writes. Ends when all have, even after a failure: a write that is still out must
+    /// not overtake a second try.
+    async fn write_log(&self, writes: &[Write], durably: bool) -> Result<(), DeviceError> {
+        let writing = writes.iter().cloned().map(|(offset, parts)| match durably {
+            true => self.cache.write_durably(offset, parts),
+            false => self.cache.write_parts(offset, parts),
+        });
+        join_all(writing).await.into_iter().collect()
+    }
+
+    /// Makes these writes durably. The device may flush for that, so this is like a flush: there is
+    /// no other meanwhile, and no second try.
+    async fn write_log_durably(&self, writes: &[Write]) -> Result<(), DeviceError> {
+        let _alone = match self.rules.keep(Rule::DurableWriteAlone) {
+            true => Some(self.flushing.lock().await),
+            false => None,
+        };
+        match self.rules.keep(Rule::FailedDurableWriteFinal) {
+            true => self.write_log(writes, true).await,
+            false => self.retrying(|| self.write_log(writes, true)).await,
         }
-        if first.index == 0 {
-            return self.cache.write_parts(offset, vec![header, data]).await;
-        }
-        let writes = [
-            self.cache.write(offset, header),
-            self.cache.write(geometry.place_offset(first), data),
-        ];
-        // Both, even after a failure: a write that is still out must not overtake a second try.
-        join_all(writes).await.into_iter().collect()
     }
 
     /// Tries an operation of the cache device again when it fails.
@@ -140,6 +143,21 @@ impl Engine {
             pause = (pause * 2).min(MAX_RETRY_PAUSE);
         }
     }
+}
+
+/// A write to the cache device: its offset, and its data in pieces.
+type Write = (u64, Vec<SharedBuf>);
+
+/// The writes that make a commit or a segment: its header, and data from some place on.
+fn writes(geometry: Geometry, first: Place, header: SharedBuf, data: SharedBuf) -> Vec<Write> {
+    let offset = geometry.slot_offset(first.slot);
+    if data.is_empty() {
+        return vec![(offset, vec![header])];
+    }
+    if first.index == 0 {
+        return vec![(offset, vec![header, data])];
+    }
+    vec![(offset, vec![header]), (geometry.place_offset(first), vec![data])]
 }
 
 /// How often it is tried again after an error.

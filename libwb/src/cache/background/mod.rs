@@ -7,4 +7,6 @@ mod flusher;
 mod moving;
 mod policy;
 mod runs;
+#[cfg(test)]
+mod tests;
 mod writeback;

@@ -139,7 +139,8 @@ mod tests {
         log.take_place(BlockNo(block), DirtyBits::ALL, Reserve::Keep).expect("there is room");
         while let Some(job) = log.start_next_job() {
             let id = job.id;
-            log.appended(&Appended { id, first: job.first, crcs: Vec::new(), commit: None });
+            let (first, crcs) = (job.first, Vec::new());
+            log.appended(&Appended { id, first, crcs, commit: None, is_durable: false });
             log.made_durable(log.written_position());
         }
     }

@@ -167,6 +167,18 @@ impl Disk {
         self.completed += 1;
     }
 
+    /// Makes a completed write durable, and no other. What has been written over it since may still
+    /// be lost.
+    pub(super) fn make_durable(&mut self, id: RequestId) {
+        for (sector, versions) in self.versions.iter_mut().enumerate() {
+            if let Some(nth) = versions.iter().position(|version| version.request == id) {
+                self.durable[sector * SECTOR_BYTES..][..SECTOR_BYTES]
+                    .copy_from_slice(versions[nth].bytes());
+                versions.drain(..=nth);
+            }
+        }
+    }
+
     /// Fails a write: its visible part stays, and no flush covers it.
     pub(super) fn fail(&mut self, id: RequestId) {
         self.in_flight.remove(&id);

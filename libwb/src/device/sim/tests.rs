@@ -78,6 +78,47 @@ fn a_failed_flush_may_cost_data_that_the_next_flush_does_not_bring_back() {
     assert!(lost);
 }
 
+/// A disk on which sector 0 was written with 1, and then sector 1 durably with 2.
+fn written_durably(simulation: &Simulation) -> SimDevice {
+    let disk = device(simulation, 2).preferring_durable_writes(true);
+    let course = async {
+        disk.write(0, filled(1, 1)).await.unwrap();
+        disk.write_durably(512, vec![filled(1, 2)]).await.unwrap();
+    };
+    simulation.block_on(course).unwrap();
+    disk
+}
+
+#[test]
+fn a_durable_write_survives_and_what_was_written_before_it_may_be_lost() {
+    let mut seen = std::collections::BTreeSet::new();
+    for seed in 0..50 {
+        let disk = written_durably(&Simulation::new(seed));
+        assert_eq!(heads(&disk.durable()), [0, 2]);
+        let disk = disk.crash(Crash::PowerCut);
+        assert!(disk.prefers_durable_writes());
+        seen.insert(heads(&disk.content()));
+    }
+    assert_eq!(seen, [vec![0, 2], vec![1, 2]].into());
+}
+
+#[test]
+fn a_failed_durable_write_may_cost_what_was_written_before_it() {
+    let mut seen = std::collections::BTreeSet::new();
+    for seed in 0..100 {
+        let simulation = Simulation::new(seed);
+        let disk = written_durably(&simulation);
+        disk.set_faults(Faults { flush: 1.0, ..Faults::default() });
+        let failed = simulation.block_on(disk.write_durably(512, vec![filled(1, 3)])).unwrap();
+        assert_eq!(failed.unwrap_err().operation, Operation::DurableWrite);
+        disk.set_faults(Faults::default());
+        simulation.block_on(disk.flush()).unwrap().unwrap();
+        seen.insert(heads(&disk.durable()));
+    }
+    let all = [0, 1].map(|before| [2, 3].map(|itself| vec![before, itself]));
+    assert_eq!(seen, all.into_iter().flatten().collect());
+}
+
 #[test]
 fn a_deadlock_and_a_stuck_future_are_reported() {
     let simulation = Simulation::new(1);

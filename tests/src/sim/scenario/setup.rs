@@ -28,6 +28,9 @@ impl<'a> Scenario<'a> {
         let extended = rng.bool();
         let cache =
             SimDevice::new(&runtime, "cache", fresh_cache(segments, extended), cache_block_size);
+        // Only commits are written durably, and only an extended device has commits.
+        let durable_writes = extended && seed / 4 % 2 == 1;
+        let cache = cache.preferring_durable_writes(durable_writes);
         let backing = SimDevice::new(&runtime, "backing", fresh_backing(sectors), block_size);
         let slowness = rng.choice([1, 1, 10, 100]).unwrap_or(1);
         backing.set_slowness(slowness);
@@ -48,9 +51,10 @@ impl<'a> Scenario<'a> {
             oracle.let_blocks_tear();
         }
         let settings = format!(
-            "{segments} segments, extended: {extended}, {sectors} sectors, block sizes \
-             {cache_block_size} and {block_size}, backing device {slowness} times slower, faulty: \
-             {faulty}, forgetful: {forgetful}, strict: {strict}, all through the log: {all_logged}"
+            "{segments} segments, extended: {extended}, durable writes: {durable_writes}, \
+             {sectors} sectors, block sizes {cache_block_size} and {block_size}, backing device \
+             {slowness} times slower, faulty: {faulty}, forgetful: {forgetful}, strict: {strict}, \
+             all through the log: {all_logged}"
         );
         Scenario {
             engine,

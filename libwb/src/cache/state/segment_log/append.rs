@@ -26,6 +26,9 @@ pub(crate) struct Job {
     pub(crate) data: SharedBuf,
     /// The last commit. It is durable.
     pub(crate) before: Option<Commit>,
+    /// It is a commit, and everything before its blocks is durable. So a durable write of it does
+    /// for a write and a flush.
+    pub(crate) may_be_durable: bool,
 }
 
 /// A job that is done.
@@ -35,6 +38,8 @@ pub(crate) struct Appended {
     pub(crate) crcs: Vec<u32>,
     /// The commit, if it was one.
     pub(crate) commit: Option<Commit>,
+    /// It was written durably.
+    pub(crate) is_durable: bool,
 }
 
 impl SegmentLog {
@@ -136,10 +141,11 @@ impl SegmentLog {
         let data = SharedBuf::part_of(sealed.buf.clone(), blocks(first, length));
         let (before, lost) = (sealed.commits.written(), sealed.lost);
         let metablocks = self.metablocks(self.geometry.slot_of(id), length, lost);
-        Some(Job { id, reason, metablocks, first, data, before })
+        Some(Job { id, reason, metablocks, first, data, before, may_be_durable: false })
     }
 
     fn start_commit(&mut self) -> Option<Job> {
+        let durable = self.durable();
         let open = self.open.as_mut()?;
         let (id, length, lost) = (open.id, open.length, open.lost);
         let before = open.commits.written();
@@ -147,7 +153,9 @@ impl SegmentLog {
         // The segment goes on changing after these blocks.
         let data = IoBuf::copy_of(&open.buf[blocks(first, length)]).into();
         let metablocks = self.metablocks(self.geometry.slot_of(id), length, lost);
-        Some(Job { id, reason: Reason::Open, metablocks, first, data, before })
+        // Of this segment, the last commit is durable: otherwise no other would begin.
+        let may_be_durable = id == durable.next() || !self.rules.keep(Rule::DurableWithoutGap);
+        Some(Job { id, reason: Reason::Open, metablocks, first, data, before, may_be_durable })
     }
 
     /// The entries of the first blocks of a segment in RAM, with a CRC where it is known.
@@ -162,7 +170,7 @@ impl SegmentLog {
 
     /// A job has reached the device.
     pub(crate) fn appended(&mut self, job: &Appended) {
-        let Appended { id, first, crcs, commit } = job;
+        let Appended { id, first, crcs, commit, is_durable } = job;
         let slot = self.geometry.slot_of(*id);
         for (index, &crc) in (*first..).zip(crcs) {
             self.index.set_crc(Place { slot, index }, crc);
@@ -171,6 +179,9 @@ impl SegmentLog {
             (Some(commit), Some(commits)) => commits.wrote(*commit),
             (Some(_), None) => {}
             (None, _) => self.segment_written(*id),
+        }
+        if let (Some(commit), true) = (commit, is_durable) {
+            self.made_durable(Position::within(*id, commit.length));
         }
         self.events.appended += 1;
         if self.written.since(self.durable()) >= MAX_UNDURABLE {

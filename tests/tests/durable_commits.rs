@@ -1,0 +1,187 @@
+//! Commits on a cache device that prefers durable writes, when one of them fails or meets a flush.
+//! The simulator hardly ever comes across either.
+
+use futures_util::future::join;
+use libwb::cache::{Cache, OpenOptions};
+use libwb::device::sim::{Crash, Faults, SimDevice, Simulation};
+use libwb::device::{BlockDevice, Device, IoBuf, IoFuture, SharedBuf};
+use libwb::format::{BLOCK_BYTES, BlockNo, to_usize};
+use libwb::rules::{Rule, Rules};
+use libwb::runtime::Runtime;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::Duration;
+use wb_tests::sim::devices::{fresh_backing, fresh_cache};
+
+const SEGMENTS: u64 = 8;
+/// More than two segments hold.
+const BLOCKS: u64 = 300;
+/// In how many runs a broken rule must show.
+const SEEDS: u64 = 50;
+
+/// A cache device that notices a flush during a durable write.
+struct Overlapping {
+    device: Arc<SimDevice>,
+    flushes: Arc<AtomicU32>,
+    durable_writes: Arc<AtomicU32>,
+    overlapped: AtomicBool,
+}
+
+impl Overlapping {
+    fn counted(&self, count: &Arc<AtomicU32>, operation: IoFuture<()>) -> IoFuture<()> {
+        count.fetch_add(1, Ordering::Relaxed);
+        let both = [&self.flushes, &self.durable_writes];
+        if both.iter().all(|count| count.load(Ordering::Relaxed) > 0) {
+            self.overlapped.store(true, Ordering::Relaxed);
+        }
+        let count = count.clone();
+        Box::pin(async move {
+            let done = operation.await;
+            count.fetch_sub(1, Ordering::Relaxed);
+            done
+        })
+    }
+}
+
+impl BlockDevice for Overlapping {
+    fn name(&self) -> &Arc<str> {
+        self.device.name()
+    }
+
+    fn size(&self) -> u64 {
+        self.device.size()
+    }
+
+    fn block_size(&self) -> u32 {
+        self.device.block_size()
+    }
+
+    fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
+        self.device.read(offset, buf)
+    }
+
+    fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()> {
+        self.device.write(offset, data)
+    }
+
+    fn prefers_durable_writes(&self) -> bool {
+        self.device.prefers_durable_writes()
+    }
+
+    fn write_durably(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
+        self.counted(&self.durable_writes, self.device.write_durably(offset, parts))
+    }
+
+    fn flush(&self) -> IoFuture<()> {
+        self.counted(&self.flushes, self.device.flush())
+    }
+
+    fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
+        self.device.discard(offset, length)
+    }
+}
+
+struct TestVolume {
+    simulation: Simulation,
+    cache: Arc<SimDevice>,
+    backing: Arc<SimDevice>,
+}
+
+impl TestVolume {
+    fn new(seed: u64) -> TestVolume {
+        let simulation = Simulation::new(seed);
+        let device = |name, content| SimDevice::new(simulation.runtime(), name, content, 512);
+        let cache = device("cache", fresh_cache(SEGMENTS, true)).preferring_durable_writes(true);
+        let backing = device("backing", fresh_backing(8 * BLOCKS));
+        let [cache, backing] = [cache, backing].map(Arc::new);
+        TestVolume { simulation, cache, backing }
+    }
+
+    fn run<T>(&self, future: impl Future<Output = T>) -> T {
+        self.simulation.block_on(future).expect("an end")
+    }
+
+    fn open(&self, cache: Device, rules: Rules) -> Cache {
+        let runtime = Arc::new(self.simulation.runtime().clone());
+        let options = OpenOptions::serve().rules(rules);
+        self.run(Cache::open(cache, self.backing.clone(), runtime, options)).expect("a sound log")
+    }
+}
+
+/// Whether a power cut takes what a flush had promised, after the durable write of a commit has
+/// failed once. What follows the commit is written meanwhile.
+fn loses_data(seed: u64, rules: Rules) -> bool {
+    let mut volume = TestVolume::new(seed);
+    let cache = volume.open(volume.cache.clone(), rules);
+    cache.pause();
+    let runtime = volume.simulation.runtime().clone();
+    let write = async |block| cache.write(BlockNo(block).sector(), &[7; BLOCK_BYTES]).await;
+    volume.run(write(0)).expect("a sound device");
+    let others = async {
+        // Let the commit begin.
+        runtime.sleep(Duration::from_micros(1)).await;
+        volume.cache.set_faults(Faults { flush: 1.0, ..Faults::default() });
+        for block in 1..BLOCKS {
+            let _ = write(block).await;
+        }
+        runtime.sleep(Duration::from_millis(1)).await;
+        volume.cache.set_faults(Faults::default());
+    };
+    let _ = volume.run(join(cache.flush(), others));
+    let is_promised = volume.run(cache.flush()).is_ok();
+    drop(cache);
+    volume.simulation.kill_tasks();
+    volume.cache = Arc::new(volume.cache.crash(Crash::PowerCut));
+    let runtime = Arc::new(runtime);
+    let opening =
+        Cache::open(volume.cache.clone(), volume.backing.clone(), runtime, OpenOptions::serve());
+    let is_there = volume.run(async {
+        let cache = opening.await.ok()?;
+        let length = to_usize(BLOCKS) * BLOCK_BYTES;
+        let data = cache.read(BlockNo(0).sector(), IoBuf::zeroed(length)).await.ok()?;
+        Some(data.iter().all(|&byte| byte == 7))
+    });
+    is_promised && is_there != Some(true)
+}
+
+/// Whether the cache device is flushed during a durable write, while small writes are flushed and
+/// older ones written back.
+fn flushes_meanwhile(seed: u64, rules: Rules) -> bool {
+    let volume = TestVolume::new(seed);
+    let device = Arc::new(Overlapping {
+        device: volume.cache.clone(),
+        flushes: Arc::default(),
+        durable_writes: Arc::default(),
+        overlapped: AtomicBool::new(false),
+    });
+    let cache = volume.open(device.clone(), rules);
+    let small = async {
+        for block in 0..60 {
+            let written = cache.write(BlockNo(block).sector(), &[7; BLOCK_BYTES]).await;
+            written.and(cache.flush().await).expect("sound devices");
+        }
+    };
+    let drains = async {
+        for _ in 0..10 {
+            cache.drain().await.expect("sound devices");
+        }
+    };
+    volume.run(join(small, drains));
+    device.overlapped.load(Ordering::Relaxed)
+}
+
+fn seeds_with(shows: fn(u64, Rules) -> bool, rules: Rules) -> usize {
+    (0..SEEDS).filter(|&seed| shows(seed, rules)).count()
+}
+
+#[test]
+fn after_a_failed_durable_write_nothing_is_promised() {
+    assert_eq!(seeds_with(loses_data, Rules::default()), 0);
+    assert!(seeds_with(loses_data, Rules::breaking(Rule::FailedDurableWriteFinal)) > 0);
+}
+
+#[test]
+fn the_cache_device_is_not_flushed_during_a_durable_write() {
+    assert_eq!(seeds_with(flushes_meanwhile, Rules::default()), 0);
+    assert!(seeds_with(flushes_meanwhile, Rules::breaking(Rule::DurableWriteAlone)) > 0);
+}

@@ -12,6 +12,7 @@ mod full;
 mod full_log;
 mod loops;
 mod metered_device;
+mod mixed;
 mod model_disk;
 mod report;
 mod setup;
@@ -67,6 +68,8 @@ enum What {
     /// Writes that are flushed one by one, against a plain write and fdatasync; what that takes of
     /// the cache device
     Flush,
+    /// Such writes beside reads, a discard and a drain, against the same writes alone
+    Mixed,
     /// Attaching a full cache of 64 GiB: what is read, and how long it takes
     Recovery,
     /// Resident memory for each cached block at 64 GiB
@@ -83,10 +86,11 @@ enum What {
 
 type Measure = fn(&Options) -> Result<Vec<Table>>;
 
-const MEASUREMENTS: [(What, Measure); 9] = [
+const MEASUREMENTS: [(What, Measure); 10] = [
     (What::Cpu, cpu::measure),
     (What::Append, append::measure),
     (What::Flush, flush::measure),
+    (What::Mixed, mixed::measure),
     (What::Loop, loops::measure),
     (What::Recovery, attach::recovery),
     (What::Memory, attach::memory),

@@ -5,9 +5,13 @@
 
 mod inbox;
 mod operation;
+mod queue;
 mod ring;
+mod sleep;
+mod tasks;
 #[cfg(test)]
 mod tests;
+mod timers;
 
 pub(crate) use operation::{Addresses, Lent, OpKind, OpResult, Target};
 
@@ -17,15 +21,16 @@ use crate::runtime::thread;
 #[cfg(feature = "serve-ublk")]
 use crate::sys::LazyBuffer;
 use crate::sys::keep_freed_memory;
+use async_task::Runnable;
 use futures_channel::oneshot;
 use futures_util::future::BoxFuture;
 use inbox::Shared;
-use io_uring::types;
 use nix::errno::Errno;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use operation::Op;
+use operation::{Op, class};
 use parking_lot::Mutex;
 use ring::Ring;
+use sleep::Sleep;
 use std::future::Future;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -33,19 +38,27 @@ use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Starts tasks and I/O on a reactor. Cloning is cheap. Once the reactor has ended, I/O fails.
+/// Starts tasks and I/O on a reactor. Cloning is cheap. Once the reactor has ended, I/O fails, and
+/// tasks are dropped.
 #[derive(Clone)]
 pub struct Handle(Arc<Shared>);
 
 impl Handle {
+    fn task(&self, future: impl Future<Output = ()> + Send + 'static) -> Option<Runnable> {
+        let shared = self.0.clone();
+        let schedule = move |runnable| shared.post(|inbox| inbox.tasks.push_back(runnable));
+        self.0.live.task(future, schedule)
+    }
+
     /// Polls a future once on this thread. If it is not ready, the reactor's thread continues it.
     pub fn run_now(&self, future: impl Future<Output = ()> + Send + 'static) {
-        let shared = self.0.clone();
-        let (runnable, task) = async_task::spawn(future, move |runnable| {
-            shared.post(|inbox| inbox.tasks.push_back(runnable))
-        });
-        task.detach();
-        runnable.run();
+        let Some(task) = self.task(future) else { return };
+        let waker = task.waker();
+        task.run();
+        if self.0.live.have_ended() {
+            // It may have missed the end, and must be dropped.
+            waker.wake();
+        }
     }
 
     /// Runs a future on the reactor and waits for its output. While it waits, it calls `meanwhile`
@@ -74,19 +87,21 @@ impl Handle {
 
     pub(crate) async fn submit(
         &self,
-        target: Option<Target>,
+        target: Target,
         in_flight: Option<InFlight>,
         kind: OpKind,
     ) -> OpResult {
         let (done, result) = oneshot::channel();
-        self.0.post(|inbox| inbox.ops.push(Op { target, in_flight, kind, progress: 0, done }));
+        let class = class(&target, &kind);
+        let op = Op { target, in_flight, kind, class, progress: 0, done };
+        self.0.post(|inbox| inbox.ops.push(op));
         result.await.unwrap_or((Err(Errno::ECANCELED), None))
     }
 
     /// Waits until a file can be read.
     #[cfg(feature = "serve-loop")]
     pub(crate) async fn readable(&self, file: &Target) -> Result<(), Errno> {
-        self.submit(Some(file.clone()), None, OpKind::Readable).await.0
+        self.submit(file.clone(), None, OpKind::Readable).await.0
     }
 
     /// Carries out a command of the ublk driver, which has the buffer meanwhile.
@@ -99,7 +114,7 @@ impl Handle {
         buffer: LazyBuffer,
     ) -> Result<LazyBuffer, Errno> {
         let kind = OpKind::Serve { code, argument, buffer };
-        match self.submit(Some(device.clone()), None, kind).await {
+        match self.submit(device.clone(), None, kind).await {
             (Ok(()), Some(Lent::Serve(buffer))) => Ok(buffer),
             (done, _) => Err(done.err().unwrap_or(Errno::ECANCELED)),
         }
@@ -125,7 +140,7 @@ impl Handle {
     /// As [`Handle::reading`], for a read during which this thread would block. `None` if other
     /// reads are under way, or if this is the reactor's thread, which must not block.
     pub(crate) fn reading_alone(&self) -> Option<Reading> {
-        if self.0.thread.get() == Some(&std::thread::current().id()) {
+        if self.0.is_own_thread() {
             return None;
         }
         self.0.reads.compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed).ok()?;
@@ -134,21 +149,18 @@ impl Handle {
 }
 
 impl Runtime for Handle {
-    fn spawn(&self, task: BoxFuture<'static, ()>) {
-        let shared = self.0.clone();
-        let (runnable, task) = async_task::spawn(task, move |runnable| {
-            shared.post(|inbox| inbox.tasks.push_back(runnable))
-        });
-        task.detach();
-        runnable.schedule();
+    fn spawn(&self, future: BoxFuture<'static, ()>) {
+        if let Some(task) = self.task(future) {
+            task.schedule();
+        }
     }
 
     fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
-        let handle = self.clone();
-        let time = Box::new(types::Timespec::from(duration));
-        Box::pin(async move {
-            let _ = handle.submit(None, None, OpKind::Sleep(time)).await;
-        })
+        Box::pin(Sleep::new(self.0.clone(), duration))
+    }
+
+    fn is_thread_shared(&self) -> bool {
+        self.0.is_own_thread()
     }
 
     fn now(&self) -> Duration {
@@ -176,6 +188,7 @@ impl Reactor {
         keep_freed_memory();
         let shared = Arc::new(Shared {
             inbox: Mutex::default(),
+            live: Arc::default(),
             parked: AtomicBool::new(false),
             wake: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?,
             thread: OnceLock::new(),

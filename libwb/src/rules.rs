@@ -88,6 +88,10 @@ pub enum Rule {
     WriteAroundCancelsAdmission,
     /// A write cancels the admission of its block, so that nothing older is admitted.
     WriteCancelsAdmission,
+    /// A read reserves the admission of a block in the same visit that finds it missing.
+    ReservedInSameVisit,
+    /// Of versions of a block in one batch, the newer one is written.
+    VersionsStayInOrder,
     /// A discard cancels the admission of its blocks.
     DiscardCancelsAdmission,
     /// A block that could not be written back counts as moved only when its copy is durable.

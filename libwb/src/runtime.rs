@@ -22,6 +22,11 @@ pub trait Runtime: Send + Sync + 'static {
     /// Completes after a time.
     fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()>;
 
+    /// Whether this thread runs other tasks as well. Then these wait while it does something long.
+    fn is_thread_shared(&self) -> bool {
+        true
+    }
+
     /// Time since some fixed moment; never goes back.
     fn now(&self) -> Duration;
 

@@ -50,6 +50,8 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::WriteAroundCancelsAdmission, 700, 2000),
     (Rule::WriteCancelsAdmission, 0, 500),
     (Rule::DiscardCancelsAdmission, 300, 1500),
+    (Rule::ReservedInSameVisit, 0, 3000),
+    (Rule::VersionsStayInOrder, 0, 3000),
     (Rule::OneEpochPerBatch, 600, 800),
     (Rule::FailedFlushFinal, 100, 800),
     (Rule::RotIsNoPowerCut, 0, 50),

@@ -13,6 +13,7 @@ use crate::device::{BlockDevice, Device, DeviceError};
 use crate::format::{SECTOR_BYTES, SUPERBLOCK_REGION_BYTES, Sector, SuperblockExtension, to_u64};
 use crate::rules::Rules;
 use crate::runtime::Runtime;
+use futures_lite::future::yield_now;
 use futures_util::lock::Mutex as AsyncMutex;
 use parking_lot::Mutex;
 use std::sync::Arc;
@@ -76,6 +77,13 @@ impl Engine {
     /// must end where a flush did, and the superblock record can only name whole segments.
     pub(super) fn commits(&self) -> bool {
         self.digest.is_some() && self.tunables.lock().writeback_order != WritebackOrder::Strict
+    }
+
+    /// Lets other tasks run between two visits to the state, if any wait for this thread.
+    pub(super) async fn let_others(&self) {
+        if self.runtime.is_thread_shared() {
+            yield_now().await;
+        }
     }
 
     /// A background task is over.

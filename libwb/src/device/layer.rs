@@ -60,6 +60,10 @@ impl<T: DeviceLayer> BlockDevice for T {
         self.below().busy()
     }
 
+    fn put_writes_first(&self) {
+        self.below().put_writes_first();
+    }
+
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
         DeviceLayer::read(self, offset, buf)
     }

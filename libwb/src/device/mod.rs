@@ -138,6 +138,10 @@ pub trait BlockDevice: Send + Sync + 'static {
         Pending::default()
     }
 
+    /// Lets writes and flushes go ahead of all else from now on, where there is a queue for this
+    /// device: requests wait for them.
+    fn put_writes_first(&self) {}
+
     /// Fills the whole buffer with the data from `offset` on.
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf>;
 

@@ -60,7 +60,7 @@ impl UringDevice {
             if !fits {
                 return Err(fail(Errno::EINVAL));
             }
-            match handle.submit(Some(target), Some(requests.begin()), kind).await {
+            match handle.submit(target, Some(requests.begin()), kind).await {
                 (Ok(()), Some(Lent::Read(buf))) => Ok(Some(buf)),
                 (Ok(()), _) => Ok(None),
                 (Err(cause), _) => Err(fail(cause)),
@@ -111,6 +111,10 @@ impl BlockDevice for UringDevice {
 
     fn pending(&self) -> Pending {
         self.requests.pending()
+    }
+
+    fn put_writes_first(&self) {
+        self.target.put_writes_first();
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {

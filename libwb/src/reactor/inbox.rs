@@ -1,13 +1,14 @@
 //! What the reactor's thread shares with the others: the inbox for tasks and operations.
 
 use super::operation::Op;
-use crate::runtime::thread;
+use super::tasks::Tasks;
+use super::timers::Timers;
 use async_task::Runnable;
 use nix::sys::eventfd::EventFd;
 use parking_lot::Mutex;
 use std::collections::VecDeque;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::ThreadId;
 use std::time::Instant;
 
@@ -15,6 +16,7 @@ use std::time::Instant;
 pub(super) struct Inbox {
     pub(super) tasks: VecDeque<Runnable>,
     pub(super) ops: Vec<Op>,
+    pub(super) timers: Timers,
     pub(super) stop: bool,
     /// The reactor's thread takes nothing any more.
     pub(super) ended: bool,
@@ -22,6 +24,7 @@ pub(super) struct Inbox {
 
 pub(super) struct Shared {
     pub(super) inbox: Mutex<Inbox>,
+    pub(super) live: Arc<Tasks>,
     /// True while the reactor sleeps, or is about to sleep, and must be woken.
     pub(super) parked: AtomicBool,
     pub(super) wake: EventFd,
@@ -33,6 +36,11 @@ pub(super) struct Shared {
 }
 
 impl Shared {
+    /// Whether this is the reactor's thread.
+    pub(super) fn is_own_thread(&self) -> bool {
+        self.thread.get() == Some(&std::thread::current().id())
+    }
+
     pub(super) fn post(&self, put: impl FnOnce(&mut Inbox)) {
         let (tasks, ops) = {
             let mut inbox = self.inbox.lock();
@@ -44,12 +52,7 @@ impl Shared {
             }
         };
         // Dropping an operation makes it fail. Its waiter may take the lock.
-        drop(ops);
-        if !tasks.is_empty() {
-            // The caller may hold a lock that the task takes when it is dropped. So another thread
-            // drops it.
-            let _ = thread("wb-late-tasks").spawn(move || drop(tasks));
-        }
+        drop((tasks, ops));
         if self.parked.swap(false, Ordering::SeqCst) {
             // The counter is never read. It overflows after 2^64 wake-ups, which is never.
             let _ = self.wake.write(1);

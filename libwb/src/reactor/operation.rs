@@ -1,6 +1,7 @@
 //! Operations: what they do, what they own, and how they end.
 #![allow(unsafe_code)] // io_uring takes addresses, which the operation owns
 
+use super::queue::Class;
 use crate::buf::{IoBuf, SharedBuf};
 use crate::format::to_u64;
 use crate::pending::InFlight;
@@ -13,8 +14,9 @@ use nix::libc::{RWF_DSYNC, iovec};
 use nix::poll::PollFlags;
 use nix::sys::statfs::{FUSE_SUPER_MAGIC, fstatfs};
 use std::fs::File;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What an operation does. It owns all memory that the kernel accesses for it.
 pub(crate) enum OpKind {
@@ -29,8 +31,6 @@ pub(crate) enum OpKind {
     Sync,
     /// `fallocate` with this mode, keeping the size.
     Zero { mode: FallocateFlags, offset: u64, length: u64 },
-    /// Only let time pass.
-    Sleep(Box<types::Timespec>),
     /// Wait until the file can be read.
     Readable,
     /// A command of the ublk driver. The driver may access the buffer until the command completes.
@@ -76,13 +76,20 @@ pub(crate) struct Target {
     /// Submitting an operation may wait for the device, as on FUSE. The kernel then gets a thread
     /// for it. Otherwise one hanging device would stop the reactor, and the other device with it.
     pub(super) may_block: bool,
+    /// It holds the log.
+    writes_first: Arc<AtomicBool>,
 }
 
 impl Target {
     pub(crate) fn new(file: File) -> Target {
         let may_block =
             fstatfs(&file).is_ok_and(|found| found.filesystem_type() == FUSE_SUPER_MAGIC);
-        Target { file: Arc::new(file), may_block }
+        Target { file: Arc::new(file), may_block, writes_first: Arc::default() }
+    }
+
+    /// Writes and flushes go ahead of all else from now on.
+    pub(crate) fn put_writes_first(&self) {
+        self.writes_first.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn file(&self) -> &File {
@@ -92,25 +99,38 @@ impl Target {
 
 pub(super) struct Op {
     /// Keeps the descriptor open until the kernel has finished.
-    pub(super) target: Option<Target>,
+    pub(super) target: Target,
     /// Counts the operation until the kernel has finished it, even if its caller has gone.
     pub(super) in_flight: Option<InFlight>,
     pub(super) kind: OpKind,
+    pub(super) class: Class,
     /// Bytes that earlier short completions have transferred.
     pub(super) progress: usize,
     pub(super) done: oneshot::Sender<OpResult>,
 }
 
 impl Op {
-    /// Whether it moves data of a device, and ends by itself in time. The others wait for something
-    /// else, perhaps forever.
+    /// Whether it moves data of a device, and ends by itself in time. The others wait for users of
+    /// the volume, perhaps forever.
     pub(super) fn is_io(&self) -> bool {
-        !matches!(self.kind, OpKind::Sleep(_) | OpKind::Readable | OpKind::Serve { .. })
+        !matches!(self.kind, OpKind::Readable | OpKind::Serve { .. })
     }
 }
 
-fn fd(op: &Op) -> types::Fd {
-    types::Fd(op.target.as_ref().map_or(-1, |target| target.file.as_raw_fd() as RawFd))
+/// When an operation may be submitted.
+pub(super) fn class(target: &Target, kind: &OpKind) -> Class {
+    let fd = target.file.as_raw_fd();
+    let writes_first = target.writes_first.load(Ordering::Relaxed);
+    match kind {
+        OpKind::Readable | OpKind::Serve { .. } => Class::Urgent,
+        OpKind::Sync | OpKind::WriteParts { durably: true, .. } if writes_first => Class::Flush(fd),
+        OpKind::Write { .. } | OpKind::WriteParts { .. } if writes_first => Class::Urgent,
+        OpKind::Read { .. }
+        | OpKind::Write { .. }
+        | OpKind::WriteParts { .. }
+        | OpKind::Sync
+        | OpKind::Zero { .. } => Class::InTurn(fd),
+    }
 }
 
 fn length(bytes: usize) -> u32 {
@@ -120,7 +140,7 @@ fn length(bytes: usize) -> u32 {
 
 /// The submission of an operation, or of its rest after a short completion.
 pub(super) fn entry(op: &mut Op) -> squeue::Entry {
-    let fd = fd(op);
+    let fd = types::Fd(op.target.file.as_raw_fd());
     let done = op.progress;
     match &mut op.kind {
         OpKind::Read { offset, buf } => {
@@ -148,7 +168,6 @@ pub(super) fn entry(op: &mut Op) -> squeue::Entry {
             .offset(*offset)
             .mode((*mode | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits())
             .build(),
-        OpKind::Sleep(time) => opcode::Timeout::new(&raw const **time).build(),
         OpKind::Readable => {
             opcode::PollAdd::new(fd, PollFlags::POLLIN.bits().cast_unsigned().into()).build()
         }
@@ -160,9 +179,6 @@ pub(super) fn entry(op: &mut Op) -> squeue::Entry {
 
 /// How the operation ended, or `None` when it must be submitted again.
 pub(super) fn outcome(op: &mut Op, result: i32) -> Option<Result<(), Errno>> {
-    if matches!(op.kind, OpKind::Sleep(_)) {
-        return Some(Ok(()));
-    }
     let Ok(moved) = usize::try_from(result) else {
         let cause = Errno::from_raw(-result);
         return if matches!(cause, Errno::EINTR | Errno::EAGAIN) { None } else { Some(Err(cause)) };

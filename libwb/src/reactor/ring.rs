@@ -3,23 +3,26 @@
 
 use super::inbox::Shared;
 use super::operation::{Lent, Op, OpKind, entry, outcome};
+use super::queue::Queue;
 use crate::format::{to_u64, to_usize};
 use async_task::Runnable;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
-use nix::libc::{EAGAIN, EBUSY, EINTR, EINVAL};
+use nix::libc::{EAGAIN, EBUSY, EINTR, EINVAL, ETIME};
 use nix::poll::PollFlags;
 use slab::Slab;
 use std::collections::VecDeque;
 use std::io;
+use std::mem::take;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Waker;
+use std::time::Instant;
 
-/// Entries of the submission queue.
+/// Entries of the submission queue. The completion queue has twice as many.
 const RING_ENTRIES: u32 = 256;
-/// Entries of the completion queue: enough for all I/O, and for what a front end waits for.
-const COMPLETIONS: u32 = 8 * RING_ENTRIES;
-/// I/O that the kernel has at a time. Other I/O waits.
+/// Operations that the kernel has at a time. The completion queue then cannot overflow. Other
+/// operations wait. A front end waits for requests with 128 of them at most.
 const MAX_IN_FLIGHT: usize = 2 * RING_ENTRIES as usize - 1;
 /// The `user_data` of the poll that wakes the reactor.
 const WAKE: u64 = u64::MAX;
@@ -31,12 +34,9 @@ fn build_ring() -> io::Result<IoUring> {
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_taskrun_flag()
-        .setup_cqsize(COMPLETIONS)
         .build(RING_ENTRIES);
     let ring = match deferred {
-        Err(e) if e.raw_os_error() == Some(EINVAL) => {
-            IoUring::builder().setup_cqsize(COMPLETIONS).build(RING_ENTRIES)
-        }
+        Err(e) if e.raw_os_error() == Some(EINVAL) => IoUring::new(RING_ENTRIES),
         made => made,
     }?;
     // The kernel has worker threads for operations whose submission may wait. By default there are
@@ -61,13 +61,11 @@ impl Drop for AbortOnUnwind {
 pub(super) struct Ring {
     shared: Arc<Shared>,
     ring: IoUring,
-    /// Operations that the kernel has, or that are in the backlog. Each keeps its memory until it
+    /// Operations that the kernel has, or that are in the queue. Each keeps its memory until it
     /// has completed.
     ops: Slab<Op>,
-    /// Keys of operations that have not been submitted yet.
-    backlog: VecDeque<usize>,
-    /// How much I/O the kernel has.
-    io_in_flight: usize,
+    /// Those that have not been submitted yet.
+    queue: Queue,
     /// Whether the poll on the wake-up descriptor is under way.
     armed: bool,
 }
@@ -75,8 +73,8 @@ pub(super) struct Ring {
 impl Ring {
     /// Makes the ring, for the thread that calls this.
     pub(super) fn new(shared: Arc<Shared>) -> io::Result<Ring> {
-        let (ops, backlog) = (Slab::new(), VecDeque::new());
-        Ok(Ring { shared, ring: build_ring()?, ops, backlog, io_in_flight: 0, armed: false })
+        let (ops, queue) = (Slab::new(), Queue::default());
+        Ok(Ring { shared, ring: build_ring()?, ops, queue, armed: false })
     }
 
     /// Runs until the reactor is dropped.
@@ -85,54 +83,66 @@ impl Ring {
         let _guard = AbortOnUnwind;
         let _ = self.shared.thread.set(std::thread::current().id());
         loop {
-            let (tasks, ops, stop) = {
+            let (tasks, ops, due, stop) = {
                 let mut inbox = self.shared.inbox.lock();
-                (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops), inbox.stop)
+                let (tasks, ops) = (take(&mut inbox.tasks), take(&mut inbox.ops));
+                (tasks, ops, inbox.timers.take_due(), inbox.stop)
             };
             if stop {
                 return self.finish(tasks);
             }
             for op in ops {
-                let key = self.ops.insert(op);
-                self.backlog.push_back(key);
+                let class = op.class;
+                self.queue.push(self.ops.insert(op), class);
             }
             for task in tasks {
                 task.run();
             }
-            self.push_backlog();
+            due.into_values().for_each(Waker::wake);
+            self.push_queue();
             self.park();
             self.reap();
         }
     }
 
-    /// Submits operations. Then waits for a completion or a wake-up, unless the inbox has something
-    /// already.
+    /// Submits operations. Then waits for a completion, a wake-up or the end of a sleep, unless the
+    /// inbox has something already.
     fn park(&mut self) {
         self.shared.parked.store(true, Ordering::SeqCst);
-        let nothing_to_do = {
+        let (nothing_to_do, until) = {
             let inbox = self.shared.inbox.lock();
-            inbox.tasks.is_empty() && inbox.ops.is_empty() && !inbox.stop
+            let nothing_to_do = inbox.tasks.is_empty() && inbox.ops.is_empty() && !inbox.stop;
+            (nothing_to_do, inbox.timers.next())
         };
-        self.enter(usize::from(nothing_to_do));
+        self.enter(usize::from(nothing_to_do), until);
         self.shared.parked.store(false, Ordering::SeqCst);
     }
 
-    fn enter(&mut self, want: usize) {
+    /// Submits operations, and waits for `want` completions at most until some moment.
+    fn enter(&mut self, want: usize, until: Option<Instant>) {
         let submission = self.ring.submission();
         if want == 0 && submission.is_empty() && !submission.taskrun() {
             return;
         }
         drop(submission);
-        match self.ring.submit_and_wait(want) {
+        let entered = match until.filter(|_| want > 0) {
+            None => self.ring.submit_and_wait(want),
+            Some(until) => {
+                let rest = until.saturating_duration_since(Instant::now()).into();
+                let args = types::SubmitArgs::new().timespec(&rest);
+                self.ring.submitter().submit_with_args(want, &args)
+            }
+        };
+        match entered {
             Ok(_) => {}
-            // Interrupted, or the kernel is short of memory or of space for completions. Reap, then
-            // try again.
-            Err(e) if matches!(e.raw_os_error(), Some(EINTR | EAGAIN | EBUSY)) => {}
+            // The time is over. Or the kernel was interrupted, or is short of memory or of space
+            // for completions: reap, then try again.
+            Err(e) if matches!(e.raw_os_error(), Some(ETIME | EINTR | EAGAIN | EBUSY)) => {}
             Err(e) => panic!("io_uring_enter failed: {e}"),
         }
     }
 
-    fn push_backlog(&mut self) {
+    fn push_queue(&mut self) {
         if !self.armed {
             let wake = types::Fd(self.shared.wake.as_raw_fd());
             let poll = opcode::PollAdd::new(wake, PollFlags::POLLIN.bits().cast_unsigned().into())
@@ -141,29 +151,34 @@ impl Ring {
             // SAFETY: the entry refers to no memory, and the descriptor lives as long as the ring.
             self.armed = unsafe { self.ring.submission().push(&poll.user_data(WAKE)) }.is_ok();
         }
-        while self.io_in_flight < MAX_IN_FLIGHT {
-            let Some(key) = self.backlog.pop_front() else { return };
-            let op = &mut self.ops[key];
-            let is_io = op.is_io();
-            let may_block = op.target.as_ref().is_some_and(|target| target.may_block);
-            let flags = if may_block { squeue::Flags::ASYNC } else { squeue::Flags::empty() };
-            let entry = entry(op).user_data(to_u64(key)).flags(flags);
-            // SAFETY: `entry` points into the operation's own buffers. They stay in `ops` until the
-            // completion has been reaped, and `finish` waits for that before `ops` is dropped.
-            if unsafe { self.ring.submission().push(&entry) }.is_err() {
-                self.backlog.push_front(key);
-                self.enter(0);
+        if self.queue.is_empty() {
+            return;
+        }
+        let now = Instant::now();
+        while self.queue.in_flight() < MAX_IN_FLIGHT {
+            if self.ring.submission().is_full() {
+                self.enter(0, None);
                 if self.ring.submission().is_full() {
                     return;
                 }
-            } else if is_io {
-                self.io_in_flight += 1;
             }
+            let Some(key) = self.queue.pop(now) else { return };
+            let op = &mut self.ops[key];
+            let flags = match op.target.may_block {
+                true => squeue::Flags::ASYNC,
+                false => squeue::Flags::empty(),
+            };
+            let entry = entry(op).user_data(to_u64(key)).flags(flags);
+            // SAFETY: `entry` points into the operation's own buffers. They stay in `ops` until the
+            // completion has been reaped, and `finish` waits for that before `ops` is dropped.
+            let pushed = unsafe { self.ring.submission().push(&entry) };
+            pushed.expect("there is room");
         }
     }
 
     fn reap(&mut self) {
         let completions: Vec<cqueue::Entry> = self.ring.completion().collect();
+        let now = Instant::now();
         for completion in completions {
             let (user_data, result) = (completion.user_data(), completion.result());
             if user_data == WAKE {
@@ -172,55 +187,61 @@ impl Ring {
                 continue;
             }
             let key = to_usize(user_data);
-            if self.ops[key].is_io() {
-                self.io_in_flight -= 1;
+            let op = &mut self.ops[key];
+            self.queue.done(op.class, now);
+            let Some(outcome) = outcome(op, result) else {
+                self.queue.push(key, op.class);
+                continue;
+            };
+            let op = self.ops.remove(key);
+            if let (Ok(()), Some(in_flight)) = (&outcome, &op.in_flight) {
+                in_flight.succeeded();
             }
-            if let Some(outcome) = outcome(&mut self.ops[key], result) {
-                let op = self.ops.remove(key);
-                if let (Ok(()), Some(in_flight)) = (&outcome, &op.in_flight) {
-                    in_flight.succeeded();
-                }
-                let lent = match op.kind {
-                    OpKind::Read { buf, .. } => Some(Lent::Read(buf)),
-                    OpKind::Serve { buffer, .. } => Some(Lent::Serve(buffer)),
-                    _ => None,
-                };
-                let _ = op.done.send((outcome, lent));
-            } else {
-                self.backlog.push_back(key);
-            }
+            let lent = match op.kind {
+                OpKind::Read { buf, .. } => Some(Lent::Read(buf)),
+                OpKind::Serve { buffer, .. } => Some(Lent::Serve(buffer)),
+                _ => None,
+            };
+            let _ = op.done.send((outcome, lent));
         }
     }
 
-    /// Waits for the I/O that the kernel has, before its memory is freed. Of the rest, only a
-    /// command of a device that is still being served owns memory that the kernel accesses. Its
-    /// memory is never freed.
+    /// Waits for the I/O that the kernel has, before its memory is freed. Then drops all tasks.
+    ///
+    /// Of what the kernel still has then, only a command of a device that is being served owns memory
+    /// that the kernel accesses. That memory is never freed.
     fn finish(mut self, tasks: VecDeque<Runnable>) {
-        for key in std::mem::take(&mut self.backlog) {
-            self.ops.remove(key);
-        }
-        while self.io_in_flight > 0 {
-            self.enter(1);
+        self.drop_queue();
+        while self.ops.iter().any(|(_, op)| op.is_io()) {
+            self.enter(1, None);
             self.reap();
-            for key in std::mem::take(&mut self.backlog) {
-                self.ops.remove(key);
-            }
+            self.drop_queue();
         }
         for op in self.ops.drain().filter(|op| matches!(op.kind, OpKind::Serve { .. })) {
             std::mem::forget(op.kind);
         }
         drop(tasks);
+        self.shared.live.end();
         // Dropping a task may wake other tasks, which are then posted to the inbox.
         loop {
-            let (tasks, ops) = {
+            let (tasks, ops, timers) = {
                 let mut inbox = self.shared.inbox.lock();
                 inbox.ended = inbox.tasks.is_empty() && inbox.ops.is_empty();
-                if inbox.ended {
-                    return;
-                }
-                (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops))
+                (take(&mut inbox.tasks), take(&mut inbox.ops), inbox.timers.take_all())
             };
+            if tasks.is_empty() && ops.is_empty() && timers.is_empty() {
+                return;
+            }
             drop((tasks, ops));
+            // Other threads may wait for them.
+            timers.into_values().for_each(Waker::wake);
+        }
+    }
+
+    /// Drops the operations that the kernel does not have.
+    fn drop_queue(&mut self) {
+        for key in self.queue.take_all() {
+            self.ops.remove(key);
         }
     }
 }

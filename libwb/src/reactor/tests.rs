@@ -1,26 +1,80 @@
 use super::*;
+use crate::device::probe::{Access, open};
 use event_listener::Event;
+use futures_lite::future::poll_once;
+
+const HOUR: Duration = Duration::from_secs(3600);
 
 #[test]
-fn tasks_that_are_woken_when_the_reactor_has_ended_are_dropped() {
-    let (reactor, event) = (Reactor::start().expect("io_uring"), Arc::new(Event::new()));
-    let (listening, listens) = mpsc::channel();
+fn a_task_that_another_thread_polls_while_the_reactor_ends_is_dropped_after_that() {
+    let reactor = Reactor::start().expect("io_uring");
+    let (polled, is_polled) = mpsc::channel();
+    let (ended, has_ended) = mpsc::channel::<()>();
     let (kept, dropped) = mpsc::channel::<()>();
-    for _ in 0..3 {
-        let (event, listening, kept) = (event.clone(), listening.clone(), kept.clone());
-        reactor.handle().spawn(Box::pin(async move {
-            let listener = event.listen();
-            let _ = listening.send(());
-            listener.await;
+    let handle = reactor.handle().clone();
+    let other = std::thread::spawn(move || {
+        handle.run_now(async move {
+            let _ = polled.send(());
+            let _ = has_ended.recv();
+            std::future::pending::<()>().await;
             drop(kept);
-        }));
-        listens.recv().expect("the task runs");
-    }
-    drop(kept);
+        });
+    });
+    is_polled.recv().expect("it is polled at once");
     drop(reactor);
-    let notifying = std::thread::spawn(move || event.notify(1));
-    // Each passes the notification on as it is dropped, under a lock that the next one takes.
-    let outcome = dropped.recv_timeout(Duration::from_secs(60));
-    assert_eq!(outcome, Err(mpsc::RecvTimeoutError::Disconnected), "a task is stuck");
-    assert_eq!(notifying.join().expect("no panic"), 1);
+    drop(ended);
+    other.join().expect("no panic");
+    assert_eq!(dropped.try_recv(), Err(mpsc::TryRecvError::Disconnected));
+}
+
+#[test]
+fn the_end_drops_a_task_that_waits_for_ever_and_the_device_that_it_owns() {
+    let (reactor, event) = (Reactor::start().expect("io_uring"), Arc::new(Event::new()));
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    file.as_file().set_len(4096).expect("room");
+    let device = open(file.path(), Access::Write).expect("nobody has it");
+    let (listening, listens) = mpsc::channel();
+    let of_task = event.clone();
+    reactor.handle().spawn(Box::pin(async move {
+        let listener = of_task.listen();
+        let _ = listening.send(());
+        listener.await;
+        drop(device);
+    }));
+    listens.recv().expect("the task runs");
+    assert!(open(file.path(), Access::Write).is_err(), "the task has locked it");
+    let handle = reactor.handle().clone();
+    drop(reactor);
+    open(file.path(), Access::Write).expect("nobody has it any more");
+    let late = handle.run_watched(std::future::pending::<()>(), HOUR, || true);
+    assert!(late.is_none(), "a task that comes too late is dropped");
+}
+
+#[test]
+fn sleeps_end_in_their_order_and_nothing_is_left_of_dropped_ones() {
+    let reactor = Reactor::start().expect("io_uring");
+    let handle = reactor.handle();
+    let sleep = |millis| handle.sleep(Duration::from_millis(millis));
+    let order = reactor.block_on(async {
+        let order = Mutex::new(Vec::new());
+        let note = async |millis| {
+            sleep(millis).await;
+            order.lock().push(millis);
+        };
+        for _ in 0..1000 {
+            // Polled once, and dropped.
+            assert!(poll_once(handle.sleep(HOUR)).await.is_none());
+        }
+        futures_util::join!(note(30), note(1), note(10));
+        order.into_inner()
+    });
+    assert_eq!(order, [1, 10, 30]);
+    assert_eq!(handle.0.inbox.lock().timers.next(), None);
+    let (waiting, handle) = (reactor.handle().sleep(HOUR), reactor.handle().clone());
+    let waiter = std::thread::spawn(|| futures_lite::future::block_on(waiting));
+    while handle.0.inbox.lock().timers.next().is_none() {
+        std::thread::yield_now();
+    }
+    drop(reactor);
+    waiter.join().expect("its sleep ends with the reactor");
 }

@@ -2,12 +2,9 @@
 
 use crate::cache::engine::Engine;
 use crate::cache::state::State;
-use crate::cache::state::shared::Waiter;
+use crate::cache::state::shared::{VISIT, Waiter};
 use crate::format::PLACES;
 use std::sync::Arc;
-
-/// Blocks that are put into the log in one visit to the state.
-const VISIT: u8 = 16;
 
 impl Engine {
     /// The background task that puts waiting blocks into the log as clean entries.

@@ -1,12 +1,15 @@
 //! One batch of write-back, to the backing device: read, merged, written, flushed.
 
 use super::runs::{DeviceRead, Run, device_reads, pieces, runs};
+use super::sorted::{CHUNK, merged, sort_chunks};
 use crate::cache::engine::Engine;
 use crate::cache::state::segment_log::Item;
+use crate::cache::state::shared::VISIT;
 use crate::cache::state::stuck::{Failed, MOST_ALONE, MOST_STUCK};
 use crate::device::{BlockDevice, DeviceError, IoBuf};
 use crate::format::{BLOCK_BYTES, SECTOR_BYTES, SECTORS_PER_BLOCK, to_u64, to_usize};
 use crate::rules::Rule;
+use futures_lite::future::{poll_once, yield_now};
 use futures_util::StreamExt;
 use futures_util::stream::{self, FuturesUnordered};
 use std::sync::atomic::Ordering;
@@ -15,8 +18,8 @@ use std::sync::atomic::Ordering;
 const MAX_RUN_SECTORS: u64 = 2048;
 /// The queue depth of write-back on the backing device: enough to fill a disk's own queue, so that
 /// the disk can reorder the writes. Each write buffers its data twice, as read and as written, at
-/// most 64 MiB in all. In addition, each block of a batch takes an [`Item`] of 24 bytes, and as
-/// much again during sorting. For 4096 segments, this is 25 MB.
+/// most 64 MiB in all. In addition, each block of a batch takes an [`Item`] of 24 bytes. For 4096
+/// segments, this is 12 MB.
 const DEPTH: usize = 32;
 /// Reads of the cache device at a time for each of them: more would keep those of requests and
 /// commits waiting.
@@ -71,24 +74,38 @@ impl Engine {
             return Ok(BatchOutcome::default());
         }
         let before = self.backing_flushes.failures();
-        // Stable, so that versions of the same block stay in their order.
-        items.sort_by_key(|item| item.block);
+        sort_chunks(&mut items).await;
         let unit = u64::from(self.writeback_device.block_size());
-        let mut runs = runs(pieces(&items), unit, MAX_RUN_SECTORS);
+        let mut runs = runs(pieces(merged(&items, self.rules)), unit, MAX_RUN_SECTORS);
         let (written, suspects) = self.write_runs(&mut runs).await?;
         if let Some((_, error)) = suspects.first().filter(|_| runs.next().is_some()) {
             return Err(BatchStop::Device(error.clone()));
         }
         let failed = self.write_one_by_one(suspects, unit, written).await?;
-        let is_written =
-            |item: &&Item| failed.binary_search_by_key(&item.block, |it| it.block).is_err();
-        let any = items.iter().any(|item| is_written(&item));
-        let blocks = items.iter().filter(is_written).map(|item| item.block);
-        self.state.lock().stuck.written(blocks);
+        let any = self.note_written(&items, &failed).await;
         if self.rules.keep(Rule::BackingFlushedBeforeRecord) {
             self.backing_flushes.flush(&self.writeback_device, before).await?;
         }
         Ok(BatchOutcome { failed, any })
+    }
+
+    /// Notes which blocks are on the backing device: all but those that failed. Returns whether
+    /// there are any.
+    async fn note_written(&self, items: &[Item], failed: &[Failed]) -> bool {
+        let is_written =
+            |item: &&Item| failed.binary_search_by_key(&item.block, |it| it.block).is_err();
+        let mut any = false;
+        for items in items.chunks(CHUNK) {
+            for items in items.chunks(VISIT.into()) {
+                let mut blocks = items.iter().filter(is_written).map(|item| item.block).peekable();
+                any |= blocks.peek().is_some();
+                let mut visit = self.state.lock();
+                visit.stuck.written(blocks);
+                visit.give_way();
+            }
+            self.let_others().await;
+        }
+        any
     }
 
     /// Writes runs, several at a time. Returns how many succeeded, and those that failed. Stops
@@ -100,22 +117,27 @@ impl Engine {
         let mut writes = FuturesUnordered::new();
         let (mut written, mut failed, mut closing) = (0, Vec::new(), false);
         loop {
-            while !closing
+            let may_start = !closing
                 && (failed.len() < DEPTH || failed.len() <= written)
-                && writes.len() < DEPTH
-                && let Some(run) = runs.next()
-            {
+                && writes.len() < DEPTH;
+            let done = if may_start && let Some(run) = runs.next() {
                 writes
                     .push(async move { self.write_run(&run).await.map_err(|fault| (run, fault)) });
-            }
-            // Even after a failure, what was started is waited for: it must not arrive after a
-            // later write.
-            match writes.next().await {
-                Some(Ok(())) => written += 1,
-                Some(Err((_, Fault::Closing))) => closing = true,
-                Some(Err((run, Fault::Device { error, .. }))) => failed.push((run, error)),
-                None if closing => return Err(BatchStop::Closing),
-                None => return Ok((written, failed)),
+                // One at a time, so that other tasks come in between.
+                yield_now().await;
+                poll_once(writes.next()).await
+            } else {
+                // Even after a failure, what was started is waited for: it must not arrive after a
+                // later write.
+                Some(writes.next().await)
+            };
+            match done {
+                None => {}
+                Some(Some(Ok(()))) => written += 1,
+                Some(Some(Err((_, Fault::Closing)))) => closing = true,
+                Some(Some(Err((run, Fault::Device { error, .. })))) => failed.push((run, error)),
+                Some(None) if closing => return Err(BatchStop::Closing),
+                Some(None) => return Ok((written, failed)),
             }
         }
     }

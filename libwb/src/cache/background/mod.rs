@@ -7,6 +7,7 @@ mod flusher;
 mod moving;
 mod policy;
 mod runs;
+mod sorted;
 #[cfg(test)]
 mod tests;
 mod writeback;

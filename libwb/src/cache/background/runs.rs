@@ -17,8 +17,18 @@ pub(super) struct Piece {
 
 /// Chooses the newest version of each sector from items that are sorted by block, older versions
 /// first.
-pub(super) fn pieces(items: &[Item]) -> impl Iterator<Item = Piece> + '_ {
-    items.chunk_by(|a, b| a.block == b.block).flat_map(pieces_of)
+pub(super) fn pieces<'a>(items: impl Iterator<Item = &'a Item>) -> impl Iterator<Item = Piece> {
+    let (mut items, mut versions) = (items.peekable(), Vec::new());
+    let of_next_block = std::iter::from_fn(move || {
+        let first = items.next()?;
+        versions.clear();
+        versions.push(*first);
+        while let Some(item) = items.next_if(|item| item.block == first.block) {
+            versions.push(*item);
+        }
+        Some(pieces_of(&versions))
+    });
+    of_next_block.flatten()
 }
 
 fn pieces_of(versions: &[Item]) -> Vec<Piece> {
@@ -126,14 +136,15 @@ mod tests {
     }
 
     fn runs_of(items: &[Item], unit: u64) -> Vec<Run> {
-        runs(pieces(items), unit, 2048).collect()
+        runs(pieces(items.iter()), unit, 2048).collect()
     }
 
     #[test]
     fn the_newest_version_of_each_sector_is_chosen() {
         let items = [item(5, 3, 1, 0xff), item(7, 1, 0, 0b0001_1110), item(7, 2, 0, 0b0000_1100)];
-        let found: Vec<_> =
-            pieces(&items).map(|p| (p.sector.0, p.sectors, p.place.slot.0, p.first)).collect();
+        let found: Vec<_> = pieces(items.iter())
+            .map(|p| (p.sector.0, p.sectors, p.place.slot.0, p.first))
+            .collect();
         assert_eq!(found, [(40, 8, 3, 0), (57, 1, 1, 1), (58, 2, 2, 2), (60, 1, 1, 4)]);
     }
 
@@ -166,7 +177,7 @@ mod tests {
             item(12, 1, 3, 0xff),
             item(13, 1, 4, 0x03),
         ];
-        let pieces: Vec<_> = pieces(&items).collect();
+        let pieces: Vec<_> = pieces(items.iter()).collect();
         let found: Vec<_> =
             device_reads(&pieces).iter().map(|l| (l.place.index, l.blocks, l.sectors)).collect();
         assert_eq!(found, [(0, 2, 16), (3, 2, 10)]);

@@ -4,16 +4,15 @@ use super::batch::{BatchOutcome, BatchStop};
 use crate::cache::engine::Engine;
 use crate::cache::state::State;
 use crate::cache::state::segment_log::Item;
+use crate::cache::state::shared::VISIT;
 use crate::cache::state::stuck::Passage;
 use crate::device::DeviceError;
-use crate::format::{BLOCK_BYTES, BlockNo, Record, SegmentId, to_u64};
+use crate::format::{BLOCK_BYTES, BlockNo, PLACES, Record, SegmentId, to_u64};
 use crate::log::segment_writes::write_record;
 use crate::rules::Rule;
-use futures_lite::future::yield_now;
+use std::collections::BTreeSet;
+use std::ops::Range;
 use std::time::Duration;
-
-/// Segments of a batch that are looked at before other tasks run.
-const SEGMENTS_AT_ONCE: u64 = 32;
 
 /// What a batch is to write, and what it passes over.
 #[derive(Default)]
@@ -24,10 +23,16 @@ struct Batch {
 }
 
 impl Batch {
-    /// Takes in a segment of a batch that ends with `last`.
-    fn add(&mut self, state: &State, id: SegmentId, last: SegmentId, now: Duration) {
+    /// Takes in some places of a segment of a batch that ends with `last`.
+    fn add(
+        &mut self,
+        state: &State,
+        (id, places): (SegmentId, Range<u8>),
+        last: SegmentId,
+        now: Duration,
+    ) {
         let is_draining = state.writeback.is_draining(&state.log);
-        for item in state.log.items_of(id, last) {
+        for item in state.log.items_of(id, places, last) {
             match state.stuck.is_passed_over(item.block, is_draining, now) {
                 true => self.passed_over.push((id, item.block)),
                 false => self.items.push(item),
@@ -47,12 +52,7 @@ impl Engine {
             state.stuck.prune(&state.log);
             state.log.written_back().next()
         };
-        let mut batch = Batch::default();
-        for id in (first.0..=last.0).map(SegmentId) {
-            batch.add(&self.state.lock(), id, last, started);
-            self.let_others(id).await;
-        }
-        let Batch { items, passed_over } = batch;
+        let Batch { items, passed_over } = self.collect(first, last, started).await;
         self.state.lock().writeback.batch_begun(started, to_u64(items.len()));
         let written = async {
             let written = self.write_items(items).await?;
@@ -64,9 +64,47 @@ impl Engine {
         let (up_to, stop) = written?;
         for id in (first.0..=up_to.0).map(SegmentId) {
             self.state.lock().log.segment_written_back(id);
-            self.let_others(id).await;
+            self.let_others().await;
         }
         stop.map_or(Ok(()), Err)
+    }
+
+    /// What a batch is to write, from segment `first` up to `last`.
+    ///
+    /// Blocks get newer versions between the visits to the state, but only beyond the batch. There
+    /// they stand for none that a later visit finds. What an earlier one left out has a newer
+    /// version within the batch, which does not change.
+    async fn collect(&self, first: SegmentId, last: SegmentId, now: Duration) -> Batch {
+        let mut batch = Batch::default();
+        for id in (first.0..=last.0).map(SegmentId) {
+            for place in (0..PLACES).step_by(VISIT.into()) {
+                let visit = self.state.lock();
+                let places = place..PLACES.min(place + VISIT);
+                batch.add(&visit, (id, places), last, now);
+                visit.give_way();
+            }
+            self.let_others().await;
+        }
+        batch
+    }
+
+    /// Of each of these blocks, the oldest segment up to `last` that holds anything of it and is
+    /// not written back. Such segments do not change.
+    async fn oldest_versions(
+        &self,
+        last: SegmentId,
+        mut wanted: BTreeSet<BlockNo>,
+    ) -> Vec<(SegmentId, BlockNo)> {
+        let mut found = Vec::new();
+        let first = self.state.lock().log.written_back().next();
+        for id in (first.0..=last.0).map(SegmentId) {
+            if wanted.is_empty() {
+                break;
+            }
+            found.extend(self.state.lock().log.take_held(id, &mut wanted));
+            self.let_others().await;
+        }
+        found
     }
 
     /// Moves blocks that were not written back, where that is allowed. Then records how far the log
@@ -76,12 +114,15 @@ impl Engine {
         &self,
         last: SegmentId,
         BatchOutcome { failed, any: wrote }: BatchOutcome,
-        passed_over: Vec<(SegmentId, BlockNo)>,
+        mut in_the_way: Vec<(SegmentId, BlockNo)>,
     ) -> Result<(SegmentId, Option<BatchStop>), BatchStop> {
         if let Some(failed) = failed.first().filter(|_| self.reaches_further_than(last)) {
             return Err(BatchStop::Device(failed.error.clone()));
         }
-        let any = !failed.is_empty() || !passed_over.is_empty();
+        // A newer version stands for an older one only if both are written back.
+        let blocks = failed.iter().map(|failed| failed.block).collect();
+        in_the_way.extend(self.oldest_versions(last, blocks).await);
+        let any = !in_the_way.is_empty();
         let passage = {
             let tunables = self.tunables.lock().clone();
             let mut visit = self.state.lock();
@@ -89,7 +130,7 @@ impl Engine {
             let (is_strict, has_crcs) = (state.is_strict(&tunables), self.digest.is_some());
             let movable = |lost: bool| !is_strict && (has_crcs || !lost);
             let now = self.runtime.now();
-            state.stuck.passage(&state.log, last, failed, passed_over, movable, now)
+            state.stuck.passage(&state.log, last, failed, in_the_way, movable, now)
         };
         let Passage { mut up_to, moves, mut obstacle } = passage;
         if !self.rules.keep(Rule::StuckMoved) {
@@ -129,13 +170,6 @@ impl Engine {
     pub(super) fn reaches_further_than(&self, last: SegmentId) -> bool {
         let tunables = self.tunables.lock().clone();
         self.state.lock().reaches_further_than(last, &tunables)
-    }
-
-    /// Lets other tasks run now and then: a batch may be large.
-    async fn let_others(&self, id: SegmentId) {
-        if id.0.is_multiple_of(SEGMENTS_AT_ONCE) {
-            yield_now().await;
-        }
     }
 
     /// Makes it durable that every segment up to `id` is written back.

@@ -249,6 +249,7 @@ impl Engine {
     }
 
     fn start_tasks(self: &Arc<Self>) {
+        self.cache.put_writes_first();
         self.state.lock().lifecycle.tasks_started(5);
         self.runtime.spawn(Box::pin(self.clone().appender()));
         self.runtime.spawn(Box::pin(self.clone().flusher()));

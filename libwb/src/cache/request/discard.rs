@@ -15,6 +15,7 @@
 use super::range_lock::RangeLock;
 use crate::cache::engine::Engine;
 use crate::cache::error::CacheError;
+use crate::cache::state::shared::VISIT;
 use crate::cache::tunables::WritebackOrder;
 use crate::device::{BlockDevice, DeviceError, Operation};
 use crate::format::{
@@ -27,8 +28,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Blocks that are looked up in one visit to the state.
-const VISIT: u64 = 4096;
+/// Blocks that are looked up before other tasks run.
+const TURN: u64 = 256;
 const ZEROS: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
 /// What becomes of the space of a range that is to read as zeros.
@@ -122,23 +123,28 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes the log hold nothing of some blocks but zeros.
+    /// Makes the log hold nothing of some blocks but zeros. Since the blocks are locked, no write
+    /// comes to them between two visits to the state, and no read of them reserves an admission.
+    /// What waited for admission before may come, up to the visit that cancels it.
     async fn cover(&self, blocks: &Range<BlockNo>, space: Space) -> Result<(), CacheError> {
-        let mut next = blocks.start;
+        let (mut next, mut looked_up) = (blocks.start, 0);
         while next < blocks.end {
-            let visited = next..BlockNo(blocks.end.0.min(next.0 + VISIT));
+            let visited = next..BlockNo(blocks.end.0.min(next.0 + u64::from(VISIT)));
             let (reached, covered) = {
-                let mut state = self.state.lock();
+                let mut visit = self.state.lock();
                 // In the same visit: no segment may be opened once the last one was sealed.
-                state.lifecycle.check_open()?;
-                state.cover(visited, space == Space::GivenUp)
+                visit.lifecycle.check_open()?;
+                let covered = visit.cover(visited, space == Space::GivenUp);
+                visit.give_way();
+                covered
             };
+            looked_up += reached.0 - next.0;
             next = reached;
             if let Err(wait) = covered {
                 self.wait_for(wait).await?;
-            }
-            if next < blocks.end {
+            } else if looked_up >= TURN {
                 // A large range takes many visits, and other tasks share the thread.
+                looked_up = 0;
                 yield_now().await;
             }
         }

@@ -1,4 +1,4 @@
-//! Reads: one visit to the state splits the request by where each sector's newest version lies.
+//! Reads: visits to the state split the request by where each sector's newest version lies.
 
 use super::pinned::Pinned;
 use super::reservation::Reservation;
@@ -7,18 +7,22 @@ use crate::cache::error::CacheError;
 use crate::cache::state::State;
 use crate::cache::state::fragment::{Fragment, fragments};
 use crate::cache::state::index::Cached;
+use crate::cache::state::shared::VISIT;
 use crate::device::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, Place, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, crc32c,
-    to_u64, to_usize,
+    BLOCK_BYTES, DirtyBits, Place, SECTOR_BYTES, SECTORS_PER_BLOCK, Sector, crc32c, to_u64,
+    to_usize,
 };
 use crate::rules::Rule;
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
+use futures_util::{StreamExt, stream};
 use std::sync::Arc;
 
 /// Sectors that may lie unused between two parts of one read from the backing device.
 const MAX_GAP: u64 = SECTORS_PER_BLOCK;
+
+/// Fetches of one read at a time. All reads of a device queue up in the order in which they come,
+/// so a read of many scattered blocks must not be ahead of all others at once.
+const DEPTH: usize = 16;
 
 /// Bytes that a fetch brings for the request.
 struct Part {
@@ -69,11 +73,10 @@ impl Fetch {
     }
 }
 
-#[derive(Default)]
 struct ReadPlan {
     fetches: Vec<Fetch>,
     /// The admission of what is worth caching.
-    reserved: Option<Reservation>,
+    reserved: Reservation,
     /// A block that is wanted is lost, and its segment is still in RAM.
     lost: Option<Place>,
     last_cache: Option<usize>,
@@ -81,6 +84,53 @@ struct ReadPlan {
 }
 
 impl ReadPlan {
+    fn new(reserved: Reservation) -> ReadPlan {
+        let (lost, last_cache, last_backing) = (None, None, None);
+        ReadPlan { fetches: Vec::new(), reserved, lost, last_cache, last_backing }
+    }
+
+    /// Copies what of some fragments is in RAM and says what must be fetched. Returns whole blocks
+    /// that only the backing device has.
+    fn add(
+        &mut self,
+        engine: &Arc<Engine>,
+        state: &mut State,
+        fragments: impl Iterator<Item = Fragment>,
+        buf: &mut [u8],
+    ) -> Vec<Fragment> {
+        let mut missed = Vec::new();
+        for fragment in fragments {
+            let wanted = fragment.bits();
+            let cached = state.log.newest_version(fragment.block);
+            let access = state.access(&fragment, cached, false);
+            state.accesses.count(access);
+            let held = cached.map_or(DirtyBits::CLEAN, |it| state.log.readable_sectors(it));
+            for (run, from_cache) in runs(&fragment, wanted, held) {
+                match cached.filter(|_| from_cache) {
+                    None => {
+                        let sector = Sector(fragment.block.sector().0 + to_u64(run.first));
+                        self.add_backing(sector, run.length / SECTOR_BYTES, run.at);
+                    }
+                    Some(cached) => self.add_cached(engine, state, cached, &run, buf),
+                }
+            }
+            if wanted.is_all() && held.is_clean() {
+                missed.push(fragment);
+            }
+        }
+        missed
+    }
+
+    /// Reserves the admission of missed blocks that are worth it.
+    fn reserve(&mut self, state: &mut State, missed: &[Fragment]) {
+        for fragment in missed {
+            // A locked block may change on the backing device while it is read.
+            if !state.locks.is_locked(fragment.block) {
+                self.reserved.reserve(state, fragment.block, fragment.at);
+            }
+        }
+    }
+
     fn add_backing(&mut self, sector: Sector, count: usize, to: usize) {
         let length = count * SECTOR_BYTES;
         let offset = sector.bytes();
@@ -171,14 +221,12 @@ impl Engine {
         self.check_range(sector, to_u64(buf.len()))?;
         self.counters.reads.add(1);
         self.counters.read_bytes.add(to_u64(buf.len()));
-        let ReadPlan { fetches, reserved, lost, .. } = self.plan_read(sector, &mut buf);
+        let ReadPlan { fetches, reserved, lost, .. } = self.plan_read(sector, &mut buf).await;
         if let Some(place) = lost {
             return Err(self.altered_place(place).into());
         }
         let data = self.fetch_all(fetches, buf).await?;
-        if let Some(reserved) = reserved {
-            reserved.fill(&data);
-        }
+        reserved.fill(&data).await;
         Ok(data)
     }
 }
@@ -198,12 +246,10 @@ impl Engine {
             let exact = skip == 0 && data.len() == fetch.length;
             return Ok(if exact { data } else { IoBuf::copy_of(&data[skip..skip + fetch.length]) });
         }
-        let mut reads: FuturesUnordered<_> = fetches
-            .into_iter()
-            .map(|fetch| async move {
-                self.fetch(&fetch, None, alone).await.map(|(data, skip)| (fetch, data, skip))
-            })
-            .collect();
+        let reads = fetches.into_iter().map(|fetch| async move {
+            self.fetch(&fetch, None, alone).await.map(|(data, skip)| (fetch, data, skip))
+        });
+        let mut reads = stream::iter(reads).buffer_unordered(DEPTH);
         while let Some(done) = reads.next().await {
             let (fetch, data, skip) = done?;
             for part in fetch.parts {
@@ -216,36 +262,31 @@ impl Engine {
     }
 
     /// Copies what is in RAM and says what must be fetched.
-    fn plan_read(self: &Arc<Self>, sector: Sector, buf: &mut [u8]) -> ReadPlan {
-        let mut plan = ReadPlan::default();
-        let mut visit = self.state.lock();
-        let state = &mut *visit;
-        let ticket = state.admission.ticket();
-        let mut reserved = Vec::new();
-        for fragment in fragments(sector, buf.len()) {
-            let wanted = fragment.bits();
-            let cached = state.log.newest_version(fragment.block);
-            let access = state.access(&fragment, cached, false);
-            state.accesses.count(access);
-            let held = cached.map_or(DirtyBits::CLEAN, |it| state.log.readable_sectors(it));
-            // A locked block may change on the backing device while it is read.
-            let is_locked = |block: BlockNo| state.locks.is_locked(block);
-            let missed = wanted.is_all() && held.is_clean() && !is_locked(fragment.block);
-            if missed && state.admission.missed(fragment.block, ticket) {
-                reserved.push((fragment.block, fragment.at));
-            }
-            for (run, from_cache) in runs(&fragment, wanted, held) {
-                match cached.filter(|_| from_cache) {
-                    None => {
-                        let sector = Sector(fragment.block.sector().0 + to_u64(run.first));
-                        plan.add_backing(sector, run.length / SECTOR_BYTES, run.at);
-                    }
-                    Some(cached) => plan.add_cached(self, state, cached, &run, buf),
+    ///
+    /// Others come in between the visits to the state. What a visit found stays right all the same:
+    /// a slot is pinned as soon as it is to be read, and whatever makes a missed block old cancels
+    /// its reservation.
+    async fn plan_read(self: &Arc<Self>, sector: Sector, buf: &mut [u8]) -> ReadPlan {
+        let mut plan = ReadPlan::new(Reservation::new(self));
+        let mut rest = fragments(sector, buf.len()).peekable();
+        loop {
+            let missed = {
+                let mut visit = self.state.lock();
+                let missed = plan.add(self, &mut visit, rest.by_ref().take(VISIT.into()), buf);
+                if self.rules.keep(Rule::ReservedInSameVisit) {
+                    plan.reserve(&mut visit, &missed);
                 }
+                if rest.peek().is_none() {
+                    return plan;
+                }
+                visit.give_way();
+                missed
+            };
+            self.let_others().await;
+            if !self.rules.keep(Rule::ReservedInSameVisit) {
+                plan.reserve(&mut self.state.lock(), &missed);
             }
         }
-        plan.reserved = Reservation::new(self, ticket, reserved);
-        plan
     }
 
     /// Fetches from a device. Also returns how many bytes precede the requested data. `into` is a

@@ -1,4 +1,4 @@
-//! Writes into the open segment, under one visit to the state where nothing is in the way.
+//! Writes into the open segment, without waiting where nothing is in the way.
 
 use super::pinned::Pinned;
 use crate::cache::engine::Engine;
@@ -39,14 +39,27 @@ impl Engine {
         self.counters.writes.add(1);
         self.counters.write_bytes.add(to_u64(data.len()));
         let mut visit = self.state.lock();
-        let state = &mut *visit;
-        let goes_around = state.routing.arrives(sector, data.len());
-        if goes_around || state.writeback.is_pacing(&state.log) {
+        if visit.routing.arrives(sector, data.len()) {
             return Ok(0);
         }
-        match state.write_some(sector, data) {
-            (_, Some(Obstacle::Error(error))) => Err(error),
-            (done, _) => Ok(done),
+        let mut done = 0;
+        loop {
+            let state = &mut *visit;
+            if state.writeback.is_pacing(&state.log) {
+                return Ok(done);
+            }
+            let (taken, obstacle) = state.write_some(sector_at(sector, done), &data[done..]);
+            done += taken;
+            match obstacle {
+                Some(Obstacle::Error(error)) => return Err(error),
+                None if done < data.len() => {}
+                _ => return Ok(done),
+            }
+            visit.give_way();
+            if self.runtime.is_thread_shared() {
+                return Ok(done);
+            }
+            visit = self.state.lock();
         }
     }
 
@@ -75,7 +88,9 @@ impl Engine {
         self.write_rest(sector_at(sector, done), &data[done..]).await
     }
 
-    /// Writes to the log, and waits where it must.
+    /// Writes to the log, and waits where it must. Others come in between the visits to the state:
+    /// until all of a write is acknowledged, any block of it may be older or newer than another
+    /// write. Each visit looks anew whether the cache is open and where the blocks lie.
     pub(super) async fn write_to_log(
         self: &Arc<Self>,
         sector: Sector,
@@ -84,10 +99,15 @@ impl Engine {
         self.pace(data.len()).await;
         let mut done = 0;
         while done < data.len() {
-            let (taken, obstacle) =
-                self.state.lock().write_some(sector_at(sector, done), &data[done..]);
-            done += taken;
+            let obstacle = {
+                let mut visit = self.state.lock();
+                let (taken, obstacle) = visit.write_some(sector_at(sector, done), &data[done..]);
+                visit.give_way();
+                done += taken;
+                obstacle
+            };
             match obstacle {
+                None if done < data.len() => self.let_others().await,
                 None => {}
                 Some(Obstacle::Error(error)) => return Err(error),
                 Some(Obstacle::Lost(place)) => return Err(self.altered_place(place).into()),

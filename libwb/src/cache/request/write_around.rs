@@ -13,6 +13,7 @@ use super::range_lock::RangeLock;
 use crate::cache::engine::Engine;
 use crate::cache::error::CacheError;
 use crate::cache::state::fragment::{fragments, sector_at};
+use crate::cache::state::shared::VISIT;
 use crate::cache::state::wait::Wait;
 use crate::cache::tunables::WriteMode;
 use crate::device::{BlockDevice, DeviceError, IoBuf};
@@ -64,7 +65,8 @@ impl Engine {
         Ok(())
     }
 
-    /// Chooses a route, and locks the blocks that go around the log.
+    /// Chooses a route, and locks the blocks that go around the log. All in one visit: an admitted
+    /// copy of a block could come into the log right before the lock, and be dropped after it.
     fn route_of(&self, sector: Sector, length: usize) -> Result<Route<'_>, CacheError> {
         let unit = self.backing.block_size() as usize;
         let mut visit = self.state.lock();
@@ -124,12 +126,17 @@ impl Engine {
             return;
         }
         let whole = fragments(sector, data.len()).filter(|fragment| fragment.is_whole_block());
-        let copies: Vec<(BlockNo, IoBuf)> =
-            whole.map(|f| (f.block, IoBuf::copy_of(&data[f.at..f.at + BLOCK_BYTES]))).collect();
-        let mut state = self.state.lock();
-        let kept = copies
-            .into_iter()
-            .filter_map(|(block, data)| state.admission.keep(block, data).then_some(1));
-        self.counters.staged_blocks.add(kept.sum());
+        let mut copies =
+            whole.map(|f| (f.block, IoBuf::copy_of(&data[f.at..f.at + BLOCK_BYTES]))).peekable();
+        // The blocks are locked, so nothing newer comes between two visits to the state.
+        while copies.peek().is_some() {
+            let some: Vec<(BlockNo, IoBuf)> = copies.by_ref().take(VISIT.into()).collect();
+            let mut visit = self.state.lock();
+            let kept = some
+                .into_iter()
+                .filter_map(|(block, data)| visit.admission.keep(block, data).then_some(1));
+            self.counters.staged_blocks.add(kept.sum());
+            visit.give_way();
+        }
     }
 }

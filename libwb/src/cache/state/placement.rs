@@ -4,6 +4,7 @@ use super::State;
 use super::fragment::{Fragment, fragments};
 use super::index::Cached;
 use super::pacing::PACING_DIVISOR;
+use super::shared::VISIT;
 use super::stuck::MovedBlock;
 use super::wait::{Reserve, Wait};
 use crate::cache::error::CacheError;
@@ -63,20 +64,22 @@ impl State {
         Ok(place)
     }
 
-    /// Writes from the front until something is in the way. Returns the bytes taken, and what is in
-    /// the way.
+    /// Writes from the front until something is in the way, or it is time for another visit.
+    /// Returns the bytes taken, and what is in the way.
     pub(crate) fn write_some(&mut self, sector: Sector, data: &[u8]) -> (usize, Option<Obstacle>) {
         if let Err(error) = self.lifecycle.check_open() {
             return (0, Some(Obstacle::Error(error)));
         }
-        for fragment in fragments(sector, data.len()) {
+        let mut done = 0;
+        for fragment in fragments(sector, data.len()).take(VISIT.into()) {
             let bytes = &data[fragment.at..fragment.at + fragment.length];
             if let Err(obstacle) = self.write_fragment(&fragment, bytes) {
-                return (fragment.at, Some(obstacle));
+                return (done, Some(obstacle));
             }
+            done += fragment.length;
         }
         self.log.seal_if_full();
-        (data.len(), None)
+        (done, None)
     }
 
     fn write_fragment(&mut self, new: &Fragment, bytes: &[u8]) -> Result<(), Obstacle> {

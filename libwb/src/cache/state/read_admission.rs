@@ -29,6 +29,17 @@ const MOST_MISSES: usize = 1 << 20;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ticket(u64);
 
+/// How many misses in a row were of neighbouring blocks, and the block that would go on with them.
+#[derive(Clone, Copy)]
+pub(crate) struct Sequence {
+    length: u64,
+    next: BlockNo,
+}
+
+impl Sequence {
+    const NONE: Sequence = Sequence { length: 0, next: BlockNo(0) };
+}
+
 /// Blocks on their way into the log.
 pub(crate) struct ReadAdmission {
     /// Sequences of more blocks than this are not admitted. 0: nothing is.
@@ -44,10 +55,8 @@ pub(crate) struct ReadAdmission {
     tickets: u64,
     /// How often a block came to wait while it was time to put waiting blocks into the log.
     ripened: u64,
-    /// How many misses in a row were of neighbouring blocks, and the block that would go on with
-    /// them.
-    sequence: u64,
-    next: BlockNo,
+    /// The last misses.
+    sequence: Sequence,
     misses: Option<Misses>,
     /// What the backing device shows is not to be kept.
     suspended: bool,
@@ -64,8 +73,7 @@ impl ReadAdmission {
             waiting: BTreeMap::new(),
             tickets: 0,
             ripened: 0,
-            sequence: 0,
-            next: BlockNo(0),
+            sequence: Sequence::NONE,
             misses: None,
             suspended: false,
         }
@@ -93,22 +101,29 @@ impl ReadAdmission {
         }
     }
 
-    /// For a read that is being planned.
-    pub(crate) fn ticket(&mut self) -> Ticket {
+    /// For a read that is being planned: its ticket, and the sequence that it may go on with.
+    /// Misses of other reads may come between its own, and must not hide that these are neighbours.
+    pub(crate) fn begin_read(&mut self) -> (Ticket, Sequence) {
         self.tickets += 1;
-        Ticket(self.tickets)
+        (Ticket(self.tickets), self.sequence)
     }
 
     /// A whole block is to be read from the backing device. Returns whether its admission was
     /// reserved.
-    pub(crate) fn missed(&mut self, block: BlockNo, ticket: Ticket) -> bool {
+    pub(crate) fn missed(
+        &mut self,
+        block: BlockNo,
+        ticket: Ticket,
+        sequence: &mut Sequence,
+    ) -> bool {
         if self.misses.is_none() {
             return false;
         }
-        self.sequence = if block == self.next { self.sequence + 1 } else { 1 };
-        self.next = BlockNo(block.0 + 1);
-        if self.sequence > self.threshold {
-            if self.sequence == self.threshold + 1 {
+        let length = if block == sequence.next { sequence.length + 1 } else { 1 };
+        *sequence = Sequence { length, next: BlockNo(block.0 + 1) };
+        self.sequence = *sequence;
+        if length > self.threshold {
+            if length == self.threshold + 1 {
                 // Its first blocks looked like single misses. They are not to be admitted, either.
                 (block.0 - self.threshold..block.0).for_each(|before| self.cancel(BlockNo(before)));
             }
@@ -238,13 +253,13 @@ mod tests {
     /// Blocks that a read reserves after one read missed them before.
     fn reserved(admission: &mut ReadAdmission, blocks: &[u64]) -> Vec<u64> {
         for &block in blocks {
-            let first = admission.ticket();
-            assert!(!admission.missed(BlockNo(block), first), "read only once");
+            let (first, mut sequence) = admission.begin_read();
+            assert!(!admission.missed(BlockNo(block), first, &mut sequence), "read only once");
         }
-        admission.sequence = 0;
-        let ticket = admission.ticket();
+        admission.sequence = Sequence::NONE;
+        let (ticket, mut sequence) = admission.begin_read();
         for &block in blocks {
-            admission.missed(BlockNo(block), ticket);
+            admission.missed(BlockNo(block), ticket, &mut sequence);
         }
         admission
             .reserved
@@ -299,9 +314,9 @@ mod tests {
         assert!(admission.is_ripe());
         admission.cancel(BlockNo(1));
         assert!(!admission.is_ripe());
-        let next = admission.ticket();
+        let (next, mut sequence) = admission.begin_read();
         assert!(
-            admission.missed(BlockNo(7), next),
+            admission.missed(BlockNo(7), next, &mut sequence),
             "it found no room, and was missed twice all the same"
         );
         admission.configure(&Tunables::default());

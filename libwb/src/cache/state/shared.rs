@@ -14,6 +14,10 @@ use parking_lot::{Mutex, MutexGuard};
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
+/// The most blocks that one visit deals with. What has more of them makes several visits, and lets
+/// others come in between.
+pub(crate) const VISIT: u8 = 16;
+
 /// Who can wait for a change of the state.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Waiter {
@@ -97,7 +101,7 @@ impl SharedState {
     #[inline]
     pub(crate) fn lock(&self) -> Visit<'_> {
         let state = self.state.lock();
-        Visit { before: Landmarks::of(&state), state: Some(state), shared: self }
+        Visit { before: Landmarks::of(&state), state: Some(state), is_fair: false, shared: self }
     }
 
     fn event(&self, waiter: Waiter) -> &Event {
@@ -138,7 +142,16 @@ pub(crate) struct Visit<'a> {
     before: Landmarks,
     /// There until the drop.
     state: Option<MutexGuard<'a, State>>,
+    is_fair: bool,
     shared: &'a SharedState,
+}
+
+impl Visit<'_> {
+    /// Ends the visit, and gives the lock to the thread that has waited for it longest, if one
+    /// does. The next visit then comes after that one's.
+    pub(crate) fn give_way(mut self) {
+        self.is_fair = true;
+    }
 }
 
 impl Deref for Visit<'_> {
@@ -166,7 +179,10 @@ impl Drop for Visit<'_> {
             state.log.note_begun(self.before.log.newest, now);
         }
         // Those who are woken need the lock.
-        drop(state);
+        match self.is_fair {
+            true => MutexGuard::unlock_fair(state),
+            false => drop(state),
+        }
         if after == self.before {
             return;
         }

@@ -189,21 +189,18 @@ impl Stuck {
     }
 
     /// Notes what has failed in a batch that ends with `last`, and says how far the batch can go
-    /// all the same. `passed_over` are blocks that were not tried, each with its segment. `movable`
-    /// says whether lost blocks may be moved (`true`), and others (`false`).
+    /// all the same. `in_the_way` are blocks that have failed or were not tried, each with its
+    /// oldest segment that is not written back. `movable` says whether lost blocks may be moved
+    /// (`true`), and others (`false`).
     pub(crate) fn passage(
         &mut self,
         log: &SegmentLog,
         last: SegmentId,
         failed: Vec<Failed>,
-        passed_over: Vec<(SegmentId, BlockNo)>,
+        mut in_the_way: Vec<(SegmentId, BlockNo)>,
         movable: impl Fn(bool) -> bool,
         now: Duration,
     ) -> Passage {
-        let mut in_the_way = passed_over;
-        // A newer version stands for an older one only if both are written back.
-        let blocks = failed.iter().map(|failed| failed.block).collect();
-        in_the_way.extend(log.oldest_versions(last, blocks));
         in_the_way.sort_unstable();
         for failed in failed {
             self.note_failed(log, failed, now);

@@ -90,8 +90,17 @@ impl SegmentLog {
 
     /// What a segment holds: each block and its place.
     fn entries(&self, id: SegmentId) -> impl Iterator<Item = (Place, BlockNo, DirtyBits)> {
+        self.entries_in(id, 0..PLACES)
+    }
+
+    /// The same of some of its places.
+    fn entries_in(
+        &self,
+        id: SegmentId,
+        places: Range<u8>,
+    ) -> impl Iterator<Item = (Place, BlockNo, DirtyBits)> {
         let slot = self.geometry.slot_of(id);
-        (0..PLACES).filter_map(move |index| {
+        places.filter_map(move |index| {
             let place = Place { slot, index };
             self.index.at(place).map(|(block, dirty)| (place, block, dirty))
         })
@@ -102,27 +111,24 @@ impl SegmentLog {
         self.entries(id).any(|(_, block, _)| blocks.contains(&block))
     }
 
-    /// Of each of these blocks, the oldest segment up to `last` that holds anything of it and is
-    /// not written back.
-    pub(crate) fn oldest_versions(
+    /// Takes those blocks out of `wanted` that a segment holds, in whatever version.
+    pub(crate) fn take_held(
         &self,
-        last: SegmentId,
-        mut wanted: BTreeSet<BlockNo>,
-    ) -> BTreeSet<(SegmentId, BlockNo)> {
-        let mut found = BTreeSet::new();
-        let mut segments = (self.written_back.next().0..=last.0).map(SegmentId);
-        while !wanted.is_empty()
-            && let Some(id) = segments.next()
-        {
-            let held = self.entries(id).filter(|(_, block, _)| wanted.remove(block));
-            found.extend(held.map(|(_, block, _)| (id, block)));
-        }
-        found
+        id: SegmentId,
+        wanted: &mut BTreeSet<BlockNo>,
+    ) -> Vec<(SegmentId, BlockNo)> {
+        let held = self.entries(id).filter(|(_, block, _)| wanted.remove(block));
+        held.map(|(_, block, _)| (id, block)).collect()
     }
 
-    /// What of a segment a batch that ends with `last` must write back.
-    pub(crate) fn items_of(&self, id: SegmentId, last: SegmentId) -> Vec<Item> {
-        let item = |(place, block, sectors): (Place, BlockNo, DirtyBits)| {
+    /// What of these places of a segment a batch that ends with `last` must write back.
+    pub(crate) fn items_of(
+        &self,
+        id: SegmentId,
+        places: Range<u8>,
+        last: SegmentId,
+    ) -> impl Iterator<Item = Item> {
+        let item = move |(place, block, sectors): (Place, BlockNo, DirtyBits)| {
             if sectors.is_clean() {
                 return None;
             }
@@ -150,7 +156,7 @@ impl SegmentLog {
                 discarded: false,
             })
         };
-        self.entries(id).filter_map(item).collect()
+        self.entries_in(id, places).filter_map(item)
     }
 
     /// The newest segment with a newer version of one of these neighbouring places.

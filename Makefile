@@ -13,7 +13,7 @@ SECONDS = 180
 # How many seconds `make stress` runs.
 STRESS_SECONDS = 300
 # How often `make bench-vm` measures each figure, and on which kind of disk: virtio or nvme, which
-# has FUA.
+# offers FUA.
 ROUNDS = 3
 DISKS = virtio
 

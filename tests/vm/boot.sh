@@ -1,6 +1,6 @@
 #!/bin/sh
 # Boots a VM that runs the script SHARE/plan; see init. Without hardware virtualization: that hangs
-# on some machines. WB_VM_DISKS=nvme makes the disks NVMe, which has FUA, instead of virtio.
+# on some machines. WB_VM_DISKS=nvme makes the disks NVMe, which offers FUA, instead of virtio.
 # usage: boot.sh KERNEL INITRAMFS SHARE [SERIAL=FILE[,OPTION]...]...
 set -eu
 kernel=$1 initramfs=$2 share=$3

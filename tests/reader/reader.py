@@ -258,7 +258,11 @@ class Log:
             if slot.cut_short or slot.is_open and not goes_on:
                 self.last.add(segment)
         for segment in self.last:
-            if segment <= self.durable or highest - segment >= self.window() or segment < modules:
+            # A log of one slot is written over its newest segment.
+            overwritten = self.slots == 1 and segment <= self.record
+            overwritten = overwritten and self.slot_of(segment).cut_short
+            unexplained = segment <= self.durable or highest - segment >= self.window()
+            if unexplained or segment < modules or overwritten:
                 # Why it lacks blocks does not matter here. What explains a torn segment explains it
                 # as well.
                 self.slot_of(segment).kind = "torn"

@@ -189,8 +189,8 @@ impl Volume {
         self.attach_with(&self.pair())
     }
 
-    /// Runs `wbctl attach NAME` with options. The volume becomes a loop device even where the kernel
-    /// has ublk: many tests look at the loop device.
+    /// Runs `wbctl attach NAME` with options. The volume becomes a loop device even where the
+    /// kernel has ublk: many tests look at the loop device.
     ///
     /// # Panics
     /// When it does not get ready.

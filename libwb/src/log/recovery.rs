@@ -175,6 +175,8 @@ impl Recovery {
 ///
 /// - A segment that lacks blocks, unless a power cut explains that. It does if the segment was not
 ///   known to be durable and the log did not continue after it.
+/// - In a log of a single slot, a segment that is cut short although it was written back: it is
+///   being overwritten.
 /// - On a device with the extension, a segment whose first sector neither wb nor the kernel module
 ///   writes like this.
 pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a, [SlotState]> {
@@ -186,10 +188,15 @@ pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a,
     let window = superblock.geometry.loss_window();
     let is_unexplained =
         |id: SegmentId| id <= durable || highest.since(id) >= window || Some(id) < modules;
+    // With a single slot, the next segment is written over the newest one.
+    let is_overwritten = |id: SegmentId, cut_short: bool| {
+        superblock.geometry.slots() == 1 && cut_short && id <= superblock.record
+    };
     let fault = |state: &SlotState| match (stray(state, superblock), state) {
         (Some(id), _) => Some(HeaderFault::FirstSector { id, may_be_torn: false }.into()),
-        (None, &SlotState::Valid { id, length, .. })
-            if lacks_blocks(superblock, slots, id) && is_unexplained(id) =>
+        (None, &SlotState::Valid { id, length, cut_short, .. })
+            if lacks_blocks(superblock, slots, id) && is_unexplained(id)
+                || is_overwritten(id, cut_short) =>
         {
             Some(SlotFault::CutShort { id, length })
         }

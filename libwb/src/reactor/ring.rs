@@ -208,8 +208,8 @@ impl Ring {
 
     /// Waits for the I/O that the kernel has, before its memory is freed. Then drops all tasks.
     ///
-    /// Of what the kernel still has then, only a command of a device that is being served owns memory
-    /// that the kernel accesses. That memory is never freed.
+    /// Of what the kernel still has then, only a command of a device that is being served owns
+    /// memory that the kernel accesses. That memory is never freed.
     fn finish(mut self, tasks: VecDeque<Runnable>) {
         self.drop_queue();
         while self.ops.iter().any(|(_, op)| op.is_io()) {

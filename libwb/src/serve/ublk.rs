@@ -16,16 +16,11 @@ use crate::reactor::Handle;
 use crate::sys::{CONTROL, Command, Control};
 use byteorder::{ByteOrder, NativeEndian};
 use nix::errno::Errno;
-use queue::Queue;
+use queue::{Abort, DEPTH, MAX_REQUEST, Queue};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Requests at a time. Reads that wait for a slow disk must leave some for other requests.
-const DEPTH: u16 = 128;
-/// The largest request in bytes. Each tag has a buffer of this size, which takes memory once a
-/// request is as large.
-const MAX_REQUEST: u32 = 128 << 10;
 /// In the device's field that is the server's own: it is one of ours.
 const OURS: u64 = u64::from_le_bytes(*b"wbvolume");
 
@@ -189,11 +184,6 @@ pub struct UblkDevice {
 /// The requests to a device. They can be ended even if the devices that it stands on hang.
 #[derive(Clone)]
 pub struct Requests(Arc<dyn Abort>);
-
-/// What ends all requests of a queue, whatever its volume is.
-trait Abort: Send + Sync {
-    fn abort(&self);
-}
 
 impl Requests {
     /// Makes all current and later requests fail.

@@ -401,3 +401,36 @@ proptest! {
         prop_assert!(r.live().all(|id| state(id).valid_id() == Some(id)));
     }
 }
+
+#[test]
+fn the_only_slot_is_torn_where_the_next_segment_has_begun_over_a_written_back_one() {
+    let page = Some(SuperblockExtension::new(uuid::Uuid::from_u128(1), 1 << 30));
+    let digest = page.as_ref().expect("it is there").digest();
+    let extension = SegmentExtension {
+        digest,
+        reason: Reason::Full,
+        durable: SegmentId(25),
+        written_back: SegmentId(25),
+        time: 0,
+        before: None,
+    };
+    let state = |cut_short| SlotState::Valid {
+        id: SegmentId(26),
+        length: 3,
+        extension: Some(extension),
+        cut_short,
+        is_stray: false,
+    };
+    let recovered =
+        |record, cut_short| recover(&superblock(1, record, page.clone()), &[state(cut_short)]);
+    let torn = recovered(26, true);
+    assert_eq!((torn.point, torn.live_count()), (SegmentId(26), 0));
+    assert!(torn.corruption.is_empty(), "{:?}", torn.corruption);
+    assert_eq!(torn.damage.len(), 1);
+    assert_eq!(torn.damage[0].explanation, Explanation::PowerCut);
+    // Before it was written back, it is the newest segment, which a power cut may cut short.
+    let newest = recovered(25, true);
+    assert_eq!((newest.point, newest.live_count()), (SegmentId(26), 1));
+    assert!(newest.damage.is_empty());
+    assert!(recovered(26, false).damage.is_empty());
+}

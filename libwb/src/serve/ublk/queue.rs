@@ -1,6 +1,5 @@
 //! The queue of a ublk device: a task for each tag, on the reactor.
 
-use super::{Abort, DEPTH, MAX_REQUEST};
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::{Handle, Target};
 use crate::runtime::Runtime;
@@ -19,6 +18,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 const FETCH: u32 = 0xc010_7520;
 /// The command that answers a request, and waits for the next: `UBLK_U_IO_COMMIT_AND_FETCH_REQ`.
 const ANSWER_AND_FETCH: u32 = 0xc010_7521;
+
+/// Requests at a time. Reads that wait for a slow disk must leave some for other requests.
+pub(super) const DEPTH: u16 = 128;
+/// The largest request in bytes. Each tag has a buffer of this size, which takes memory once a
+/// request is as large.
+pub(super) const MAX_REQUEST: u32 = 128 << 10;
+
+/// What ends all requests of a queue, whatever its volume is.
+pub(super) trait Abort: Send + Sync {
+    fn abort(&self);
+}
 
 /// What the kernel asks for under a tag.
 #[derive(Debug, PartialEq, Eq)]

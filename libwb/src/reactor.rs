@@ -7,19 +7,21 @@ mod inbox;
 mod operation;
 mod queue;
 mod ring;
+#[cfg_attr(not(feature = "serve-ublk"), allow(dead_code, reason = "for ublk alone"))]
+mod served;
 mod sleep;
 mod tasks;
 #[cfg(test)]
 mod tests;
 mod timers;
 
-pub(crate) use operation::{Addresses, Lent, OpKind, OpResult, Target};
+pub(crate) use operation::{Addresses, OpKind, OpResult, Target};
+#[cfg(feature = "serve-ublk")]
+pub(crate) use served::{Command, Server};
 
 use crate::pending::InFlight;
 use crate::runtime::Runtime;
 use crate::runtime::thread;
-#[cfg(feature = "serve-ublk")]
-use crate::sys::LazyBuffer;
 use crate::sys::keep_freed_memory;
 use async_task::Runnable;
 use futures_channel::oneshot;
@@ -30,6 +32,8 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use operation::{Op, class};
 use parking_lot::Mutex;
 use ring::Ring;
+#[cfg(feature = "serve-ublk")]
+use served::Served;
 use sleep::Sleep;
 use std::future::Future;
 use std::io;
@@ -46,7 +50,7 @@ pub struct Handle(Arc<Shared>);
 impl Handle {
     fn task(&self, future: impl Future<Output = ()> + Send + 'static) -> Option<Runnable> {
         let shared = self.0.clone();
-        let schedule = move |runnable| shared.post(|inbox| inbox.tasks.push_back(runnable));
+        let schedule = move |runnable| shared.post(|inbox| inbox.work.tasks.push_back(runnable));
         self.0.live.task(future, schedule)
     }
 
@@ -94,7 +98,7 @@ impl Handle {
         let (done, result) = oneshot::channel();
         let class = class(&target, &kind);
         let op = Op { target, in_flight, kind, class, progress: 0, done };
-        self.0.post(|inbox| inbox.ops.push(op));
+        self.0.post(|inbox| inbox.work.ops.push(op));
         result.await.unwrap_or((Err(Errno::ECANCELED), None))
     }
 
@@ -104,20 +108,11 @@ impl Handle {
         self.submit(file.clone(), None, OpKind::Readable).await.0
     }
 
-    /// Carries out a command of the ublk driver, which has the buffer meanwhile.
+    /// Gives the driver of a served device a command. The server gets the completion.
     #[cfg(feature = "serve-ublk")]
-    pub(crate) async fn serve(
-        &self,
-        device: &Target,
-        code: u32,
-        argument: [u8; 16],
-        buffer: LazyBuffer,
-    ) -> Result<LazyBuffer, Errno> {
-        let kind = OpKind::Serve { code, argument, buffer };
-        match self.submit(device.clone(), None, kind).await {
-            (Ok(()), Some(Lent::Serve(buffer))) => Ok(buffer),
-            (done, _) => Err(done.err().unwrap_or(Errno::ECANCELED)),
-        }
+    pub(crate) fn serve(&self, device: &Target, server: Arc<dyn Server>, command: Command) {
+        let served = Served { device: device.clone(), server, command: Some(command) };
+        self.0.post(|inbox| inbox.work.served.push(served));
     }
 }
 

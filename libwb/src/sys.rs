@@ -5,6 +5,7 @@
 #[cfg(feature = "uring")]
 mod block_device;
 #[cfg(feature = "uring")]
+#[cfg_attr(not(feature = "serve-ublk"), allow(dead_code, reason = "for ublk alone"))]
 mod lazy_buffer;
 #[cfg(feature = "serve-loop")]
 mod loop_device;

@@ -4,7 +4,7 @@ use super::probe::Opened;
 use super::{BlockDevice, DeviceError, IoBuf, IoFuture, Operation, Pending, SharedBuf};
 use crate::format::to_u64;
 use crate::pending::Requests;
-use crate::reactor::{Addresses, Handle, Lent, OpKind, Target};
+use crate::reactor::{Addresses, Handle, OpKind, Target};
 use nix::errno::Errno;
 use nix::fcntl::FallocateFlags;
 use std::future::ready;
@@ -61,8 +61,7 @@ impl UringDevice {
                 return Err(fail(Errno::EINVAL));
             }
             match handle.submit(target, Some(requests.begin()), kind).await {
-                (Ok(()), Some(Lent::Read(buf))) => Ok(Some(buf)),
-                (Ok(()), _) => Ok(None),
+                (Ok(()), buf) => Ok(buf),
                 (Err(cause), _) => Err(fail(cause)),
             }
         })

@@ -1,6 +1,7 @@
 //! What the reactor's thread shares with the others: the inbox for tasks and operations.
 
 use super::operation::Op;
+use super::served::Served;
 use super::tasks::Tasks;
 use super::timers::Timers;
 use async_task::Runnable;
@@ -12,10 +13,23 @@ use std::sync::{Arc, OnceLock};
 use std::thread::ThreadId;
 use std::time::Instant;
 
+/// What the reactor's thread is to do.
 #[derive(Default)]
-pub(super) struct Inbox {
+pub(super) struct Work {
     pub(super) tasks: VecDeque<Runnable>,
     pub(super) ops: Vec<Op>,
+    pub(super) served: Vec<Served>,
+}
+
+impl Work {
+    pub(super) fn is_empty(&self) -> bool {
+        self.tasks.is_empty() && self.ops.is_empty() && self.served.is_empty()
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Inbox {
+    pub(super) work: Work,
     pub(super) timers: Timers,
     pub(super) stop: bool,
     /// The reactor's thread takes nothing any more.
@@ -42,18 +56,16 @@ impl Shared {
     }
 
     pub(super) fn post(&self, put: impl FnOnce(&mut Inbox)) {
-        let (tasks, ops) = {
+        let late = {
             let mut inbox = self.inbox.lock();
             put(&mut inbox);
-            match inbox.ended {
-                // The reactor's thread has ended: drop them here.
-                true => (std::mem::take(&mut inbox.tasks), std::mem::take(&mut inbox.ops)),
-                false => Default::default(),
-            }
+            // If the reactor's thread has ended, they are dropped here.
+            if inbox.ended { std::mem::take(&mut inbox.work) } else { Work::default() }
         };
         // Dropping an operation makes it fail. Its waiter may take the lock.
-        drop((tasks, ops));
-        if self.parked.swap(false, Ordering::SeqCst) {
+        drop(late);
+        // Whoever parks looks at the inbox after that. So it sees this, or this sees that it parks.
+        if self.parked.load(Ordering::SeqCst) && self.parked.swap(false, Ordering::SeqCst) {
             // The counter is never read. It overflows after 2^64 wake-ups, which is never.
             let _ = self.wake.write(1);
         }

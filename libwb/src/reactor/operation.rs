@@ -5,7 +5,6 @@ use super::queue::Class;
 use crate::buf::{IoBuf, SharedBuf};
 use crate::format::to_u64;
 use crate::pending::InFlight;
-use crate::sys::LazyBuffer;
 use futures_channel::oneshot;
 use io_uring::{opcode, squeue, types};
 use nix::errno::Errno;
@@ -32,15 +31,8 @@ pub(crate) enum OpKind {
     /// `fallocate` with this mode, keeping the size.
     Zero { mode: FallocateFlags, offset: u64, length: u64 },
     /// Wait until the file can be read.
+    #[cfg_attr(not(feature = "serve-loop"), allow(dead_code, reason = "for FUSE alone"))]
     Readable,
-    /// A command of the ublk driver. The driver may access the buffer until the command completes.
-    Serve { code: u32, argument: [u8; 16], buffer: LazyBuffer },
-}
-
-/// Memory that an operation gives back when it has ended.
-pub(crate) enum Lent {
-    Read(IoBuf),
-    Serve(LazyBuffer),
 }
 
 /// The addresses of the parts that are still to be written, in the form of `writev`.
@@ -66,8 +58,8 @@ impl Addresses {
     }
 }
 
-/// How an operation ended, and the memory that it gives back.
-pub(crate) type OpResult = (Result<(), Errno>, Option<Lent>);
+/// How an operation ended, and the buffer of a read.
+pub(crate) type OpResult = (Result<(), Errno>, Option<IoBuf>);
 
 /// The file that an operation works on.
 #[derive(Clone)]
@@ -110,10 +102,10 @@ pub(super) struct Op {
 }
 
 impl Op {
-    /// Whether it moves data of a device, and ends by itself in time. The others wait for users of
-    /// the volume, perhaps forever.
+    /// Whether it moves data of a device, and ends by itself in time. To wait until a file can be
+    /// read may take forever.
     pub(super) fn is_io(&self) -> bool {
-        !matches!(self.kind, OpKind::Readable | OpKind::Serve { .. })
+        !matches!(self.kind, OpKind::Readable)
     }
 }
 
@@ -122,7 +114,7 @@ pub(super) fn class(target: &Target, kind: &OpKind) -> Class {
     let fd = target.file.as_raw_fd();
     let writes_first = target.writes_first.load(Ordering::Relaxed);
     match kind {
-        OpKind::Readable | OpKind::Serve { .. } => Class::Urgent,
+        OpKind::Readable => Class::Urgent,
         OpKind::Sync | OpKind::WriteParts { durably: true, .. } if writes_first => Class::Flush(fd),
         OpKind::Write { .. } | OpKind::WriteParts { .. } if writes_first => Class::Urgent,
         OpKind::Read { .. }
@@ -170,9 +162,6 @@ pub(super) fn entry(op: &mut Op) -> squeue::Entry {
             .build(),
         OpKind::Readable => {
             opcode::PollAdd::new(fd, PollFlags::POLLIN.bits().cast_unsigned().into()).build()
-        }
-        OpKind::Serve { code, argument, .. } => {
-            opcode::UringCmd16::new(fd, *code).cmd(*argument).build()
         }
     }
 }

@@ -1,9 +1,10 @@
 //! The io_uring, as the reactor's thread uses it.
 #![allow(unsafe_code)] // each submission says why its memory stays valid
 
-use super::inbox::Shared;
-use super::operation::{Lent, Op, OpKind, entry, outcome};
+use super::inbox::{Shared, Work};
+use super::operation::{Op, OpKind, entry, outcome};
 use super::queue::Queue;
+use super::served::Served;
 use crate::format::{to_u64, to_usize};
 use async_task::Runnable;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -19,13 +20,17 @@ use std::sync::atomic::Ordering;
 use std::task::Waker;
 use std::time::Instant;
 
-/// Entries of the submission queue. The completion queue has twice as many.
+/// Entries of the submission queue.
 const RING_ENTRIES: u32 = 256;
-/// Operations that the kernel has at a time. The completion queue then cannot overflow. Other
-/// operations wait. A front end waits for requests with 128 of them at most.
+/// Entries of the completion queue: it does not overflow with all operations, and the commands of a
+/// front end.
+const COMPLETIONS: u32 = 4 * RING_ENTRIES;
+/// Operations that the kernel has at a time. Others wait.
 const MAX_IN_FLIGHT: usize = 2 * RING_ENTRIES as usize - 1;
 /// The `user_data` of the poll that wakes the reactor.
 const WAKE: u64 = u64::MAX;
+/// In the `user_data` of a front end's command, beside its key.
+const SERVED: u64 = 1 << 62;
 
 /// Makes an io_uring. On Linux 6.1 and later, completions run only when the reactor asks for them,
 /// which costs least.
@@ -34,9 +39,12 @@ fn build_ring() -> io::Result<IoUring> {
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_taskrun_flag()
+        .setup_cqsize(COMPLETIONS)
         .build(RING_ENTRIES);
     let ring = match deferred {
-        Err(e) if e.raw_os_error() == Some(EINVAL) => IoUring::new(RING_ENTRIES),
+        Err(e) if e.raw_os_error() == Some(EINVAL) => {
+            IoUring::builder().setup_cqsize(COMPLETIONS).build(RING_ENTRIES)
+        }
         made => made,
     }?;
     // The kernel has worker threads for operations whose submission may wait. By default there are
@@ -66,6 +74,10 @@ pub(super) struct Ring {
     ops: Slab<Op>,
     /// Those that have not been submitted yet.
     queue: Queue,
+    /// The commands of front ends.
+    served: Slab<Served>,
+    /// Those that have not been submitted yet.
+    to_serve: Vec<usize>,
     /// Whether the poll on the wake-up descriptor is under way.
     armed: bool,
 }
@@ -74,7 +86,8 @@ impl Ring {
     /// Makes the ring, for the thread that calls this.
     pub(super) fn new(shared: Arc<Shared>) -> io::Result<Ring> {
         let (ops, queue) = (Slab::new(), Queue::default());
-        Ok(Ring { shared, ring: build_ring()?, ops, queue, armed: false })
+        let (served, to_serve) = (Slab::new(), Vec::new());
+        Ok(Ring { shared, ring: build_ring()?, ops, queue, served, to_serve, armed: false })
     }
 
     /// Runs until the reactor is dropped.
@@ -83,13 +96,15 @@ impl Ring {
         let _guard = AbortOnUnwind;
         let _ = self.shared.thread.set(std::thread::current().id());
         loop {
-            let (tasks, ops, due, stop) = {
+            let (Work { tasks, ops, served }, due, stop) = {
                 let mut inbox = self.shared.inbox.lock();
-                let (tasks, ops) = (take(&mut inbox.tasks), take(&mut inbox.ops));
-                (tasks, ops, inbox.timers.take_due(), inbox.stop)
+                (take(&mut inbox.work), inbox.timers.take_due(), inbox.stop)
             };
             if stop {
                 return self.finish(tasks);
+            }
+            for command in served {
+                self.to_serve.push(self.served.insert(command));
             }
             for op in ops {
                 let class = op.class;
@@ -111,7 +126,7 @@ impl Ring {
         self.shared.parked.store(true, Ordering::SeqCst);
         let (nothing_to_do, until) = {
             let inbox = self.shared.inbox.lock();
-            let nothing_to_do = inbox.tasks.is_empty() && inbox.ops.is_empty() && !inbox.stop;
+            let nothing_to_do = inbox.work.is_empty() && !inbox.stop;
             (nothing_to_do, inbox.timers.next())
         };
         self.enter(usize::from(nothing_to_do), until);
@@ -151,6 +166,7 @@ impl Ring {
             // SAFETY: the entry refers to no memory, and the descriptor lives as long as the ring.
             self.armed = unsafe { self.ring.submission().push(&poll.user_data(WAKE)) }.is_ok();
         }
+        self.push_served();
         if self.queue.is_empty() {
             return;
         }
@@ -176,6 +192,30 @@ impl Ring {
         }
     }
 
+    fn push_served(&mut self) {
+        while let Some(key) = self.to_serve.pop() {
+            if self.ring.submission().is_full() {
+                self.enter(0, None);
+            }
+            let Some(entry) = self.served[key].entry() else { continue };
+            let entry = entry.user_data(SERVED | to_u64(key));
+            // SAFETY: the kernel accesses the buffer of the command. It stays in `served` until the
+            // completion has been reaped; `finish` never frees it.
+            if unsafe { self.ring.submission().push(&entry) }.is_err() {
+                self.to_serve.push(key);
+                return;
+            }
+        }
+    }
+
+    fn reap_served(&mut self, key: usize, result: i32) {
+        if self.served[key].completed(result) {
+            self.to_serve.push(key);
+        } else {
+            self.served.remove(key);
+        }
+    }
+
     fn reap(&mut self) {
         let completions: Vec<cqueue::Entry> = self.ring.completion().collect();
         let now = Instant::now();
@@ -184,6 +224,10 @@ impl Ring {
             if user_data == WAKE {
                 // The poll reports each wake-up once; the counter need not be read.
                 self.armed = cqueue::more(completion.flags());
+                continue;
+            }
+            if user_data & SERVED != 0 {
+                self.reap_served(to_usize(user_data & !SERVED), result);
                 continue;
             }
             let key = to_usize(user_data);
@@ -197,12 +241,11 @@ impl Ring {
             if let (Ok(()), Some(in_flight)) = (&outcome, &op.in_flight) {
                 in_flight.succeeded();
             }
-            let lent = match op.kind {
-                OpKind::Read { buf, .. } => Some(Lent::Read(buf)),
-                OpKind::Serve { buffer, .. } => Some(Lent::Serve(buffer)),
+            let buf = match op.kind {
+                OpKind::Read { buf, .. } => Some(buf),
                 _ => None,
             };
-            let _ = op.done.send((outcome, lent));
+            let _ = op.done.send((outcome, buf));
         }
     }
 
@@ -217,22 +260,22 @@ impl Ring {
             self.reap();
             self.drop_queue();
         }
-        for op in self.ops.drain().filter(|op| matches!(op.kind, OpKind::Serve { .. })) {
-            std::mem::forget(op.kind);
+        for command in self.served.drain() {
+            std::mem::forget(command.command);
         }
         drop(tasks);
         self.shared.live.end();
         // Dropping a task may wake other tasks, which are then posted to the inbox.
         loop {
-            let (tasks, ops, timers) = {
+            let (left, timers) = {
                 let mut inbox = self.shared.inbox.lock();
-                inbox.ended = inbox.tasks.is_empty() && inbox.ops.is_empty();
-                (take(&mut inbox.tasks), take(&mut inbox.ops), inbox.timers.take_all())
+                inbox.ended = inbox.work.is_empty();
+                (take(&mut inbox.work), inbox.timers.take_all())
             };
-            if tasks.is_empty() && ops.is_empty() && timers.is_empty() {
+            if left.is_empty() && timers.is_empty() {
                 return;
             }
-            drop((tasks, ops));
+            drop(left);
             // Other threads may wait for them.
             timers.into_values().for_each(Waker::wake);
         }

@@ -26,13 +26,6 @@ pub(super) enum Answer {
     Later(BoxFuture<'static, Outcome>),
 }
 
-/// The first sector of a request. The kernel sends only whole sectors.
-pub(super) fn whole_sectors(offset: u64, length: u64) -> Result<Sector, Errno> {
-    let unit = to_u64(SECTOR_BYTES);
-    let is_whole = offset.is_multiple_of(unit) && length.is_multiple_of(unit);
-    if is_whole { Ok(Sector(offset / unit)) } else { Err(Errno::EINVAL) }
-}
-
 /// Carries out a request that sends no data.
 pub(super) async fn carry_out<V: Volume>(volume: V, request: Request) -> Outcome {
     let started = Instant::now();

@@ -3,9 +3,9 @@
 
 mod wire;
 
-use super::request::{Answer, Outcome, Request, carry_out, whole_sectors, write};
+use super::request::{Answer, Outcome, Request, carry_out, write};
 use super::{Options, ServeError, Volume, failed};
-use crate::format::{to_u64, to_usize};
+use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::{Handle, Target};
 use crate::runtime::Runtime;
 use futures_lite::future::yield_now;
@@ -244,6 +244,13 @@ impl<V: Volume> VolumeFile<V> {
         };
         Attributes { node, size, mode, unit: self.options.sector_size }
     }
+}
+
+/// The first sector of a request. The kernel sends only whole sectors.
+fn whole_sectors(offset: u64, length: u64) -> Result<Sector, Errno> {
+    let unit = to_u64(SECTOR_BYTES);
+    let is_whole = offset.is_multiple_of(unit) && length.is_multiple_of(unit);
+    if is_whole { Ok(Sector(offset / unit)) } else { Err(Errno::EINVAL) }
 }
 
 /// Understands `fallocate`, as loop devices use it for discards and zeros. If the volume does not

@@ -1,7 +1,7 @@
 //! The queue of a ublk device: a task for each tag, on the reactor.
 
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
-use crate::reactor::{Handle, Target};
+use crate::reactor::{Command, Handle, Server, Target};
 use crate::runtime::Runtime;
 use crate::serve::request::{Answer, Outcome, Request, carry_out, write};
 use crate::serve::{ServeError, Volume, failed};
@@ -72,6 +72,53 @@ fn understand(asked: &Description) -> Result<Asked, Errno> {
     })
 }
 
+/// How far a request has come. Lengths are in bytes.
+enum Performed {
+    Now(Result<usize, Errno>),
+    Later { work: BoxFuture<'static, Outcome>, written: usize },
+}
+
+/// A command about a tag of queue 0, in the form of `struct ublksrv_io_cmd`.
+fn command(tag: u16, code: u32, result: i32, buffer: LazyBuffer) -> Command {
+    let mut argument = [0; 16];
+    NativeEndian::write_u16(&mut argument[2..], tag);
+    NativeEndian::write_i32(&mut argument[4..], result);
+    NativeEndian::write_u64(&mut argument[8..], to_u64(buffer.as_ptr().addr()));
+    Command { tag, code, argument, buffer }
+}
+
+/// The command that answers a request.
+fn answer(tag: u16, done: Result<usize, Errno>, buffer: LazyBuffer) -> Command {
+    let result = match done {
+        // At most MAX_REQUEST.
+        Ok(bytes) => i32::try_from(bytes).unwrap_or(i32::MAX),
+        Err(errno) => -(errno as i32),
+    };
+    command(tag, ANSWER_AND_FETCH, result, buffer)
+}
+
+impl<V: Volume> Server for Queue<V> {
+    fn completed(self: Arc<Self>, command: Command, ended: Result<(), Errno>) -> Option<Command> {
+        let Command { tag, mut buffer, .. } = command;
+        if let Err(errno) = ended {
+            self.ends(errno);
+            return None;
+        }
+        match self.perform(&self.descriptions.get(tag), &mut buffer) {
+            Performed::Now(done) => Some(answer(tag, done, buffer)),
+            Performed::Later { work, written } => {
+                self.runtime.clone().run_now(async move {
+                    let done = self.finish(work, written, &mut buffer).await;
+                    let runtime = self.runtime.clone();
+                    let device = self.device.clone();
+                    runtime.serve(&device, self, answer(tag, done, buffer));
+                });
+                None
+            }
+        }
+    }
+}
+
 pub(super) struct Queue<V> {
     volume: V,
     runtime: Handle,
@@ -109,54 +156,38 @@ impl<V: Volume> Queue<V> {
             ended: Box::new(ended),
         });
         for (tag, buffer) in (0..DEPTH).zip(buffers) {
-            runtime.spawn(Box::pin(queue.clone().serve_tag(tag, buffer)));
+            runtime.serve(&queue.device, queue.clone(), command(tag, FETCH, 0, buffer));
         }
         Ok(queue)
     }
 
-    async fn serve_tag(self: Arc<Self>, tag: u16, mut buffer: LazyBuffer) {
-        let (mut code, mut result) = (FETCH, 0);
-        loop {
-            // `struct ublksrv_io_cmd`, for queue 0.
-            let mut argument = [0; 16];
-            NativeEndian::write_u16(&mut argument[2..], tag);
-            NativeEndian::write_i32(&mut argument[4..], result);
-            NativeEndian::write_u64(&mut argument[8..], to_u64(buffer.as_ptr().addr()));
-            buffer = match self.runtime.serve(&self.device, code, argument, buffer).await {
-                Ok(buffer) => buffer,
-                Err(errno) => return self.ends(errno),
-            };
-            result = match self.perform(&self.descriptions.get(tag), &mut buffer).await {
-                Ok(bytes) => bytes,
-                Err(errno) => -(errno as i32),
-            };
-            code = ANSWER_AND_FETCH;
+    /// Performs a request, or begins to.
+    fn perform(&self, asked: &Description, buffer: &mut LazyBuffer) -> Performed {
+        match understand(asked) {
+            Ok(Asked::Write { sector, length, fua }) => {
+                match write(&self.volume, sector, &buffer[..length], fua) {
+                    Answer::Ready(outcome) => Performed::Now(outcome.map(|_| length)),
+                    Answer::Later(work) => Performed::Later { work, written: length },
+                }
+            }
+            Ok(Asked::Other(request)) => {
+                let work = Box::pin(carry_out(self.volume.clone(), request));
+                Performed::Later { work, written: 0 }
+            }
+            Err(errno) => Performed::Now(Err(errno)),
         }
     }
 
-    /// Performs a request. Returns how many bytes of the buffer were read or written.
-    async fn perform(&self, asked: &Description, buffer: &mut LazyBuffer) -> Result<i32, Errno> {
-        let length = match understand(asked)? {
-            Asked::Write { sector, length, fua } => {
-                match write(&self.volume, sector, &buffer[..length], fua) {
-                    Answer::Ready(done) => done?,
-                    Answer::Later(done) => self.unless_aborted(done).await?,
-                };
-                length
-            }
-            Asked::Other(request) => {
-                let work = Box::pin(carry_out(self.volume.clone(), request));
-                match self.unless_aborted(work).await? {
-                    None => 0,
-                    Some(data) => {
-                        buffer[..data.len()].copy_from_slice(&data);
-                        data.len()
-                    }
-                }
-            }
-        };
-        // At most MAX_REQUEST.
-        Ok(i32::try_from(length).unwrap_or(i32::MAX))
+    /// Waits for what [`Queue::perform`] began. Returns how many bytes were read or written.
+    async fn finish(
+        &self,
+        work: BoxFuture<'static, Outcome>,
+        written: usize,
+        buffer: &mut LazyBuffer,
+    ) -> Result<usize, Errno> {
+        let Some(data) = self.unless_aborted(work).await? else { return Ok(written) };
+        buffer[..data.len()].copy_from_slice(&data);
+        Ok(data.len())
     }
 
     /// Waits for the outcome of a request. If the device is cut off meanwhile, the request goes on,

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Boots a VM that runs the script SHARE/plan; see init. Without hardware virtualization: that hangs
 # on some machines. WB_VM_DISKS=nvme makes the disks NVMe, which offers FUA, instead of virtio.
+# WB_VM_CPU is another processor for it.
 # usage: boot.sh KERNEL INITRAMFS SHARE [SERIAL=FILE[,OPTION]...]...
 set -eu
 kernel=$1 initramfs=$2 share=$3
@@ -24,7 +25,7 @@ for disk in "$@"; do
     function=$((function + 1))
     [ $function -lt 8 ] || { function=0 slot=$((slot + 1)); }
 done
-exec qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m "${WB_VM_MEMORY:-2G}" \
+exec qemu-system-x86_64 -accel tcg,thread=multi -cpu "${WB_VM_CPU:-max}" -smp 2 -m "${WB_VM_MEMORY:-2G}" \
     -nodefaults -no-reboot -display none -serial "file:$share/console" \
     -kernel "/boot/vmlinuz-$kernel" -initrd "$initramfs" \
     -append "console=ttyS0 panic=-1 quiet mitigations=off" \

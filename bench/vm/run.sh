@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin:/sbin
 rounds=${1:-3}
 # The emulator does the CRC instruction bit by bit, and a long copy byte by byte: 20 and 8 us for
-# 4 KiB, many times what a processor takes. So these are left out, for all that is measured.
+# 4 KiB, many times what a processor takes. So the VM has neither, for all targets.
 export WB_VM_DISKS="${2:-virtio}" WB_VM_MEMORY=4G WB_VM_CPU="${WB_VM_CPU:-max,-sse4.2,-erms}"
 release=${CARGO_TARGET_DIR:-target}/release
 vm=$PWD/target/vm

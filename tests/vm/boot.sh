@@ -25,7 +25,8 @@ for disk in "$@"; do
     function=$((function + 1))
     [ $function -lt 8 ] || { function=0 slot=$((slot + 1)); }
 done
-exec qemu-system-x86_64 -accel tcg,thread=multi -cpu "${WB_VM_CPU:-max}" -smp 2 -m "${WB_VM_MEMORY:-2G}" \
+exec qemu-system-x86_64 -accel tcg,thread=multi -cpu "${WB_VM_CPU:-max}" \
+    -smp 2 -m "${WB_VM_MEMORY:-2G}" \
     -nodefaults -no-reboot -display none -serial "file:$share/console" \
     -kernel "/boot/vmlinuz-$kernel" -initrd "$initramfs" \
     -append "console=ttyS0 panic=-1 quiet mitigations=off" \

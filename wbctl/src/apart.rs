@@ -113,7 +113,7 @@ impl Guard {
 
 /// Waits until the daemon is gone, then removes its device.
 fn guard(device: &Path) -> io::Result<()> {
-    // Only the daemon ends it.
+    // It must outlive the daemon, so it ignores these signals.
     libwb::cli::on_signals([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP], |_| ())?;
     io::copy(&mut io::stdin(), &mut io::sink())?;
     let begun = Instant::now();

@@ -25,7 +25,7 @@ pub(crate) struct Devices(Arc<Both>);
 struct Both {
     cache: Watched,
     backing: Watched,
-    /// The loop device. A name such as /dev/disk/by-uuid leads to it while the volume is attached,
+    /// The block device. A name such as /dev/disk/by-uuid leads to it while the volume is attached,
     /// and back to the backing device after that.
     served: OnceLock<Identity>,
     looks: AtomicUsize,

@@ -153,7 +153,7 @@ impl Callers<'_> {
         match end {
             Some(End::Lost(why)) => {
                 let lost = anyhow!("{} gets no more requests: {why}", served.path.display());
-                tracing::error!("{lost}: closing the log");
+                tracing::error!("{lost}; closing the log");
                 return Err(lost);
             }
             Some(End::Signal(signal)) => {

@@ -59,7 +59,8 @@ enum Command {
     Create(create::Args),
     /// Recover a volume and serve it as a block device, in the foreground
     ///
-    /// Prints `ready /dev/loopN` when the volume can be used.
+    /// Prints `ready` and the block device, such as `ready /dev/ublkb0`, when the volume can be
+    /// used.
     ///
     /// On SIGTERM or SIGINT, the daemon closes the log and ends; dirty data stays in the cache.
     /// While the device is held, it keeps serving for up to a minute, or until a second signal.

@@ -28,7 +28,7 @@ const VARIABLE: &str = "WB_LOG";
 /// The maximum number of lines that wait to be written. Further lines are dropped.
 const ROOM: usize = 1024;
 /// How often the thread checks for held-back lines that it may write now.
-const TICK: Duration = Duration::from_millis(250);
+const TICK: Duration = Duration::from_secs(1);
 /// How long the shutdown waits for the last lines.
 const LAST: Duration = Duration::from_secs(1);
 

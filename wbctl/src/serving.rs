@@ -29,7 +29,7 @@ pub(crate) enum FrontEnd {
 /// The option `--serve`.
 #[derive(clap::Args)]
 pub(crate) struct ServeOption {
-    /// How the volume becomes a block device; by default with ublk where that works
+    /// How the volume becomes a block device; by default as recorded, or else ublk where that works
     #[arg(long = "serve", value_name = "auto|ublk|loop", hide_possible_values = true)]
     pub(crate) front_end: Option<FrontEnd>,
 }
@@ -109,7 +109,7 @@ impl Serving<'_> {
         let note = |device: &Path| self.name.note_device(device);
         let device = UblkDevice::attach(volume, self.runtime, self.options, note, self.lost())?;
         let guard = Guard::of(device.path()).inspect_err(|e| {
-            tracing::warn!("if this process is killed, its dead device stays behind: {e}");
+            tracing::warn!("cannot start the guard: if this daemon is killed, its device stays until the next attach: {e}");
         });
         Ok(Served::Ublk { device, _guard: guard.ok() })
     }

@@ -19,7 +19,7 @@ pub struct VolumeStatus {
     pub state: VolumeState,
     /// Why it is in that state, or what is wrong with it, if there is anything to say.
     pub message: Option<String>,
-    /// The loop device, while attached.
+    /// The block device, while attached.
     pub device: Option<PathBuf>,
     /// The cache device.
     pub cache: PathBuf,
@@ -92,7 +92,7 @@ fn missing(at: &str, told: &Value, known: &Value, found: &mut Vec<String>) {
 pub struct LiveStatus {
     /// The daemon's process id.
     pub pid: u32,
-    /// Logical sector size of the loop device in bytes.
+    /// Logical sector size of the block device in bytes.
     pub sector_size: u32,
     /// Size of the volume.
     pub volume_bytes: u64,

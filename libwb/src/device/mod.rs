@@ -174,9 +174,9 @@ pub trait BlockDevice: Send + Sync + 'static {
         false
     }
 
-    /// Writes several pieces of data back to back from `offset` on. When that is done, they are
-    /// durable, but nothing that was written before is for that. A failure may cost any write that
-    /// is not durable yet, and no later flush need report that.
+    /// Writes several pieces of data back to back from `offset` on. When this is done, they are
+    /// durable; earlier writes need not be. If it fails, any write that is not durable yet may be
+    /// lost, and later flushes need not report that.
     fn write_durably(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
         let length = to_u64(parts.iter().map(|part| part.len()).sum());
         let (device, operation) = (self.name().clone(), Operation::DurableWrite);

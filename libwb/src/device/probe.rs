@@ -190,7 +190,7 @@ pub struct Traits {
 }
 
 impl Traits {
-    /// Those of a block device, by its number; of a file's filesystem, those of its device.
+    /// The traits of the block device with this number. For a file, pass its filesystem's device.
     fn of(number: u64) -> Traits {
         let folder = queue_folder(number);
         let read =

@@ -22,14 +22,13 @@ use std::time::Instant;
 
 /// Entries of the submission queue.
 const RING_ENTRIES: u32 = 256;
-/// Entries of the completion queue: it does not overflow with all operations, and the commands of a
-/// front end.
+/// Entries of the completion queue: room for all operations and all commands of a front end.
 const COMPLETIONS: u32 = 4 * RING_ENTRIES;
 /// Operations that the kernel has at a time. Others wait.
 const MAX_IN_FLIGHT: usize = 2 * RING_ENTRIES as usize - 1;
 /// The `user_data` of the poll that wakes the reactor.
 const WAKE: u64 = u64::MAX;
-/// In the `user_data` of a front end's command, beside its key.
+/// A flag in `user_data`: the rest is the key of a front end's command.
 const SERVED: u64 = 1 << 62;
 
 /// Makes an io_uring. On Linux 6.1 and later, completions run only when the reactor asks for them,
@@ -133,7 +132,7 @@ impl Ring {
         self.shared.parked.store(false, Ordering::SeqCst);
     }
 
-    /// Submits operations, and waits for `want` completions at most until some moment.
+    /// Submits operations. Then waits for `want` completions, but no longer than until `until`.
     fn enter(&mut self, want: usize, until: Option<Instant>) {
         let submission = self.ring.submission();
         if want == 0 && submission.is_empty() && !submission.taskrun() {
@@ -251,8 +250,8 @@ impl Ring {
 
     /// Waits for the I/O that the kernel has, before its memory is freed. Then drops all tasks.
     ///
-    /// Of what the kernel still has then, only a command of a device that is being served owns
-    /// memory that the kernel accesses. That memory is never freed.
+    /// The kernel may still have commands of a device that is being served, and access their memory.
+    /// So that memory is never freed.
     fn finish(mut self, tasks: VecDeque<Runnable>) {
         self.drop_queue();
         while self.ops.iter().any(|(_, op)| op.is_io()) {

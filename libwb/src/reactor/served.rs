@@ -1,7 +1,7 @@
 //! Commands that the kernel completes when users of a served block device have a request.
 //!
-//! They are no operations: they end when someone wants something, perhaps never. And what is known
-//! at once is answered without a task, so that a request costs little more than what it asks for.
+//! They are not operations: each waits until a user of the device wants something, perhaps for
+//! ever. If the answer is known at once, no task is made, which saves time.
 
 use super::operation::Target;
 use crate::sys::LazyBuffer;
@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 /// A command for the driver. The driver may access the buffer until the command completes.
 pub(crate) struct Command {
-    /// Which of the requests at a time it is about.
+    /// The tag of the request that it is about.
     pub(crate) tag: u16,
     pub(crate) code: u32,
     pub(crate) argument: [u8; 16],

@@ -38,7 +38,7 @@ impl Future for Sleep {
         }
         let (shared, end) = (self.shared.clone(), self.end);
         shared.post(|inbox| {
-            // Once the reactor ends, nobody would be woken.
+            // Once the reactor ends, it wakes no one: the sleep ends at once.
             self.timer = (!inbox.stop).then(|| inbox.timers.add(end, context.waker().clone()));
         });
         if self.timer.is_some() { Poll::Pending } else { Poll::Ready(()) }

@@ -10,7 +10,7 @@ enum Capability {
     SysAdmin = 21,
 }
 
-/// Refuses a process that may not make mounts and loop devices.
+/// Refuses a process that may not make block devices and mounts.
 ///
 /// # Errors
 /// Says what is missing.
@@ -18,7 +18,7 @@ pub fn refuse_without_root() -> Result<(), String> {
     if has(Capability::SysAdmin) {
         return Ok(());
     }
-    Err("serving a volume as a loop device needs root (CAP_SYS_ADMIN). wbctl replay, on your own \
+    Err("serving a volume as a block device needs root (CAP_SYS_ADMIN). wbctl replay, on your own \
          files, does not"
         .into())
 }

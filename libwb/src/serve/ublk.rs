@@ -1,9 +1,9 @@
 //! Serves a volume as a block device of the kernel's ublk driver: the kernel passes each request to
 //! the reactor through its ring, and takes the answer from there.
 //!
-//! The device has one queue, with a task for each tag. Such a task has a command in the ring that
-//! completes when the kernel has a request under this tag. The command that answers it waits for
-//! the next one.
+//! The device has one queue. Each of its tags has a command in the ring. The command completes when
+//! the kernel has a request under this tag. The next command answers that request, and waits for
+//! another one.
 //!
 //! A device whose server has died takes no more requests, but its entry at the driver remains until
 //! someone deletes it: [`remove_dead`].
@@ -21,7 +21,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// In the device's field that is the server's own: it is one of ours.
+/// What wb writes into the field that the driver leaves to the server: it marks the device as wb's.
 const OURS: u64 = u64::from_le_bytes(*b"wbvolume");
 
 /// Feature: commands are encoded as ioctls. Kernels before 6.4 lack it.
@@ -125,7 +125,9 @@ fn open_control() -> Result<Control, ServeError> {
     Control::open().map_err(|cause| {
         let what = match cause.kind() {
             io::ErrorKind::NotFound => {
-                format!("cannot open {CONTROL}; if the kernel has ublk, load it: modprobe ublk_drv")
+                format!(
+                    "cannot open {CONTROL} (if the kernel has ublk, modprobe ublk_drv loads it)"
+                )
             }
             _ => format!("cannot open {CONTROL}"),
         };
@@ -193,8 +195,8 @@ impl Requests {
 }
 
 impl UblkDevice {
-    /// Makes the block device. Passes its path to `announce` before it appears. Calls `ended` if
-    /// the device ends by itself, because someone has deleted it or its queue failed.
+    /// Makes the block device. Passes its path to `announce` before it appears. Calls `ended` when
+    /// the device gets no more requests: it was stopped or deleted, or its queue failed.
     ///
     /// # Errors
     /// Names the step that failed.

@@ -125,7 +125,7 @@ impl Engine {
 
     /// Makes the log hold nothing of some blocks but zeros. Since the blocks are locked, no write
     /// comes to them between two visits to the state, and no read of them reserves an admission.
-    /// What waited for admission before may come, up to the visit that cancels it.
+    /// A copy that waited for admission may still enter the log, until the visit that cancels it.
     async fn cover(&self, blocks: &Range<BlockNo>, space: Space) -> Result<(), CacheError> {
         let (mut next, mut looked_up) = (blocks.start, 0);
         while next < blocks.end {

@@ -89,8 +89,8 @@ impl Engine {
     }
 
     /// Writes to the log, and waits where it must. Others come in between the visits to the state:
-    /// until all of a write is acknowledged, any block of it may be older or newer than another
-    /// write. Each visit looks anew whether the cache is open and where the blocks lie.
+    /// until a write is acknowledged, a concurrent write may come before or after any of its
+    /// blocks. Each visit looks anew whether the cache is open and where the blocks lie.
     pub(super) async fn write_to_log(
         self: &Arc<Self>,
         sector: Sector,

@@ -163,7 +163,10 @@ impl<V: Volume> VolumeFile<V> {
     /// Answers a request, or starts a task that will.
     fn take(self: &Arc<Self>, bytes: &[u8]) {
         let Some(Message { unique, node, call }) = Message::decode(bytes) else {
-            tracing::error!("the kernel sent a FUSE message of {} bytes that is none", bytes.len());
+            tracing::error!(
+                "cannot understand a FUSE message of {} bytes from the kernel",
+                bytes.len()
+            );
             return;
         };
         match call {

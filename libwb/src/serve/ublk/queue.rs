@@ -1,4 +1,4 @@
-//! The queue of a ublk device: a task for each tag, on the reactor.
+//! The queue of a ublk device. A request gets a task only if it cannot be answered at once.
 
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::{Command, Handle, Server, Target};
@@ -19,7 +19,8 @@ const FETCH: u32 = 0xc010_7520;
 /// The command that answers a request, and waits for the next: `UBLK_U_IO_COMMIT_AND_FETCH_REQ`.
 const ANSWER_AND_FETCH: u32 = 0xc010_7521;
 
-/// Requests at a time. Reads that wait for a slow disk must leave some for other requests.
+/// Tags: requests that the kernel passes on at a time. Reads that wait for a slow disk must leave
+/// some tags for other requests.
 pub(super) const DEPTH: u16 = 128;
 /// The largest request in bytes. Each tag has a buffer of this size, which takes memory once a
 /// request is as large.
@@ -210,7 +211,7 @@ impl<V: Volume> Queue<V> {
         }
     }
 
-    /// A tag gets no more requests. The first one tells why, unless the device was stopped.
+    /// A tag gets no more requests. The first such tag reports why, even if the device was stopped.
     fn ends(&self, errno: Errno) {
         if !self.has_ended.swap(true, Ordering::Relaxed) {
             (self.ended)(errno.desc());

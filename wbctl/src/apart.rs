@@ -10,7 +10,8 @@ use crate::volume_paths::VolumeName;
 use clap::ValueEnum;
 use libwb::cli::Exit;
 use libwb::runtime::thread;
-use libwb::serve::{outside, ublk};
+use libwb::serve::outside;
+use libwb::serve::ublk::{self, Removal};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use std::io;
@@ -118,7 +119,9 @@ fn guard(device: &Path) -> io::Result<()> {
     io::copy(&mut io::stdin(), &mut io::sink())?;
     let begun = Instant::now();
     // The kernel notices a moment later that the daemon is gone.
-    while !ublk::remove_dead(device).map_err(|e| e.cause)? && begun.elapsed() < TO_DIE {
+    while ublk::remove_dead(device).map_err(|e| e.cause)? != Removal::Done
+        && begun.elapsed() < TO_DIE
+    {
         std::thread::sleep(SELDOM);
     }
     Ok(())

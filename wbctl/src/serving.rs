@@ -7,11 +7,15 @@ use clap::ValueEnum;
 use libwb::cache::Cache;
 use libwb::reactor::Handle;
 use libwb::serve::loopdev::{Connection, LoopDevice, Reserved};
-use libwb::serve::ublk::{self, Requests, UblkDevice};
+use libwb::serve::ublk::{self, Removal, Requests, UblkDevice};
 use libwb::serve::{Options, ReadOnly, ServeError, Volume};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long the kernel may take to notice that a server is dead. Linux 6.6 looks every 5 seconds.
+const TO_NOTICE: Duration = Duration::from_secs(10);
 
 /// How a volume becomes a block device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -159,9 +163,18 @@ impl Served {
 
 /// Removes what an earlier daemon's device has left at the driver.
 pub(crate) fn remove_dead(name: &VolumeName) {
-    if let Some(device) = name.noted_device()
-        && let Err(e) = ublk::remove_dead(&device)
-    {
-        tracing::warn!("{e}");
+    let Some(device) = name.noted_device() else { return };
+    let begun = Instant::now();
+    loop {
+        match ublk::remove_dead(&device) {
+            Ok(Removal::Done | Removal::Alive) => return,
+            Ok(Removal::NotYet) if begun.elapsed() < TO_NOTICE => {
+                std::thread::sleep(TO_NOTICE / 100);
+            }
+            Ok(Removal::NotYet) => {
+                return tracing::warn!("{} stays, though its server is dead", device.display());
+            }
+            Err(e) => return tracing::warn!("{e}"),
+        }
     }
 }

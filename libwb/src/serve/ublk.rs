@@ -21,8 +21,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// What wb writes into the field that the driver leaves to the server: it marks the device as wb's.
-const OURS: u64 = u64::from_le_bytes(*b"wbvolume");
+/// Marks a device as wb's, in the field that the driver leaves to the server. The low half is the
+/// server's process.
+const OURS: u64 = 0x7762_766f_0000_0000; // "wbvo"
+
+const OURS_MASK: u64 = 0xffff_ffff_0000_0000;
 
 /// Feature: commands are encoded as ioctls. Kernels before 6.4 lack it.
 const IOCTL_ENCODED: u64 = 1 << 6;
@@ -42,6 +45,12 @@ impl Info {
     const BYTES: usize = 64;
     /// The state of a device that was never started, or whose server has ended.
     const DEAD: u16 = 0;
+
+    /// The process that serves it, or did, if it is a device of ours.
+    fn server(&self) -> Option<u32> {
+        let (mark, process) = (self.of_server & OURS_MASK, self.of_server & !OURS_MASK);
+        (mark == OURS).then_some(u32::try_from(process).ok()?)
+    }
 
     fn encode(&self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
@@ -135,23 +144,47 @@ fn open_control() -> Result<Control, ServeError> {
     })
 }
 
+/// What has become of a dead device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// It is gone, or the device is none of ours.
+    Done,
+    /// The server of the device lives.
+    Alive,
+    /// The driver has not noticed yet that the server is dead.
+    NotYet,
+}
+
 /// Deletes the entry of a device of ours whose server has died. Leaves any other device alone.
-/// Returns whether it is gone, or never was one of ours.
 ///
 /// # Errors
 /// When the driver refuses.
-pub fn remove_dead(device: &Path) -> Result<bool, ServeError> {
-    let Some(number) = number_of(device) else { return Ok(true) };
-    let mut control = open_control()?;
-    match info(&mut control, number) {
-        Ok(info) if info.of_server != OURS => return Ok(true),
-        Ok(info) if info.state != Info::DEAD => return Ok(false),
-        Ok(_) => {}
-        Err(_) => return Ok(true),
+pub fn remove_dead(device: &Path) -> Result<Removal, ServeError> {
+    let Some(number) = number_of(device) else { return Ok(Removal::Done) };
+    // Without the driver, none of its devices is left.
+    let Ok(mut control) = Control::open() else { return Ok(Removal::Done) };
+    let Ok(info) = info(&mut control, number) else { return Ok(Removal::Done) };
+    match info.server() {
+        None => return Ok(Removal::Done),
+        Some(process) if is_alive(process) => return Ok(Removal::Alive),
+        Some(_) if info.state != Info::DEAD => return Ok(Removal::NotYet),
+        Some(_) => {}
     }
-    delete(&mut control, number)
-        .map(|()| true)
+    let deleted = match delete_later(&mut control, number) {
+        Ok(false) => control.command(Command::Delete, number, &mut []),
+        done => done.map(drop),
+    };
+    deleted
+        .map(|()| Removal::Done)
         .map_err(failed(format!("cannot remove the dead device {}", device.display())))
+}
+
+/// Whether a process has not ended. One that its parent has not looked after yet has.
+fn is_alive(process: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    // The state comes after the name, which is in parentheses.
+    let state = stat.rsplit_once(") ").and_then(|(_, rest)| rest.chars().next());
+    !matches!(state, None | Some('Z' | 'X'))
 }
 
 /// The number of a device, by its path.
@@ -165,13 +198,17 @@ fn info(control: &mut Control, number: u32) -> io::Result<Info> {
     Ok(Info::decode(&bytes))
 }
 
-/// Deletes a device. Where the kernel can, this does not wait for those who still hold it.
-fn delete(control: &mut Control, number: u32) -> io::Result<()> {
+/// Deletes a device, once no one holds it any more. Returns false if the kernel can only wait for
+/// that (before Linux 6.9).
+fn delete_later(control: &mut Control, number: u32) -> io::Result<bool> {
+    /// What old kernels say of an unknown command, as only the kernel knows it.
+    const ENOTSUPP: i32 = 524;
     match control.command(Command::DeleteLater, number, &mut []) {
-        Err(e) if matches!(e.raw_os_error().map(Errno::from_raw), Some(Errno::EOPNOTSUPP)) => {
-            control.command(Command::Delete, number, &mut [])
+        Ok(()) => Ok(true),
+        Err(e) if [Some(ENOTSUPP), Some(Errno::EOPNOTSUPP as i32)].contains(&e.raw_os_error()) => {
+            Ok(false)
         }
-        done => done,
+        Err(e) => Err(e),
     }
 }
 
@@ -216,14 +253,19 @@ impl UblkDevice {
             .map_err(failed(format!("cannot announce {}", path.display())))
             .and_then(|()| Queue::serve(volume, runtime, number, ended));
         let started = served.and_then(|queue| {
-            start(&mut control, number, &options, bytes, || !queue.has_ended())
-                .map_err(failed(format!("cannot start {}", path.display())))
-                .map(|()| Requests(queue))
+            match start(&mut control, number, &options, bytes, || !queue.has_ended()) {
+                Ok(()) => Ok(Requests(queue)),
+                Err(cause) => {
+                    queue.end_silently();
+                    Err(failed(format!("cannot start {}", path.display()))(cause))
+                }
+            }
         });
         match started {
             Ok(requests) => Ok(UblkDevice { number, path, requests, is_down: false }),
             Err(e) => {
-                let _ = take_down(&mut control, number);
+                // On a ring of its own: a command may be under way on the other.
+                let _ = open_control().map(|mut control| take_down(&mut control, number));
                 Err(e)
             }
         }
@@ -267,7 +309,7 @@ fn add(control: &mut Control) -> io::Result<u32> {
         max_request: MAX_REQUEST,
         number: u32::MAX,
         flags: IOCTL_ENCODED,
-        of_server: OURS,
+        of_server: OURS | u64::from(std::process::id()),
         ..Info::default()
     };
     let mut bytes = wanted.encode();
@@ -288,9 +330,13 @@ fn start(
     control.start(number, is_served)
 }
 
+/// Stops a device and deletes it. Where the kernel would wait until this process holds it no more,
+/// the guard of the process deletes it, or the next attach.
 fn take_down(control: &mut Control, number: u32) -> io::Result<()> {
     let stopped = control.command(Command::Stop, number, &mut []);
-    stopped.and(delete(control, number))
+    // Even if it has not stopped: it may have been deleted by others.
+    let deleted = delete_later(control, number);
+    stopped.and(deleted.map(drop))
 }
 
 #[cfg(test)]
@@ -313,6 +359,19 @@ mod tests {
     }
 
     #[test]
+    fn a_process_lives_until_it_has_ended_even_if_no_one_has_looked() {
+        assert!(is_alive(std::process::id()));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let begun = std::time::Instant::now();
+        while is_alive(child.id()) && begun.elapsed().as_secs() < 60 {
+            std::thread::yield_now();
+        }
+        assert!(!is_alive(child.id()), "it has ended, but was not waited for");
+        child.wait().unwrap();
+        assert!(!is_alive(u32::MAX));
+    }
+
+    #[test]
     fn a_device_is_told_by_its_number() {
         assert_eq!(number_of(Path::new("/dev/ublkb12")), Some(12));
         for other in ["/dev/loop0", "/dev/ublkb", "/dev/ublkb1p1", "/"] {
@@ -327,5 +386,8 @@ mod tests {
         let read = Info::decode(&info.encode());
         assert_eq!((read.depth, read.max_request, read.number), (7, 4096, 3));
         assert_eq!((read.flags, read.of_server, read.state), (5, OURS, Info::DEAD));
+        assert_eq!(read.server(), Some(0));
+        assert_eq!(Info { of_server: OURS | 77, ..info }.server(), Some(77));
+        assert_eq!(Info { of_server: 77, ..info }.server(), None);
     }
 }

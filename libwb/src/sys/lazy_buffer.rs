@@ -2,7 +2,10 @@
 #![allow(unsafe_code)] // mappings
 
 use nix::libc;
-use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munlock, munmap};
+use rustix::mm::{
+    MapFlags, MlockFlags, MprotectFlags, ProtFlags, mlock_with, mmap_anonymous, mprotect, munlock,
+    munmap,
+};
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -33,10 +36,13 @@ impl LazyBuffer {
         }?;
         let start = NonNull::new(start).ok_or(io::ErrorKind::OutOfMemory)?;
         let buffer = LazyBuffer { start, length };
-        // SAFETY: both calls are about the mapping above, and no reference to it exists yet.
+        // SAFETY: the calls are about the mapping above, and no reference to it exists yet.
         unsafe {
             munlock(start.as_ptr(), length)?;
             mprotect(start.as_ptr(), length, MprotectFlags::READ | MprotectFlags::WRITE)?;
+            // What is used must stay: to get it back from swap may need this very process. Where
+            // memory cannot be locked, the daemon has said so already.
+            let _ = mlock_with(start.as_ptr(), length, MlockFlags::ONFAULT);
         }
         Ok(buffer)
     }

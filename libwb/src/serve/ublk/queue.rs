@@ -164,6 +164,9 @@ impl<V: Volume> Queue<V> {
 
     /// Performs a request, or begins to.
     fn perform(&self, asked: &Description, buffer: &mut LazyBuffer) -> Performed {
+        if self.is_aborted.load(Ordering::SeqCst) {
+            return Performed::Now(Err(Errno::EIO));
+        }
         match understand(asked) {
             Ok(Asked::Write { sector, length, fua }) => {
                 match write(&self.volume, sector, &buffer[..length], fua) {
@@ -220,6 +223,11 @@ impl<V: Volume> Queue<V> {
 }
 
 impl<V> Queue<V> {
+    /// Lets the end of the device be told to no one: the device never started.
+    pub(super) fn end_silently(&self) {
+        self.has_ended.store(true, Ordering::Relaxed);
+    }
+
     /// Whether the device gets no more requests.
     pub(super) fn has_ended(&self) -> bool {
         self.has_ended.load(Ordering::Relaxed)

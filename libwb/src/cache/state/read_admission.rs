@@ -201,9 +201,10 @@ impl ReadAdmission {
     }
 
     /// Whether it is time to put waiting blocks into the log: there is a segment's worth of them,
-    /// or no room for more.
+    /// or as many as may wait. A read hands its blocks over a few at a time, so those that are still
+    /// reserved come soon.
     pub(crate) fn is_ripe(&self) -> bool {
-        self.waiting.len() >= usize::from(PLACES) || (!self.waiting.is_empty() && !self.has_room())
+        !self.waiting.is_empty() && self.waiting.len() >= self.limit.min(usize::from(PLACES))
     }
 }
 

@@ -14,7 +14,7 @@ use wb_tests::sim::real::WriteCache;
 /// How many interleavings to run each script with.
 const SEEDS: u64 = 2;
 /// How many interleavings it may take until a broken rule shows.
-const BUG_SEEDS: u64 = 8;
+const BUG_SEEDS: u64 = 64;
 /// Sectors of a whole segment's blocks.
 const SEGMENT: u64 = 127 * 8;
 

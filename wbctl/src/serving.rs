@@ -113,7 +113,10 @@ impl Serving<'_> {
         let note = |device: &Path| self.name.note_device(device);
         let device = UblkDevice::attach(volume, self.runtime, self.options, note, self.lost())?;
         let guard = Guard::of(device.path()).inspect_err(|e| {
-            tracing::warn!("cannot start the guard: if this daemon is killed, its device stays until the next attach: {e}");
+            tracing::warn!(
+                "cannot start the guard: if this daemon is killed, its device stays until the \
+                 next attach: {e}"
+            );
         });
         Ok(Served::Ublk { device, _guard: guard.ok() })
     }

@@ -250,8 +250,8 @@ impl Ring {
 
     /// Waits for the I/O that the kernel has, before its memory is freed. Then drops all tasks.
     ///
-    /// The kernel may still have commands of a device that is being served, and access their memory.
-    /// So that memory is never freed.
+    /// The kernel may still have commands of a device that is being served, and access their
+    /// memory. So that memory is never freed.
     fn finish(mut self, tasks: VecDeque<Runnable>) {
         self.drop_queue();
         while self.ops.iter().any(|(_, op)| op.is_io()) {

@@ -201,8 +201,8 @@ impl ReadAdmission {
     }
 
     /// Whether it is time to put waiting blocks into the log: there is a segment's worth of them,
-    /// or as many as may wait. A read hands its blocks over a few at a time, so those that are still
-    /// reserved come soon.
+    /// or as many as may wait. A read hands its blocks over a few at a time, so those that are
+    /// still reserved come soon.
     pub(crate) fn is_ripe(&self) -> bool {
         !self.waiting.is_empty() && self.waiting.len() >= self.limit.min(usize::from(PLACES))
     }
@@ -306,12 +306,15 @@ mod tests {
     }
 
     #[test]
-    fn no_more_blocks_are_held_than_allowed_and_without_room_left_they_are_ripe() {
+    fn no_more_blocks_are_held_than_allowed_and_when_all_of_them_wait_they_are_ripe() {
         let mut admission = admission(100, 3);
         assert_eq!(reserved(&mut admission, &[1, 3, 5, 7]), [1, 3, 5]);
         let ticket = Ticket(admission.tickets);
         assert!(!admission.is_ripe(), "nothing has come yet");
         admission.fill(BlockNo(3), ticket, data());
+        admission.fill(BlockNo(5), ticket, data());
+        assert!(!admission.is_ripe(), "the rest of the read comes soon");
+        admission.fill(BlockNo(1), ticket, data());
         assert!(admission.is_ripe());
         admission.cancel(BlockNo(1));
         assert!(!admission.is_ripe());

@@ -78,3 +78,21 @@ fn sleeps_end_in_their_order_and_nothing_is_left_of_dropped_ones() {
     drop(reactor);
     waiter.join().expect("its sleep ends with the reactor");
 }
+
+#[test]
+fn a_task_that_sleeps_again_and_again_is_dropped_when_the_reactor_stops() {
+    let reactor = Reactor::start().expect("io_uring");
+    let handle = reactor.handle().clone();
+    let (running, runs) = mpsc::channel();
+    reactor.handle().spawn(Box::pin(async move {
+        let _ = running.send(());
+        while !handle.0.inbox.lock().stop {
+            std::thread::yield_now();
+        }
+        loop {
+            handle.sleep(HOUR).await;
+        }
+    }));
+    runs.recv().expect("the task runs");
+    drop(reactor);
+}

@@ -38,8 +38,9 @@ impl Future for Sleep {
         }
         let (shared, end) = (self.shared.clone(), self.end);
         shared.post(|inbox| {
-            // Once the reactor has ended, it wakes no one: the sleep ends at once. Until then it goes
-            // on. Otherwise a task that sleeps again and again would never return, to be dropped.
+            // Once the reactor has ended, it wakes no one: the sleep ends at once. Until then it
+            // goes on. Otherwise a task that sleeps again and again would never return, to be
+            // dropped.
             self.timer = (!inbox.ended).then(|| inbox.timers.add(end, context.waker().clone()));
         });
         if self.timer.is_some() { Poll::Pending } else { Poll::Ready(()) }

@@ -31,7 +31,7 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::RecoveryStopsAtGap, 50, 500),
     (Rule::LossWindowKept, 0, 200),
     (Rule::WrittenWithoutGap, 0, 300),
-    (Rule::ReadsVerified, 0, 200),
+    (Rule::ReadsVerified, 200, 600),
     (Rule::CommittedNeverOverwritten, 0, 100),
     (Rule::DurableAsOfFlushStart, 0, 1000),
     (Rule::DurableWithoutGap, 0, 500),

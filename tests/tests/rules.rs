@@ -7,8 +7,9 @@
 //!   `DroppedErased` (a log that grows up to what an earlier power cut had cut off).
 //! - `kernel_compat.rs` finds `UnreadableEmptied` and `EmptiedOnlyWhenFlushed`, which need a device
 //!   that fails during a discard.
-//! - `durable_commits.rs` finds `FailedDurableWriteFinal` and `DurableWriteAlone`, which need large
-//!   writes, a flush of the cache device or both while a commit is under way.
+//! - `failed_flushes.rs` finds `FailedFlushFinal`, `FailedDurableWriteFinal` and
+//!   `DurableWriteAlone`, which need large writes, a flush of the cache device or both while a
+//!   commit is under way.
 //! - `stuck.rs` finds the rules about blocks that cannot be written back.
 
 use libwb::rules::Rule;
@@ -53,7 +54,6 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::ReservedInSameVisit, 0, 500),
     (Rule::VersionsStayInOrder, 0, 1500),
     (Rule::OneEpochPerBatch, 600, 800),
-    (Rule::FailedFlushFinal, 100, 800),
     (Rule::RotIsNoPowerCut, 0, 50),
 ];
 

@@ -100,8 +100,14 @@ fn is_journal() -> bool {
 fn write_lines(waiting: &Receiver<Message>, queue: &Queue, mut stderr: File) {
     // There is nowhere to report an error to.
     let mut write = |line: &[u8]| _ = stderr.write_all(line);
+    let mut may_hold_back = false;
     loop {
-        let flushed = match waiting.recv_timeout(TICK) {
+        let message = match may_hold_back {
+            true => waiting.recv_timeout(TICK),
+            // No line is held back before others were written.
+            false => waiting.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        let flushed = match message {
             Ok(Message::Line(line)) => {
                 write(&line);
                 None
@@ -116,9 +122,9 @@ fn write_lines(waiting: &Receiver<Message>, queue: &Queue, mut stderr: File) {
                 format!("{lost} lines of the log were lost here: it was not read fast enough\n");
             write(&queue.raw(Level::WARN, &text));
         }
-        let due =
-            queue.limits.lock().map(|mut limits| limits.due(Instant::now(), flushed.is_some()));
-        due.unwrap_or_default().iter().for_each(|line| write(line));
+        let due;
+        (due, may_hold_back) = queue.due(flushed.is_some());
+        due.iter().for_each(|line| write(line));
         if let Some(flushed) = flushed {
             let _ = flushed.try_send(());
         }
@@ -153,6 +159,12 @@ impl Queue {
         if self.lines.try_send(Message::Line(line)).is_err() {
             self.lost.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// The summaries that are due, at the `end` all, and whether more may be soon.
+    fn due(&self, end: bool) -> (Vec<Vec<u8>>, bool) {
+        let Ok(mut limits) = self.limits.lock() else { return (Vec::new(), false) };
+        (limits.due(Instant::now(), end), limits.may_hold_back())
     }
 
     /// A line as it is written; for the journal, with its level.

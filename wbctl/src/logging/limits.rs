@@ -52,6 +52,12 @@ impl<P: Eq + Hash> Limits<P> {
         to_say
     }
 
+    /// Whether lines are held back, or the next ones may be. If not, a line that is written comes
+    /// before any that is held back.
+    pub(super) fn may_hold_back(&self) -> bool {
+        self.0.values().any(|said| said.lines > 0 || said.held_back > 0)
+    }
+
     /// The summaries that are due: those of past windows, and at the `end` all.
     pub(super) fn due(&mut self, now: Instant, end: bool) -> Vec<Vec<u8>> {
         self.0.values_mut().filter_map(|said| said.summary(now, end)).collect()
@@ -134,5 +140,8 @@ mod tests {
             assert_eq!(text(limits.admit(1, b"paused\n".to_vec(), now)), "paused\n");
             assert_eq!(text(limits.due(now, false)), "");
         }
+        assert!(limits.may_hold_back());
+        assert_eq!(text(limits.due(start + WINDOW * 100, false)), "");
+        assert!(!limits.may_hold_back(), "nothing was said for long");
     }
 }

@@ -160,14 +160,17 @@ impl Engine {
     /// The background task that makes durable what has been volatile for as long as it may be.
     pub(crate) async fn syncer(self: Arc<Self>) {
         let mut synced = self.runtime.now();
-        loop {
-            self.pause(PERIOD).await;
-            if self.state.lock().lifecycle.is_over() {
-                break;
-            }
+        while !self.state.lock().lifecycle.is_over() {
+            let listener = self.state.listen(Waiter::Writeback);
             let interval = self.tunables.lock().sync_data_interval;
+            match interval {
+                // An idle volume is not to wake the machine for this.
+                0 if !self.state.lock().lifecycle.is_over() => listener.await,
+                _ => self.pause(PERIOD).await,
+            }
             let due = synced + Duration::from_secs(interval.into());
-            if interval > 0 && self.runtime.now() >= due && self.sync() {
+            let is_time = interval > 0 && self.runtime.now() >= due;
+            if is_time && !self.state.lock().lifecycle.is_over() && self.sync() {
                 synced = self.runtime.now();
             }
         }

@@ -1,5 +1,6 @@
-//! Commits on a cache device that prefers durable writes, when one of them fails or meets a flush.
-//! The simulator hardly ever comes across either.
+//! Flushes of the volume when the cache device fails: as it makes a durable write, on a device that
+//! prefers them, or as it is flushed. And durable writes that meet a flush. The simulator hardly
+//! ever comes across any of these.
 
 use futures_util::future::join;
 use libwb::cache::{Cache, OpenOptions};
@@ -88,10 +89,11 @@ struct TestVolume {
 }
 
 impl TestVolume {
-    fn new(seed: u64) -> TestVolume {
+    fn new(seed: u64, prefers_durable_writes: bool) -> TestVolume {
         let simulation = Simulation::new(seed);
         let device = |name, content| SimDevice::new(simulation.runtime(), name, content, 512);
-        let cache = device("cache", fresh_cache(SEGMENTS, true)).preferring_durable_writes(true);
+        let cache = device("cache", fresh_cache(SEGMENTS, true))
+            .preferring_durable_writes(prefers_durable_writes);
         let backing = device("backing", fresh_backing(8 * BLOCKS));
         let [cache, backing] = [cache, backing].map(Arc::new);
         TestVolume { simulation, cache, backing }
@@ -108,10 +110,10 @@ impl TestVolume {
     }
 }
 
-/// Whether a power cut takes what a flush had promised, after the durable write of a commit has
-/// failed once. What follows the commit is written meanwhile.
-fn loses_data(seed: u64, rules: Rules) -> bool {
-    let mut volume = TestVolume::new(seed);
+/// Whether a power cut takes what a flush had promised, after the durable write or the flush of a
+/// commit has failed once. What follows the commit is written meanwhile.
+fn loses_data(seed: u64, rules: Rules, prefers_durable_writes: bool) -> bool {
+    let mut volume = TestVolume::new(seed, prefers_durable_writes);
     let cache = volume.open(volume.cache.clone(), rules);
     cache.pause();
     let runtime = volume.simulation.runtime().clone();
@@ -147,7 +149,7 @@ fn loses_data(seed: u64, rules: Rules) -> bool {
 /// Whether the cache device is flushed during a durable write, while small writes are flushed and
 /// older ones written back.
 fn flushes_meanwhile(seed: u64, rules: Rules) -> bool {
-    let volume = TestVolume::new(seed);
+    let volume = TestVolume::new(seed, true);
     let device = Arc::new(Overlapping {
         device: volume.cache.clone(),
         flushes: Arc::default(),
@@ -170,14 +172,22 @@ fn flushes_meanwhile(seed: u64, rules: Rules) -> bool {
     device.overlapped.load(Ordering::Relaxed)
 }
 
-fn seeds_with(shows: fn(u64, Rules) -> bool, rules: Rules) -> usize {
+fn seeds_with(shows: impl Fn(u64, Rules) -> bool, rules: Rules) -> usize {
     (0..SEEDS).filter(|&seed| shows(seed, rules)).count()
 }
 
 #[test]
 fn after_a_failed_durable_write_nothing_is_promised() {
+    let loses_data = |seed, rules| loses_data(seed, rules, true);
     assert_eq!(seeds_with(loses_data, Rules::default()), 0);
     assert!(seeds_with(loses_data, Rules::breaking(Rule::FailedDurableWriteFinal)) > 0);
+}
+
+#[test]
+fn after_a_failed_flush_nothing_is_promised() {
+    let loses_data = |seed, rules| loses_data(seed, rules, false);
+    assert_eq!(seeds_with(loses_data, Rules::default()), 0);
+    assert!(seeds_with(loses_data, Rules::breaking(Rule::FailedFlushFinal)) > 0);
 }
 
 #[test]

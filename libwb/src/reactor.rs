@@ -1,4 +1,5 @@
-//! The runtime of the programs: one thread that owns an io_uring and runs the background tasks.
+//! The runtime of the programs: one thread that owns an io_uring, serves the requests
+//! of a front end, and runs the tasks.
 //!
 //! Any thread may start a task and poll it once itself; the reactor's thread runs the rest. Other
 //! threads pass I/O to that thread in batches. So the ring has one user and needs no lock.

@@ -59,8 +59,9 @@ pub(super) struct Engine {
 impl Engine {
     /// Refuses all writes from now on: nothing is acknowledged any more that is not durable.
     pub(super) fn fail(&self, error: DeviceError) {
-        tracing::error!("the cache device failed, writes are refused from now on: {error}");
-        self.state.lock().lifecycle.fail(error);
+        if self.state.lock().lifecycle.fail(error.clone()) {
+            tracing::error!("the cache device failed, writes are refused from now on: {error}");
+        }
     }
 
     /// Refuses a request that does not lie within the volume. `length` is in bytes.

@@ -100,6 +100,8 @@ impl Ring {
                 (take(&mut inbox.work), inbox.timers.take_due(), inbox.stop)
             };
             if stop {
+                // Other threads may wait for these sleeps.
+                due.into_values().for_each(Waker::wake);
                 return self.finish(tasks);
             }
             for command in served {

@@ -38,8 +38,8 @@ impl Future for Sleep {
         }
         let (shared, end) = (self.shared.clone(), self.end);
         shared.post(|inbox| {
-            // Once the reactor has ended, it wakes no one: the sleep ends at once. Until then it
-            // goes on. Otherwise a task that sleeps again and again would never return, to be
+            // Once the reactor has ended, nothing would wake this sleep, so it ends at once. It must
+            // not end before: a task that sleeps in a loop would never return, and so could not be
             // dropped.
             self.timer = (!inbox.ended).then(|| inbox.timers.add(end, context.waker().clone()));
         });

@@ -118,10 +118,12 @@ impl Engine {
             true => Some(self.flushing.lock().await),
             false => None,
         };
-        match self.rules.keep(Rule::FailedDurableWriteFinal) {
+        let written = match self.rules.keep(Rule::FailedDurableWriteFinal) {
             true => self.write_log(writes, true).await,
             false => self.retrying(|| self.write_log(writes, true)).await,
-        }
+        };
+        // Before a flush may begin: it would not report what the device has lost by the failure.
+        written.inspect_err(|error| self.fail(error.clone()))
     }
 
     /// Tries an operation of the cache device again when it fails.

@@ -36,9 +36,11 @@ impl Lifecycle {
         LifecycleMark { failed: self.failure.is_some(), stage: self.stage, tasks: self.tasks }
     }
 
-    /// The cache device failed. Only the first failure counts.
-    pub(crate) fn fail(&mut self, error: DeviceError) {
+    /// The cache device failed. Only the first failure counts. Returns whether it is this one.
+    pub(crate) fn fail(&mut self, error: DeviceError) -> bool {
+        let is_first = self.failure.is_none();
         self.failure.get_or_insert(error);
+        is_first
     }
 
     /// Why nothing is acknowledged any more, if so.

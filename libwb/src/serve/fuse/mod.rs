@@ -12,6 +12,7 @@ use futures_lite::future::yield_now;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, fstat, minor};
+use rustix::event::epoll;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
     fsopen,
@@ -64,8 +65,10 @@ pub(super) fn connect<V: Volume>(
     let descriptor = fuse.as_raw_fd();
     let mount = mount(&fuse).map_err(failed("cannot make a FUSE mount (root is needed)"))?;
     let (volume, runtime) = (volume, runtime.clone());
-    let connection = Target::new(fuse);
-    let files = Arc::new(VolumeFile { volume, runtime, connection, name: name.into(), options });
+    let news = Target::new(watch(&fuse).map_err(failed(format!("cannot watch {FUSE}")))?);
+    let (connection, name) = (Target::new(fuse), name.to_string());
+    let files =
+        Arc::new(VolumeFile { volume, runtime, connection, news, name: name.clone(), options });
     let serving = files.clone();
     files.runtime.spawn(Box::pin(async move {
         let why = serving.serve().await;
@@ -74,9 +77,18 @@ pub(super) fn connect<V: Volume>(
     // A loop device on a file that is open only for reading is read-only.
     let access = if options.read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
     let flags = access | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
-    let file = openat(&mount, name, flags, Mode::empty())
+    let file = openat(&mount, name.as_str(), flags, Mode::empty())
         .map_err(failed(format!("cannot open the FUSE file '{name}'")))?;
     Ok(Connected { mount, file: file.into(), descriptor })
+}
+
+/// A file that can be read when the connection can. Where the ring waited for the connection itself,
+/// it would hold it: the connection would not end when a killed process closes its descriptor, and
+/// that process might wait for the end, see [`Reserved`](super::loopdev::Reserved).
+fn watch(fuse: &File) -> rustix::io::Result<File> {
+    let watching = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    epoll::add(&watching, fuse, epoll::EventData::new_u64(0), epoll::EventFlags::IN)?;
+    Ok(watching.into())
 }
 
 /// A FUSE mount that is attached to no folder. It ends with its last user.
@@ -128,6 +140,8 @@ struct VolumeFile<V> {
     volume: V,
     runtime: Handle,
     connection: Target,
+    /// See [`watch`].
+    news: Target,
     name: String,
     options: Options,
 }
@@ -148,7 +162,7 @@ impl<V: Volume> VolumeFile<V> {
                 }
                 Err(e) => match Errno::from_raw(e.raw_os_error().unwrap_or(0)) {
                     Errno::EAGAIN => {
-                        if let Err(errno) = self.runtime.readable(&self.connection).await {
+                        if let Err(errno) = self.runtime.readable(&self.news).await {
                             return errno;
                         }
                     }
@@ -167,6 +181,9 @@ impl<V: Volume> VolumeFile<V> {
                 "cannot understand a FUSE message of {} bytes from the kernel",
                 bytes.len()
             );
+            if let Some(unique) = wire::unique(bytes) {
+                self.answer(unique, Err(Errno::EIO));
+            }
             return;
         };
         match call {

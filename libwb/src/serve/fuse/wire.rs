@@ -86,6 +86,11 @@ impl Message<'_> {
     }
 }
 
+/// The number of a request that cannot be understood, if it says one.
+pub(super) fn unique(bytes: &[u8]) -> Option<u64> {
+    bytes.get(..HEADER).map(|header| NativeEndian::read_u64(&header[8..]))
+}
+
 fn decode_call(code: u32, arguments: &[u8]) -> Option<Call<'_>> {
     let it = Arguments(arguments);
     Some(match code {

@@ -33,7 +33,9 @@ pub(crate) enum FrontEnd {
 /// The option `--serve`.
 #[derive(clap::Args)]
 pub(crate) struct ServeOption {
-    /// How the volume becomes a block device; by default as recorded, or else ublk where that works
+    /// How the volume becomes a block device: ublk is faster and needs Linux 6.5; loop is a loop
+    /// device over FUSE; auto is ublk where it works, else loop. The default is auto, or what
+    /// create recorded
     #[arg(long = "serve", value_name = "auto|ublk|loop", hide_possible_values = true)]
     pub(crate) front_end: Option<FrontEnd>,
 }
@@ -102,7 +104,9 @@ impl Serving<'_> {
             FrontEnd::Auto => match self.ublk(volume.clone()) {
                 Ok(served) => Ok(served),
                 Err(why) => {
-                    tracing::info!("served as a loop device; ublk would be faster, but: {why}");
+                    tracing::info!(
+                        "ublk does not work: {why}. Falling back to a loop device, which is slower"
+                    );
                     self.loop_device(volume)
                 }
             },
@@ -114,8 +118,9 @@ impl Serving<'_> {
         let device = UblkDevice::attach(volume, self.runtime, self.options, note, self.lost())?;
         let guard = Guard::of(device.path()).inspect_err(|e| {
             tracing::warn!(
-                "cannot start the guard: if this daemon is killed, its device stays until the \
-                 next attach: {e}"
+                "cannot start the process that removes {} if this daemon is killed: {e}. The next \
+                 attach would remove it",
+                device.path().display()
             );
         });
         Ok(Served::Ublk { device, _guard: guard.ok() })
@@ -150,8 +155,8 @@ impl Served {
         }
     }
 
-    /// Whether the kernel has looked for partitions already.
-    pub(crate) fn shows_partitions(&self) -> bool {
+    /// Whether the kernel has looked for partitions already, and discards are bounded.
+    pub(crate) fn is_complete(&self) -> bool {
         matches!(self, Served::Ublk { .. })
     }
 
@@ -164,18 +169,33 @@ impl Served {
     }
 }
 
-/// Removes what an earlier daemon's device has left at the driver.
+/// Removes what earlier daemons' devices have left at the driver. Waits a moment for that of this
+/// volume.
 pub(crate) fn remove_dead(name: &VolumeName) {
-    let Some(device) = name.noted_device() else { return };
+    let own = name.noted_device();
+    for device in ublk::devices() {
+        let patience = if own.as_ref() == Some(&device) { TO_NOTICE } else { Duration::ZERO };
+        remove_if_dead(&device, patience);
+    }
+}
+
+fn remove_if_dead(device: &Path, patience: Duration) {
     let begun = Instant::now();
     loop {
-        match ublk::remove_dead(&device) {
+        match ublk::remove_dead(device) {
             Ok(Removal::Done | Removal::Alive) => return,
-            Ok(Removal::NotYet) if begun.elapsed() < TO_NOTICE => {
-                std::thread::sleep(TO_NOTICE / 100);
+            Ok(Removal::NotYet) if begun.elapsed() < patience => {
+                std::thread::sleep(patience / 100);
             }
+            // It is another volume's, and perhaps being removed.
+            Ok(Removal::NotYet) if patience.is_zero() => return,
             Ok(Removal::NotYet) => {
-                return tracing::warn!("{} stays, though its server is dead", device.display());
+                return tracing::warn!(
+                    "cannot remove {}, the device of an earlier daemon: the kernel still counts it \
+                     as served after {} s. A later attach will try again",
+                    device.display(),
+                    patience.as_secs()
+                );
             }
             Err(e) => return tracing::warn!("{e}"),
         }

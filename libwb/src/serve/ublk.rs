@@ -16,16 +16,22 @@ use crate::reactor::Handle;
 use crate::sys::{CONTROL, Command, Control};
 use byteorder::{ByteOrder, NativeEndian};
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use queue::{Abort, DEPTH, MAX_REQUEST, Queue};
+use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Marks a device as wb's, in the field that the driver leaves to the server. The low half is the
 /// server's process.
 const OURS: u64 = 0x7762_766f_0000_0000; // "wbvo"
 
 const OURS_MASK: u64 = 0xffff_ffff_0000_0000;
+
+/// How long to wait for another process that adds or deletes a device.
+const TO_BE_ALONE: Duration = Duration::from_secs(2);
 
 /// Feature: commands are encoded as ioctls. Kernels before 6.4 lack it.
 const IOCTL_ENCODED: u64 = 1 << 6;
@@ -155,6 +161,14 @@ pub enum Removal {
     NotYet,
 }
 
+/// The block devices of the driver, whoever serves them.
+pub fn devices() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir("/sys/class/ublk-char").into_iter().flatten().flatten();
+    let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    let numbers = names.filter_map(|name| name.strip_prefix("ublkc")?.parse::<u32>().ok());
+    numbers.map(|number| PathBuf::from(format!("/dev/ublkb{number}"))).collect()
+}
+
 /// Deletes the entry of a device of ours whose server has died. Leaves any other device alone.
 ///
 /// # Errors
@@ -163,23 +177,24 @@ pub fn remove_dead(device: &Path) -> Result<Removal, ServeError> {
     let Some(number) = number_of(device) else { return Ok(Removal::Done) };
     // Without the driver, none of its devices is left.
     let Ok(mut control) = Control::open() else { return Ok(Removal::Done) };
+    // No new device of ours gets the number in between.
+    let _alone = alone();
     let Ok(info) = info(&mut control, number) else { return Ok(Removal::Done) };
     match info.server() {
         None => return Ok(Removal::Done),
-        Some(process) if is_alive(process) => return Ok(Removal::Alive),
+        // In a container, this process may have the number of the one that died.
+        Some(process) if process != std::process::id() && is_alive(process) => {
+            return Ok(Removal::Alive);
+        }
         Some(_) if info.state != Info::DEAD => return Ok(Removal::NotYet),
         Some(_) => {}
     }
-    let deleted = match delete_later(&mut control, number) {
-        Ok(false) => control.command(Command::Delete, number, &mut []),
-        done => done.map(drop),
-    };
-    deleted
+    delete(&mut control, number)
         .map(|()| Removal::Done)
         .map_err(failed(format!("cannot remove the dead device {}", device.display())))
 }
 
-/// Whether a process has not ended. One that its parent has not looked after yet has.
+/// Whether a process still runs. A zombie does not.
 fn is_alive(process: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     // The state comes after the name, which is in parentheses.
@@ -198,17 +213,31 @@ fn info(control: &mut Control, number: u32) -> io::Result<Info> {
     Ok(Info::decode(&bytes))
 }
 
-/// Deletes a device, once no one holds it any more. Returns false if the kernel can only wait for
-/// that (before Linux 6.9).
-fn delete_later(control: &mut Control, number: u32) -> io::Result<bool> {
+/// Has a device deleted once nothing holds it any more.
+fn delete(control: &mut Control, number: u32) -> io::Result<()> {
     /// What old kernels say of an unknown command, as only the kernel knows it.
     const ENOTSUPP: i32 = 524;
     match control.command(Command::DeleteLater, number, &mut []) {
-        Ok(()) => Ok(true),
         Err(e) if [Some(ENOTSUPP), Some(Errno::EOPNOTSUPP as i32)].contains(&e.raw_os_error()) => {
-            Ok(false)
+            // Before Linux 6.9.
+            control.delete(number)
         }
-        Err(e) => Err(e),
+        done => done,
+    }
+}
+
+/// Keeps other processes of ours from adding and deleting devices, as long as the value lives.
+/// Whoever holds the lock for long is not waited for.
+fn alone() -> Option<Flock<File>> {
+    let begun = Instant::now();
+    let mut file = File::open(CONTROL).ok()?;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Some(lock),
+            Err((unlocked, Errno::EWOULDBLOCK)) if begun.elapsed() < TO_BE_ALONE => file = unlocked,
+            Err(_) => return None,
+        }
+        std::thread::sleep(TO_BE_ALONE / 100);
     }
 }
 
@@ -246,7 +275,11 @@ impl UblkDevice {
     ) -> Result<UblkDevice, ServeError> {
         check_support()?;
         let mut control = open_control()?;
-        let number = add(&mut control).map_err(failed("cannot add a ublk device"))?;
+        let added = {
+            let _alone = alone();
+            add(&mut control)
+        };
+        let number = added.map_err(failed("cannot add a ublk device"))?;
         let path = PathBuf::from(format!("/dev/ublkb{number}"));
         let bytes = volume.size();
         let served = announce(&path)
@@ -254,11 +287,11 @@ impl UblkDevice {
             .and_then(|()| Queue::serve(volume, runtime, number, ended));
         let started = served.and_then(|queue| {
             match start(&mut control, number, &options, bytes, || !queue.has_ended()) {
-                Ok(()) => Ok(Requests(queue)),
-                Err(cause) => {
-                    queue.end_silently();
-                    Err(failed(format!("cannot start {}", path.display()))(cause))
+                Ok(()) => {
+                    queue.has_started();
+                    Ok(Requests(queue))
                 }
+                Err(cause) => Err(failed(format!("cannot start {}", path.display()))(cause)),
             }
         });
         match started {
@@ -330,13 +363,13 @@ fn start(
     control.start(number, is_served)
 }
 
-/// Stops a device and deletes it. Where the kernel would wait until this process holds it no more,
-/// the guard of the process deletes it, or the next attach.
+/// Stops a device and deletes it. What this process or others still hold of it goes with their last
+/// descriptor.
 fn take_down(control: &mut Control, number: u32) -> io::Result<()> {
     let stopped = control.command(Command::Stop, number, &mut []);
     // Even if it has not stopped: it may have been deleted by others.
-    let deleted = delete_later(control, number);
-    stopped.and(deleted.map(drop))
+    let deleted = delete(control, number);
+    stopped.and(deleted)
 }
 
 #[cfg(test)]

@@ -28,8 +28,8 @@ impl LazyBuffer {
     /// # Errors
     /// When the system has no address space left.
     pub(crate) fn new(length: usize) -> io::Result<LazyBuffer> {
-        // A process that locks its memory gets all of a mapping at once, unless it may not use it.
-        // So the lock is taken off before the use is allowed.
+        // In a process that locks its memory, the kernel fills a new mapping at once, except one
+        // without access rights. So map without rights, unlock, and only then allow access.
         // SAFETY: a new mapping, at an address that the kernel chooses.
         let start = unsafe {
             mmap_anonymous(std::ptr::null_mut(), length, ProtFlags::empty(), MapFlags::PRIVATE)

@@ -11,13 +11,15 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::ptr::NonNull;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Where the driver takes commands about devices.
 pub(crate) const CONTROL: &str = "/dev/ublk-control";
 
-/// How often a wait looks whether it is still worth it.
+/// How often a wait checks whether to go on.
 const OFTEN: Duration = Duration::from_millis(100);
+/// How long the driver may take to begin with a deletion.
+const TO_DELETE: Duration = Duration::from_millis(500);
 /// What a wait may end with before the command is done.
 const AGAIN: [i32; 4] =
     [Errno::EINTR as i32, Errno::ETIME as i32, Errno::EAGAIN as i32, Errno::EBUSY as i32];
@@ -118,8 +120,8 @@ impl Control {
         self.wait(|| true)
     }
 
-    /// Lets this process serve a device from now on. The kernel waits until it fetches requests;
-    /// this gives up when `is_served` says that it never will.
+    /// Lets this process serve a device from now on. The kernel waits until the process fetches
+    /// requests. This function stops waiting once `is_served` returns false.
     ///
     /// # Errors
     /// What the kernel says.
@@ -127,6 +129,20 @@ impl Control {
         let data = std::process::id().into();
         self.push(Command::Start, ControlCommand { data, ..ControlCommand::to(device) })?;
         self.wait(is_served)
+    }
+
+    /// Deletes a device in the way of all kernels: the command ends only when nothing holds the
+    /// device any more. The driver deletes it then even if it is not waited for.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub(crate) fn delete(&mut self, device: u32) -> io::Result<()> {
+        self.push(Command::Delete, ControlCommand::to(device))?;
+        let begun = Instant::now();
+        match self.wait(|| begun.elapsed() < TO_DELETE) {
+            Err(e) if e.raw_os_error() == Some(Errno::ECANCELED as i32) => Ok(()),
+            done => done,
+        }
     }
 
     fn push(&mut self, command: Command, argument: ControlCommand) -> io::Result<()> {
@@ -138,7 +154,7 @@ impl Control {
         let entry = opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), command.code())
             .cmd(bytes)
             .build();
-        // SAFETY: both callers wait for the completion, unless the command has no buffer.
+        // SAFETY: the callers wait for the completion, unless the command has no buffer.
         unsafe { self.ring.submission().push(&entry) }.map_err(|_| Errno::EBUSY.into())
     }
 

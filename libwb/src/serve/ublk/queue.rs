@@ -1,4 +1,5 @@
-//! The queue of a ublk device. A request gets a task only if it cannot be answered at once.
+//! The queue of a ublk device. A write that RAM takes is answered without a task. Each other request
+//! gets one, which begins in the same turn of the reactor.
 
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::{Command, Handle, Server, Target};
@@ -11,16 +12,16 @@ use event_listener::Event;
 use futures_util::future::{BoxFuture, Either, poll_immediate, select};
 use nix::errno::Errno;
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// The command that waits for the first request under a tag: `UBLK_U_IO_FETCH_REQ`.
 const FETCH: u32 = 0xc010_7520;
 /// The command that answers a request, and waits for the next: `UBLK_U_IO_COMMIT_AND_FETCH_REQ`.
 const ANSWER_AND_FETCH: u32 = 0xc010_7521;
 
-/// Tags: requests that the kernel passes on at a time. Reads that wait for a slow disk must leave
-/// some tags for other requests.
+/// Tags: requests that the kernel passes on at a time. They are many, so that reads that wait for a
+/// slow disk seldom take all of them.
 pub(super) const DEPTH: u16 = 128;
 /// The largest request in bytes. Each tag has a buffer of this size, which takes memory once a
 /// request is as large.
@@ -127,7 +128,11 @@ pub(super) struct Queue<V> {
     descriptions: Descriptions,
     is_aborted: AtomicBool,
     aborted: Event,
-    has_ended: AtomicBool,
+    /// Why the tags get no more requests, once one gets none.
+    end: OnceLock<Errno>,
+    /// The device has started, so that its end is told.
+    has_started: AtomicBool,
+    is_told: AtomicBool,
     ended: Box<dyn Fn(&str) + Send + Sync>,
 }
 
@@ -153,7 +158,9 @@ impl<V: Volume> Queue<V> {
             descriptions,
             is_aborted: AtomicBool::new(false),
             aborted: Event::new(),
-            has_ended: AtomicBool::new(false),
+            end: OnceLock::new(),
+            has_started: AtomicBool::new(false),
+            is_told: AtomicBool::new(false),
             ended: Box::new(ended),
         });
         for (tag, buffer) in (0..DEPTH).zip(buffers) {
@@ -214,23 +221,35 @@ impl<V: Volume> Queue<V> {
         }
     }
 
-    /// A tag gets no more requests. The first such tag reports why, even if the device was stopped.
+    /// A tag gets no more requests. The first such tag says why, even if the device was stopped.
     fn ends(&self, errno: Errno) {
-        if !self.has_ended.swap(true, Ordering::Relaxed) {
-            (self.ended)(errno.desc());
+        if self.end.set(errno).is_ok() {
+            self.tell();
         }
     }
 }
 
 impl<V> Queue<V> {
-    /// Lets the end of the device be told to no one: the device never started.
-    pub(super) fn end_silently(&self) {
-        self.has_ended.store(true, Ordering::Relaxed);
+    /// Tells the end of the device from now on. Until it has started, its maker sees the failure,
+    /// and perhaps serves the volume in another way.
+    pub(super) fn has_started(&self) {
+        self.has_started.store(true, Ordering::SeqCst);
+        self.tell();
+    }
+
+    /// Tells the end once, if there was one.
+    fn tell(&self) {
+        if let Some(errno) = self.end.get()
+            && self.has_started.load(Ordering::SeqCst)
+            && !self.is_told.swap(true, Ordering::SeqCst)
+        {
+            (self.ended)(errno.desc());
+        }
     }
 
     /// Whether the device gets no more requests.
     pub(super) fn has_ended(&self) -> bool {
-        self.has_ended.load(Ordering::Relaxed)
+        self.end.get().is_some()
     }
 }
 

@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let opening = Cache::open(cache, backing, Arc::new(runtime.clone()), OpenOptions::serve());
     let cache = reactor.block_on(opening)?;
 
-    let lost = |why: &str| eprintln!("the device gets no more requests: {why}");
+    let lost = |why: &str| eprintln!("the kernel has ended the device: {why}");
     let volume = cache.clone();
     let device =
         LoopDevice::attach(volume, &runtime, "example", options, reserved, |_| Ok(()), lost)?;

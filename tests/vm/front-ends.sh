@@ -379,6 +379,36 @@ sigkill_leaves_nothing_and_attach_works_at_once() {
     detach
 }
 
+a_killed_daemon_ends_though_its_page_cache_is_dirty() {
+    create 64M
+    attach
+    for _ in 1 2 3; do
+        random data 1
+        write data
+        dd if=data of="$device" bs=1M seek=1 conv=nocreat,notrunc status=none
+        crash
+        await is_gone "$device"
+        attach
+        same data
+    done
+    detach
+}
+
+a_later_attach_removes_what_a_killed_daemon_and_its_guard_left() {
+    create 64M
+    attach
+    killall -9 wbctl
+    wait "$daemon" || true
+    [ -n "$(ls /sys/class/ublk-char)" ]
+    rm -r /run/wb
+    # The kernel notices a moment later that the daemon is gone.
+    await an_attach_leaves_nothing
+}
+
+an_attach_leaves_nothing() {
+    attach && detach && [ -z "$(ls /sys/class/ublk-char)" ]
+}
+
 without_the_driver_ublk_is_refused_and_auto_takes_loop() {
     create 64M
     refuses wbctl attach v --serve ublk 2> refused
@@ -438,6 +468,7 @@ try_all() {
     try partitions
     try detach_is_refused_while_the_volume_is_in_use
     try sigkill_leaves_nothing_and_attach_works_at_once
+    try a_killed_daemon_ends_though_its_page_cache_is_dirty
 }
 
 try_all loop
@@ -445,6 +476,7 @@ front=auto
 try without_the_driver_ublk_is_refused_and_auto_takes_loop
 modprobe ublk_drv
 try_all ublk
+try a_later_attach_removes_what_a_killed_daemon_and_its_guard_left
 front=auto
 try with_the_driver_auto_takes_ublk
 

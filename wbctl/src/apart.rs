@@ -34,8 +34,8 @@ pub(crate) enum Task {
     WriteOut,
     /// See whether a program holds it.
     Claim,
-    /// Show its partitions.
-    ShowPartitions,
+    /// Bound the discards of a loop device, and show its partitions.
+    CompleteLoop,
     /// When the daemon is gone, remove what it left of the device at the ublk driver.
     Guard,
     /// Print the name of the volume that a daemon serves as this device.
@@ -53,7 +53,7 @@ pub(crate) fn carry_out(args: &Args) -> ! {
     let done = match args.task {
         Task::WriteOut => outside::write_out(&args.device),
         Task::Claim => outside::claim(&args.device),
-        Task::ShowPartitions => outside::show_partitions(&args.device),
+        Task::CompleteLoop => outside::complete_loop_device(&args.device),
         Task::Guard => guard(&args.device),
         Task::Owner => owner(&args.device),
     };
@@ -101,8 +101,8 @@ pub(crate) fn run(
     }
 }
 
-/// A process that removes what a killed daemon leaves of its ublk device. If the daemon ends in
-/// order, nothing is left, and the process just ends.
+/// A process that deletes the daemon's ublk device if the daemon has not done so itself, because it
+/// was killed.
 pub(crate) struct Guard(#[expect(dead_code, reason = "its end of a pipe closes with us")] Child);
 
 impl Guard {

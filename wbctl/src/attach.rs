@@ -41,8 +41,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const PATIENCE_AFTER_KILL: Duration = Duration::from_secs(15);
 /// How long attach waits for a lock that others hold only for a moment.
 const BRIEFLY: Duration = Duration::from_millis(500);
-/// How long the kernel may take to look for partitions.
-const TO_SHOW: Duration = Duration::from_secs(10);
+/// How long the kernel may take to change the queue, and to look for partitions.
+const TO_COMPLETE: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -220,8 +220,8 @@ fn serve(
         }
     };
     watched.served_as(device.path());
-    if !device.shows_partitions() {
-        show_partitions(device.path());
+    if !device.is_complete() {
+        complete_loop_device(device.path());
     }
     let served = LiveVolume::of(&name, &cache, &devices, &device);
     let daemon = Daemon {
@@ -253,15 +253,18 @@ fn lost(end: &Sender<End>) -> Arc<dyn Fn(&str) + Send + Sync> {
     Arc::new(move |why| drop(end.send(End::Lost(why.into()))))
 }
 
-/// Makes the kernel look for partitions, and gives up after [`TO_SHOW`] if a device hangs.
-fn show_partitions(device: &Path) {
+/// Has the loop device completed, and gives up after [`TO_COMPLETE`] if a device hangs.
+fn complete_loop_device(device: &Path) {
     let begun = Instant::now();
-    let why = match apart::run(Task::ShowPartitions, device, || begun.elapsed() < TO_SHOW) {
+    let why = match apart::run(Task::CompleteLoop, device, || begun.elapsed() < TO_COMPLETE) {
         Some(Ok(())) => return,
         Some(Err(e)) => e.to_string(),
         None => "it does not answer".into(),
     };
-    tracing::warn!("partitions of {} may not be shown: {why}", device.display());
+    tracing::warn!(
+        "{} may not show partitions, and other requests may wait for a long discard: {why}",
+        device.display()
+    );
 }
 
 /// Opens the cache, unless it is an older copy, or a second cache in front of a dirty one.

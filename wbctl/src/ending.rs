@@ -152,7 +152,11 @@ impl Callers<'_> {
     fn release(&mut self, served: &LiveVolume, end: Option<End>) -> Result<()> {
         match end {
             Some(End::Lost(why)) => {
-                let lost = anyhow!("{} gets no more requests: {why}", served.path.display());
+                let lost = anyhow!(
+                    "the kernel has ended {}: {why}. Unmount what is on it, then attach the volume \
+                     again",
+                    served.path.display()
+                );
                 tracing::error!("{lost}; closing the log");
                 return Err(lost);
             }

@@ -13,7 +13,7 @@
 //! ([`Reserved`]).
 
 use super::fuse::{self, Connected};
-use super::{MAX_DISCARD, Options, ServeError, Volume, failed};
+use super::{Options, ServeError, Volume, failed};
 use crate::reactor::Handle;
 use crate::sys;
 use nix::errno::Errno;
@@ -69,7 +69,8 @@ impl LoopDevice {
     /// Creates a FUSE file of that name, which shows as the loop device's backing file, and
     /// attaches a loop device to it. Before that, it passes the path to `announce`. If another
     /// program takes the device first, it announces the next one. Calls `ended` if the device
-    /// gets no more requests.
+    /// gets no more requests. Another process must then call
+    /// [`complete_loop_device`](super::outside::complete_loop_device).
     ///
     /// # Errors
     /// Names the step that failed.
@@ -88,7 +89,6 @@ impl LoopDevice {
         device
             .check_below(descriptor)
             .map_err(failed(format!("cannot serve {}", path.display())))?;
-        limit_discards(&path);
         // Without it, the device still ends, as long as nothing hangs.
         let connection =
             Connection::of(&mount).inspect_err(|e| tracing::warn!("no control of FUSE: {e}"));
@@ -153,14 +153,4 @@ fn configure_loop_device(
         last = Errno::EBUSY;
     }
     Err(failed("cannot get a loop device")(last))
-}
-
-/// The kernel carries out discards of a loop device one after the other, and lets other requests
-/// wait for each. So they must be short. The device also works without the limit.
-fn limit_discards(device: &Path) {
-    let name = device.file_name().unwrap_or_default();
-    let limit = Path::new("/sys/class/block").join(name).join("queue/discard_max_bytes");
-    if let Err(e) = std::fs::write(&limit, MAX_DISCARD.to_string()) {
-        tracing::warn!("cannot limit discards by {}: {e}", limit.display());
-    }
 }

@@ -1,6 +1,7 @@
 //! A served block device, seen from outside: who uses it, and what processes other than its server
 //! do with it.
 
+use super::MAX_DISCARD;
 use crate::sys;
 use nix::sys::stat::{major, minor};
 use std::fs::{DirEntry, File, OpenOptions};
@@ -8,13 +9,24 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-/// Makes a loop device show its partitions until it is taken down. This reads from the device, so
-/// its server must not do it.
+/// Bounds the discards of a loop device, and makes it show its partitions until it is taken down.
+/// The kernel waits for requests under way, and reads from the device. So its server must not do
+/// this.
 ///
 /// # Errors
 /// When it is not a loop device, or cannot be opened.
-pub fn show_partitions(device: &Path) -> io::Result<()> {
-    Ok(sys::loop_show_partitions(&File::open(device)?)?)
+pub fn complete_loop_device(device: &Path) -> io::Result<()> {
+    let limited = limit_discards(device);
+    sys::loop_show_partitions(&File::open(device)?)?;
+    limited
+}
+
+/// The kernel carries out discards of a loop device one after the other, and other requests wait for
+/// each. So they must be short.
+fn limit_discards(device: &Path) -> io::Result<()> {
+    let name = device.file_name().unwrap_or_default();
+    let limit = Path::new("/sys/class/block").join(name).join("queue/discard_max_bytes");
+    std::fs::write(limit, MAX_DISCARD.to_string())
 }
 
 /// Waits until everything written to a block device and its partitions through their page caches is

@@ -447,7 +447,7 @@ try() {
         sed 's/^/    /' daemon
     fi
     ! grep -q ' /mnt ' /proc/mounts || umount -l /mnt
-    ! pidof wbctl >/dev/null || killall -9 wbctl
+    ! pidof wbctl >/dev/null || killall -9 wbctl 2>/dev/null || true
     cd / || exit
 }
 

@@ -177,8 +177,8 @@ pub fn remove_dead(device: &Path) -> Result<Removal, ServeError> {
     let Some(number) = number_of(device) else { return Ok(Removal::Done) };
     // Without the driver, none of its devices is left.
     let Ok(mut control) = Control::open() else { return Ok(Removal::Done) };
-    // No new device of ours gets the number in between.
-    let _alone = alone();
+    // Neither is a new device of ours about to start, nor does one get the number in between.
+    let Some(_alone) = alone() else { return Ok(Removal::NotYet) };
     let Ok(info) = info(&mut control, number) else { return Ok(Removal::Done) };
     match info.server() {
         None => return Ok(Removal::Done),
@@ -227,7 +227,7 @@ fn delete(control: &mut Control, number: u32) -> io::Result<()> {
 }
 
 /// Keeps other processes of ours from adding and deleting devices, as long as the value lives.
-/// Whoever holds the lock for long is not waited for.
+/// Until a device starts, it looks like a dead one. `None` if another process takes long.
 fn alone() -> Option<Flock<File>> {
     let begun = Instant::now();
     let mut file = File::open(CONTROL).ok()?;
@@ -275,11 +275,8 @@ impl UblkDevice {
     ) -> Result<UblkDevice, ServeError> {
         check_support()?;
         let mut control = open_control()?;
-        let added = {
-            let _alone = alone();
-            add(&mut control)
-        };
-        let number = added.map_err(failed("cannot add a ublk device"))?;
+        let alone = alone();
+        let number = add(&mut control).map_err(failed("cannot add a ublk device"))?;
         let path = PathBuf::from(format!("/dev/ublkb{number}"));
         let bytes = volume.size();
         let served = announce(&path)
@@ -294,6 +291,7 @@ impl UblkDevice {
                 Err(cause) => Err(failed(format!("cannot start {}", path.display()))(cause)),
             }
         });
+        drop(alone);
         match started {
             Ok(requests) => Ok(UblkDevice { number, path, requests, is_down: false }),
             Err(e) => {

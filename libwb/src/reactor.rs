@@ -11,6 +11,7 @@ mod ring;
 #[cfg_attr(not(feature = "serve-ublk"), allow(dead_code, reason = "for ublk alone"))]
 mod served;
 mod sleep;
+mod spin;
 mod tasks;
 #[cfg(test)]
 mod tests;

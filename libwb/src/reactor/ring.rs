@@ -5,6 +5,7 @@ use super::inbox::{Shared, Work};
 use super::operation::{Op, OpKind, entry, outcome};
 use super::queue::Queue;
 use super::served::Served;
+use super::spin::Spin;
 use crate::format::{to_u64, to_usize};
 use async_task::Runnable;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
@@ -79,6 +80,7 @@ pub(super) struct Ring {
     to_serve: Vec<usize>,
     /// Whether the poll on the wake-up descriptor is under way.
     armed: bool,
+    spin: Spin,
 }
 
 impl Ring {
@@ -86,7 +88,8 @@ impl Ring {
     pub(super) fn new(shared: Arc<Shared>) -> io::Result<Ring> {
         let (ops, queue) = (Slab::new(), Queue::default());
         let (served, to_serve) = (Slab::new(), Vec::new());
-        Ok(Ring { shared, ring: build_ring()?, ops, queue, served, to_serve, armed: false })
+        let (ring, spin) = (build_ring()?, Spin::default());
+        Ok(Ring { shared, ring, ops, queue, served, to_serve, armed: false, spin })
     }
 
     /// Runs until the reactor is dropped.
@@ -130,8 +133,23 @@ impl Ring {
             let nothing_to_do = inbox.work.is_empty() && !inbox.stop;
             (nothing_to_do, inbox.timers.next())
         };
-        self.enter(usize::from(nothing_to_do), until);
+        let begun = Instant::now();
+        let want = usize::from(nothing_to_do && !self.finds_news(begun));
+        self.enter(want, until);
+        if nothing_to_do {
+            self.spin.waited(begun.elapsed());
+        }
         self.shared.parked.store(false, Ordering::SeqCst);
+    }
+
+    /// Submits operations, and looks for a completion or a wake-up without sleeping.
+    fn finds_news(&mut self, begun: Instant) -> bool {
+        if !self.spin.is_worth_it() {
+            return false;
+        }
+        self.enter(0, None);
+        let ring = &mut self.ring;
+        self.spin.look(begun, || ring.submission().taskrun() || !ring.completion().is_empty())
     }
 
     /// Submits operations. Then waits for `want` completions, but no longer than until `until`.

@@ -120,6 +120,8 @@ the_front_end_is_the_one_asked_for() {
     # Whoever uses the device must know that it needs flushes.
     grep -q 'write back' "/sys/block/${device#/dev/}/queue/write_cache"
     [ "$front" != ublk ] || grep -q 1 "/sys/block/${device#/dev/}/queue/fua"
+    # Other requests wait for a discard.
+    [ "$(cat "/sys/block/${device#/dev/}/queue/discard_max_bytes")" = $((64 << 20)) ]
     detach
     [ ! -e /dev/wb/v ]
 }

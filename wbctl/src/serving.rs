@@ -10,12 +10,14 @@ use libwb::serve::loopdev::{Connection, LoopDevice, Reserved};
 use libwb::serve::ublk::{self, Removal, Requests, UblkDevice};
 use libwb::serve::{Options, ReadOnly, ServeError, Volume};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long the kernel may take to notice that a server is dead. Linux 6.6 looks every 5 seconds.
 const TO_NOTICE: Duration = Duration::from_secs(10);
+/// How long a device may take from its creation to its start.
+const TO_START: Duration = Duration::from_secs(1);
 
 /// How a volume becomes a block device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -172,10 +174,15 @@ impl Served {
 /// Removes what earlier daemons' devices have left at the driver. Waits a moment for that of this
 /// volume.
 pub(crate) fn remove_dead(name: &VolumeName) {
-    let own = name.noted_device();
-    for device in ublk::devices() {
-        let patience = if own.as_ref() == Some(&device) { TO_NOTICE } else { Duration::ZERO };
-        remove_if_dead(&device, patience);
+    if let Some(own) = name.noted_device() {
+        remove_if_dead(&own, TO_NOTICE);
+    }
+    let dead: Vec<PathBuf> =
+        ublk::devices().into_iter().filter(|device| ublk::seems_dead(device)).collect();
+    if !dead.is_empty() {
+        // A daemon of another container may be about to start its device.
+        std::thread::sleep(TO_START);
+        dead.iter().for_each(|device| remove_if_dead(device, Duration::ZERO));
     }
 }
 

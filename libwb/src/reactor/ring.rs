@@ -88,7 +88,7 @@ impl Ring {
     pub(super) fn new(shared: Arc<Shared>) -> io::Result<Ring> {
         let (ops, queue) = (Slab::new(), Queue::default());
         let (served, to_serve) = (Slab::new(), Vec::new());
-        let (ring, spin) = (build_ring()?, Spin::default());
+        let (ring, spin) = (build_ring()?, Spin::new());
         Ok(Ring { shared, ring, ops, queue, served, to_serve, armed: false, spin })
     }
 

@@ -69,7 +69,7 @@ impl LoopDevice {
     /// Creates a FUSE file of that name, which shows as the loop device's backing file, and
     /// attaches a loop device to it. Before that, it passes the path to `announce`. If another
     /// program takes the device first, it announces the next one. Calls `ended` if the device
-    /// gets no more requests. Another process must then call
+    /// gets no more requests. Once this has returned, another process should call
     /// [`complete_loop_device`](super::outside::complete_loop_device).
     ///
     /// # Errors

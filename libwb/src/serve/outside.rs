@@ -16,9 +16,10 @@ use std::path::{Path, PathBuf};
 /// # Errors
 /// When it is not a loop device, or cannot be opened.
 pub fn complete_loop_device(device: &Path) -> io::Result<()> {
-    let limited = limit_discards(device);
-    sys::loop_show_partitions(&File::open(device)?)?;
-    limited
+    let shown = File::open(device).and_then(|device| Ok(sys::loop_show_partitions(&device)?));
+    // Comes second: before Linux 6.9, the other resets the limit.
+    limit_discards(device)?;
+    shown
 }
 
 /// The kernel carries out discards of a loop device one after the other, and other requests wait for

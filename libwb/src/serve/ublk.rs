@@ -177,21 +177,38 @@ pub fn remove_dead(device: &Path) -> Result<Removal, ServeError> {
     let Some(number) = number_of(device) else { return Ok(Removal::Done) };
     // Without the driver, none of its devices is left.
     let Ok(mut control) = Control::open() else { return Ok(Removal::Done) };
+    if let Some(known) = unless_dead(&mut control, number) {
+        return Ok(known);
+    }
     // Neither is a new device of ours about to start, nor does one get the number in between.
     let Some(_alone) = alone() else { return Ok(Removal::NotYet) };
-    let Ok(info) = info(&mut control, number) else { return Ok(Removal::Done) };
-    match info.server() {
-        None => return Ok(Removal::Done),
-        // In a container, this process may have the number of the one that died.
-        Some(process) if process != std::process::id() && is_alive(process) => {
-            return Ok(Removal::Alive);
-        }
-        Some(_) if info.state != Info::DEAD => return Ok(Removal::NotYet),
-        Some(_) => {}
+    if let Some(known) = unless_dead(&mut control, number) {
+        return Ok(known);
     }
     delete(&mut control, number)
         .map(|()| Removal::Done)
         .map_err(failed(format!("cannot remove the dead device {}", device.display())))
+}
+
+/// Whether a device is one of ours whose server seems to have died. It may also be about to start,
+/// for a process that this one cannot see.
+pub fn seems_dead(device: &Path) -> bool {
+    let number = number_of(device);
+    number
+        .zip(Control::open().ok())
+        .is_some_and(|(number, mut control)| unless_dead(&mut control, number).is_none())
+}
+
+/// Why a device is not to be deleted; `None` if it seems dead.
+fn unless_dead(control: &mut Control, number: u32) -> Option<Removal> {
+    let Ok(info) = info(control, number) else { return Some(Removal::Done) };
+    match info.server() {
+        None => Some(Removal::Done),
+        // In a container, this process may have the number of the one that died.
+        Some(process) if process != std::process::id() && is_alive(process) => Some(Removal::Alive),
+        Some(_) if info.state != Info::DEAD => Some(Removal::NotYet),
+        Some(_) => None,
+    }
 }
 
 /// Whether a process still runs. A zombie does not.

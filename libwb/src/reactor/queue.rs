@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 /// How many operations that are not urgent a device has at a time.
 const DEPTH: usize = 128;
 /// The same while a flush of the log is under way, and for some time after, since the next one
-/// begins with a write. A write and a flush beside eight readers take 1.8, 2.4 and 4.1 times as long
-/// as alone with 4, 8 and 16. The readers get 47, 54 and 63 % of what they get alone.
+/// begins with a write. A write and a flush beside eight readers take 1.8, 2.4 and 4.1 times as
+/// long as alone with 4, 8 and 16. The readers get 47, 54 and 63 % of what they get alone.
 const SHALLOW: usize = 8;
 const SHALLOW_FOR: Duration = Duration::from_millis(20);
 

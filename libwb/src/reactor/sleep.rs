@@ -38,9 +38,9 @@ impl Future for Sleep {
         }
         let (shared, end) = (self.shared.clone(), self.end);
         shared.post(|inbox| {
-            // Once the reactor has ended, nothing would wake this sleep, so it ends at once. It must
-            // not end before: a task that sleeps in a loop would never return, and so could not be
-            // dropped.
+            // Once the reactor has ended, nothing would wake this sleep, so it ends at once. It
+            // must not end before: a task that sleeps in a loop would never return, and so could
+            // not be dropped.
             self.timer = (!inbox.ended).then(|| inbox.timers.add(end, context.waker().clone()));
         });
         if self.timer.is_some() { Poll::Pending } else { Poll::Ready(()) }

@@ -1,16 +1,16 @@
 //! When the reactor looks for news for a moment before it sleeps.
 //!
 //! To sleep and to be woken takes longer than many a device, most of all in a virtual machine whose
-//! processor goes idle meanwhile. So a reactor that has had short waits of late spins first. An idle
-//! volume has none. On a busy machine, others have the processor now and then, and waits are long.
-//! Where there is but one processor, whoever brings the news could not run meanwhile.
+//! processor goes idle meanwhile. So a reactor that has had short waits of late spins first. An
+//! idle volume has none. On a busy machine, others have the processor now and then, and waits are
+//! long. Where there is but one processor, whoever brings the news could not run meanwhile.
 
 use std::num::NonZero;
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-/// How long it spins at most, and which waits count as short. With 100 µs, a write and an fsync on a
-/// file took 1.2 times as long: a flush of a disk takes over 100 µs.
+/// How long it spins at most, and which waits count as short. With 100 µs, a write and an fsync on
+/// a file took 1.2 times as long: a flush of a disk takes over 100 µs.
 const LIMIT: Duration = Duration::from_micros(200);
 /// How many waits in a row may be longer before it spins no more.
 const TRIES: u8 = 4;

@@ -22,8 +22,8 @@ pub fn complete_loop_device(device: &Path) -> io::Result<()> {
     shown
 }
 
-/// The kernel carries out discards of a loop device one after the other, and other requests wait for
-/// each. So they must be short.
+/// The kernel carries out discards of a loop device one after the other, and other requests wait
+/// for each. So they must be short.
 fn limit_discards(device: &Path) -> io::Result<()> {
     let name = device.file_name().unwrap_or_default();
     let limit = Path::new("/sys/class/block").join(name).join("queue/discard_max_bytes");

@@ -82,7 +82,7 @@ pub(super) fn connect<V: Volume>(
     Ok(Connected { mount, file: file.into(), descriptor })
 }
 
-/// A file that can be read when the connection can. Where the ring waited for the connection itself,
+/// A file that can be read when the connection can. If the ring waited for the connection itself,
 /// it would hold it: the connection would not end when a killed process closes its descriptor, and
 /// that process might wait for the end, see [`Reserved`](super::loopdev::Reserved).
 fn watch(fuse: &File) -> rustix::io::Result<File> {

@@ -1,5 +1,5 @@
-//! The queue of a ublk device. A write that RAM takes is answered without a task. Each other request
-//! gets one, which begins in the same turn of the reactor.
+//! The queue of a ublk device. A write that RAM takes is answered without a task. Each other
+//! request gets one, which begins in the same turn of the reactor.
 
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::{Command, Handle, Server, Target};

@@ -9,8 +9,8 @@ use std::num::NonZero;
 use std::thread::available_parallelism;
 use std::time::{Duration, Instant};
 
-/// How long it spins at most, and which waits count as short. With 100 µs, a write and an fsync on
-/// a file took 1.2 times as long: a flush of a disk takes over 100 µs.
+/// How long it spins at most, and which waits count as short. A flush of a disk often takes over
+/// 100 µs.
 const LIMIT: Duration = Duration::from_micros(200);
 /// How many waits in a row may be longer before it spins no more.
 const TRIES: u8 = 4;

@@ -12,6 +12,8 @@ mod loop_device;
 mod memory;
 #[cfg(feature = "serve")]
 mod process;
+#[cfg(feature = "engine")]
+mod shared_memory;
 #[cfg(feature = "serve-ublk")]
 mod ublk;
 
@@ -33,5 +35,7 @@ pub(crate) use memory::{prefer_huge_pages, prefetch_to_write};
 pub(crate) use process::ignore_file_size_signal;
 #[cfg(feature = "serve")]
 pub(crate) use process::set_io_flusher;
+#[cfg(feature = "engine")]
+pub(crate) use shared_memory::{Region, SharedMemory};
 #[cfg(feature = "serve-ublk")]
 pub(crate) use ublk::{CONTROL, Command, Control, Description, Descriptions, open_queue};

@@ -10,6 +10,7 @@ mod busy_meter;
 mod engine;
 mod error;
 mod figures;
+mod head;
 mod life;
 mod request;
 mod shared_flush;
@@ -24,6 +25,7 @@ pub use figures::counters::Counters;
 pub use figures::latency::{Histogram, Latencies, Timed};
 pub use figures::statistics::Statistics;
 pub use figures::status::Status;
+pub use head::Head;
 pub use life::open::refuse_size;
 pub use life::options::OpenOptions;
 pub use state::pacing::PACING_DIVISOR;
@@ -209,6 +211,11 @@ impl Cache {
     pub async fn batch_ended(&self) {
         let state = &self.engine.state;
         state.wait(Waiter::Request, |it| (!it.writeback.is_working()).then_some(())).await;
+    }
+
+    /// Whether write-back is paused.
+    pub fn is_paused(&self) -> bool {
+        self.engine.state.lock().writeback.is_paused()
     }
 
     /// Ends a [`Cache::pause`].

@@ -1,5 +1,6 @@
 //! How a cache is opened: what for, and what it is refused for.
 
+use crate::cache::head::Head;
 use crate::cache::tunables::Tunables;
 use crate::format::SegmentId;
 use crate::log::Use;
@@ -16,7 +17,7 @@ pub(super) enum Reading {
 }
 
 /// How a cache is opened: what for, and what it is refused for.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct OpenOptions {
     pub(super) reading: Reading,
     /// The segment that counts as the newest, where that is not the newest that recovery finds.
@@ -29,6 +30,8 @@ pub struct OpenOptions {
     pub(super) known: Option<Reach>,
     /// The backing device may hold what comes after `until`.
     pub(super) mixes: bool,
+    /// Where the log's head lies; `None`: in memory of this process alone.
+    pub(super) head: Option<Head>,
     pub(super) tunables: Tunables,
     pub(super) rules: Rules,
 }
@@ -42,6 +45,7 @@ impl OpenOptions {
             wanted: Use::Write,
             known: None,
             mixes: false,
+            head: None,
             tunables: Tunables::default(),
             rules: Rules::default(),
         }
@@ -74,6 +78,13 @@ impl OpenOptions {
     #[must_use]
     pub fn tunables(self, tunables: Tunables) -> OpenOptions {
         OpenOptions { tunables, ..self }
+    }
+
+    /// With the log's head in this memory. If another process has left it, what is in it is
+    /// recovered, too, to the last acknowledged write.
+    #[must_use]
+    pub fn head(self, head: Head) -> OpenOptions {
+        OpenOptions { head: Some(head), ..self }
     }
 
     /// Refuses a log that has not come as far as it is known to have.

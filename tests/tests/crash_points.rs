@@ -8,7 +8,7 @@ use wb_tests::sim::exhaustive::Step::{
     self, Batch, Caching, Cut, Discard, DiscardBehind, Drain, Flush, FlushBehind, Mode, Read,
     Reopen, Sleep, Slow, Write, WriteFua,
 };
-use wb_tests::sim::exhaustive::{Left, Script, Tally, explore};
+use wb_tests::sim::exhaustive::{Crashes, Left, Script, Tally, explore};
 use wb_tests::sim::real::WriteCache;
 
 /// How many interleavings to run each script with.
@@ -331,7 +331,13 @@ fn everywhere(name: &'static str, sizes: &[u64], steps: &'static [Step]) {
         for (extended, seed) in
             [false, true].into_iter().flat_map(|e| (0..SEEDS).map(move |seed| (e, seed)))
         {
-            let tally = explore(&engine(), &script(name, segments, steps), extended, seed);
+            let tally = explore(
+                &engine(),
+                &script(name, segments, steps),
+                Crashes::PowerCuts,
+                extended,
+                seed,
+            );
             let tally = tally.unwrap_or_else(|text| panic!("{text}"));
             all.moments += tally.moments;
             all.crashes += tally.crashes;
@@ -441,7 +447,8 @@ fn broken_rules_show() {
     for (rule, name, segments, steps) in cases {
         let engine: Arc<dyn Engine> = Arc::new(WriteCache::with(rule));
         let script = script(name, segments, steps);
-        let caught = (0..BUG_SEEDS).any(|seed| explore(&engine, &script, true, seed).is_err());
+        let caught = (0..BUG_SEEDS)
+            .any(|seed| explore(&engine, &script, Crashes::PowerCuts, true, seed).is_err());
         assert!(caught, "{rule:?} goes unnoticed by {name}");
     }
 }

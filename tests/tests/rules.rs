@@ -55,6 +55,15 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::VersionsStayInOrder, 0, 1500),
     (Rule::OneEpochPerBatch, 600, 800),
     (Rule::RotIsNoPowerCut, 0, 50),
+    (Rule::HeadDataFirst, 0, 1000),
+    (Rule::HeadOverwriteUndone, 0, 1000),
+    (Rule::HeadKeptUntilWritten, 0, 1000),
+    (Rule::HeadResumed, 0, 1000),
+    (Rule::HeadKeptWhenResumed, 0, 1000),
+    (Rule::HeadKnowsCommit, 0, 1000),
+    (Rule::HeadEndStaysOpen, 0, 1000),
+    (Rule::HeadKeepsLost, 0, 1000),
+    (Rule::FlushedAtOpen, 0, 1000),
 ];
 
 /// The simulator's failure for a seed, if any. A panic of the engine counts as well.

@@ -30,7 +30,7 @@ pub(crate) struct SharedMemory {
     watch: Mutex<Option<Watch>>,
 }
 
-/// Called before each store of a word.
+/// Called before and after each store of a word.
 #[cfg(feature = "sim")]
 type Watch = Arc<dyn Fn() + Send + Sync>;
 
@@ -104,12 +104,19 @@ impl SharedMemory {
     /// Stores a word, after all that this thread has written before.
     #[inline]
     pub(crate) fn store(&self, at: usize, word: u64) {
-        #[cfg(feature = "sim")]
-        {
-            let watch = self.watch.lock().clone();
-            watch.into_iter().for_each(|watch| watch());
-        }
+        self.is_seen();
         self.word(at).store(word, Ordering::Release);
+        self.is_seen();
+    }
+
+    #[cfg(not(feature = "sim"))]
+    #[inline]
+    fn is_seen(&self) {}
+
+    #[cfg(feature = "sim")]
+    fn is_seen(&self) {
+        let watch = self.watch.lock().clone();
+        watch.into_iter().for_each(|watch| watch());
     }
 
     #[cfg(feature = "sim")]

@@ -8,10 +8,10 @@ use super::clients::flush;
 use super::devices::{fresh_backing, fresh_cache};
 use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
 use super::oracle::Oracle;
-use super::unanswered::{Asked, Change, Served};
+use super::unanswered::{Asked, Change, Served, Unanswered};
 use explorer::{Explorer, config, recover};
 use futures_util::FutureExt;
-use libwb::cache::WriteMode;
+use libwb::cache::{Head, WriteMode};
 use libwb::device::IoBuf;
 use libwb::device::sim::{Crash, SimDevice, Simulation};
 use libwb::format::{BLOCK_BYTES, SECTOR_BYTES, Sector, to_u64, to_usize};
@@ -58,6 +58,9 @@ pub enum Step {
     Slow(u32),
     /// Closes the volume and opens it again.
     Reopen,
+    /// Ends the process alone. The next one goes on with the log's head, and requests that were not
+    /// answered come again.
+    Die,
     /// Cuts the power, leaves only this of what is not durable, and opens the volume again.
     Cut(Left),
 }
@@ -86,6 +89,16 @@ pub struct Script {
     pub steps: &'static [Step],
 }
 
+/// What is tried at each moment of a script.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Crashes {
+    /// The power fails.
+    PowerCuts,
+    /// The process dies alone, at each change to a device and at each step of a change to the
+    /// log's head.
+    Deaths,
+}
+
 /// Runs a script on an engine and crashes it in every way.
 ///
 /// # Errors
@@ -93,10 +106,11 @@ pub struct Script {
 pub fn explore(
     engine: &Arc<dyn Engine>,
     script: &Script,
+    crashes: Crashes,
     extended: bool,
     seed: u64,
 ) -> Result<Tally, String> {
-    let mut run = ScriptRun::new(engine.clone(), script, extended, seed);
+    let mut run = ScriptRun::new(engine.clone(), script, crashes, extended, seed);
     let result = run.steps(script.steps);
     let tally = run.explorer.tally();
     result.map(|()| tally).map_err(|text| {
@@ -113,10 +127,19 @@ struct ScriptRun {
     devices: [Arc<SimDevice>; 2],
     /// Whether the cache device prefers durable writes.
     durable_writes: bool,
+    crashes: Crashes,
+    head: Option<Head>,
+    unanswered: Unanswered,
 }
 
 impl ScriptRun {
-    fn new(engine: Arc<dyn Engine>, script: &Script, extended: bool, seed: u64) -> ScriptRun {
+    fn new(
+        engine: Arc<dyn Engine>,
+        script: &Script,
+        crashes: Crashes,
+        extended: bool,
+        seed: u64,
+    ) -> ScriptRun {
         let simulation = Simulation::new(seed);
         let sectors = script.blocks * to_u64(BLOCK_BYTES / SECTOR_BYTES);
         let contents = [fresh_cache(script.segments, extended), fresh_backing(sectors)];
@@ -125,7 +148,15 @@ impl ScriptRun {
         let mut oracle = Oracle::new(sectors);
         oracle.keep_backing_history();
         let explorer = Explorer::new(engine, oracle, seed);
-        ScriptRun { simulation, explorer: Arc::new(explorer), devices, durable_writes }
+        ScriptRun {
+            simulation,
+            explorer: Arc::new(explorer),
+            devices,
+            durable_writes,
+            crashes,
+            head: None,
+            unanswered: Unanswered::default(),
+        }
     }
 
     fn steps(&mut self, steps: &[Step]) -> Result<(), String> {
@@ -133,39 +164,77 @@ impl ScriptRun {
         for (nth, &step) in steps.iter().enumerate() {
             let done = match step {
                 Step::Reopen => self.reopen(volume),
+                Step::Die => self.die(volume),
                 Step::Cut(left) => self.cut(volume, left),
                 step => self.step(&volume, step).map(|()| volume),
             };
             volume = done.map_err(|text| format!("in step {nth}, {step:?}: {text}"))?;
         }
+        self.begin_to_close();
         let closed = self.finish(volume.close());
         self.explorer.crash_now(&self.devices);
         closed.and_then(|()| self.explorer.verdict())
     }
 
-    fn open(&self) -> Result<Arc<dyn EngineVolume>, String> {
+    fn open(&mut self) -> Result<Arc<dyn EngineVolume>, String> {
+        let head = match &self.head {
+            Some(head) => head.descriptor().try_clone_to_owned().and_then(Head::open),
+            None => Head::create(),
+        };
+        let head = head.map_err(|e| format!("no memory for the head: {e}"))?;
         let (explorer, devices) = (self.explorer.clone(), self.devices.clone());
-        self.simulation.runtime().observe(move || explorer.crash_now(&devices));
+        match self.crashes {
+            Crashes::PowerCuts => {
+                self.simulation.runtime().observe(move || explorer.crash_now(&devices));
+            }
+            Crashes::Deaths => {
+                let (other, same) = ((explorer.clone(), devices.clone()), head.clone());
+                head.watch(move |head| explorer.die_now(&devices, head));
+                let (explorer, devices) = other;
+                self.simulation.runtime().observe(move || explorer.die_now(&devices, &same));
+            }
+        }
+        self.head = Some(head.clone());
         let [cache, backing] = self.devices.clone();
-        let runtime = Arc::new(self.simulation.runtime().clone());
-        self.finish(self.explorer.engine.open(
-            cache,
-            backing,
-            runtime,
-            config(WriteMode::Back),
-            None,
-        ))
+        let (runtime, config) = (self.simulation.runtime().clone(), config(WriteMode::Back));
+        let engine = &self.explorer.engine;
+        self.finish(engine.open(cache, backing, Arc::new(runtime), config, Some(head)))
+    }
+
+    /// A process that dies while it closes the volume has no successor.
+    fn begin_to_close(&self) {
+        if self.crashes == Crashes::Deaths {
+            self.simulation.runtime().observe_no_more();
+            self.head.iter().for_each(|head| head.watch(|_| ()));
+        }
     }
 
     fn end(&self, volume: Arc<dyn EngineVolume>) {
         self.simulation.runtime().observe_no_more();
+        self.head.iter().for_each(|head| head.watch(|_| ()));
         drop(volume);
         self.simulation.kill_tasks();
     }
 
+    fn die(&mut self, volume: Arc<dyn EngineVolume>) -> Result<Arc<dyn EngineVolume>, String> {
+        self.end(volume);
+        self.devices = self.devices.each_ref().map(|device| Arc::new(device.crash(Crash::Kill)));
+        let volume = self.open()?;
+        let served = self.served(&volume);
+        let asked: Vec<_> =
+            self.unanswered.lock().iter().map(|(&id, &asked)| (id, asked)).collect();
+        for (write, asked) in asked {
+            self.explorer.oracle.lock().comes_again(write, asked.first, asked.count);
+            self.finish(served.carry_out(write, asked))?;
+        }
+        Ok(volume)
+    }
+
     fn reopen(&mut self, volume: Arc<dyn EngineVolume>) -> Result<Arc<dyn EngineVolume>, String> {
+        self.begin_to_close();
         self.finish(volume.close())?;
         self.end(volume);
+        self.head = None;
         self.open()
     }
 
@@ -177,6 +246,8 @@ impl ScriptRun {
         self.explorer.crash_now(&self.devices);
         self.explorer.verdict()?;
         self.end(volume);
+        self.head = None;
+        self.unanswered.lock().clear();
         let [cache, backing] = [0, 1].map(|device: usize| self.devices[device].snapshot());
         let numbers: Vec<usize> = cache.undurable().iter().map(|write| write.number).collect();
         let images = [
@@ -242,7 +313,7 @@ impl ScriptRun {
                 let sleep = self.simulation.runtime().sleep(Duration::from_millis(millis));
                 self.finish(sleep.map(Ok))?;
             }
-            Step::Reopen | Step::Cut(_) => {}
+            Step::Reopen | Step::Die | Step::Cut(_) => {}
         }
         self.explorer.verdict()
     }
@@ -252,7 +323,7 @@ impl ScriptRun {
             volume: volume.clone(),
             oracle: self.explorer.oracle.clone(),
             runtime: self.simulation.runtime().clone(),
-            unanswered: Default::default(),
+            unanswered: self.unanswered.clone(),
         }
     }
 

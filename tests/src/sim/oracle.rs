@@ -343,6 +343,30 @@ impl Oracle {
         })
     }
 
+    /// Whether a read of the whole volume may show `data` now.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn allows_now(&self, data: &[u8]) -> Result<(), String> {
+        let began = self.now + 1;
+        let judge = |sector: u64, content| {
+            let versions = &self.sectors[to_usize(sector)];
+            let shown = candidates(versions, content)?;
+            let judged = shown.iter().map(|shown| may_be_read(versions, shown, began));
+            judged.reduce(Result::or).unwrap_or(Ok(()))
+        };
+        let shown = self.decode(data);
+        let wrong = match shown {
+            Ok(shown) => (0..).zip(shown).find_map(|(sector, content)| {
+                judge(sector, content).err().map(|text| (sector, text))
+            }),
+            Err(wrong) => Some(wrong),
+        };
+        wrong.map_or(Ok(()), |(sector, text)| {
+            Err(format!("sector {sector} {text}\n{}", history(&self.events, Some(sector))))
+        })
+    }
+
     fn decode(&self, data: &[u8]) -> Result<Vec<Content>, (u64, String)> {
         (0..to_u64(self.sectors.len()))
             .zip(data.chunks_exact(SECTOR_BYTES))

@@ -129,13 +129,13 @@ impl Head {
         Ok(copy)
     }
 
-    /// Calls `before` before each step of a change that another process could see alone.
+    /// Calls `look` whenever another process could find something else than at the last call.
     #[cfg(feature = "sim")]
-    pub fn watch(&self, before: impl Fn(&Head) + Send + Sync + 'static) {
+    pub fn watch(&self, look: impl Fn(&Head) + Send + Sync + 'static) {
         let head = Arc::downgrade(&self.memory);
         self.memory.watch(move || {
             if let Some(memory) = head.upgrade() {
-                before(&Head { memory });
+                look(&Head { memory });
             }
         });
     }

@@ -52,18 +52,33 @@ impl fmt::Debug for IoBuf {
     }
 }
 
+impl AsRef<[u8]> for IoBuf {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
 /// An immutable part of a shared buffer. Cloning it copies no data.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct SharedBuf {
-    buf: Arc<IoBuf>,
+    buf: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,
 }
 
 impl SharedBuf {
-    /// A part of a shared buffer; `range` must lie within it.
-    pub fn part_of(buf: Arc<IoBuf>, range: Range<usize>) -> SharedBuf {
-        assert!(range.start <= range.end && range.end <= buf.len());
+    /// A part of a shared buffer; `range` must lie within it. For direct I/O, both are aligned.
+    pub fn part_of(
+        buf: Arc<impl AsRef<[u8]> + Send + Sync + 'static>,
+        range: Range<usize>,
+    ) -> SharedBuf {
+        assert!(range.start <= range.end && range.end <= (*buf).as_ref().len());
         SharedBuf { buf, range }
+    }
+}
+
+impl fmt::Debug for SharedBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SharedBuf({} bytes)", self.range.len())
     }
 }
 
@@ -77,6 +92,6 @@ impl From<IoBuf> for SharedBuf {
 impl Deref for SharedBuf {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.buf[self.range.clone()]
+        &(*self.buf).as_ref()[self.range.clone()]
     }
 }

@@ -100,6 +100,24 @@ pub enum Rule {
     StuckMoved,
     /// A lost block is moved with a CRC that its data does not match.
     LostMarked,
+    /// A block belongs to the log's head only once its data is there.
+    HeadDataFirst,
+    /// An overwrite of a block in the log's head that was not completed is undone.
+    HeadOverwriteUndone,
+    /// A segment leaves the log's head only once it is on the cache device.
+    HeadKeptUntilWritten,
+    /// A process goes on with the head that the one before it has left.
+    HeadResumed,
+    /// What a process has taken over stays in the head until it is on the cache device.
+    HeadKeptWhenResumed,
+    /// A process knows which blocks of the segment that it takes over belong to a commit.
+    HeadKnowsCommit,
+    /// A segment that goes on in the head is not closed on the device.
+    HeadEndStaysOpen,
+    /// A lost block stays lost in the head.
+    HeadKeepsLost,
+    /// What an earlier process has written is durable before a process relies on that.
+    FlushedAtOpen,
     /// Recovery does not take rot for the work of a power cut. The engine never asks; the check of
     /// flipped bits does.
     #[cfg(feature = "sim")]

@@ -4,6 +4,8 @@
 
 #[cfg(feature = "uring")]
 mod block_device;
+#[cfg(feature = "engine")]
+mod boot;
 #[cfg(feature = "uring")]
 #[cfg_attr(not(feature = "serve-ublk"), allow(dead_code, reason = "for ublk alone"))]
 mod lazy_buffer;
@@ -23,6 +25,8 @@ pub(crate) use block_device::allow_writes;
 pub(crate) use block_device::{
     block_device_size, direct_io_alignment, is_read_only, logical_block_size,
 };
+#[cfg(feature = "engine")]
+pub(crate) use boot::boot_id;
 #[cfg(feature = "uring")]
 pub(crate) use lazy_buffer::LazyBuffer;
 #[cfg(feature = "serve-loop")]

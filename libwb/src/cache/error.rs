@@ -25,6 +25,12 @@ pub enum CacheError {
     /// All that could be written back was.
     #[error("all else is written back, but {0}")]
     Stuck(StuckBlocks),
+    /// The log's head cannot be used.
+    #[error(
+        "the head of the log in memory cannot be used: {0}. Writes that were not flushed may be \
+         lost"
+    )]
+    Head(String),
     /// The request does not lie within the volume.
     #[error("request of {length} bytes at sector {sector} is unaligned or outside the volume")]
     OutOfRange {
@@ -66,6 +72,7 @@ impl CacheError {
             CacheError::Closed => Errno::ESHUTDOWN,
             CacheError::Device(error) if error.operation == Operation::Discard => error.cause,
             CacheError::Log(_)
+            | CacheError::Head(_)
             | CacheError::Device(_)
             | CacheError::Failed(_)
             | CacheError::Full(_)

@@ -49,7 +49,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    const fn code(self) -> u8 {
+    pub(crate) const fn code(self) -> u8 {
         match self {
             Reason::Full => 1,
             Reason::Flush => 2,
@@ -61,7 +61,7 @@ impl Reason {
         }
     }
 
-    const fn from_code(code: u8) -> Reason {
+    pub(crate) const fn from_code(code: u8) -> Reason {
         match code {
             1 => Reason::Full,
             2 => Reason::Flush,

@@ -5,14 +5,16 @@ use parking_lot::Mutex;
 use rustix::fs::{
     MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
 };
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{
+    MapFlags, MlockFlags, MprotectFlags, ProtFlags, mlock_with, mmap, mprotect, munlock, munmap,
+};
 use std::collections::BTreeSet;
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Neither this process nor another can change the size: an access beyond the end would kill it.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
@@ -24,7 +26,13 @@ pub(crate) struct SharedMemory {
     file: OwnedFd,
     /// Where regions begin that are lent.
     lent: Mutex<BTreeSet<usize>>,
+    #[cfg(feature = "sim")]
+    watch: Mutex<Option<Watch>>,
 }
+
+/// Called before each store of a word.
+#[cfg(feature = "sim")]
+type Watch = Arc<dyn Fn() + Send + Sync>;
 
 // SAFETY: what is lent has one owner; all else is read and written as atomic words.
 unsafe impl Send for SharedMemory {}
@@ -59,12 +67,26 @@ impl SharedMemory {
     }
 
     fn map(file: OwnedFd, length: usize) -> io::Result<SharedMemory> {
-        let rights = ProtFlags::READ | ProtFlags::WRITE;
+        // As for a LazyBuffer: only what is used is to take memory, and that must stay.
         // SAFETY: a new mapping, at an address that the kernel chooses.
-        let start =
-            unsafe { mmap(std::ptr::null_mut(), length, rights, MapFlags::SHARED, &file, 0) }?;
+        let start = unsafe {
+            mmap(std::ptr::null_mut(), length, ProtFlags::empty(), MapFlags::SHARED, &file, 0)
+        }?;
+        // SAFETY: the calls are about the mapping above, and no reference to it exists yet.
+        unsafe {
+            munlock(start, length)?;
+            mprotect(start, length, MprotectFlags::READ | MprotectFlags::WRITE)?;
+            let _ = mlock_with(start, length, MlockFlags::ONFAULT);
+        }
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(SharedMemory { start, length, file, lent: Mutex::default() })
+        Ok(SharedMemory {
+            start,
+            length,
+            file,
+            lent: Mutex::default(),
+            #[cfg(feature = "sim")]
+            watch: Mutex::default(),
+        })
     }
 
     /// The descriptor.
@@ -77,6 +99,30 @@ impl SharedMemory {
         assert!(at.is_multiple_of(8) && at + 8 <= self.length, "a word beyond the memory");
         // SAFETY: within the mapping, aligned, and alive as long as `self`.
         unsafe { AtomicU64::from_ptr(self.start.as_ptr().add(at).cast()) }
+    }
+
+    /// Stores a word, after all that this thread has written before.
+    #[inline]
+    pub(crate) fn store(&self, at: usize, word: u64) {
+        #[cfg(feature = "sim")]
+        {
+            let watch = self.watch.lock().clone();
+            watch.into_iter().for_each(|watch| watch());
+        }
+        self.word(at).store(word, Ordering::Release);
+    }
+
+    #[cfg(feature = "sim")]
+    pub(crate) fn watch(&self, watch: impl Fn() + Send + Sync + 'static) {
+        *self.watch.lock() = Some(Arc::new(watch));
+    }
+
+    /// Copies all of it to other memory of the same length. Call it while no other thread writes.
+    #[cfg(feature = "sim")]
+    pub(crate) fn copy_to(&self, other: &SharedMemory) {
+        assert_eq!(self.length, other.length);
+        // SAFETY: both mappings have this length, and do not overlap.
+        unsafe { other.start.copy_from_nonoverlapping(self.start, self.length) }
     }
 
     /// Lends a region of `length` bytes from byte `at` on; `None` while it is lent. Regions must
@@ -127,7 +173,6 @@ impl Drop for Region {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::Ordering;
 
     #[test]
     fn what_one_mapping_writes_another_reads() {

@@ -7,6 +7,7 @@
 
 use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
 use futures_util::lock::Mutex as AsyncMutex;
+use libwb::cache::Head;
 use libwb::device::{Device, IoBuf};
 use libwb::format::{SECTOR_BYTES, Sector, SegmentId, to_u64, to_usize};
 use libwb::runtime::Runtime;
@@ -54,6 +55,7 @@ impl Engine for SimpleEngine {
         backing: Device,
         runtime: Arc<dyn Runtime>,
         _taste: EngineConfig,
+        _head: Option<Head>,
     ) -> EngineFuture<Arc<dyn EngineVolume>> {
         let engine = Arc::new(SimpleVolume {
             flaw: self.0,

@@ -1,15 +1,11 @@
 //! Clients that read and write a volume at random and tell the oracle what they did.
 
-use super::engine::{EngineConfig, EngineFuture, EngineVolume};
-use super::oracle::Oracle;
-use super::stamp;
+use super::engine::{EngineConfig, EngineFuture};
+use super::unanswered::{Asked, Change, Served};
 use fastrand::Rng;
 use libwb::device::IoBuf;
-use libwb::device::sim::SimRuntime;
 use libwb::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use libwb::runtime::Runtime;
-use parking_lot::Mutex;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// The largest I/O, in sectors: 1 MiB.
@@ -76,30 +72,13 @@ impl Habits {
     }
 }
 
-/// Discards, and tells the oracle.
-pub(super) fn discard(
-    oracle: Arc<Mutex<Oracle>>,
-    volume: Arc<dyn EngineVolume>,
-    first: Sector,
-    count: u64,
-) -> EngineFuture<()> {
-    Box::pin(async move {
-        let discard = oracle.lock().discard_begins(first, count);
-        let result = volume.discard(first, count).await;
-        oracle.lock().durable_write_ends(discard, first, count, result.is_ok());
-        result
-    })
-}
-
 /// Flushes or drains, and tells the oracle.
-pub(super) fn flush(
-    oracle: Arc<Mutex<Oracle>>,
-    volume: Arc<dyn EngineVolume>,
-    drain: bool,
-) -> EngineFuture<()> {
+pub(super) fn flush(served: Served, drain: bool) -> EngineFuture<()> {
     Box::pin(async move {
+        let Served { volume, oracle, .. } = &served;
         let began = oracle.lock().flush_begins();
         let result = if drain { volume.drain().await } else { volume.flush().await };
+        served.unless_dead().await;
         oracle.lock().flush_ends(if drain { "drain" } else { "flush" }, began, result.is_ok());
         result
     })
@@ -107,12 +86,8 @@ pub(super) fn flush(
 
 /// One client.
 pub struct Client {
-    /// What it works on.
-    pub volume: Arc<dyn EngineVolume>,
-    /// Whom it tells.
-    pub oracle: Arc<Mutex<Oracle>>,
-    /// The clock of its pauses.
-    pub runtime: SimRuntime,
+    /// What it works on, and whom it tells.
+    pub served: Served,
     /// How it decides.
     pub rng: Rng,
     /// How it behaves.
@@ -130,11 +105,11 @@ impl Client {
         for _ in 0..operations {
             if self.rng.u32(..100) < self.habits.pauses {
                 let millis = self.rng.choice([0, 1, 10, 100, 3000]).unwrap_or(0);
-                self.runtime.sleep(Duration::from_millis(millis)).await;
+                self.served.runtime.sleep(Duration::from_millis(millis)).await;
             }
             let habits = self.habits.clone();
             if self.rng.u32(..1000) < habits.tunes {
-                self.volume.tune(EngineConfig { seed: self.rng.u64(..), ..self.config });
+                self.served.volume.tune(EngineConfig { seed: self.rng.u64(..), ..self.config });
             }
             if self.rng.u32(..1000) < habits.drains {
                 self.flush(true).await;
@@ -152,8 +127,8 @@ impl Client {
                     self.read(Sector(first), count).await;
                 }
             }
-            if self.oracle.lock().failure().is_some() {
-                return self.runtime.halt();
+            if self.served.oracle.lock().failure().is_some() {
+                return self.served.runtime.halt();
             }
         }
     }
@@ -161,7 +136,7 @@ impl Client {
     /// Where to read or write next, in sectors: (first, count).
     fn range(&mut self, next: u64) -> (u64, u64) {
         let (habits, rng) = (&self.habits, &mut self.rng);
-        let units = self.volume.size() / (to_u64(SECTOR_BYTES) * habits.unit);
+        let units = self.served.volume.size() / (to_u64(SECTOR_BYTES) * habits.unit);
         let bits = if rng.u32(..20) == 0 { 11 } else { rng.u32(..=habits.size_bits) };
         let most = (1u64 << bits).min(MAX_SECTORS / habits.unit).min(units);
         let count = if rng.bool() { most } else { rng.u64(1..=most) };
@@ -177,35 +152,22 @@ impl Client {
     }
 
     async fn discard(&self, first: Sector, count: u64) {
-        let (oracle, volume) = (self.oracle.clone(), self.volume.clone());
-        let result = discard(oracle, volume, first, count).await;
+        let result = self.served.begin(Asked { change: Change::Discard, first, count }).await;
         self.judge("a discard", result.err());
     }
 
     async fn write(&self, first: Sector, count: u64, fua: bool) {
-        let write = self.oracle.lock().write_begins(first, count);
-        let mut data = vec![0; to_usize(count) * SECTOR_BYTES];
-        stamp::fill(&mut data, first, write);
-        let result = if fua {
-            let result = self.volume.write_fua(first, data).await;
-            self.oracle.lock().durable_write_ends(write, first, count, result.is_ok());
-            result
-        } else {
-            let result = self.volume.write(first, data).await;
-            self.oracle.lock().write_ends(write, first, count, result.is_ok());
-            result
-        };
-        if result.is_ok() {
-            let newest = self.volume.newest();
-            self.oracle.lock().logged(write, first, count, newest);
-        }
+        let change = if fua { Change::WriteFua } else { Change::Write };
+        let result = self.served.begin(Asked { change, first, count }).await;
         self.judge("a write", result.err());
     }
 
     async fn read(&self, first: Sector, count: u64) {
-        let began = self.oracle.lock().read_begins();
-        let result = self.volume.read(first, IoBuf::zeroed(to_usize(count) * SECTOR_BYTES)).await;
-        let mut oracle = self.oracle.lock();
+        let began = self.served.oracle.lock().read_begins();
+        let buf = IoBuf::zeroed(to_usize(count) * SECTOR_BYTES);
+        let result = self.served.volume.read(first, buf).await;
+        self.served.unless_dead().await;
+        let mut oracle = self.served.oracle.lock();
         match result {
             Ok(data) => oracle.read_ends(began, first, &data),
             Err(e) => {
@@ -217,15 +179,14 @@ impl Client {
     }
 
     async fn flush(&self, drain: bool) {
-        let (oracle, volume) = (self.oracle.clone(), self.volume.clone());
-        let result = flush(oracle, volume, drain).await;
+        let result = flush(self.served.clone(), drain).await;
         let what = if drain { "drain" } else { "flush" };
         self.judge(what, result.err());
     }
 
     fn judge(&self, what: &str, error: Option<String>) {
         let Some(error) = error else { return };
-        let mut oracle = self.oracle.lock();
+        let mut oracle = self.served.oracle.lock();
         if self.faulty {
             oracle.note(format!("{what} failed: {error}"));
         } else {

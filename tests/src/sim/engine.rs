@@ -2,7 +2,7 @@
 
 use crate::recovered_view::Recover;
 use futures_util::future::BoxFuture;
-use libwb::cache::WriteMode;
+use libwb::cache::{Head, WriteMode};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{Sector, SegmentId};
 use libwb::runtime::Runtime;
@@ -61,13 +61,19 @@ pub trait Engine: Send + Sync {
         false
     }
 
-    /// Opens a volume, and recovers it if necessary.
+    /// Whether it has a head of the log that outlives the process.
+    fn has_head(&self) -> bool {
+        false
+    }
+
+    /// Opens a volume, and recovers it if necessary. An engine that has none ignores the head.
     fn open(
         &self,
         cache: Device,
         backing: Device,
         runtime: Arc<dyn Runtime>,
         config: EngineConfig,
+        head: Option<Head>,
     ) -> EngineFuture<Arc<dyn EngineVolume>>;
 
     /// The engine's recovery of a log; `None` if it keeps no log.

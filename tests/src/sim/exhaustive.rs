@@ -4,11 +4,11 @@
 //! If two crashes leave the same devices, only the first is recovered. Between two changes to the
 //! devices, only the acknowledged writes grow. So the moment just before a change demands the most.
 
-use super::clients::{discard, flush};
+use super::clients::flush;
 use super::devices::{fresh_backing, fresh_cache};
-use super::engine::{Engine, EngineConfig, EngineVolume};
+use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
 use super::oracle::Oracle;
-use super::stamp;
+use super::unanswered::{Asked, Change, Served};
 use explorer::{Explorer, config, recover};
 use futures_util::FutureExt;
 use libwb::cache::WriteMode;
@@ -148,7 +148,13 @@ impl ScriptRun {
         self.simulation.runtime().observe(move || explorer.crash_now(&devices));
         let [cache, backing] = self.devices.clone();
         let runtime = Arc::new(self.simulation.runtime().clone());
-        self.finish(self.explorer.engine.open(cache, backing, runtime, config(WriteMode::Back)))
+        self.finish(self.explorer.engine.open(
+            cache,
+            backing,
+            runtime,
+            config(WriteMode::Back),
+            None,
+        ))
     }
 
     fn end(&self, volume: Arc<dyn EngineVolume>) {
@@ -182,7 +188,7 @@ impl ScriptRun {
             backing.image(|_, _| !matches!(left, Left::Nothing)),
         ];
         // This is the state from now on. A crash during recovery does not change it.
-        let data = recover(&*self.explorer.engine, images.clone())?;
+        let data = recover(&*self.explorer.engine, images.clone(), None)?;
         self.explorer.oracle.lock().recovered(Crash::PowerCut, &data);
         self.explorer.verdict()?;
         self.explorer.start_over();
@@ -193,13 +199,17 @@ impl ScriptRun {
     fn step(&self, volume: &Arc<dyn EngineVolume>, step: Step) -> Result<(), String> {
         let oracle = &self.explorer.oracle;
         match step {
-            Step::Write(first, count) => self.write(volume, Sector(first), count, false)?,
-            Step::WriteFua(first, count) => self.write(volume, Sector(first), count, true)?,
+            Step::Write(first, count) => {
+                self.finish(self.change(volume, Change::Write, first, count))?;
+            }
+            Step::WriteFua(first, count) => {
+                self.finish(self.change(volume, Change::WriteFua, first, count))?;
+            }
             Step::Discard(first, count) => {
-                self.finish(discard(oracle.clone(), volume.clone(), Sector(first), count))?;
+                self.finish(self.change(volume, Change::Discard, first, count))?;
             }
             Step::DiscardBehind(first, count) => {
-                let discarding = discard(oracle.clone(), volume.clone(), Sector(first), count);
+                let discarding = self.change(volume, Change::Discard, first, count);
                 self.simulation.runtime().spawn(Box::pin(async move {
                     let _ = discarding.await;
                 }));
@@ -212,7 +222,7 @@ impl ScriptRun {
                 oracle.lock().read_ends(began, Sector(first), &data);
             }
             Step::Flush | Step::FlushBehind | Step::Drain => {
-                let flushing = flush(oracle.clone(), volume.clone(), matches!(step, Step::Drain));
+                let flushing = flush(self.served(volume), matches!(step, Step::Drain));
                 match step {
                     Step::FlushBehind => self.simulation.runtime().spawn(Box::pin(async move {
                         let _ = flushing.await;
@@ -237,28 +247,25 @@ impl ScriptRun {
         self.explorer.verdict()
     }
 
-    fn write(
+    fn served(&self, volume: &Arc<dyn EngineVolume>) -> Served {
+        Served {
+            volume: volume.clone(),
+            oracle: self.explorer.oracle.clone(),
+            runtime: self.simulation.runtime().clone(),
+            unanswered: Default::default(),
+        }
+    }
+
+    fn change(
         &self,
         volume: &Arc<dyn EngineVolume>,
-        first: Sector,
+        change: Change,
+        first: u64,
         count: u64,
-        fua: bool,
-    ) -> Result<(), String> {
-        let oracle = &self.explorer.oracle;
-        let write = oracle.lock().write_begins(first, count);
-        let mut data = vec![0; to_usize(count) * SECTOR_BYTES];
-        stamp::fill(&mut data, first, write);
-        if fua {
-            self.finish(volume.write_fua(first, data))?;
-            oracle.lock().durable_write_ends(write, first, count, true);
-        } else {
-            self.finish(volume.write(first, data))?;
-            let newest = volume.newest();
-            let mut oracle = oracle.lock();
-            oracle.write_ends(write, first, count, true);
-            oracle.logged(write, first, count, newest);
-        }
-        Ok(())
+    ) -> EngineFuture<()> {
+        let served = self.served(volume);
+        let asked = Asked { change, first: Sector(first), count };
+        Box::pin(async move { served.begin(asked).await })
     }
 
     fn finish<T>(&self, future: impl Future<Output = Result<T, String>>) -> Result<T, String> {

@@ -13,5 +13,6 @@ pub mod oracle;
 pub mod real;
 pub mod scenario;
 pub mod stamp;
+pub mod unanswered;
 
 pub use scenario::{Failure, SeedReport, run, run_watched};

@@ -241,6 +241,18 @@ impl Oracle {
         self.events.push((now, Event::Done(write, range, acknowledged)));
     }
 
+    /// A write that was not answered comes again after the death of the process. It takes effect
+    /// once more, whatever has shown of it before.
+    pub fn comes_again(&mut self, write: WriteId, first: Sector, count: u64) {
+        for sector in first.0..first.0 + count {
+            let versions = self.sectors[to_usize(sector)].iter_mut();
+            for version in versions.filter(|version| version.write == write) {
+                version.effective = NEVER;
+                version.replaced = None;
+            }
+        }
+    }
+
     /// A flush begins now.
     pub fn flush_begins(&mut self) -> Moment {
         self.tick()

@@ -3,7 +3,7 @@
 use super::engine::{Engine, EngineConfig, EngineFuture, EngineVolume};
 use crate::recovered_view::Recover;
 use fastrand::Rng;
-use libwb::cache::{Cache, OpenOptions, Tunables, WriteMode, WritebackOrder};
+use libwb::cache::{Cache, Head, OpenOptions, Tunables, WriteMode, WritebackOrder};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{HeaderFault, SECTOR_BYTES, Sector, SegmentId, to_u64};
 use libwb::log::recovery::{Recovery, recover};
@@ -58,23 +58,27 @@ fn recover_forgiving(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
 }
 
 impl Engine for WriteCache {
+    fn has_head(&self) -> bool {
+        true
+    }
+
     fn open(
         &self,
         cache: Device,
         backing: Device,
         runtime: Arc<dyn Runtime>,
         config: EngineConfig,
+        head: Option<Head>,
     ) -> EngineFuture<Arc<dyn EngineVolume>> {
         let tunables = tunables(config);
         let rules = self.rules;
         Box::pin(async move {
-            let opened = Cache::open(
-                cache,
-                backing,
-                runtime,
-                OpenOptions::serve().tunables(tunables).rules(rules),
-            )
-            .await;
+            let options = OpenOptions::serve().tunables(tunables).rules(rules);
+            let options = match head {
+                Some(head) => options.head(head),
+                None => options,
+            };
+            let opened = Cache::open(cache, backing, runtime, options).await;
             opened
                 .map(|cache| Arc::new(Open(cache)) as Arc<dyn EngineVolume>)
                 .map_err(|e| e.to_string())

@@ -2,7 +2,10 @@
 
 use super::engine::{Engine, EngineConfig, EngineVolume};
 use super::oracle::Oracle;
+use super::unanswered::Unanswered;
+use death::Heads;
 use fastrand::Rng;
+use futures_channel::oneshot;
 use libwb::device::sim::{Crash, Faults, SimDevice, SimRuntime, Simulation, Stop};
 use libwb::device::{BlockDevice, Device};
 use libwb::format::{BLOCK_BYTES, RECORD_BLOCK_OFFSET, Sector, to_usize};
@@ -13,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 mod checks;
+mod death;
 mod kernel_compat;
 mod load;
 mod setup;
@@ -119,6 +123,10 @@ struct Scenario<'a> {
     /// The worst crash since the volume was last verified.
     crashed: Option<Crash>,
     crashes: u32,
+    heads: Heads,
+    unanswered: Unanswered,
+    /// The ends of requests that were handed out again.
+    coming_again: Vec<oneshot::Receiver<()>>,
     settings: String,
 }
 
@@ -156,6 +164,7 @@ impl Scenario<'_> {
             self.runtime().halt_after_io(points);
         }
         let Stage::Done(volume) = self.open()? else { return Ok(Stage::Halted) };
+        self.hand_out_again(&volume);
         let Stage::Done(()) = self.verify_all(&volume)? else { return Ok(Stage::Halted) };
         let Stage::Done(()) = self.run_clients(&volume)? else { return Ok(Stage::Halted) };
         if self.faulty && self.later_rng.u32(..3) == 0 {
@@ -173,7 +182,8 @@ impl Scenario<'_> {
     fn open(&mut self) -> Result<Stage<Arc<dyn EngineVolume>>, String> {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
         let config = EngineConfig { seed: self.rng.u64(..), ..self.config };
-        let opening = self.engine.open(cache, backing, Arc::new(self.runtime().clone()), config);
+        let (runtime, head) = (Arc::new(self.runtime().clone()), self.head()?);
+        let opening = self.engine.open(cache, backing, runtime, config, head);
         Ok(match self.finish("opening", opening)? {
             Stage::Done(Ok(volume)) => {
                 self.volume = Some(volume.clone());
@@ -185,6 +195,7 @@ impl Scenario<'_> {
     }
 
     fn close(&mut self, volume: Arc<dyn EngineVolume>, drain: bool) -> Result<Stage<()>, String> {
+        self.heads.forget();
         if drain {
             self.backing.heal_bad();
         }
@@ -231,8 +242,19 @@ impl Scenario<'_> {
 
     /// Ends the process without warning.
     fn crash(&mut self) {
-        let crash = if self.rng.u32(..3) == 0 { Crash::Kill } else { Crash::PowerCut };
+        let crash = match self.rng.u32(..3) {
+            0 => Crash::Kill,
+            _ if self.heads.died_within() => Crash::Kill,
+            _ => Crash::PowerCut,
+        };
         self.crashes += 1;
+        if crash == Crash::Kill && self.heads.is_left() {
+            let now = self.runtime().now();
+            self.oracle.lock().note(format!("the process alone dies at {now:?}"));
+            return self.end_process(crash);
+        }
+        self.heads.forget();
+        self.unanswered.lock().clear();
         self.oracle.lock().note(format!("{crash:?} at {:?}", self.runtime().now()));
         self.end_process(crash);
         self.flip_bits();
@@ -245,6 +267,7 @@ impl Scenario<'_> {
     /// Drops all tasks, and leaves the devices as a crash or the end of a process does.
     fn end_process(&mut self, crash: Crash) {
         self.simulation.kill_tasks();
+        self.coming_again.clear();
         self.judge_backing_alone();
         self.cache = Arc::new(self.cache.crash(crash));
         self.backing = Arc::new(self.backing.crash(crash));
@@ -264,10 +287,13 @@ impl Scenario<'_> {
     fn run_last_process(&mut self) -> Result<(), String> {
         self.oracle.lock().note("the last life begins");
         self.backing.heal_bad();
+        self.heads.live_on();
         let Stage::Done(volume) = self.open()? else {
             return Err(self.failed("halted for no reason"));
         };
+        self.hand_out_again(&volume);
         self.verify_all(&volume)?;
+        self.await_what_came_again()?;
         self.settle("drain", || volume.drain())?;
         self.settle("close", || volume.close())?;
         drop(volume);

@@ -1,5 +1,7 @@
 //! What requests found in the cache, counted block by block as the kernel module does.
 
+use crate::cache::head::{Figure, Figures};
+
 /// How a request met one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Access {
@@ -34,18 +36,33 @@ impl Access {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Accesses([u64; 16]);
 
-impl Accesses {
-    pub(crate) fn count(&mut self, access: Access) {
-        self.0[access.number()] += 1;
+/// The numbers as they are counted.
+pub(crate) struct CountedAccesses(Figures);
+
+impl CountedAccesses {
+    pub(crate) fn of(figures: &Figures) -> CountedAccesses {
+        CountedAccesses(figures.clone())
     }
 
+    /// No one else may count at this time.
+    pub(crate) fn count(&mut self, access: Access) {
+        let figure = Figure(Figure::ACCESSES + access.number());
+        self.0.set(figure, self.0.get(figure).wrapping_add(1));
+    }
+
+    pub(crate) fn get(&self) -> Accesses {
+        Accesses(std::array::from_fn(|number| self.0.get(Figure(Figure::ACCESSES + number))))
+    }
+}
+
+impl Accesses {
     /// Numbers of blocks, in the kernel module's order.
     pub fn iter(&self) -> impl Iterator<Item = (Access, u64)> {
         self.0.iter().enumerate().map(|(number, &blocks)| (Access::numbered(number), blocks))
     }
 
     pub(crate) fn since(&self, earlier: &Accesses) -> Accesses {
-        Accesses(std::array::from_fn(|number| self.0[number] - earlier.0[number]))
+        Accesses(std::array::from_fn(|number| self.0[number].saturating_sub(earlier.0[number])))
     }
 }
 

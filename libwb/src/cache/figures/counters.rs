@@ -1,34 +1,44 @@
 //! What a cache counts, since it was opened or its counters were told to start anew.
 
+use crate::cache::head::{Figure, Figures};
 use crate::device::DeviceError;
 use crate::format::{BLOCK_BYTES, PLACES, Reason, to_u64};
 use parking_lot::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A number that only grows.
-#[derive(Default)]
-pub(crate) struct Counter(AtomicU64);
+pub(crate) struct Counter {
+    figures: Figures,
+    figure: Figure,
+}
 
 impl Counter {
     pub(crate) fn add(&self, n: u64) {
-        self.0.fetch_add(n, Ordering::Relaxed);
+        self.figures.add(self.figure, n);
     }
 
     pub(crate) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.figures.get(self.figure)
     }
 }
 
 /// The counters as they are counted, and as they are reported.
 macro_rules! counters {
     ($($(#[doc = $what:literal])+ $name:ident,)*) => {
-        #[derive(Default)]
         pub(crate) struct AtomicCounters {
             $(pub(crate) $name: Counter,)*
             last_writeback_error: Mutex<Option<DeviceError>>,
         }
 
         impl AtomicCounters {
+            pub(crate) fn of(figures: &Figures) -> AtomicCounters {
+                let mut numbers = Figure::COUNTERS..Figure::ACCESSES;
+                let mut next = || Counter {
+                    figures: figures.clone(),
+                    figure: Figure(numbers.next().expect("there is room for more")),
+                };
+                AtomicCounters { $($name: next(),)* last_writeback_error: Mutex::default() }
+            }
+
             pub(crate) fn get(&self) -> Counters {
                 Counters { $($name: self.$name.get(),)* }
             }
@@ -42,7 +52,7 @@ macro_rules! counters {
 
         impl Counters {
             pub(crate) fn since(&self, earlier: &Counters) -> Counters {
-                Counters { $($name: self.$name - earlier.$name,)* }
+                Counters { $($name: self.$name.saturating_sub(earlier.$name),)* }
             }
 
             /// Each counter: its name, what it counts, and how much that is.

@@ -1,6 +1,6 @@
 //! How long requests take: histograms whose buckets double in width.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::cache::head::{Figure, Figures};
 use std::time::Duration;
 
 /// The number of buckets of a histogram. The last one counts everything over 2^24 µs, about 17
@@ -32,29 +32,30 @@ impl Timed {
     }
 }
 
-#[derive(Default)]
-struct AtomicHistogram {
-    buckets: [AtomicU64; BUCKETS],
-    nanoseconds: AtomicU64,
-}
-
-#[derive(Default)]
-pub(crate) struct AtomicLatencies([AtomicHistogram; 3]);
+pub(crate) struct AtomicLatencies(Figures);
 
 impl AtomicLatencies {
+    pub(crate) fn of(figures: &Figures) -> AtomicLatencies {
+        AtomicLatencies(figures.clone())
+    }
+
     pub(crate) fn add(&self, kind: Timed, time: Duration) {
-        let histogram = &self.0[kind as usize];
-        histogram.buckets[bucket(time)].fetch_add(1, Ordering::Relaxed);
+        self.0.add(figure(kind, bucket(time)), 1);
         let nanoseconds = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        histogram.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
+        self.0.add(figure(kind, BUCKETS), nanoseconds);
     }
 
     pub(crate) fn get(&self) -> Latencies {
-        Latencies(self.0.each_ref().map(|histogram| Histogram {
-            buckets: histogram.buckets.iter().map(|count| count.load(Ordering::Relaxed)).collect(),
-            total: Duration::from_nanos(histogram.nanoseconds.load(Ordering::Relaxed)),
+        Latencies(Timed::ALL.map(|kind| Histogram {
+            buckets: (0..BUCKETS).map(|bucket| self.0.get(figure(kind, bucket))).collect(),
+            total: Duration::from_nanos(self.0.get(figure(kind, BUCKETS))),
         }))
     }
+}
+
+/// Where a bucket is counted; the one after the last has the sum, in nanoseconds.
+fn figure(kind: Timed, bucket: usize) -> Figure {
+    Figure(Figure::LATENCIES + kind as usize * (BUCKETS + 1) + bucket)
 }
 
 /// The first bucket whose limit is not below the time.
@@ -144,7 +145,8 @@ mod tests {
 
     #[test]
     fn a_bucket_takes_times_up_to_its_limit() {
-        let all = AtomicLatencies::default();
+        let head = crate::cache::Head::create().unwrap();
+        let all = AtomicLatencies::of(&Figures::of(head));
         let times = [
             Duration::ZERO,
             US,

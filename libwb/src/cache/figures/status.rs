@@ -126,7 +126,7 @@ impl Engine {
         Statistics {
             time: self.runtime.now(),
             counters: self.counters.get(),
-            accesses: self.state.lock().accesses,
+            accesses: self.state.lock().accesses.get(),
             latencies: self.latencies.get(),
         }
     }
@@ -137,7 +137,7 @@ impl Engine {
 
     /// Lets all counters start anew.
     pub(crate) fn clear_statistics(&self) {
-        self.baseline.set(|| self.counted());
+        self.baseline.set(&*self.runtime);
     }
 
     /// Notes how long a request took, as its front end saw it.

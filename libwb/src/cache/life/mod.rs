@@ -6,3 +6,4 @@ mod mixture;
 pub(super) mod open;
 pub(super) mod options;
 mod replay;
+mod resume;

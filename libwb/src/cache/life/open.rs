@@ -2,13 +2,16 @@
 
 use super::options::OpenOptions;
 use super::replay::Replay;
+use super::resume::{self, Opening};
 use crate::cache::background::batch::BatchStop;
 use crate::cache::busy_meter::BusyMeter;
 use crate::cache::engine::Engine;
 use crate::cache::error::CacheError;
+use crate::cache::figures::accesses::CountedAccesses;
 use crate::cache::figures::counters::AtomicCounters;
 use crate::cache::figures::latency::AtomicLatencies;
 use crate::cache::figures::statistics::Baseline;
+use crate::cache::head::{Figures, Head, Owner};
 use crate::cache::shared_flush::SharedFlush;
 use crate::cache::state::State;
 use crate::cache::state::index::MAX_BLOCKS;
@@ -81,15 +84,34 @@ async fn open_on(
     check_size(&backing)?;
     let replay = Replay::read(&cache, &backing, &options).await?;
     let Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages } = replay;
-    let OpenOptions { until, read_only, tunables, rules, .. } = options;
+    let OpenOptions { until, read_only, head, tunables, rules, .. } = options;
     let geometry = superblock.geometry;
+    let head = match head {
+        Some(head) => head,
+        None => Head::create().map_err(|e| CacheError::Head(format!("no room for it: {e}")))?,
+    };
+    let opening = Opening {
+        cache: &cache,
+        geometry,
+        recovery: &recovery,
+        sectors: BackingFacts::of(&backing).sectors,
+        rules,
+    };
+    let owner = Owner::new(geometry, superblock.extension.as_ref());
+    let resumed = resume::take(&head, owner, opening).await?;
     let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
-    let grown = grown(superblock.extension.as_ref(), &backing);
-    let log = SegmentLog::new(geometry, index, written_back, recovery.point, ages, rules);
+    // A process that goes on with the head of another leaves that to the next attach.
+    let grown = grown(superblock.extension.as_ref(), &backing).filter(|_| head.is_blank());
+    let (begun, staged) = (resumed.begun(), staged.max(resumed.staged()));
+    let point = recovery.point;
+    let mut log = SegmentLog::new(geometry, index, written_back, point, ages, resumed, rules);
+    log.note_begun(point, runtime.wall_clock());
     // The kernel module would stop at damaged segments.
     let damaged = recovery.damage.iter().filter(|it| it.explanation == Explanation::WrittenBack);
     let damaged = damaged.map(|it| it.expected).collect();
-    let mut state = State::new(log, staged.max(written_back), damaged, rules);
+    let figures = Figures::of(head.clone());
+    let accesses = CountedAccesses::of(&figures);
+    let mut state = State::new(log, staged.max(written_back), damaged, accesses, rules);
     state.configure(&tunables);
     if until.is_some() {
         // The log does not go on: nothing is written back before a drain asks for it.
@@ -104,10 +126,10 @@ async fn open_on(
         backing: BusyMeter::new(backing, runtime.clone()),
         tunables: Mutex::new(tunables),
         state: SharedState::new(state, runtime.clone()),
+        baseline: Baseline::of(&figures, &*runtime),
         runtime,
-        counters: AtomicCounters::default(),
-        latencies: AtomicLatencies::default(),
-        baseline: Baseline::at(opened),
+        counters: AtomicCounters::of(&figures),
+        latencies: AtomicLatencies::of(&figures),
         flushing: AsyncMutex::default(),
         recovery_time: opened.saturating_sub(started),
         recovery_bytes: bytes_read,
@@ -119,11 +141,15 @@ async fn open_on(
         extension: grown.clone().or(extension),
         rules,
     });
-    engine.settle(&recovery, written_back, leftovers).await?;
+    let to_close = resume::end_to_close(&recovery, begun, rules);
+    engine.settle(&recovery, written_back, leftovers, to_close).await?;
     if let Some(page) = grown {
         write_extension(&engine.cache, &page).await?;
         engine.cache.flush().await?;
         engine.generation.store(page.generation, Ordering::Relaxed);
+    }
+    if head.is_blank() {
+        head.bind(Owner::new(geometry, engine.extension.as_ref()));
     }
     if !read_only {
         engine.start_tasks();
@@ -174,10 +200,13 @@ impl Engine {
         recovery: &Recovery,
         written_back: SegmentId,
         leftovers: Vec<Item>,
+        to_close: Option<SegmentId>,
     ) -> Result<(), CacheError> {
         // A daemon that was killed may have left segments in the cache device's volatile cache, and
         // a discard in the backing device's. Reads show them, so the next flush must cover them.
-        self.cache.flush().await?;
+        if self.rules.keep(Rule::FlushedAtOpen) {
+            self.cache.flush().await?;
+        }
         self.backing.flush().await?;
         match self.write_items(leftovers).await {
             Err(BatchStop::Device(error) | BatchStop::Stuck(error)) => return Err(error.into()),
@@ -210,7 +239,7 @@ impl Engine {
         }
         // The log continues after the newest segment. Its header may say that it was closed
         // only once nothing is left that looks like a later segment.
-        if let Some(id) = recovery.open_end().filter(|_| self.rules.keep(Rule::OpenEndClosed)) {
+        if let Some(id) = to_close {
             close_segment(&self.cache, geometry, id).await?;
             self.cache.flush().await?;
         }

@@ -17,7 +17,7 @@ pub(super) enum Reading {
 }
 
 /// How a cache is opened: what for, and what it is refused for.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct OpenOptions {
     pub(super) reading: Reading,
     /// The segment that counts as the newest, where that is not the newest that recovery finds.

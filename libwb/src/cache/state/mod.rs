@@ -23,7 +23,7 @@ pub(crate) mod wait;
 mod write_routing;
 pub(crate) mod writeback_state;
 
-use super::figures::accesses::Accesses;
+use super::figures::accesses::CountedAccesses;
 use super::tunables::Tunables;
 use crate::format::{PLACES, SegmentId};
 use crate::rules::Rules;
@@ -53,7 +53,7 @@ pub(crate) struct State {
     /// Which writes go around the log.
     pub(crate) routing: WriteRouting,
     /// What requests found in the cache.
-    pub(crate) accesses: Accesses,
+    pub(crate) accesses: CountedAccesses,
     /// Whether requests are taken.
     pub(crate) lifecycle: Lifecycle,
     rules: Rules,
@@ -66,6 +66,7 @@ impl State {
         log: SegmentLog,
         unindexed: SegmentId,
         damaged: BTreeSet<SegmentId>,
+        accesses: CountedAccesses,
         rules: Rules,
     ) -> State {
         State {
@@ -75,7 +76,7 @@ impl State {
             stuck: Stuck::default(),
             admission: ReadAdmission::new(log.geometry().lap() * u64::from(PLACES)),
             routing: WriteRouting::default(),
-            accesses: Accesses::default(),
+            accesses,
             lifecycle: Lifecycle::default(),
             log,
             rules,

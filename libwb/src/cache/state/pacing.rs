@@ -125,9 +125,10 @@ fn clamped(count: u64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::head::Entry;
     use crate::cache::state::ages::Ages;
     use crate::cache::state::index::Index;
-    use crate::cache::state::segment_log::Appended;
+    use crate::cache::state::segment_log::{Appended, Resumed};
     use crate::cache::state::wait::Reserve;
     use crate::format::{
         BlockNo, DirtyBits, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentId,
@@ -136,7 +137,8 @@ mod tests {
 
     /// Takes a place, and lets the appender have written what that seals.
     fn write(log: &mut SegmentLog, block: u64) {
-        log.take_place(BlockNo(block), DirtyBits::ALL, Reserve::Keep).expect("there is room");
+        log.take_place(Entry::new(BlockNo(block), DirtyBits::ALL), Reserve::Keep, |_| ())
+            .expect("there is room");
         while let Some(job) = log.start_next_job() {
             let id = job.id;
             let (first, crcs) = (job.first, Vec::new());
@@ -152,7 +154,15 @@ mod tests {
             .expect("40 slots");
         let (none, ages) = (SegmentId::NONE, Ages::new(geometry.slots()));
         let index = Index::new(geometry, true);
-        let mut log = SegmentLog::new(geometry, index, none, none, ages, Rules::default());
+        let mut log = SegmentLog::new(
+            geometry,
+            index,
+            none,
+            none,
+            ages,
+            Resumed::nothing(),
+            Rules::default(),
+        );
         let mut blocks = 0..;
         while log.free_slots() > BATCH_SEGMENTS + 1 {
             write(&mut log, blocks.next().expect("endless"));

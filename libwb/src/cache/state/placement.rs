@@ -9,7 +9,7 @@ use super::stuck::MovedBlock;
 use super::wait::{Reserve, Wait};
 use crate::cache::error::CacheError;
 use crate::cache::figures::accesses::Access;
-use crate::device::IoBuf;
+use crate::cache::head::Entry;
 use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, Place, Sector, SegmentId};
 use crate::rules::Rule;
 use std::ops::Range;
@@ -49,19 +49,19 @@ impl State {
         Access { write, hit: cached.is_some(), in_ram, whole: at.is_whole_block() }
     }
 
-    /// Takes the next place of the log for the newest version of a block. Nothing older of it can
-    /// be admitted any more.
+    /// Takes the next place of the log for the newest version of a block, which `fill` fills.
+    /// Nothing older of it can be admitted any more.
     fn take_place(
         &mut self,
-        block: BlockNo,
-        dirty: DirtyBits,
+        entry: Entry,
         reserve: Reserve,
-    ) -> Result<&mut [u8; BLOCK_BYTES], Wait> {
-        let place = self.log.take_place(block, dirty, reserve)?;
+        fill: impl FnOnce(&mut [u8; BLOCK_BYTES]),
+    ) -> Result<(), Wait> {
+        self.log.take_place(entry, reserve, fill)?;
         if self.rules.keep(Rule::WriteCancelsAdmission) {
-            self.admission.cancel(block);
+            self.admission.cancel(entry.block);
         }
-        Ok(place)
+        Ok(())
     }
 
     /// Writes from the front until something is in the way, or it is time for another visit.
@@ -101,8 +101,8 @@ impl State {
     ) -> Result<(), Obstacle> {
         let dirty = new.bits();
         if let Some(old) = old {
-            if let Some(data) = self.log.overwrite(old, dirty) {
-                new.copy_into(data, bytes);
+            let fill = |data: &mut _| new.copy_into(data, bytes);
+            if self.log.overwrite((new.block, old), dirty, fill) {
                 return Ok(());
             }
             // The new version must include all sectors that are not written back, except those that
@@ -119,12 +119,13 @@ impl State {
                 return Ok(self.place_merged(new, bytes, old.dirty, &base)?);
             }
         }
-        let data = self.take_place(new.block, dirty, Reserve::Keep)?;
-        if !dirty.is_all() {
-            // No request reads the other sectors, but no other block's data is to lie there.
-            data.fill(0);
-        }
-        new.copy_into(data, bytes);
+        self.take_place(Entry::new(new.block, dirty), Reserve::Keep, |data| {
+            if !dirty.is_all() {
+                // No request reads the other sectors, but no other block's data is to lie there.
+                data.fill(0);
+            }
+            new.copy_into(data, bytes);
+        })?;
         Ok(())
     }
 
@@ -135,10 +136,11 @@ impl State {
         old_dirty: DirtyBits,
         base: &[u8; BLOCK_BYTES],
     ) -> Result<(), Wait> {
-        let data = self.take_place(new.block, old_dirty.union(new.bits()), Reserve::Keep)?;
-        data.copy_from_slice(base);
-        new.copy_into(data, bytes);
-        Ok(())
+        let entry = Entry::new(new.block, old_dirty.union(new.bits()));
+        self.take_place(entry, Reserve::Keep, |data| {
+            data.copy_from_slice(base);
+            new.copy_into(data, bytes);
+        })
     }
 
     /// Writes a fragment on top of an older version, whose data was read from segment `id`.
@@ -207,13 +209,12 @@ impl State {
             if !self.rules.keep(Rule::DiscardCoversDirty) {
                 continue;
             }
-            if let Some(data) = self.log.overwrite(old, DirtyBits::ALL) {
-                data.fill(0);
-            } else {
-                match self.take_place(block, DirtyBits::ALL, Reserve::Keep) {
-                    Ok(data) => data.fill(0),
-                    Err(wait) => return (block, Err(wait)),
-                }
+            let fill = |data: &mut [u8; BLOCK_BYTES]| data.fill(0);
+            if !self.log.overwrite((block, old), DirtyBits::ALL, fill)
+                && let Err(wait) =
+                    self.take_place(Entry::new(block, DirtyBits::ALL), Reserve::Keep, fill)
+            {
+                return (block, Err(wait));
             }
             // Else write-back would fill again what the backing device has given up.
             if is_space_given_up {
@@ -239,10 +240,11 @@ impl State {
             && self.may_admit()
             && let Some((block, data)) = self.admission.pop()
         {
-            match self.take_place(block, DirtyBits::CLEAN, Reserve::Keep) {
-                Ok(place) => place.copy_from_slice(&data),
-                // There was room for it.
-                Err(_) => break,
+            let entry = Entry::new(block, DirtyBits::CLEAN);
+            let fill = |place: &mut [u8; BLOCK_BYTES]| place.copy_from_slice(&data);
+            // There was room for it.
+            if self.take_place(entry, Reserve::Keep, fill).is_err() {
+                break;
             }
             admitted += 1;
         }
@@ -259,11 +261,10 @@ impl State {
         }
         // A range lock does not matter: the data stays the same. And a discard that holds one may
         // wait for a slot, which waits for this.
-        let place: &mut [u8; BLOCK_BYTES] = self.take_place(*block, from.dirty, Reserve::Use)?;
-        place.copy_from_slice(IoBuf::block_at(data, 0));
-        if lost.is_some() && self.rules.keep(Rule::LostMarked) {
-            self.log.mark_last_lost();
-        }
+        let is_lost = lost.is_some() && self.rules.keep(Rule::LostMarked);
+        let entry = Entry { lost: is_lost, ..Entry::new(*block, from.dirty) };
+        let fill = |place: &mut [u8; BLOCK_BYTES]| place.copy_from_slice(data.block_at(0));
+        self.take_place(entry, Reserve::Use, fill)?;
         if let Some(newest) = self.log.newest_version(*block) {
             self.stuck.moved(*block, newest.place, lost.as_ref());
         }

@@ -273,8 +273,10 @@ impl WritebackState {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::head::Entry;
     use crate::cache::state::ages::Ages;
     use crate::cache::state::index::Index;
+    use crate::cache::state::segment_log::Resumed;
     use crate::cache::state::wait::Reserve;
     use crate::format::{
         BlockNo, DirtyBits, Geometry, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_u64,
@@ -287,9 +289,18 @@ mod tests {
         let geometry = Geometry::of_device(bytes).expect("four slots");
         let (none, ages) = (SegmentId::NONE, Ages::new(geometry.slots()));
         let index = Index::new(geometry, true);
-        let mut log = SegmentLog::new(geometry, index, none, none, ages, Rules::default());
+        let mut log = SegmentLog::new(
+            geometry,
+            index,
+            none,
+            none,
+            ages,
+            Resumed::nothing(),
+            Rules::default(),
+        );
         for block in 0..3 * 127 {
-            log.take_place(BlockNo(block), DirtyBits::ALL, Reserve::Keep).expect("there is room");
+            log.take_place(Entry::new(BlockNo(block), DirtyBits::ALL), Reserve::Keep, |_| ())
+                .expect("there is room");
         }
         let mut state = WritebackState::default();
         state.note_work(true);

@@ -231,6 +231,11 @@ impl SimRuntime {
         self.0.0.lock().halted = true;
     }
 
+    /// Whether it gives up after the step under way.
+    pub fn is_halted(&self) -> bool {
+        self.0.0.lock().halted
+    }
+
     /// Halts after this many more submissions and completions of I/O.
     pub fn halt_after_io(&self, points: u64) {
         self.0.0.lock().halt_after = Some(points);

@@ -6,7 +6,7 @@ use crate::sim::engine::{Engine, EngineConfig};
 use crate::sim::module;
 use crate::sim::oracle::Oracle;
 use fastrand::Rng;
-use libwb::cache::WriteMode;
+use libwb::cache::{Head, WriteMode};
 use libwb::device::sim::{SimDevice, Simulation};
 use libwb::device::{Device, IoBuf, MemDevice};
 use libwb::format::{Sector, SegmentId, crc32c, to_usize};
@@ -117,7 +117,7 @@ impl After {
             content
         };
         let (backing, written_back) = (kept(&images[1]), record_of(&images[0]));
-        let recovered = recover(engine, images).map(|data| kept(&data));
+        let recovered = recover(engine, images, None).map(|data| kept(&data));
         After { recovered, backing, written_back }
     }
 
@@ -132,6 +132,7 @@ impl After {
 pub(super) fn recover(
     engine: &dyn Engine,
     [cache, backing]: [Vec<u8>; 2],
+    head: Option<Head>,
 ) -> Result<Vec<u8>, String> {
     let simulation = Simulation::new(1);
     // A repair takes far longer than the rest, so only a sample is repaired.
@@ -146,6 +147,7 @@ pub(super) fn recover(
         backing.clone(),
         Arc::new(simulation.runtime().clone()),
         config(WriteMode::Back),
+        head,
     );
     let recovering = async {
         let volume = opening.await?;

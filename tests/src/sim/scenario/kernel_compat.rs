@@ -17,6 +17,7 @@ impl Scenario<'_> {
         &mut self,
         volume: Arc<dyn EngineVolume>,
     ) -> Result<Stage<()>, String> {
+        self.heads.forget();
         // A close erases segments that the record covers, so from now on the log needs its record.
         self.forgetful = false;
         if self.later_rng.bool() && !self.config.strict {
@@ -96,8 +97,8 @@ impl Scenario<'_> {
         let devices =
             [copy("cache", self.cache.content()), copy("backing", self.backing.content())];
         let [cache, backing] = devices;
-        let opening =
-            self.engine.open(cache, backing, Arc::new(simulation.runtime().clone()), self.config);
+        let runtime = Arc::new(simulation.runtime().clone());
+        let opening = self.engine.open(cache, backing, runtime, self.config, None);
         let reading = async {
             let volume = opening.await?;
             volume.read(Sector(0), IoBuf::zeroed(to_usize(volume.size()))).await

@@ -1,9 +1,10 @@
 //! The clients of a scenario.
 
 use super::{Scenario, Stage};
-use crate::sim::clients::{Client, Habits, discard};
+use crate::sim::clients::{Client, Habits};
 use crate::sim::devices::{spoil_some, trouble};
 use crate::sim::engine::EngineVolume;
+use crate::sim::unanswered::{Asked, Change};
 use futures_channel::oneshot;
 use libwb::format::{SECTOR_BYTES, Sector, to_u64};
 use libwb::runtime::Runtime;
@@ -24,12 +25,10 @@ impl Scenario<'_> {
         self.forgetful &= !habits.discards();
         let clients = self.rng.u32(1..=8);
         let operations = 1 << self.rng.u32(0..8);
-        let mut ends = Vec::new();
+        let mut ends = std::mem::take(&mut self.coming_again);
         for _ in 0..clients {
             let client = Client {
-                volume: volume.clone(),
-                oracle: self.oracle.clone(),
-                runtime: self.runtime().clone(),
+                served: self.served(volume),
                 rng: self.rng.fork(),
                 habits: habits.clone(),
                 faulty: self.faulty,
@@ -62,18 +61,17 @@ impl Scenario<'_> {
 
     /// Starts discards that run during the close that follows and may fail.
     pub(super) fn discard_meanwhile(&mut self, volume: &Arc<dyn EngineVolume>) {
-        let (volume, oracle, runtime) =
-            (volume.clone(), self.oracle.clone(), self.runtime().clone());
+        let (served, runtime) = (self.served(volume), self.runtime().clone());
         let mut rng = self.rng.fork();
         let unit = self.unit;
         self.runtime().spawn(Box::pin(async move {
-            let units = volume.size() / (to_u64(SECTOR_BYTES) * unit);
+            let units = served.volume.size() / (to_u64(SECTOR_BYTES) * unit);
             for _ in 0..rng.u32(1..20) {
                 let micros = rng.u64(..2000);
                 runtime.sleep(Duration::from_micros(micros)).await;
                 let first = rng.u64(..units);
                 let (first, count) = (Sector(first * unit), rng.u64(1..=units - first) * unit);
-                let _ = discard(oracle.clone(), volume.clone(), first, count).await;
+                let _ = served.begin(Asked { change: Change::Discard, first, count }).await;
             }
         }));
     }

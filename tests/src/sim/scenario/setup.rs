@@ -2,6 +2,7 @@
 
 use super::Scenario;
 use super::Watch;
+use super::death::Heads;
 use crate::sim::devices::{fresh_backing, fresh_cache};
 use crate::sim::engine::{Engine, EngineConfig};
 use crate::sim::oracle::Oracle;
@@ -74,6 +75,9 @@ impl<'a> Scenario<'a> {
             volume: None,
             crashed: None,
             crashes: 0,
+            heads: Heads::new(seed),
+            unanswered: Default::default(),
+            coming_again: Vec::new(),
             settings,
         }
     }

@@ -1,13 +1,12 @@
 //! The log on its way to the device: what is to be written next, and what has arrived.
 
 use super::SegmentLog;
-use super::segments::{Commits, LostPlaces, offset_in_segment};
+use super::segments::{Commits, LostPlaces};
 use crate::cache::state::position::Position;
 use crate::device::{IoBuf, SharedBuf};
-use crate::format::{Commit, Metablock, Place, Reason, SegmentId, Slot};
+use crate::format::{BLOCK_BYTES, Commit, Metablock, Place, Reason, SegmentId, Slot};
 use crate::rules::Rule;
 use std::ops::Range;
-use std::sync::Arc;
 
 /// When this many written segments are not durable, the log asks for a flush, even if no request
 /// waits for one. Recovery must read such segments whole, so there should be few.
@@ -137,8 +136,11 @@ impl SegmentLog {
         }
         let sealed = self.sealed.iter_mut().find(|sealed| sealed.id == id)?;
         sealed.started = true;
+        if !self.rules.keep(Rule::HeadKeptUntilWritten) {
+            sealed.frame.clear();
+        }
         let (reason, first, length) = (sealed.reason, sealed.commits.frozen(), sealed.length);
-        let data = SharedBuf::part_of(sealed.buf.clone(), blocks(first, length));
+        let data = SharedBuf::part_of(sealed.frame.clone(), blocks(first, length));
         let (before, lost) = (sealed.commits.written(), sealed.lost);
         let metablocks = self.metablocks(self.geometry.slot_of(id), length, lost);
         Some(Job { id, reason, metablocks, first, data, before, may_be_durable: false })
@@ -151,7 +153,7 @@ impl SegmentLog {
         let before = open.commits.written();
         let first = open.commits.begin(length);
         // The segment goes on changing after these blocks.
-        let data = IoBuf::copy_of(&open.buf[blocks(first, length)]).into();
+        let data = IoBuf::copy_of(&open.frame.as_ref()[blocks(first, length)]).into();
         let metablocks = self.metablocks(self.geometry.slot_of(id), length, lost);
         // Of this segment, the last commit is durable: otherwise no other would begin.
         let may_be_durable = id == durable.next() || !self.rules.keep(Rule::DurableWithoutGap);
@@ -200,9 +202,7 @@ impl SegmentLog {
         }
         while let Some(segment) = self.sealed.pop_front_if(|segment| segment.written) {
             self.written = segment.id;
-            if self.spare.len() < super::MAX_SEALED {
-                self.spare.extend(Arc::into_inner(segment.buf));
-            }
+            segment.frame.clear();
         }
     }
 
@@ -218,7 +218,7 @@ impl SegmentLog {
     }
 }
 
-/// Where the blocks from `first` up to `length` lie in the buffer of a segment.
+/// Where the blocks from `first` up to `length` lie in the data of a segment.
 fn blocks(first: u8, length: u8) -> Range<usize> {
-    offset_in_segment(first)..offset_in_segment(length)
+    BLOCK_BYTES * usize::from(first)..BLOCK_BYTES * usize::from(length)
 }

@@ -15,24 +15,25 @@
 //! [`Position`].
 
 mod append;
+mod resume;
 mod segments;
 mod versions;
 
 pub(crate) use append::{Appended, Job};
+pub(crate) use resume::{OnDevice, Resumed};
 pub(crate) use versions::Item;
 
 use super::ages::Ages;
 use super::index::{Cached, Index};
 use super::position::Position;
 use super::wait::{Reserve, Wait};
-use crate::device::IoBuf;
+use crate::cache::head::{Entry, Frames};
 use crate::format::{
-    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, PLACES, Place, Reason, SEGMENT_BYTES, SegmentId,
-    Slot, to_u64,
+    BLOCK_BYTES, BlockNo, DirtyBits, Geometry, PLACES, Place, Reason, SegmentId, Slot, to_u64,
 };
 use crate::rules::{Rule, Rules};
 use crate::sys::prefetch_to_write;
-use segments::{OpenSegment, SealedSegment, offset_in_segment};
+use segments::{OpenSegment, SealedSegment};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
@@ -60,8 +61,7 @@ pub(crate) struct SegmentLog {
     epoch_ends: Box<[bool]>,
     /// Reads under way on a slot. It must not be overwritten meanwhile.
     pins: HashMap<Slot, u32>,
-    /// Buffers for segments to come.
-    spare: Vec<IoBuf>,
+    frames: Frames,
     /// Blocks whose newest version is newer than the backing device.
     dirty_blocks: u64,
     ages: Ages,
@@ -94,16 +94,17 @@ pub(crate) struct Landmarks {
 
 impl SegmentLog {
     /// A log in which everything up to `point` is durable and everything up to `written_back` is
-    /// clean. The index holds what lies between.
+    /// clean. The index holds what lies between. The log goes on with what is resumed.
     pub(crate) fn new(
         geometry: Geometry,
         index: Index,
         written_back: SegmentId,
         point: SegmentId,
         ages: Ages,
+        Resumed { frames, segments, on_device }: Resumed,
         rules: Rules,
     ) -> SegmentLog {
-        SegmentLog {
+        let mut log = SegmentLog {
             geometry,
             dirty_blocks: to_u64(index.len()),
             index,
@@ -116,11 +117,13 @@ impl SegmentLog {
             flush_wanted: BTreeSet::new(),
             epoch_ends: vec![true; geometry.slots() as usize].into(),
             pins: HashMap::new(),
-            spare: Vec::new(),
+            frames,
             ages,
             events: Happened::default(),
             rules,
-        }
+        };
+        log.resume(segments, on_device);
+        log
     }
 
     #[inline]
@@ -237,14 +240,14 @@ impl SegmentLog {
     }
 
     /// Takes the next place of the open segment for a block, and makes it the block's newest
-    /// version. The place holds old data of other blocks until the caller fills it.
+    /// version. The place holds old data of other blocks until `fill` has filled it.
     #[inline]
     pub(crate) fn take_place(
         &mut self,
-        block: BlockNo,
-        dirty: DirtyBits,
+        Entry { block, dirty, discarded: _, lost }: Entry,
         reserve: Reserve,
-    ) -> Result<&mut [u8; BLOCK_BYTES], Wait> {
+        fill: impl FnOnce(&mut [u8; BLOCK_BYTES]),
+    ) -> Result<(), Wait> {
         if self.open.as_ref().is_some_and(|open| open.length == PLACES) {
             self.seal(Reason::Full)?;
         }
@@ -263,44 +266,59 @@ impl SegmentLog {
         if outlives {
             self.index.set_discarded(place);
         }
-        if open.length < PLACES {
-            prefetch_to_write(open.buf.block_at_mut(offset_in_segment(open.length)));
+        if lost {
+            open.lost.add(place.index);
         }
-        Ok(open.buf.block_at_mut(offset_in_segment(place.index)))
+        let lost = lost && self.rules.keep(Rule::HeadKeepsLost);
+        let entry = Entry { block, dirty, discarded: outlives, lost };
+        let data_first = self.rules.keep(Rule::HeadDataFirst);
+        if !data_first {
+            open.frame.publish(place.index, entry);
+        }
+        fill(open.frame.block_mut(place.index));
+        if data_first {
+            open.frame.publish(place.index, entry);
+        }
+        if open.length < PLACES {
+            prefetch_to_write(open.frame.block_mut(open.length));
+        }
+        Ok(())
     }
 
-    /// The data of a block in the open segment, to be overwritten in place, unless a commit holds
-    /// it. Its dirty bits grow by `dirty`.
+    /// Has `fill` overwrite a block in place, if it lies in the open segment and no commit holds
+    /// it. Its dirty bits grow by `dirty`. Returns whether it was done.
     #[inline]
     pub(crate) fn overwrite(
         &mut self,
-        old: Cached,
+        (block, old): (BlockNo, Cached),
         dirty: DirtyBits,
-    ) -> Option<&mut [u8; BLOCK_BYTES]> {
+        fill: impl FnOnce(&mut [u8; BLOCK_BYTES]),
+    ) -> bool {
         let Cached { place, dirty: before } = old;
         let id = self.id_of(place.slot);
         let keeps_commits = self.rules.keep(Rule::CommittedNeverOverwritten);
-        let may_change = |open: &&mut OpenSegment| !(keeps_commits && open.commits.has(place));
-        let open = self.open.as_mut().filter(|open| open.id == id).filter(may_change)?;
-        if open.lost.has(place.index) {
-            return None;
-        }
+        let may_change = |open: &&mut OpenSegment| {
+            open.id == id
+                && !(keeps_commits && open.commits.has(place))
+                && !open.lost.has(place.index)
+        };
+        let Some(open) = self.open.as_mut().filter(may_change) else { return false };
+        let dirty = before.union(dirty);
         self.dirty_blocks += u64::from(before.is_clean() && !dirty.is_clean());
-        self.index.set_dirty(place, before.union(dirty));
-        Some(open.buf.block_at_mut(offset_in_segment(place.index)))
+        self.index.set_dirty(place, dirty);
+        let entry = Entry::new(block, dirty);
+        self.frames.overwrite(&mut open.frame, place.index, entry, fill);
+        true
     }
 
     /// Notes that the newest version of a block is the zeros of a discard.
     pub(crate) fn mark_discarded(&mut self, block: BlockNo) {
-        if let Some(zeros) = self.index.get(block) {
-            self.index.set_discarded(zeros.place);
-        }
-    }
-
-    /// Notes that the block in the place that was taken last is lost.
-    pub(crate) fn mark_last_lost(&mut self) {
-        if let Some(open) = &mut self.open {
-            open.lost.add(open.length - 1);
+        let Some(Cached { place, dirty }) = self.index.get(block) else { return };
+        self.index.set_discarded(place);
+        let id = self.id_of(place.slot);
+        if let Some(open) = self.open.as_ref().filter(|open| open.id == id) {
+            let entry = Entry { discarded: true, ..Entry::new(block, dirty) };
+            open.frame.update(place.index, entry);
         }
     }
 
@@ -313,10 +331,12 @@ impl SegmentLog {
             return Err(Wait::Slot);
         }
         let id = self.newest.next();
+        // There are more than segments in RAM, unless the device still holds some that it has
+        // written.
+        let frame = self.frames.begin(id).ok_or(Wait::Appender)?;
         self.index.forget(self.geometry.slot_of(id));
         self.newest = id;
-        let buf = self.spare.pop().unwrap_or_else(|| IoBuf::zeroed(SEGMENT_BYTES));
-        self.open = Some(OpenSegment::new(id, buf));
+        self.open = Some(OpenSegment::new(id, frame));
         Ok(())
     }
 

@@ -1,15 +1,14 @@
 //! Segments in memory: the open one, and the sealed ones on their way to the device.
 
-use crate::device::IoBuf;
-use crate::format::{BLOCK_BYTES, Commit, Place, Reason, SegmentId};
+use crate::cache::head::Frame;
+use crate::format::{Commit, Place, Reason, SegmentId};
 use std::sync::Arc;
 
 /// The segment that takes new blocks.
 pub(super) struct OpenSegment {
     pub(super) id: SegmentId,
     pub(super) length: u8,
-    /// A whole segment; the header block is unused.
-    pub(super) buf: IoBuf,
+    pub(super) frame: Frame,
     pub(super) commits: Commits,
     pub(super) lost: LostPlaces,
 }
@@ -19,7 +18,7 @@ pub(super) struct SealedSegment {
     pub(super) id: SegmentId,
     pub(super) reason: Reason,
     pub(super) length: u8,
-    pub(super) buf: Arc<IoBuf>,
+    pub(super) frame: Arc<Frame>,
     pub(super) commits: Commits,
     pub(super) lost: LostPlaces,
     pub(super) started: bool,
@@ -27,21 +26,22 @@ pub(super) struct SealedSegment {
 }
 
 impl OpenSegment {
-    pub(super) fn new(id: SegmentId, buf: IoBuf) -> OpenSegment {
+    pub(super) fn new(id: SegmentId, frame: Frame) -> OpenSegment {
         let (commits, lost) = Default::default();
-        OpenSegment { id, length: 0, buf, commits, lost }
+        OpenSegment { id, length: 0, frame, commits, lost }
     }
 
     pub(super) fn seal(self, reason: Reason) -> SealedSegment {
-        let OpenSegment { id, length, buf, commits, lost } = self;
-        let buf = Arc::new(buf);
-        SealedSegment { id, reason, length, buf, commits, lost, started: false, written: false }
+        self.frame.seal(self.length, reason);
+        self.sealed(reason)
     }
-}
 
-/// Where a block lies in the buffer of its segment.
-pub(super) fn offset_in_segment(index: u8) -> usize {
-    BLOCK_BYTES * (1 + usize::from(index))
+    /// The same segment, which its frame says is closed.
+    pub(super) fn sealed(self, reason: Reason) -> SealedSegment {
+        let OpenSegment { id, length, frame, commits, lost } = self;
+        let frame = Arc::new(frame);
+        SealedSegment { id, reason, length, frame, commits, lost, started: false, written: false }
+    }
 }
 
 /// What of a segment the appender has written, or is writing, before the segment is closed.
@@ -67,6 +67,12 @@ enum NewestCommit {
 }
 
 impl Commits {
+    /// Of a segment that an earlier process has begun; its last commit is durable.
+    pub(super) fn resumed(durable: Option<Commit>) -> Commits {
+        let frozen = durable.map_or(0, |commit| commit.length);
+        Commits { frozen, durable, newest: NewestCommit::None }
+    }
+
     /// Whether this place belongs to a commit.
     pub(super) fn has(&self, place: Place) -> bool {
         place.index < self.frozen

@@ -1,7 +1,6 @@
 //! Versions of blocks: where the newest one lies, what it holds, and what write-back must take.
 
 use super::SegmentLog;
-use super::segments::offset_in_segment;
 use crate::cache::state::index::Cached;
 use crate::format::{BLOCK_BYTES, BlockNo, DirtyBits, PLACES, Place, SegmentId};
 use crate::rules::Rule;
@@ -71,13 +70,12 @@ impl SegmentLog {
     #[inline]
     pub(crate) fn in_ram(&self, place: Place) -> Option<&[u8; BLOCK_BYTES]> {
         let id = self.id_of(place.slot);
-        let at = offset_in_segment(place.index);
         if let Some(open) = self.open.as_ref().filter(|open| open.id == id) {
-            return Some(open.buf.block_at(at));
+            return Some(open.frame.block(place.index));
         }
         let front = self.sealed.front()?.id;
         let nth = usize::try_from(id.0.checked_sub(front.0)?).ok()?;
-        Some(self.sealed.get(nth)?.buf.block_at(at))
+        Some(self.sealed.get(nth)?.frame.block(place.index))
     }
 
     /// Whether a place lies in RAM and holds a lost block.

@@ -135,7 +135,6 @@ fn serve(volume: impl Volume, reactor: &Reactor) -> Result<LoopDevice> {
         "wb-bench",
         serve::Options { sector_size: 512, read_only: false, backing: Traits::default() },
         reserved,
-        |_| Ok(()),
-        |why| eprintln!("wb-bench: a loop device gets no more requests: {why}"),
+        |why: &str| eprintln!("wb-bench: a loop device gets no more requests: {why}"),
     )?)
 }

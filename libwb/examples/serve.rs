@@ -28,8 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let lost = |why: &str| eprintln!("the kernel has ended the device: {why}");
     let volume = cache.clone();
-    let device =
-        LoopDevice::attach(volume, &runtime, "example", options, reserved, |_| Ok(()), lost)?;
+    let device = LoopDevice::attach(volume, &runtime, "example", options, reserved, lost)?;
     println!("serving {}; press Enter to end", device.path().display());
     std::io::stdin().read_line(&mut String::new())?;
 

@@ -4,8 +4,9 @@
 //! the end of the FUSE connection, which ends only when all threads have ended. A separate process
 //! gets an error instead as soon as the daemon is gone.
 //!
-//! One such process outlives the daemon: the [`Guard`].
+//! One such process outlives the daemon: [`guard_of`] starts it.
 
+use crate::keeping::VERSION;
 use crate::volume_paths::VolumeName;
 use clap::ValueEnum;
 use libwb::cli::Exit;
@@ -14,7 +15,8 @@ use libwb::serve::outside;
 use libwb::serve::ublk::{self, Removal};
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
-use std::io;
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -40,11 +42,14 @@ pub(crate) enum Task {
     Guard,
     /// Print the name of the volume that a daemon serves as this device.
     Owner,
+    /// Say whether this program can go on for one of this version.
+    TakeOver,
 }
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
     task: Task,
+    /// The device, or the version
     device: PathBuf,
 }
 
@@ -56,6 +61,7 @@ pub(crate) fn carry_out(args: &Args) -> ! {
         Task::CompleteLoop => outside::complete_loop_device(&args.device),
         Task::Guard => guard(&args.device),
         Task::Owner => owner(&args.device),
+        Task::TakeOver => take_over(&args.device),
     };
     let number = done.err().map(|e| e.raw_os_error().unwrap_or(Errno::EIO as i32));
     std::process::exit(number.unwrap_or(Exit::Done as i32))
@@ -68,12 +74,39 @@ pub(crate) fn run(
     device: &Path,
     mut go_on: impl FnMut() -> bool,
 ) -> Option<io::Result<()>> {
+    wait_for(|| start(task, device), &mut go_on)
+}
+
+/// Asks another program whether it can go on for one of this version.
+pub(crate) fn ask_program(
+    program: &Path,
+    version: u32,
+    mut go_on: impl FnMut() -> bool,
+) -> Option<io::Result<()>> {
+    let ask = || {
+        let mut command = command_of(program, Task::TakeOver, Path::new(&version.to_string()));
+        command.stdin(Stdio::null()).spawn()
+    };
+    wait_for(ask, &mut go_on)
+}
+
+fn wait_for(
+    start: impl Fn() -> io::Result<Child>,
+    go_on: &mut dyn FnMut() -> bool,
+) -> Option<io::Result<()>> {
     let begun = Instant::now();
     let mut child = loop {
-        match start(task, device) {
+        match start() {
             Ok(child) => break child,
             // Memory or process slots are short, which may pass.
-            Err(_) if begun.elapsed() < TO_START && go_on() => std::thread::sleep(SELDOM),
+            Err(e)
+                if [Some(Errno::EAGAIN as i32), Some(Errno::ENOMEM as i32)]
+                    .contains(&e.raw_os_error())
+                    && begun.elapsed() < TO_START
+                    && go_on() =>
+            {
+                std::thread::sleep(SELDOM);
+            }
             Err(e) => return Some(Err(e)),
         }
     };
@@ -101,15 +134,11 @@ pub(crate) fn run(
     }
 }
 
-/// A process that deletes the daemon's ublk device if the daemon has not done so itself, because it
-/// was killed.
-pub(crate) struct Guard(#[expect(dead_code, reason = "its end of a pipe closes with us")] Child);
-
-impl Guard {
-    /// Guards a device of this process.
-    pub(crate) fn of(device: &Path) -> io::Result<Guard> {
-        command(Task::Guard, device).stdin(Stdio::piped()).spawn().map(Guard)
-    }
+/// Starts a process that deletes a ublk device once the other end of the pipe is closed, unless
+/// that was done before. The keeper holds that end.
+pub(crate) fn guard_of(device: &Path) -> io::Result<OwnedFd> {
+    let mut guard = command(Task::Guard, device).stdin(Stdio::piped()).spawn()?;
+    guard.stdin.take().map(OwnedFd::from).ok_or_else(|| ErrorKind::BrokenPipe.into())
 }
 
 /// Waits until the daemon is gone, then removes its device.
@@ -119,7 +148,7 @@ fn guard(device: &Path) -> io::Result<()> {
     io::copy(&mut io::stdin(), &mut io::sink())?;
     let begun = Instant::now();
     // The kernel notices a moment later that the daemon is gone.
-    while ublk::remove_dead(device).map_err(|e| e.cause)? != Removal::Done
+    while ublk::remove_dead(device, std::process::id()).map_err(|e| e.cause)? != Removal::Done
         && begun.elapsed() < TO_DIE
     {
         std::thread::sleep(SELDOM);
@@ -133,6 +162,13 @@ fn owner(device: &Path) -> io::Result<()> {
     Ok(())
 }
 
+fn take_over(version: &Path) -> io::Result<()> {
+    match version == Path::new(&VERSION.to_string()) {
+        true => Ok(()),
+        false => Err(Errno::EPROTONOSUPPORT.into()),
+    }
+}
+
 fn start(task: Task, device: &Path) -> io::Result<Child> {
     command(task, device).stdin(Stdio::null()).spawn()
 }
@@ -140,9 +176,13 @@ fn start(task: Task, device: &Path) -> io::Result<Child> {
 /// Starts this very program, since another version may be installed by now. The process inherits no
 /// descriptor, and no signal of the terminal, which are for the daemon.
 fn command(task: Task, device: &Path) -> Command {
+    command_of(Path::new("/proc/self/exe"), task, device)
+}
+
+fn command_of(program: &Path, task: Task, device: &Path) -> Command {
     let task =
         task.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default();
-    let mut command = Command::new("/proc/self/exe");
+    let mut command = Command::new(program);
     command.args(["apart", &task]).arg(device);
     command.stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
     command

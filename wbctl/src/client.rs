@@ -48,6 +48,10 @@ fn explained(name: &VolumeName, error: AskError) -> anyhow::Error {
             anyhow!("volume '{name}' is not attached; {advice}")
         }
         AskError::Silent(pid) => anyhow!("volume '{name}': {}", silence(name, pid)),
+        AskError::Gone if name.is_running().unwrap_or(false) => anyhow!(
+            "volume '{name}': its daemon was restarted meanwhile, and goes on; what was done is \
+             kept: repeat the command"
+        ),
         AskError::System(cause) => {
             anyhow::Error::new(cause).context(format!("cannot reach the daemon of '{name}'"))
         }
@@ -201,6 +205,13 @@ pub(crate) fn pause(name: &VolumeName, out: &mut Output) -> Result<()> {
 pub(crate) fn resume(name: &VolumeName, out: &mut Output) -> Result<()> {
     ask(name, &Request::Resume)?;
     writeln!(out, "resumed write-back of '{name}'")?;
+    Ok(())
+}
+
+pub(crate) fn restart(name: &VolumeName, out: &mut Output) -> Result<()> {
+    ask(name, &Request::Restart)?;
+    let live = live(name)?;
+    writeln!(out, "restarted '{name}': process {} serves it now", live.server_pid)?;
     Ok(())
 }
 

@@ -1,16 +1,20 @@
 //! How an attached volume's daemon answers requests over its socket.
 
 use crate::apart::{self, Task};
-use crate::config::RecordedVolume;
 use crate::devices::Devices;
 use crate::ending::End;
 use crate::holders::refuse_held;
 use crate::notify;
+use crate::restart;
+use crate::standing::Standing;
+use crate::to_keeper;
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::abortable;
 use libwb::cache::{Cache, Status, TunableValue};
-use libwb::control::{self, LiveStatus, Replies, Reply, Request, VolumeState, VolumeStatus};
+use libwb::control::{
+    self, LiveStatus, Processes, Replies, Reply, Request, VolumeState, VolumeStatus,
+};
 use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::Handle;
@@ -35,16 +39,19 @@ const GONE: &str = "the client went away";
 /// What the control socket works on.
 pub(crate) struct Daemon {
     pub(crate) name: VolumeName,
-    pub(crate) volume: RecordedVolume,
+    /// What the next server must know.
+    pub(crate) standing: Standing,
     pub(crate) cache: Cache,
     /// Tells whether the files or devices still exist.
     pub(crate) watched: Devices,
     /// The cache device and the backing device.
     pub(crate) devices: [Device; 2],
-    pub(crate) device: PathBuf,
-    pub(crate) sector_size: u32,
     pub(crate) runtime: Handle,
     pub(crate) read_only: bool,
+    /// Whether another server can go on when this one dies.
+    pub(crate) outlives: bool,
+    /// The program that is installed.
+    pub(crate) program: PathBuf,
     /// Held while tunables change, so that no client undoes the change of another.
     pub(crate) setting: Mutex<()>,
     pub(crate) end: Sender<End>,
@@ -79,8 +86,13 @@ impl Daemon {
             Request::Resume => {
                 tracing::info!("write-back resumed");
                 self.cache.resume();
+                self.leave();
                 Ok(Reply::Done)
             }
+            Request::Restart => match self.restart(replies) {
+                Ok(()) => return,
+                Err(e) => Err(e),
+            },
             Request::Detach { drain, force } => match self.detach(*drain, *force, replies) {
                 Ok(()) => return,
                 Err(e) => Err(e),
@@ -97,13 +109,18 @@ impl Daemon {
             name: self.name.to_string(),
             state: self.state(&status, &troubles),
             message: (!troubles.is_empty()).then(|| troubles.join("; ")),
-            device: Some(self.device.clone()),
-            cache: self.volume.cache.clone(),
-            backing: self.volume.backing.clone(),
+            device: Some(self.standing.device.clone()),
+            cache: self.standing.volume.cache.clone(),
+            backing: self.standing.volume.backing.clone(),
             live: Some(LiveStatus::new(
                 &status,
-                self.sector_size,
+                self.standing.sector_size,
                 self.devices.each_ref().map(|device| device.pending()),
+                Processes {
+                    keeper: to_keeper::process(),
+                    server: std::process::id(),
+                    outlives_server: self.outlives,
+                },
             )),
             untold: Vec::new(),
         }
@@ -151,6 +168,7 @@ impl Daemon {
     fn pause(&self, replies: &mut Replies) -> Reply {
         tracing::info!("write-back paused");
         self.cache.pause();
+        self.leave();
         let (cache, started) = (self.cache.clone(), Instant::now());
         let (ended, stop) = abortable(async move { cache.batch_ended().await });
         let is_worth_it = || started.elapsed() < BATCH && replies.send(&self.progress()).is_ok();
@@ -175,7 +193,38 @@ impl Daemon {
                 .join(" ")
         );
         self.cache.set_tunables(tunables);
+        self.leave();
         Ok(Reply::Done)
+    }
+
+    /// Leaves to the next server what has changed.
+    fn leave(&self) {
+        if let Err(e) = self.standing.leave(&self.cache) {
+            tracing::warn!("this would be forgotten if the server died: {e:#}");
+        }
+    }
+
+    /// Makes this server end in favour of the installed program. The next server sends the reply.
+    fn restart(&self, replies: &mut Replies) -> Result<()> {
+        if !self.outlives {
+            bail!(
+                "this kernel does not hand requests to another server, so the volume would fail; \
+                 detach it, and attach it again"
+            );
+        }
+        let (told, program) = (&mut replies.clone(), self.program.clone());
+        let mut since = Instant::now();
+        restart::refuse_unfit(&program, || {
+            if since.elapsed() < WORKING {
+                return true;
+            }
+            since = Instant::now();
+            told.send(&self.progress()).is_ok()
+        })?;
+        self.end
+            .send(End::Restart { replies: replies.clone() })
+            .ok()
+            .context("the daemon is ending")
     }
 
     /// Runs a request of the cache on the reactor, and reports progress meanwhile. If the client
@@ -236,14 +285,15 @@ impl Daemon {
     }
 
     fn refuse_held(&self, force: bool, replies: &mut Replies) -> Result<()> {
-        let device = self.device.clone();
-        self.aside(replies, move || refuse_held(&device, std::process::id(), force))?
+        let device = self.standing.device.clone();
+        let ours = [std::process::id(), to_keeper::process()];
+        self.aside(replies, move || refuse_held(&device, &ours, force))?
     }
 
     /// Writes out the page cache of the device, as long as the client waits for it.
     fn write_out(&self, replies: &mut Replies) -> Result<()> {
         let mut told = Instant::now();
-        let written = apart::run(Task::WriteOut, &self.device, || {
+        let written = apart::run(Task::WriteOut, &self.standing.device, || {
             if told.elapsed() < WORKING {
                 return true;
             }
@@ -251,7 +301,7 @@ impl Daemon {
             replies.send(&self.progress()).is_ok()
         });
         written.context(GONE)?.with_context(|| {
-            format!("cannot write out {}; nothing was detached", self.device.display())
+            format!("cannot write out {}; nothing was detached", self.standing.device.display())
         })
     }
 

@@ -8,7 +8,9 @@ use crate::apart::{self, Task};
 use crate::holders::holders;
 use crate::logging;
 use crate::notify::{self, Busy};
+use crate::restart;
 use crate::serving::{CutOff, Served};
+use crate::to_keeper;
 use crate::volume_paths::VolumeName;
 use anyhow::{Result, anyhow};
 use libwb::cache::{Cache, CacheError};
@@ -16,6 +18,7 @@ use libwb::cli::{Exit, human_size};
 use libwb::control::{Replies, Reply};
 use libwb::device::Device;
 use libwb::format::{BLOCK_BYTES, to_u64};
+use libwb::reactor::Handle;
 use nix::sys::signal::Signal;
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, channel};
@@ -38,6 +41,10 @@ pub(crate) enum End {
         force: bool,
         replies: Replies,
     },
+    /// A client asked for the installed program; the next server sends the reply.
+    Restart {
+        replies: Replies,
+    },
     /// The block device gets no more requests; this says why.
     Lost(String),
 }
@@ -47,6 +54,8 @@ pub(crate) struct LiveVolume {
     name: VolumeName,
     cache: Cache,
     devices: [Device; 2],
+    runtime: Handle,
+    read_only: bool,
     cut_off: CutOff,
     path: PathBuf,
 }
@@ -66,6 +75,11 @@ impl Callers<'_> {
             End::Signal(_) => true,
             // The daemon ends already, which ends the device.
             End::Lost(_) => false,
+            End::Restart { mut replies } => {
+                let message = "the daemon is ending".into();
+                let _ = replies.send(&Reply::Error { message });
+                false
+            }
             End::Detach { force, replies } => {
                 self.clients.push(replies);
                 force
@@ -190,10 +204,12 @@ pub(crate) fn serve_until_ended(
     close: impl FnOnce() -> Result<()> + Send + 'static,
 ) -> Result<()> {
     let mut callers = Callers { ended, urged: 0, since: Instant::now(), clients: Vec::new() };
-    let end = ended.recv();
+    let end = served.until_told(&device, ended);
     notify::stopping();
     let closing = Busy::with("closing", served.writing());
-    let written_out = callers.release(served, end.ok());
+    let written_out = callers.release(served, end);
+    // Up to here, another server could go on if this one died.
+    to_keeper::ending();
     if written_out.is_err() {
         // Programs that wait for the device get an error, and nothing may arrive late.
         served.cut_off();
@@ -228,16 +244,37 @@ fn describe(error: &anyhow::Error) -> String {
 }
 
 impl LiveVolume {
+    /// Serves until the volume is to end; `None` if nothing can end it any more. Does not return if
+    /// another program is to go on.
+    fn until_told(&self, device: &Served, ended: &Receiver<End>) -> Option<End> {
+        loop {
+            match ended.recv().ok()? {
+                End::Restart { mut replies } => {
+                    let (runtime, read_only) = (&self.runtime, self.read_only);
+                    let made =
+                        restart::make_room(device, &self.cache, runtime, read_only, &replies);
+                    if let Err(e) = made {
+                        let _ = replies.send(&Reply::Error { message: format!("{e:#}") });
+                    }
+                }
+                end => return Some(end),
+            }
+        }
+    }
+
     pub(crate) fn of(
         name: &VolumeName,
         cache: &Cache,
         devices: &[Device; 2],
         device: &Served,
+        (runtime, read_only): (&Handle, bool),
     ) -> LiveVolume {
         LiveVolume {
             name: name.clone(),
             cache: cache.clone(),
             devices: devices.clone(),
+            runtime: runtime.clone(),
+            read_only,
             cut_off: device.cut_off(),
             path: device.path().into(),
         }

@@ -27,8 +27,8 @@ pub(crate) fn holders(device: &Path) -> Vec<String> {
     }
 }
 
-/// Refuses to take a device away while a program other than its own server holds it or has it open.
-pub(crate) fn refuse_held(device: &Path, server: u32, force: bool) -> Result<()> {
+/// Refuses to take a device away while a process other than those of its daemon holds it or has it open.
+pub(crate) fn refuse_held(device: &Path, daemon: &[u32], force: bool) -> Result<()> {
     if force {
         return Ok(());
     }
@@ -36,7 +36,7 @@ pub(crate) fn refuse_held(device: &Path, server: u32, force: bool) -> Result<()>
     // udev opens a device for a moment whenever a program has closed it.
     let started = Instant::now();
     while held.is_empty() {
-        held = outside::users(device, server);
+        held = outside::users(device, daemon);
         if held.is_empty() {
             return Ok(());
         }

@@ -1,70 +1,501 @@
-//! Keeps the note about an attached cache up to date.
+//! The keeper of a volume: the process that `wbctl attach` was started as. It holds what must not
+//! end when the server dies, and starts another server then, the same program found anew by its
+//! path. It serves no request, opens no device, and waits for nothing but messages, signals and the
+//! end of its server.
+//!
+//! Whatever is kept is closed in an order that lets each process end, whichever is killed first:
+//! see [`Kept`].
 
-use crate::notes::{self, About};
-use libwb::cache::Cache;
-use libwb::log::reach::Seen;
-use libwb::runtime::thread;
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
-use std::time::Duration;
+use crate::crashes::{Crashes, described};
+use crate::keeping::{
+    BEFORE, FUSE, Given, Kept, LISTENER, LOCK, Link, Message, REFUSED, REPLACED, Role, VARIABLE,
+};
+use crate::logging;
+use crate::notify::Relay;
+use crate::signals::{self, ENDING, ENOUGH};
+use crate::volume_paths::VolumeName;
+use anyhow::{Context, Result, anyhow};
+use libwb::cli::Exit;
+use libwb::serve::loopdev::Reserved;
+use nix::fcntl::Flock;
+use nix::sys::signal::Signal;
+use nix::sys::signalfd::SignalFd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::time::{Duration, Instant};
 
-/// How long the note may lag behind.
-const INTERVAL: Duration = Duration::from_secs(10);
+/// This very program, whatever is installed by now.
+const SELF: &str = "/proc/self/exe";
 
-/// Updates the note about a cache at intervals, until it is told to finish.
 pub(crate) struct Keeper {
-    stop: Sender<()>,
-    thread: JoinHandle<Pen>,
+    name: VolumeName,
+    kept: Kept,
+    /// See [`Message::State`].
+    state: Option<String>,
+    /// Whether the volume outlives its server; unknown until it was served.
+    outlives: Option<bool>,
+    /// The signals that end the volume, so far.
+    told: Vec<Signal>,
+    signals: SignalFd,
+    relay: Relay,
+    programs: Programs,
+    crashes: Crashes,
 }
 
-struct Pen {
-    cache: Cache,
-    about: About,
-    /// What was noted last.
-    noted: Option<Seen>,
-    /// The last write of the note failed, and the log says so.
-    has_failed: bool,
+/// The programs that a server may be, the preferred one first.
+struct Programs {
+    installed: PathBuf,
+    /// The one before the last restart, if there was one.
+    before: Option<PathBuf>,
+    chosen: usize,
+}
+
+impl Programs {
+    fn all(&self) -> Vec<&Path> {
+        let first = [self.installed.as_path(), Path::new(SELF)];
+        first.into_iter().chain(self.before.as_deref()).collect()
+    }
+
+    fn chosen(&self) -> &Path {
+        self.all()[self.chosen]
+    }
+
+    fn is_before(&self) -> bool {
+        self.before.as_deref() == Some(self.chosen())
+    }
+
+    /// Chooses the next one; false if there is none.
+    fn choose_next(&mut self) -> bool {
+        let more = self.chosen + 1 < self.all().len();
+        self.chosen += usize::from(more);
+        more
+    }
+}
+
+/// A server, as its keeper knows it.
+struct Server {
+    child: Child,
+    /// Can be read once the process has ended.
+    end: OwnedFd,
+    link: Link,
+    is_silent: bool,
+    understands: bool,
+    /// It has served the volume.
+    is_ready: bool,
+    is_ending: bool,
+    last_words: Option<String>,
+}
+
+/// What comes after a server.
+enum Next {
+    Server { after: Duration },
+    Program,
+    End(Exit),
 }
 
 impl Keeper {
-    /// Writes the first note at once. If the thread cannot start, it writes no more.
-    pub(crate) fn start(cache: Cache, about: About) -> Option<Keeper> {
-        let mut pen = Pen { cache, about, noted: None, has_failed: false };
-        pen.write(false);
-        let (stop, stopped) = channel();
-        let thread = thread("wb-notes").spawn(move || {
-            while stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
-                if pen.cache.seen() != pen.noted {
-                    pen.write(false);
-                }
-            }
-            pen
-        });
-        let thread = thread.inspect_err(|e| {
-            tracing::warn!("cannot keep the note about the cache up to date: {e}")
-        });
-        Some(Keeper { stop, thread: thread.ok()? })
+    /// A keeper of a volume that nobody serves.
+    pub(crate) fn new(
+        name: VolumeName,
+        reserved: Reserved,
+        lock: Flock<File>,
+        signals: SignalFd,
+    ) -> Result<Keeper> {
+        let mut kept = Kept::in_place(reserved);
+        kept.put(LOCK, lock.as_fd().try_clone_to_owned()?)?;
+        // The lock would be given up.
+        std::mem::forget(lock);
+        let program = std::env::current_exe().unwrap_or_else(|_| SELF.into());
+        let given = Given { kept, state: None, outlives: None, signals: Vec::new(), program };
+        Keeper::going_on(name, given, signals)
     }
 
-    /// Writes the last note, which says whether the cache was closed.
-    pub(crate) fn finish(self, closed: bool) {
-        drop(self.stop);
-        if let Ok(mut pen) = self.thread.join() {
-            pen.write(closed);
+    /// A keeper that goes on for another one.
+    pub(crate) fn going_on(name: VolumeName, given: Given, signals: SignalFd) -> Result<Keeper> {
+        let Given { kept, state, outlives, signals: told, program } = given;
+        let before = kept.get(BEFORE).map(in_proc);
+        Ok(Keeper {
+            name,
+            kept,
+            state,
+            outlives,
+            told: told.into_iter().filter_map(|it| Signal::try_from(it).ok()).collect(),
+            signals,
+            relay: Relay::start()?,
+            programs: Programs { installed: program, before, chosen: 0 },
+            crashes: Crashes::new(),
+        })
+    }
+
+    /// Keeps the volume until its end.
+    pub(crate) fn keep(mut self) -> Exit {
+        let mut pause = Duration::ZERO;
+        loop {
+            self.wait(pause);
+            let (status, server) = match self.start() {
+                Ok(mut server) => (self.watch(&mut server), server),
+                Err(e) => match self.not_started(&e) {
+                    Next::Server { after } => {
+                        pause = after;
+                        continue;
+                    }
+                    _ => return self.give_up(),
+                },
+            };
+            match self.after(&server, status) {
+                Next::Server { after } => pause = after,
+                Next::Program => {
+                    let why = self.become_installed();
+                    tracing::error!("cannot start {}: {why}", self.programs.installed.display());
+                    pause = Duration::ZERO;
+                }
+                Next::End(exit) => return exit,
+            }
+        }
+    }
+
+    /// Starts a server, and tells it all.
+    fn start(&mut self) -> io::Result<Server> {
+        let (link, theirs) = Link::pair()?;
+        let mut arguments = std::env::args_os();
+        let mut command = Command::new(self.programs.chosen());
+        if let Some(name) = arguments.next() {
+            command.arg0(name);
+        }
+        command.args(arguments).env(VARIABLE, Role::variable("server"));
+        // In a group of its own, so that the terminal's signals come here alone.
+        let mut child = command.stdin(theirs.into_descriptor()).process_group(0).spawn()?;
+        let told = self.tell_all(&link).and_then(|()| {
+            let pid = Pid::from_child(&child);
+            Ok(pidfd_open(pid, PidfdFlags::empty())?)
+        });
+        let end = told.inspect_err(|_| {
+            let _ = child.kill().and_then(|()| child.wait());
+        })?;
+        Ok(Server {
+            child,
+            end,
+            link,
+            is_silent: false,
+            understands: false,
+            is_ready: false,
+            is_ending: false,
+            last_words: None,
+        })
+    }
+
+    fn tell_all(&self, link: &Link) -> io::Result<()> {
+        self.kept.send(link, |name| ![LOCK, BEFORE].contains(&name))?;
+        self.tell_state(link)
+    }
+
+    fn tell_state(&self, link: &Link) -> io::Result<()> {
+        if let Some(state) = &self.state {
+            link.send(&Message::State { text: state.clone() }, None)?;
+        }
+        if let Some(outlives) = self.outlives {
+            link.send(&Message::Ready { outlives }, None)?;
+        }
+        for signal in &self.told {
+            link.send(&Message::Signal { number: *signal as i32 }, None)?;
+        }
+        let program = self.programs.installed.clone();
+        link.send(&Message::Begin { program }, None)
+    }
+
+    /// Waits for the end of a server, and does what it says.
+    fn watch(&mut self, server: &mut Server) -> io::Result<ExitStatus> {
+        loop {
+            let [signal, ended, said] = {
+                let mut events = vec![
+                    PollFd::new(&self.signals, PollFlags::IN),
+                    PollFd::new(&server.end, PollFlags::IN),
+                ];
+                if !server.is_silent {
+                    events.push(PollFd::new(&server.link, PollFlags::IN));
+                }
+                match poll(&mut events, None) {
+                    Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                    Err(e) => return Err(e.into()),
+                }
+                [0, 1, 2].map(|n: usize| events.get(n).is_some_and(|it| !it.revents().is_empty()))
+            };
+            if said || ended {
+                self.hear(server);
+            }
+            if ended {
+                return server.child.wait();
+            }
+            if signal {
+                self.take_signals(Some(&server.link));
+            }
+        }
+    }
+
+    /// Waits before the next server is started, but not once the volume is to end.
+    fn wait(&mut self, pause: Duration) {
+        let until = Instant::now() + pause;
+        while self.told.is_empty() {
+            let left = until.saturating_duration_since(Instant::now());
+            let Ok(left) = Timespec::try_from(left) else { return };
+            let mut events = [PollFd::new(&self.signals, PollFlags::IN)];
+            match poll(&mut events, Some(&left)) {
+                Ok(0) | Err(_) => return,
+                Ok(_) => self.take_signals(None),
+            }
+        }
+    }
+
+    fn take_signals(&mut self, server: Option<&Link>) {
+        while let Ok(Some(info)) = self.signals.read_signal() {
+            let signal = i32::try_from(info.ssi_signo).ok().and_then(|it| it.try_into().ok());
+            let Some(signal) = signal.filter(|signal| ENDING.contains(signal)) else { continue };
+            self.told.push(signal);
+            if self.told.len() > ENOUGH {
+                // The kernel kills the server.
+                std::process::exit(Exit::Failed as i32);
+            }
+            if let Some(link) = server {
+                // A server that is gone is noticed soon.
+                let _ = link.send(&Message::Signal { number: signal as i32 }, None);
+            }
+        }
+    }
+
+    /// Takes what a server has said so far.
+    fn hear(&mut self, server: &mut Server) {
+        while !server.is_silent {
+            match server.link.receive_now() {
+                Ok(Some((message, came))) => self.obey(server, message, came),
+                Ok(None) => server.is_silent = true,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                Err(e) if e.kind() == ErrorKind::InvalidData => {
+                    tracing::warn!("the server says something that makes no sense: {e}");
+                }
+                Err(e) => {
+                    tracing::warn!("cannot hear the server: {e}");
+                    server.is_silent = true;
+                }
+            }
+        }
+    }
+
+    fn obey(&mut self, server: &mut Server, message: Message, came: Option<OwnedFd>) {
+        match message {
+            Message::Hello => server.understands = true,
+            Message::Keep { name } => {
+                let Some(descriptor) = came else { return };
+                if name == LISTENER {
+                    // From now on, clients see this process at the other end.
+                    let _ = rustix::net::listen(&descriptor, 128);
+                }
+                match self.kept.put(&name, descriptor) {
+                    Ok(()) => server.answer(),
+                    Err(e) => tracing::error!("cannot keep the {name} of the server: {e}"),
+                }
+            }
+            Message::Forget { name } => {
+                drop(self.kept.take(&name));
+                server.answer();
+            }
+            Message::State { text } => self.state = Some(text),
+            Message::Ready { outlives } => {
+                self.outlives = Some(outlives);
+                server.is_ready = true;
+                if !self.programs.is_before() {
+                    drop(self.kept.take(BEFORE));
+                    self.programs.before = None;
+                }
+            }
+            Message::Notify { text } => self.relay.send(text),
+            Message::LastWords { text } => server.last_words = Some(text),
+            Message::Ending => {
+                server.is_ending = true;
+                if let Err(e) = self.kept.let_go() {
+                    tracing::warn!("cannot let go of the loop device: {e}");
+                }
+                server.answer();
+            }
+            Message::Begin { .. } | Message::Signal { .. } | Message::Done => {
+                tracing::warn!("the server says what only a keeper says");
+            }
+        }
+    }
+
+    /// A server could not be started.
+    fn not_started(&mut self, error: &io::Error) -> Next {
+        let program = self.programs.chosen().display().to_string();
+        if self.programs.choose_next() {
+            tracing::warn!("cannot start {program}: {error}; trying another program");
+            return Next::Server { after: Duration::ZERO };
+        }
+        tracing::error!("cannot start {program}: {error}");
+        self.programs.chosen = 0;
+        // Memory or process slots are short, which may pass.
+        match self.crashes.pause_after(Instant::now()) {
+            Some(after) if self.outlives == Some(true) => Next::Server { after },
+            _ => Next::End(Exit::Failed),
+        }
+    }
+
+    /// Decides what comes after a server that has ended.
+    fn after(&mut self, server: &Server, status: io::Result<ExitStatus>) -> Next {
+        let status = match status {
+            Ok(status) => status,
+            Err(e) => {
+                tracing::error!("cannot wait for the server: {e}");
+                return Next::End(self.give_up());
+            }
+        };
+        let how = described(status, server.last_words.as_deref());
+        if server.is_ending {
+            return Next::End(self.ended(status, &how));
+        }
+        if status.code() == Some(REPLACED) {
+            return Next::Program;
+        }
+        let was_new = !server.is_ready;
+        if was_new && status.code() == Some(REFUSED) || !server.understands {
+            let program = self.programs.chosen().display().to_string();
+            if self.programs.choose_next() {
+                tracing::warn!("{program} cannot serve '{}': it {how}", self.name);
+                return Next::Server { after: Duration::ZERO };
+            }
+        }
+        match self.outlives {
+            None => return Next::End(self.ended(status, &how)),
+            Some(false) => {
+                tracing::error!("the server {how}, and the volume ends with it");
+                self.die_like(status);
+            }
+            Some(true) => {}
+        }
+        self.again(server, status, &how)
+    }
+
+    /// Another server, unless there is no point in it.
+    fn again(&mut self, server: &Server, status: ExitStatus, how: &str) -> Next {
+        if !server.is_ready && self.programs.choose_next() {
+            tracing::error!("the server {how}, before it served; trying another program");
+            return Next::Server { after: Duration::ZERO };
+        }
+        if !server.is_ready {
+            self.programs.chosen = 0;
+        }
+        if !server.is_ready && status.code().is_some() {
+            // It has said why, and the next one would say the same.
+            tracing::error!("no server can go on with '{}'", self.name);
+            return Next::End(self.give_up());
+        }
+        match self.crashes.pause_after(Instant::now()) {
+            Some(after) => {
+                tracing::error!("the server {how}; another one goes on");
+                self.relay.send("STATUS=the server died, and another one goes on".into());
+                Next::Server { after }
+            }
+            None => {
+                tracing::error!(
+                    "the server of '{}' {how}. It has died too often within a minute",
+                    self.name
+                );
+                Next::End(self.give_up())
+            }
+        }
+    }
+
+    /// The end of a volume that its server has ended, or has never served.
+    fn ended(&self, status: ExitStatus, how: &str) -> Exit {
+        if let Some(signal) = status.signal() {
+            let told = self.told.iter().any(|told| *told as i32 == signal);
+            if let (true, Ok(signal)) = (told, Signal::try_from(signal)) {
+                signals::die_of(signal);
+            }
+            logging::line(&format!("wbctl: the server {how}"));
+        }
+        match status.code() {
+            Some(0) => Exit::Done,
+            _ => Exit::Failed,
+        }
+    }
+
+    /// Ends a volume that nobody serves. Its users get errors from now on.
+    fn give_up(&mut self) -> Exit {
+        logging::line(&format!(
+            "wbctl: the volume '{0}' has failed: its users get errors. What was flushed is kept; \
+             attach it again with: wbctl attach {0}",
+            self.name
+        ));
+        self.relay.send("STATUS=failed".into());
+        drop(self.kept.take(FUSE));
+        let _ = self.kept.let_go();
+        self.name.withdraw();
+        Exit::Failed
+    }
+
+    /// Ends as a daemon does whose server was killed: whoever has started it sees that.
+    fn die_like(&self, status: ExitStatus) -> ! {
+        logging::finish();
+        if status.signal().is_some() {
+            let _ = nix::sys::signal::raise(Signal::SIGKILL);
+        }
+        std::process::exit(Exit::Failed as i32)
+    }
+
+    /// Becomes the program that is installed now, with all that is kept. Returns only if that
+    /// fails, and why.
+    fn become_installed(&mut self) -> anyhow::Error {
+        let mut become_it = || -> Result<()> {
+            let (link, theirs) = Link::pair()?;
+            self.kept.put(BEFORE, File::open(SELF)?.into())?;
+            self.kept.send(&link, |_| true)?;
+            self.tell_state(&link)?;
+            rustix::stdio::dup2_stdin(&theirs)?;
+            let program =
+                CString::new(self.programs.installed.clone().into_os_string().into_vec())?;
+            let arguments: Vec<CString> = std::env::args_os()
+                .map(|it| CString::new(it.into_vec()))
+                .collect::<Result<_, _>>()?;
+            let environment = environment()?;
+            logging::finish();
+            // Not in the way of std, which would unblock the signals that are to wait.
+            nix::unistd::execve(&program, &arguments, &environment)?;
+            Err(anyhow!("it returned"))
+        };
+        let why = become_it().err().unwrap_or_else(|| anyhow!("it returned"));
+        drop(self.kept.take(BEFORE));
+        why
+    }
+}
+
+impl Server {
+    fn answer(&self) {
+        if let Err(e) = self.link.send(&Message::Done, None) {
+            tracing::debug!("cannot answer the server: {e}");
         }
     }
 }
 
-impl Pen {
-    fn write(&mut self, closed: bool) {
-        let seen = self.cache.seen();
-        let written = notes::note(&self.cache, &self.about, closed);
-        if let (Err(e), false) = (&written, self.has_failed) {
-            tracing::warn!("{e:#}");
-        }
-        self.has_failed = written.is_err();
-        if written.is_ok() {
-            self.noted = seen;
-        }
-    }
+/// A program by its descriptor. It may be deleted.
+fn in_proc(program: std::os::fd::BorrowedFd<'_>) -> PathBuf {
+    use std::os::fd::AsRawFd;
+    format!("/proc/self/fd/{}", program.as_raw_fd()).into()
+}
+
+/// The environment of the next keeper.
+fn environment() -> Result<Vec<CString>> {
+    let others = std::env::vars_os().filter(|(key, _)| key != VARIABLE);
+    let all = others.chain([(VARIABLE.into(), Role::variable("keeper").into())]);
+    all.map(|(key, value)| {
+        let pair = [key.into_vec(), value.into_vec()].join(&b'=');
+        CString::new(pair).context("an environment variable with a NUL")
+    })
+    .collect()
 }

@@ -2,8 +2,10 @@
 
 mod apart;
 mod attach;
+mod attach_args;
 mod client;
 mod config;
+mod crashes;
 mod create;
 mod daemon;
 mod devices;
@@ -13,22 +15,30 @@ mod holders;
 mod import;
 mod interval;
 mod keeper;
+mod keeping;
 mod leftovers;
+mod linking;
 mod logging;
 mod notes;
 mod notify;
+mod noting;
 mod older;
+mod opening;
 mod pair;
 mod prometheus;
 mod remove;
 mod replay;
+mod restart;
 mod rival;
 mod salvage;
 mod sector_size;
+mod server;
 mod serving;
 mod show;
 mod signals;
+mod standing;
 mod stat;
+mod to_keeper;
 mod top;
 mod tune;
 mod upgrade;
@@ -66,7 +76,7 @@ enum Command {
     /// While the device is held, it keeps serving for up to a minute, or until a second signal.
     /// After a second signal, it ends within seconds, even if a device hangs. A third signal ends
     /// it at once. It ignores other signals, such as SIGHUP and SIGTSTP of a terminal.
-    Attach(attach::Args),
+    Attach(attach_args::Args),
     /// Stop serving a volume, and wait until it has stopped
     Detach(client::DetachArgs),
     /// Show all volumes that are recorded or attached
@@ -119,6 +129,14 @@ enum Command {
     },
     /// End a pause
     Resume {
+        /// The volume
+        name: VolumeName,
+    },
+    /// Go on serving a volume with the program that is installed now
+    ///
+    /// Who uses the block device waits for a moment. If the installed program cannot go on, the
+    /// volume stays with the one that serves it.
+    Restart {
         /// The volume
         name: VolumeName,
     },
@@ -180,6 +198,7 @@ fn run(command: Command, out: &mut Output) -> Result<Exit> {
         Command::Drain { name } => client::drain(&name, out)?,
         Command::Pause { name } => client::pause(&name, out)?,
         Command::Resume { name } => client::resume(&name, out)?,
+        Command::Restart { name } => client::restart(&name, out)?,
         Command::Top(args) => top::top(&args)?,
         Command::ClearStats { name } => client::clear_stats(&name, out)?,
         Command::Get(args) => tune::get(&args, out)?,

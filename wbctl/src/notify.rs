@@ -2,20 +2,47 @@
 //!
 //! A device that hangs must not keep a system from shutting down, but a large log may take long. So
 //! the daemon asks for more time only while the work makes progress.
+//!
+//! systemd listens to the keeper alone, which relays what the server says.
 
+use crate::to_keeper;
 use libwb::device::Device;
 use libwb::runtime::thread;
 use sd_notify::NotifyState;
-use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::io;
+use std::sync::mpsc::{RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
 use std::time::Duration;
 
 /// How much more time the daemon asks for, in microseconds, and how often.
 const MORE_MICROS: u32 = 60_000_000;
 const OFTEN: Duration = Duration::from_secs(20);
 
+/// How many messages may wait for systemd. Further ones are dropped.
+const ROOM: usize = 64;
+
 fn tell(states: &[NotifyState<'_>]) {
-    // The volume does not depend on these messages.
-    let _ = sd_notify::notify(states);
+    let lines: Vec<String> = states.iter().map(ToString::to_string).collect();
+    to_keeper::notify(lines.join("\n"));
+}
+
+/// Passes messages on, and keeps nobody waiting.
+pub(crate) struct Relay(SyncSender<String>);
+
+impl Relay {
+    pub(crate) fn start() -> io::Result<Relay> {
+        let (messages, waiting) = sync_channel::<String>(ROOM);
+        thread("wb-notify").spawn(move || {
+            for text in waiting {
+                // The volume does not depend on these messages.
+                let _ = sd_notify::notify(&[NotifyState::Custom(&text)]);
+            }
+        })?;
+        Ok(Relay(messages))
+    }
+
+    pub(crate) fn send(&self, text: String) {
+        let _ = self.0.try_send(text);
+    }
 }
 
 /// Shows what the volume is doing.

@@ -1,15 +1,20 @@
 //! The front end of a volume: a ublk device where the kernel has that, else a loop device.
 
-use crate::apart::Guard;
+use crate::apart;
+use crate::keeping::{FUSE, GUARD, Kept, LOOP, MOUNT};
+use crate::standing::Standing;
+use crate::to_keeper;
 use crate::volume_paths::VolumeName;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::ValueEnum;
 use libwb::cache::Cache;
 use libwb::reactor::Handle;
-use libwb::serve::loopdev::{Connection, LoopDevice, Reserved};
+use libwb::serve::loopdev::{Connection, Left, LoopDevice, Reserved};
 use libwb::serve::ublk::{self, Removal, Requests, UblkDevice};
-use libwb::serve::{Options, ReadOnly, ServeError, Volume};
+use libwb::serve::{Options, Owner, Part, ReadOnly, ServeError, Volume};
 use serde::{Deserialize, Serialize};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -44,11 +49,7 @@ pub(crate) struct ServeOption {
 
 /// A volume's block device.
 pub(crate) enum Served {
-    Ublk {
-        device: UblkDevice,
-        /// Removes what the device leaves behind if this process is killed.
-        _guard: Option<Guard>,
-    },
+    Ublk(UblkDevice),
     Loop(LoopDevice),
 }
 
@@ -76,12 +77,39 @@ impl CutOff {
 pub(crate) struct Serving<'a> {
     pub(crate) name: &'a VolumeName,
     pub(crate) cache: &'a Cache,
-    pub(crate) runtime: &'a Handle,
+    pub(crate) runtime: Arc<Handle>,
     pub(crate) options: Options,
-    /// For the loop device.
-    pub(crate) reserved: Reserved,
     /// Told why the device gets no more requests.
     pub(crate) lost: Arc<dyn Fn(&str) + Send + Sync>,
+}
+
+/// This process and its keeper, as a front end sees them.
+struct Ours {
+    name: VolumeName,
+    lost: Arc<dyn Fn(&str) + Send + Sync>,
+}
+
+impl Owner for Ours {
+    fn announce(&self, device: &Path) -> io::Result<()> {
+        self.name.note_device(device)
+    }
+
+    fn keep(&self, part: Part, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        let name = match part {
+            Part::Fuse => FUSE,
+            Part::Mount => MOUNT,
+            Part::Loop => LOOP,
+        };
+        to_keeper::keep(name, descriptor)
+    }
+
+    fn keeper(&self) -> Option<u32> {
+        Some(to_keeper::process())
+    }
+
+    fn lost(&self, why: &str) {
+        (self.lost)(why);
+    }
 }
 
 impl Serving<'_> {
@@ -89,83 +117,132 @@ impl Serving<'_> {
     ///
     /// # Errors
     /// Names the step that failed.
-    pub(crate) fn start(self, front_end: FrontEnd) -> Result<Served, ServeError> {
+    pub(crate) fn start(self, front_end: FrontEnd, reserved: Reserved) -> Result<Served> {
         if self.options.read_only {
             let volume = ReadOnly(self.cache.clone());
-            self.serve(front_end, volume)
+            self.make(front_end, volume, reserved)
         } else {
             let volume = self.cache.clone();
-            self.serve(front_end, volume)
+            self.make(front_end, volume, reserved)
         }
     }
 
-    fn serve(self, front_end: FrontEnd, volume: impl Volume) -> Result<Served, ServeError> {
+    /// Takes over a block device that another server has made.
+    ///
+    /// # Errors
+    /// Names the step that failed.
+    pub(crate) fn resume(self, standing: &Standing, kept: Kept) -> Result<Served> {
+        if self.options.read_only {
+            let volume = ReadOnly(self.cache.clone());
+            self.take_over(standing, volume, kept)
+        } else {
+            let volume = self.cache.clone();
+            self.take_over(standing, volume, kept)
+        }
+    }
+
+    fn make(self, front_end: FrontEnd, volume: impl Volume, reserved: Reserved) -> Result<Served> {
         match front_end {
-            FrontEnd::Ublk => self.ublk(volume),
-            FrontEnd::Loop => self.loop_device(volume),
+            FrontEnd::Ublk => Ok(self.ublk(volume)?),
+            FrontEnd::Loop => Ok(self.loop_device(volume, reserved)?),
             FrontEnd::Auto => match self.ublk(volume.clone()) {
                 Ok(served) => Ok(served),
                 Err(why) => {
                     tracing::info!(
                         "ublk does not work: {why}. Falling back to a loop device, which is slower"
                     );
-                    self.loop_device(volume)
+                    Ok(self.loop_device(volume, reserved)?)
                 }
             },
         }
     }
 
+    fn take_over(self, standing: &Standing, volume: impl Volume, mut kept: Kept) -> Result<Served> {
+        let path = standing.device.clone();
+        if standing.front_end != FrontEnd::Loop {
+            let device = UblkDevice::resume(volume, &self.runtime, &path, self.owner())?;
+            return Ok(Served::Ublk(device));
+        }
+        let mut take = |what| kept.take(what).with_context(|| format!("the keeper has no {what}"));
+        let left = Left { path, fuse: take(FUSE)?, mount: take(MOUNT)? };
+        let (file, options) = (self.name.served_file(), self.options);
+        let (reserved, owner) = (kept.into_reserved(), self.owner());
+        let device =
+            LoopDevice::resume(volume, &self.runtime, &file, options, reserved, left, owner)?;
+        Ok(Served::Loop(device))
+    }
+
     fn ublk(&self, volume: impl Volume) -> Result<Served, ServeError> {
-        let note = |device: &Path| self.name.note_device(device);
-        let device = UblkDevice::attach(volume, self.runtime, self.options, note, self.lost())?;
-        let guard = Guard::of(device.path()).inspect_err(|e| {
+        let device = UblkDevice::attach(volume, &self.runtime, self.options, self.owner())?;
+        let guard = apart::guard_of(device.path());
+        let kept = guard.and_then(|guard| to_keeper::keep(GUARD, guard.as_fd()));
+        let _ = kept.inspect_err(|e| {
             tracing::warn!(
                 "cannot start the process that removes {} if this daemon is killed: {e}. The next \
                  attach would remove it",
                 device.path().display()
             );
         });
-        Ok(Served::Ublk { device, _guard: guard.ok() })
+        Ok(Served::Ublk(device))
     }
 
-    fn loop_device(self, volume: impl Volume) -> Result<Served, ServeError> {
-        let (file, ended) = (self.name.served_file(), self.lost());
-        let note = |device: &Path| self.name.note_device(device);
-        let (runtime, options) = (self.runtime, self.options);
-        LoopDevice::attach(volume, runtime, &file, options, self.reserved, note, ended)
-            .map(Served::Loop)
+    fn loop_device(self, volume: impl Volume, reserved: Reserved) -> Result<Served, ServeError> {
+        let (file, options, owner) = (self.name.served_file(), self.options, self.owner());
+        LoopDevice::attach(volume, &self.runtime, &file, options, reserved, owner).map(Served::Loop)
     }
 
-    fn lost(&self) -> impl Fn(&str) + Send + Sync + 'static {
-        let lost = self.lost.clone();
-        move |why| lost(why)
+    fn owner(&self) -> Ours {
+        Ours { name: self.name.clone(), lost: self.lost.clone() }
     }
 }
 
 impl Served {
     pub(crate) fn path(&self) -> &Path {
         match self {
-            Served::Ublk { device, .. } => device.path(),
+            Served::Ublk(device) => device.path(),
             Served::Loop(device) => device.path(),
         }
     }
 
     pub(crate) fn cut_off(&self) -> CutOff {
         match self {
-            Served::Ublk { device, .. } => CutOff::Ublk(device.requests()),
+            Served::Ublk(device) => CutOff::Ublk(device.requests()),
             Served::Loop(device) => CutOff::Loop(device.connection()),
+        }
+    }
+
+    pub(crate) fn front_end(&self) -> FrontEnd {
+        match self {
+            Served::Ublk(_) => FrontEnd::Ublk,
+            Served::Loop(_) => FrontEnd::Loop,
+        }
+    }
+
+    /// Whether another server can go on when this one dies.
+    pub(crate) fn can_resume(&self) -> bool {
+        match self {
+            Served::Ublk(device) => device.can_resume(),
+            Served::Loop(device) => device.can_resume(),
+        }
+    }
+
+    /// Takes and answers no more requests. The next server gets them.
+    pub(crate) fn hold(&self) {
+        match self {
+            Served::Ublk(device) => device.requests().hold(),
+            Served::Loop(device) => device.hold(),
         }
     }
 
     /// Whether the kernel has looked for partitions already, and discards are bounded.
     pub(crate) fn is_complete(&self) -> bool {
-        matches!(self, Served::Ublk { .. })
+        matches!(self, Served::Ublk(_))
     }
 
     /// Takes the device down. Its page cache must have been written out before.
     pub(crate) fn detach(self) -> Result<(), ServeError> {
         match self {
-            Served::Ublk { device, .. } => device.detach(),
+            Served::Ublk(device) => device.detach(),
             Served::Loop(device) => device.detach(),
         }
     }
@@ -174,11 +251,12 @@ impl Served {
 /// Removes what earlier daemons' devices have left at the driver. Waits a moment for that of this
 /// volume.
 pub(crate) fn remove_dead(name: &VolumeName) {
-    if let Some(own) = name.noted_device() {
-        remove_if_dead(&own, TO_NOTICE);
+    let own = to_keeper::process();
+    if let Some(device) = name.noted_device() {
+        remove_if_dead(&device, TO_NOTICE);
     }
     let dead: Vec<PathBuf> =
-        ublk::devices().into_iter().filter(|device| ublk::seems_dead(device)).collect();
+        ublk::devices().into_iter().filter(|device| ublk::seems_dead(device, own)).collect();
     if !dead.is_empty() {
         // A daemon of another container may be about to start its device.
         std::thread::sleep(TO_START);
@@ -189,7 +267,7 @@ pub(crate) fn remove_dead(name: &VolumeName) {
 fn remove_if_dead(device: &Path, patience: Duration) {
     let begun = Instant::now();
     loop {
-        match ublk::remove_dead(device) {
+        match ublk::remove_dead(device, to_keeper::process()) {
             Ok(Removal::Done | Removal::Alive) => return,
             Ok(Removal::NotYet) if begun.elapsed() < patience => {
                 std::thread::sleep(patience / 100);

@@ -16,7 +16,7 @@ mod status;
 pub use client::{AskError, Client, Remaining, volume_of};
 pub use state::VolumeState;
 pub use statistics::{AccessCount, Latency, VolumeStatistics, hit_ratio, ratio};
-pub use status::{LiveStatus, Stuck, VolumeStatus, by_name};
+pub use status::{LiveStatus, Processes, Stuck, VolumeStatus, by_name};
 
 use crate::cache::TunableValue;
 use crate::runtime::thread;
@@ -28,7 +28,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -74,6 +74,8 @@ pub enum Request {
     Pause,
     /// Ends a pause.
     Resume,
+    /// Goes on with the program as it is installed now. The first daemons do not know it.
+    Restart,
     /// Stops serving, and exits.
     Detach {
         /// Write everything back first.
@@ -164,7 +166,8 @@ struct Exchange {
 }
 
 impl Replies {
-    fn to(socket: UnixStream) -> Replies {
+    /// To the client at the other end.
+    pub fn to(socket: UnixStream) -> Replies {
         Replies(Arc::new(Mutex::new(Exchange {
             socket,
             has_begun: false,
@@ -191,6 +194,14 @@ impl Replies {
         exchange.has_ended = !matches!(reply, Reply::Progress { .. });
         // After a truncated line, the next one would not be readable.
         exchange.socket.write_all(&line).inspect_err(|_| exchange.is_broken = true)
+    }
+
+    /// The connection, to leave it to another process.
+    ///
+    /// # Errors
+    /// When the system has no descriptor left.
+    pub fn connection(&self) -> io::Result<OwnedFd> {
+        self.0.lock().socket.as_fd().try_clone_to_owned()
     }
 
     /// Whether the client has hung up. A client that has only shut down its writing side has not.
@@ -230,20 +241,28 @@ impl Drop for Permit {
     }
 }
 
-/// Answers clients of a socket, each in a thread of its own, until the process ends.
+/// Makes the socket of a daemon.
 ///
 /// # Errors
-/// When the socket cannot be created. A stale one of that name is replaced.
-pub fn serve(
-    path: &Path,
-    handle: impl Fn(Request, &mut Replies) + Send + Sync + 'static,
-) -> io::Result<()> {
+/// When it cannot be created. A stale one of that name is replaced.
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
     match std::fs::remove_file(path) {
         Err(e) if e.kind() != ErrorKind::NotFound => return Err(e),
         _ => {}
     }
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// Answers clients of a socket, each in a thread of its own, until the process ends.
+///
+/// # Errors
+/// When the system has no room for a thread.
+pub fn serve(
+    listener: UnixListener,
+    handle: impl Fn(Request, &mut Replies) + Send + Sync + 'static,
+) -> io::Result<()> {
     let waiting = Arc::<AtomicUsize>::default();
     let handle = Arc::new(move |request: Request, replies: &mut Replies| {
         let permit = request.may_wait().then(|| Permit::take(&waiting, MAX_WAITING));

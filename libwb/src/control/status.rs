@@ -90,8 +90,12 @@ fn missing(at: &str, told: &Value, known: &Value, found: &mut Vec<String>) {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LiveStatus {
-    /// The daemon's process id.
+    /// The process of the daemon that ends the volume when it ends: the keeper.
     pub pid: u32,
+    /// The process of the daemon that serves requests.
+    pub server_pid: u32,
+    /// Whether the volume outlives that process: another one goes on where it ended.
+    pub outlives_server: bool,
     /// Logical sector size of the block device in bytes.
     pub sector_size: u32,
     /// Size of the volume.
@@ -151,11 +155,29 @@ pub struct LiveStatus {
     pub statistics: VolumeStatistics,
 }
 
+/// The processes of a daemon.
+#[derive(Clone, Copy, Debug)]
+pub struct Processes {
+    /// See [`LiveStatus::pid`].
+    pub keeper: u32,
+    /// See [`LiveStatus::server_pid`].
+    pub server: u32,
+    /// See [`LiveStatus::outlives_server`].
+    pub outlives_server: bool,
+}
+
 impl LiveStatus {
     /// The status of a cache, and of the requests to its two devices, in bytes and by name.
-    pub fn new(status: &Status, sector_size: u32, [cache, backing]: [Pending; 2]) -> LiveStatus {
+    pub fn new(
+        status: &Status,
+        sector_size: u32,
+        [cache, backing]: [Pending; 2],
+        processes: Processes,
+    ) -> LiveStatus {
         LiveStatus {
-            pid: std::process::id(),
+            pid: processes.keeper,
+            server_pid: processes.server,
+            outlives_server: processes.outlives_server,
             sector_size,
             volume_bytes: status.volume_bytes,
             log_bytes: status.log_bytes,

@@ -10,17 +10,20 @@
 //! out its page cache. A killed daemon would write to itself there, and wait forever. So the FUSE
 //! connection must end first: then the requests fail. When a process ends, the kernel closes its
 //! descriptors from the highest number to the lowest; so the loop device must have the lowest
-//! ([`Reserved`]).
+//! ([`Reserved`]), in each process that holds both.
+//!
+//! If another process holds the parts, the device outlives its server: who uses it waits until the
+//! next server takes over ([`LoopDevice::resume`]).
 
-use super::fuse::{self, Connected};
-use super::{Options, ServeError, Volume, failed};
+use super::fuse::{self, Connected, Hold};
+use super::{Options, Owner, Part, ServeError, Volume, failed};
 use crate::reactor::Handle;
 use crate::sys;
 use nix::errno::Errno;
 use rustix::io::{DupFlags, dup3};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -42,9 +45,12 @@ impl Reserved {
         Ok(Reserved(File::open("/dev/null")?.into()))
     }
 
-    /// Makes the number refer to another file from now on.
-    fn become_file(&mut self, file: &File) -> io::Result<()> {
-        Ok(dup3(file, &mut self.0, DupFlags::CLOEXEC)?)
+    /// Makes the number refer to the loop device from now on.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn hold(&mut self, device: impl AsFd) -> io::Result<()> {
+        Ok(dup3(device, &mut self.0, DupFlags::CLOEXEC)?)
     }
 
     /// Fails if the kernel would close this descriptor before the other one.
@@ -56,20 +62,36 @@ impl Reserved {
     }
 }
 
+impl AsFd for Reserved {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// What an earlier server has left of a loop device. The loop device itself is in [`Reserved`].
+pub struct Left {
+    /// Its path.
+    pub path: PathBuf,
+    /// The connection to the kernel.
+    pub fuse: OwnedFd,
+    /// The mount.
+    pub mount: OwnedFd,
+}
+
 /// A loop device that serves a volume.
 pub struct LoopDevice {
     path: PathBuf,
     device: Reserved,
     connection: Option<Arc<Connection>>,
+    requests: Arc<dyn Hold>,
+    can_resume: bool,
     /// Lives as long as the device.
     _mount: OwnedFd,
 }
 
 impl LoopDevice {
     /// Creates a FUSE file of that name, which shows as the loop device's backing file, and
-    /// attaches a loop device to it. Before that, it passes the path to `announce`. If another
-    /// program takes the device first, it announces the next one. Calls `ended` if the device
-    /// gets no more requests. Once this has returned, another process should call
+    /// attaches a loop device to it. Once this has returned, another process should call
     /// [`complete_loop_device`](super::outside::complete_loop_device).
     ///
     /// # Errors
@@ -80,12 +102,35 @@ impl LoopDevice {
         name: &str,
         options: Options,
         reserved: Reserved,
-        announce: impl FnMut(&Path) -> io::Result<()>,
-        ended: impl Fn(&str) + Send + Sync + 'static,
+        owner: impl Owner,
     ) -> Result<LoopDevice, ServeError> {
-        let Connected { mount, file, descriptor } =
-            fuse::connect(volume, runtime, name, options, ended)?;
-        let (path, device) = configure_loop_device(&file, options, reserved, announce)?;
+        let owner = Arc::new(owner);
+        let (connected, file) = fuse::connect(volume, runtime, name, options, owner.clone())?;
+        let (path, device) = configure_loop_device(&file, options, reserved, &*owner)?;
+        LoopDevice::of(connected, path, device)
+    }
+
+    /// Serves a device whose earlier server has ended. What that one had not answered comes again,
+    /// if [`LoopDevice::can_resume`] was true there. Name and options must be as they were.
+    ///
+    /// # Errors
+    /// Names the step that failed.
+    pub fn resume<V: Volume>(
+        volume: V,
+        runtime: &Handle,
+        name: &str,
+        options: Options,
+        device: Reserved,
+        left: Left,
+        owner: impl Owner,
+    ) -> Result<LoopDevice, ServeError> {
+        let (fuse, owner) = (left.fuse.into(), Arc::new(owner));
+        let connected = fuse::resume(volume, runtime, name, options, fuse, left.mount, owner)?;
+        LoopDevice::of(connected, left.path, device)
+    }
+
+    fn of(connected: Connected, path: PathBuf, device: Reserved) -> Result<LoopDevice, ServeError> {
+        let Connected { mount, requests, can_resume, descriptor } = connected;
         device
             .check_below(descriptor)
             .map_err(failed(format!("cannot serve {}", path.display())))?;
@@ -93,7 +138,17 @@ impl LoopDevice {
         let connection =
             Connection::of(&mount).inspect_err(|e| tracing::warn!("no control of FUSE: {e}"));
         let connection = connection.ok().map(Arc::new);
-        Ok(LoopDevice { path, device, connection, _mount: mount })
+        Ok(LoopDevice { path, device, connection, requests, can_resume, _mount: mount })
+    }
+
+    /// Whether the kernel hands requests that were not answered to the next server (Linux 6.9).
+    pub fn can_resume(&self) -> bool {
+        self.can_resume
+    }
+
+    /// Takes and answers no more requests, as if the process had died: the next server gets them.
+    pub fn hold(&self) {
+        self.requests.hold();
     }
 
     /// The loop device's path.
@@ -122,7 +177,7 @@ fn configure_loop_device(
     file: &File,
     options: Options,
     mut reserved: Reserved,
-    mut announce: impl FnMut(&Path) -> io::Result<()>,
+    owner: &impl Owner,
 ) -> Result<(PathBuf, Reserved), ServeError> {
     let control =
         File::open("/dev/loop-control").map_err(failed("cannot open /dev/loop-control"))?;
@@ -134,9 +189,13 @@ fn configure_loop_device(
             .read(true)
             .write(true)
             .open(&path)
-            .and_then(|device| reserved.become_file(&device))
+            .and_then(|device| reserved.hold(&device))
             .map_err(failed(format!("cannot open {}", path.display())))?;
-        announce(&path).map_err(failed(format!("cannot announce {}", path.display())))?;
+        owner.announce(&path).map_err(failed(format!("cannot announce {}", path.display())))?;
+        // Before it has a page cache, which its last holder would write out.
+        owner
+            .keep(Part::Loop, reserved.as_fd())
+            .map_err(failed(format!("cannot hand over {}", path.display())))?;
         match sys::loop_configure(&reserved.0, file, options.sector_size) {
             Ok(()) => {
                 // A write protection outlives what a loop device was used for before.

@@ -6,12 +6,14 @@ mod fuse;
 pub mod loopdev;
 #[cfg(feature = "serve-loop")]
 pub mod outside;
+mod owner;
 #[cfg(any(feature = "serve-loop", feature = "serve-ublk"))]
 mod request;
 mod rights;
 #[cfg(feature = "serve-ublk")]
 pub mod ublk;
 
+pub use owner::{Owner, Part};
 pub use rights::refuse_without_root;
 
 use crate::cache::{Cache, Timed};

@@ -107,9 +107,9 @@ fn place_of<'a>(line: &'a str, device: &Path, number: u64) -> Option<&'a str> {
 }
 
 /// The programs that have a block device or one of its partitions open without holding it. Examples
-/// are a virtual machine and a target that exports the device. Leaves out its own `server`. Only
-/// root sees the programs of others.
-pub fn users(device: &Path, server: u32) -> Vec<String> {
+/// are a virtual machine and a target that exports the device. Leaves out the processes of its
+/// `daemon`. Only root sees the programs of others.
+pub fn users(device: &Path, daemon: &[u32]) -> Vec<String> {
     let number = |path: &PathBuf| std::fs::metadata(path).map(|found| found.rdev()).ok();
     let numbers: Vec<u64> = with_partitions(device).iter().filter_map(number).collect();
     let is_device = |open: &DirEntry| {
@@ -126,7 +126,7 @@ pub fn users(device: &Path, server: u32) -> Vec<String> {
             continue;
         };
         let files = std::fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-        if pid != server && files.into_iter().any(|open| is_device(&open)) {
+        if !daemon.contains(&pid) && files.into_iter().any(|open| is_device(&open)) {
             let name = std::fs::read_to_string(process.path().join("comm")).unwrap_or_default();
             found.push(format!("open in {} (process {pid})", name.trim_end()));
         }

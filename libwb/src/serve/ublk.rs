@@ -5,12 +5,13 @@
 //! the kernel has a request under this tag. The next command answers that request, and waits for
 //! another one.
 //!
-//! A device whose server has died takes no more requests, but its entry at the driver remains until
-//! someone deletes it: [`remove_dead`].
+//! A device whose server has died keeps its requests until another process takes over
+//! ([`UblkDevice::resume`]). If none will, someone must delete its entry at the driver, or its users
+//! wait forever: [`remove_dead`].
 
 mod queue;
 
-use super::{MAX_DISCARD, Options, ServeError, Volume, failed};
+use super::{MAX_DISCARD, Options, Owner, ServeError, Volume, failed};
 use crate::format::{SECTOR_BYTES, to_u64};
 use crate::reactor::Handle;
 use crate::sys::{CONTROL, Command, Control};
@@ -25,7 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Marks a device as wb's, in the field that the driver leaves to the server. The low half is the
-/// server's process.
+/// process that answers for it: the keeper, or the server where there is none.
 const OURS: u64 = 0x7762_766f_0000_0000; // "wbvo"
 
 const OURS_MASK: u64 = 0xffff_ffff_0000_0000;
@@ -36,6 +37,13 @@ const TO_BE_ALONE: Duration = Duration::from_secs(2);
 /// Feature: commands are encoded as ioctls. Kernels before 6.4 lack it.
 const IOCTL_ENCODED: u64 = 1 << 6;
 
+/// Features: a device outlives its server, and the next one gets also the requests that the last
+/// one had taken.
+const RECOVERY: u64 = 1 << 3 | 1 << 4;
+
+/// How long the driver may take to notice that a server has died. It looks every few seconds.
+const TO_NOTICE: Duration = Duration::from_secs(20);
+
 /// `struct ublksrv_ctrl_dev_info`.
 #[derive(Clone, Copy, Debug, Default)]
 struct Info {
@@ -44,17 +52,19 @@ struct Info {
     max_request: u32,
     number: u32,
     flags: u64,
-    of_server: u64,
+    of_owner: u64,
 }
 
 impl Info {
     const BYTES: usize = 64;
     /// The state of a device that was never started, or whose server has ended.
     const DEAD: u16 = 0;
+    /// The state of one that waits for another server.
+    const QUIESCED: u16 = 2;
 
-    /// The process that serves it, or did, if it is a device of ours.
-    fn server(&self) -> Option<u32> {
-        let (mark, process) = (self.of_server & OURS_MASK, self.of_server & !OURS_MASK);
+    /// The process that answers for it, or did, if it is a device of ours.
+    fn owner(&self) -> Option<u32> {
+        let (mark, process) = (self.of_owner & OURS_MASK, self.of_owner & !OURS_MASK);
         (mark == OURS).then_some(u32::try_from(process).ok()?)
     }
 
@@ -65,7 +75,7 @@ impl Info {
         NativeEndian::write_u32(&mut bytes[8..], self.max_request);
         NativeEndian::write_u32(&mut bytes[12..], self.number);
         NativeEndian::write_u64(&mut bytes[24..], self.flags);
-        NativeEndian::write_u64(&mut bytes[32..], self.of_server);
+        NativeEndian::write_u64(&mut bytes[32..], self.of_owner);
         bytes
     }
 
@@ -76,7 +86,7 @@ impl Info {
             max_request: NativeEndian::read_u32(&bytes[8..]),
             number: NativeEndian::read_u32(&bytes[12..]),
             flags: NativeEndian::read_u64(&bytes[24..]),
-            of_server: NativeEndian::read_u64(&bytes[32..]),
+            of_owner: NativeEndian::read_u64(&bytes[32..]),
         }
     }
 }
@@ -155,7 +165,7 @@ fn open_control() -> Result<Control, ServeError> {
 pub enum Removal {
     /// It is gone, or the device is none of ours.
     Done,
-    /// The server of the device lives.
+    /// The process that answers for it lives.
     Alive,
     /// The driver has not noticed yet that the server is dead.
     NotYet,
@@ -169,20 +179,21 @@ pub fn devices() -> Vec<PathBuf> {
     numbers.map(|number| PathBuf::from(format!("/dev/ublkb{number}"))).collect()
 }
 
-/// Deletes the entry of a device of ours whose server has died. Leaves any other device alone.
+/// Deletes the entry of a device of ours whose owner has died. Leaves any other device alone. The
+/// process `own` is no owner of one: in a container, it may have the number of one that died.
 ///
 /// # Errors
 /// When the driver refuses.
-pub fn remove_dead(device: &Path) -> Result<Removal, ServeError> {
+pub fn remove_dead(device: &Path, own: u32) -> Result<Removal, ServeError> {
     let Some(number) = number_of(device) else { return Ok(Removal::Done) };
     // Without the driver, none of its devices is left.
     let Ok(mut control) = Control::open() else { return Ok(Removal::Done) };
-    if let Some(known) = unless_dead(&mut control, number) {
+    if let Some(known) = unless_dead(&mut control, number, own) {
         return Ok(known);
     }
     // Neither is a new device of ours about to start, nor does one get the number in between.
     let Some(_alone) = alone() else { return Ok(Removal::NotYet) };
-    if let Some(known) = unless_dead(&mut control, number) {
+    if let Some(known) = unless_dead(&mut control, number, own) {
         return Ok(known);
     }
     delete(&mut control, number)
@@ -190,23 +201,22 @@ pub fn remove_dead(device: &Path) -> Result<Removal, ServeError> {
         .map_err(failed(format!("cannot remove the dead device {}", device.display())))
 }
 
-/// Whether a device is one of ours whose server seems to have died. It may also be about to start,
-/// for a process that this one cannot see.
-pub fn seems_dead(device: &Path) -> bool {
+/// Whether a device is one of ours whose owner seems to have died. It may also be about to start,
+/// for a process that this one cannot see. For `own`, see [`remove_dead`].
+pub fn seems_dead(device: &Path, own: u32) -> bool {
     let number = number_of(device);
     number
         .zip(Control::open().ok())
-        .is_some_and(|(number, mut control)| unless_dead(&mut control, number).is_none())
+        .is_some_and(|(number, mut control)| unless_dead(&mut control, number, own).is_none())
 }
 
 /// Why a device is not to be deleted; `None` if it seems dead.
-fn unless_dead(control: &mut Control, number: u32) -> Option<Removal> {
+fn unless_dead(control: &mut Control, number: u32, own: u32) -> Option<Removal> {
     let Ok(info) = info(control, number) else { return Some(Removal::Done) };
-    match info.server() {
+    match info.owner() {
         None => Some(Removal::Done),
-        // In a container, this process may have the number of the one that died.
-        Some(process) if process != std::process::id() && is_alive(process) => Some(Removal::Alive),
-        Some(_) if info.state != Info::DEAD => Some(Removal::NotYet),
+        Some(owner) if owner != own && is_alive(owner) => Some(Removal::Alive),
+        Some(_) if ![Info::DEAD, Info::QUIESCED].contains(&info.state) => Some(Removal::NotYet),
         Some(_) => None,
     }
 }
@@ -263,6 +273,7 @@ pub struct UblkDevice {
     number: u32,
     path: PathBuf,
     requests: Requests,
+    can_resume: bool,
     is_down: bool,
 }
 
@@ -275,11 +286,16 @@ impl Requests {
     pub fn abort(&self) {
         self.0.abort();
     }
+
+    /// Takes and answers no more requests, as if the process had died: the next server gets them.
+    pub fn hold(&self) {
+        self.0.hold();
+    }
 }
 
 impl UblkDevice {
-    /// Makes the block device. Passes its path to `announce` before it appears. Calls `ended` when
-    /// the device gets no more requests: it was stopped or deleted, or its queue failed.
+    /// Makes the block device. The owner hears of its loss when the device was stopped or deleted,
+    /// or its queue failed.
     ///
     /// # Errors
     /// Names the step that failed.
@@ -287,18 +303,20 @@ impl UblkDevice {
         volume: V,
         runtime: &Handle,
         options: Options,
-        announce: impl FnOnce(&Path) -> io::Result<()>,
-        ended: impl Fn(&str) + Send + Sync + 'static,
+        owner: impl Owner,
     ) -> Result<UblkDevice, ServeError> {
         check_support()?;
         let mut control = open_control()?;
         let alone = alone();
-        let number = add(&mut control).map_err(failed("cannot add a ublk device"))?;
-        let path = PathBuf::from(format!("/dev/ublkb{number}"));
+        let keeper = owner.keeper();
+        let (number, flags) =
+            add(&mut control, keeper).map_err(failed("cannot add a ublk device"))?;
+        let path = path_of(number);
         let bytes = volume.size();
-        let served = announce(&path)
+        let served = owner
+            .announce(&path)
             .map_err(failed(format!("cannot announce {}", path.display())))
-            .and_then(|()| Queue::serve(volume, runtime, number, ended));
+            .and_then(|()| Queue::serve(volume, runtime, number, owner));
         let started = served.and_then(|queue| {
             match start(&mut control, number, &options, bytes, || !queue.has_ended()) {
                 Ok(()) => {
@@ -310,13 +328,43 @@ impl UblkDevice {
         });
         drop(alone);
         match started {
-            Ok(requests) => Ok(UblkDevice { number, path, requests, is_down: false }),
+            Ok(requests) => {
+                let can_resume = keeper.is_some() && flags & RECOVERY == RECOVERY;
+                Ok(UblkDevice { number, path, requests, can_resume, is_down: false })
+            }
             Err(e) => {
                 // On a ring of its own: a command may be under way on the other.
                 let _ = open_control().map(|mut control| take_down(&mut control, number));
                 Err(e)
             }
         }
+    }
+
+    /// Serves a device whose earlier server has ended. What that one had not answered comes again.
+    /// On an error, the device still waits for a server.
+    ///
+    /// # Errors
+    /// Names the step that failed.
+    pub fn resume<V: Volume>(
+        volume: V,
+        runtime: &Handle,
+        path: &Path,
+        owner: impl Owner,
+    ) -> Result<UblkDevice, ServeError> {
+        let refused = || failed::<io::Error>(format!("cannot take over {}", path.display()));
+        let number = number_of(path).ok_or_else(|| Errno::ENODEV.into()).map_err(refused())?;
+        let mut control = open_control()?;
+        start_recovery(&mut control, number).map_err(refused())?;
+        let queue = Queue::serve(volume, runtime, number, owner)?;
+        control.start(Command::EndRecovery, number, || !queue.has_ended()).map_err(refused())?;
+        queue.has_started();
+        let (path, requests) = (path.to_path_buf(), Requests(queue));
+        Ok(UblkDevice { number, path, requests, can_resume: true, is_down: false })
+    }
+
+    /// Whether the device waits for another server when this one dies.
+    pub fn can_resume(&self) -> bool {
+        self.can_resume
     }
 
     /// The device's path.
@@ -350,19 +398,41 @@ impl Drop for UblkDevice {
     }
 }
 
-/// Adds a device of any free number.
-fn add(control: &mut Control) -> io::Result<u32> {
+fn path_of(number: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{number}"))
+}
+
+/// Adds a device of any free number. With a keeper, it outlives its server, where the driver can.
+/// Returns its number and features.
+fn add(control: &mut Control, keeper: Option<u32>) -> io::Result<(u32, u64)> {
+    let recovery = if keeper.is_some() { RECOVERY } else { 0 };
     let wanted = Info {
         depth: DEPTH,
         max_request: MAX_REQUEST,
         number: u32::MAX,
-        flags: IOCTL_ENCODED,
-        of_server: OURS | u64::from(std::process::id()),
+        flags: IOCTL_ENCODED | recovery,
+        of_owner: OURS | u64::from(keeper.unwrap_or_else(std::process::id)),
         ..Info::default()
     };
     let mut bytes = wanted.encode();
     control.command(Command::Add, u32::MAX, &mut bytes)?;
-    Ok(Info::decode(&bytes).number)
+    let added = Info::decode(&bytes);
+    Ok((added.number, added.flags))
+}
+
+/// Begins to take over a device, as soon as the driver knows that its server is dead.
+fn start_recovery(control: &mut Control, number: u32) -> io::Result<()> {
+    let begun = Instant::now();
+    loop {
+        match control.command(Command::StartRecovery, number, &mut []) {
+            Err(e)
+                if e.raw_os_error() == Some(Errno::EBUSY as i32) && begun.elapsed() < TO_NOTICE =>
+            {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            done => return done,
+        }
+    }
 }
 
 /// Makes the block device appear. The kernel then looks for partitions on it, so its queue must be
@@ -375,7 +445,7 @@ fn start(
     is_served: impl Fn() -> bool,
 ) -> io::Result<()> {
     control.command(Command::SetParameters, number, &mut parameters(options, bytes))?;
-    control.start(number, is_served)
+    control.start(Command::Start, number, is_served)
 }
 
 /// Stops a device and deletes it. What this process or others still hold of it goes with their last
@@ -430,12 +500,12 @@ mod tests {
     #[test]
     fn what_the_driver_says_of_a_device_is_read_as_it_is_written() {
         let info =
-            Info { depth: 7, max_request: 4096, number: 3, flags: 5, of_server: OURS, state: 0 };
+            Info { depth: 7, max_request: 4096, number: 3, flags: 5, of_owner: OURS, state: 0 };
         let read = Info::decode(&info.encode());
         assert_eq!((read.depth, read.max_request, read.number), (7, 4096, 3));
-        assert_eq!((read.flags, read.of_server, read.state), (5, OURS, Info::DEAD));
-        assert_eq!(read.server(), Some(0));
-        assert_eq!(Info { of_server: OURS | 77, ..info }.server(), Some(77));
-        assert_eq!(Info { of_server: 77, ..info }.server(), None);
+        assert_eq!((read.flags, read.of_owner, read.state), (5, OURS, Info::DEAD));
+        assert_eq!(read.owner(), Some(0));
+        assert_eq!(Info { of_owner: OURS | 77, ..info }.owner(), Some(77));
+        assert_eq!(Info { of_owner: 77, ..info }.owner(), None);
     }
 }

@@ -33,6 +33,8 @@ pub(crate) enum Command {
     Start,
     Stop,
     SetParameters,
+    StartRecovery,
+    EndRecovery,
     GetFeatures,
     DeleteLater,
 }
@@ -51,6 +53,8 @@ impl Command {
                 Command::Start => READ_WRITE | 0x06,
                 Command::Stop => READ_WRITE | 0x07,
                 Command::SetParameters => READ_WRITE | 0x08,
+                Command::StartRecovery => READ_WRITE | 0x10,
+                Command::EndRecovery => READ_WRITE | 0x11,
                 Command::GetFeatures => READ | 0x13,
                 Command::DeleteLater => READ | 0x14,
             }
@@ -120,14 +124,20 @@ impl Control {
         self.wait(|| true)
     }
 
-    /// Lets this process serve a device from now on. The kernel waits until the process fetches
-    /// requests. This function stops waiting once `is_served` returns false.
+    /// Lets this process serve a device from now on: with `Start` a new one, with `EndRecovery` one
+    /// of an earlier process. The kernel waits until the process fetches requests. This function
+    /// stops waiting once `is_served` returns false.
     ///
     /// # Errors
     /// What the kernel says.
-    pub(crate) fn start(&mut self, device: u32, is_served: impl Fn() -> bool) -> io::Result<()> {
+    pub(crate) fn start(
+        &mut self,
+        command: Command,
+        device: u32,
+        is_served: impl Fn() -> bool,
+    ) -> io::Result<()> {
         let data = std::process::id().into();
-        self.push(Command::Start, ControlCommand { data, ..ControlCommand::to(device) })?;
+        self.push(command, ControlCommand { data, ..ControlCommand::to(device) })?;
         self.wait(is_served)
     }
 

@@ -4,11 +4,11 @@
 mod wire;
 
 use super::request::{Answer, Outcome, Request, carry_out, write};
-use super::{Options, ServeError, Volume, failed};
+use super::{Options, Owner, Part, ServeError, Volume, failed};
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::{Handle, Target};
 use crate::runtime::Runtime;
-use futures_lite::future::yield_now;
+use futures_lite::future::{pending, yield_now};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat};
 use nix::sys::stat::{Mode, fstat, minor};
@@ -19,9 +19,10 @@ use rustix::mount::{
 };
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSlice, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use wire::{Attributes, Call, Limits, Message};
 
 const FUSE: &str = "/dev/fuse";
@@ -34,18 +35,25 @@ const BURST: u32 = 16;
 const FOLDER: u64 = 1;
 const FILE: u64 = 2;
 
+/// What can be made to take no more requests.
+pub(super) trait Hold: Send + Sync {
+    fn hold(&self);
+}
+
 /// A connection to the kernel, with a mount that is attached to no folder.
 pub(super) struct Connected {
     /// It ends with its last user.
     pub(super) mount: OwnedFd,
-    /// The file, open for direct I/O.
-    pub(super) file: File,
+    pub(super) requests: Arc<dyn Hold>,
+    /// Whether the kernel hands requests out again.
+    pub(super) can_resume: bool,
     /// The number of the descriptor that holds the connection.
     pub(super) descriptor: RawFd,
 }
 
-/// Makes a filesystem whose only file, `name`, is the volume. Calls `ended` once no requests come
-/// any more: the mount has ended, or the connection failed.
+/// Makes a filesystem whose only file, `name`, is the volume. Returns the file, open for direct
+/// I/O, as well. The owner hears of a loss once no requests come any more: the mount has ended, or
+/// the connection failed.
 ///
 /// # Errors
 /// Names the step that failed.
@@ -54,8 +62,8 @@ pub(super) fn connect<V: Volume>(
     runtime: &Handle,
     name: &str,
     options: Options,
-    ended: impl Fn(&str) + Send + Sync + 'static,
-) -> Result<Connected, ServeError> {
+    owner: Arc<impl Owner>,
+) -> Result<(Connected, File), ServeError> {
     let fuse = OpenOptions::new()
         .read(true)
         .write(true)
@@ -64,22 +72,40 @@ pub(super) fn connect<V: Volume>(
         .map_err(failed(format!("cannot open {FUSE}")))?;
     let descriptor = fuse.as_raw_fd();
     let mount = mount(&fuse).map_err(failed("cannot make a FUSE mount (root is needed)"))?;
-    let (volume, runtime) = (volume, runtime.clone());
-    let news = Target::new(watch(&fuse).map_err(failed(format!("cannot watch {FUSE}")))?);
-    let (connection, name) = (Target::new(fuse), name.to_string());
-    let files =
-        Arc::new(VolumeFile { volume, runtime, connection, news, name: name.clone(), options });
-    let serving = files.clone();
-    files.runtime.spawn(Box::pin(async move {
-        let why = serving.serve().await;
-        ended(why.desc());
-    }));
+    let keep = |part, kept| owner.keep(part, kept).map_err(failed("cannot hand over a FUSE mount"));
+    keep(Part::Fuse, fuse.as_fd())?;
+    keep(Part::Mount, mount.as_fd())?;
+    let files = VolumeFile::serving(volume, runtime, name, options, fuse, owner)?;
     // A loop device on a file that is open only for reading is read-only.
     let access = if options.read_only { OFlag::O_RDONLY } else { OFlag::O_RDWR };
     let flags = access | OFlag::O_DIRECT | OFlag::O_CLOEXEC;
-    let file = openat(&mount, name.as_str(), flags, Mode::empty())
+    let file = openat(&mount, name, flags, Mode::empty())
         .map_err(failed(format!("cannot open the FUSE file '{name}'")))?;
-    Ok(Connected { mount, file: file.into(), descriptor })
+    // The kernel has said so before it opened the file.
+    let can_resume = files.can_resume.load(Ordering::SeqCst);
+    Ok((Connected { mount, requests: files, can_resume, descriptor }, file.into()))
+}
+
+/// Serves a filesystem that [`connect`] has made in another process. All requests that were taken
+/// there and not answered come again.
+///
+/// # Errors
+/// Names the step that failed.
+pub(super) fn resume<V: Volume>(
+    volume: V,
+    runtime: &Handle,
+    name: &str,
+    options: Options,
+    fuse: File,
+    mount: OwnedFd,
+    owner: Arc<impl Owner>,
+) -> Result<Connected, ServeError> {
+    let descriptor = fuse.as_raw_fd();
+    (&fuse)
+        .write_all(&wire::resend())
+        .map_err(failed("cannot get the requests of an earlier server"))?;
+    let requests = VolumeFile::serving(volume, runtime, name, options, fuse, owner)?;
+    Ok(Connected { mount, requests, can_resume: true, descriptor })
 }
 
 /// A file that can be read when the connection can. If the ring waited for the connection itself,
@@ -144,14 +170,58 @@ struct VolumeFile<V> {
     news: Target,
     name: String,
     options: Options,
+    /// See [`Connected::can_resume`].
+    can_resume: AtomicBool,
+    /// No more requests are taken or answered.
+    is_held: AtomicBool,
+}
+
+impl<V: Volume> Hold for VolumeFile<V> {
+    fn hold(&self) {
+        self.is_held.store(true, Ordering::SeqCst);
+    }
 }
 
 impl<V: Volume> VolumeFile<V> {
+    /// Begins to take the requests of a connection.
+    fn serving(
+        volume: V,
+        runtime: &Handle,
+        name: &str,
+        options: Options,
+        fuse: File,
+        owner: Arc<impl Owner>,
+    ) -> Result<Arc<VolumeFile<V>>, ServeError> {
+        let news = Target::new(watch(&fuse).map_err(failed(format!("cannot watch {FUSE}")))?);
+        let files = Arc::new(VolumeFile {
+            volume,
+            runtime: runtime.clone(),
+            connection: Target::new(fuse),
+            news,
+            name: name.into(),
+            options,
+            can_resume: AtomicBool::new(false),
+            is_held: AtomicBool::new(false),
+        });
+        let serving = files.clone();
+        runtime.spawn(Box::pin(async move {
+            let why = serving.serve().await;
+            owner.lost(why.desc());
+        }));
+        Ok(files)
+    }
+
     /// Takes requests until the connection ends. Returns why it did: `ENODEV` when the mount ended.
     async fn serve(self: &Arc<Self>) -> Errno {
+        // Each page is there before the kernel copies a request into it. If this process died while
+        // the kernel waited for a page, the request would fail, and not come again.
         let mut buffer = vec![0; MAX_MESSAGE];
+        buffer.fill(u8::MAX);
         let mut taken = 0;
         loop {
+            if self.is_held.load(Ordering::SeqCst) {
+                return pending().await;
+            }
             match self.connection.file().read(&mut buffer) {
                 Ok(length) => {
                     self.take(&buffer[..length]);
@@ -187,7 +257,8 @@ impl<V: Volume> VolumeFile<V> {
             return;
         };
         match call {
-            Call::Init { major, readahead, flags } if major >= 7 => {
+            Call::Init { major, readahead, flags, can_resend } if major >= 7 => {
+                self.can_resume.store(can_resend, Ordering::SeqCst);
                 self.answer(unique, Ok(&wire::init(readahead, flags, LIMITS)));
             }
             Call::Init { .. } => self.answer(unique, Err(Errno::EPROTO)),
@@ -249,6 +320,9 @@ impl<V: Volume> VolumeFile<V> {
     }
 
     fn answer(&self, unique: u64, outcome: Result<&[u8], Errno>) {
+        if self.is_held.load(Ordering::SeqCst) {
+            return;
+        }
         let data = outcome.unwrap_or_default();
         let header = wire::answer(unique, outcome.map(drop), data.len());
         let parts = [IoSlice::new(&header), IoSlice::new(data)];

@@ -11,6 +11,11 @@ const HEADER: usize = 40;
 /// How long the kernel may cache what it was told about the file, which never changes: seconds.
 const FOREVER: u64 = 1 << 31;
 
+/// Among the flags of the kernel: a second word of flags follows.
+const HAS_MORE_FLAGS: u32 = 1 << 30;
+/// In the second word: [`resend`] works (Linux 6.9).
+const HAS_RESEND: u32 = 1 << (39 - 32);
+
 /// A request of the kernel.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Message<'a> {
@@ -27,6 +32,8 @@ pub(super) enum Call<'a> {
         major: u32,
         readahead: u32,
         flags: u32,
+        /// The kernel can hand out requests again.
+        can_resend: bool,
     },
     Lookup {
         name: &'a [u8],
@@ -106,7 +113,13 @@ fn decode_call(code: u32, arguments: &[u8]) -> Option<Call<'_>> {
         17 => Call::Statistics,
         18 | 25 | 38 => Call::Close,
         20 => Call::Sync,
-        26 => Call::Init { major: it.u32_at(0)?, readahead: it.u32_at(8)?, flags: it.u32_at(12)? },
+        26 => Call::Init {
+            major: it.u32_at(0)?,
+            readahead: it.u32_at(8)?,
+            flags: it.u32_at(12)?,
+            can_resend: it.u32_at(12)? & HAS_MORE_FLAGS != 0
+                && it.u32_at(16).is_some_and(|more| more & HAS_RESEND != 0),
+        },
         43 => {
             Call::Allocate { offset: it.u64_at(8)?, length: it.u64_at(16)?, mode: it.u32_at(24)? }
         }
@@ -120,6 +133,15 @@ pub(super) fn answer(unique: u64, ended: Result<(), Errno>, length: usize) -> [u
     NativeEndian::write_u32(&mut it, u32::try_from(16 + length).unwrap_or(u32::MAX));
     NativeEndian::write_i32(&mut it[4..], ended.map_or_else(|errno| -(errno as i32), |()| 0));
     NativeEndian::write_u64(&mut it[8..], unique);
+    it
+}
+
+/// The notice upon which the kernel hands out again all requests that were not answered.
+pub(super) fn resend() -> [u8; 16] {
+    const NOTIFY_RESEND: i32 = 7;
+    let mut it = [0; 16];
+    NativeEndian::write_u32(&mut it, 16);
+    NativeEndian::write_i32(&mut it[4..], NOTIFY_RESEND);
     it
 }
 
@@ -254,6 +276,23 @@ mod tests {
         assert_eq!(Message::decode(&named).unwrap().call, Call::Lookup { name: b"volume.wb" });
         assert_eq!(Message::decode(&message(1, b"volume.wb")), None);
         assert_eq!(Message::decode(&message(9999, b"")).unwrap().call, Call::Unknown);
+    }
+
+    #[test]
+    fn a_kernel_that_can_hand_out_requests_again_says_so_in_its_second_word_of_flags() {
+        let can_resend = |words: &[u32]| {
+            let mut arguments = vec![0; words.len() * 4];
+            NativeEndian::write_u32_into(words, &mut arguments);
+            let Call::Init { can_resend, .. } = Message::decode(&message(26, &arguments))?.call
+            else {
+                panic!("another call")
+            };
+            Some(can_resend)
+        };
+        assert_eq!(can_resend(&[7, 41, 0, HAS_MORE_FLAGS, HAS_RESEND]), Some(true));
+        assert_eq!(can_resend(&[7, 41, 0, 0, HAS_RESEND]), Some(false));
+        assert_eq!(can_resend(&[7, 31, 0, HAS_MORE_FLAGS]), Some(false));
+        assert_eq!(can_resend(&[7, 31, 0]), None);
     }
 
     #[test]

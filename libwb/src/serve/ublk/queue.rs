@@ -5,7 +5,7 @@ use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::{Command, Handle, Server, Target};
 use crate::runtime::Runtime;
 use crate::serve::request::{Answer, Outcome, Request, carry_out, write};
-use crate::serve::{ServeError, Volume, failed};
+use crate::serve::{Owner, ServeError, Volume, failed};
 use crate::sys::{Description, Descriptions, LazyBuffer, open_queue};
 use byteorder::{ByteOrder, NativeEndian};
 use event_listener::Event;
@@ -30,6 +30,8 @@ pub(super) const MAX_REQUEST: u32 = 128 << 10;
 /// What ends all requests of a queue, whatever its volume is.
 pub(super) trait Abort: Send + Sync {
     fn abort(&self);
+    /// Takes and answers no more requests.
+    fn hold(&self);
 }
 
 /// What the kernel asks for under a tag.
@@ -106,11 +108,17 @@ impl<V: Volume> Server for Queue<V> {
             self.ends(errno);
             return None;
         }
+        if self.is_held.load(Ordering::SeqCst) {
+            return None;
+        }
         match self.perform(&self.descriptions.get(tag), &mut buffer) {
             Performed::Now(done) => Some(answer(tag, done, buffer)),
             Performed::Later { work, written } => {
                 self.runtime.clone().run_now(async move {
                     let done = self.finish(work, written, &mut buffer).await;
+                    if self.is_held.load(Ordering::SeqCst) {
+                        return;
+                    }
                     let runtime = self.runtime.clone();
                     let device = self.device.clone();
                     runtime.serve(&device, self, answer(tag, done, buffer));
@@ -128,12 +136,13 @@ pub(super) struct Queue<V> {
     descriptions: Descriptions,
     is_aborted: AtomicBool,
     aborted: Event,
+    is_held: AtomicBool,
     /// Why the tags get no more requests, once one gets none.
     end: OnceLock<Errno>,
     /// The device has started, so that its end is told.
     has_started: AtomicBool,
     is_told: AtomicBool,
-    ended: Box<dyn Fn(&str) + Send + Sync>,
+    owner: Box<dyn Owner>,
 }
 
 impl<V: Volume> Queue<V> {
@@ -142,7 +151,7 @@ impl<V: Volume> Queue<V> {
         volume: V,
         runtime: &Handle,
         number: u32,
-        ended: impl Fn(&str) + Send + Sync + 'static,
+        owner: impl Owner,
     ) -> Result<Arc<Self>, ServeError> {
         let file = open_queue(number).map_err(failed(format!("cannot open /dev/ublkc{number}")))?;
         let descriptions =
@@ -158,10 +167,11 @@ impl<V: Volume> Queue<V> {
             descriptions,
             is_aborted: AtomicBool::new(false),
             aborted: Event::new(),
+            is_held: AtomicBool::new(false),
             end: OnceLock::new(),
             has_started: AtomicBool::new(false),
             is_told: AtomicBool::new(false),
-            ended: Box::new(ended),
+            owner: Box::new(owner),
         });
         for (tag, buffer) in (0..DEPTH).zip(buffers) {
             runtime.serve(&queue.device, queue.clone(), command(tag, FETCH, 0, buffer));
@@ -243,7 +253,7 @@ impl<V> Queue<V> {
             && self.has_started.load(Ordering::SeqCst)
             && !self.is_told.swap(true, Ordering::SeqCst)
         {
-            (self.ended)(errno.desc());
+            self.owner.lost(errno.desc());
         }
     }
 
@@ -257,6 +267,10 @@ impl<V: Volume> Abort for Queue<V> {
     fn abort(&self) {
         self.is_aborted.store(true, Ordering::SeqCst);
         self.aborted.notify(usize::MAX);
+    }
+
+    fn hold(&self) {
+        self.is_held.store(true, Ordering::SeqCst);
     }
 }
 

@@ -1,0 +1,132 @@
+//! How a server opens the two devices, and the cache on them: for the first time, or where an
+//! earlier server has left it.
+
+use crate::attach_args::Args;
+use crate::config::RecordedVolume;
+use crate::older::Past;
+use crate::standing::Standing;
+use crate::volume_paths::VolumeName;
+use crate::{rival, salvage};
+use anyhow::Result;
+use libwb::cache::{Cache, CacheError, Head, OpenOptions};
+use libwb::cli::{Io, human_size};
+use libwb::device::Device;
+use libwb::device::probe::{self, Access, OpenError, Opened};
+use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
+use libwb::log::pairing::{BackingFacts, accept_growth};
+use std::io::ErrorKind;
+use std::time::{Duration, Instant};
+
+/// How long attach retries to open a device that is in use.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The same after a daemon was killed: its I/O may still be under way, and holds the devices until
+/// it ends.
+const PATIENCE_AFTER_KILL: Duration = Duration::from_secs(15);
+
+/// Opens both devices for the first time.
+pub(crate) fn open_devices(
+    name: &VolumeName,
+    volume: &RecordedVolume,
+    args: &Args,
+) -> Result<(Opened, Opened)> {
+    // A daemon that ends in order removes its socket.
+    let in_use = if name.socket().exists() { PATIENCE_AFTER_KILL } else { PATIENCE };
+    open_patiently(volume, in_use, Duration::from_secs(args.wait.into()), args.read_only)
+}
+
+/// Opens both devices after an earlier server.
+pub(crate) fn reopen_devices(volume: &RecordedVolume, read_only: bool) -> Result<(Opened, Opened)> {
+    open_patiently(volume, PATIENCE_AFTER_KILL, PATIENCE_AFTER_KILL, read_only)
+}
+
+fn open_patiently(
+    volume: &RecordedVolume,
+    in_use: Duration,
+    wait: Duration,
+    read_only: bool,
+) -> Result<(Opened, Opened)> {
+    let access = if read_only { Access::Read } else { Access::Write };
+    let started = Instant::now();
+    loop {
+        match probe::open_pair(&volume.cache, &volume.backing, [access; 2]) {
+            Err(e) if started.elapsed() < patience(&e, in_use, wait) => {
+                std::thread::sleep(Duration::from_millis(100))
+            }
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// How long attach retries after an error. For a device that is not there, the user decides.
+fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
+    match error {
+        OpenError::InUse { .. } => in_use,
+        OpenError::System { cause, .. } if cause.kind() == ErrorKind::NotFound => wait,
+        _ => Duration::ZERO,
+    }
+}
+
+/// Opens the cache, unless it is an older copy, or a second cache in front of a dirty one.
+pub(crate) fn recover(
+    io: &Io,
+    args: &Args,
+    volume: &RecordedVolume,
+    [cache, backing]: &[Device; 2],
+    head: Option<&Head>,
+) -> Result<Cache> {
+    let past = Past::look_up(io, cache, args.older, |why| tracing::warn!("{why}"))?;
+    if !args.read_only {
+        rival::refuse(io, &volume.cache, past.uuid.as_deref(), &volume.backing)?;
+    }
+    if args.grown {
+        let accepted = io.block_on(accept_growth(cache, &BackingFacts::of(backing), past.reach));
+        accepted.map_err(|e| past.explain(CacheError::Log(e).into()))?;
+    }
+    let tunables = volume.tunables()?;
+    let open = async |known| {
+        let (cache, backing) = (cache.clone(), backing.clone());
+        let options = options(head).knowing(known).tunables(tunables.clone());
+        Cache::open(cache, backing, io.runtime(), options).await
+    };
+    let opened = io.block_on(salvage::open(&args.salvage, cache, backing, past.reach, open));
+    let (cache, salvaged) = opened.map_err(|e| past.explain(e))?;
+    for line in salvaged.iter().flat_map(salvage::outcome) {
+        tracing::warn!("the log was corrupt: {line}");
+    }
+    let status = cache.status();
+    if status.newest == SegmentId::NONE {
+        tracing::info!("the cache is new: there was nothing to recover");
+        return Ok(cache);
+    }
+    tracing::info!(
+        "recovered in {:.2} s, {} of the log read: {} in the cache still await write-back",
+        status.recovery_time.as_secs_f64(),
+        human_size(status.recovery_bytes),
+        human_size(status.dirty_blocks * to_u64(BLOCK_BYTES))
+    );
+    Ok(cache)
+}
+
+/// Opens the cache as an earlier server has left it. Its questions were answered then.
+pub(crate) fn recover_again(
+    io: &Io,
+    standing: &Standing,
+    [cache, backing]: &[Device; 2],
+    head: Option<&Head>,
+) -> Result<Cache> {
+    let options = options(head).tunables(standing.tunables()?);
+    let cache = io.block_on(Cache::open(cache.clone(), backing.clone(), io.runtime(), options))?;
+    if standing.paused {
+        cache.pause();
+    }
+    tracing::info!("took over in {:.2} s", cache.status().recovery_time.as_secs_f64());
+    Ok(cache)
+}
+
+/// Without a head, only reads are served.
+fn options(head: Option<&Head>) -> OpenOptions {
+    match head {
+        Some(head) => OpenOptions::serve().head(head.clone()),
+        None => OpenOptions::read_only(),
+    }
+}

@@ -3,6 +3,7 @@
 use super::options::OpenOptions;
 use super::replay::Replay;
 use crate::cache::background::batch::BatchStop;
+use crate::cache::background::second_look::Unread;
 use crate::cache::busy_meter::BusyMeter;
 use crate::cache::engine::Engine;
 use crate::cache::error::CacheError;
@@ -80,7 +81,7 @@ async fn open_on(
     let started = runtime.now();
     check_size(&backing)?;
     let replay = Replay::read(&cache, &backing, &options).await?;
-    let Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages } = replay;
+    let Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages, rest } = replay;
     let OpenOptions { until, read_only, tunables, rules, .. } = options;
     let geometry = superblock.geometry;
     let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
@@ -96,7 +97,7 @@ async fn open_on(
         state.writeback.pause();
     }
     let opened = runtime.now();
-    let extension = superblock.extension;
+    let extension = superblock.extension.clone();
     let engine = Arc::new(Engine {
         cache,
         writeback_device: BusyMeter::new(backing.clone(), runtime.clone()),
@@ -126,7 +127,9 @@ async fn open_on(
         engine.generation.store(page.generation, Ordering::Relaxed);
     }
     if !read_only {
-        engine.start_tasks();
+        let (dropped, damage) = (Vec::new(), Vec::new());
+        let recovery = Recovery { dropped, damage, ..recovery };
+        engine.start_tasks(Unread { superblock, recovery, next: rest });
     }
     Ok(engine)
 }
@@ -248,13 +251,14 @@ impl Engine {
         self.cache.flush().await
     }
 
-    fn start_tasks(self: &Arc<Self>) {
+    fn start_tasks(self: &Arc<Self>, unread: Unread) {
         self.cache.put_writes_first();
-        self.state.lock().lifecycle.tasks_started(5);
+        self.state.lock().lifecycle.tasks_started(6);
         self.runtime.spawn(Box::pin(self.clone().appender()));
         self.runtime.spawn(Box::pin(self.clone().flusher()));
         self.runtime.spawn(Box::pin(self.clone().writeback()));
         self.runtime.spawn(Box::pin(self.clone().syncer()));
         self.runtime.spawn(Box::pin(self.clone().admitter()));
+        self.runtime.spawn(Box::pin(self.clone().look_again(unread)));
     }
 }

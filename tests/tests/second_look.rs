@@ -134,10 +134,8 @@ fn a_segment_beyond_the_log_that_is_served_fails_the_volume() {
     assert!(rig.block_on(cache.close()).is_err());
     // The next attach reads everything, and so refuses at once.
     let refused = rig.try_open(Rules::default()).err().expect("a corrupt log");
-    assert!(
-        matches!(&refused, CacheError::Log(error) if matches!(error.kind, LogErrorKind::Corrupt { .. })),
-        "{refused}"
-    );
+    let CacheError::Log(refused) = refused else { panic!("{refused}") };
+    assert!(matches!(refused.kind, LogErrorKind::Corrupt { .. }), "{refused}");
 }
 
 #[test]

@@ -70,7 +70,8 @@ enum What {
     Flush,
     /// Such writes beside reads, a discard and a drain, against the same writes alone
     Mixed,
-    /// Attaching a full cache of 64 GiB: what is read, and how long it takes
+    /// Attaching crashed caches, a full one of 64 GiB and ones of 64 GiB and 1 TiB with little that
+    /// is dirty: what is read, and how long it takes
     Recovery,
     /// Resident memory for each cached block at 64 GiB
     Memory,

@@ -46,6 +46,10 @@ pub enum Rule {
     RecoveryStopsAtCutShort,
     /// Recovery reads a segment whole unless a header says that it was durable.
     UnclaimedReadWhole,
+    /// Recovery reads on after the end of the log, as far as a power cut may have left segments.
+    TailReadOn,
+    /// A slot that is looked at late and contradicts the log that is served fails the volume.
+    ContradictionFails,
     /// A segment counts as written only when all segments before it do.
     WrittenWithoutGap,
     /// A failed flush of the cache device is final.

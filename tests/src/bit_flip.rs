@@ -175,8 +175,18 @@ impl Subject {
         if at < SUPERBLOCK_REGION_BYTES && superblock == self.superblock {
             return FlipEffect::Whole;
         }
+        let judged = self.outcome_of(&superblock, Reading::Trusting, at);
+        match self.outcome_of(&superblock, Reading::Tail, at) {
+            // What it does not read may be damaged.
+            FlipEffect::Whole => judged,
+            tail if tail == judged => judged,
+            tail => FlipEffect::Wrong(format!("the tail alone: {tail:?}; all of it: {judged:?}")),
+        }
+    }
+
+    fn outcome_of(&self, superblock: &Superblock, reading: Reading, at: u64) -> FlipEffect {
         let is_outside = |block: &BlockNo| block.bytes() >= to_u64(self.backing.len());
-        match RecoveredView::with(&self.device, &superblock, Reading::Trusting, self.recover) {
+        match RecoveredView::with(&self.device, superblock, reading, self.recover) {
             Ok(found) if !found.blocks.keys().any(is_outside) => {
                 self.compare(&found, self.place_of(at))
             }

@@ -10,6 +10,7 @@ use libwb::log::Use;
 use libwb::log::recovery::{Recovery, recover};
 use libwb::log::scan::{SlotContent, SlotState, scan, scan_trusting};
 use libwb::log::superblock::{Superblock, read_superblock};
+use libwb::log::tail::{read_tail, slots_ahead};
 use std::collections::{BTreeMap, HashMap};
 
 /// Where the newest version of a sector lies.
@@ -30,7 +31,10 @@ pub type Recover = fn(&Superblock, &[SlotState]) -> Recovery;
 /// How much of the log is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
-    /// As attach does: of what was durable, the headers alone.
+    /// As attach does first: the tail of the log. If that does not decide, as
+    /// [`Reading::Trusting`].
+    Tail,
+    /// Of what was durable, the headers alone.
     Trusting,
     /// As wbcheck and replay do.
     Whole,
@@ -45,8 +49,6 @@ pub struct RecoveredView {
     pub blocks: BTreeMap<BlockNo, Sources>,
     /// The headers of the live segments, oldest first, with the entries that stand.
     pub live: Vec<SegmentHeader>,
-    /// The verdict on each slot.
-    pub slots: Vec<SlotState>,
     geometry: Geometry,
 }
 
@@ -79,11 +81,19 @@ impl RecoveredView {
                 None => headers.remove(&slot),
             };
         };
-        let slots = match reading {
-            Reading::Trusting => block_on(scan_trusting(device, superblock, visit)),
-            Reading::Whole => block_on(scan(device, geometry, visit)),
+        let recovery = match reading {
+            Reading::Tail => {
+                let ahead = slots_ahead(geometry);
+                block_on(read_tail(device, superblock, ahead, visit)).map(|tail| tail.recovery)
+            }
+            Reading::Trusting => {
+                Some(recover(superblock, &block_on(scan_trusting(device, superblock, visit))))
+            }
+            Reading::Whole => Some(recover(superblock, &block_on(scan(device, geometry, visit)))),
         };
-        let recovery = recover(superblock, &slots);
+        let Some(recovery) = recovery else {
+            return RecoveredView::with(device, superblock, Reading::Trusting, recover);
+        };
         if let Some(corruption) = recovery.corruption.first() {
             return Err(corruption.to_string());
         }
@@ -99,7 +109,7 @@ impl RecoveredView {
             }
             live.push(header);
         }
-        Ok(RecoveredView { recovery, blocks, live, slots, geometry })
+        Ok(RecoveredView { recovery, blocks, live, geometry })
     }
 
     /// A block of the volume as the engine serves it; none where it refuses that, for the data is

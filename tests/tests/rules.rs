@@ -10,6 +10,7 @@
 //! - `failed_flushes.rs` finds `FailedFlushFinal`, `FailedDurableWriteFinal` and
 //!   `DurableWriteAlone`, which need large writes, a flush of the cache device or both while a
 //!   commit is under way.
+//! - `second_look.rs` finds `ContradictionFails`, which needs a device that has lost segments.
 //! - `stuck.rs` finds the rules about blocks that cannot be written back.
 
 use libwb::rules::Rule;
@@ -37,7 +38,7 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::DurableAsOfFlushStart, 0, 1000),
     (Rule::DurableWithoutGap, 0, 500),
     (Rule::OpenEndClosed, 0, 500),
-    (Rule::RecoveryStopsAtCutShort, 0, 800),
+    (Rule::RecoveryStopsAtCutShort, 800, 3000),
     (Rule::UnclaimedReadWhole, 0, 500),
     (Rule::OnlyDurableClaimed, 200, 800),
     (Rule::DiscardFlushed, 0, 200),
@@ -54,6 +55,7 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::ReservedInSameVisit, 0, 500),
     (Rule::VersionsStayInOrder, 0, 1500),
     (Rule::OneEpochPerBatch, 600, 800),
+    (Rule::TailReadOn, 0, 500),
     (Rule::RotIsNoPowerCut, 0, 50),
     (Rule::HeadDataFirst, 0, 1000),
     (Rule::HeadOverwriteUndone, 0, 1000),

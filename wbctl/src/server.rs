@@ -130,7 +130,7 @@ impl Server<'_> {
             Ok(device) => device,
             Err(e) => {
                 recovered.give_up();
-                return Err(e.into());
+                return Err(e);
             }
         };
         if !device.is_complete() {

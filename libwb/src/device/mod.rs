@@ -87,6 +87,8 @@ pub struct DeviceError {
 impl DeviceError {
     /// The cause if the data read is not the data written.
     pub const ALTERED: Errno = Errno::EBADMSG;
+    /// The cause if a slot of a cache device contradicts the log that is served.
+    pub const CONTRADICTS: Errno = Errno::EBADSLT;
 }
 
 fn describe(cause: Errno) -> &'static str {
@@ -94,6 +96,11 @@ fn describe(cause: Errno) -> &'static str {
         DeviceError::ALTERED => {
             "the data does not match its checksum; the device has altered it. Detach the volume, \
              run wbcheck on its cache device, then attach it with --salvage"
+        }
+        DeviceError::CONTRADICTS => {
+            "what lies there contradicts the log that is served; the device has lost or altered \
+             segments. Detach the volume, run wbcheck on its cache device, then attach it with \
+             --salvage"
         }
         Errno::ENOSPC => {
             "No space left on device: the filesystem below it is full. Make room there"

@@ -2,7 +2,7 @@
 
 pub(crate) mod bounds;
 mod claims;
-mod corruption;
+pub(crate) mod corruption;
 mod error;
 #[cfg(test)]
 mod evidence;
@@ -11,12 +11,14 @@ pub mod history;
 pub(crate) mod kernel_compat;
 pub mod live;
 pub mod pairing;
+mod part;
 pub mod reach;
 pub mod recovery;
 pub mod salvage;
 pub mod scan;
 pub mod segment_writes;
 pub mod superblock;
+pub mod tail;
 #[cfg(test)]
 mod test_log;
 pub mod traces;

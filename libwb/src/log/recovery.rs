@@ -11,9 +11,10 @@
 
 use super::claims::Claims;
 pub use super::corruption::Corruption;
+use super::part::Part;
 use super::reach::Reach;
 use super::superblock::Superblock;
-use super::verdict::{SlotFault, SlotState, Valid, proved, slot_index, stray, valid};
+use super::verdict::{SlotFault, SlotState, Valid, proved, stray, valid};
 use super::{LogError, LogErrorKind};
 use crate::device::Device;
 use crate::format::{Geometry, HeaderFault, Reason, SegmentId, Slot};
@@ -180,6 +181,12 @@ impl Recovery {
 /// - On a device with the extension, a segment whose first sector neither wb nor the kernel module
 ///   writes like this.
 pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a, [SlotState]> {
+    explained_part(superblock, Part::all(superblock.geometry, slots))
+}
+
+/// As [`explained`], for a part of the slots.
+fn explained_part<'a>(superblock: &Superblock, part: Part<'a>) -> Cow<'a, [SlotState]> {
+    let slots = part.states();
     let segments: Vec<Valid> = slots.iter().filter_map(|state| valid(state, superblock)).collect();
     let highest = segments.iter().map(|&(id, _)| id).max().unwrap_or_default();
     let modules =
@@ -195,7 +202,7 @@ pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a,
     let fault = |state: &SlotState| match (stray(state, superblock), state) {
         (Some(id), _) => Some(HeaderFault::FirstSector { id, may_be_torn: false }.into()),
         (None, &SlotState::Valid { id, length, cut_short, .. })
-            if lacks_blocks(superblock, slots, id) && is_unexplained(id)
+            if lacks_blocks(superblock, part, id) && is_unexplained(id)
                 || is_overwritten(id, cut_short) =>
         {
             Some(SlotFault::CutShort { id, length })
@@ -214,23 +221,27 @@ pub fn explained<'a>(superblock: &Superblock, slots: &'a [SlotState]) -> Cow<'a,
 
 /// Whether a valid segment lacks blocks, or may lack some. The log ends with it. But after one that
 /// is open and whole, the kernel module may have continued the log.
-pub(super) fn lacks_blocks(superblock: &Superblock, slots: &[SlotState], id: SegmentId) -> bool {
-    let state = |id| &slots[slot_index(superblock.geometry.slot_of(id))];
-    let SlotState::Valid { id: found, cut_short, extension, .. } = state(id) else { return false };
+pub(super) fn lacks_blocks(superblock: &Superblock, slots: Part<'_>, id: SegmentId) -> bool {
+    let SlotState::Valid { id: found, cut_short, extension, .. } = slots.at(id) else {
+        return false;
+    };
     let is_open = extension.is_some_and(|extension| extension.reason == Reason::Open);
-    let goes_on = || valid(state(id.next()), superblock) == Some((id.next(), None));
+    let goes_on = || valid(slots.at(id.next()), superblock) == Some((id.next(), None));
     *found == id && (*cut_short || is_open && !goes_on())
 }
 
 /// Applies the recovery rule to the verdicts of a scan, one for each slot.
 pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
+    recover_part(superblock, Part::all(superblock.geometry, slots))
+}
+
+/// As [`recover`], for a part of the slots.
+pub(super) fn recover_part(superblock: &Superblock, part: Part<'_>) -> Recovery {
     let &Superblock { geometry, record, .. } = superblock;
-    assert_eq!(slots.len(), geometry.all_slots().len());
-    let slots = &*explained(superblock, slots);
-    let is_valid = |id: SegmentId| {
-        let state = &slots[slot_index(geometry.slot_of(id))];
-        valid(state, superblock).is_some_and(|(found, _)| found == id)
-    };
+    let slots = &*explained_part(superblock, part);
+    let part = part.with(slots);
+    let is_valid =
+        |id: SegmentId| valid(part.at(id), superblock).is_some_and(|(found, _)| found == id);
 
     let mut segments: Vec<Valid> =
         slots.iter().filter_map(|state| valid(state, superblock)).collect();
@@ -246,7 +257,7 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
     let mut is_open = false;
     while point < highest && !is_open && is_valid(point.next()) {
         point = point.next();
-        is_open = lacks_blocks(superblock, slots, point);
+        is_open = lacks_blocks(superblock, part, point);
     }
 
     let dropped = segments.iter().map(|&(id, _)| id).filter(|&id| id > point).collect();
@@ -261,14 +272,10 @@ pub fn recover(superblock: &Superblock, slots: &[SlotState]) -> Recovery {
         damage: Vec::new(),
         corruption: Vec::new(),
         is_open,
-        is_cut_short: is_open
-            && matches!(
-                slots[slot_index(geometry.slot_of(point))],
-                SlotState::Valid { cut_short: true, .. }
-            ),
+        is_cut_short: is_open && matches!(part.at(point), SlotState::Valid { cut_short: true, .. }),
     };
     find_corruption(superblock, slots, &segments, &mut recovery);
-    for (slot, state) in geometry.all_slots().zip(slots) {
+    for (slot, state) in part.slots() {
         if let SlotState::Invalid { fault, .. } = state {
             explain(&mut recovery, geometry, slot, fault);
         }
@@ -366,6 +373,33 @@ fn may_be_torn(fault: &SlotFault, written_back: SegmentId) -> bool {
         | SlotFault::WrongSlot { .. }
         | SlotFault::Checksum { .. }
         | SlotFault::CutShort { .. } => true,
+    }
+}
+
+/// What is wrong with one slot that holds no later segment than those of a recovery that did not
+/// see it: the damage, or the corruption.
+pub(super) fn judged(
+    superblock: &Superblock,
+    recovery: &Recovery,
+    slot: Slot,
+    state: &SlotState,
+) -> Result<Option<Damage>, Corruption> {
+    let garbled = stray(state, superblock)
+        .map(|id| HeaderFault::FirstSector { id, may_be_torn: false }.into());
+    let fault = match (garbled, state) {
+        (Some(fault), _) => fault,
+        (None, SlotState::Invalid { fault, .. }) => fault.clone(),
+        (None, &SlotState::Valid { id, length, cut_short: true, .. }) => {
+            SlotFault::CutShort { id, length }
+        }
+        (None, SlotState::Valid { .. } | SlotState::Empty) => return Ok(None),
+    };
+    let (damage, corruption) = (Vec::new(), Vec::new());
+    let mut alone = Recovery { damage, corruption, dropped: Vec::new(), ..recovery.clone() };
+    explain(&mut alone, superblock.geometry, slot, &fault);
+    match alone.corruption.into_iter().next() {
+        Some(corruption) => Err(corruption),
+        None => Ok(alone.damage.into_iter().next()),
     }
 }
 

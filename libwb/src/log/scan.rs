@@ -2,8 +2,8 @@
 
 use super::claims::Proof;
 use super::superblock::Superblock;
+use super::verdict::valid;
 pub use super::verdict::{SlotFault, SlotState};
-use super::verdict::{slot_index, valid};
 use super::{LogError, LogErrorKind};
 use crate::device::{Device, IoBuf};
 use crate::format::{
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Segments that a scan reads at once; 512 KiB of memory each.
 const SCAN_DEPTH: usize = 16;
 /// Headers that a header scan reads at once; 4 KiB of memory each.
-const HEADER_SCAN_DEPTH: usize = 128;
+pub(super) const HEADER_SCAN_DEPTH: usize = 128;
 
 /// What a scan read from a slot.
 #[derive(Debug)]
@@ -43,6 +43,11 @@ impl SlotContent {
         proved: None,
         stray: None,
     };
+
+    /// Whether the header is whole, and names a segment that was closed.
+    pub(super) fn is_closed(&self) -> bool {
+        self.header.as_ref().is_some_and(|header| header.is_whole && !header.is_open())
+    }
 
     fn invalid(self, fault: impl Into<SlotFault>) -> SlotContent {
         let state =
@@ -242,34 +247,44 @@ pub async fn scan_trusting(
     let geometry = superblock.geometry;
     let mut closed = Vec::with_capacity(geometry.all_slots().len());
     let mut states = scan_headers(device, geometry, |slot, content| {
-        closed.push(
-            content.header.as_ref().is_some_and(|header| header.is_whole && !header.is_open()),
-        );
+        closed.push(content.is_closed());
         visit(slot, content);
     })
     .await;
-    let proof = Proof::by_headers(superblock, &states);
-    let is_trusted = |(state, closed): (&SlotState, bool)| {
-        let ours = valid(state, superblock).filter(|(_, extension)| closed && extension.is_some());
+    let slots: Vec<Slot> = geometry.all_slots().collect();
+    read_unproved(device, superblock, &slots, &mut states, &closed, visit).await;
+    states
+}
+
+/// Reads those of these slots whole that are not empty, and that no header proves. `states` are the
+/// verdicts on the headers, and `closed` says which of these are whole and name a closed segment.
+pub(super) async fn read_unproved(
+    device: &Device,
+    superblock: &Superblock,
+    slots: &[Slot],
+    states: &mut [SlotState],
+    closed: &[bool],
+    mut visit: impl FnMut(Slot, &SlotContent),
+) {
+    let geometry = superblock.geometry;
+    let proof = Proof::by_headers(superblock, states);
+    let is_trusted = |(state, closed): (&SlotState, &bool)| {
+        let ours = valid(state, superblock).filter(|(_, extension)| *closed && extension.is_some());
         ours.zip(proof.as_ref()).is_some_and(|((id, _), proof)| proof.covers(id))
     };
     let proved = states
         .iter()
         .zip(closed)
         .map(|each| matches!(each.0, SlotState::Empty) || is_trusted(each));
-    let rest: Vec<Slot> = geometry
-        .all_slots()
-        .zip(proved)
-        .filter_map(|(slot, proved)| (!proved).then_some(slot))
-        .collect();
+    let rest: Vec<usize> =
+        proved.enumerate().filter(|(_, proved)| !proved).map(|it| it.0).collect();
     let reads =
-        rest.into_iter().map(|slot| async move { (slot, read_slot(device, geometry, slot).await) });
+        rest.into_iter().map(async |nth| (nth, read_slot(device, geometry, slots[nth]).await));
     let mut reads = stream::iter(reads).buffered(SCAN_DEPTH);
-    while let Some((slot, content)) = reads.next().await {
-        visit(slot, &content);
-        states[slot_index(slot)] = content.state;
+    while let Some((nth, content)) = reads.next().await {
+        visit(slots[nth], &content);
+        states[nth] = content.state;
     }
-    states
 }
 
 async fn gather(

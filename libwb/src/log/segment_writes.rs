@@ -5,7 +5,8 @@ use crate::device::{Device, DeviceError, IoBuf, Operation};
 use crate::format::{
     BLOCK_BYTES, Commit, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, Reason, Record,
     SEGMENT_BYTES, SUPERBLOCK_OFFSET, SegmentExtension, SegmentId, Slot, SuperblockExtension,
-    close_header, encode_header, encode_record_block, encode_superblock_block, to_u64,
+    close_header, decode_record, encode_header, encode_record_block, encode_superblock_block,
+    to_u64,
 };
 
 /// Writes the superblock's first block, which holds only the magic. It is durable after a flush.
@@ -40,6 +41,19 @@ pub async fn write_record(device: &Device, record: Record) -> Result<(), DeviceE
     let mut block = IoBuf::zeroed(BLOCK_BYTES);
     encode_record_block(block.block_at_mut(0), record);
     device.write(RECORD_BLOCK_OFFSET, block.into()).await
+}
+
+/// Takes the proof from the superblock record, so that whoever opens the cache next reads all of
+/// its log. It is durable afterwards. Nothing else may write the record meanwhile.
+///
+/// # Errors
+/// When the device fails. A damaged record is left as it is.
+#[cfg(feature = "engine")]
+pub(crate) async fn unprove_record(device: &Device) -> Result<(), DeviceError> {
+    let block = device.read(RECORD_BLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
+    let Ok(Record { id, .. }) = decode_record(block.block_at(0)) else { return Ok(()) };
+    write_record(device, Record { id, digest: None }).await?;
+    device.flush().await
 }
 
 /// The header extension of an empty segment that replaces a lost one. It claims only what is known

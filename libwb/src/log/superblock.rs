@@ -27,6 +27,9 @@ pub struct Superblock {
     pub geometry: Geometry,
     /// The superblock record: every segment up to this one was written back.
     pub record: SegmentId,
+    /// The record proves that wb wrote it for this cache. The kernel module writes one that does
+    /// not.
+    pub is_record_proved: bool,
     /// The superblock extension. A device of the kernel module has none.
     pub extension: Option<SuperblockExtension>,
     /// The device has lost its extension: a damaged copy, or the record, shows that there was one.
@@ -108,6 +111,8 @@ impl RawSuperblock {
             geometry: self.geometry,
             extension: self.extension().cloned(),
             record: self.record.unwrap_or(SegmentId::NONE),
+            is_record_proved: self.record.is_ok()
+                && self.extension().is_some_and(|page| Some(page.digest()) == self.record_digest),
             // Without a readable page, the record and the segments tell.
             lost_extension: self.extension().is_none()
                 && (self.record_digest.is_some()

@@ -22,9 +22,9 @@ pub(super) const SLOTS: u64 = 14;
 /// Blocks in a segment of these logs.
 pub(super) const LENGTH: u64 = 5;
 
-/// The content of a block: this byte, repeated.
+/// The content of a block: this byte, repeated. In a short log, it differs from block to block.
 pub(super) fn stamp(id: u64, nth: u64) -> u8 {
-    u8::try_from(id * LENGTH + nth).expect("a short log")
+    u8::try_from((id * LENGTH + nth) % 256).expect("a byte")
 }
 
 /// A write: its offset, its data, and the number of flushes before it.

@@ -7,6 +7,7 @@ mod flusher;
 mod moving;
 mod policy;
 mod runs;
+pub(crate) mod second_look;
 mod sorted;
 #[cfg(test)]
 mod tests;

@@ -5,7 +5,7 @@ use crate::cache::error::CacheError;
 use crate::cache::state::shared::Waiter;
 use crate::device::DeviceError;
 use crate::format::{SegmentId, SuperblockExtension};
-use crate::log::segment_writes::write_extension;
+use crate::log::segment_writes::{unprove_record, write_extension};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -20,6 +20,12 @@ impl Engine {
         state.wait(Waiter::Request, |state| state.locks.is_empty().then_some(())).await;
         state.lock().lifecycle.stop();
         state.wait(Waiter::Request, |it| it.lifecycle.have_tasks_ended().then_some(())).await;
+        let failure = state.lock().lifecycle.failure().cloned();
+        if failure.is_some_and(|failure| failure.cause == DeviceError::CONTRADICTS)
+            && let Err(error) = unprove_record(&self.cache).await
+        {
+            tracing::warn!("the next attach may serve the log again: {error}");
+        }
         flushed?;
         self.warn_of_lost_blocks();
         if let Err(error) = self.retrying(|| self.empty_misleading_segments()).await {

@@ -89,6 +89,14 @@ impl Engine {
         Ok(failed.into_iter().find_map(|(id, error)| may_hold(id).then_some(error)))
     }
 
+    /// Empties a segment that was found damaged though it is written back. A failure makes nothing
+    /// worse.
+    pub(crate) async fn empty_damaged(self: &Arc<Self>, id: SegmentId) {
+        let _alone = self.emptying.lock().await;
+        self.state.lock().stale.doubt(id);
+        let _ = self.empty_segments(vec![id]).await;
+    }
+
     /// Empties written-back segments durably. Returns those that it could not empty, and why.
     async fn empty_segments(
         self: &Arc<Self>,

@@ -4,6 +4,7 @@ use super::options::OpenOptions;
 use super::replay::Replay;
 use super::resume::{self, Opening};
 use crate::cache::background::batch::BatchStop;
+use crate::cache::background::second_look::Unread;
 use crate::cache::busy_meter::BusyMeter;
 use crate::cache::engine::Engine;
 use crate::cache::error::CacheError;
@@ -83,7 +84,7 @@ async fn open_on(
     let started = runtime.now();
     check_size(&backing)?;
     let replay = Replay::read(&cache, &backing, &options).await?;
-    let Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages } = replay;
+    let Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages, rest } = replay;
     let OpenOptions { until, read_only, head, tunables, rules, .. } = options;
     let geometry = superblock.geometry;
     let head = match head {
@@ -118,7 +119,7 @@ async fn open_on(
         state.writeback.pause();
     }
     let opened = runtime.now();
-    let extension = superblock.extension;
+    let extension = superblock.extension.clone();
     let engine = Arc::new(Engine {
         cache,
         writeback_device: BusyMeter::new(backing.clone(), runtime.clone()),
@@ -152,7 +153,9 @@ async fn open_on(
         head.bind(Owner::new(geometry, engine.extension.as_ref()));
     }
     if !read_only {
-        engine.start_tasks();
+        let (dropped, damage) = (Vec::new(), Vec::new());
+        let recovery = Recovery { dropped, damage, ..recovery };
+        engine.start_tasks(Unread { superblock, recovery, next: rest });
     }
     Ok(engine)
 }
@@ -277,13 +280,14 @@ impl Engine {
         self.cache.flush().await
     }
 
-    fn start_tasks(self: &Arc<Self>) {
+    fn start_tasks(self: &Arc<Self>, unread: Unread) {
         self.cache.put_writes_first();
-        self.state.lock().lifecycle.tasks_started(5);
+        self.state.lock().lifecycle.tasks_started(6);
         self.runtime.spawn(Box::pin(self.clone().appender()));
         self.runtime.spawn(Box::pin(self.clone().flusher()));
         self.runtime.spawn(Box::pin(self.clone().writeback()));
         self.runtime.spawn(Box::pin(self.clone().syncer()));
         self.runtime.spawn(Box::pin(self.clone().admitter()));
+        self.runtime.spawn(Box::pin(self.clone().look_again(unread)));
     }
 }

@@ -10,6 +10,9 @@ use crate::rules::Rules;
 /// How much of a log recovery reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Reading {
+    /// As [`Reading::Headers`], of the tail of the log, if that decides. The other slots are looked
+    /// at once the volume is served.
+    Tail,
     /// Of segments that were durable, the headers alone. Damaged data shows when it is read.
     Headers,
     /// Everything.
@@ -51,15 +54,23 @@ impl OpenOptions {
         }
     }
 
-    /// To serve requests. Of segments that were durable, recovery reads the headers alone.
+    /// To serve requests. Of segments that are written back, recovery reads nothing before the
+    /// cache is open; of others that were durable, the headers alone.
     pub fn serve() -> OpenOptions {
-        OpenOptions::of(Reading::Headers)
+        OpenOptions::of(Reading::Tail)
+    }
+
+    /// Reads the headers of all segments before the cache is open.
+    #[must_use]
+    pub fn reading_all_headers(self) -> OpenOptions {
+        OpenOptions { reading: Reading::Headers, ..self }
     }
 
     /// To serve reads alone: neither device is written to. What recovery would write lies in
     /// memory. No other operation may be called. Tunables have no effect.
     pub fn read_only() -> OpenOptions {
-        OpenOptions { read_only: true, wanted: Use::Read, ..OpenOptions::serve() }
+        let options = OpenOptions::of(Reading::Headers);
+        OpenOptions { read_only: true, wanted: Use::Read, ..options }
     }
 
     /// To write it back: recovery looks at all data of the log first.

@@ -13,9 +13,11 @@ use crate::log::pairing::{BackingFacts, check_pairing};
 use crate::log::recovery::{Recovery, recover};
 use crate::log::scan::{SlotContent, scan, scan_headers, scan_trusting};
 use crate::log::superblock::{Superblock, read_superblock};
+use crate::log::tail::{Tail, read_tail, slots_ahead};
 use crate::log::{LogError, LogErrorKind, refuse_older};
 use crate::rules::{Rule, Rules};
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::time::Duration;
 
 /// A log as it was read, and what its segments hold.
@@ -30,6 +32,8 @@ pub(super) struct Replay {
     pub(super) staged: SegmentId,
     pub(super) bytes_read: u64,
     pub(super) ages: Ages,
+    /// The segments in whose slots nothing was looked at: see [`Tail::rest`].
+    pub(super) rest: Range<u64>,
 }
 
 fn replay_until(
@@ -54,6 +58,8 @@ struct Slots<'a> {
     outside: HashMap<Slot, Sector>,
     /// Slots with clean entries.
     staged: HashSet<Slot>,
+    /// Slots that were taken in.
+    seen: Box<[bool]>,
     bytes_read: u64,
     ages: Ages,
 }
@@ -66,6 +72,7 @@ impl Slots<'_> {
     /// Takes in a slot, instead of what was taken in of it before.
     fn visit(&mut self, slot: Slot, content: &SlotContent) {
         self.bytes_read += content.bytes_read;
+        self.seen[to_usize(slot.0.into())] = true;
         self.index.forget(slot);
         self.outside.remove(&slot);
         self.staged.remove(&slot);
@@ -129,17 +136,19 @@ impl Replay {
             index: Index::new(geometry, superblock.extension.is_some()),
             outside: HashMap::new(),
             staged: HashSet::new(),
+            seen: vec![false; geometry.all_slots().len()].into(),
             bytes_read: 0,
             ages: Ages::new(geometry.slots()),
         };
-        let visit = |slot, content: &_| slots.visit(slot, content);
-        let reads_unclaimed = rules.keep(Rule::UnclaimedReadWhole);
-        let states = match reading {
-            Reading::Whole => scan(cache, geometry, visit).await,
-            Reading::Headers if reads_unclaimed => scan_trusting(cache, &superblock, visit).await,
-            Reading::Headers => scan_headers(cache, geometry, visit).await,
+        let tail = match reading {
+            Reading::Tail => slots.read_tail(cache, &superblock, *rules).await,
+            Reading::Headers | Reading::Whole => None,
         };
-        let recovery = recover(&superblock, &states).refuse_corrupt(cache)?;
+        let (recovery, rest) = match tail {
+            Some(Tail { recovery, rest }) => (recovery, rest),
+            None => (slots.read_all(cache, &superblock, *reading, *rules).await, 0..0),
+        };
+        let recovery = recovery.refuse_corrupt(cache)?;
         known.map_or(Ok(()), |known| refuse_older(cache, recovery.reach(), known))?;
         let later = until.map(|until| Later::of(cache, backing, geometry, &recovery, until));
         let recovery = match *until {
@@ -149,7 +158,7 @@ impl Replay {
         if let Some(extension) = &superblock.extension {
             check_pairing(cache, extension, &BackingFacts::of(backing))?;
         }
-        let replay = slots.replay(cache, &superblock, recovery, *rules)?;
+        let replay = Replay { rest, ..slots.replay(cache, &superblock, recovery, *rules)? };
         if let Some(later) = later.filter(|_| !mixes) {
             later.refuse_mixture(&replay.index).await?;
         }
@@ -158,6 +167,42 @@ impl Replay {
 }
 
 impl Slots<'_> {
+    /// Reads the tail of the log, if that decides what is live.
+    async fn read_tail(
+        &mut self,
+        cache: &Device,
+        superblock: &Superblock,
+        rules: Rules,
+    ) -> Option<Tail> {
+        if !rules.keep(Rule::UnclaimedReadWhole) {
+            return None;
+        }
+        let ahead = match rules.keep(Rule::TailReadOn) {
+            true => slots_ahead(self.geometry),
+            false => 1,
+        };
+        read_tail(cache, superblock, ahead, |slot, content| self.visit(slot, content)).await
+    }
+
+    async fn read_all(
+        &mut self,
+        cache: &Device,
+        superblock: &Superblock,
+        reading: Reading,
+        rules: Rules,
+    ) -> Recovery {
+        let geometry = self.geometry;
+        let visit = |slot, content: &_| self.visit(slot, content);
+        let states = match reading {
+            Reading::Whole => scan(cache, geometry, visit).await,
+            Reading::Tail | Reading::Headers if rules.keep(Rule::UnclaimedReadWhole) => {
+                scan_trusting(cache, superblock, visit).await
+            }
+            Reading::Tail | Reading::Headers => scan_headers(cache, geometry, visit).await,
+        };
+        recover(superblock, &states)
+    }
+
     fn replay(
         mut self,
         cache: &Device,
@@ -178,7 +223,8 @@ impl Slots<'_> {
                 return Err(backing.refuse_beyond(cache, Beyond { id, sector }));
             }
         }
-        for (slot, _) in self.geometry.all_slots().zip(holds_live).filter(|(_, live)| !live) {
+        let is_held = self.seen.iter().zip(holds_live).map(|(seen, live)| *seen && !live);
+        for (slot, _) in self.geometry.all_slots().zip(is_held).filter(|(_, held)| *held) {
             self.index.forget(slot);
         }
         let mut leftovers = Vec::new();
@@ -191,6 +237,7 @@ impl Slots<'_> {
         }
         let Slots { index, bytes_read, ages, .. } = self;
         let superblock = superblock.clone();
-        Ok(Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages })
+        let rest = 0..0;
+        Ok(Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages, rest })
     }
 }

@@ -2,6 +2,7 @@ use super::*;
 use crate::format::{
     SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, SegmentExtension, SuperblockExtension, to_u64,
 };
+use crate::log::verdict::slot_index;
 use proptest::prelude::*;
 
 fn geometry(slots: u64) -> Geometry {
@@ -35,6 +36,7 @@ fn superblock(slots: u64, record: u64, extension: Option<SuperblockExtension>) -
     Superblock {
         geometry: geometry(slots),
         record: SegmentId(record),
+        is_record_proved: false,
         extension,
         lost_extension: false,
     }

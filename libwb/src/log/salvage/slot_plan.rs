@@ -5,6 +5,7 @@
 
 use super::mode::SalvageMode;
 use crate::format::{Geometry, HeaderFault, Reason, SegmentExtension, SegmentId, Slot};
+use crate::log::part::Part;
 use crate::log::recovery::{Corruption, LAST_SANE_ID, Recovery, explained, lacks_blocks, recover};
 use crate::log::segment_writes::filler_extension;
 use crate::log::superblock::{RawSuperblock, Superblock};
@@ -237,7 +238,8 @@ impl Planner<'_> {
     fn up_to_what_lacks_blocks(&self, end: SegmentId) -> SegmentId {
         let first = self.recovery.durable.max(self.recovery.point).next();
         let mut ids = (first.0..=end.0).map(SegmentId);
-        ids.find(|&id| lacks_blocks(self.superblock, self.slots, id)).unwrap_or(end)
+        let slots = Part::all(self.superblock.geometry, self.slots);
+        ids.find(|&id| lacks_blocks(self.superblock, slots, id)).unwrap_or(end)
     }
 
     /// Gives up the segments after F that are valid or were durable. At most one lap of them has a

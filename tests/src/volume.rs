@@ -329,6 +329,50 @@ impl Attached<'_> {
         self.child.id()
     }
 
+    /// The process that serves requests, once it does.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn server(&self) -> u32 {
+        let mut found = None;
+        let is_told = wait_for(|| {
+            let outcome = self.volume.wbctl(&["status", &self.volume.name, "--json"]);
+            let told = (outcome.code != 1).then(|| outcome.json()["live"]["server_pid"].as_u64());
+            found = told.flatten().and_then(|pid| u32::try_from(pid).ok());
+            found.is_some()
+        });
+        assert!(is_told, "there is no server: {}", self.stderr());
+        found.unwrap_or_default()
+    }
+
+    /// Sends a signal to the server, and returns which process that is. It may have ended before.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn signal_server(&self, signal: Signal) -> u32 {
+        let server = self.server();
+        let _ = kill(Pid::from_raw(i32::try_from(server).expect("a process id")), signal);
+        server
+    }
+
+    /// Lets a server go on that was stopped.
+    ///
+    /// # Panics
+    /// When it has ended.
+    pub fn continue_server(&self, server: u32) {
+        let server = Pid::from_raw(i32::try_from(server).expect("a process id"));
+        kill(server, Signal::SIGCONT).expect("a server that was stopped");
+    }
+
+    /// Kills the server, and waits until another one serves.
+    ///
+    /// # Panics
+    /// When none does.
+    pub fn kill_server(&self) {
+        let killed = self.signal_server(Signal::SIGKILL);
+        assert!(wait_for(|| self.server() != killed), "no other server: {}", self.stderr());
+    }
+
     /// How the daemon ended, if it did within a time.
     ///
     /// # Panics

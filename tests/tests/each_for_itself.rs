@@ -66,7 +66,7 @@ fn a_daemon_that_does_not_answer_is_told_of_and_holds_nobody_up() {
     let second = create_another(&volume);
     let attached = volume.attach_with(&[]);
     let other = volume.start(volume.command(&["attach", &second]));
-    attached.signal(Signal::SIGSTOP);
+    let server = attached.signal_server(Signal::SIGSTOP);
     both_are_shown(
         &volume,
         [name, &second],
@@ -97,7 +97,7 @@ fn a_daemon_that_does_not_answer_is_told_of_and_holds_nobody_up() {
             });
         }
     });
-    attached.signal(Signal::SIGCONT);
+    attached.continue_server(server);
     assert_eq!(volume.wbctl(&["status", name]).code, 0);
     volume.must(&["detach", &second]);
     drop(other);
@@ -120,10 +120,10 @@ fn a_daemon_that_takes_no_connections_is_not_waited_for() {
     needs_serving!();
     let volume = Volume::created(8, 8 * MIB);
     let attached = volume.attach_with(&[]);
-    attached.signal(Signal::SIGSTOP);
+    let server = attached.signal_server(Signal::SIGSTOP);
     let clients = fill_backlog(&volume.socket());
     assert_eq!(volume.status()["state"], "not answering", "{}", clients.len());
-    attached.signal(Signal::SIGCONT);
+    attached.continue_server(server);
     drop(clients);
     assert!(wb_tests::wait_for(|| volume.status()["state"] == "attached"));
     attached.detach(&[]);

@@ -145,7 +145,7 @@ fn the_daemon_is_kept_from_waiting_for_itself_or_says_so() {
     needs_serving!();
     let volume = Volume::created(16, 16 * MIB);
     let attached = volume.attach_with(&[]);
-    let process = Path::new("/proc").join(attached.pid().to_string());
+    let process = Path::new("/proc").join(attached.server().to_string());
     let locked = std::fs::read_to_string(process.join("status")).unwrap();
     let locked = locked.lines().any(|line| line.starts_with("VmLck:") && !line.contains(" 0 kB"));
     assert!(

@@ -99,13 +99,13 @@ fn a_drain_that_is_interrupted_says_how_to_go_on_and_leaves_the_volume_serving()
     let attached = volume.attach_with(&["writeback_threshold=0"]);
     write(&volume, &attached.device, MIB);
     // While the daemon is stopped, a drain cannot end.
-    attached.signal(Signal::SIGSTOP);
+    let server = attached.signal_server(Signal::SIGSTOP);
     let mut drain = volume.command(&["drain", name]).stderr(Stdio::piped()).spawn().expect("wbctl");
     assert!(wait_for(|| catches_signals(&mut drain)), "wbctl does not look after its signals");
     interrupt(&drain);
     let ended = drain.wait_with_output().expect("wbctl");
     let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-    attached.signal(Signal::SIGCONT);
+    attached.continue_server(server);
     assert_eq!(ended.status.code(), Some(1), "{said}");
     assert!(
         said.starts_with("wbctl: interrupted") && said.contains(&format!("wbctl drain {name}")),

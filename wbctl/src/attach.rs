@@ -21,7 +21,7 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<Exit> {
     let reserved = Reserved::take().context("cannot open /dev/null")?;
     match Role::of_this()? {
         Role::Server(link) => server::serve(args, link, reserved, out),
-        Role::Unknown(_) => std::process::exit(REFUSED),
+        Role::Unknown => std::process::exit(REFUSED),
         Role::First => {
             let (name, volume) = args.volume()?;
             // Before any device or file is touched.

@@ -86,7 +86,7 @@ pub(crate) enum Role {
     /// A server.
     Server(Link),
     /// A server or a keeper of another version.
-    Unknown(String),
+    Unknown,
 }
 
 impl Role {
@@ -101,9 +101,9 @@ impl Role {
             Some((role, version)) if version == VERSION.to_string() => match role {
                 "keeper" => Ok(Role::Keeper(link()?)),
                 "server" => Ok(Role::Server(link()?)),
-                _ => Ok(Role::Unknown(role.into())),
+                _ => Ok(Role::Unknown),
             },
-            _ => Ok(Role::Unknown(told.to_string_lossy().into_owned())),
+            _ => Ok(Role::Unknown),
         }
     }
 

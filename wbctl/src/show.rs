@@ -396,7 +396,12 @@ fn work_rows(live: &LiveStatus, row: &mut impl FnMut(&str, String)) {
     }
     let read = human_size(live.recovery_bytes);
     row("recovery", format!("{}, {read} read", human_time(live.recovery_seconds)));
-    row("daemon", format!("process {}", live.pid));
+    row("daemon", format!("process {}, its server process {}", live.pid, live.server_pid));
+    let death = match live.outlives_server {
+        true => "another server goes on, and nothing acknowledged is lost",
+        false => "the volume fails (the kernel cannot hand requests to another server)",
+    };
+    row("if the server dies", death.into());
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //! `WB_KILLS` sets how often one test kills it.
 
 use libwb::device::IoBuf;
+use libwb::format::to_u64;
 use nix::libc::O_DIRECT;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -16,9 +17,9 @@ use wb_tests::{
     read_at, wait_for,
 };
 
-const BLOCK: u64 = 4096;
+const BLOCK: usize = 4096;
 /// How many blocks each writer has.
-const BLOCKS: u64 = 64;
+const BLOCKS: usize = 64;
 
 /// Attaches a volume whose server may be killed again and again.
 fn attach(volume: &Volume) -> Attached<'_> {
@@ -46,36 +47,41 @@ fn flush(device: &Path) {
     File::open(device).and_then(|device| device.sync_all()).expect("a flush");
 }
 
+/// What a writer writes in a round.
+fn content(writer: usize, round: usize) -> Vec<u8> {
+    noise(to_u64(writer << 32 | round), to_u64(BLOCK))
+}
+
 /// Writes blocks of its own past the page cache, and reads back what it wrote, until it is told to
 /// stop. It seldom flushes. Returns how many blocks it wrote.
-fn write_and_verify(device: &Path, writer: u64, stop: &AtomicBool) -> u64 {
+fn write_and_verify(device: &Path, writer: usize, stop: &AtomicBool) -> usize {
     let mut options = File::options();
     let file = options.read(true).write(true).custom_flags(O_DIRECT).open(device).expect("it");
-    let at = |nth: u64| (writer * BLOCKS + nth) * BLOCK;
-    let mut last = vec![0; BLOCKS as usize];
-    let mut rounds = 0;
-    while !stop.load(Ordering::SeqCst) || rounds < 2 * BLOCKS {
-        rounds += 1;
-        let (written, read) = (rounds * 37 % BLOCKS, rounds * 11 % BLOCKS);
-        let data = noise(writer << 32 | rounds, BLOCK);
+    let at = |nth: usize| to_u64((writer * BLOCKS + nth) * BLOCK);
+    let mut last = [0; BLOCKS];
+    let mut round = 0;
+    while !stop.load(Ordering::SeqCst) || round < 2 * BLOCKS {
+        round += 1;
+        let (written, read) = (round * 37 % BLOCKS, round * 11 % BLOCKS);
+        let data = content(writer, round);
         file.write_all_at(&IoBuf::copy_of(&data), at(written)).expect("a write that waits");
-        last[written as usize] = rounds;
-        if rounds % 100 == 0 {
+        last[written] = round;
+        if round % 100 == 0 {
             file.sync_all().expect("a flush that waits");
         }
-        if last[read as usize] > 0 {
-            let mut found = IoBuf::zeroed(BLOCK as usize);
+        if last[read] > 0 {
+            let mut found = IoBuf::zeroed(BLOCK);
             file.read_exact_at(&mut found, at(read)).expect("a read that waits");
-            let expected = noise(writer << 32 | last[read as usize], BLOCK);
+            let expected = content(writer, last[read]);
             assert!(found[..] == expected[..], "block {read} of writer {writer} was lost");
         }
     }
-    rounds
+    round
 }
 
 /// Runs writers that verify while `disturb` does something to the volume. Returns how many blocks
 /// they wrote.
-fn under_load(device: &Path, disturb: impl FnOnce()) -> u64 {
+fn under_load(device: &Path, disturb: impl FnOnce()) -> usize {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let write = |writer| {
@@ -236,9 +242,9 @@ fn no_process_stays_whoever_is_killed_first_even_with_a_dirty_page_cache() {
 /// Puts another program in the place of the installed one, as a package manager does.
 fn install(program: &Path, content: &[u8]) {
     let new = program.with_extension("new");
-    std::fs::write(&new, content).unwrap();
-    std::fs::set_permissions(&new, Permissions::from_mode(0o755)).unwrap();
-    std::fs::rename(&new, program).unwrap();
+    std::fs::write(&new, content).expect("a program");
+    std::fs::set_permissions(&new, Permissions::from_mode(0o755)).expect("its rights");
+    std::fs::rename(&new, program).expect("its place");
 }
 
 #[test]

@@ -11,7 +11,9 @@
 //!   `DurableWriteAlone`, which need large writes, a flush of the cache device or both while a
 //!   commit is under way.
 //! - `second_look.rs` finds `ContradictionFails`, which needs a device that has lost segments.
-//! - `stuck.rs` finds the rules about blocks that cannot be written back.
+//! - `process_death.rs`, where the process dies at every moment, finds `HeadDataFirst`,
+//!   `HeadKnowsCommit`, `HeadEndStaysOpen` and `FlushedAtOpen`.
+//! - `stuck.rs` finds the rules about blocks that cannot be written back, and `HeadKeepsLost`.
 
 use libwb::rules::Rule;
 use std::panic::catch_unwind;
@@ -26,14 +28,14 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::FlushWaitsForDevice, 0, 100),
     (Rule::BackingFlushedBeforeRecord, 0, 20),
     (Rule::MergeKeepsOldSectors, 0, 20),
-    (Rule::PinsRespected, 50, 300),
+    (Rule::PinsRespected, 0, 600),
     (Rule::OnlyDurableWrittenBack, 250, 500),
     (Rule::OlderWrittenUnlessNewerInBatch, 0, 100),
     (Rule::OlderWrittenThoughNewerDurable, 0, 200),
     (Rule::RecoveryStopsAtGap, 50, 500),
     (Rule::LossWindowKept, 0, 200),
     (Rule::WrittenWithoutGap, 0, 300),
-    (Rule::ReadsVerified, 200, 600),
+    (Rule::ReadsVerified, 0, 600),
     (Rule::CommittedNeverOverwritten, 0, 100),
     (Rule::DurableAsOfFlushStart, 0, 1000),
     (Rule::DurableWithoutGap, 0, 500),
@@ -52,20 +54,15 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::WriteAroundCancelsAdmission, 700, 2000),
     (Rule::WriteCancelsAdmission, 0, 500),
     (Rule::DiscardCancelsAdmission, 300, 1500),
-    (Rule::ReservedInSameVisit, 0, 500),
+    (Rule::ReservedInSameVisit, 0, 3000),
     (Rule::VersionsStayInOrder, 0, 1500),
     (Rule::OneEpochPerBatch, 600, 800),
     (Rule::TailReadOn, 0, 500),
     (Rule::RotIsNoPowerCut, 0, 50),
-    (Rule::HeadDataFirst, 0, 1000),
     (Rule::HeadOverwriteUndone, 0, 1000),
-    (Rule::HeadKeptUntilWritten, 0, 1000),
-    (Rule::HeadResumed, 0, 1000),
-    (Rule::HeadKeptWhenResumed, 0, 1000),
-    (Rule::HeadKnowsCommit, 0, 1000),
-    (Rule::HeadEndStaysOpen, 0, 1000),
-    (Rule::HeadKeepsLost, 0, 1000),
-    (Rule::FlushedAtOpen, 0, 1000),
+    (Rule::HeadKeptUntilWritten, 0, 500),
+    (Rule::HeadResumed, 0, 100),
+    (Rule::HeadKeptWhenResumed, 0, 500),
 ];
 
 /// The simulator's failure for a seed, if any. A panic of the engine counts as well.

@@ -3,7 +3,7 @@
 //! even with power cuts.
 
 use byteorder::{ByteOrder, LittleEndian};
-use libwb::cache::{Cache, CacheError, OpenOptions};
+use libwb::cache::{Cache, CacheError, Head, OpenOptions};
 use libwb::device::sim::{Crash, SimDevice, Simulation};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_u64, to_usize};
@@ -37,6 +37,8 @@ struct TestVolume {
     rules: Rules,
     cache: Arc<SimDevice>,
     backing: Arc<SimDevice>,
+    /// The log's head, if it outlives the process.
+    head: Option<Head>,
     /// For each block, the version that must survive, and the newest.
     flushed: BTreeMap<u64, u64>,
     newest: BTreeMap<u64, u64>,
@@ -59,6 +61,7 @@ impl TestVolume {
             rules,
             cache: Arc::new(cache),
             backing: Arc::new(backing),
+            head: None,
             flushed: BTreeMap::new(),
             newest: BTreeMap::new(),
             refused: 1,
@@ -73,7 +76,12 @@ impl TestVolume {
     fn open(&self) -> Result<Cache, Cut> {
         let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
         let runtime = Arc::new(self.simulation.runtime().clone());
-        let opened = Cache::open(cache, backing, runtime, OpenOptions::serve().rules(self.rules));
+        let mut options = OpenOptions::serve().rules(self.rules);
+        if let Some(head) = &self.head {
+            let left = head.descriptor().try_clone_to_owned().and_then(Head::open);
+            options = options.head(left.expect("a head"));
+        }
+        let opened = Cache::open(cache, backing, runtime, options);
         self.finish(opened).map(|opened| opened.expect("a sound cache"))
     }
 
@@ -108,6 +116,21 @@ impl TestVolume {
         self.simulation.kill_tasks();
         self.cache = Arc::new(self.cache.crash(Crash::PowerCut));
         self.backing = Arc::new(self.backing.crash(Crash::PowerCut));
+    }
+
+    /// The process dies, and the next one has the log's head.
+    fn die(&mut self) {
+        self.simulation.kill_tasks();
+        self.cache = Arc::new(self.cache.crash(Crash::Kill));
+        self.backing = Arc::new(self.backing.crash(Crash::Kill));
+        self.stay_rotten();
+    }
+
+    /// Rot is on the media, and a crash does not mend it.
+    fn stay_rotten(&mut self) {
+        if self.cache.content().chunks(BLOCK_BYTES).any(|held| held == data(ROTTEN, 1)) {
+            self.rot(ROTTEN, 1);
+        }
     }
 
     /// Every block shows what it must, or something newer.
@@ -178,11 +201,8 @@ impl TestVolume {
     /// written anew.
     fn end(&mut self) -> Result<(), Cut> {
         let cache = self.open()?;
-        // Rot is on the media, and a crash does not mend it. Earlier, recovery might have had to
-        // read the rotten block.
-        if self.cache.content().chunks(BLOCK_BYTES).any(|held| held == data(ROTTEN, 1)) {
-            self.rot(ROTTEN, 1);
-        }
+        // Earlier, recovery might have had to read the rotten block.
+        self.stay_rotten();
         self.check(&cache, false)?;
         self.backing.heal_bad();
         self.write(&cache, ROTTEN, 9)?;
@@ -230,9 +250,56 @@ fn power_cuts_do_not_lose_blocks_that_are_stuck() {
     }
 }
 
+/// Processes that go on one after the other while the log moves a lost block, and one that is
+/// refused.
+fn outlive(rules: Rules) {
+    let mut test = TestVolume::new(7, rules);
+    test.head = Some(Head::create().expect("memory"));
+    let mut lives = || -> Result<(), Cut> {
+        let mut cache = test.open()?;
+        test.write(&cache, ROTTEN, 1)?;
+        test.write(&cache, REFUSED, 1)?;
+        // So that they are in memory no more.
+        for block in 100..300 {
+            test.write(&cache, BlockNo(block), 1)?;
+        }
+        test.flush(&cache)?;
+        test.backing.go_bad(REFUSED.bytes());
+        test.rot(ROTTEN, 1);
+        for nth in 0..3 * SEGMENTS * 127 {
+            test.write(&cache, BlockNo(100 + nth * 7 % (BLOCKS - 100)), 1 + nth)?;
+            if nth % 50 == 0 {
+                drop(cache);
+                test.die();
+                cache = test.open()?;
+                assert!(test.read(&cache, ROTTEN)?.is_err(), "it is lost, after {nth} writes");
+                let refused = test.read(&cache, REFUSED)?.expect("it can be read");
+                assert_eq!(version_of(&refused), 1);
+            }
+        }
+        test.flush(&cache)?;
+        test.check(&cache, true)?;
+        let stuck = cache.status().stuck.expect("two blocks");
+        assert_eq!((stuck.refused, stuck.lost), (1, 1), "{stuck:?}");
+        Ok(())
+    };
+    assert!(lives().is_ok(), "no cut");
+}
+
+#[test]
+fn blocks_that_are_stuck_outlive_the_process() {
+    outlive(Rules::default());
+}
+
+#[test]
+fn a_lost_block_that_is_sound_for_the_next_process_is_noticed() {
+    let broken = || outlive(Rules::breaking(Rule::HeadKeepsLost));
+    assert!(std::panic::catch_unwind(broken).is_err());
+}
+
 /// Whether any scenario shows that a rule is broken.
 fn is_found(rule: Rule) -> bool {
-    let cuts = (0..150).map(|nth| Some(1900 + nth * 13)).chain([None]);
+    let cuts = (0..300).map(|nth| Some(1000 + nth * 13)).chain([None]);
     let rules = || Rules::breaking(rule);
     cuts.zip(0..).any(|(cut, seed)| std::panic::catch_unwind(|| run(seed, rules(), cut)).is_err())
 }

@@ -14,7 +14,7 @@ use std::ops::{Deref, DerefMut};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
 
 /// Neither this process nor another can change the size: an access beyond the end would kill it.
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW).union(SealFlags::SEAL);
@@ -30,7 +30,7 @@ pub(crate) struct SharedMemory {
     watch: Mutex<Option<Watch>>,
 }
 
-/// Called before and after each store of a word.
+/// Called before and after each store of a word, and within an overwrite.
 #[cfg(feature = "sim")]
 type Watch = Arc<dyn Fn() + Send + Sync>;
 
@@ -101,11 +101,15 @@ impl SharedMemory {
         unsafe { AtomicU64::from_ptr(self.start.as_ptr().add(at).cast()) }
     }
 
-    /// Stores a word, after all that this thread has written before.
+    /// Stores a word, after all that this thread has written before, and before all that it writes
+    /// later: also in the eyes of who reads the memory once this thread was killed in between.
     #[inline]
     pub(crate) fn store(&self, at: usize, word: u64) {
         self.is_seen();
         self.word(at).store(word, Ordering::Release);
+        // A processor completes what precedes the instruction at which a thread is killed, and
+        // nothing of what follows. So only the compiler must not move a later write forward.
+        compiler_fence(Ordering::SeqCst);
         self.is_seen();
     }
 
@@ -113,8 +117,9 @@ impl SharedMemory {
     #[inline]
     fn is_seen(&self) {}
 
+    /// Calls the watch: another process could find something new.
     #[cfg(feature = "sim")]
-    fn is_seen(&self) {
+    pub(crate) fn is_seen(&self) {
         let watch = self.watch.lock().clone();
         watch.into_iter().for_each(|watch| watch());
     }

@@ -1,6 +1,8 @@
 //! Writing a head: a frame for each segment that is not on the cache device yet.
 
 use super::{DATA_BYTES, Entry, FRAMES, Head, at, entry_at};
+#[cfg(feature = "sim")]
+use crate::format::SECTOR_BYTES;
 use crate::format::{BLOCK_BYTES, Reason, SegmentId};
 use crate::rules::{Rule, Rules};
 use crate::sys::{Region, SharedMemory};
@@ -46,7 +48,7 @@ impl Frames {
             let place = (frame.number as u64 + 1) << 8 | u64::from(index);
             self.store(at::UNDO_PLACE, place);
         }
-        fill(frame.block_mut(index));
+        frame.fill(index, fill);
         frame.store(entry_at(index), entry.encode());
         if undone {
             self.store(at::UNDO_PLACE, 0);
@@ -97,6 +99,26 @@ impl Frame {
     pub(crate) fn block_mut(&mut self, index: u8) -> &mut [u8; BLOCK_BYTES] {
         let at = usize::from(index) * BLOCK_BYTES;
         self.data[at..].first_chunk_mut().expect("a place of the segment")
+    }
+
+    #[cfg(not(feature = "sim"))]
+    #[inline]
+    fn fill(&mut self, index: u8, fill: impl FnOnce(&mut [u8; BLOCK_BYTES])) {
+        fill(self.block_mut(index));
+    }
+
+    /// Changes a block in steps: a simulated process may die within a sector.
+    #[cfg(feature = "sim")]
+    fn fill(&mut self, index: u8, fill: impl FnOnce(&mut [u8; BLOCK_BYTES])) {
+        let mut new = *self.block(index);
+        fill(&mut new);
+        for at in (0..BLOCK_BYTES).step_by(SECTOR_BYTES / 2) {
+            let part = at..at + SECTOR_BYTES / 2;
+            if self.block(index)[part.clone()] != new[part.clone()] {
+                self.block_mut(index)[part.clone()].copy_from_slice(&new[part]);
+                self.memory.is_seen();
+            }
+        }
     }
 
     /// Makes a block belong to the segment, as its last one. Its data must be there.

@@ -120,6 +120,8 @@ pub enum Rule {
     HeadEndStaysOpen,
     /// A lost block stays lost in the head.
     HeadKeepsLost,
+    /// A process goes on as failed where the one before it had failed.
+    HeadKeepsFailure,
     /// What an earlier process has written is durable before a process relies on that.
     FlushedAtOpen,
     /// Recovery does not take rot for the work of a power cut. The engine never asks; the check of

@@ -3,7 +3,7 @@
 //! ever comes across any of these.
 
 use futures_util::future::join;
-use libwb::cache::{Cache, OpenOptions};
+use libwb::cache::{Cache, Head, OpenOptions};
 use libwb::device::sim::{Crash, Faults, SimDevice, Simulation};
 use libwb::device::{BlockDevice, Device, IoBuf, IoFuture, SharedBuf};
 use libwb::format::{BLOCK_BYTES, BlockNo, to_usize};
@@ -99,13 +99,34 @@ impl TestVolume {
         TestVolume { simulation, cache, backing }
     }
 
+    fn crash(&mut self, crash: Crash) {
+        self.simulation.kill_tasks();
+        self.cache = Arc::new(self.cache.crash(crash));
+        self.backing = Arc::new(self.backing.crash(crash));
+    }
+
+    /// Whether the volume shows all that was written.
+    fn is_whole(&self) -> bool {
+        let runtime = Arc::new(self.simulation.runtime().clone());
+        let (cache, backing) = (self.cache.clone(), self.backing.clone());
+        self.run(async {
+            let cache = Cache::open(cache, backing, runtime, OpenOptions::serve()).await.ok()?;
+            let length = to_usize(BLOCKS) * BLOCK_BYTES;
+            let data = cache.read(BlockNo(0).sector(), IoBuf::zeroed(length)).await.ok()?;
+            Some(data.iter().all(|&byte| byte == 7))
+        }) == Some(true)
+    }
+
     fn run<T>(&self, future: impl Future<Output = T>) -> T {
         self.simulation.block_on(future).expect("an end")
     }
 
     fn open(&self, cache: Device, rules: Rules) -> Cache {
+        self.open_with(cache, OpenOptions::serve().rules(rules))
+    }
+
+    fn open_with(&self, cache: Device, options: OpenOptions) -> Cache {
         let runtime = Arc::new(self.simulation.runtime().clone());
-        let options = OpenOptions::serve().rules(rules);
         self.run(Cache::open(cache, self.backing.clone(), runtime, options)).expect("a sound log")
     }
 }
@@ -132,18 +153,39 @@ fn loses_data(seed: u64, rules: Rules, prefers_durable_writes: bool) -> bool {
     let _ = volume.run(join(cache.flush(), others));
     let is_promised = volume.run(cache.flush()).is_ok();
     drop(cache);
-    volume.simulation.kill_tasks();
-    volume.cache = Arc::new(volume.cache.crash(Crash::PowerCut));
-    let runtime = Arc::new(runtime);
-    let opening =
-        Cache::open(volume.cache.clone(), volume.backing.clone(), runtime, OpenOptions::serve());
-    let is_there = volume.run(async {
-        let cache = opening.await.ok()?;
-        let length = to_usize(BLOCKS) * BLOCK_BYTES;
-        let data = cache.read(BlockNo(0).sector(), IoBuf::zeroed(length)).await.ok()?;
-        Some(data.iter().all(|&byte| byte == 7))
+    volume.crash(Crash::PowerCut);
+    is_promised && !volume.is_whole()
+}
+
+/// The same if the process dies after a flush has failed, and another one goes on.
+fn loses_data_after_a_death(seed: u64, rules: Rules, prefers_durable_writes: bool) -> bool {
+    let mut volume = TestVolume::new(seed, prefers_durable_writes);
+    let head = Head::create().expect("memory");
+    let options = |head: &Head| OpenOptions::serve().rules(rules).head(head.clone());
+    let cache = volume.open_with(volume.cache.clone(), options(&head));
+    cache.pause();
+    let runtime = volume.simulation.runtime().clone();
+    volume.run(async {
+        for block in 0..BLOCKS {
+            let written = cache.write(BlockNo(block).sector(), &[7; BLOCK_BYTES]).await;
+            written.expect("a sound device");
+        }
+        // Let full segments reach the device, so that they are in memory no more.
+        runtime.sleep(Duration::from_millis(1)).await;
     });
-    is_promised && is_there != Some(true)
+    volume.cache.set_faults(Faults { flush: 1.0, ..Faults::default() });
+    assert!(volume.run(cache.flush()).is_err());
+    volume.cache.set_faults(Faults::default());
+    drop(cache);
+    // The devices are as they were: also the data that no flush covers any more.
+    volume.simulation.kill_tasks();
+    let left = head.descriptor().try_clone_to_owned().and_then(Head::open).expect("a head");
+    let cache = volume.open_with(volume.cache.clone(), options(&left));
+    cache.pause();
+    let is_promised = volume.run(cache.flush()).is_ok();
+    drop(cache);
+    volume.crash(Crash::PowerCut);
+    is_promised && !volume.is_whole()
 }
 
 /// Whether the cache device is flushed during a durable write, while small writes are flushed and
@@ -188,6 +230,15 @@ fn after_a_failed_flush_nothing_is_promised() {
     let loses_data = |seed, rules| loses_data(seed, rules, false);
     assert_eq!(seeds_with(loses_data, Rules::default()), 0);
     assert!(seeds_with(loses_data, Rules::breaking(Rule::FailedFlushFinal)) > 0);
+}
+
+#[test]
+fn after_a_failed_flush_the_next_process_promises_nothing_either() {
+    for durable in [false, true] {
+        let loses_data = |seed, rules| loses_data_after_a_death(seed, rules, durable);
+        assert_eq!(seeds_with(loses_data, Rules::default()), 0);
+        assert!(seeds_with(loses_data, Rules::breaking(Rule::HeadKeepsFailure)) > 0);
+    }
 }
 
 #[test]

@@ -59,7 +59,13 @@ pub(super) struct Engine {
 impl Engine {
     /// Refuses all writes from now on: nothing is acknowledged any more that is not durable.
     pub(super) fn fail(&self, error: DeviceError) {
-        if self.state.lock().lifecycle.fail(error.clone()) {
+        let mut state = self.state.lock();
+        let is_first = state.lifecycle.fail(error.clone());
+        if is_first {
+            state.log.note_failure(&error);
+        }
+        drop(state);
+        if is_first {
             tracing::error!("the cache device failed, writes are refused from now on: {error}");
         }
     }

@@ -277,7 +277,7 @@ pub(super) fn recover_part(superblock: &Superblock, part: Part<'_>) -> Recovery 
     find_corruption(superblock, slots, &segments, &mut recovery);
     for (slot, state) in part.slots() {
         if let SlotState::Invalid { fault, .. } = state {
-            explain(&mut recovery, geometry, slot, fault);
+            explain(&mut recovery, geometry, slot, fault, geometry.loss_window());
         }
     }
     recovery
@@ -396,21 +396,28 @@ pub(super) fn judged(
     };
     let (damage, corruption) = (Vec::new(), Vec::new());
     let mut alone = Recovery { damage, corruption, dropped: Vec::new(), ..recovery.clone() };
-    explain(&mut alone, superblock.geometry, slot, &fault);
+    explain(&mut alone, superblock.geometry, slot, &fault, superblock.geometry.write_window());
     match alone.corruption.into_iter().next() {
         Some(corruption) => Err(corruption),
         None => Ok(alone.damage.into_iter().next()),
     }
 }
 
-/// Adds the damage in a slot, and the corruption if nothing explains the damage.
-fn explain(recovery: &mut Recovery, geometry: Geometry, slot: Slot, fault: &SlotFault) {
+/// Adds the damage in a slot, and the corruption if nothing explains the damage. Writes to `window`
+/// slots after the end of the log may have been under way.
+fn explain(
+    recovery: &mut Recovery,
+    geometry: Geometry,
+    slot: Slot,
+    fault: &SlotFault,
+    window: u64,
+) {
     let point = recovery.point;
     if let SlotFault::WrongSlot { id, sound: true } = fault {
         recovery.corruption.push(Corruption::WrongSlot { slot, id: *id });
     }
     let unreadable = matches!(fault, SlotFault::Unreadable(_));
-    let in_flight = geometry.id_in_slot(slot, point.plus(geometry.loss_window()));
+    let in_flight = geometry.id_in_slot(slot, point.plus(window));
     let old = geometry.id_in_slot(slot, point);
     let written_back = recovery.skipped.last().copied().unwrap_or(recovery.written_back);
     let (expected, explanation) = match (in_flight > point, may_be_torn(fault, written_back)) {

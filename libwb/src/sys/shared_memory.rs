@@ -72,21 +72,22 @@ impl SharedMemory {
         let start = unsafe {
             mmap(std::ptr::null_mut(), length, ProtFlags::empty(), MapFlags::SHARED, &file, 0)
         }?;
+        // From here on, the mapping ends with this value.
+        let memory = SharedMemory {
+            start: NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?,
+            length,
+            file,
+            lent: Mutex::default(),
+            #[cfg(feature = "sim")]
+            watch: Mutex::default(),
+        };
         // SAFETY: the calls are about the mapping above, and no reference to it exists yet.
         unsafe {
             munlock(start, length)?;
             mprotect(start, length, MprotectFlags::READ | MprotectFlags::WRITE)?;
             let _ = mlock_with(start, length, MlockFlags::ONFAULT);
         }
-        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(SharedMemory {
-            start,
-            length,
-            file,
-            lent: Mutex::default(),
-            #[cfg(feature = "sim")]
-            watch: Mutex::default(),
-        })
+        Ok(memory)
     }
 
     /// The descriptor.

@@ -45,6 +45,7 @@ impl Engine {
                 (id, slot, read_other_slot(&self.cache, geometry, slot).await)
             });
             let mut reads = stream::iter(reads).buffered(DEPTH);
+            let mut damaged = Vec::new();
             while let Some((id, slot, state)) = reads.next().await {
                 // The log has come to this slot meanwhile.
                 if self.state.lock().log.newest() >= id {
@@ -52,9 +53,12 @@ impl Engine {
                 }
                 match second_look(&unread.superblock, &unread.recovery, slot, &state) {
                     SecondLook::Nothing => {}
-                    SecondLook::Damaged(id) => self.empty_damaged(id).await,
-                    SecondLook::Contradiction(what) => self.contradicted(slot, &what),
+                    SecondLook::Damaged(id) => damaged.push(id),
+                    SecondLook::Contradiction(what) => self.contradicted(slot, &what).await,
                 }
+            }
+            if !damaged.is_empty() {
+                self.empty_damaged(damaged).await;
             }
             let took = self.runtime.now().saturating_sub(begun);
             self.runtime.sleep(took.min(LONGEST_BREAK)).await;
@@ -62,13 +66,18 @@ impl Engine {
         self.task_ended();
     }
 
-    /// The log that is served is not the one that was written. So nothing more is acknowledged.
-    fn contradicted(&self, slot: Slot, what: &Corruption) {
+    /// The log that is served is not the one that was written. So nothing more is acknowledged, and
+    /// what was acknowledged before becomes durable.
+    async fn contradicted(&self, slot: Slot, what: &Corruption) {
         if !self.rules.keep(Rule::ContradictionFails) {
             return;
         }
         let offset = self.state.lock().log.geometry().slot_offset(slot);
         tracing::error!("{}: slot {slot}: {what}", self.cache.name());
+        self.state.lock().lifecycle.close();
+        if let Err(error) = self.flush_log().await {
+            tracing::error!("what was not flushed may be lost: {error}");
+        }
         self.fail(DeviceError {
             device: self.cache.name().clone(),
             operation: Operation::Read,
@@ -76,5 +85,6 @@ impl Engine {
             length: to_u64(BLOCK_BYTES),
             cause: DeviceError::CONTRADICTS,
         });
+        self.distrust_record().await;
     }
 }

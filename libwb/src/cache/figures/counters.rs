@@ -21,7 +21,8 @@ impl Counter {
     }
 }
 
-/// The counters as they are counted, and as they are reported.
+/// The counters as they are counted, and as they are reported. New ones come last: by its place in
+/// the log's head, another version of the program finds each.
 macro_rules! counters {
     ($($(#[doc = $what:literal])+ $name:ident,)*) => {
         pub(crate) struct AtomicCounters {

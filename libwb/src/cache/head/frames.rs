@@ -1,6 +1,7 @@
 //! Writing a head: a frame for each segment that is not on the cache device yet.
 
 use super::{DATA_BYTES, Entry, FRAMES, Head, at, entry_at};
+use crate::device::DeviceError;
 #[cfg(feature = "sim")]
 use crate::format::SECTOR_BYTES;
 use crate::format::{BLOCK_BYTES, Reason, SegmentId};
@@ -52,6 +53,12 @@ impl Frames {
         frame.store(entry_at(index), entry.encode());
         if undone {
             self.store(at::UNDO_PLACE, 0);
+        }
+    }
+
+    pub(crate) fn note_failure(&self, error: &DeviceError) {
+        if self.rules.keep(Rule::HeadKeepsFailure) {
+            self.head.note_failure(error);
         }
     }
 

@@ -9,6 +9,7 @@
 
 mod binding;
 mod entry;
+mod failure;
 mod figures;
 mod frames;
 mod read;
@@ -42,6 +43,9 @@ mod at {
     pub(super) const GENERATION: usize = 48;
     pub(super) const SLOTS: usize = 56;
     pub(super) const CHECKSUM: usize = 64;
+    pub(super) const FAILURE: usize = 72;
+    pub(super) const FAILURE_OFFSET: usize = 80;
+    pub(super) const FAILURE_LENGTH: usize = 88;
     /// What is being overwritten: its place, and its entry.
     pub(super) const UNDO_PLACE: usize = BLOCK_BYTES;
     pub(super) const UNDO_ENTRY: usize = BLOCK_BYTES + 8;
@@ -75,6 +79,9 @@ const _: () = assert!(at::ENTRIES + 8 * PLACES as usize <= at::DATA);
 /// | 48 | generation of its superblock extension; 0: it has none |
 /// | 56 | slots of the cache device |
 /// | 64 | CRC-32C of bytes 8 to 63 |
+/// | 72 | 0, or how the cache device failed: 1024 × operation + error number |
+/// | 80 | where, in bytes |
+/// | 88 | the length of that operation, in bytes |
 /// | 4096 | what is being overwritten: 0, or 256 × (frame + 1) + place |
 /// | 4104 | its entry before |
 /// | 8192 | its data before, 4096 bytes |
@@ -89,7 +96,8 @@ const _: () = assert!(at::ENTRIES + 8 * PLACES as usize <= at::DATA);
 /// | 4096 | 127 blocks |
 ///
 /// An entry is 65536 × block + 256 × flags + dirty bits. Flag 1: these are the zeros of a discard.
-/// Flag 2: the block is lost.
+/// Flag 2: the block is lost. The operations are read, write, flush, discard and durable write, from
+/// 1 on.
 #[derive(Clone)]
 pub struct Head {
     memory: Arc<SharedMemory>,

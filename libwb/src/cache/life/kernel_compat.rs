@@ -74,8 +74,13 @@ impl Engine {
             (again, first, state.stale.up_to(), state.log.written_back())
         };
         if last > written_back {
-            // Admitted before the cache was opened.
-            match self.drain_to(last).await {
+            // Admitted before the cache was opened. An earlier process may have left it open.
+            let is_sealed = self.state.lock().log.last_sealed() >= last;
+            let drained = match is_sealed {
+                true => self.drain_to(last).await,
+                false => self.drain().await,
+            };
+            match drained {
                 // Stuck blocks lie in newer segments now.
                 Ok(()) | Err(CacheError::Stuck(_)) => {}
                 Err(error) => return Err(error),
@@ -89,12 +94,17 @@ impl Engine {
         Ok(failed.into_iter().find_map(|(id, error)| may_hold(id).then_some(error)))
     }
 
-    /// Empties a segment that was found damaged though it is written back. A failure makes nothing
-    /// worse.
-    pub(crate) async fn empty_damaged(self: &Arc<Self>, id: SegmentId) {
+    /// Empties segments that were found damaged though they are written back. A failure makes
+    /// nothing worse.
+    pub(crate) async fn empty_damaged(self: &Arc<Self>, segments: Vec<SegmentId>) {
         let _alone = self.emptying.lock().await;
-        self.state.lock().stale.doubt(id);
-        let _ = self.empty_segments(vec![id]).await;
+        {
+            let mut state = self.state.lock();
+            for &id in &segments {
+                state.stale.doubt(id);
+            }
+        }
+        let _ = self.empty_segments(segments).await;
     }
 
     /// Empties written-back segments durably. Returns those that it could not empty, and why.

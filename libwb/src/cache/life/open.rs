@@ -91,16 +91,17 @@ async fn open_on(
         Some(head) => head,
         None => Head::create().map_err(|e| CacheError::Head(format!("no room for it: {e}")))?,
     };
+    let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
     let opening = Opening {
         cache: &cache,
         geometry,
         recovery: &recovery,
+        written_back,
         sectors: BackingFacts::of(&backing).sectors,
         rules,
     };
     let owner = Owner::new(geometry, superblock.extension.as_ref());
     let resumed = resume::take(&head, owner, opening).await?;
-    let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
     // A process that goes on with the head of another leaves that to the next attach.
     let grown = grown(superblock.extension.as_ref(), &backing).filter(|_| head.is_blank());
     let (begun, staged) = (resumed.begun(), staged.max(resumed.staged()));
@@ -114,6 +115,11 @@ async fn open_on(
     let accesses = CountedAccesses::of(&figures);
     let mut state = State::new(log, staged.max(written_back), damaged, accesses, rules);
     state.configure(&tunables);
+    let failure = head.failure(cache.name());
+    if let Some(error) = &failure {
+        tracing::error!("the cache device failed earlier, and writes stay refused: {error}");
+        state.lifecycle.fail(error.clone());
+    }
     if until.is_some() {
         // The log does not go on: nothing is written back before a drain asks for it.
         state.writeback.pause();
@@ -142,8 +148,11 @@ async fn open_on(
         extension: grown.clone().or(extension),
         rules,
     });
-    let to_close = resume::end_to_close(&recovery, begun, rules);
-    engine.settle(&recovery, written_back, leftovers, to_close).await?;
+    // On a device that has failed, nothing is changed any more.
+    if failure.is_none() {
+        let to_close = resume::end_to_close(&recovery, begun, rules);
+        engine.settle(&recovery, written_back, leftovers, to_close).await?;
+    }
     if let Some(page) = grown {
         write_extension(&engine.cache, &page).await?;
         engine.cache.flush().await?;

@@ -15,6 +15,8 @@ pub(super) struct Opening<'a> {
     pub(super) cache: &'a Device,
     pub(super) geometry: Geometry,
     pub(super) recovery: &'a Recovery,
+    /// Everything up to this segment is clean.
+    pub(super) written_back: SegmentId,
     /// Of the backing device.
     pub(super) sectors: u64,
     pub(super) rules: Rules,
@@ -34,16 +36,43 @@ pub(super) async fn take(
     }
     head.check(owner).map_err(refuse)?;
     let segments = frames.read().map_err(refuse)?;
+    opening.check_reach(&segments).map_err(refuse)?;
     opening.check_blocks(&segments).map_err(refuse)?;
     let (segments, on_device) = opening.after_the_device(segments).await.map_err(refuse)?;
     Ok(Resumed { frames, segments, on_device })
 }
 
 impl Opening<'_> {
+    /// Refuses segments that the log cannot go on with: it would overwrite what is dirty, or it
+    /// ends later on the device, or in an open segment that is not among them.
+    fn check_reach(&self, segments: &[HeadSegment]) -> Result<(), String> {
+        let point = self.recovery.point;
+        if let Some(newest) = segments.last().map(|segment| segment.id) {
+            if newest < point {
+                return Err(format!(
+                    "it ends with segment {newest}, and the log on the device with segment {point}"
+                ));
+            }
+            if newest > self.written_back && newest.since(self.written_back) > self.geometry.lap() {
+                return Err(format!(
+                    "it ends with segment {newest}, in whose slot a segment is not written back"
+                ));
+            }
+        }
+        match self.recovery.open_end() {
+            Some(open) if segments.iter().all(|segment| segment.id != open) => {
+                Err(format!("segment {open} is open on the device, and it does not hold that"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn check_blocks(&self, segments: &[HeadSegment]) -> Result<(), String> {
         for HeadSegment { id, entries, .. } in segments {
-            let outside =
-                |entry: &&Entry| first_outside(entry.block, entry.dirty, self.sectors).is_some();
+            let outside = |entry: &&Entry| {
+                entry.block.sector().0 >= self.sectors
+                    || first_outside(entry.block, entry.dirty, self.sectors).is_some()
+            };
             if let Some(entry) = entries.iter().find(outside) {
                 return Err(format!(
                     "segment {id} has block {}, which lies outside the volume",
@@ -100,6 +129,9 @@ impl Opening<'_> {
         }
         let is_closed = !header.is_open() && !cut_short;
         if !is_closed {
+            if header.metablocks.iter().any(|metablock| metablock.crc.is_none()) {
+                return Err(format!("segment {id} is open on the device, and lacks checksums"));
+            }
             let commit = Commit { length: header.length(), checksum: header.checksum };
             return Ok(Some(OnDevice { commit, metablocks: header.metablocks }));
         }

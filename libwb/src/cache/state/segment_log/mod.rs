@@ -28,6 +28,7 @@ use super::index::{Cached, Index};
 use super::position::Position;
 use super::wait::{Reserve, Wait};
 use crate::cache::head::{Entry, Frames};
+use crate::device::DeviceError;
 use crate::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, PLACES, Place, Reason, SegmentId, Slot, to_u64,
 };
@@ -309,6 +310,11 @@ impl SegmentLog {
         let entry = Entry::new(block, dirty);
         self.frames.overwrite(&mut open.frame, place.index, entry, fill);
         true
+    }
+
+    /// Leaves the failure of the cache device to the next process.
+    pub(crate) fn note_failure(&self, error: &DeviceError) {
+        self.frames.note_failure(error);
     }
 
     /// Notes that the newest version of a block is the zeros of a discard.

@@ -122,8 +122,8 @@ fn a_segment_beyond_the_log_that_is_served_fails_the_volume() {
     let acknowledged = [0x5a; BLOCK_BYTES];
     rig.block_on(cache.write(BlockNo(1).sector(), &acknowledged)).expect("not looked yet");
     rig.wait();
-    let durable = rig.cache.durable();
-    assert!(durable.chunks(BLOCK_BYTES).any(|block| block == acknowledged));
+    let on_device = rig.cache.content();
+    assert!(on_device.chunks(BLOCK_BYTES).any(|block| block == acknowledged));
     let block = [7; BLOCK_BYTES];
     let error =
         rig.block_on(cache.write(BlockNo(0).sector(), &block)).expect_err("a failed volume");

@@ -275,6 +275,21 @@ fn a_restart_under_load_takes_the_installed_program_unless_that_cannot_go_on() {
             // When the server dies, one that goes on is found all the same.
             attached.kill_server();
         }
+        // One that says that it can go on, and does not.
+        let kept = volume.path("kept");
+        install(&kept, &good);
+        let liar = format!(
+            "#!/bin/sh\ncase \"$WB_KEEPING\" in server*) exit 1;; esac\nexec {} \"$@\"\n",
+            kept.display()
+        );
+        for _ in 0..2 {
+            install(&program, liar.as_bytes());
+            let server = attached.server();
+            let done = restart();
+            let says = done.stderr.contains("the installed program did not go on");
+            assert!(done.code == 1 && says, "{done:?}: {}", attached.stderr());
+            assert!(attached.server() != server);
+        }
         std::fs::remove_file(&program).unwrap();
         attached.kill_server();
         assert_eq!(restart().code, 1);

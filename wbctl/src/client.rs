@@ -63,7 +63,8 @@ fn explained(name: &VolumeName, error: AskError) -> anyhow::Error {
 pub(crate) fn silence(name: &VolumeName, pid: Option<i32>) -> String {
     let kill = pid.map_or("kill it".into(), |pid| format!("kill -9 {pid}"));
     format!(
-        "{}: it is stopped, or hangs; to give it up: {kill}, then: wbctl detach --force {name}",
+        "{}: it is stopped, hangs, or goes on for a server that died, which its log shows; to give \
+         it up: {kill}, then: wbctl detach --force {name}",
         AskError::Silent(pid)
     )
 }

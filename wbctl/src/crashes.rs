@@ -3,9 +3,10 @@
 use std::collections::VecDeque;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-/// A volume whose servers die this often in that time has failed.
+/// A volume whose servers die this often in that time of service has failed. Time between two
+/// servers does not count: a request that kills each server may come again after a slow recovery.
 const ENOUGH: usize = 5;
 const SOON: Duration = Duration::from_secs(60);
 /// How much longer each further server has to wait.
@@ -13,23 +14,30 @@ const PAUSE: Duration = Duration::from_millis(300);
 /// Tests kill servers more often than that.
 const VARIABLE: &str = "WB_DEATHS_A_MINUTE";
 
-/// The deaths of the last minute.
+/// The deaths of the last minute of service.
 pub(crate) struct Crashes {
     enough: usize,
     pause: Duration,
-    times: VecDeque<Instant>,
+    /// How long the volume was served, by all servers.
+    served: Duration,
+    /// The same at each death.
+    times: VecDeque<Duration>,
 }
 
 impl Crashes {
     pub(crate) fn new() -> Crashes {
         let set = std::env::var(VARIABLE).ok().and_then(|set| set.parse().ok());
         let pause = if set.is_some() { Duration::ZERO } else { PAUSE };
-        Crashes { enough: set.unwrap_or(ENOUGH), pause, times: VecDeque::new() }
+        let enough = set.unwrap_or(ENOUGH);
+        Crashes { enough, pause, served: Duration::ZERO, times: VecDeque::new() }
     }
 
-    /// How long to wait before another server is started; `None` if none is.
-    pub(crate) fn pause_after(&mut self, now: Instant) -> Option<Duration> {
-        self.times.retain(|time| now.duration_since(*time) < SOON);
+    /// How long to wait after a server that has `served` for some time, before another one is
+    /// started; `None` if none is.
+    pub(crate) fn pause_after(&mut self, served: Duration) -> Option<Duration> {
+        self.served += served;
+        let now = self.served;
+        self.times.retain(|time| now - *time < SOON);
         let before = u32::try_from(self.times.len()).unwrap_or(u32::MAX);
         self.times.push_back(now);
         (self.times.len() < self.enough).then(|| self.pause.saturating_mul(before))
@@ -48,28 +56,7 @@ pub(crate) fn described(status: ExitStatus, last_words: Option<&str>) -> String 
     if let Some(words) = last_words {
         text += &format!(" ({})", words.lines().next().unwrap_or_default());
     }
-    if status.core_dumped() {
-        text += &format!("; {}", where_cores_go());
-    }
     text
-}
-
-/// Where the kernel has left a core dump.
-fn where_cores_go() -> String {
-    let pattern = std::fs::read_to_string("/proc/sys/kernel/core_pattern").unwrap_or_default();
-    match pattern.trim_end().strip_prefix('|') {
-        Some(program) if program.contains("systemd-coredump") => {
-            "its core dump: coredumpctl info wbctl".into()
-        }
-        Some(program) => {
-            let program = program.split(' ').next().unwrap_or_default();
-            format!("its core dump went to {program}")
-        }
-        None => {
-            let folder = std::env::current_dir().unwrap_or_default();
-            format!("its core dump: {}", folder.join(pattern.trim_end()).display())
-        }
-    }
 }
 
 #[cfg(test)]
@@ -78,13 +65,13 @@ mod tests {
 
     #[test]
     fn a_server_that_dies_again_and_again_is_given_up_and_one_that_dies_seldom_is_not() {
-        let mut crashes = Crashes { enough: 5, pause: PAUSE, times: VecDeque::new() };
-        let begun = Instant::now();
+        let mut crashes =
+            Crashes { enough: 5, pause: PAUSE, served: Duration::ZERO, times: VecDeque::new() };
         let pauses: Vec<_> =
-            (0..5).map(|second| crashes.pause_after(begun + Duration::from_secs(second))).collect();
+            (0..5).map(|seconds| crashes.pause_after(Duration::from_secs(seconds))).collect();
         assert_eq!(pauses[..2], [Some(Duration::ZERO), Some(PAUSE)]);
         assert!(pauses[3] > pauses[2] && pauses[4].is_none());
-        let later = crashes.pause_after(begun + Duration::from_secs(500));
+        let later = crashes.pause_after(Duration::from_secs(500));
         assert_eq!(later, Some(Duration::ZERO));
     }
 
@@ -98,6 +85,5 @@ mod tests {
             "was killed by SIGABRT (panicked at here)"
         );
         assert_eq!(described(ExitStatus::from_raw(3 << 8), None), "ended with exit code 3");
-        assert!(described(ExitStatus::from_raw(6 | 0x80), None).contains("core dump"));
     }
 }

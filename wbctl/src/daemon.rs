@@ -54,6 +54,8 @@ pub(crate) struct Daemon {
     pub(crate) program: PathBuf,
     /// Held while tunables change, so that no client undoes the change of another.
     pub(crate) setting: Mutex<()>,
+    /// So that the next server gets the newest state last.
+    pub(crate) leaving: Mutex<()>,
     pub(crate) end: Sender<End>,
 }
 
@@ -199,6 +201,7 @@ impl Daemon {
 
     /// Leaves to the next server what has changed.
     fn leave(&self) {
+        let _one = self.leaving.lock();
         if let Err(e) = self.standing.leave(&self.cache) {
             tracing::warn!("this would be forgotten if the server died: {e:#}");
         }

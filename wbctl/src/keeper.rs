@@ -12,9 +12,10 @@ use crate::keeping::{
 };
 use crate::logging;
 use crate::notify::Relay;
+use crate::programs::{Programs, SELF};
 use crate::signals::{self, ENDING, ENOUGH};
 use crate::volume_paths::VolumeName;
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use libwb::cli::Exit;
 use libwb::serve::loopdev::Reserved;
 use nix::fcntl::Flock;
@@ -28,12 +29,8 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
-
-/// This very program, whatever is installed by now.
-const SELF: &str = "/proc/self/exe";
 
 pub(crate) struct Keeper {
     name: VolumeName,
@@ -50,36 +47,6 @@ pub(crate) struct Keeper {
     crashes: Crashes,
 }
 
-/// The programs that a server may be, the preferred one first.
-struct Programs {
-    installed: PathBuf,
-    /// The one before the last restart, if there was one.
-    before: Option<PathBuf>,
-    chosen: usize,
-}
-
-impl Programs {
-    fn all(&self) -> Vec<&Path> {
-        let first = [self.installed.as_path(), Path::new(SELF)];
-        first.into_iter().chain(self.before.as_deref()).collect()
-    }
-
-    fn chosen(&self) -> &Path {
-        self.all()[self.chosen]
-    }
-
-    fn is_before(&self) -> bool {
-        self.before.as_deref() == Some(self.chosen())
-    }
-
-    /// Chooses the next one; false if there is none.
-    fn choose_next(&mut self) -> bool {
-        let more = self.chosen + 1 < self.all().len();
-        self.chosen += usize::from(more);
-        more
-    }
-}
-
 /// A server, as its keeper knows it.
 struct Server {
     child: Child,
@@ -88,8 +55,8 @@ struct Server {
     link: Link,
     is_silent: bool,
     understands: bool,
-    /// It has served the volume.
-    is_ready: bool,
+    /// Since when it serves the volume.
+    ready: Option<Instant>,
     is_ending: bool,
     last_words: Option<String>,
 }
@@ -114,14 +81,16 @@ impl Keeper {
         // The lock would be given up.
         std::mem::forget(lock);
         let program = std::env::current_exe().unwrap_or_else(|_| SELF.into());
-        let given = Given { kept, state: None, outlives: None, signals: Vec::new(), program };
+        let (state, outlives, signals_told) = (None, None, Vec::new());
+        let given =
+            Given { kept, state, outlives, signals: signals_told, program, is_installed: true };
         Keeper::going_on(name, given, signals)
     }
 
     /// A keeper that goes on for another one.
     pub(crate) fn going_on(name: VolumeName, given: Given, signals: SignalFd) -> Result<Keeper> {
-        let Given { kept, state, outlives, signals: told, program } = given;
-        let before = kept.get(BEFORE).map(in_proc);
+        let Given { kept, state, outlives, signals: told, program, is_installed: _ } = given;
+        let programs = Programs::new(program, kept.get(BEFORE));
         Ok(Keeper {
             name,
             kept,
@@ -130,7 +99,7 @@ impl Keeper {
             told: told.into_iter().filter_map(|it| Signal::try_from(it).ok()).collect(),
             signals,
             relay: Relay::start()?,
-            programs: Programs { installed: program, before, chosen: 0 },
+            programs,
             crashes: Crashes::new(),
         })
     }
@@ -142,19 +111,19 @@ impl Keeper {
             self.wait(pause);
             let (status, server) = match self.start() {
                 Ok(mut server) => (self.watch(&mut server), server),
-                Err(e) => match self.not_started(&e) {
-                    Next::Server { after } => {
-                        pause = after;
-                        continue;
+                Err(e) => {
+                    match self.not_started(&e) {
+                        Ok(after) => pause = after,
+                        Err(exit) => return exit,
                     }
-                    _ => return self.give_up(),
-                },
+                    continue;
+                }
             };
             match self.after(&server, status) {
                 Next::Server { after } => pause = after,
                 Next::Program => {
                     let why = self.become_installed();
-                    tracing::error!("cannot start {}: {why}", self.programs.installed.display());
+                    tracing::error!("cannot start {}: {why}", self.programs.installed().display());
                     pause = Duration::ZERO;
                 }
                 Next::End(exit) => return exit,
@@ -186,7 +155,7 @@ impl Keeper {
             link,
             is_silent: false,
             understands: false,
-            is_ready: false,
+            ready: None,
             is_ending: false,
             last_words: None,
         })
@@ -207,8 +176,9 @@ impl Keeper {
         for signal in &self.told {
             link.send(&Message::Signal { number: *signal as i32 }, None)?;
         }
-        let program = self.programs.installed.clone();
-        link.send(&Message::Begin { program }, None)
+        let program = self.programs.installed().into();
+        let is_installed = self.programs.is_installed();
+        link.send(&Message::Begin { program, is_installed }, None)
     }
 
     /// Waits for the end of a server, and does what it says.
@@ -292,27 +262,25 @@ impl Keeper {
         match message {
             Message::Hello => server.understands = true,
             Message::Keep { name } => {
-                let Some(descriptor) = came else { return };
-                if name == LISTENER {
-                    // From now on, clients see this process at the other end.
-                    let _ = rustix::net::listen(&descriptor, 128);
-                }
-                match self.kept.put(&name, descriptor) {
-                    Ok(()) => server.answer(),
-                    Err(e) => tracing::error!("cannot keep the {name} of the server: {e}"),
-                }
+                let kept = match came {
+                    Some(descriptor) => self.keep_one(&name, descriptor),
+                    None => Err(io::Error::other("no descriptor came along")),
+                };
+                server.answer(&kept.map_or_else(
+                    |e| Message::Refused { why: format!("the keeper cannot keep the {name}: {e}") },
+                    |()| Message::Done,
+                ));
             }
             Message::Forget { name } => {
                 drop(self.kept.take(&name));
-                server.answer();
+                server.answer(&Message::Done);
             }
             Message::State { text } => self.state = Some(text),
             Message::Ready { outlives } => {
                 self.outlives = Some(outlives);
-                server.is_ready = true;
-                if !self.programs.is_before() {
+                server.ready.get_or_insert_with(Instant::now);
+                if self.programs.forget_before() {
                     drop(self.kept.take(BEFORE));
-                    self.programs.before = None;
                 }
             }
             Message::Notify { text } => self.relay.send(text),
@@ -322,28 +290,39 @@ impl Keeper {
                 if let Err(e) = self.kept.let_go() {
                     tracing::warn!("cannot let go of the loop device: {e}");
                 }
-                server.answer();
+                server.answer(&Message::Done);
             }
-            Message::Begin { .. } | Message::Signal { .. } | Message::Done => {
+            Message::Begin { .. }
+            | Message::Signal { .. }
+            | Message::Done
+            | Message::Refused { .. } => {
                 tracing::warn!("the server says what only a keeper says");
             }
         }
     }
 
-    /// A server could not be started.
-    fn not_started(&mut self, error: &io::Error) -> Next {
+    fn keep_one(&mut self, name: &str, descriptor: OwnedFd) -> io::Result<()> {
+        if name == LISTENER {
+            // From now on, clients see this process at the other end.
+            let _ = rustix::net::listen(&descriptor, 128);
+        }
+        self.kept.put(name, descriptor)
+    }
+
+    /// A server could not be started. Returns how long to wait before the next one.
+    fn not_started(&mut self, error: &io::Error) -> Result<Duration, Exit> {
         let program = self.programs.chosen().display().to_string();
         if self.programs.choose_next() {
             tracing::warn!("cannot start {program}: {error}; trying another program");
-            return Next::Server { after: Duration::ZERO };
+            return Ok(Duration::ZERO);
         }
         tracing::error!("cannot start {program}: {error}");
-        self.programs.chosen = 0;
-        // Memory or process slots are short, which may pass.
-        match self.crashes.pause_after(Instant::now()) {
-            Some(after) if self.outlives == Some(true) => Next::Server { after },
-            _ => Next::End(Exit::Failed),
+        self.programs.choose_first();
+        if self.outlives != Some(true) {
+            return Err(Exit::Failed);
         }
+        // Memory or process slots are short, which may pass.
+        self.crashes.pause_after(Duration::ZERO).ok_or_else(|| self.give_up())
     }
 
     /// Decides what comes after a server that has ended.
@@ -362,7 +341,7 @@ impl Keeper {
         if status.code() == Some(REPLACED) {
             return Next::Program;
         }
-        let was_new = !server.is_ready;
+        let was_new = server.ready.is_none();
         if was_new && status.code() == Some(REFUSED) || !server.understands {
             let program = self.programs.chosen().display().to_string();
             if self.programs.choose_next() {
@@ -378,24 +357,20 @@ impl Keeper {
             }
             Some(true) => {}
         }
-        self.again(server, status, &how)
+        self.again(server, &how)
     }
 
     /// Another server, unless there is no point in it.
-    fn again(&mut self, server: &Server, status: ExitStatus, how: &str) -> Next {
-        if !server.is_ready && self.programs.choose_next() {
-            tracing::error!("the server {how}, before it served; trying another program");
-            return Next::Server { after: Duration::ZERO };
+    fn again(&mut self, server: &Server, how: &str) -> Next {
+        if server.ready.is_none() {
+            if self.programs.choose_next() {
+                tracing::error!("the server {how}, before it served; trying another program");
+                return Next::Server { after: Duration::ZERO };
+            }
+            self.programs.choose_first();
         }
-        if !server.is_ready {
-            self.programs.chosen = 0;
-        }
-        if !server.is_ready && status.code().is_some() {
-            // It has said why, and the next one would say the same.
-            tracing::error!("no server can go on with '{}'", self.name);
-            return Next::End(self.give_up());
-        }
-        match self.crashes.pause_after(Instant::now()) {
+        let served = server.ready.map_or(Duration::ZERO, |since| since.elapsed());
+        match self.crashes.pause_after(served) {
             Some(after) => {
                 tracing::error!("the server {how}; another one goes on");
                 self.relay.send("STATUS=the server died, and another one goes on".into());
@@ -403,7 +378,7 @@ impl Keeper {
             }
             None => {
                 tracing::error!(
-                    "the server of '{}' {how}. It has died too often within a minute",
+                    "the server of '{}' {how}. It has died too often within a minute of service",
                     self.name
                 );
                 Next::End(self.give_up())
@@ -452,41 +427,47 @@ impl Keeper {
     /// Becomes the program that is installed now, with all that is kept. Returns only if that
     /// fails, and why.
     fn become_installed(&mut self) -> anyhow::Error {
-        let mut become_it = || -> Result<()> {
-            let (link, theirs) = Link::pair()?;
-            self.kept.put(BEFORE, File::open(SELF)?.into())?;
-            self.kept.send(&link, |_| true)?;
-            self.tell_state(&link)?;
-            rustix::stdio::dup2_stdin(&theirs)?;
-            let program =
-                CString::new(self.programs.installed.clone().into_os_string().into_vec())?;
-            let arguments: Vec<CString> = std::env::args_os()
-                .map(|it| CString::new(it.into_vec()))
-                .collect::<Result<_, _>>()?;
-            let environment = environment()?;
-            logging::finish();
-            // Not in the way of std, which would unblock the signals that are to wait.
-            nix::unistd::execve(&program, &arguments, &environment)?;
-            Err(anyhow!("it returned"))
+        let had_before = self.kept.get(BEFORE).is_some();
+        let why = match self.exec_installed() {
+            Ok(never) => match never {},
+            Err(why) => why,
         };
-        let why = become_it().err().unwrap_or_else(|| anyhow!("it returned"));
-        drop(self.kept.take(BEFORE));
+        if !had_before {
+            drop(self.kept.take(BEFORE));
+        }
+        // It holds what the next program would have got.
+        if let Ok(null) = File::open("/dev/null") {
+            let _ = rustix::stdio::dup2_stdin(null);
+        }
         why
+    }
+
+    fn exec_installed(&mut self) -> Result<std::convert::Infallible> {
+        let (link, theirs) = Link::pair()?;
+        // If a restart went wrong, the program before it still serves.
+        if self.kept.get(BEFORE).is_none() {
+            self.kept.put(BEFORE, File::open(SELF)?.into())?;
+        }
+        self.kept.send(&link, |_| true)?;
+        self.tell_state(&link)?;
+        rustix::stdio::dup2_stdin(&theirs)?;
+        drop(theirs);
+        let program = CString::new(self.programs.installed().as_os_str().as_encoded_bytes())?;
+        let arguments: Vec<CString> =
+            std::env::args_os().map(|it| CString::new(it.into_vec())).collect::<Result<_, _>>()?;
+        let environment = environment()?;
+        logging::finish();
+        // Not in the way of std, which would unblock the signals that are to wait.
+        Ok(nix::unistd::execve(&program, &arguments, &environment)?)
     }
 }
 
 impl Server {
-    fn answer(&self) {
-        if let Err(e) = self.link.send(&Message::Done, None) {
+    fn answer(&self, message: &Message) {
+        if let Err(e) = self.link.send(message, None) {
             tracing::debug!("cannot answer the server: {e}");
         }
     }
-}
-
-/// A program by its descriptor. It may be deleted.
-fn in_proc(program: std::os::fd::BorrowedFd<'_>) -> PathBuf {
-    use std::os::fd::AsRawFd;
-    format!("/proc/self/fd/{}", program.as_raw_fd()).into()
 }
 
 /// The environment of the next keeper.

@@ -4,6 +4,7 @@
 //! The keeper knows nothing of what it keeps but the names. It keeps the loop device apart: see
 //! [`Reserved`].
 
+use crate::signals::ENOUGH;
 use anyhow::{Context, Result, bail};
 use libwb::serve::loopdev::Reserved;
 use rustix::net::sockopt::socket_type;
@@ -69,12 +70,15 @@ pub(crate) enum Message {
     LastWords { text: String },
     /// From a server: it ends the volume. The keeper lets go of the block device, and answers.
     Ending,
-    /// From a keeper: nothing else is kept. This program is installed.
-    Begin { program: PathBuf },
+    /// From a keeper: nothing else is kept. This program is installed, and the server is it or
+    /// another one.
+    Begin { program: PathBuf, is_installed: bool },
     /// From a keeper: it got this signal.
     Signal { number: i32 },
     /// From a keeper: it has done what it was told.
     Done,
+    /// From a keeper: it cannot do that.
+    Refused { why: String },
 }
 
 /// What this program was started as.
@@ -200,9 +204,10 @@ impl AsFd for Link {
 
 /// What outlives a server.
 pub(crate) struct Kept {
-    reserved: Reserved,
-    has_loop: bool,
     others: BTreeMap<String, OwnedFd>,
+    has_loop: bool,
+    /// Closed after the others: who closes the loop device last waits for the FUSE connection.
+    reserved: Reserved,
 }
 
 impl Kept {
@@ -269,6 +274,8 @@ pub(crate) struct Given {
     pub(crate) outlives: Option<bool>,
     pub(crate) signals: Vec<i32>,
     pub(crate) program: PathBuf,
+    /// Whether this process was started as that program.
+    pub(crate) is_installed: bool,
 }
 
 impl Given {
@@ -284,9 +291,9 @@ impl Given {
                 (Message::Keep { name }, Some(descriptor)) => kept.put(&name, descriptor)?,
                 (Message::State { text }, _) => state = Some(text),
                 (Message::Ready { outlives: it }, _) => outlives = Some(it),
-                (Message::Signal { number }, _) if signals.len() < MAX_KEPT => signals.push(number),
-                (Message::Begin { program }, _) => {
-                    return Ok(Given { kept, state, outlives, signals, program });
+                (Message::Signal { number }, _) if signals.len() <= ENOUGH => signals.push(number),
+                (Message::Begin { program, is_installed }, _) => {
+                    return Ok(Given { kept, state, outlives, signals, program, is_installed });
                 }
                 (other, _) => bail!("the keeper says {other:?}, which makes no sense now"),
             }
@@ -326,7 +333,8 @@ mod tests {
         let reserved = Reserved::take().unwrap();
         let (one, other) = Link::pair().unwrap();
         kept.send(&one, |name| name != LOCK).unwrap();
-        one.send(&Message::Begin { program: "/bin/true".into() }, None).unwrap();
+        let begin = Message::Begin { program: "/bin/true".into(), is_installed: true };
+        one.send(&begin, None).unwrap();
         let given = Given::take(&other, reserved).unwrap();
         assert!(given.kept.has_loop && given.kept.get(LOCK).is_none());
         let fuse = given.kept.get(FUSE).unwrap().as_raw_fd();

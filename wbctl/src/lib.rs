@@ -25,6 +25,7 @@ mod noting;
 mod older;
 mod opening;
 mod pair;
+mod programs;
 mod prometheus;
 mod remove;
 mod replay;

@@ -27,12 +27,12 @@ struct Pen {
 }
 
 impl Noting {
-    /// Writes the first note at once. If the thread cannot start, it writes no more.
+    /// Writes the first note soon. If the thread cannot start, it writes none.
     pub(crate) fn start(cache: Cache, about: About) -> Option<Noting> {
         let mut pen = Pen { cache, about, noted: None, has_failed: false };
-        pen.write(false);
         let (stop, stopped) = channel();
         let thread = thread("wb-notes").spawn(move || {
+            pen.write(false);
             while stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
                 if pen.cache.seen() != pen.noted {
                     pen.write(false);

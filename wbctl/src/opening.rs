@@ -34,9 +34,19 @@ pub(crate) fn open_devices(
     open_patiently(volume, in_use, Duration::from_secs(args.wait.into()), args.read_only)
 }
 
-/// Opens both devices after an earlier server.
+/// Opens both devices after an earlier server. Its I/O may still be under way, and no one else can
+/// go on before that has ended.
 pub(crate) fn reopen_devices(volume: &RecordedVolume, read_only: bool) -> Result<(Opened, Opened)> {
-    open_patiently(volume, PATIENCE_AFTER_KILL, PATIENCE_AFTER_KILL, read_only)
+    loop {
+        let opened = open_patiently(volume, PATIENCE_AFTER_KILL, PATIENCE_AFTER_KILL, read_only);
+        match opened.as_ref().map_err(|e| e.downcast_ref()) {
+            Err(Some(OpenError::InUse { .. })) => {
+                let why = opened.err().map(|e| format!("{e:#}")).unwrap_or_default();
+                tracing::warn!("{why}; the volume waits until its I/O has ended");
+            }
+            _ => return opened,
+        }
+    }
 }
 
 fn open_patiently(

@@ -85,9 +85,17 @@ impl Waiting {
         Waiting { replies, _alive: alive }
     }
 
-    /// The volume is served again.
-    pub(crate) fn done(mut self) {
-        let _ = self.replies.send(&Reply::Done);
+    /// The volume is served again, by the installed program or not.
+    pub(crate) fn done(mut self, is_installed: bool) {
+        let reply = match is_installed {
+            true => Reply::Done,
+            false => Reply::Error {
+                message: "the installed program did not go on, and the one before serves the \
+                          volume again; the log says why"
+                    .into(),
+            },
+        };
+        let _ = self.replies.send(&reply);
         let _ = to_keeper::forget(CLIENT);
     }
 }

@@ -20,7 +20,7 @@ use crate::signals::{self, Stage, Stages};
 use crate::standing::Standing;
 use crate::volume_paths::VolumeName;
 use crate::{leftovers, logging, sector_size, to_keeper, watch};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use libwb::cache::{Cache, Head};
 use libwb::cli::{self, Exit, Io, Output};
 use libwb::control;
@@ -28,9 +28,10 @@ use libwb::device::Device;
 use libwb::device::probe::Opened;
 use libwb::serve::Options;
 use libwb::serve::loopdev::Reserved;
+use rustix::process::DumpableBehavior;
 use std::collections::BTreeMap;
 use std::io::Write;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -44,6 +45,9 @@ const TO_COMPLETE: Duration = Duration::from_secs(10);
 pub(crate) fn serve(args: &Args, link: Link, reserved: Reserved, out: &mut Output) -> Result<Exit> {
     // Before other threads are started.
     signals::ignore()?;
+    // While a core is written, the next server waits. Where the core goes to this very volume, it
+    // would wait for ever.
+    let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     logging::to_stderr()?;
     libwb::serve::abort_on_panic(|report| {
         to_keeper::last_words(report);
@@ -123,7 +127,8 @@ impl Server<'_> {
         let busy = Busy::while_devices_work("recovering", &on.devices);
         let cache = recover(&on.io, self.args, &on.volume, &on.devices, head.as_ref())?;
         drop(busy);
-        let recovered = Recovered::new(on, cache);
+        let mut recovered = Recovered { on, cache, noting: None };
+        recovered.start_noting();
         let front_end = recovered.on.volume.serve;
         let made = recovered.serving(lost(&self.end)).start(front_end, given.kept.into_reserved());
         let device = match made {
@@ -139,6 +144,8 @@ impl Server<'_> {
         match recovered.announce(&self, &device, given.program, out) {
             Ok(()) => self.until_ended(recovered, device, ended),
             Err(e) => {
+                // No other server goes on from here.
+                to_keeper::ending();
                 let _ = device.detach();
                 recovered.give_up();
                 Err(e)
@@ -154,10 +161,9 @@ impl Server<'_> {
         let volume = standing.volume.clone();
         let opened = reopen_devices(&volume, self.args.read_only)?;
         let on = self.on_devices(name, volume, opened, standing.sector_size)?;
-        let head = given.kept.take(HEAD).map(Head::open).transpose();
-        let head = head.context("cannot use the head of the log that the last server has left")?;
+        let head = self.head_left(given.kept.take(HEAD))?;
         let cache = recover_again(&on.io, &standing, &on.devices, head.as_ref())?;
-        let recovered = Recovered::new(on, cache);
+        let mut recovered = Recovered { on, cache, noting: None };
         let listener = given.kept.take(LISTENER).context("the keeper has no socket")?;
         let device = recovered.serving(lost(&self.end)).resume(&standing, given.kept)?;
         if let Err(e) = recovered.answer_clients(&self, &device, given.program, listener.into()) {
@@ -165,9 +171,24 @@ impl Server<'_> {
             std::mem::forget(device);
             return Err(e);
         }
-        notify::status(SERVING);
-        waiting.into_iter().for_each(Waiting::done);
+        // The last server may have died before it did so.
+        link(&recovered.on.name, device.path());
+        notify::ready(SERVING);
+        waiting.into_iter().for_each(|client| client.done(given.is_installed));
+        // The note may go to the volume itself, which is served from here on.
+        recovered.start_noting();
         self.until_ended(recovered, device, ended)
+    }
+
+    /// The head of the log that the last server has left. A volume that takes writes has one.
+    fn head_left(&self, left: Option<OwnedFd>) -> Result<Option<Head>> {
+        let head = left.map(Head::open).transpose();
+        let head = head.context("cannot use the head of the log that the last server has left")?;
+        match (self.args.read_only, &head) {
+            (true, None) => Ok(None),
+            (false, Some(head)) if !head.is_blank() => Ok(Some(head.clone())),
+            _ => bail!("the keeper does not have the head of the log that the last server used"),
+        }
     }
 
     fn on_devices(
@@ -204,12 +225,11 @@ impl Server<'_> {
 }
 
 impl Recovered {
-    fn new(on: OnDevices, cache: Cache) -> Recovered {
-        let noting = match on.options.read_only {
-            true => None,
-            false => Noting::start(cache.clone(), About::of(&on.name, &on.volume)),
-        };
-        Recovered { on, cache, noting }
+    fn start_noting(&mut self) {
+        let OnDevices { name, volume, options, .. } = &self.on;
+        if !options.read_only {
+            self.noting = Noting::start(self.cache.clone(), About::of(name, volume));
+        }
     }
 
     fn serving(&self, lost: Arc<dyn Fn(&str) + Send + Sync>) -> Serving<'_> {
@@ -229,10 +249,11 @@ impl Recovered {
         let cannot = || format!("cannot listen on {}", socket.display());
         let listener = control::listen(&socket).with_context(cannot)?;
         to_keeper::keep(LISTENER, listener.as_fd()).with_context(cannot)?;
-        self.answer_clients(server, device, program, listener)?;
         link(&self.on.name, device.path());
+        // If this server dies after the next step, another one goes on. So its user must know.
         writeln!(out, "ready {}", device.path().display())?;
         out.flush()?;
+        self.answer_clients(server, device, program, listener)?;
         notify::ready(SERVING);
         Ok(())
     }
@@ -269,6 +290,7 @@ impl Recovered {
             outlives,
             program,
             setting: Mutex::default(),
+            leaving: Mutex::default(),
             end: server.end.clone(),
         };
         let answer = move |request, replies: &mut _| daemon.answer(&request, replies);

@@ -18,9 +18,9 @@ struct ToKeeper {
     link: Link,
     /// The keeper's process.
     process: u32,
-    done: Sender<()>,
+    done: Sender<io::Result<()>>,
     /// Its answers. Held while one is waited for.
-    answers: Mutex<Receiver<()>>,
+    answers: Mutex<Receiver<io::Result<()>>>,
 }
 
 /// Takes all that the keeper has to give. From now on, this process ends when the keeper does.
@@ -51,7 +51,10 @@ impl ToKeeper {
                 Ok(Some((Message::Signal { number }, _))) => {
                     let _ = Signal::try_from(number).map(&signal);
                 }
-                Ok(Some((Message::Done, _))) => drop(self.done.send(())),
+                Ok(Some((Message::Done, _))) => drop(self.done.send(Ok(()))),
+                Ok(Some((Message::Refused { why }, _))) => {
+                    drop(self.done.send(Err(io::Error::other(why))));
+                }
                 Ok(Some((other, _))) => tracing::warn!("the keeper says {other:?} now"),
                 Err(e) if e.kind() == io::ErrorKind::InvalidData => {
                     tracing::warn!("the keeper says something that makes no sense: {e}");
@@ -66,7 +69,7 @@ impl ToKeeper {
     fn ask(&self, message: &Message, with: Option<BorrowedFd<'_>>) -> io::Result<()> {
         let answers = self.answers.lock().map_err(|_| io::Error::other("a thread failed"))?;
         self.link.send(message, with)?;
-        answers.recv().map_err(|_| io::Error::other("the keeper is gone"))
+        answers.recv().map_err(|_| io::Error::other("the keeper is gone"))?
     }
 }
 

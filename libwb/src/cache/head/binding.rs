@@ -54,7 +54,7 @@ fn checksum(words: &[u64]) -> u64 {
 
 impl Head {
     /// Whether no cache had it yet.
-    pub(crate) fn is_blank(&self) -> bool {
+    pub fn is_blank(&self) -> bool {
         self.word(at::MAGIC) == 0
     }
 

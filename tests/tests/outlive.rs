@@ -279,7 +279,7 @@ fn a_restart_under_load_takes_the_installed_program_unless_that_cannot_go_on() {
         let kept = volume.path("kept");
         install(&kept, &good);
         let liar = format!(
-            "#!/bin/sh\ncase \"$WB_KEEPING\" in server*) exit 1;; esac\nexec {} \"$@\"\n",
+            "#!/bin/sh\ncase \"$1 $WB_KEEPING\" in attach*server*) exit 1;; esac\nexec {} \"$@\"\n",
             kept.display()
         );
         for _ in 0..2 {

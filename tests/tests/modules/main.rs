@@ -39,7 +39,7 @@ const LAYERS: [(&str, &[&str]); 14] = [
 
 const MOST_COLUMNS: usize = 100;
 /// Kinds of files whose lines are counted.
-const KINDS: [&str; 6] = ["rs", "md", "roff", "sh", "py", "toml"];
+const KINDS: [&str; 8] = ["rs", "md", "roff", "5", "7", "sh", "py", "toml"];
 /// Why a line of a file may be longer, and whether that holds for it.
 type Exception = (&'static str, fn(&str, &str) -> bool);
 const LONGER: [Exception; 2] = [

@@ -63,6 +63,7 @@ impl Oracle {
             zeros: false,
             durable: false,
             effective: 0,
+            again: false,
             failed: false,
             replaced: None,
         };
@@ -181,6 +182,7 @@ impl Oracle {
             zeros,
             durable: false,
             effective: NEVER,
+            again: false,
             failed: false,
             replaced: None,
         };
@@ -227,7 +229,8 @@ impl Oracle {
             };
             if acknowledged {
                 version.acknowledged = now;
-                version.effective = version.effective.min(now);
+                version.effective = version.settled().min(now);
+                version.again = false;
                 let reading = self.reads.first().copied().unwrap_or(NEVER);
                 forget(versions, self.flushed.min(reading));
             } else {
@@ -249,6 +252,7 @@ impl Oracle {
             for version in versions.filter(|version| version.write == write) {
                 version.effective = NEVER;
                 version.replaced = None;
+                version.again = true;
             }
         }
     }
@@ -322,7 +326,7 @@ impl Oracle {
         for version in versions {
             if version.write == shown.write {
                 version.effective = version.effective.min(now);
-            } else if version.effective < began {
+            } else if version.settled() < began {
                 version.replaced.get_or_insert((now, shown.write));
             }
         }
@@ -437,6 +441,7 @@ impl Oracle {
             version.effective = version.acknowledged;
             version.replaced = None;
             version.failed = false;
+            version.again = false;
             match crash {
                 Crash::PowerCut => {
                     versions.clear();
@@ -446,7 +451,10 @@ impl Oracle {
                 }
                 Crash::Kill => {
                     versions.retain(|v| v.write != version.write && !version.precedes(v));
-                    versions.iter_mut().for_each(|v| v.replaced = Some((now, version.write)));
+                    for v in versions.iter_mut() {
+                        v.replaced = Some((now, version.write));
+                        v.again = false;
+                    }
                 }
             }
             versions.push(version);

@@ -53,6 +53,23 @@ fn a_read_shows_the_newest_or_something_concurrent() {
 }
 
 #[test]
+fn a_write_that_comes_again_takes_effect_once_more_until_it_is_acknowledged() {
+    let mut oracle = Oracle::new(3);
+    let a = oracle.write_begins(ONE, 1);
+    let b = oracle.write_begins(ONE, 1);
+    assert!(may_read(&mut oracle, a) && may_read(&mut oracle, b));
+    oracle.comes_again(a, ONE, 1);
+    oracle.comes_again(b, ONE, 1);
+    // What the earlier process did shows, and then what this one does.
+    assert!([b, a, b, a].iter().all(|&it| may_read(&mut oracle, it)));
+    assert!(!may_read(&mut oracle, ZERO), "one of them took effect for good");
+    oracle.write_ends(a, ONE, 1, true);
+    oracle.write_ends(b, ONE, 1, true);
+    assert!(may_read(&mut oracle, b));
+    assert!(!may_read(&mut oracle, a), "both are done, and a read has shown the other");
+}
+
+#[test]
 fn a_long_read_may_show_what_was_replaced_and_flushed_meanwhile() {
     let mut oracle = Oracle::new(3);
     let began = oracle.read_begins();

@@ -19,6 +19,9 @@ pub(super) struct Version {
     pub(super) durable: bool,
     /// When it certainly had taken effect: it was acknowledged, or a read showed it.
     pub(super) effective: Moment,
+    /// Whether it came again after a death of the process, and was not acknowledged since. A read
+    /// may show what an earlier process did of it, and it takes effect once more.
+    pub(super) again: bool,
     /// Whether its write returned an error, so that nothing about it is certain.
     pub(super) failed: bool,
     /// When reads showed that another write had replaced it, and which.
@@ -26,6 +29,11 @@ pub(super) struct Version {
 }
 
 impl Version {
+    /// From when on it certainly takes effect no more.
+    pub(super) fn settled(&self) -> Moment {
+        if self.again { NEVER } else { self.effective }
+    }
+
     /// Whether this version certainly came before `other`.
     pub(super) fn precedes(&self, other: &Version) -> bool {
         self.acknowledged < other.submitted
@@ -72,7 +80,7 @@ pub(super) fn may_be_read(
             "shows {write}, which {by} had replaced by {moment}, as a read has shown"
         ));
     }
-    let newer = versions.iter().find(|v| v.effective < began && shown.effective < v.submitted);
+    let newer = versions.iter().find(|v| v.effective < began && shown.settled() < v.submitted);
     newer.map_or(Ok(()), |newer| Err(format!("shows {write}, which is older than {}", newer.write)))
 }
 

@@ -24,6 +24,7 @@ pub mod damage_script;
 mod failing;
 mod filesystem;
 pub mod fuzzed;
+pub mod fuzzed_head;
 pub mod recovered_view;
 pub mod sim;
 mod volume;

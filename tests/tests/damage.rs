@@ -5,7 +5,7 @@
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_usize};
 use proptest::prelude::*;
 use wb_tests::damage_script::{BASES, CRASHED_BASES, Change, DamageScript, seeds};
-use wb_tests::fuzzed;
+use wb_tests::{fuzzed, fuzzed_head};
 
 /// Anywhere, but most of all where the format has meaning: the superblock, its record, and headers.
 fn write() -> impl Strategy<Value = Change> {
@@ -104,6 +104,13 @@ proptest! {
     #[test]
     fn any_bytes_are_a_script(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
         DamageScript::decode(&bytes).build();
+    }
+
+    #[test]
+    fn a_scribbled_head_is_gone_on_with_or_refused(
+        bytes in prop::collection::vec(any::<u8>(), 0..120),
+    ) {
+        fuzzed_head::head(&bytes);
     }
 
     #[test]

@@ -12,7 +12,10 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let scripts: Vec<Vec<u8>> = seeds().iter().map(DamageScript::encode).collect();
-    let targets = [("device", &scripts), ("recovery", &scripts), ("control", &requests())];
+    // The head as it was left, and one whose first words are others.
+    let heads = vec![Vec::new(), (0..44).collect()];
+    let targets =
+        [("device", &scripts), ("recovery", &scripts), ("control", &requests()), ("head", &heads)];
     for (target, inputs) in targets {
         if let Err(e) = write(&Path::new(&folder).join(target), inputs) {
             eprintln!("fuzz-seeds: {}: {e}", folder.display());

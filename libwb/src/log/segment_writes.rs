@@ -5,8 +5,7 @@ use crate::device::{Device, DeviceError, IoBuf, Operation};
 use crate::format::{
     BLOCK_BYTES, Commit, EXTENSION_OFFSETS, Geometry, RECORD_BLOCK_OFFSET, Reason, Record,
     SEGMENT_BYTES, SUPERBLOCK_OFFSET, SegmentExtension, SegmentId, Slot, SuperblockExtension,
-    close_header, decode_record, encode_header, encode_record_block, encode_superblock_block,
-    to_u64,
+    close_header, encode_header, encode_record_block, encode_superblock_block, to_u64,
 };
 
 /// Writes the superblock's first block, which holds only the magic. It is durable after a flush.
@@ -51,7 +50,9 @@ pub async fn write_record(device: &Device, record: Record) -> Result<(), DeviceE
 #[cfg(feature = "engine")]
 pub(crate) async fn unprove_record(device: &Device) -> Result<(), DeviceError> {
     let block = device.read(RECORD_BLOCK_OFFSET, IoBuf::zeroed(BLOCK_BYTES)).await?;
-    let Ok(Record { id, .. }) = decode_record(block.block_at(0)) else { return Ok(()) };
+    let Ok(Record { id, .. }) = crate::format::decode_record(block.block_at(0)) else {
+        return Ok(());
+    };
     write_record(device, Record { id, digest: None }).await?;
     device.flush().await
 }

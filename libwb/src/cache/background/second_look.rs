@@ -85,6 +85,5 @@ impl Engine {
             length: to_u64(BLOCK_BYTES),
             cause: DeviceError::CONTRADICTS,
         });
-        self.distrust_record().await;
     }
 }

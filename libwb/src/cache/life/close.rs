@@ -22,8 +22,10 @@ impl Engine {
         state.wait(Waiter::Request, |it| it.lifecycle.have_tasks_ended().then_some(())).await;
         let failure = state.lock().lifecycle.failure().cloned();
         if let Some(failure) = failure {
-            if failure.cause == DeviceError::CONTRADICTS {
-                self.distrust_record().await;
+            if failure.cause == DeviceError::CONTRADICTS
+                && let Err(error) = unprove_record(&self.cache).await
+            {
+                tracing::warn!("the next attach may serve the log again: {error}");
             }
             return Err(CacheError::Failed(failure));
         }
@@ -36,13 +38,6 @@ impl Engine {
         }
         let newest = state.lock().log.durable();
         Ok(self.mark(Some(newest)).await?)
-    }
-
-    /// Has the next attach read the whole device before it serves the log.
-    pub(crate) async fn distrust_record(&self) {
-        if let Err(error) = unprove_record(&self.cache).await {
-            tracing::warn!("the next attach may serve the log again: {error}");
-        }
     }
 
     fn warn_of_lost_blocks(&self) {

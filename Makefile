@@ -1,7 +1,7 @@
 # Everything that developers and newcomers run. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak stress fuzz test-vm bench bench-vm deps tools build install uninstall \
-	deb package deny advisories fmt
+.PHONY: demo test sim soak stress fuzz test-vm test-postgres bench bench-vm deps tools build install \
+	uninstall deb package deny advisories fmt
 
 # How many scenarios of work and crashes `make sim` and `make soak` simulate, and the first seed of
 # `make soak`.
@@ -10,6 +10,8 @@ SEEDS = 20000
 FIRST = 0
 # How many seconds `make fuzz` runs each target.
 SECONDS = 180
+# How often `make test-postgres` kills the server.
+KILLS = 200
 # How many seconds `make stress` runs.
 STRESS_SECONDS = 300
 # How often `make bench-vm` measures each figure, and on which kind of disk: virtio or nvme, which
@@ -51,11 +53,18 @@ sim: deps
 soak: deps
 	cargo run --release -p wb-tests --bin soak -- $(SEEDS) $(FIRST)
 
-# Changes all settings of a volume under load, for minutes. `make test` does so for seconds.
+# Changes all settings of a volume under load and kills its server, for minutes. `make test` does so
+# for seconds.
 stress: deps
 	cargo build --workspace --all-features --bins
 	WB_STRESS_SECONDS=$(STRESS_SECONDS) \
 		cargo test -p wb-tests --all-features --test everyday -- under_load
+
+# PostgreSQL on a volume whose server is killed again and again.
+test-postgres: deps
+	@tests/install-packages.sh postgresql
+	cargo build --workspace --all-features --bins
+	tests/postgres.sh $(KILLS)
 
 fuzz: deps
 	$(call cargo-tool,fuzz)

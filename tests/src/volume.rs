@@ -199,6 +199,16 @@ impl Volume {
         self.start(self.command(&[&served, more].concat()))
     }
 
+    /// Attaches the volume with a keeper that starts another server however often one dies.
+    ///
+    /// # Panics
+    /// When it does not get ready.
+    pub fn attach_undying(&self) -> Attached<'_> {
+        let mut attach = self.command(&["attach", self.name.as_str(), "--serve", "loop"]);
+        attach.env("WB_DEATHS_A_MINUTE", "1000000");
+        self.start(attach)
+    }
+
     /// Runs a command that attaches this volume.
     ///
     /// # Panics

@@ -113,7 +113,8 @@ fn a_volume_under_load_stands_drains_discards_and_new_tunables() {
     let seconds = std::env::var("WB_STRESS_SECONDS")
         .map_or(STRESS_SECONDS, |text| text.parse().expect("seconds"));
     let volume = Volume::created(40, 256 * MIB);
-    let attached = volume.attach_with(&[]);
+    let attached = volume.attach_undying();
+    let outlives = volume.status()["live"]["outlives_server"] == true;
     let device = attached.device_str();
     let wide =
         ["--name=wide", "--rw=randwrite", "--bsrange=512-256k", "--blockalign=512", "--iodepth=16"];
@@ -125,12 +126,16 @@ fn a_volume_under_load_stands_drains_discards_and_new_tunables() {
     while jobs.iter_mut().any(Fio::runs) {
         meddle(&volume, &attached, nth);
         nth += 1;
+        if outlives && nth.is_multiple_of(5) {
+            attached.kill_server();
+        }
         std::thread::sleep(Duration::from_millis(100));
     }
     for job in &mut jobs {
         let status = job.0.wait().expect("a child");
         assert!(status.success(), "fio: {status}\n{}", attached.stderr());
     }
+    println!("{nth} changes, a server killed after each fifth");
     let live = volume.status()["live"].clone();
     assert!(live["failure"].is_null() && live["writeback_error"].is_null(), "{live}");
     let content = sha256_direct(&attached.device);

@@ -21,11 +21,7 @@ const BLOCK: usize = 4096;
 /// How many blocks each writer has.
 const BLOCKS: usize = 64;
 
-/// Attaches a volume whose server may be killed again and again.
-fn attach(volume: &Volume) -> Attached<'_> {
-    attach_program(volume, &wb_tests::bin("wbctl"))
-}
-
+/// As [`Volume::attach_undying`], with a program of its own.
 fn attach_program<'a>(volume: &'a Volume, program: &Path) -> Attached<'a> {
     let usual = volume.command(&["attach", &volume.name, "--serve", "loop"]);
     let mut command = Command::new(program);
@@ -102,7 +98,7 @@ fn under_load(device: &Path, disturb: impl FnOnce()) -> usize {
 fn programs_see_no_error_and_lose_nothing_while_the_server_is_killed_again_and_again() {
     needs_serving!();
     let volume = Volume::created(64, 64 * MIB);
-    let attached = attach(&volume);
+    let attached = volume.attach_undying();
     let kills = std::env::var("WB_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
     let written = under_load(&attached.device, || {
         (0..kills).for_each(|_| attached.kill_server());
@@ -116,7 +112,7 @@ fn programs_see_no_error_and_lose_nothing_while_the_server_is_killed_again_and_a
 fn a_mounted_filesystem_does_not_notice_that_the_server_dies() {
     needs_serving!("mkfs.ext4", "e2fsck");
     let volume = Volume::created(64, 128 * MIB);
-    let mut attached = attach(&volume);
+    let mut attached = volume.attach_undying();
     Filesystem::Ext4.make(&attached.device);
     let on = attached.mount();
     for n in 0..20 {
@@ -136,7 +132,7 @@ fn a_mounted_filesystem_does_not_notice_that_the_server_dies() {
 fn what_was_set_at_run_time_and_a_pause_are_in_force_with_the_next_server() {
     needs_serving!();
     let volume = Volume::created(16, 16 * MIB);
-    let attached = attach(&volume);
+    let attached = volume.attach_undying();
     volume.must(&["set", &volume.name, "nr_max_batched_writeback=7"]);
     volume.must(&["pause", &volume.name]);
     attached.kill_server();
@@ -156,7 +152,7 @@ fn a_client_whose_drain_breaks_off_is_told_that_it_can_be_repeated() {
     let backing = FailingFile::over(&volume.backing, &volume.path("failing"));
     volume.backing = backing.path.clone();
     volume.create(&[]);
-    let attached = attach(&volume);
+    let attached = volume.attach_undying();
     overwrite(&attached.device, 0, &noise(1, 4 * MIB));
     flush(&attached.device);
     let hang = backing.hang();

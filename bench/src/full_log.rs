@@ -7,7 +7,7 @@ use libwb::format::{
     BLOCK_BYTES, BlockNo, DirtyBits, Geometry, Metablock, PLACES, Reason, Record, SEGMENT_BYTES,
     SegmentExtension, SegmentId, Slot, SuperblockExtension, crc32c, encode_header,
 };
-use libwb::log::segment_writes::write_record;
+use libwb::log::segment_writes::{write_extension, write_magic, write_record};
 
 /// Blocks of the volume: 1 TiB.
 pub(crate) const VOLUME_BLOCKS: u64 = 1 << 28;
@@ -32,11 +32,17 @@ pub(crate) async fn fill(
     write_log(device, extension, data, SegmentId(slots), slots).await
 }
 
-/// Writes a log in its second lap over a formatted device. One segment in a hundred is dirty.
-pub(crate) async fn fill_mostly_clean(
+/// Makes a cache of a device that holds zeros, with a log in its second lap. One segment in a
+/// hundred is dirty.
+pub(crate) async fn make_mostly_clean(
     device: &Device,
     extension: &SuperblockExtension,
 ) -> Result<()> {
+    for generation in [0, 1] {
+        let page = SuperblockExtension { generation, ..extension.clone() };
+        write_extension(device, &page).await?;
+    }
+    write_magic(device).await?;
     let slots = Geometry::of_device(device.size())?.lap();
     write_log(device, extension, Data::Holes, SegmentId(slots + slots / 2), slots / 100).await
 }

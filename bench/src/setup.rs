@@ -68,6 +68,18 @@ pub(crate) fn sparse_file(reactor: &Reactor, dir: &Path, name: &str, bytes: u64)
     opened(reactor, temporary.path())
 }
 
+/// The same, with a name, to be opened again. It goes away with its path.
+pub(crate) fn named_sparse_file(
+    reactor: &Reactor,
+    dir: &Path,
+    name: &str,
+    bytes: u64,
+) -> Result<(TempPath, Device)> {
+    let path = temporary_file(dir, name, bytes)?.into_temp_path();
+    let device = opened(reactor, &path)?;
+    Ok((path, device))
+}
+
 /// Makes a file that other programs can open. It goes away with its path.
 pub(crate) fn named_file(
     reactor: &Reactor,

@@ -18,8 +18,10 @@ use libwb::log::salvage::Scanned;
 use libwb::log::scan::{SlotFault, SlotState, read_slot, scan, scan_trusting};
 use libwb::log::superblock::read_superblock;
 use libwb::log::{LogError, Use};
+use libwb::runtime::Runtime;
 use programs::compare_programs;
 use std::sync::Arc;
+use std::time::Duration;
 use wb_tests::crafted;
 use wb_tests::crashed::CRASHED;
 use wb_tests::damage_script::{VOLUME_BYTES, seeds};
@@ -124,11 +126,17 @@ struct Attached {
 fn attached(image: &[u8], view: Option<&RecoveredView>) -> Option<Attached> {
     let simulation = Simulation::new(1);
     let runtime = Arc::new(simulation.runtime().clone());
+    let looking = simulation.runtime().clone();
     let work = async {
         let cache =
             Cache::open(device(image), backing(), runtime, OpenOptions::serve()).await.ok()?;
         cache.pause();
+        // What attach leaves to its second look makes the volume fail, if others refuse it.
+        looking.sleep(Duration::from_secs(10)).await;
         let status = cache.status();
+        if status.failure.is_some() {
+            return None;
+        }
         let mut unreadable = Vec::new();
         for block in view.into_iter().flat_map(|view| view.blocks.keys()) {
             if cache.read(block.sector(), IoBuf::zeroed(BLOCK_BYTES)).await.is_err() {

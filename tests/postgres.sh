@@ -1,7 +1,7 @@
 #!/bin/bash
-# postgres.sh KILLS: PostgreSQL on a volume whose server is killed again and again. Its clients check
-# each commit, and none may see an error. At the end the keeper is killed, too: what was committed is
-# there after the next attach. Run it as root.
+# postgres.sh KILLS: PostgreSQL on a volume whose server is killed again and again. Its clients
+# check each commit, and none may see an error. At the end the keeper is killed, too: what was
+# committed is there after the next attach. Run it as root.
 set -euo pipefail
 kills=${1:-50}
 repository=$(cd "$(dirname "$0")/.." && pwd)

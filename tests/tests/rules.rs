@@ -7,8 +7,8 @@
 //!   `DroppedErased` (a log that grows up to what an earlier power cut had cut off).
 //! - `kernel_compat.rs` finds `UnreadableEmptied` and `EmptiedOnlyWhenFlushed`, which need a device
 //!   that fails during a discard.
-//! - `failed_flushes.rs` finds `FailedFlushFinal`, `FailedDurableWriteFinal`, `HeadKeepsFailure` and
-//!   `DurableWriteAlone`, which need large writes, a flush of the cache device or both while a
+//! - `failed_flushes.rs` finds `FailedFlushFinal`, `FailedDurableWriteFinal`, `HeadKeepsFailure`
+//!   and `DurableWriteAlone`, which need large writes, a flush of the cache device or both while a
 //!   commit is under way.
 //! - `second_look.rs` finds `ContradictionFails`, which needs a device that has lost segments.
 //! - `process_death.rs`, where the process dies at every moment, finds `HeadDataFirst`,

@@ -1,5 +1,5 @@
-//! `wbctl attach`: what a user starts is the keeper of the volume. It starts this command once more,
-//! as a server.
+//! `wbctl attach`: what a user starts is the keeper of the volume. It starts this command once
+//! more, as a server.
 
 use crate::attach_args::Args;
 use crate::keeper::Keeper;

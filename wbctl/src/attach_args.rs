@@ -1,9 +1,9 @@
 //! The arguments of `wbctl attach`.
 
 use crate::config::{RecordedVolume, not_recorded, parse_tunables};
+use crate::front_end::{FrontEnd, ServeOption};
 use crate::pair::absolute;
 use crate::sector_size::SectorSize;
-use crate::serving::{FrontEnd, ServeOption};
 use crate::volume_paths::VolumeName;
 use anyhow::{Result, bail};
 use libwb::cli::SalvageOption;

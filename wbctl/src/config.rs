@@ -1,7 +1,7 @@
 //! The record of a volume: a TOML file in the configuration folder.
 
+use crate::front_end::FrontEnd;
 use crate::sector_size;
-use crate::serving::FrontEnd;
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};

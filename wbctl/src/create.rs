@@ -1,9 +1,9 @@
 //! `wbctl create`: formats a cache device, and records the volume.
 
 use crate::config::{RecordedVolume, parse_tunables, refuse_recorded, refuse_shared};
+use crate::front_end::ServeOption;
 use crate::pair::{Pair, absolute};
 use crate::sector_size::{self, SectorSize};
-use crate::serving::ServeOption;
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
 use libwb::cache::refuse_size;

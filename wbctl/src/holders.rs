@@ -27,7 +27,8 @@ pub(crate) fn holders(device: &Path) -> Vec<String> {
     }
 }
 
-/// Refuses to take a device away while a process other than those of its daemon holds it or has it open.
+/// Refuses to take a device away while a process other than those of its daemon holds it or has it
+/// open.
 pub(crate) fn refuse_held(device: &Path, daemon: &[u32], force: bool) -> Result<()> {
     if force {
         return Ok(());

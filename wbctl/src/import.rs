@@ -5,7 +5,7 @@
 //! and blanks, separate them. Empty lines and lines that begin with `#` are ignored.
 
 use crate::config::{RecordedVolume, refuse_nul, refuse_recorded, refuse_shared};
-use crate::serving::FrontEnd;
+use crate::front_end::FrontEnd;
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};

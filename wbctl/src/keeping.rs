@@ -4,7 +4,6 @@
 //! The keeper knows nothing of what it keeps but the names. It keeps the loop device apart: see
 //! [`Reserved`].
 
-use crate::signals::ENOUGH;
 use anyhow::{Context, Result, bail};
 use libwb::serve::loopdev::Reserved;
 use rustix::net::sockopt::socket_type;
@@ -49,6 +48,9 @@ pub(crate) const BEFORE: &str = "before";
 const MAX_MESSAGE: usize = 64 << 10;
 /// How many descriptors are kept at most. There are fewer.
 const MAX_KEPT: usize = 16;
+
+/// How many signals a server is told of at its start. It ends sooner.
+const MAX_SIGNALS: usize = 16;
 
 /// A message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -291,7 +293,9 @@ impl Given {
                 (Message::Keep { name }, Some(descriptor)) => kept.put(&name, descriptor)?,
                 (Message::State { text }, _) => state = Some(text),
                 (Message::Ready { outlives: it }, _) => outlives = Some(it),
-                (Message::Signal { number }, _) if signals.len() <= ENOUGH => signals.push(number),
+                (Message::Signal { number }, _) if signals.len() < MAX_SIGNALS => {
+                    signals.push(number)
+                }
                 (Message::Begin { program, is_installed }, _) => {
                     return Ok(Given { kept, state, outlives, signals, program, is_installed });
                 }
@@ -351,7 +355,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn garbage_is_no_message_and_does_no_harm(bytes in prop::collection::vec(any::<u8>(), 1..99)) {
+        fn garbage_is_no_message_and_does_no_harm(
+            bytes in prop::collection::vec(any::<u8>(), 1..99),
+        ) {
             let (one, other) = Link::pair().unwrap();
             let known = serde_json::from_slice::<Message>(&bytes).is_ok();
             rustix::net::send(&one, &bytes, SendFlags::empty()).unwrap();

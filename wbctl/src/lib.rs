@@ -11,6 +11,7 @@ mod daemon;
 mod devices;
 mod dm;
 mod ending;
+mod front_end;
 mod holders;
 mod import;
 mod interval;

@@ -1,18 +1,17 @@
 //! The front end of a volume: a ublk device where the kernel has that, else a loop device.
 
 use crate::apart;
+use crate::front_end::FrontEnd;
 use crate::keeping::{FUSE, GUARD, Kept, LOOP, MOUNT};
 use crate::standing::Standing;
 use crate::to_keeper;
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result};
-use clap::ValueEnum;
 use libwb::cache::Cache;
 use libwb::reactor::Handle;
 use libwb::serve::loopdev::{Connection, Left, LoopDevice, Reserved};
 use libwb::serve::ublk::{self, Removal, Requests, UblkDevice};
 use libwb::serve::{Options, Owner, Part, ReadOnly, ServeError, Volume};
-use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -23,29 +22,6 @@ use std::time::{Duration, Instant};
 const TO_NOTICE: Duration = Duration::from_secs(10);
 /// How long a device may take from its creation to its start.
 const TO_START: Duration = Duration::from_secs(1);
-
-/// How a volume becomes a block device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum FrontEnd {
-    /// ublk where it works, else loop
-    #[default]
-    Auto,
-    /// A device of the kernel's ublk driver (Linux 6.5 and later): faster
-    Ublk,
-    /// A loop device over FUSE
-    Loop,
-}
-
-/// The option `--serve`.
-#[derive(clap::Args)]
-pub(crate) struct ServeOption {
-    /// How the volume becomes a block device: ublk is faster and needs Linux 6.5; loop is a loop
-    /// device over FUSE; auto is ublk where it works, else loop. The default is auto, or what
-    /// create recorded
-    #[arg(long = "serve", value_name = "auto|ublk|loop", hide_possible_values = true)]
-    pub(crate) front_end: Option<FrontEnd>,
-}
 
 /// A volume's block device.
 pub(crate) enum Served {

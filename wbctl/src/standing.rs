@@ -1,7 +1,7 @@
 //! What a server leaves to the next one, beside what the keeper holds.
 
 use crate::config::RecordedVolume;
-use crate::serving::FrontEnd;
+use crate::front_end::FrontEnd;
 use crate::to_keeper;
 use anyhow::{Context, Result};
 use libwb::cache::{Cache, TunableValue, Tunables};

@@ -96,8 +96,8 @@ const _: () = assert!(at::ENTRIES + 8 * PLACES as usize <= at::DATA);
 /// | 4096 | 127 blocks |
 ///
 /// An entry is 65536 × block + 256 × flags + dirty bits. Flag 1: these are the zeros of a discard.
-/// Flag 2: the block is lost. The operations are read, write, flush, discard and durable write, from
-/// 1 on.
+/// Flag 2: the block is lost. The operations are read, write, flush, discard and durable write,
+/// from 1 on.
 #[derive(Clone)]
 pub struct Head {
     memory: Arc<SharedMemory>,

@@ -16,11 +16,12 @@
 
 mod append;
 mod resume;
+mod resumed;
 mod segments;
 mod versions;
 
 pub(crate) use append::{Appended, Job};
-pub(crate) use resume::{OnDevice, Resumed};
+pub(crate) use resumed::{OnDevice, Resumed};
 pub(crate) use versions::Item;
 
 use super::ages::Ages;

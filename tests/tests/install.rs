@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
@@ -123,7 +124,7 @@ fn dpkg(root: &Path, args: &[&str]) -> Outcome {
     let mut dpkg = Command::new("dpkg");
     // The libraries that it depends on are those of this machine.
     dpkg.arg(format!("--root={}", root.display()))
-        .args(["--force-depends", "--force-not-root"])
+        .args(["--force-depends", "--force-not-root", "--force-script-chrootless"])
         .args(args);
     // It asks for programs that need not be in the path of a user.
     dpkg.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
@@ -159,6 +160,16 @@ fn the_debian_package_is_installed_and_removed_without_a_rest() {
     assert_eq!(of_wb(&root), expected);
     let version = Command::new(root.join("usr/bin/wbcheck")).arg("--version").output().unwrap();
     assert!(version.status.success(), "{version:?}");
+
+    // An upgrade says what an attached volume needs.
+    assert!(!installed.stdout.contains("wbctl restart"), "{installed:?}");
+    let run = root.join("run/wb/volume");
+    fs::create_dir_all(&run).unwrap();
+    let socket = UnixListener::bind(run.join("socket")).unwrap();
+    let upgraded = dpkg(&root, &["--install", package.to_str().unwrap()]);
+    assert!(upgraded.code == 0 && upgraded.stdout.contains("wbctl restart NAME"), "{upgraded:?}");
+    drop(socket);
+    fs::remove_dir_all(root.join("run")).unwrap();
 
     let removed = dpkg(&root, &["--purge", "wb"]);
     assert_eq!(removed.code, 0, "{removed:?}");

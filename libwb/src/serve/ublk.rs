@@ -6,8 +6,8 @@
 //! another one.
 //!
 //! A device whose server has died keeps its requests until another process takes over
-//! ([`UblkDevice::resume`]). If none will, someone must delete its entry at the driver, or its users
-//! wait forever: [`remove_dead`].
+//! ([`UblkDevice::resume`]). If none will, someone must delete its entry at the driver, or its
+//! users wait forever: [`remove_dead`].
 
 mod queue;
 

@@ -110,11 +110,21 @@ impl Handle {
         self.submit(file.clone(), None, OpKind::Readable).await.0
     }
 
-    /// Gives the driver of a served device a command. The server gets the completion.
+    /// Gives the driver of a served device commands. The server gets their completions. If they fit
+    /// the ring, the kernel takes all of them in one call: whenever the process is killed, it has
+    /// got all or none.
     #[cfg(feature = "serve-ublk")]
-    pub(crate) fn serve(&self, device: &Target, server: Arc<dyn Server>, command: Command) {
-        let served = Served { device: device.clone(), server, command: Some(command) };
-        self.0.post(|inbox| inbox.work.served.push(served));
+    pub(crate) fn serve(
+        &self,
+        device: &Target,
+        server: &Arc<impl Server + 'static>,
+        commands: impl IntoIterator<Item = Command>,
+    ) {
+        let served = commands.into_iter().map(|command| {
+            let (device, server) = (device.clone(), server.clone());
+            Served { device, server, command: Some(command) }
+        });
+        self.0.post(|inbox| inbox.work.served.extend(served));
     }
 }
 

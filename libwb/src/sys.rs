@@ -42,4 +42,6 @@ pub(crate) use process::set_io_flusher;
 #[cfg(feature = "engine")]
 pub(crate) use shared_memory::{Region, SharedMemory};
 #[cfg(feature = "serve-ublk")]
-pub(crate) use ublk::{CONTROL, Command, Control, Description, Descriptions, open_queue};
+pub(crate) use ublk::{
+    CONTROL, Command, Control, Description, Descriptions, open_queue, submit_all,
+};

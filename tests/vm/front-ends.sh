@@ -1,5 +1,5 @@
 # The plan of the VM that tests the front ends, from end to end, with the programs that people use.
-# shellcheck shell=sh disable=SC2154 # run.sh puts `only` before it
+# shellcheck shell=sh disable=SC2154 # run.sh puts `only` and `want_kills` before it
 set +e
 modprobe fuse
 modprobe loop
@@ -63,6 +63,62 @@ crash() {
     kill -9 "$daemon"
     # Its exit code says only that it was killed.
     wait "$daemon" || true
+}
+
+# server: prints the process that serves the volume
+server() {
+    tr -d ' ' < "/proc/$daemon/task/$daemon/children"
+}
+
+# kill_server: kills it, and waits for the next one; sets `killed`
+kill_server() {
+    killed=$(server)
+    kill -9 "$killed"
+    await another_serves
+}
+
+another_serves() {
+    now=$(server) && [ -n "$now" ] && [ "$now" != "$killed" ]
+}
+
+# load FILE: writes and checks until the file `enough` is there; `rounds` tells how often
+load() {
+    echo 0 > rounds
+    until [ -e enough ]; do
+        verify "$1" --rw=randrw --verify_backlog=128 --fsync=16 --randseed="$(cat rounds)" || exit
+        echo $(($(cat rounds) + 1)) > rounds
+    done
+}
+
+# has_ended JOB: a child of this shell has ended
+has_ended() {
+    ! kill -0 "$1" 2>/dev/null
+}
+
+# deaths FILE: kills servers while a file or device is in use, at all times after their start
+deaths() {
+    load "$1" &
+    loader=$!
+    { set +x; } 2>/dev/null
+    kills=0
+    while [ $kills -lt "$want_kills" ] && ! has_ended $loader; do
+        sleep "0.$((kills * 3 % 10))"
+        kill_server
+        kills=$((kills + 1))
+    done
+    set -x
+    # The last one gets to work.
+    sleep 1
+    : > enough
+    await has_ended $loader
+    wait $loader
+    [ "$(grep -c 'was killed by SIGKILL' daemon)" = $kills ]
+    say "$kills kills of the server; $(cat rounds) rounds of writes and reads, all right"
+}
+
+# say WORDS: for who reads the outcome
+say() {
+    echo "$*" >> said
 }
 
 # is_gone DEVICE: nothing is left of the volume that was there
@@ -427,6 +483,114 @@ with_the_driver_auto_takes_ublk() {
     detach
 }
 
+no_io_error_since() { # LINES of the kernel's log
+    dmesg | tail -n +$(($1 + 1)) > kernel
+    refuses grep -iE 'i/o error|buffer i/o|ext4-fs error' kernel
+}
+
+a_device_goes_on_while_its_servers_are_killed() {
+    export WB_DEATHS_A_MINUTE=1000000
+    logged=$(dmesg | wc -l)
+    create 64M
+    attach
+    deaths "$device"
+    verify "$device"
+    detach --drain
+    no_io_error_since "$logged"
+    verify backing --verify_only
+    refuses pidof wbctl
+}
+
+a_filesystem_goes_on_while_its_servers_are_killed() {
+    export WB_DEATHS_A_MINUTE=1000000
+    logged=$(dmesg | wc -l)
+    create 64M
+    attach
+    mkfs.ext4 -q "$device"
+    mount -t ext4 "$device" /mnt
+    random data 4
+    cp data /mnt/data
+    deaths /mnt/file
+    cmp data /mnt/data
+    umount /mnt
+    e2fsck -fn "$device"
+    detach
+    no_io_error_since "$logged"
+}
+
+# Nothing that was acknowledged is lost, flushed or not.
+what_no_one_flushed_outlives_the_server() {
+    export WB_DEATHS_A_MINUTE=1000000
+    create 64M
+    attach
+    wbctl pause v
+    for _ in 1 2 3 4; do
+        random data 3
+        dd if=data of="$device" bs=64k oflag=direct conv=nocreat,notrunc status=none
+        kill_server
+        same data
+    done
+    detach
+}
+
+a_restart_is_not_seen_by_users() {
+    create 64M
+    attach
+    load "$device" &
+    loader=$!
+    for _ in 1 2 3 4 5 6 7 8; do
+        before=$(server)
+        wbctl restart v
+        [ "$(server)" != "$before" ]
+    done
+    : > enough
+    wait $loader
+    detach
+    refuses grep -i 'died\|killed' daemon
+}
+
+a_volume_whose_servers_die_too_often_fails() {
+    create 64M
+    attach
+    random data 2
+    write data
+    load "$device" > loaded 2>&1 &
+    loader=$!
+    # A death before it serves makes the keeper try another program first.
+    for _ in 1 2 3 4; do
+        kill_server
+        await wbctl status v
+    done
+    kill -9 "$(server)"
+    refuses wait "$daemon"
+    # Its users get errors, and do not wait.
+    await has_ended $loader
+    refuses wait $loader
+    grep 'has died too often' daemon
+    await is_gone "$device"
+    await refuses pidof wbctl
+    [ -z "$(ls /sys/class/ublk-char 2>/dev/null)" ]
+    attach
+    detach
+}
+
+# A later server is recognized by the kernel as such, and ends in order.
+a_volume_ends_in_order_after_a_death() {
+    create 64M
+    attach
+    random data 8
+    write data
+    kill_server
+    await wbctl status v
+    kill "$daemon"
+    wait "$daemon" || true
+    await is_gone "$device"
+    await refuses pidof wbctl
+    attach
+    same data
+    detach
+}
+
 # try TEST: runs it in a shell and a folder of its own, puts away what it left, and says how it went
 try() {
     case $1 in *${only:-}*) ;; *) return ;; esac
@@ -441,6 +605,7 @@ try() {
     if [ $code = 0 ]; then
         passed=$((passed + 1))
         echo "ok      $front: $1 ($took s)"
+        [ ! -e said ] || sed 's/^/        /' said
     else
         failed=$((failed + 1))
         echo "FAILED  $front: $1 ($took s)"
@@ -471,6 +636,12 @@ try_all() {
     try detach_is_refused_while_the_volume_is_in_use
     try sigkill_leaves_nothing_and_attach_works_at_once
     try a_killed_daemon_ends_though_its_page_cache_is_dirty
+    try a_device_goes_on_while_its_servers_are_killed
+    try a_filesystem_goes_on_while_its_servers_are_killed
+    try what_no_one_flushed_outlives_the_server
+    try a_restart_is_not_seen_by_users
+    try a_volume_whose_servers_die_too_often_fails
+    try a_volume_ends_in_order_after_a_death
 }
 
 try_all loop

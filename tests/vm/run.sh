@@ -2,6 +2,8 @@
 # Runs the tests that need a VM: those against the real kernel module, and those of the front ends,
 # with the programs that people use. Needs the packages that `make test-vm` names.
 # usage: run.sh module|front-ends...
+# WB_VM_ONLY is a part of the names of the tests of the front ends to run; WB_VM_KILLS is how many
+# servers are killed in each test that kills them; WB_VM_SECONDS is for all.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PATH=$PATH:/usr/sbin:/sbin
@@ -35,8 +37,11 @@ front-ends() {
         truncate
     truncate -s 64M "$share/cache"
     truncate -s 128M "$share/backing"
-    { echo "only=${WB_VM_ONLY:-}" && cat tests/vm/front-ends.sh; } > "$share/plan"
-    tests/vm/run-plan.sh 900 "$kernel" "$vm/front-ends.cpio" "$share" cache="$share/cache" \
+    {
+        echo "only=${WB_VM_ONLY:-} want_kills=${WB_VM_KILLS:-20}"
+        cat tests/vm/front-ends.sh
+    } > "$share/plan"
+    tests/vm/run-plan.sh "${WB_VM_SECONDS:-1800}" "$kernel" "$vm/front-ends.cpio" "$share" cache="$share/cache" \
         backing="$share/backing",discard=unmap
 }
 

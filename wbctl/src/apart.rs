@@ -27,6 +27,8 @@ const OFTEN: Duration = Duration::from_millis(1);
 const SELDOM: Duration = Duration::from_millis(100);
 /// How long the kernel may take to end the requests of a killed daemon.
 const TO_DIE: Duration = Duration::from_secs(60);
+/// How long the kernel may take to notice that the last server is dead, and to remove its device.
+const TO_REMOVE: Duration = Duration::from_secs(20);
 /// How long the daemon retries to start the process.
 const TO_START: Duration = Duration::from_secs(5);
 
@@ -40,6 +42,8 @@ pub(crate) enum Task {
     CompleteLoop,
     /// When the daemon is gone, remove what it left of the device at the ublk driver.
     Guard,
+    /// Remove a device of the process that has started this one, whose server is dead.
+    Remove,
     /// Print the name of the volume that a daemon serves as this device.
     Owner,
     /// Say whether this program can go on for one of this version.
@@ -60,6 +64,7 @@ pub(crate) fn carry_out(args: &Args) -> ! {
         Task::Claim => outside::claim(&args.device),
         Task::CompleteLoop => outside::complete_loop_device(&args.device),
         Task::Guard => guard(&args.device),
+        Task::Remove => remove(&args.device),
         Task::Owner => owner(&args.device),
         Task::TakeOver => take_over(&args.device),
     };
@@ -154,6 +159,30 @@ fn guard(device: &Path) -> io::Result<()> {
         std::thread::sleep(SELDOM);
     }
     Ok(())
+}
+
+/// Removes a device of the keeper, which lives. Nobody is left to serve it.
+fn remove(device: &Path) -> io::Result<()> {
+    let keeper = std::os::unix::process::parent_id();
+    loop {
+        match ublk::remove_dead(device, keeper).map_err(|e| e.cause)? {
+            Removal::Done | Removal::Alive => return Ok(()),
+            Removal::NotYet => std::thread::sleep(SELDOM),
+        }
+    }
+}
+
+/// Has a device of this keeper removed, whose servers are all dead, and waits for that, but not for
+/// ever. The guard alone is not enough: systemd kills it once the keeper has ended, and then the
+/// users of the device would wait for ever.
+pub(crate) fn remove_own(device: &Path) {
+    let begun = Instant::now();
+    let why = match run(Task::Remove, device, || begun.elapsed() < TO_REMOVE) {
+        Some(Ok(())) => return,
+        Some(Err(e)) => e.to_string(),
+        None => format!("not within {} s", TO_REMOVE.as_secs()),
+    };
+    tracing::error!("cannot remove {}, so its users may wait: {why}", device.display());
 }
 
 fn owner(device: &Path) -> io::Result<()> {

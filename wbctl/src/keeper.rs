@@ -6,6 +6,7 @@
 //! Whatever is kept is closed in an order that lets each process end, whichever is killed first:
 //! see [`Kept`].
 
+use crate::apart;
 use crate::crashes::{Crashes, described};
 use crate::keeping::{
     BEFORE, FUSE, Given, Kept, LISTENER, LOCK, Link, Message, REFUSED, REPLACED, Role, VARIABLE,
@@ -39,6 +40,8 @@ pub(crate) struct Keeper {
     state: Option<String>,
     /// Whether the volume outlives its server; unknown until it was served.
     outlives: Option<bool>,
+    /// The block device of a volume that ends. The server may withdraw its note.
+    device: Option<PathBuf>,
     /// The signals that end the volume, so far.
     told: Vec<Signal>,
     signals: SignalFd,
@@ -96,6 +99,7 @@ impl Keeper {
             kept,
             state,
             outlives,
+            device: None,
             told: told.into_iter().filter_map(|it| Signal::try_from(it).ok()).collect(),
             signals,
             relay: Relay::start()?,
@@ -287,6 +291,7 @@ impl Keeper {
             Message::LastWords { text } => server.last_words = Some(text),
             Message::Ending => {
                 server.is_ending = true;
+                self.device = self.name.noted_device();
                 if let Err(e) = self.kept.let_go() {
                     tracing::warn!("cannot let go of the loop device: {e}");
                 }
@@ -388,6 +393,7 @@ impl Keeper {
 
     /// The end of a volume that its server has ended, or has never served.
     fn ended(&self, status: ExitStatus, how: &str) -> Exit {
+        self.remove_device();
         if let Some(signal) = status.signal() {
             let told = self.told.iter().any(|told| *told as i32 == signal);
             if let (true, Ok(signal)) = (told, Signal::try_from(signal)) {
@@ -411,8 +417,16 @@ impl Keeper {
         self.relay.send("STATUS=failed".into());
         drop(self.kept.take(FUSE));
         let _ = self.kept.let_go();
+        self.remove_device();
         self.name.withdraw();
         Exit::Failed
+    }
+
+    /// Removes what may be left of the volume at the ublk driver, which would keep its users
+    /// waiting for another server.
+    fn remove_device(&self) {
+        let device = self.device.clone().or_else(|| self.name.noted_device());
+        device.iter().for_each(|device| apart::remove_own(device));
     }
 
     /// Ends as a daemon does whose server was killed: whoever has started it sees that.

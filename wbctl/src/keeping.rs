@@ -245,9 +245,9 @@ impl Kept {
     }
 
     /// Lets go of the block device. The FUSE connection comes first: who closes the loop device
-    /// last waits for it.
+    /// last waits for it. The guard stays, until this process ends.
     pub(crate) fn let_go(&mut self) -> io::Result<()> {
-        for name in [FUSE, MOUNT, GUARD] {
+        for name in [FUSE, MOUNT] {
             drop(self.others.remove(name));
         }
         self.has_loop = false;

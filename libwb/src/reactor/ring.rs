@@ -212,6 +212,13 @@ impl Ring {
     }
 
     fn push_served(&mut self) {
+        let submission = self.ring.submission();
+        let room = submission.capacity() - submission.len();
+        drop(submission);
+        if self.to_serve.len() > room {
+            // Commands that came together go together.
+            self.enter(0, None);
+        }
         while let Some(key) = self.to_serve.pop() {
             if self.ring.submission().is_full() {
                 self.enter(0, None);

@@ -14,7 +14,7 @@ mod queue;
 use super::{MAX_DISCARD, Options, Owner, ServeError, Volume, failed};
 use crate::format::{SECTOR_BYTES, to_u64};
 use crate::reactor::Handle;
-use crate::sys::{CONTROL, Command, Control};
+use crate::sys::{CONTROL, Command, Control, open_queue};
 use byteorder::{ByteOrder, NativeEndian};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
@@ -47,6 +47,7 @@ const TO_NOTICE: Duration = Duration::from_secs(20);
 /// `struct ublksrv_ctrl_dev_info`.
 #[derive(Clone, Copy, Debug, Default)]
 struct Info {
+    queues: u16,
     depth: u16,
     state: u16,
     max_request: u32,
@@ -68,9 +69,26 @@ impl Info {
         (mark == OURS).then_some(u32::try_from(process).ok()?)
     }
 
+    /// Refuses a device that is not of this keeper, or not as this program would have made it: the
+    /// driver would wait for ever for tags that this program does not serve.
+    fn refuse_to_resume(&self, keeper: Option<u32>, path: &Path) -> Result<(), ServeError> {
+        let path = path.display();
+        if self.owner().is_none() || self.owner() != keeper {
+            return Err(failed(format!("{path} is not this volume's any more"))(Errno::ENODEV));
+        }
+        if (self.queues, self.depth, self.max_request) != (1, DEPTH, MAX_REQUEST) {
+            let what = format!(
+                "{path} was made by another version: {} queues of {} requests of {} bytes",
+                self.queues, self.depth, self.max_request
+            );
+            return Err(failed(what)(Errno::EPROTONOSUPPORT));
+        }
+        Ok(())
+    }
+
     fn encode(&self) -> [u8; Self::BYTES] {
         let mut bytes = [0; Self::BYTES];
-        NativeEndian::write_u16(&mut bytes[0..], 1); // queues
+        NativeEndian::write_u16(&mut bytes[0..], self.queues);
         NativeEndian::write_u16(&mut bytes[2..], self.depth);
         NativeEndian::write_u32(&mut bytes[8..], self.max_request);
         NativeEndian::write_u32(&mut bytes[12..], self.number);
@@ -81,6 +99,7 @@ impl Info {
 
     fn decode(bytes: &[u8; Self::BYTES]) -> Info {
         Info {
+            queues: NativeEndian::read_u16(&bytes[0..]),
             depth: NativeEndian::read_u16(&bytes[2..]),
             state: NativeEndian::read_u16(&bytes[4..]),
             max_request: NativeEndian::read_u32(&bytes[8..]),
@@ -354,7 +373,16 @@ impl UblkDevice {
         let refused = || failed::<io::Error>(format!("cannot take over {}", path.display()));
         let number = number_of(path).ok_or_else(|| Errno::ENODEV.into()).map_err(refused())?;
         let mut control = open_control()?;
-        start_recovery(&mut control, number).map_err(refused())?;
+        let found = info(&mut control, number).map_err(refused())?;
+        found.refuse_to_resume(owner.keeper(), path)?;
+        match start_recovery(&mut control, number) {
+            Err(e) if e.raw_os_error() == Some(Errno::EINVAL as i32) => {
+                end_takeover(&mut control, number)?;
+                start_recovery(&mut control, number)
+            }
+            done => done,
+        }
+        .map_err(refused())?;
         let queue = Queue::serve(volume, runtime, number, owner)?;
         control.start(Command::EndRecovery, number, || !queue.has_ended()).map_err(refused())?;
         queue.has_started();
@@ -407,6 +435,7 @@ fn path_of(number: u32) -> PathBuf {
 fn add(control: &mut Control, keeper: Option<u32>) -> io::Result<(u32, u64)> {
     let recovery = if keeper.is_some() { RECOVERY } else { 0 };
     let wanted = Info {
+        queues: 1,
         depth: DEPTH,
         max_request: MAX_REQUEST,
         number: u32::MAX,
@@ -433,6 +462,28 @@ fn start_recovery(control: &mut Control, number: u32) -> io::Result<()> {
             done => return done,
         }
     }
+}
+
+/// Ends a takeover whose server was killed before it served all tags. Linux 6.12 allows no
+/// further one until it has.
+fn end_takeover(control: &mut Control, number: u32) -> Result<(), ServeError> {
+    let refused = || failed::<io::Error>(format!("cannot end a takeover of ublk device {number}"));
+    if info(control, number).map_err(refused())?.state != Info::QUIESCED {
+        return Err(refused()(Errno::EINVAL.into()));
+    }
+    let begun = Instant::now();
+    let file = loop {
+        match open_queue(number) {
+            // That server's process has not ended yet.
+            Err(e)
+                if e.raw_os_error() == Some(Errno::EBUSY as i32) && begun.elapsed() < TO_NOTICE =>
+            {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            opened => break opened.map_err(refused())?,
+        }
+    };
+    queue::serve_for_a_moment(number, file)
 }
 
 /// Makes the block device appear. The kernel then looks for partitions on it, so its queue must be
@@ -499,13 +550,50 @@ mod tests {
 
     #[test]
     fn what_the_driver_says_of_a_device_is_read_as_it_is_written() {
-        let info =
-            Info { depth: 7, max_request: 4096, number: 3, flags: 5, of_owner: OURS, state: 0 };
+        let info = Info {
+            queues: 1,
+            depth: 7,
+            max_request: 4096,
+            number: 3,
+            flags: 5,
+            of_owner: OURS,
+            state: 0,
+        };
         let read = Info::decode(&info.encode());
-        assert_eq!((read.depth, read.max_request, read.number), (7, 4096, 3));
+        assert_eq!((read.queues, read.depth, read.max_request, read.number), (1, 7, 4096, 3));
         assert_eq!((read.flags, read.of_owner, read.state), (5, OURS, Info::DEAD));
         assert_eq!(read.owner(), Some(0));
         assert_eq!(Info { of_owner: OURS | 77, ..info }.owner(), Some(77));
         assert_eq!(Info { of_owner: 77, ..info }.owner(), None);
+    }
+
+    #[test]
+    fn only_the_own_device_is_taken_over_and_only_if_it_is_as_expected() {
+        let own = Info {
+            queues: 1,
+            depth: DEPTH,
+            max_request: MAX_REQUEST,
+            of_owner: OURS | 77,
+            ..Info::default()
+        };
+        let refused = |info: Info, keeper| {
+            let told = info.refuse_to_resume(keeper, Path::new("/dev/ublkb0"));
+            told.err().map(|e| e.to_string()).unwrap_or_default()
+        };
+        assert_eq!(refused(own, Some(77)), "");
+        for other in [Some(78), None] {
+            assert!(refused(own, other).contains("not this volume's"), "{other:?}");
+        }
+        let foreign = Info { of_owner: 77, ..own };
+        assert!(refused(foreign, Some(77)).contains("not this volume's"));
+        assert!(refused(foreign, None).contains("not this volume's"));
+        let others = [
+            Info { depth: 64, ..own },
+            Info { max_request: 4096, ..own },
+            Info { queues: 2, ..own },
+        ];
+        for other in others {
+            assert!(refused(other, Some(77)).contains("another version"), "{other:?}");
+        }
     }
 }

@@ -248,6 +248,27 @@ impl Drop for Descriptions {
     }
 }
 
+/// Submits a command with each of the arguments to a device, all in one call, and forgets them: the
+/// kernel cancels them.
+///
+/// # Errors
+/// When the system refuses.
+pub(crate) fn submit_all(device: &File, code: u32, arguments: &[[u8; 16]]) -> io::Result<()> {
+    let entries = u32::try_from(arguments.len()).map_err(|_| Errno::EINVAL)?;
+    let mut ring = IoUring::new(entries)?;
+    for argument in arguments {
+        let fd = types::Fd(device.as_raw_fd());
+        let entry = opcode::UringCmd16::new(fd, code).cmd(*argument).build();
+        // SAFETY: the driver uses no buffer before the device has started.
+        unsafe { ring.submission().push(&entry) }.map_err(|_| Errno::EBUSY)?;
+    }
+    ring.submit()?;
+    match ring.completion().next() {
+        Some(refused) => Err(io::Error::from_raw_os_error(-refused.result())),
+        None => Ok(()),
+    }
+}
+
 /// Opens the device through which a server gets the requests of block device `number`.
 ///
 /// # Errors

@@ -3,14 +3,15 @@
 
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::reactor::{Command, Handle, Server, Target};
-use crate::runtime::Runtime;
+use crate::runtime::{Runtime, thread};
 use crate::serve::request::{Answer, Outcome, Request, carry_out, write};
 use crate::serve::{Owner, ServeError, Volume, failed};
-use crate::sys::{Description, Descriptions, LazyBuffer, open_queue};
+use crate::sys::{Description, Descriptions, LazyBuffer, open_queue, submit_all};
 use byteorder::{ByteOrder, NativeEndian};
 use event_listener::Event;
 use futures_util::future::{BoxFuture, Either, poll_immediate, select};
 use nix::errno::Errno;
+use std::fs::File;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -82,13 +83,33 @@ enum Performed {
     Later { work: BoxFuture<'static, Outcome>, written: usize },
 }
 
-/// A command about a tag of queue 0, in the form of `struct ublksrv_io_cmd`.
-fn command(tag: u16, code: u32, result: i32, buffer: LazyBuffer) -> Command {
+/// What a command says about a tag of queue 0, in the form of `struct ublksrv_io_cmd`.
+fn argument(tag: u16, result: i32, buffer: u64) -> [u8; 16] {
     let mut argument = [0; 16];
     NativeEndian::write_u16(&mut argument[2..], tag);
     NativeEndian::write_i32(&mut argument[4..], result);
-    NativeEndian::write_u64(&mut argument[8..], to_u64(buffer.as_ptr().addr()));
+    NativeEndian::write_u64(&mut argument[8..], buffer);
+    argument
+}
+
+/// A command about a tag.
+fn command(tag: u16, code: u32, result: i32, buffer: LazyBuffer) -> Command {
+    let argument = argument(tag, result, to_u64(buffer.as_ptr().addr()));
     Command { tag, code, argument, buffer }
+}
+
+/// Serves all tags of a device that is not started, and ends that at once: a takeover that has begun
+/// can be begun again after that.
+pub(super) fn serve_for_a_moment(number: u32, file: File) -> Result<(), ServeError> {
+    let cannot = format!("cannot end an earlier takeover of ublk device {number}");
+    // No request comes, so one buffer will do.
+    let buffer = LazyBuffer::new(to_usize(MAX_REQUEST.into())).map_err(failed(cannot.clone()))?;
+    let address = to_u64(buffer.as_ptr().addr());
+    let arguments: Vec<_> = (0..DEPTH).map(|tag| argument(tag, 0, address)).collect();
+    // The driver takes the device for abandoned when the thread has ended that served it.
+    let served = thread("wb-moment").spawn(move || submit_all(&file, FETCH, &arguments));
+    let served = served.map_err(failed(cannot.clone()))?.join();
+    served.unwrap_or_else(|_| Err(Errno::EIO.into())).map_err(failed(cannot))
 }
 
 /// The command that answers a request.
@@ -121,7 +142,7 @@ impl<V: Volume> Server for Queue<V> {
                     }
                     let runtime = self.runtime.clone();
                     let device = self.device.clone();
-                    runtime.serve(&device, self, answer(tag, done, buffer));
+                    runtime.serve(&device, &self, [answer(tag, done, buffer)]);
                 });
                 None
             }
@@ -173,9 +194,10 @@ impl<V: Volume> Queue<V> {
             is_told: AtomicBool::new(false),
             owner: Box::new(owner),
         });
-        for (tag, buffer) in (0..DEPTH).zip(buffers) {
-            runtime.serve(&queue.device, queue.clone(), command(tag, FETCH, 0, buffer));
-        }
+        // Together: the driver cannot put away a part, if this process is killed in between.
+        let fetches = (0..DEPTH).zip(buffers);
+        let fetches = fetches.map(|(tag, buffer)| command(tag, FETCH, 0, buffer));
+        runtime.serve(&queue.device, &queue, fetches);
         Ok(queue)
     }
 

@@ -65,6 +65,23 @@ const CUT_AFTER_DEATH: &[Step] = &[
     Cut(Left::Nothing),
 ];
 
+/// The process dies during flushes, at about the end of a read. The next one is asked for a flush,
+/// and then the power fails.
+const FLUSHED: &[Step] = &[
+    Write(0, 8),
+    FlushBehind,
+    Read(800, 8),
+    Die,
+    Flush,
+    Cut(Left::Nothing),
+    Write(8, 8),
+    FlushBehind,
+    Read(900, 16),
+    Die,
+    Flush,
+    Cut(Left::Nothing),
+];
+
 /// Full segments on their way to the device.
 const SEGMENTS: &[Step] = &[
     Write(0, SEGMENT + 24),
@@ -126,6 +143,11 @@ fn cut_after_death() {
 }
 
 #[test]
+fn flushed() {
+    at_every_moment("flushed", FLUSHED);
+}
+
+#[test]
 fn segments() {
     at_every_moment("segments", SEGMENTS);
 }
@@ -146,7 +168,7 @@ fn broken_rules_show() {
         (Rule::HeadKeptUntilWritten, "segments", SEGMENTS),
         (Rule::HeadKnowsCommit, "cut after death", CUT_AFTER_DEATH),
         (Rule::HeadEndStaysOpen, "commits", COMMITS),
-        (Rule::FlushedAtOpen, "segments", SEGMENTS),
+        (Rule::FlushedAtOpen, "flushed", FLUSHED),
     ];
     let unnoticed: Vec<Rule> = cases
         .into_iter()

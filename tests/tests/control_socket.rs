@@ -216,9 +216,9 @@ fn a_request_of_a_newer_client_is_taken_or_refused_as_it_says() {
     let answer = |request: &str| Asking::of(&volume, request).last();
     assert_eq!(answer("\"flush\",\"colour\":1")["reply"], "done");
     assert_eq!(answer("\"set\"")["reply"], "done");
-    let refused = answer("\"detach\",\"softly\":true,\"protocol\":2");
+    let refused = answer("\"detach\",\"softly\":true,\"protocol\":3");
     let why = refused["message"].as_str().unwrap_or_default();
-    assert!(why.contains("is older than wbctl") && refused["protocol"] == 1, "{refused}");
+    assert!(why.contains("is older than wbctl") && refused["protocol"] == 2, "{refused}");
     assert!(attached.is_running());
     assert_eq!(answer("\"detach\",\"protocol\":1,\"colour\":1")["reply"], "done");
     assert_eq!(attached.wait().code(), Some(0), "{}", attached.stderr());

@@ -180,9 +180,12 @@ pub(crate) fn remove_own(device: &Path) {
     let why = match run(Task::Remove, device, || begun.elapsed() < TO_REMOVE) {
         Some(Ok(())) => return,
         Some(Err(e)) => e.to_string(),
-        None => format!("not within {} s", TO_REMOVE.as_secs()),
+        None => format!("it took more than {} s", TO_REMOVE.as_secs()),
     };
-    tracing::error!("cannot remove {}, so its users may wait: {why}", device.display());
+    tracing::error!(
+        "cannot remove {}: {why}. Programs that use it may hang until the next wbctl attach",
+        device.display()
+    );
 }
 
 fn owner(device: &Path) -> io::Result<()> {

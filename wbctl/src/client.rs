@@ -49,8 +49,8 @@ fn explained(name: &VolumeName, error: AskError) -> anyhow::Error {
         }
         AskError::Silent(pid) => anyhow!("volume '{name}': {}", silence(name, pid)),
         AskError::Gone if name.is_running().unwrap_or(false) => anyhow!(
-            "volume '{name}': its daemon was restarted meanwhile, and goes on; what was done is \
-             kept: repeat the command"
+            "volume '{name}': its server was restarted meanwhile, and goes on. The command may \
+             have done a part, which is kept: repeat it"
         ),
         AskError::System(cause) => {
             anyhow::Error::new(cause).context(format!("cannot reach the daemon of '{name}'"))
@@ -63,8 +63,8 @@ fn explained(name: &VolumeName, error: AskError) -> anyhow::Error {
 pub(crate) fn silence(name: &VolumeName, pid: Option<i32>) -> String {
     let kill = pid.map_or("kill it".into(), |pid| format!("kill -9 {pid}"));
     format!(
-        "{}: it is stopped, hangs, or goes on for a server that died, which its log shows; to give \
-         it up: {kill}, then: wbctl detach --force {name}",
+        "{}: it is stopped, or hangs, or is replacing a server that died; in the last case its log \
+         says so: wait. To give it up: {kill}, then: wbctl detach --force {name}",
         AskError::Silent(pid)
     )
 }

@@ -203,7 +203,7 @@ impl Daemon {
     fn leave(&self) {
         let _one = self.leaving.lock();
         if let Err(e) = self.standing.leave(&self.cache) {
-            tracing::warn!("this would be forgotten if the server died: {e:#}");
+            tracing::warn!("if this server died, the next one would not know what was set: {e:#}");
         }
     }
 

@@ -384,7 +384,7 @@ impl Keeper {
             }
             None => {
                 tracing::error!(
-                    "the server of '{}' {how}. It has died too often within a minute of service",
+                    "the server of '{}' {how}: servers die too often within a minute of service",
                     self.name
                 );
                 Next::End(self.give_up())
@@ -411,8 +411,8 @@ impl Keeper {
     /// Ends a volume that nobody serves. Its users get errors from now on.
     fn give_up(&mut self) -> Exit {
         logging::line(&format!(
-            "wbctl: the volume '{0}' has failed: its users get errors. What was flushed is kept; \
-             attach it again with: wbctl attach {0}",
+            "wbctl: the volume '{0}' has failed: its users get errors. What was flushed is kept, \
+             other writes may be lost. Unmount it, and attach it again with: wbctl attach {0}",
             self.name
         ));
         self.relay.send("STATUS=failed".into());

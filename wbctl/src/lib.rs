@@ -136,7 +136,7 @@ enum Command {
     },
     /// Go on serving a volume with the program that is installed now
     ///
-    /// Who uses the block device waits for a moment. If the installed program cannot go on, the
+    /// Programs that use the volume wait for a moment. If the installed program cannot go on, the
     /// volume stays with the one that serves it.
     Restart {
         /// The volume

@@ -31,6 +31,9 @@ pub enum CacheError {
          lost"
     )]
     Head(String),
+    /// There is no memory for the log's head.
+    #[error("no memory for the head of the log: {0}")]
+    NoMemory(String),
     /// The request does not lie within the volume.
     #[error("request of {length} bytes at sector {sector} is unaligned or outside the volume")]
     OutOfRange {

@@ -37,7 +37,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// The version of the protocol.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// The maximum number of clients whose requests may wait, for example for a device. Further ones
 /// are turned away.
@@ -95,7 +95,10 @@ impl Request {
 
     /// The version of the protocol that a daemon must speak to do what this asks.
     fn needs(&self) -> u32 {
-        FIRST
+        match self {
+            Request::Restart => 2,
+            _ => FIRST,
+        }
     }
 }
 
@@ -408,7 +411,7 @@ mod tests {
         ] {
             assert_eq!(request_of(line), detach, "{line}");
         }
-        let (none, reply) = asked("{\"protocol\":2,\"request\":\"detach\",\"drain\":true}\n");
+        let (none, reply) = asked("{\"protocol\":3,\"request\":\"detach\",\"drain\":true}\n");
         assert!(none.is_none() && reply.contains("is older than wbctl"), "{reply}");
         assert!(asked("{\"request\":\"explode\"}\n").1.contains("unknown variant"));
     }
@@ -427,8 +430,8 @@ mod tests {
         assert_eq!(
             lines,
             [
-                r#"{"protocol":1,"reply":"progress","dirty_bytes":1,"left_bytes":1}"#,
-                r#"{"protocol":1,"reply":"done"}"#
+                r#"{"protocol":2,"reply":"progress","dirty_bytes":1,"left_bytes":1}"#,
+                r#"{"protocol":2,"reply":"done"}"#
             ]
         );
     }

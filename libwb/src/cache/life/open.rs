@@ -89,7 +89,7 @@ async fn open_on(
     let geometry = superblock.geometry;
     let head = match head {
         Some(head) => head,
-        None => Head::create().map_err(|e| CacheError::Head(format!("no room for it: {e}")))?,
+        None => Head::create().map_err(|e| CacheError::NoMemory(e.to_string()))?,
     };
     let written_back = recovery.live().next().map_or(recovery.point, |first| first.minus(1));
     let opening = Opening {

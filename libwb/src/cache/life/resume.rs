@@ -55,13 +55,13 @@ impl Opening<'_> {
             }
             if newest > self.written_back && newest.since(self.written_back) > self.geometry.lap() {
                 return Err(format!(
-                    "it ends with segment {newest}, in whose slot a segment is not written back"
+                    "it ends with segment {newest}, whose slot holds data that is not written back"
                 ));
             }
         }
         match self.recovery.open_end() {
             Some(open) if segments.iter().all(|segment| segment.id != open) => {
-                Err(format!("segment {open} is open on the device, and it does not hold that"))
+                Err(format!("segment {open} is open on the device, and the head lacks it"))
             }
             _ => Ok(()),
         }

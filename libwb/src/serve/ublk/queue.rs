@@ -98,8 +98,8 @@ fn command(tag: u16, code: u32, result: i32, buffer: LazyBuffer) -> Command {
     Command { tag, code, argument, buffer }
 }
 
-/// Serves all tags of a device that is not started, and ends that at once: a takeover that has begun
-/// can be begun again after that.
+/// Serves all tags of a device that is not started, and ends that at once: a takeover that has
+/// begun can be begun again after that.
 pub(super) fn serve_for_a_moment(number: u32, file: File) -> Result<(), ServeError> {
     let cannot = format!("cannot end an earlier takeover of ublk device {number}");
     // No request comes, so one buffer will do.

@@ -158,7 +158,12 @@ fn loses_data(seed: u64, rules: Rules, prefers_durable_writes: bool) -> bool {
 }
 
 /// The same if the process dies after a flush has failed, and another one goes on.
-fn loses_data_after_a_death(seed: u64, rules: Rules, prefers_durable_writes: bool) -> bool {
+fn loses_data_after_a_death(
+    seed: u64,
+    rules: Rules,
+    prefers_durable_writes: bool,
+    fails_at_open: bool,
+) -> bool {
     let mut volume = TestVolume::new(seed, prefers_durable_writes);
     let head = Head::create().expect("memory");
     let options = |head: &Head| OpenOptions::serve().rules(rules).head(head.clone());
@@ -173,14 +178,25 @@ fn loses_data_after_a_death(seed: u64, rules: Rules, prefers_durable_writes: boo
         // Let full segments reach the device, so that they are in memory no more.
         runtime.sleep(Duration::from_millis(1)).await;
     });
-    volume.cache.set_faults(Faults { flush: 1.0, ..Faults::default() });
-    assert!(volume.run(cache.flush()).is_err());
-    volume.cache.set_faults(Faults::default());
+    let failing = Faults { flush: 1.0, ..Faults::default() };
+    let left = || head.descriptor().try_clone_to_owned().and_then(Head::open).expect("a head");
+    if !fails_at_open {
+        volume.cache.set_faults(failing);
+        assert!(volume.run(cache.flush()).is_err());
+        volume.cache.set_faults(Faults::default());
+    }
     drop(cache);
     // The devices are as they were: also the data that no flush covers any more.
     volume.simulation.kill_tasks();
-    let left = head.descriptor().try_clone_to_owned().and_then(Head::open).expect("a head");
-    let cache = volume.open_with(volume.cache.clone(), options(&left));
+    if fails_at_open {
+        volume.cache.set_faults(failing);
+        let [cache, backing] = [volume.cache.clone(), volume.backing.clone()];
+        let opening = Cache::open(cache, backing, Arc::new(runtime), options(&left()));
+        assert!(volume.run(opening).is_err());
+        volume.cache.set_faults(Faults::default());
+        volume.simulation.kill_tasks();
+    }
+    let cache = volume.open_with(volume.cache.clone(), options(&left()));
     cache.pause();
     let is_promised = volume.run(cache.flush()).is_ok();
     drop(cache);
@@ -234,8 +250,8 @@ fn after_a_failed_flush_nothing_is_promised() {
 
 #[test]
 fn after_a_failed_flush_the_next_process_promises_nothing_either() {
-    for durable in [false, true] {
-        let loses_data = |seed, rules| loses_data_after_a_death(seed, rules, durable);
+    for (durable, at_open) in [(false, false), (true, false), (false, true), (true, true)] {
+        let loses_data = |seed, rules| loses_data_after_a_death(seed, rules, durable, at_open);
         assert_eq!(seeds_with(loses_data, Rules::default()), 0);
         assert!(seeds_with(loses_data, Rules::breaking(Rule::HeadKeepsFailure)) > 0);
     }

@@ -41,7 +41,8 @@ front-ends() {
         echo "only=${WB_VM_ONLY:-} want_kills=${WB_VM_KILLS:-20}"
         cat tests/vm/front-ends.sh
     } > "$share/plan"
-    tests/vm/run-plan.sh "${WB_VM_SECONDS:-1800}" "$kernel" "$vm/front-ends.cpio" "$share" cache="$share/cache" \
+    tests/vm/run-plan.sh "${WB_VM_SECONDS:-1800}" "$kernel" "$vm/front-ends.cpio" "$share" \
+        cache="$share/cache" \
         backing="$share/backing",discard=unmap
 }
 

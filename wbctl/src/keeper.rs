@@ -450,10 +450,8 @@ impl Keeper {
         if !had_before {
             drop(self.kept.take(BEFORE));
         }
-        // It holds what the next program would have got.
-        if let Ok(null) = File::open("/dev/null") {
-            let _ = rustix::stdio::dup2_stdin(null);
-        }
+        // It holds what the next program would have got. Any other descriptor will do.
+        let _ = rustix::stdio::dup2_stdin(&self.signals);
         why
     }
 

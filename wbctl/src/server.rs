@@ -59,7 +59,7 @@ pub(crate) fn serve(args: &Args, link: Link, reserved: Reserved, out: &mut Outpu
     let served = meet(link, reserved, &stages).and_then(|(given, before)| {
         let server = Server { args, stages: &stages, end };
         match before {
-            Some(standing) => server.go_on(given, standing, &ended),
+            Some(standing) => server.go_on(given, standing, &ended, out),
             None => server.begin(given, &ended, out),
         }
     });
@@ -155,7 +155,13 @@ impl Server<'_> {
 
     /// Goes on where another server has ended. If that fails, the keeper decides what comes next:
     /// nothing is taken down here.
-    fn go_on(self, mut given: Given, standing: Standing, ended: &Receiver<End>) -> Result<()> {
+    fn go_on(
+        self,
+        mut given: Given,
+        standing: Standing,
+        ended: &Receiver<End>,
+        out: &mut Output,
+    ) -> Result<()> {
         let waiting = given.kept.take(CLIENT).map(Waiting::on);
         let name = self.args.name()?;
         let volume = standing.volume.clone();
@@ -171,8 +177,10 @@ impl Server<'_> {
             std::mem::forget(device);
             return Err(e);
         }
-        // The last server may have died before it did so.
-        link(&recovered.on.name, device.path());
+        if !standing.announced {
+            // The last server died before it did so.
+            let _ = recovered.tell_user(&device, out);
+        }
         notify::ready(SERVING);
         waiting.into_iter().for_each(|client| client.done(given.is_installed));
         // The note may go to the volume itself, which is served from here on.
@@ -249,23 +257,27 @@ impl Recovered {
         let cannot = || format!("cannot listen on {}", socket.display());
         let listener = control::listen(&socket).with_context(cannot)?;
         to_keeper::keep(LISTENER, listener.as_fd()).with_context(cannot)?;
-        link(&self.on.name, device.path());
-        // If this server dies after the next step, another one goes on. So its user must know.
-        writeln!(out, "ready {}", device.path().display())?;
-        out.flush()?;
-        self.answer_clients(server, device, program, listener)?;
+        let standing = self.answer_clients(server, device, program, listener)?;
+        self.tell_user(device, out)?;
+        standing.leave(&self.cache)?;
         notify::ready(SERVING);
         Ok(())
     }
 
-    /// From now on, another server may go on.
+    fn tell_user(&self, device: &Served, out: &mut Output) -> Result<()> {
+        link(&self.on.name, device.path());
+        writeln!(out, "ready {}", device.path().display())?;
+        Ok(out.flush()?)
+    }
+
+    /// From now on, another server may go on. Returns what is to be left to it once the user knows.
     fn answer_clients(
         &self,
         server: &Server<'_>,
         device: &Served,
         program: PathBuf,
         listener: UnixListener,
-    ) -> Result<()> {
+    ) -> Result<Standing> {
         let OnDevices { name, volume, options, watched, io, devices } = &self.on;
         watched.served_as(device.path());
         let standing = Standing {
@@ -275,13 +287,15 @@ impl Recovered {
             device: device.path().into(),
             tunables: BTreeMap::new(),
             paused: false,
+            announced: false,
         };
         standing.leave(&self.cache)?;
+        let standing = Standing { announced: true, ..standing };
         let outlives = device.can_resume();
         to_keeper::ready(outlives)?;
         let daemon = Daemon {
             name: name.clone(),
-            standing,
+            standing: standing.clone(),
             cache: self.cache.clone(),
             watched: watched.clone(),
             devices: devices.clone(),
@@ -294,7 +308,8 @@ impl Recovered {
             end: server.end.clone(),
         };
         let answer = move |request, replies: &mut _| daemon.answer(&request, replies);
-        control::serve(listener, answer).context("cannot answer clients")
+        control::serve(listener, answer).context("cannot answer clients")?;
+        Ok(standing)
     }
 
     fn close(self) -> Result<()> {

@@ -22,6 +22,8 @@ pub(crate) struct Standing {
     /// Tunables in force, by name.
     pub(crate) tunables: BTreeMap<String, TunableValue>,
     pub(crate) paused: bool,
+    /// Whether the user was told that the volume is ready.
+    pub(crate) announced: bool,
 }
 
 impl Standing {
@@ -68,6 +70,7 @@ mod tests {
             device: "/dev/loop7".into(),
             tunables: by_name(&Tunables::default()),
             paused: true,
+            announced: true,
         };
         let text = serde_json::to_string(&standing).unwrap();
         assert_eq!(Standing::read(&text).unwrap(), standing);

@@ -76,6 +76,7 @@ impl CacheError {
             CacheError::Device(error) if error.operation == Operation::Discard => error.cause,
             CacheError::Log(_)
             | CacheError::Head(_)
+            | CacheError::NoMemory(_)
             | CacheError::Device(_)
             | CacheError::Failed(_)
             | CacheError::Full(_)

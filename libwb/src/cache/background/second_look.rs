@@ -2,6 +2,7 @@
 //! the device has lost or altered something. [`second_look`] says what a slot means.
 
 use crate::cache::engine::Engine;
+use crate::cache::error::CacheError;
 use crate::device::{DeviceError, Operation};
 use crate::format::{BLOCK_BYTES, SegmentId, Slot, to_u64};
 use crate::log::corruption::Corruption;
@@ -56,8 +57,13 @@ impl Engine {
                     SecondLook::Damaged(id) => damaged.push(id),
                     SecondLook::Contradiction(what) => self.contradicted(slot, &what).await,
                 }
+                if self.state.lock().lifecycle.is_ending() {
+                    break;
+                }
             }
-            if !damaged.is_empty() {
+            drop(reads);
+            // What stands on a device that contradicts the log is evidence.
+            if !damaged.is_empty() && !self.state.lock().lifecycle.is_ending() {
                 self.empty_damaged(damaged).await;
             }
             let took = self.runtime.now().saturating_sub(begun);
@@ -74,16 +80,24 @@ impl Engine {
         }
         let offset = self.state.lock().log.geometry().slot_offset(slot);
         tracing::error!("{}: slot {slot}: {what}", self.cache.name());
-        self.state.lock().lifecycle.close();
-        if let Err(error) = self.flush_log().await {
-            tracing::error!("what was not flushed may be lost: {error}");
-        }
-        self.fail(DeviceError {
+        let error = DeviceError {
             device: self.cache.name().clone(),
             operation: Operation::Read,
             offset,
             length: to_u64(BLOCK_BYTES),
             cause: DeviceError::CONTRADICTS,
-        });
+        };
+        {
+            let mut state = self.state.lock();
+            state.lifecycle.close();
+            // Whatever becomes of this process, the next one must not take requests.
+            state.log.note_failure(&error);
+        }
+        match self.flush_log().await {
+            // Closed: all of it is durable.
+            Ok(()) | Err(CacheError::Closed) => {}
+            Err(error) => tracing::error!("what was not flushed may be lost: {error}"),
+        }
+        self.fail(error);
     }
 }

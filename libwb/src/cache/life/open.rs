@@ -151,7 +151,16 @@ async fn open_on(
     // On a device that has failed, nothing is changed any more.
     if failure.is_none() {
         let to_close = resume::end_to_close(&recovery, begun, rules);
-        engine.settle(&recovery, written_back, leftovers, to_close).await?;
+        let settled = engine.settle(&recovery, written_back, leftovers, to_close).await;
+        if let Err(CacheError::Device(error)) = &settled
+            && error.device == *engine.cache.name()
+            && !head.is_blank()
+        {
+            // Users rely on what an earlier process has acknowledged. If this was a flush, the next
+            // one would not report what the device lost.
+            engine.state.lock().log.note_failure(error);
+        }
+        settled?;
     }
     if let Some(page) = grown {
         write_extension(&engine.cache, &page).await?;

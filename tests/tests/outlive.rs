@@ -129,6 +129,28 @@ fn a_mounted_filesystem_does_not_notice_that_the_server_dies() {
 }
 
 #[test]
+fn the_user_is_told_once_that_the_volume_is_ready() {
+    needs_serving!();
+    let volume = Volume::created(16, 16 * MIB);
+    let told = volume.path("told");
+    let mut attach = volume.command(&["attach", &volume.name, "--serve", "loop"]);
+    attach.stdin(Stdio::null()).stdout(File::create(&told).unwrap()).stderr(Stdio::null());
+    let mut keeper = attach.spawn().unwrap();
+    let server = || volume.status()["live"]["server_pid"].as_u64();
+    let mut replaced = wait_for(|| server().is_some());
+    for _ in 0..2 {
+        let before = server();
+        before.into_iter().for_each(|pid| kill_process(u32::try_from(pid).unwrap()));
+        replaced &= wait_for(|| server().is_some_and(|now| Some(now) != before));
+    }
+    let detached = volume.wbctl(&["detach", &volume.name]);
+    let ended = keeper.wait().unwrap();
+    assert!(replaced && detached.code == 0 && ended.success(), "{detached:?}, {ended}");
+    let told = std::fs::read_to_string(&told).unwrap();
+    assert!(told.lines().count() == 1 && told.starts_with("ready /dev/loop"), "{told:?}");
+}
+
+#[test]
 fn what_was_set_at_run_time_and_a_pause_are_in_force_with_the_next_server() {
     needs_serving!();
     let volume = Volume::created(16, 16 * MIB);

@@ -161,7 +161,7 @@ fn guard(device: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes a device of the keeper, which lives. Nobody is left to serve it.
+/// Removes a device of the keeper, which has started this process and starts no server any more.
 fn remove(device: &Path) -> io::Result<()> {
     let keeper = std::os::unix::process::parent_id();
     loop {
@@ -172,9 +172,9 @@ fn remove(device: &Path) -> io::Result<()> {
     }
 }
 
-/// Has a device of this keeper removed, whose servers are all dead, and waits for that, but not for
-/// ever. The guard alone is not enough: systemd kills it once the keeper has ended, and then the
-/// users of the device would wait for ever.
+/// Has a device of this keeper removed once all of its servers are dead. Waits for that, but only
+/// for [`TO_REMOVE`]. The guard alone is not enough: systemd kills it once the keeper has ended.
+/// Then the driver would hold the requests of the device's users.
 pub(crate) fn remove_own(device: &Path) {
     let begun = Instant::now();
     let why = match run(Task::Remove, device, || begun.elapsed() < TO_REMOVE) {

@@ -54,8 +54,6 @@ pub(crate) struct Daemon {
     pub(crate) program: PathBuf,
     /// Held while tunables change, so that no client undoes the change of another.
     pub(crate) setting: Mutex<()>,
-    /// So that the next server gets the newest state last.
-    pub(crate) leaving: Mutex<()>,
     pub(crate) end: Sender<End>,
 }
 
@@ -201,7 +199,6 @@ impl Daemon {
 
     /// Leaves to the next server what has changed.
     fn leave(&self) {
-        let _one = self.leaving.lock();
         if let Err(e) = self.standing.leave(&self.cache) {
             tracing::warn!("if this server died, the next one would not know what was set: {e:#}");
         }

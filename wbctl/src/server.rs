@@ -45,8 +45,8 @@ const TO_COMPLETE: Duration = Duration::from_secs(10);
 pub(crate) fn serve(args: &Args, link: Link, reserved: Reserved, out: &mut Output) -> Result<Exit> {
     // Before other threads are started.
     signals::ignore()?;
-    // While a core is written, the next server waits. Where the core goes to this very volume, it
-    // would wait for ever.
+    // The next server starts once the core is written. If the core went to this very volume, its
+    // write would never end.
     let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
     logging::to_stderr()?;
     libwb::serve::abort_on_panic(|report| {
@@ -172,14 +172,15 @@ impl Server<'_> {
         let mut recovered = Recovered { on, cache, noting: None };
         let listener = given.kept.take(LISTENER).context("the keeper has no socket")?;
         let device = recovered.serving(lost(&self.end)).resume(&standing, given.kept)?;
-        if let Err(e) = recovered.answer_clients(&self, &device, given.program, listener.into()) {
-            // Dropping it would take it down.
-            std::mem::forget(device);
-            return Err(e);
-        }
-        if !standing.announced {
-            // The last server died before it did so.
-            let _ = recovered.tell_user(&device, out);
+        let (program, listener, told) = (given.program, listener.into(), standing.announced);
+        match recovered.answer_clients(&self, &device, program, listener, told) {
+            // The last server may have died before it did so. The user may read no more.
+            Ok(standing) => drop(recovered.tell_user(standing, &device, out)),
+            Err(e) => {
+                // Dropping it would take it down.
+                std::mem::forget(device);
+                return Err(e);
+            }
         }
         notify::ready(SERVING);
         waiting.into_iter().for_each(|client| client.done(given.is_installed));
@@ -257,26 +258,31 @@ impl Recovered {
         let cannot = || format!("cannot listen on {}", socket.display());
         let listener = control::listen(&socket).with_context(cannot)?;
         to_keeper::keep(LISTENER, listener.as_fd()).with_context(cannot)?;
-        let standing = self.answer_clients(server, device, program, listener)?;
-        self.tell_user(device, out)?;
-        standing.leave(&self.cache)?;
+        let standing = self.answer_clients(server, device, program, listener, false)?;
+        self.tell_user(standing, device, out)?;
         notify::ready(SERVING);
         Ok(())
     }
 
-    fn tell_user(&self, device: &Served, out: &mut Output) -> Result<()> {
+    /// Tells the user that the volume is ready, and the next server that it need not do so.
+    fn tell_user(&self, standing: Standing, device: &Served, out: &mut Output) -> Result<()> {
+        if standing.announced {
+            return Ok(());
+        }
         link(&self.on.name, device.path());
         writeln!(out, "ready {}", device.path().display())?;
-        Ok(out.flush()?)
+        out.flush()?;
+        Standing { announced: true, ..standing }.leave(&self.cache)
     }
 
-    /// From now on, another server may go on. Returns what is to be left to it once the user knows.
+    /// From now on, another server may go on. Returns what is left to it.
     fn answer_clients(
         &self,
         server: &Server<'_>,
         device: &Served,
         program: PathBuf,
         listener: UnixListener,
+        announced: bool,
     ) -> Result<Standing> {
         let OnDevices { name, volume, options, watched, io, devices } = &self.on;
         watched.served_as(device.path());
@@ -287,15 +293,15 @@ impl Recovered {
             device: device.path().into(),
             tunables: BTreeMap::new(),
             paused: false,
-            announced: false,
+            announced,
         };
         standing.leave(&self.cache)?;
-        let standing = Standing { announced: true, ..standing };
         let outlives = device.can_resume();
         to_keeper::ready(outlives)?;
         let daemon = Daemon {
             name: name.clone(),
-            standing: standing.clone(),
+            // Clients come when the user knows.
+            standing: Standing { announced: true, ..standing.clone() },
             cache: self.cache.clone(),
             watched: watched.clone(),
             devices: devices.clone(),
@@ -304,7 +310,6 @@ impl Recovered {
             outlives,
             program,
             setting: Mutex::default(),
-            leaving: Mutex::default(),
             end: server.end.clone(),
         };
         let answer = move |request, replies: &mut _| daemon.answer(&request, replies);

@@ -9,6 +9,7 @@ use libwb::control::by_name;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Mutex;
 
 /// A volume as it is served. What its record says has no meaning while it is attached.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,8 +33,10 @@ impl Standing {
         serde_json::from_str(text).context("cannot understand what the last server has left")
     }
 
-    /// Leaves it to the next server, as it is now.
+    /// Leaves it to the next server, as it is now. Of several at a time, the last one knows most.
     pub(crate) fn leave(&self, cache: &Cache) -> Result<()> {
+        static LEAVING: Mutex<()> = Mutex::new(());
+        let _one = LEAVING.lock();
         let (tunables, paused) = (by_name(&cache.tunables()), cache.is_paused());
         let now = Standing { tunables, paused, ..self.clone() };
         to_keeper::state(serde_json::to_string(&now)?)

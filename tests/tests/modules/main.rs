@@ -125,6 +125,18 @@ fn no_line_is_longer_than_100_columns() {
     assert!(long.is_empty(), "{} lines are too long:\n{}", long.len(), long.join("\n"));
 }
 
+#[test]
+fn no_build_output_is_tracked() {
+    let root = root();
+    let Some(files) = system("git", &["-C", root.to_str().expect("UTF-8"), "ls-files"]) else {
+        skip!("needs git and a checkout")
+    };
+    assert!(files.lines().any(|file| file == "Cargo.toml"), "{files}");
+    // cargo puts this file into each folder that it builds in.
+    let built: Vec<&str> = files.lines().filter(|file| file.ends_with("CACHEDIR.TAG")).collect();
+    assert!(built.is_empty(), "{built:?}");
+}
+
 fn arrows_in(text: &str) -> Vec<(String, String)> {
     let arrows = Crate::parse(text).arrows();
     let pairs = arrows

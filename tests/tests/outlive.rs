@@ -343,7 +343,9 @@ fn ctrl_c_in_a_terminal_ends_a_volume_in_order() {
     needs_serving!("script");
     let volume = Volume::created(16, 16 * MIB);
     let attach = volume.command(&["attach", &volume.name, "--serve", "loop"]);
-    let line = format!("{} attach {} --serve loop", attach.get_program().display(), volume.name);
+    // Without a shell in between, which would end as it likes.
+    let program = attach.get_program().display();
+    let line = format!("exec {program} attach {} --serve loop", volume.name);
     let mut terminal = Command::new("script");
     terminal.args(["-qefc", &line, "/dev/null"]);
     terminal.envs(attach.get_envs().filter_map(|(key, value)| Some((key, value?))));

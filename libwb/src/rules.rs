@@ -48,6 +48,9 @@ pub enum Rule {
     UnclaimedReadWhole,
     /// Recovery reads on after the end of the log, as far as a power cut may have left segments.
     TailReadOn,
+    /// What recovery makes the newest versions while it reads on is undone if a slot was not what it
+    /// seemed.
+    LinkedAsReadLast,
     /// A slot that is looked at late and contradicts the log that is served fails the volume.
     ContradictionFails,
     /// A segment counts as written only when all segments before it do.

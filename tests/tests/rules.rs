@@ -58,6 +58,7 @@ const SEEDS_NEEDED: &[(Rule, u64, u64)] = &[
     (Rule::VersionsStayInOrder, 0, 1500),
     (Rule::OneEpochPerBatch, 600, 800),
     (Rule::TailReadOn, 0, 500),
+    (Rule::LinkedAsReadLast, 0, 500),
     (Rule::RotIsNoPowerCut, 0, 50),
     (Rule::HeadOverwriteUndone, 0, 1000),
     (Rule::HeadKeptUntilWritten, 0, 500),

@@ -181,11 +181,14 @@ impl FirstSector {
         block: &[u8; BLOCK_BYTES],
         commit: Commit,
     ) -> Result<SegmentHeader, HeaderFault> {
-        let entries = (0..commit.length).map(|index| decode_metablock(block, index));
+        let mut metablocks = Vec::with_capacity(commit.length.into());
+        for index in 0..commit.length {
+            metablocks.push(decode_metablock(block, index)?);
+        }
         Ok(SegmentHeader {
             id: self.id,
             checksum: commit.checksum,
-            metablocks: entries.collect::<Result<_, _>>()?,
+            metablocks,
             extension: self.extension,
             is_whole: self.extension.is_some() && is_whole(block),
         })
@@ -269,6 +272,7 @@ pub fn close_header(block: &mut [u8; BLOCK_BYTES], last: Commit) {
     }
 }
 
+#[inline]
 fn decode_metablock(block: &[u8; BLOCK_BYTES], index: u8) -> Result<Metablock, HeaderFault> {
     let at = METABLOCKS + METABLOCK_BYTES * usize::from(index);
     let sector = Sector(LittleEndian::read_u64(&block[at + MB_SECTOR..]));

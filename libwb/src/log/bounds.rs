@@ -1,6 +1,6 @@
 //! Entries of the log that do not fit on the backing device.
 
-use crate::format::{BlockNo, DirtyBits, Sector, SegmentId, to_u64};
+use crate::format::{BlockNo, DirtyBits, SECTORS_PER_BLOCK, Sector, SegmentId, to_u64};
 use std::fmt::Display;
 
 /// An entry of the log with data beyond the end of the backing device.
@@ -26,6 +26,9 @@ impl Beyond {
 pub(crate) fn first_outside(block: BlockNo, dirty: DirtyBits, sectors: u64) -> Option<Sector> {
     // This cannot overflow: a block's first sector is at most `u64::MAX - 7`, its last one 7
     // higher.
+    if block.sector().0 + (SECTORS_PER_BLOCK - 1) < sectors {
+        return None;
+    }
     let mut runs = dirty.runs().map(|(from, count)| [from, from + count - 1]);
     let sector = |nth: usize| block.sector().0 + to_u64(nth);
     let [first, _] = runs.find(|&[_, last]| sector(last) >= sectors)?;

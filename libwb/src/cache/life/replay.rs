@@ -62,20 +62,46 @@ struct Slots<'a> {
     seen: Box<[bool]>,
     bytes_read: u64,
     ages: Ages,
+    leftovers: Vec<Item>,
+    ahead: Ahead,
+    rules: Rules,
+}
+
+/// Segments whose entries are the newest versions already, while others are still read: the ones
+/// after `start`, up to `linked`. Up to `read`, the log has no gap.
+#[derive(Clone, Copy)]
+struct Ahead {
+    start: SegmentId,
+    linked: SegmentId,
+    read: SegmentId,
+}
+
+impl Ahead {
+    fn of(start: SegmentId) -> Ahead {
+        Ahead { start, linked: start, read: start }
+    }
+
+    /// The ones that are linked.
+    fn segments(self) -> Vec<SegmentId> {
+        (self.start.next().0..=self.linked.0).map(SegmentId).collect()
+    }
 }
 
 impl Slots<'_> {
-    fn backing_sectors(&self) -> u64 {
-        BackingFacts::of(self.backing).sectors
-    }
-
     /// Takes in a slot, instead of what was taken in of it before.
     fn visit(&mut self, slot: Slot, content: &SlotContent) {
         self.bytes_read += content.bytes_read;
-        self.seen[to_usize(slot.0.into())] = true;
-        self.index.forget(slot);
-        self.outside.remove(&slot);
-        self.staged.remove(&slot);
+        let seen = &mut self.seen[to_usize(slot.0.into())];
+        if std::mem::replace(seen, true) {
+            let Ahead { start, linked, .. } = self.ahead;
+            let is_linked = self.geometry.id_in_slot(slot, linked) > start;
+            if is_linked && self.rules.keep(Rule::LinkedAsReadLast) {
+                self.unlink();
+            }
+            self.index.forget(slot);
+            self.outside.remove(&slot);
+            self.staged.remove(&slot);
+        }
         let Some(header) = content.header.as_ref().filter(|_| content.state.valid_id().is_some())
         else {
             return;
@@ -83,6 +109,7 @@ impl Slots<'_> {
         if let Some(extension) = &header.extension {
             self.ages.set(slot, Duration::from_millis(extension.time));
         }
+        let sectors = BackingFacts::of(self.backing).sectors;
         for (entry, place) in header.metablocks.iter().zip((0..).map(|index| Place { slot, index }))
         {
             // A clean entry of a read cache. It may be older than the backing device by now: the
@@ -91,7 +118,7 @@ impl Slots<'_> {
                 self.staged.insert(slot);
                 continue;
             }
-            if let Some(sector) = first_outside(entry.block, entry.dirty, self.backing_sectors()) {
+            if let Some(sector) = first_outside(entry.block, entry.dirty, sectors) {
                 self.outside.entry(slot).or_insert(sector);
                 continue;
             }
@@ -102,8 +129,31 @@ impl Slots<'_> {
         }
     }
 
+    /// Applies segments that are likely to be live, in the order of the log, while others are read.
+    /// Those at its end may be read again.
+    fn link_ahead(&mut self, found: Option<SegmentId>) {
+        if found == Some(self.ahead.read.next()) {
+            self.ahead.read = self.ahead.read.next();
+        }
+        let behind = match self.rules.keep(Rule::LinkedAsReadLast) {
+            true => self.geometry.write_window(),
+            false => 0,
+        };
+        while self.ahead.read.since(self.ahead.linked) > behind {
+            self.ahead.linked = self.ahead.linked.next();
+            self.apply(self.ahead.linked);
+        }
+    }
+
+    /// Undoes that.
+    fn unlink(&mut self) {
+        self.ahead = Ahead::of(self.ahead.start);
+        self.index.unlink();
+        self.leftovers.clear();
+    }
+
     /// Applies what a live segment holds.
-    fn apply(&mut self, id: SegmentId, leftovers: &mut Vec<Item>) {
+    fn apply(&mut self, id: SegmentId) {
         let slot = self.geometry.slot_of(id);
         let places = || (0..PLACES).map(|index| Place { slot, index });
         places()
@@ -114,7 +164,12 @@ impl Slots<'_> {
             if let Some(old) = self.index.link(block, place) {
                 let sectors = old.dirty.without(dirty);
                 if !sectors.is_clean() {
-                    leftovers.push(Item { block, place: old.place, sectors, discarded: false });
+                    self.leftovers.push(Item {
+                        block,
+                        place: old.place,
+                        sectors,
+                        discarded: false,
+                    });
                 }
             }
         }
@@ -139,14 +194,17 @@ impl Replay {
             seen: vec![false; geometry.all_slots().len()].into(),
             bytes_read: 0,
             ages: Ages::new(geometry.slots()),
+            leftovers: Vec::new(),
+            ahead: Ahead::of(superblock.record),
+            rules: *rules,
         };
         let tail = match reading {
-            Reading::Tail => slots.read_tail(cache, &superblock, *rules).await,
+            Reading::Tail => slots.read_tail(cache, &superblock).await,
             Reading::Headers | Reading::Whole => None,
         };
         let (recovery, rest) = match tail {
             Some(Tail { recovery, rest }) => (recovery, rest),
-            None => (slots.read_all(cache, &superblock, *reading, *rules).await, 0..0),
+            None => (slots.read_all(cache, &superblock, *reading).await, 0..0),
         };
         let recovery = recovery.refuse_corrupt(cache)?;
         known.map_or(Ok(()), |known| refuse_older(cache, recovery.reach(), known))?;
@@ -158,7 +216,7 @@ impl Replay {
         if let Some(extension) = &superblock.extension {
             check_pairing(cache, extension, &BackingFacts::of(backing))?;
         }
-        let replay = Replay { rest, ..slots.replay(cache, &superblock, recovery, *rules)? };
+        let replay = Replay { rest, ..slots.replay(cache, &superblock, recovery)? };
         if let Some(later) = later.filter(|_| !mixes) {
             later.refuse_mixture(&replay.index).await?;
         }
@@ -168,12 +226,8 @@ impl Replay {
 
 impl Slots<'_> {
     /// Reads the tail of the log, if that decides what is live.
-    async fn read_tail(
-        &mut self,
-        cache: &Device,
-        superblock: &Superblock,
-        rules: Rules,
-    ) -> Option<Tail> {
+    async fn read_tail(&mut self, cache: &Device, superblock: &Superblock) -> Option<Tail> {
+        let rules = self.rules;
         if !rules.keep(Rule::UnclaimedReadWhole) {
             return None;
         }
@@ -181,7 +235,11 @@ impl Slots<'_> {
             true => slots_ahead(self.geometry),
             false => 1,
         };
-        read_tail(cache, superblock, ahead, |slot, content| self.visit(slot, content)).await
+        let visit = |slot, content: &SlotContent| {
+            self.visit(slot, content);
+            self.link_ahead(content.state.valid_id());
+        };
+        read_tail(cache, superblock, ahead, visit).await
     }
 
     async fn read_all(
@@ -189,9 +247,8 @@ impl Slots<'_> {
         cache: &Device,
         superblock: &Superblock,
         reading: Reading,
-        rules: Rules,
     ) -> Recovery {
-        let geometry = self.geometry;
+        let (geometry, rules) = (self.geometry, self.rules);
         let visit = |slot, content: &_| self.visit(slot, content);
         let states = match reading {
             Reading::Whole => scan(cache, geometry, visit).await,
@@ -208,8 +265,8 @@ impl Slots<'_> {
         cache: &Device,
         superblock: &Superblock,
         recovery: Recovery,
-        rules: Rules,
     ) -> Result<Replay, LogError> {
+        let rules = self.rules;
         let above = !rules.keep(Rule::RecoveryStopsAtGap)
             || !rules.keep(Rule::RecoveryStopsAtCutShort) && recovery.is_open;
         let above = recovery.dropped.iter().copied().filter(|_| above);
@@ -227,15 +284,13 @@ impl Slots<'_> {
         for (slot, _) in self.geometry.all_slots().zip(is_held).filter(|(_, held)| *held) {
             self.index.forget(slot);
         }
-        let mut leftovers = Vec::new();
-        let mut staged = SegmentId::NONE;
-        for id in live {
-            self.apply(id, &mut leftovers);
-            if self.staged.contains(&self.geometry.slot_of(id)) {
-                staged = id;
-            }
+        if !live.starts_with(&self.ahead.segments()) {
+            self.unlink();
         }
-        let Slots { index, bytes_read, ages, .. } = self;
+        live.iter().skip(self.ahead.segments().len()).for_each(|&id| self.apply(id));
+        let is_staged = |id: &&SegmentId| self.staged.contains(&self.geometry.slot_of(**id));
+        let staged = live.iter().rfind(is_staged).copied().unwrap_or(SegmentId::NONE);
+        let Slots { index, leftovers, bytes_read, ages, .. } = self;
         let superblock = superblock.clone();
         let rest = 0..0;
         Ok(Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages, rest })

@@ -165,6 +165,11 @@ impl Index {
         None
     }
 
+    /// Undoes each [`Index::link`].
+    pub(crate) fn unlink(&mut self) {
+        self.newest.clear();
+    }
+
     fn cached(&self, number: u32) -> Cached {
         let [.., dirty] = self.places[number as usize];
         Cached { place: place(number), dirty: DirtyBits(dirty) }

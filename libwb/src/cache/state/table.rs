@@ -75,6 +75,13 @@ impl Table {
         &mut self.cells[self.start..].as_chunks_mut().0[nth]
     }
 
+    /// Removes all entries.
+    pub(crate) fn clear(&mut self) {
+        self.cells.fill(FREE);
+        self.aside.clear();
+        self.len = 0;
+    }
+
     /// How many entries there are.
     pub(crate) fn len(&self) -> usize {
         self.len

@@ -149,7 +149,7 @@ impl Engine {
     }
 
     /// Sleeps, but not through the end.
-    async fn pause(&self, duration: Duration) {
+    pub(super) async fn pause(&self, duration: Duration) {
         let ending =
             self.state.wait(Waiter::Writeback, |it| it.lifecycle.is_stopping().then_some(()));
         match select(self.runtime.sleep(duration), std::pin::pin!(ending)).await {

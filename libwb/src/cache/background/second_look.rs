@@ -67,7 +67,7 @@ impl Engine {
                 self.empty_damaged(damaged).await;
             }
             let took = self.runtime.now().saturating_sub(begun);
-            self.runtime.sleep(took.min(LONGEST_BREAK)).await;
+            self.pause(took.min(LONGEST_BREAK)).await;
         }
         self.task_ended();
     }

@@ -14,9 +14,10 @@ const PACKAGES: [&str; 6] = ["libwb", "wbctl", "wbformat", "wbcheck", "wbdump", 
 
 /// The layers of libwb from the bottom up, and which others each may use. A row for a module within
 /// a layer adds to what the layer may use.
-const LAYERS: [(&str, &[&str]); 14] = [
+const LAYERS: [(&str, &[&str]); 15] = [
     ("format", &[]),
     ("buf", &["format"]),
+    ("nbd", &["format"]),
     ("rules", &[]),
     ("pending", &["format"]),
     ("runtime", &["format"]),

@@ -30,8 +30,8 @@ pub(super) enum Class {
     Flush(RawFd),
     /// When this device may have another one.
     InTurn(RawFd),
-    /// At once, for it only waits until a file is ready. It does not count as under way: each client
-    /// of a server may be silent for ever.
+    /// At once, for it only waits until a file is ready. It does not count as under way: each
+    /// client of a server may be silent for ever.
     Wait,
 }
 

@@ -30,6 +30,9 @@ pub struct OptionHeader {
 }
 
 impl OptionHeader {
+    /// The code of the one option that cannot be refused with a reply.
+    pub const EXPORT_NAME: u32 = code::EXPORT_NAME;
+
     /// Reads a header.
     ///
     /// # Errors

@@ -33,6 +33,20 @@ impl OptionHeader {
     /// The code of the one option that cannot be refused with a reply.
     pub const EXPORT_NAME: u32 = code::EXPORT_NAME;
 
+    /// Whether this protocol knows the option.
+    pub fn is_known(&self) -> bool {
+        matches!(
+            self.code,
+            code::EXPORT_NAME
+                | code::ABORT
+                | code::LIST
+                | code::START_TLS
+                | code::INFO
+                | code::GO
+                | code::STRUCTURED_REPLY
+        )
+    }
+
     /// Reads a header.
     ///
     /// # Errors

@@ -103,8 +103,12 @@ async fn next_option<S: AsyncRead + Unpin>(
     let length = to_usize(header.length.into());
     if length > MAX_OPTION_BYTES {
         skip(stream, length).await?;
+        let error = match header.is_known() {
+            true => OptionError::TooBig,
+            false => OptionError::Unsupported,
+        };
         let text = format!("the option has {length} bytes of data; at most {MAX_OPTION_BYTES} fit");
-        return Ok((header, Err((OptionError::TooBig, text))));
+        return Ok((header, Err((error, text))));
     }
     let mut data = vec![0; length];
     stream.read_exact(&mut data).await?;

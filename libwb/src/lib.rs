@@ -10,7 +10,7 @@
 //! | `cache` | `engine` | the write cache itself |
 //! | `reactor` | `uring` | files and block devices through io_uring |
 //! | `nbd` | `nbd` | the NBD protocol: bytes ⇄ values. No I/O |
-//! | `serve` | `serve-ublk`, `serve-loop` | a volume as a block device |
+//! | `serve` | `serve-ublk`, `serve-loop`, `serve-nbd` | a volume as a block device, or over NBD |
 //! | `control` | `control` | the socket of the daemon |
 //! | `cli` | `cli` | what the programs share |
 //!

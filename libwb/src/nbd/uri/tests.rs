@@ -115,7 +115,11 @@ fn tls() -> impl Strategy<Value = Tls> {
 
 proptest! {
     #[test]
-    fn what_is_shown_is_understood(address in address(), export in "[^\0]{0,40}", tls in of(tls())) {
+    fn what_is_shown_is_understood(
+        address in address(),
+        export in "[^\0]{0,40}",
+        tls in of(tls()),
+    ) {
         let uri = Uri { address, export: ExportName::new(export).unwrap(), tls };
         let shown = uri.to_string();
         prop_assert!(shown.is_ascii() && !shown.contains(' '), "{}", shown);

@@ -5,8 +5,9 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-/// Room for many small requests, so that one call of the system gets them all.
-const USUAL_BYTES: usize = 256 << 10;
+/// Room for many small requests, so that one call of the system gets them all, and for one as large
+/// as programs that copy images make them.
+const USUAL_BYTES: usize = 512 << 10;
 
 /// Bytes from a client. Its memory is as large as the longest request that is under way.
 pub(super) struct Input {

@@ -1,6 +1,6 @@
 //! Negotiation with a client: which export, how it is served, and whether over TLS.
 
-use super::session::SessionError;
+use super::error::SessionError;
 use crate::format::to_usize;
 use crate::nbd::{
     BlockSizes, ClientFlags, ClientOption, Decoded, Export, ExportName, GREETING_BYTES, Greeting,

@@ -1,6 +1,7 @@
 //! A socket that clients connect to.
 
-use super::session::{Session, Stop};
+use super::session::Session;
+use super::stop::Stop;
 use crate::reactor::{Address, Handle, Listener, Socket};
 use crate::runtime::Runtime;
 use crate::serve::{ServeError, Volume, failed};

@@ -1,88 +1,17 @@
 //! One client: negotiation, then transmission.
 
+use super::error::{SessionError, TO_NEGOTIATE};
 use super::negotiation::{Agreed, Offer, greet, negotiate};
+use super::stop::Stop;
 use super::tls::ServerTls;
 use super::transmission::Transmission;
-use crate::nbd::{ExportName, NameError, OptionError, WireError};
+use crate::nbd::{ExportName, NameError};
 use crate::runtime::Runtime;
 use crate::serve::{Options, Volume};
-use event_listener::Event;
 use futures_lite::future::or;
 use futures_lite::io::{AsyncRead, AsyncWrite};
-use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
-
-/// How long a client may take until it says which export it wants.
-const TO_NEGOTIATE: Duration = Duration::from_secs(30);
-
-/// Why a client is no longer served.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum SessionError {
-    /// The connection broke.
-    #[error("the connection broke: {0}")]
-    Io(#[from] io::Error),
-    /// It sent something that is not NBD.
-    #[error("{0}")]
-    Wire(#[from] WireError),
-    /// It set unknown flags.
-    #[error("the client wants unknown flags: {0:#x}")]
-    ClientFlags(u32),
-    /// It asked for an export that there is not.
-    #[error("the client wants the unknown export '{0}'")]
-    UnknownExport(ExportName),
-    /// It sent an option that makes no sense, and cannot be told so.
-    #[error("an option of the client is not in order ({error:?}): {message}")]
-    Option {
-        /// What it would have been told.
-        error: OptionError,
-        /// Text for people.
-        message: String,
-    },
-    /// It does not start TLS.
-    #[error("the client does not start TLS")]
-    NoTls,
-    /// TLS cannot be started.
-    #[error("cannot start TLS: {0}")]
-    Tls(io::Error),
-    /// It never chooses an export.
-    #[error("the client has sent {0} options and chosen no export")]
-    TooManyOptions(usize),
-    /// It never chooses an export.
-    #[error("the client has chosen no export within {} seconds", TO_NEGOTIATE.as_secs())]
-    TooSlow,
-    /// The server ends, and the client has not chosen an export yet.
-    #[error("the server ends")]
-    Stopped,
-    /// It does not take its last replies.
-    #[error("the client does not take its last replies")]
-    NotTaken,
-}
-
-/// Tells sessions to end. Cloning it gives another handle of the same.
-#[derive(Clone, Default)]
-pub struct Stop(Arc<(AtomicBool, Event)>);
-
-impl Stop {
-    /// Tells all sessions to take no more requests, to answer those that were taken, and to end.
-    pub fn stop(&self) {
-        self.0.0.store(true, Ordering::SeqCst);
-        self.0.1.notify(usize::MAX);
-    }
-
-    /// Completes once [`Stop::stop`] was called.
-    pub async fn stopped(&self) {
-        while !self.0.0.load(Ordering::SeqCst) {
-            let news = self.0.1.listen();
-            if !self.0.0.load(Ordering::SeqCst) {
-                news.await;
-            }
-        }
-    }
-}
 
 /// A volume as clients see it. Cloning it is cheap.
 #[derive(Clone)]

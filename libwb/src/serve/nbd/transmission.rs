@@ -3,9 +3,10 @@
 //! of the system, and no task each.
 
 use super::asked::{Asked, perform, understand};
+use super::error::SessionError;
 use super::input::Input;
 use super::output::Output;
-use super::session::{SessionError, Stop};
+use super::stop::Stop;
 use crate::format::{to_u64, to_usize};
 use crate::nbd::{Chunk, Command, Decoded, Reply, Request};
 use crate::runtime::Runtime;

@@ -7,7 +7,7 @@ mod sockets;
 mod tls;
 mod transmission;
 
-use super::session::{Session, SessionError, Stop};
+use super::{Session, SessionError, Stop};
 use crate::device::IoBuf;
 use crate::device::probe::Traits;
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};

@@ -1,4 +1,4 @@
-use super::super::session::SessionError;
+use super::super::SessionError;
 use super::client::{go, name, request};
 use super::{NAME, SIZE, Server};
 use crate::format::to_u64;

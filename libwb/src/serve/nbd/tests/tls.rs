@@ -1,9 +1,8 @@
 use super::client::{Client, go, request};
 use super::{NAME, Server, TestRuntime};
 use crate::nbd::{ClientFlags, ClientOption, Command, OptionError, OptionReply};
-use crate::serve::nbd::session::SessionError;
 use crate::serve::nbd::tests::link::link;
-use crate::serve::nbd::{ServerTls, Session};
+use crate::serve::nbd::{ServerTls, Session, SessionError};
 use futures_lite::future::{block_on, zip};
 use futures_rustls::TlsConnector;
 use futures_rustls::rustls::crypto::ring;

@@ -1,4 +1,4 @@
-use super::super::session::SessionError;
+use super::super::SessionError;
 use super::client::{Client, go, request};
 use super::link::link;
 use super::{SIZE, Server, TestVolume};

@@ -55,11 +55,16 @@ impl Input {
         &mut self,
         stream: Pin<&mut impl AsyncRead>,
         context: &mut Context<'_>,
-    ) -> Poll<io::Result<usize>> {
+    ) -> io::Result<Poll<usize>> {
         let room = &mut self.buffer[self.end..];
         debug_assert!(!room.is_empty());
-        let filled = std::task::ready!(stream.poll_read(context, room))?;
-        self.end += filled;
-        Poll::Ready(Ok(filled))
+        let filled = match stream.poll_read(context, room) {
+            Poll::Ready(filled) => Poll::Ready(filled?),
+            Poll::Pending => Poll::Pending,
+        };
+        if let Poll::Ready(length) = filled {
+            self.end += length;
+        }
+        Ok(filled)
     }
 }

@@ -18,6 +18,8 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use nix::errno::Errno;
 use std::future::poll_fn;
+use std::io;
+use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -29,6 +31,8 @@ const MAX_HELD: usize = 32 << 20;
 const MAX_IN_FLIGHT: usize = 512;
 /// How often a client is looked after before other tasks get a turn.
 const BURST: usize = 8;
+/// Replies of this length are sent although more requests come, in bytes.
+const ENOUGH_TO_SEND: usize = 128 << 10;
 /// How long a client that goes may take for its last replies.
 const TO_TAKE_REPLIES: Duration = Duration::from_secs(30);
 
@@ -119,29 +123,41 @@ impl<V: Volume, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<V, S> {
     /// Takes requests until the client goes.
     fn poll_serve(&mut self, context: &mut Context<'_>) -> Poll<Result<(), SessionError>> {
         for _ in 0..BURST {
-            let (is_moving, needs) = self.take_requests()?;
+            let (has_taken, needs) = self.take_requests()?;
             if needs == Needs::End {
                 return Poll::Ready(Ok(()));
             }
-            let mut is_moving = is_moving | self.collect(context);
-            let unsent = self.output.bytes();
-            if let Poll::Ready(sent) = self.poll_send(context) {
-                sent?;
-            }
-            is_moving |= self.output.bytes() < unsent;
-            if needs == Needs::Input {
-                match self.input.poll_fill(Pin::new(&mut self.stream), context)? {
+            let has_collected = self.collect(context);
+            let has_come = match needs {
+                Needs::Input => match self.poll_fill(context)? {
                     Poll::Ready(0) => return Poll::Ready(Ok(())),
-                    Poll::Ready(_) => is_moving = true,
-                    Poll::Pending => {}
-                }
-            }
-            if !is_moving {
+                    filled => filled.is_ready(),
+                },
+                _ => false,
+            };
+            // While requests come, their replies wait for each other: fewer calls send them all.
+            let has_sent =
+                (!has_come || self.output.bytes() >= ENOUGH_TO_SEND) && self.send_some(context)?;
+            if !(has_taken || has_collected || has_come || has_sent) {
                 return Poll::Pending;
             }
         }
+        self.send_some(context)?;
         context.waker().wake_by_ref();
         Poll::Pending
+    }
+
+    fn poll_fill(&mut self, context: &mut Context<'_>) -> io::Result<Poll<usize>> {
+        self.input.poll_fill(Pin::new(&mut self.stream), context)
+    }
+
+    /// Sends what the stream takes. Returns whether it has taken anything.
+    fn send_some(&mut self, context: &mut Context<'_>) -> io::Result<bool> {
+        let unsent = self.output.bytes();
+        if let Poll::Ready(sent) = self.poll_send(context) {
+            sent?;
+        }
+        Ok(self.output.bytes() < unsent)
     }
 
     /// Begins all requests that have come and that the client may have here. Also returns whether
@@ -194,7 +210,7 @@ impl<V: Volume, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<V, S> {
     }
 
     /// Begins a request whose data is there.
-    fn begin(&mut self, request: Request, asked: Asked, data: std::ops::Range<usize>) {
+    fn begin(&mut self, request: Request, asked: Asked, data: Range<usize>) {
         match perform(&self.volume, asked, &self.input.bytes()[data]) {
             Answer::Ready(outcome) => self.reply(&request, outcome),
             Answer::Later(work) => {
@@ -236,7 +252,7 @@ impl<V: Volume, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<V, S> {
         self.output.push(&Reply::Chunk { cookie, done: true, chunk }, data);
     }
 
-    fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+    fn poll_send(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.output.poll_send(Pin::new(&mut self.stream), context)
     }
 

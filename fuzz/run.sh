@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 seconds=${1:?"how many seconds for each target?"}
 shift
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(device recovery control head)
+[ ${#targets[@]} -gt 0 ] || targets=(device recovery control head nbd)
 
 cargo run --quiet -p wb-tests --bin fuzz-seeds -- fuzz/seeds || exit 1
 # Uses the same versions of all dependencies as the workspace.

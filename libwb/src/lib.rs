@@ -9,7 +9,8 @@
 //! | `device`, `log` | `log` (default) | block devices; scan, recovery, salvage of a log |
 //! | `cache` | `engine` | the write cache itself |
 //! | `reactor` | `uring` | files and block devices through io_uring |
-//! | `serve` | `serve-ublk`, `serve-loop` | a volume as a block device |
+//! | `nbd` | `nbd` | the NBD protocol: bytes ⇄ values. No I/O |
+//! | `serve` | `serve-ublk`, `serve-loop`, `serve-nbd` | a volume as a block device, or over NBD |
 //! | `control` | `control` | the socket of the daemon |
 //! | `cli` | `cli` | what the programs share |
 //!
@@ -74,6 +75,8 @@ pub mod device;
 pub mod format;
 #[cfg(feature = "log")]
 pub mod log;
+#[cfg(feature = "nbd")]
+pub mod nbd;
 #[cfg(feature = "log")]
 mod pending;
 #[cfg(feature = "uring")]

@@ -7,10 +7,17 @@
 mod inbox;
 mod operation;
 mod queue;
+#[cfg_attr(
+    not(any(feature = "serve-loop", feature = "socket")),
+    allow(dead_code, reason = "for FUSE and sockets alone")
+)]
+mod readiness;
 mod ring;
 #[cfg_attr(not(feature = "serve-ublk"), allow(dead_code, reason = "for ublk alone"))]
 mod served;
 mod sleep;
+#[cfg(feature = "socket")]
+mod socket;
 mod spin;
 mod tasks;
 #[cfg(test)]
@@ -18,8 +25,12 @@ mod tests;
 mod timers;
 
 pub(crate) use operation::{Addresses, OpKind, OpResult, Target};
+#[cfg(feature = "serve-loop")]
+pub(crate) use readiness::Readiness;
 #[cfg(feature = "serve-ublk")]
 pub(crate) use served::{Command, Server};
+#[cfg(feature = "socket")]
+pub use socket::{Address, Listener, Socket, resolve};
 
 use crate::pending::InFlight;
 use crate::runtime::Runtime;
@@ -97,17 +108,21 @@ impl Handle {
         in_flight: Option<InFlight>,
         kind: OpKind,
     ) -> OpResult {
+        let result = self.begin(target, in_flight, kind);
+        result.await.unwrap_or((Err(Errno::ECANCELED), None))
+    }
+
+    fn begin(
+        &self,
+        target: Target,
+        in_flight: Option<InFlight>,
+        kind: OpKind,
+    ) -> oneshot::Receiver<OpResult> {
         let (done, result) = oneshot::channel();
         let class = class(&target, &kind);
         let op = Op { target, in_flight, kind, class, progress: 0, done };
         self.0.post(|inbox| inbox.work.ops.push(op));
-        result.await.unwrap_or((Err(Errno::ECANCELED), None))
-    }
-
-    /// Waits until a file can be read.
-    #[cfg(feature = "serve-loop")]
-    pub(crate) async fn readable(&self, file: &Target) -> Result<(), Errno> {
-        self.submit(file.clone(), None, OpKind::Readable).await.0
+        result
     }
 
     /// Gives the driver of a served device commands. The server gets their completions. If they fit

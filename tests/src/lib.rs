@@ -25,6 +25,7 @@ mod failing;
 mod filesystem;
 pub mod fuzzed;
 pub mod fuzzed_head;
+pub mod fuzzed_nbd;
 pub mod recovered_view;
 pub mod sim;
 mod volume;

@@ -5,7 +5,7 @@
 use libwb::format::{BLOCK_BYTES, SEGMENT_BYTES, SUPERBLOCK_REGION_BYTES, to_usize};
 use proptest::prelude::*;
 use wb_tests::damage_script::{BASES, CRASHED_BASES, Change, DamageScript, seeds};
-use wb_tests::{fuzzed, fuzzed_head};
+use wb_tests::{fuzzed, fuzzed_head, fuzzed_nbd};
 
 /// Anywhere, but most of all where the format has meaning: the superblock, its record, and headers.
 fn write() -> impl Strategy<Value = Change> {
@@ -60,6 +60,7 @@ fn what_the_fuzzer_starts_from_holds() {
         fuzzed::recovery(&bytes);
     }
     fuzzed::requests().iter().for_each(|bytes| fuzzed::control(bytes));
+    fuzzed_nbd::seeds().iter().for_each(|bytes| fuzzed_nbd::nbd(bytes));
     // More than is read of it.
     fuzzed::control(&[b' '; 70_000]);
 }

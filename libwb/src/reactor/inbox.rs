@@ -19,11 +19,13 @@ pub(super) struct Work {
     pub(super) tasks: VecDeque<Runnable>,
     pub(super) ops: Vec<Op>,
     pub(super) served: Vec<Served>,
+    /// Operations that only wait were given up.
+    pub(super) given_up: bool,
 }
 
 impl Work {
     pub(super) fn is_empty(&self) -> bool {
-        self.tasks.is_empty() && self.ops.is_empty() && self.served.is_empty()
+        self.tasks.is_empty() && self.ops.is_empty() && self.served.is_empty() && !self.given_up
     }
 }
 

@@ -31,8 +31,9 @@ pub(crate) enum OpKind {
     /// `fallocate` with this mode, keeping the size.
     Zero { mode: FallocateFlags, offset: u64, length: u64 },
     /// Wait until the file can be read.
-    #[cfg_attr(not(feature = "serve-loop"), allow(dead_code, reason = "for FUSE alone"))]
     Readable,
+    /// Wait until the file can be written.
+    Writable,
 }
 
 /// The addresses of the parts that are still to be written, in the form of `writev`.
@@ -102,10 +103,15 @@ pub(super) struct Op {
 }
 
 impl Op {
-    /// Whether it moves data of a device, and ends by itself in time. To wait until a file can be
-    /// read may take forever.
+    /// Whether it moves data of a device, and ends by itself in time. To wait until a file is ready
+    /// may take forever.
     pub(super) fn is_io(&self) -> bool {
-        !matches!(self.kind, OpKind::Readable)
+        !matches!(self.kind, OpKind::Readable | OpKind::Writable)
+    }
+
+    /// Whether it only waits, and its caller no longer does.
+    pub(super) fn is_given_up(&self) -> bool {
+        !self.is_io() && self.done.is_canceled()
     }
 }
 
@@ -114,7 +120,7 @@ pub(super) fn class(target: &Target, kind: &OpKind) -> Class {
     let fd = target.file.as_raw_fd();
     let writes_first = target.writes_first.load(Ordering::Relaxed);
     match kind {
-        OpKind::Readable => Class::Urgent,
+        OpKind::Readable | OpKind::Writable => Class::Wait,
         OpKind::Sync | OpKind::WriteParts { durably: true, .. } if writes_first => Class::Flush(fd),
         OpKind::Write { .. } | OpKind::WriteParts { .. } if writes_first => Class::Urgent,
         OpKind::Read { .. }
@@ -160,10 +166,13 @@ pub(super) fn entry(op: &mut Op) -> squeue::Entry {
             .offset(*offset)
             .mode((*mode | FallocateFlags::FALLOC_FL_KEEP_SIZE).bits())
             .build(),
-        OpKind::Readable => {
-            opcode::PollAdd::new(fd, PollFlags::POLLIN.bits().cast_unsigned().into()).build()
-        }
+        OpKind::Readable => poll(fd, PollFlags::POLLIN),
+        OpKind::Writable => poll(fd, PollFlags::POLLOUT),
     }
+}
+
+fn poll(fd: types::Fd, what: PollFlags) -> squeue::Entry {
+    opcode::PollAdd::new(fd, what.bits().cast_unsigned().into()).build()
 }
 
 /// How the operation ended, or `None` when it must be submitted again.

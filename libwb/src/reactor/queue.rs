@@ -30,6 +30,9 @@ pub(super) enum Class {
     Flush(RawFd),
     /// When this device may have another one.
     InTurn(RawFd),
+    /// At once, for it only waits until a file is ready. It does not count as under way: each
+    /// client of a server may be silent for ever.
+    Wait,
 }
 
 /// The operations of one device.
@@ -61,16 +64,18 @@ impl Turns {
 /// The keys of operations that wait for their submission.
 #[derive(Default)]
 pub(super) struct Queue {
+    waits: VecDeque<usize>,
     urgent: VecDeque<usize>,
     /// By descriptor. A device that is gone leaves an empty entry to the next one.
     turns: BTreeMap<RawFd, Turns>,
-    /// Operations that were taken and are not done yet.
+    /// Operations that were taken and are not done yet, without those that only wait.
     in_flight: usize,
 }
 
 impl Queue {
     pub(super) fn push(&mut self, key: usize, class: Class) {
         match class {
+            Class::Wait => self.waits.push_back(key),
             Class::Urgent => self.urgent.push_back(key),
             Class::Flush(fd) => {
                 self.urgent.push_back(key);
@@ -81,16 +86,20 @@ impl Queue {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.urgent.is_empty() && self.turns.values().all(|turns| turns.waiting.is_empty())
+        self.waits.is_empty()
+            && self.urgent.is_empty()
+            && self.turns.values().all(|turns| turns.waiting.is_empty())
     }
 
-    pub(super) fn in_flight(&self) -> usize {
-        self.in_flight
-    }
-
-    /// Takes the next operation that may be submitted. If it returns none although some wait,
-    /// their device has operations in flight: ask again when one of those ends.
-    pub(super) fn pop(&mut self, now: Instant) -> Option<usize> {
+    /// Takes the next operation that may be submitted, if fewer than `most` are in flight. If it
+    /// returns none although some wait, ask again when one of those in flight ends.
+    pub(super) fn pop(&mut self, now: Instant, most: usize) -> Option<usize> {
+        if let Some(key) = self.waits.pop_front() {
+            return Some(key);
+        }
+        if self.in_flight >= most {
+            return None;
+        }
         let mut in_turn = || self.turns.values_mut().find_map(|turns| turns.next(now));
         let key = self.urgent.pop_front().or_else(&mut in_turn)?;
         self.in_flight += 1;
@@ -99,9 +108,9 @@ impl Queue {
 
     /// An operation that was taken is done, or will be pushed again.
     pub(super) fn done(&mut self, class: Class, now: Instant) {
-        self.in_flight -= 1;
+        self.in_flight -= usize::from(class != Class::Wait);
         match class {
-            Class::Urgent => {}
+            Class::Wait | Class::Urgent => {}
             Class::Flush(fd) => {
                 let turns = self.turns.entry(fd).or_default();
                 turns.flushes -= 1;
@@ -113,7 +122,8 @@ impl Queue {
 
     /// Takes all that wait.
     pub(super) fn take_all(&mut self) -> impl Iterator<Item = usize> {
-        let mut waiting = std::mem::take(&mut self.urgent);
+        let mut waiting = std::mem::take(&mut self.waits);
+        waiting.append(&mut self.urgent);
         self.turns.values_mut().for_each(|turns| waiting.append(&mut turns.waiting));
         waiting.into_iter()
     }
@@ -127,7 +137,7 @@ mod tests {
     const BACKING: RawFd = 4;
 
     fn popped(queue: &mut Queue, now: Instant) -> Vec<usize> {
-        std::iter::from_fn(|| queue.pop(now)).collect()
+        std::iter::from_fn(|| queue.pop(now, usize::MAX)).collect()
     }
 
     #[test]
@@ -143,7 +153,21 @@ mod tests {
         queue.done(Class::InTurn(CACHE), now);
         queue.push(1002, Class::Urgent);
         assert_eq!(popped(&mut queue, now), [1002, DEPTH]);
-        assert_eq!(queue.in_flight(), DEPTH + 3);
+        assert_eq!(queue.in_flight, DEPTH + 3);
+    }
+
+    #[test]
+    fn what_only_waits_finds_room_always_and_takes_none() {
+        let (mut queue, now) = (Queue::default(), Instant::now());
+        (0..3).for_each(|key| queue.push(key, Class::Urgent));
+        (3..6).for_each(|key| queue.push(key, Class::Wait));
+        let first: Vec<_> = std::iter::from_fn(|| queue.pop(now, 2)).collect();
+        assert_eq!(first, [3, 4, 5, 0, 1]);
+        queue.done(Class::Wait, now);
+        assert_eq!(queue.pop(now, 2), None);
+        queue.done(Class::Urgent, now);
+        assert_eq!(queue.pop(now, 2), Some(2));
+        assert!(queue.is_empty());
     }
 
     #[test]

@@ -29,6 +29,8 @@ const COMPLETIONS: u32 = 4 * RING_ENTRIES;
 const MAX_IN_FLIGHT: usize = 2 * RING_ENTRIES as usize - 1;
 /// The `user_data` of the poll that wakes the reactor.
 const WAKE: u64 = u64::MAX;
+/// The `user_data` of what ends a wait that was given up.
+const GIVE_UP: u64 = u64::MAX - 1;
 /// A flag in `user_data`: the rest is the key of a front end's command.
 const SERVED: u64 = 1 << 62;
 
@@ -80,6 +82,8 @@ pub(super) struct Ring {
     to_serve: Vec<usize>,
     /// Whether the poll on the wake-up descriptor is under way.
     armed: bool,
+    /// Waits were given up, and may still be in the kernel.
+    given_up: bool,
     spin: Spin,
 }
 
@@ -89,7 +93,7 @@ impl Ring {
         let (ops, queue) = (Slab::new(), Queue::default());
         let (served, to_serve) = (Slab::new(), Vec::new());
         let (ring, spin) = (build_ring()?, Spin::new());
-        Ok(Ring { shared, ring, ops, queue, served, to_serve, armed: false, spin })
+        Ok(Ring { shared, ring, ops, queue, served, to_serve, armed: false, given_up: false, spin })
     }
 
     /// Runs until the reactor is dropped.
@@ -98,7 +102,7 @@ impl Ring {
         let _guard = AbortOnUnwind;
         let _ = self.shared.thread.set(std::thread::current().id());
         loop {
-            let (Work { tasks, ops, served }, due, stop) = {
+            let (Work { tasks, ops, served, given_up }, due, stop) = {
                 let mut inbox = self.shared.inbox.lock();
                 (take(&mut inbox.work), inbox.timers.take_due(), inbox.stop)
             };
@@ -119,6 +123,8 @@ impl Ring {
             }
             due.into_values().for_each(Waker::wake);
             self.push_queue();
+            self.given_up |= given_up;
+            self.end_waits();
             self.park();
             self.reap();
         }
@@ -190,14 +196,18 @@ impl Ring {
             return;
         }
         let now = Instant::now();
-        while self.queue.in_flight() < MAX_IN_FLIGHT {
+        loop {
             if self.ring.submission().is_full() {
                 self.enter(0, None);
                 if self.ring.submission().is_full() {
                     return;
                 }
             }
-            let Some(key) = self.queue.pop(now) else { return };
+            let Some(key) = self.queue.pop(now, MAX_IN_FLIGHT) else { return };
+            if self.ops[key].is_given_up() {
+                self.queue.done(self.ops.remove(key).class, now);
+                continue;
+            }
             let op = &mut self.ops[key];
             let flags = match op.target.may_block {
                 true => squeue::Flags::ASYNC,
@@ -209,6 +219,26 @@ impl Ring {
             let pushed = unsafe { self.ring.submission().push(&entry) };
             pushed.expect("there is room");
         }
+    }
+
+    /// Has the kernel end the waits that were given up, so that it lets go of their files.
+    fn end_waits(&mut self) {
+        if !self.given_up {
+            return;
+        }
+        let given_up = self.ops.iter().filter(|(_, op)| op.is_given_up());
+        for key in given_up.map(|(key, _)| key).collect::<Vec<_>>() {
+            // One whose turn has not come yet is not in the kernel. That does no harm.
+            let entry = opcode::PollRemove::new(to_u64(key)).build().user_data(GIVE_UP);
+            if self.ring.submission().is_full() {
+                self.enter(0, None);
+            }
+            // SAFETY: the entry refers to no memory.
+            if unsafe { self.ring.submission().push(&entry) }.is_err() {
+                return;
+            }
+        }
+        self.given_up = false;
     }
 
     fn push_served(&mut self) {
@@ -250,6 +280,9 @@ impl Ring {
             if user_data == WAKE {
                 // The poll reports each wake-up once; the counter need not be read.
                 self.armed = cqueue::more(completion.flags());
+                continue;
+            }
+            if user_data == GIVE_UP {
                 continue;
             }
             if user_data & SERVED != 0 {

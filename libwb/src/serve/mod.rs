@@ -4,10 +4,12 @@
 mod fuse;
 #[cfg(feature = "serve-loop")]
 pub mod loopdev;
+#[cfg(feature = "serve-nbd")]
+pub mod nbd;
 #[cfg(feature = "serve-loop")]
 pub mod outside;
 mod owner;
-#[cfg(any(feature = "serve-loop", feature = "serve-ublk"))]
+#[cfg(any(feature = "serve-loop", feature = "serve-nbd", feature = "serve-ublk"))]
 mod request;
 mod rights;
 #[cfg(feature = "serve-ublk")]

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use wb_tests::damage_script::{DamageScript, seeds};
 use wb_tests::fuzzed::requests;
+use wb_tests::fuzzed_nbd;
 
 fn main() -> ExitCode {
     let Some(folder) = std::env::args_os().nth(1) else {
@@ -14,8 +15,13 @@ fn main() -> ExitCode {
     let scripts: Vec<Vec<u8>> = seeds().iter().map(DamageScript::encode).collect();
     // The head as it was left, and one whose first words are others.
     let heads = vec![Vec::new(), (0..44).collect()];
-    let targets =
-        [("device", &scripts), ("recovery", &scripts), ("control", &requests()), ("head", &heads)];
+    let targets = [
+        ("device", &scripts),
+        ("recovery", &scripts),
+        ("control", &requests()),
+        ("head", &heads),
+        ("nbd", &fuzzed_nbd::seeds()),
+    ];
     for (target, inputs) in targets {
         if let Err(e) = write(&Path::new(&folder).join(target), inputs) {
             eprintln!("fuzz-seeds: {}: {e}", folder.display());

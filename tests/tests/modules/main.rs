@@ -14,9 +14,10 @@ const PACKAGES: [&str; 6] = ["libwb", "wbctl", "wbformat", "wbcheck", "wbdump", 
 
 /// The layers of libwb from the bottom up, and which others each may use. A row for a module within
 /// a layer adds to what the layer may use.
-const LAYERS: [(&str, &[&str]); 14] = [
+const LAYERS: [(&str, &[&str]); 16] = [
     ("format", &[]),
     ("buf", &["format"]),
+    ("nbd", &["format"]),
     ("rules", &[]),
     ("pending", &["format"]),
     ("runtime", &["format"]),
@@ -28,6 +29,7 @@ const LAYERS: [(&str, &[&str]); 14] = [
     ("cache", &["buf", "device", "format", "log", "rules", "runtime", "sys"]),
     ("control", &["buf", "cache", "device", "format", "log", "pending", "runtime", "sys"]),
     ("serve", &["buf", "cache", "device", "format", "log", "reactor", "runtime", "sys"]),
+    ("serve::nbd", &["nbd"]),
     (
         "cli",
         &[

@@ -163,7 +163,7 @@ mod tests {
         let write = latencies.of(Timed::Write);
         assert_eq!(write.buckets[..4], [2, 2, 2, 0]);
         assert_eq!((write.count(), write.buckets.last()), (7, Some(&1)));
-        assert_eq!(write.total, times.iter().sum());
+        assert_eq!(write.total, times.iter().sum::<Duration>());
         assert_eq!(latencies.of(Timed::Read).count(), 0);
         let limits: Vec<_> = write.iter().map(|(limit, _)| limit).collect();
         assert_eq!((limits[2], limits[BUCKETS - 1]), (Some(4 * US), None));

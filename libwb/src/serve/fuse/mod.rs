@@ -6,7 +6,7 @@ mod wire;
 use super::request::{Answer, Outcome, Request, carry_out, write};
 use super::{Options, Owner, Part, ServeError, Volume, failed};
 use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
-use crate::reactor::{Handle, Target};
+use crate::reactor::{Handle, Readiness, Target};
 use crate::runtime::Runtime;
 use futures_lite::future::{pending, yield_now};
 use nix::errno::Errno;
@@ -232,7 +232,9 @@ impl<V: Volume> VolumeFile<V> {
                 }
                 Err(e) => match Errno::from_raw(e.raw_os_error().unwrap_or(0)) {
                     Errno::EAGAIN => {
-                        if let Err(errno) = self.runtime.readable(&self.news).await {
+                        if let Err(errno) =
+                            self.runtime.ready(&self.news, Readiness::Readable).await
+                        {
                             return errno;
                         }
                     }

@@ -14,7 +14,7 @@ const PACKAGES: [&str; 6] = ["libwb", "wbctl", "wbformat", "wbcheck", "wbdump", 
 
 /// The layers of libwb from the bottom up, and which others each may use. A row for a module within
 /// a layer adds to what the layer may use.
-const LAYERS: [(&str, &[&str]); 15] = [
+const LAYERS: [(&str, &[&str]); 16] = [
     ("format", &[]),
     ("buf", &["format"]),
     ("nbd", &["format"]),
@@ -23,8 +23,9 @@ const LAYERS: [(&str, &[&str]); 15] = [
     ("runtime", &["format"]),
     ("sys", &["format"]),
     ("reactor", &["buf", "format", "pending", "runtime", "sys"]),
-    ("device", &["buf", "format", "pending", "runtime", "sys"]),
+    ("device", &["buf", "format", "nbd", "pending", "rules", "runtime", "sys"]),
     ("device::uring", &["reactor"]),
+    ("device::nbd::dial", &["reactor"]),
     ("log", &["buf", "device", "format", "rules", "runtime", "sys"]),
     ("cache", &["buf", "device", "format", "log", "rules", "runtime", "sys"]),
     ("control", &["buf", "cache", "device", "format", "log", "pending", "runtime", "sys"]),

@@ -9,8 +9,8 @@
 //! are *remembered* until a flush has succeeded that was sent after them. After a reconnect they
 //! are written again, before anything else goes out. Newer data takes the place of older data in
 //! what is remembered; a durable write takes it away. So nothing older ever follows. If more than
-//! 64 MiB would be remembered, writes wait, and the device flushes by itself. If such a flush fails,
-//! or data cannot be written again, the next flush of the caller fails.
+//! 64 MiB would be remembered, writes wait, and the device flushes by itself. If such a flush
+//! fails, or data cannot be written again, the next flush of the caller fails.
 //!
 //! # Old connections
 //!

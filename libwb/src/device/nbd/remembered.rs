@@ -193,8 +193,8 @@ mod tests {
                         });
                     }
                 }
-                let bytes: Vec<_> = expected.iter().map(|byte| byte.map(|(_, with)| with)).collect();
-                prop_assert_eq!(shown(&remembered), bytes);
+                let bytes = expected.map(|byte| byte.map(|(_, with)| with));
+                prop_assert_eq!(shown(&remembered), bytes.to_vec());
                 let weight: u64 = remembered.pieces().map(|(_, content)| content.weight()).sum();
                 prop_assert_eq!(weight, remembered.weight());
             }

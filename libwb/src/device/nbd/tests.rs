@@ -160,8 +160,6 @@ fn chunk(cookie: u64, done: bool, chunk: Chunk) -> Vec<u8> {
 fn an_answer_that_breaks_the_protocol_costs_the_link_and_no_memory() {
     type Answer = fn(Request) -> Vec<u8>;
     let reactor = Reactor::start().expect("io_uring");
-    let data = |offset, length| Chunk::Data { offset, length };
-    let _ = data;
     let answers: [(Answer, &str); 9] = [
         (|_| b"this is no reply".to_vec(), "begins with"),
         (|one| chunk(one.cookie + 1, true, Chunk::Nothing), "was not sent"),
@@ -256,8 +254,7 @@ struct Server(Child);
 
 impl Server {
     /// Waits until it listens.
-    fn start(program: &str, arguments: &[&str], socket: &Path) -> Option<Server> {
-        let _ = std::fs::remove_file(socket);
+    fn start(program: &str, arguments: &[&str], listens: impl Fn() -> bool) -> Option<Server> {
         let child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::null())
@@ -267,7 +264,7 @@ impl Server {
             .ok()?;
         let server = Server(child);
         let began = Instant::now();
-        while UnixStream::connect(socket).is_err() {
+        while !listens() {
             assert!(began.elapsed() < Duration::from_secs(20), "{program} does not start");
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -283,10 +280,9 @@ impl Drop for Server {
 }
 
 /// Writes, reads and flushes, while `restart` ends the server and starts it again.
-fn survives(reactor: &Reactor, socket: &Path, mut restart: impl FnMut(bool)) {
-    let uri = format!("nbd+unix:///?socket={}", socket.display());
+fn survives(reactor: &Reactor, uri: &str, mut restart: impl FnMut(bool)) {
     let uri: Uri = uri.parse().expect("a URI");
-    let dial = Arc::new(Dial::new(reactor.handle(), &uri).expect("no TLS"));
+    let dial = Arc::new(Dial::new(reactor.handle(), &uri).expect("certificates"));
     let runtime = Arc::new(reactor.handle().clone());
     let options = Options::new(uri.export.clone()).writable(true);
     let open = NbdDevice::open(runtime, dial, "export", options);
@@ -315,18 +311,29 @@ fn survives(reactor: &Reactor, socket: &Path, mut restart: impl FnMut(bool)) {
     assert_eq!((link.reconnects, link.waiting, link.problem), (1, 0, None));
 }
 
+fn listens_at(socket: &Path) -> bool {
+    UnixStream::connect(socket).is_ok()
+}
+
+fn uri_of(socket: &Path) -> String {
+    format!("nbd+unix:///?socket={}", socket.display())
+}
+
 #[test]
 fn a_killed_nbdkit_comes_back_without_its_memory_and_nothing_is_lost() {
     let reactor = Reactor::start().expect("io_uring");
     let folder = tempfile::tempdir().expect("a folder");
     let socket = folder.path().join("socket");
     let start = || {
+        let _ = std::fs::remove_file(&socket);
         let path = socket.to_str().expect("UTF-8");
-        Server::start("nbdkit", &["--exit-with-parent", "-f", "-U", path, "memory", "16M"], &socket)
+        let arguments = ["--exit-with-parent", "-f", "-U", path, "memory", "16M"];
+        Server::start("nbdkit", &arguments, || listens_at(&socket))
     };
     let Some(server) = start() else { return };
     let mut server = Some(server);
-    survives(&reactor, &socket, |is_started| server = if is_started { start() } else { None });
+    let restart = |starts| server = if starts { start() } else { None };
+    survives(&reactor, &uri_of(&socket), restart);
 }
 
 #[test]
@@ -336,11 +343,90 @@ fn a_killed_qemu_nbd_comes_back_and_nothing_is_lost() {
     let (socket, image) = (folder.path().join("socket"), folder.path().join("image"));
     std::fs::File::create(&image).and_then(|file| file.set_len(16 << 20)).expect("a file");
     let start = || {
+        let _ = std::fs::remove_file(&socket);
         let [path, image] = [&socket, &image].map(|path| path.to_str().expect("UTF-8"));
         let arguments = ["-t", "-f", "raw", "-e", "8", "-k", path, image];
-        Server::start("qemu-nbd", &arguments, &socket)
+        Server::start("qemu-nbd", &arguments, || listens_at(&socket))
     };
     let Some(server) = start() else { return };
     let mut server = Some(server);
-    survives(&reactor, &socket, |is_started| server = if is_started { start() } else { None });
+    let restart = |starts| server = if starts { start() } else { None };
+    survives(&reactor, &uri_of(&socket), restart);
+}
+
+/// Makes a key, and a certificate that is signed by itself or by the authority in the folder.
+fn certify(folder: &Path, name: &str, more: &[&str]) -> bool {
+    let common = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2";
+    Command::new("openssl")
+        .current_dir(folder)
+        .args(common.split(' '))
+        .args(["-keyout", &format!("{name}-key.pem"), "-out", &format!("{name}-cert.pem")])
+        .args(["-subj", &format!("/CN={name}")])
+        .args(more)
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+fn certificates(folder: &Path) -> bool {
+    let signed = ["-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-addext"];
+    let no_authority = "basicConstraints=critical,CA:FALSE";
+    let name = ["-addext", "subjectAltName=DNS:localhost"];
+    certify(folder, "ca", &[])
+        && certify(folder, "server", &[&signed[..], &[no_authority], &name].concat())
+        && certify(folder, "client", &[&signed[..], &[no_authority]].concat())
+}
+
+#[test]
+fn over_tls_both_sides_know_each_other_and_nothing_is_lost() {
+    let reactor = Reactor::start().expect("io_uring");
+    let [folder, other] = [(), ()].map(|()| tempfile::tempdir().expect("a folder"));
+    if !certificates(folder.path()) || !certificates(other.path()) {
+        return println!("skipped: openssl cannot make certificates");
+    }
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = free.local_addr().expect("bound").port().to_string();
+    drop(free);
+    let listens = || std::net::TcpStream::connect(format!("127.0.0.1:{port}")).is_ok();
+    let start = || {
+        let certificates = format!("--tls-certificates={}", folder.path().display());
+        let tls = ["--tls=require", "--tls-verify-peer", &certificates];
+        let rest = ["-f", "-i", "127.0.0.1", "-p", &port, "memory", "16M"];
+        Server::start("nbdkit", &[&tls[..], &rest].concat(), listens)
+    };
+    let Some(server) = start() else { return };
+    let uri = |certificates: &Path, more: &str| {
+        format!("nbds://localhost:{port}/?tls-certificates={}{more}", certificates.display())
+    };
+    let refused = |uri: &str| {
+        let uri: Uri = uri.parse().expect("a URI");
+        let dial = Arc::new(Dial::new(reactor.handle(), &uri).expect("certificates"));
+        let runtime = Arc::new(reactor.handle().clone());
+        let open = NbdDevice::open(runtime, dial, "export", Options::new(uri.export));
+        reactor.block_on(open).err().expect("they do not know each other").to_string()
+    };
+    let error = refused(&format!("nbd://localhost:{port}/"));
+    assert!(error.contains("the server demands TLS"), "{error}");
+    let error = refused(&uri(other.path(), ""));
+    assert!(error.contains("certificate"), "{error}");
+    let error = refused(&uri(folder.path(), "&tls-hostname=example.com"));
+    assert!(error.contains("certificate"), "{error}");
+    // It takes the server for what it is, but not the other way round.
+    refused(&uri(other.path(), "&tls-verify-peer=0"));
+    let mut server = Some(server);
+    let restart = |starts| server = if starts { start() } else { None };
+    survives(&reactor, &uri(folder.path(), ""), restart);
+}
+
+#[test]
+fn what_is_wrong_with_certificates_is_said() {
+    let reactor = Reactor::start().expect("io_uring");
+    let folder = tempfile::tempdir().expect("a folder");
+    let uri = format!("nbds://localhost/?tls-certificates={}", folder.path().display());
+    let uri: Uri = uri.parse().expect("a URI");
+    let error = || Dial::new(reactor.handle(), &uri).err().expect("no certificates").to_string();
+    let missing = error();
+    assert!(missing.contains("ca-cert.pem"), "{missing}");
+    std::fs::write(folder.path().join("ca-cert.pem"), "no certificate").expect("room");
+    assert!(error().ends_with("ca-cert.pem: there is no certificate in it"), "{}", error());
 }

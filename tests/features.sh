@@ -2,7 +2,8 @@
 # Builds libwb with each of its features alone, and its documentation, without a warning.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for feature in "" log engine uring socket control serve-loop serve-ublk cli blkid sim; do
+features="log engine uring socket nbd nbd-client control serve-loop serve-ublk cli blkid sim"
+for feature in "" $features; do
     echo "libwb with only: ${feature:-the format}"
     cargo clippy --quiet -p libwb --lib --no-default-features --features "$feature" -- -D warnings
 done

@@ -74,6 +74,22 @@ impl SharedBuf {
         assert!(range.start <= range.end && range.end <= (*buf).as_ref().len());
         SharedBuf { buf, range }
     }
+
+    /// A part of this one; `range` must lie within it.
+    #[must_use]
+    pub fn part(&self, range: Range<usize>) -> SharedBuf {
+        assert!(range.start <= range.end && range.end <= self.range.len());
+        let range = self.range.start + range.start..self.range.start + range.end;
+        SharedBuf { buf: self.buf.clone(), range }
+    }
+
+    /// The same bytes to keep for long: copied if they would keep a buffer of more than eight times
+    /// their length.
+    #[must_use]
+    pub fn to_keep(&self) -> SharedBuf {
+        let is_small = self.range.len() < (*self.buf).as_ref().len() / 8;
+        if is_small { IoBuf::copy_of(self).into() } else { self.clone() }
+    }
 }
 
 impl fmt::Debug for SharedBuf {

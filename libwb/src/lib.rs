@@ -7,6 +7,7 @@
 //! | --- | --- | --- |
 //! | [`mod@format`] | | bytes ⇄ values: superblock, segments, checksums. No I/O |
 //! | `device`, `log` | `log` (default) | block devices; scan, recovery, salvage of a log |
+//! | `device::nbd` | `nbd-client` | a device on an NBD server |
 //! | `cache` | `engine` | the write cache itself |
 //! | `reactor` | `uring` | files and block devices through io_uring |
 //! | `nbd` | `nbd` | the NBD protocol: bytes ⇄ values. No I/O |
@@ -81,7 +82,7 @@ pub mod nbd;
 mod pending;
 #[cfg(feature = "uring")]
 pub mod reactor;
-#[cfg(all(feature = "engine", not(feature = "sim")))]
+#[cfg(all(any(feature = "engine", feature = "nbd-client"), not(feature = "sim")))]
 mod rules;
 #[cfg(feature = "sim")]
 pub mod rules;

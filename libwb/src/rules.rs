@@ -8,6 +8,10 @@
     not(feature = "sim"),
     allow(unreachable_pub, reason = "exported with the feature alone")
 )]
+#![cfg_attr(
+    not(all(feature = "engine", feature = "nbd-client")),
+    allow(dead_code, reason = "each of both has its rules")
+)]
 
 /// A rule that a test can break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +131,16 @@ pub enum Rule {
     HeadKeepsFailure,
     /// What an earlier process has written is durable before a process relies on that.
     FlushedAtOpen,
+    /// After a reconnect, what an NBD server may have lost is written again before anything else.
+    LinkWritesAgain,
+    /// A flush of an NBD server covers what was acknowledged when it was sent, and no more.
+    LinkFlushAsOfSending,
+    /// A flush that was under way on a lost connection is sent again.
+    LinkFlushSentAgain,
+    /// What a durable write has replaced on an NBD server is not written again.
+    LinkNewestRemembered,
+    /// A write waits while an older one from a lost connection may come late.
+    LinkLateWritesAwaited,
     /// Recovery does not take rot for the work of a power cut. The engine never asks; the check of
     /// flipped bits does.
     #[cfg(feature = "sim")]

@@ -1,6 +1,6 @@
 //! Devices that stand on another device.
 
-use super::{BlockDevice, IoBuf, IoFuture, SharedBuf};
+use super::{BlockDevice, IoBuf, IoFuture, LinkStatus, SharedBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -58,6 +58,10 @@ impl<T: DeviceLayer> BlockDevice for T {
 
     fn busy(&self) -> Option<Duration> {
         self.below().busy()
+    }
+
+    fn link(&self) -> Option<LinkStatus> {
+        self.below().link()
     }
 
     fn put_writes_first(&self) {

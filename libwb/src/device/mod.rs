@@ -7,7 +7,10 @@ mod held;
 #[cfg(feature = "uring")]
 mod identity;
 mod layer;
+mod link;
 mod mem;
+#[cfg(feature = "nbd-client")]
+pub mod nbd;
 mod overlay;
 #[cfg(feature = "uring")]
 pub mod probe;
@@ -25,6 +28,7 @@ mod watched;
 pub use crate::buf::{IoBuf, SharedBuf};
 pub use crate::pending::Pending;
 pub use layer::DeviceLayer;
+pub use link::LinkStatus;
 pub use mem::MemDevice;
 pub use overlay::Overlay;
 #[cfg(feature = "uring")]
@@ -143,6 +147,11 @@ pub trait BlockDevice: Send + Sync + 'static {
     /// Its requests; all zeros if they are not counted.
     fn pending(&self) -> Pending {
         Pending::default()
+    }
+
+    /// How the connection to it is, if it is on a server.
+    fn link(&self) -> Option<LinkStatus> {
+        None
     }
 
     /// Lets writes and flushes go ahead of all else from now on, where there is a queue for this

@@ -7,6 +7,8 @@
 
 mod disk;
 mod executor;
+#[cfg(feature = "nbd-client")]
+pub mod network;
 
 pub use disk::{Snapshot, Undurable};
 pub use executor::{SimRuntime, Simulation, Stop};

@@ -1,0 +1,382 @@
+//! A device on an NBD server, over connections that may be lost.
+//!
+//! A lost connection is no error of the disk: requests wait, and are sent again over a new one.
+//! Errors that the server answers are errors of the disk, and go to the caller.
+//!
+//! # What is written again
+//!
+//! A server that came back may have lost every write that no flush covers. So acknowledged writes
+//! are *remembered* until a flush has succeeded that was sent after them. After a reconnect they
+//! are written again, before anything else goes out. Newer data takes the place of older data in
+//! what is remembered; a durable write takes it away. So nothing older ever follows. If more than
+//! 64 MiB would be remembered, writes wait, and the device flushes by itself. If such a flush
+//! fails, or data cannot be written again, the next flush of the caller fails.
+//!
+//! # Old connections
+//!
+//! If one of several connections is lost, all are closed. But the server may live, and still
+//! carry out what the old connections had under way: a write may come *late*. This is why no old
+//! data comes back:
+//!
+//! - A write that was acknowledged has been carried out. It does not come late.
+//! - A write goes out only when no write under way overlaps it. So what is acknowledged last was
+//!   carried out last.
+//! - A write that may come late is sent again, with the same data. It does not matter which of the
+//!   two comes first.
+//! - Any other operation that changes its range waits, until the server can be taken to have
+//!   forgotten the old connections: 5 s after new ones stand.
+//! - Remembered data does not wait. Where a write that may come late overlaps it, that write is the
+//!   newer one, and is sent again later. Where remembered data was itself being written again and
+//!   may come late, it has either not changed since, or the newer write has waited for it.
+//!
+//! The limits of this: a server that carries out a request more than 5 s after it has accepted a
+//! newer connection can bring back old data. So can a late write of a process that has died, over
+//! the writes of the next process. The protocol has nothing against either. And a write that has
+//! failed, be it with an error of the disk or because the link was down for too long, may have been
+//! carried out, in part or late.
+//!
+//! # Silence
+//!
+//! A connection with requests under way that is silent for 30 s counts as lost. Each time that
+//! happens, the limit doubles, up to 4 minutes, until a flush succeeds: else a server whose flush
+//! takes longer would never get to its end.
+
+mod connection;
+mod connector;
+mod coverage;
+mod dial;
+mod handshake;
+mod keeper;
+mod late;
+mod operation;
+mod remembered;
+mod shared;
+mod state;
+#[cfg(test)]
+mod tests;
+
+pub use connector::{BoxStream, Connector, Stream};
+pub use dial::{Dial, TlsError};
+pub use handshake::LinkError;
+
+use super::{BlockDevice, DeviceError, IoBuf, IoFuture, LinkStatus, Operation, Pending, SharedBuf};
+use crate::format::{to_u64, to_usize};
+use crate::nbd::{ExportName, TransmissionFlags};
+use crate::pending::Requests;
+use crate::rules::Rules;
+use crate::runtime::Runtime;
+use futures_channel::oneshot;
+use futures_util::future::join_all;
+use handshake::Agreed;
+use keeper::{Route, keep};
+use nix::errno::Errno;
+use operation::{Kind, Outcome};
+use shared::Shared;
+use state::State;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How much one request zeroes at most, in bytes: a server may have to write that many zeros.
+const MOST_ZEROS: u64 = 32 << 20;
+
+/// How an export is opened.
+#[derive(Clone, Debug)]
+pub struct Options {
+    export: ExportName,
+    writable: bool,
+    timeout: Option<Duration>,
+    rules: Rules,
+}
+
+impl Options {
+    /// To read the export with this name, and to wait for a lost link for ever.
+    pub fn new(export: ExportName) -> Options {
+        Options { export, writable: false, timeout: None, rules: Rules::default() }
+    }
+
+    /// To write it as well, or not.
+    #[must_use]
+    pub fn writable(self, writable: bool) -> Options {
+        Options { writable, ..self }
+    }
+
+    /// Requests wait for a lost link for so long. Then they fail with `ETIMEDOUT`.
+    #[must_use]
+    pub fn timeout(self, timeout: Option<Duration>) -> Options {
+        Options { timeout, ..self }
+    }
+
+    /// With these rules. A test may break one of them.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub fn rules(self, rules: Rules) -> Options {
+        Options { rules, ..self }
+    }
+}
+
+/// An export of an NBD server.
+pub struct NbdDevice {
+    name: Arc<str>,
+    agreed: Agreed,
+    shared: Arc<Shared>,
+    requests: Arc<Requests>,
+}
+
+impl NbdDevice {
+    /// Connects to a server and opens an export. `name` is its name in messages.
+    ///
+    /// # Errors
+    /// Says why the export cannot be used. The first connection must succeed at once.
+    pub async fn open(
+        runtime: Arc<dyn Runtime>,
+        connector: Arc<dyn Connector>,
+        name: &str,
+        options: Options,
+    ) -> Result<NbdDevice, LinkError> {
+        let Options { export, writable, timeout, rules } = options;
+        let route = Route { connector, export };
+        let (connections, agreed) = route.connect(&*runtime).await?;
+        let durable = TransmissionFlags::SEND_FLUSH | TransmissionFlags::SEND_FUA;
+        if writable && agreed.flags.contains(TransmissionFlags::READ_ONLY) {
+            return Err(LinkError::ReadOnly);
+        }
+        if writable && !agreed.flags.intersects(durable) {
+            return Err(LinkError::NoFlush);
+        }
+        let state = State::new(agreed, timeout, rules);
+        let shared = Arc::new(Shared::new(state, runtime.clone()));
+        runtime.spawn(Box::pin(keep(shared.clone(), route, connections)));
+        Ok(NbdDevice { name: name.into(), agreed, shared, requests: Arc::default() })
+    }
+
+    /// Whether the server takes no writes.
+    pub fn is_read_only(&self) -> bool {
+        self.offers(TransmissionFlags::READ_ONLY)
+    }
+
+    fn offers(&self, flags: TransmissionFlags) -> bool {
+        self.agreed.flags.contains(flags)
+    }
+
+    /// Begins an operation that fits one request.
+    fn begin(&self, offset: u64, length: u64, kind: Kind) -> oneshot::Receiver<Outcome> {
+        let (done, result) = oneshot::channel();
+        let length = u32::try_from(length).unwrap_or(u32::MAX);
+        let in_flight = Some(self.requests.begin());
+        self.shared.begin(operation::Operation { offset, length, kind, done, in_flight });
+        result
+    }
+
+    /// Checks where a request is, and whether it may change anything there.
+    fn check(&self, operation: Operation, offset: u64, length: u64) -> Result<(), DeviceError> {
+        let unit = u64::from(self.agreed.block_size);
+        let end = offset.checked_add(length).filter(|&end| end <= self.size());
+        let fits = end.is_some() && offset.is_multiple_of(unit) && length.is_multiple_of(unit);
+        let changes = operation != Operation::Read;
+        let cause = match () {
+            () if !fits => Errno::EINVAL,
+            () if changes && self.is_read_only() => Errno::EROFS,
+            () => return Ok(()),
+        };
+        Err(DeviceError { device: self.name.clone(), operation, offset, length, cause })
+    }
+
+    /// A future of all these requests. They go on if it is dropped.
+    fn all(
+        &self,
+        operation: Operation,
+        range: Range<u64>,
+        requests: Vec<oneshot::Receiver<Outcome>>,
+    ) -> IoFuture<Vec<IoBuf>> {
+        let device = self.name.clone();
+        Box::pin(async move {
+            let ended = join_all(requests).await.into_iter();
+            let bufs: Result<Vec<_>, Errno> =
+                ended.map(|done| done.unwrap_or(Err(Errno::ECANCELED))).collect();
+            let (offset, length) = (range.start, range.end - range.start);
+            bufs.map(|bufs| bufs.into_iter().flatten().collect()).map_err(|cause| DeviceError {
+                device,
+                operation,
+                offset,
+                length,
+                cause,
+            })
+        })
+    }
+
+    fn write_all(&self, offset: u64, parts: Vec<SharedBuf>, durably: bool) -> IoFuture<()> {
+        let operation = if durably { Operation::DurableWrite } else { Operation::Write };
+        let length = to_u64(parts.iter().map(|part| part.len()).sum());
+        if let Err(error) = self.check(operation, offset, length) {
+            return Box::pin(std::future::ready(Err(error)));
+        }
+        let mut at = offset;
+        let begun = split(parts, to_usize(self.agreed.most.into())).into_iter().map(|parts| {
+            let length = to_u64(parts.iter().map(|part| part.len()).sum());
+            let begun = self.begin(at, length, Kind::Write { parts, durably });
+            at += length;
+            begun
+        });
+        let begun = begun.collect();
+        unit(self.all(operation, offset..offset + length, begun))
+    }
+
+    fn make_zeros(&self, offset: u64, length: u64, keep_space: bool) -> IoFuture<()> {
+        let operation = Operation::Discard;
+        if let Err(error) = self.check(operation, offset, length) {
+            return Box::pin(std::future::ready(Err(error)));
+        }
+        if !self.offers(TransmissionFlags::SEND_WRITE_ZEROES) {
+            let (device, cause) = (self.name.clone(), Errno::EOPNOTSUPP);
+            let error = DeviceError { device, operation, offset, length, cause };
+            return Box::pin(std::future::ready(Err(error)));
+        }
+        let begun = ranges(offset, length, MOST_ZEROS)
+            .map(|range| {
+                let length = range.end - range.start;
+                self.begin(range.start, length, Kind::Zero { keep_space })
+            })
+            .collect();
+        unit(self.all(operation, offset..offset + length, begun))
+    }
+}
+
+impl Drop for NbdDevice {
+    fn drop(&mut self) {
+        self.shared.state().close();
+        self.shared.tell();
+    }
+}
+
+fn unit(future: IoFuture<Vec<IoBuf>>) -> IoFuture<()> {
+    Box::pin(async move { future.await.map(drop) })
+}
+
+/// The ranges of at most `most` bytes that make up a longer one.
+fn ranges(offset: u64, length: u64, most: u64) -> impl Iterator<Item = Range<u64>> {
+    let end = offset + length;
+    let starts = std::iter::successors(Some(offset), move |at| Some(at + most));
+    starts.take_while(move |&at| at < end).map(move |at| at..end.min(at + most))
+}
+
+/// Divides the parts of a write among requests of at most `most` bytes.
+fn split(parts: Vec<SharedBuf>, most: usize) -> Vec<Vec<SharedBuf>> {
+    let mut requests = vec![Vec::new()];
+    let mut room = most;
+    for part in parts {
+        let mut begin = 0;
+        while begin < part.len() {
+            if room == 0 {
+                requests.push(Vec::new());
+                room = most;
+            }
+            let end = part.len().min(begin + room);
+            if let Some(request) = requests.last_mut() {
+                request.push(part.part(begin..end));
+            }
+            room -= end - begin;
+            begin = end;
+        }
+    }
+    requests.retain(|request| !request.is_empty());
+    requests
+}
+
+impl BlockDevice for NbdDevice {
+    fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// What is left of the last unit of I/O at the end of the export is not used.
+    fn size(&self) -> u64 {
+        self.agreed.size / u64::from(self.agreed.block_size) * u64::from(self.agreed.block_size)
+    }
+
+    fn block_size(&self) -> u32 {
+        self.agreed.block_size
+    }
+
+    fn pending(&self) -> Pending {
+        self.requests.pending()
+    }
+
+    fn link(&self) -> Option<LinkStatus> {
+        Some(self.shared.state().status(self.shared.now()))
+    }
+
+    fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
+        let length = to_u64(buf.len());
+        if let Err(error) = self.check(Operation::Read, offset, length) {
+            return Box::pin(std::future::ready(Err(error)));
+        }
+        let most = u64::from(self.agreed.most);
+        if length == 0 {
+            return Box::pin(std::future::ready(Ok(buf)));
+        }
+        let (range, device) = (offset..offset + length, self.name.clone());
+        let no_buffer = move || DeviceError {
+            device,
+            operation: Operation::Read,
+            offset,
+            length,
+            cause: Errno::EIO,
+        };
+        if length <= most {
+            let begun = vec![self.begin(offset, length, Kind::Read(Some(buf)))];
+            let read = self.all(Operation::Read, range, begun);
+            return Box::pin(async move { read.await?.pop().ok_or_else(no_buffer) });
+        }
+        let begun = ranges(offset, length, most).map(|range| {
+            let length = range.end - range.start;
+            self.begin(range.start, length, Kind::Read(None))
+        });
+        let read = self.all(Operation::Read, range, begun.collect());
+        let mut buf = buf;
+        Box::pin(async move {
+            let mut at = 0;
+            for part in read.await? {
+                buf[at..at + part.len()].copy_from_slice(&part);
+                at += part.len();
+            }
+            Ok(buf)
+        })
+    }
+
+    fn write(&self, offset: u64, data: SharedBuf) -> IoFuture<()> {
+        self.write_all(offset, vec![data], false)
+    }
+
+    fn write_parts(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
+        self.write_all(offset, parts, false)
+    }
+
+    fn prefers_durable_writes(&self) -> bool {
+        self.offers(TransmissionFlags::SEND_FUA)
+    }
+
+    fn write_durably(&self, offset: u64, parts: Vec<SharedBuf>) -> IoFuture<()> {
+        if self.prefers_durable_writes() {
+            return self.write_all(offset, parts, true);
+        }
+        let length = to_u64(parts.iter().map(|part| part.len()).sum());
+        let (device, operation) = (self.name.clone(), Operation::DurableWrite);
+        let error = DeviceError { device, operation, offset, length, cause: Errno::EOPNOTSUPP };
+        Box::pin(std::future::ready(Err(error)))
+    }
+
+    fn flush(&self) -> IoFuture<()> {
+        let begun =
+            if self.is_read_only() { Vec::new() } else { vec![self.begin(0, 0, Kind::Flush)] };
+        unit(self.all(Operation::Flush, 0..0, begun))
+    }
+
+    /// Does not trim: the protocol does not say what a trimmed range reads as.
+    fn discard(&self, offset: u64, length: u64) -> IoFuture<()> {
+        self.make_zeros(offset, length, false)
+    }
+
+    fn zero(&self, offset: u64, length: u64) -> IoFuture<()> {
+        self.make_zeros(offset, length, true)
+    }
+}

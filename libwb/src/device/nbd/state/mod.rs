@@ -1,0 +1,363 @@
+//! What waits, what is under way, and what is remembered: the one state of a device.
+//!
+//! Whoever changes it under the lock does not wait under it. The rules are in the documentation of
+//! [the module above](super).
+
+mod receiving;
+mod sending;
+
+use super::super::{LinkStatus, SharedBuf};
+use super::coverage::Coverage;
+use super::handshake::Agreed;
+use super::late::LateWrites;
+use super::operation::{Kind, Operation};
+use super::remembered::{Content, Mark, Remembered};
+use crate::nbd::{Command, Request, TransmissionFlags};
+use crate::rules::{Rule, Rules};
+use nix::errno::Errno;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::ops::Range;
+use std::time::Duration;
+
+/// How long a connection with requests under way may be silent.
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+/// It becomes longer each time it has run out, up to this: a flush may take its time.
+const MOST_PATIENCE: Duration = Duration::from_secs(240);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// There is no connection.
+    Down,
+    /// What the server may have lost is written again. All else waits.
+    Restoring,
+    /// Requests go out.
+    Up,
+    /// Nothing is taken any more.
+    Ended,
+}
+
+/// One of the connections that stand.
+#[derive(Default)]
+struct Connection {
+    under_way: usize,
+    /// Since when it has been silent, while requests are under way.
+    silent_since: Option<Duration>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum What {
+    Operation(u64),
+    /// Remembered data, written again.
+    Again,
+}
+
+/// A request under way.
+struct Sent {
+    on: usize,
+    what: What,
+    command: Command,
+    range: Range<u64>,
+    /// What was acknowledged when it was sent.
+    mark: Mark,
+    /// What has come of a read.
+    coverage: Coverage,
+    error: Option<Errno>,
+}
+
+/// A request to be sent, with its data.
+pub(super) struct Outgoing {
+    pub(super) request: Request,
+    pub(super) parts: Vec<SharedBuf>,
+}
+
+/// What a connection does next.
+pub(super) enum Next {
+    Send(Outgoing),
+    Wait,
+    /// All is done, and no more will come.
+    Close,
+}
+
+pub(super) struct State {
+    rules: Rules,
+    agreed: Agreed,
+    timeout: Option<Duration>,
+    phase: Phase,
+    connections: Vec<Connection>,
+    operations: BTreeMap<u64, Operation>,
+    /// The operations that are to be sent.
+    queue: BTreeSet<u64>,
+    /// By cookie. No cookie is used twice.
+    sent: BTreeMap<u64, Sent>,
+    /// Numbers operations and cookies.
+    numbers: u64,
+    again: VecDeque<(Range<u64>, Vec<Content>)>,
+    remembered: Remembered,
+    late: LateWrites,
+    /// The next flush fails with it: a flush that no caller asked for did, or data could not be
+    /// written again.
+    failed_flush: Option<Errno>,
+    down_since: Option<Duration>,
+    /// Why requests fail instead of waiting for the link.
+    fails_with: Option<Errno>,
+    /// Nothing was answered since the connections stand.
+    is_unproven: bool,
+    patience: Duration,
+    /// Why the connections count as lost.
+    verdict: Option<String>,
+    reconnects: u64,
+    problem: Option<String>,
+    is_closing: bool,
+}
+
+impl State {
+    pub(super) fn new(agreed: Agreed, timeout: Option<Duration>, rules: Rules) -> State {
+        State {
+            rules,
+            agreed,
+            timeout,
+            phase: Phase::Down,
+            connections: Vec::new(),
+            operations: BTreeMap::new(),
+            queue: BTreeSet::new(),
+            sent: BTreeMap::new(),
+            numbers: 0,
+            again: VecDeque::new(),
+            remembered: Remembered::default(),
+            late: LateWrites::default(),
+            failed_flush: None,
+            down_since: None,
+            fails_with: None,
+            is_unproven: true,
+            patience: PATIENCE,
+            verdict: None,
+            reconnects: 0,
+            problem: None,
+            is_closing: false,
+        }
+    }
+
+    /// Whether every change is sent so that it is durable at once: the server knows no flush.
+    fn is_write_through(&self) -> bool {
+        !self.agreed.flags.contains(TransmissionFlags::SEND_FLUSH)
+    }
+
+    fn number(&mut self) -> u64 {
+        self.numbers += 1;
+        self.numbers
+    }
+
+    /// Takes an operation, or fails it at once.
+    pub(super) fn begin(&mut self, operation: Operation) {
+        if let Some(errno) = self.fails_with {
+            return operation.end(Err(errno));
+        }
+        if matches!(operation.kind, Kind::Flush) && self.is_write_through() {
+            return operation.end(Ok(()));
+        }
+        let id = self.number();
+        self.queue.insert(id);
+        self.operations.insert(id, operation);
+    }
+
+    /// Takes what a new connection offers for what the old one did.
+    ///
+    /// # Errors
+    /// What has changed.
+    pub(super) fn agree_again(&mut self, now: Agreed) -> Result<(), String> {
+        let was = &self.agreed;
+        let needed = TransmissionFlags::SEND_FLUSH
+            | TransmissionFlags::SEND_FUA
+            | TransmissionFlags::SEND_WRITE_ZEROES;
+        let (before, after) = (was.flags, now.flags);
+        let read_only = TransmissionFlags::READ_ONLY;
+        if now.size != was.size {
+            return Err(format!("it had {} bytes and has {} now", was.size, now.size));
+        }
+        if before.contains(read_only) != after.contains(read_only) {
+            let what = if after.contains(read_only) { "it is" } else { "it was" };
+            return Err(format!("{what} read-only"));
+        }
+        if !after.contains(before & needed) {
+            return Err("the server no longer offers flushes, durable writes or zeroing".into());
+        }
+        if now.block_size > was.block_size || now.most < was.most {
+            return Err("the server no longer takes requests of the same sizes".into());
+        }
+        self.agreed.structured = now.structured;
+        Ok(())
+    }
+
+    /// The connections stand.
+    pub(super) fn connected(&mut self, connections: usize, now: Duration) {
+        self.reconnects += u64::from(self.down_since.is_some());
+        self.connections.clear();
+        self.connections.resize_with(connections, Connection::default);
+        self.late.reconnected(now);
+        if self.fails_with == Some(Errno::ESTALE) {
+            self.fails_with = None;
+        }
+        self.again = match self.rules.keep(Rule::LinkWritesAgain) {
+            true => self.to_write_again(),
+            false => VecDeque::new(),
+        };
+        self.phase = if self.again.is_empty() { Phase::Up } else { Phase::Restoring };
+        self.is_unproven = true;
+        if self.phase == Phase::Up && self.queue.is_empty() {
+            self.has_answered();
+        }
+    }
+
+    /// All that is remembered, in requests that are as large as possible.
+    fn to_write_again(&self) -> VecDeque<(Range<u64>, Vec<Content>)> {
+        let mut requests: VecDeque<(Range<u64>, Vec<Content>)> = VecDeque::new();
+        let is_data = |content: &Content| matches!(content, Content::Data(_));
+        for (range, content) in self.remembered.pieces() {
+            match requests.back_mut() {
+                Some((before, parts))
+                    if before.end == range.start
+                        && range.end - before.start <= u64::from(self.agreed.most)
+                        && is_data(content)
+                        && parts.iter().all(is_data) =>
+                {
+                    before.end = range.end;
+                    parts.push(content.clone());
+                }
+                _ => requests.push_back((range, vec![content.clone()])),
+            }
+        }
+        requests
+    }
+
+    /// The link works.
+    fn has_answered(&mut self) {
+        self.is_unproven = false;
+        self.down_since = None;
+        self.fails_with = None;
+        self.problem = None;
+    }
+
+    /// The connections are gone. All that was under way is to be sent again.
+    pub(super) fn lost(&mut self, why: String, now: Duration) {
+        if self.phase == Phase::Ended {
+            return;
+        }
+        self.phase = Phase::Down;
+        self.problem = Some(why);
+        self.down_since.get_or_insert(now);
+        self.connections.clear();
+        self.again.clear();
+        self.verdict = None;
+        for sent in std::mem::take(&mut self.sent).into_values() {
+            let operation = match sent.what {
+                What::Operation(id) => Some(id),
+                What::Again => None,
+            };
+            if matches!(sent.command, Command::Write | Command::WriteZeroes) {
+                self.late.add(sent.range, operation);
+            }
+            let Some(id) = operation else { continue };
+            if sent.command == Command::Flush && !self.rules.keep(Rule::LinkFlushSentAgain) {
+                self.end(id, Ok(()));
+                continue;
+            }
+            self.queue.insert(id);
+        }
+        if let Some(errno) = self.fails_with {
+            self.fail_queue(errno);
+        }
+    }
+
+    /// The link cannot be made.
+    pub(super) fn failed(&mut self, why: String, has_changed: bool) {
+        self.problem = Some(why);
+        if has_changed {
+            self.fails_with = Some(Errno::ESTALE);
+            self.fail_queue(Errno::ESTALE);
+        }
+    }
+
+    fn fail_queue(&mut self, errno: Errno) {
+        for id in std::mem::take(&mut self.queue) {
+            self.end(id, Err(errno));
+        }
+    }
+
+    fn end(&mut self, id: u64, outcome: Result<(), Errno>) {
+        if let Some(operation) = self.operations.remove(&id) {
+            operation.end(outcome);
+        }
+    }
+
+    /// Nothing is taken any more, and nothing goes on.
+    pub(super) fn stop(&mut self) {
+        self.phase = Phase::Ended;
+        self.fails_with = Some(Errno::ECANCELED);
+        self.queue.clear();
+        self.sent.clear();
+        for operation in std::mem::take(&mut self.operations).into_values() {
+            operation.end(Err(Errno::ECANCELED));
+        }
+    }
+
+    /// No more operations will come. The link ends once all are done.
+    pub(super) fn close(&mut self) {
+        self.is_closing = true;
+    }
+
+    /// Whether nobody waits for anything, and nobody will.
+    pub(super) fn is_over(&self) -> bool {
+        self.is_closing && self.operations.values().all(|operation| operation.done.is_canceled())
+    }
+
+    /// Whether the last connections have answered anything.
+    pub(super) fn is_proven(&self) -> bool {
+        !self.is_unproven
+    }
+
+    pub(super) fn status(&self, now: Duration) -> LinkStatus {
+        let operations = self.operations.values();
+        LinkStatus {
+            connections: self.connections.len(),
+            down_for: self.down_since.map(|since| now.saturating_sub(since)),
+            waiting: operations.filter(|one| !matches!(one.kind, Kind::OwnFlush)).count(),
+            reconnects: self.reconnects,
+            unflushed: self.remembered.weight(),
+            problem: self.problem.clone(),
+        }
+    }
+}
+
+/// Time.
+impl State {
+    /// Whether nothing depends on time.
+    pub(super) fn is_quiet(&self) -> bool {
+        let is_idle = self.phase == Phase::Up && self.operations.is_empty();
+        is_idle && self.late.is_empty() || self.phase == Phase::Ended
+    }
+
+    /// Lets time pass. Returns whether that has changed anything.
+    pub(super) fn pass(&mut self, now: Duration) -> bool {
+        let were_late = !self.late.is_empty();
+        self.late.pass(now);
+        let elapsed = |since: Option<Duration>, limit: Duration| {
+            since.is_some_and(|since| now.saturating_sub(since) >= limit)
+        };
+        let is_down = self.timeout.is_some_and(|timeout| elapsed(self.down_since, timeout));
+        if is_down && self.fails_with.is_none() {
+            self.fails_with = Some(Errno::ETIMEDOUT);
+            self.fail_queue(Errno::ETIMEDOUT);
+        }
+        if self.connections.iter().any(|one| elapsed(one.silent_since, self.patience)) {
+            let seconds = self.patience.as_secs();
+            self.patience = (self.patience * 2).min(MOST_PATIENCE);
+            self.verdict = Some(format!("the server has not answered for {seconds} s"));
+        }
+        were_late == self.late.is_empty() || self.verdict.is_some()
+    }
+
+    /// Why the connections count as lost, if they do.
+    pub(super) fn take_verdict(&mut self) -> Option<String> {
+        self.verdict.take()
+    }
+}

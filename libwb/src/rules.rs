@@ -52,8 +52,8 @@ pub enum Rule {
     UnclaimedReadWhole,
     /// Recovery reads on after the end of the log, as far as a power cut may have left segments.
     TailReadOn,
-    /// What recovery makes the newest versions while it reads on is undone if a slot was not what it
-    /// seemed.
+    /// What recovery makes the newest versions while it reads on is undone if a slot was not what
+    /// it seemed.
     LinkedAsReadLast,
     /// A slot that is looked at late and contradicts the log that is served fails the volume.
     ContradictionFails,

@@ -14,7 +14,7 @@ const PACKAGES: [&str; 6] = ["libwb", "wbctl", "wbformat", "wbcheck", "wbdump", 
 
 /// The layers of libwb from the bottom up, and which others each may use. A row for a module within
 /// a layer adds to what the layer may use.
-const LAYERS: [(&str, &[&str]); 16] = [
+const LAYERS: [(&str, &[&str]); 17] = [
     ("format", &[]),
     ("buf", &["format"]),
     ("nbd", &["format"]),

@@ -1,7 +1,7 @@
 # Everything that developers and newcomers run. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak stress fuzz test-vm test-postgres bench bench-vm deps tools build install \
-	uninstall deb package deny advisories fmt
+.PHONY: demo test sim soak stress fuzz test-vm test-postgres bench bench-pause bench-vm deps tools \
+	build install uninstall deb package deny advisories fmt
 
 # How many scenarios of work and crashes `make sim` and `make soak` simulate, and the first seed of
 # `make soak`.
@@ -73,6 +73,11 @@ fuzz: deps
 bench: deps
 	cargo build --release -p wbcheck
 	cargo run --release -p wb-bench -- all
+
+# How long programs wait when the server of a volume is killed. Needs root, and 8 GB of disk.
+bench-pause: deps
+	cargo build --release -p wbctl
+	bench/pause.sh
 
 # Measures the front ends beside other caches, in a virtual machine for each kernel, and prints the
 # tables of docs/benchmarks.md. Takes some ten minutes, on a machine that does nothing else.

@@ -76,7 +76,7 @@ bench: deps
 
 # How long programs wait when the server of a volume is killed. Needs root, and 8 GB of disk.
 bench-pause: deps
-	cargo build --release -p wbctl
+	cargo build --release -p wbctl -p wbformat
 	bench/pause.sh
 
 # Measures the front ends beside other caches, in a virtual machine for each kernel, and prints the

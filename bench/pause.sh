@@ -1,7 +1,7 @@
 #!/bin/bash
 # pause.sh [SIZE] [DIRTY] [KILLS]: how long programs wait when the server of a volume is killed,
-# with a cache of SIZE GiB, a full one unless DIRTY GiB are told. Prints the longest request of all,
-# beside the longest one of the same load without a kill. Run it as root, after `make build`.
+# with a cache of SIZE GiB that holds DIRTY GiB (7/8 of SIZE by default). Prints the longest
+# request of all, and that of the same load without a kill. Run it as root, after `make build`.
 set -euo pipefail
 size=${1:-8} dirty=${2:-$((${1:-8} * 7 / 8))} kills=${3:-10}
 repository=$(cd "$(dirname "$0")/.." && pwd)
@@ -15,7 +15,7 @@ cleanup() {
     ended=$?
     set +e
     trap - EXIT
-    [ $ended = 0 ] || tail -n 20 "$work"/log
+    [ $ended = 0 ] || tail -n 20 "$work"/log 2>/dev/null
     kill $(jobs -p) 2>/dev/null
     wait
     rm -rf "$work"
@@ -33,6 +33,11 @@ import json, sys
 job = json.load(sys.stdin)["jobs"][0]
 assert job["error"] == 0, job["error"]
 print(round(max(job[way]["clat_ns"]["max"] for way in ("read", "write")) / 1e6))'
+}
+
+server() {
+    "$release/wbctl" status "$name" --json |
+        python3 -c 'import json, sys; print(json.load(sys.stdin)["live"]["server_pid"])'
 }
 
 truncate -s "${size}G" "$work/cache"
@@ -53,7 +58,7 @@ load $((2 * kills)) >"$work/longest" &
 loading=$!
 for _ in $(seq "$kills"); do
     sleep 1.8
-    kill -KILL "$(cat "/proc/$keeper/task/$keeper/children")"
+    kill -KILL "$(server)"
 done
 wait $loading
 grep -o 'took over in.*' "$work/log" || true

@@ -143,7 +143,7 @@ fn mostly_clean(options: &Options, bytes: u64, most: f64) -> Result<MostlyClean>
         path
     };
     let serve = OpenOptions::serve();
-    // Whatever makes its first use of memory slow is not to be measured.
+    // Not measured: the first attach uses memory that the machine has not used before.
     attach_seconds(&path, serve.clone())?;
     let tails: Result<Vec<f64>> =
         (0..options.rounds).map(|_| attach_seconds(&path, serve.clone())).collect();

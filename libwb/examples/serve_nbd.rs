@@ -1,6 +1,7 @@
-//! Serves a cached volume over NBD until Enter is pressed: `serve_nbd ADDRESS CACHE BACKING
-//! [CERTIFICATES]`. The address is `nbd://IP[:PORT]/NAME` or `nbd+unix:///NAME?socket=PATH`, and
-//! `wbformat` makes the cache device. No rights beyond those on the files are needed.
+//! Serves a cached volume over NBD until Enter is pressed: `serve_nbd ADDRESS CACHE BACKING`. The
+//! address is `nbd://IP[:PORT]/NAME` or `nbd+unix:///NAME?socket=PATH`; with TLS, it begins with
+//! `nbds` and ends with `?tls-certificates=FOLDER`. `wbformat` makes the cache device. No rights
+//! beyond those on the files are needed.
 
 use libwb::cache::{Cache, OpenOptions};
 use libwb::device::probe::{Access, open_pair};
@@ -15,17 +16,21 @@ use std::sync::Arc;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let [address, cache, backing, certificates @ ..] = &arguments[..] else {
-        return Err("usage: serve_nbd ADDRESS CACHE BACKING [CERTIFICATES]".into());
+    let [address, cache, backing] = &arguments[..] else {
+        return Err("usage: serve_nbd ADDRESS CACHE BACKING".into());
     };
-    let Uri { address, export, .. } = address.parse()?;
+    let Uri { address, export, tls } = address.parse()?;
     let address = match address {
         nbd::Address::Tcp { host, port } => {
             Address::Tcp((host.parse::<std::net::IpAddr>()?, port).into())
         }
         nbd::Address::Unix(path) => Address::Unix(path),
     };
-    let tls = certificates.first().map(|folder| ServerTls::load(Path::new(folder))).transpose()?;
+    let tls = match tls.map(|tls| tls.certificates) {
+        None => None,
+        Some(Some(folder)) => Some(ServerTls::load(&folder)?),
+        Some(None) => return Err("TLS needs certificates: ?tls-certificates=FOLDER".into()),
+    };
 
     let (cache, backing) = open_pair(Path::new(cache), Path::new(backing), [Access::Write; 2])?;
     let reactor = Reactor::start()?;

@@ -10,7 +10,7 @@
 )]
 #![cfg_attr(
     not(all(feature = "engine", feature = "nbd-client")),
-    allow(dead_code, reason = "each of both has its rules")
+    allow(dead_code, reason = "each of the two has its own rules")
 )]
 
 /// A rule that a test can break.
@@ -52,8 +52,8 @@ pub enum Rule {
     UnclaimedReadWhole,
     /// Recovery reads on after the end of the log, as far as a power cut may have left segments.
     TailReadOn,
-    /// What recovery makes the newest versions while it reads on is undone if a slot was not what
-    /// it seemed.
+    /// Recovery links segments while it still reads others. If a slot was not what it seemed, it
+    /// undoes that.
     LinkedAsReadLast,
     /// A slot that is looked at late and contradicts the log that is served fails the volume.
     ContradictionFails,

@@ -3,7 +3,7 @@
 
 use libwb::nbd::{
     ClientOption, Command, CommandFlags, Decoded, Export, ExportName, Greeting, HandshakeFlags,
-    InfoRequest, OptionHeader, OptionReply, Reply, Request, TransmissionFlags, Uri, WireError,
+    InfoRequest, OptionReply, Reply, Request, TransmissionFlags, Uri, WireError,
     decode_client_flags, decode_export,
 };
 
@@ -18,21 +18,9 @@ pub fn nbd(bytes: &[u8]) {
     messages(bytes, Request::decode, |request, to| request.encode(to));
     messages(bytes, Reply::decode, |reply, to| reply.encode(to));
     messages(bytes, OptionReply::decode, |(option, reply), to| reply.encode(*option, to));
-    messages(bytes, decode_option, |option, to| option.encode(to));
+    messages(bytes, ClientOption::decode_whole, |option, to| option.encode(to));
     if let Some(uri) = std::str::from_utf8(bytes).ok().and_then(|text| text.parse::<Uri>().ok()) {
         assert_eq!(uri.to_string().parse::<Uri>(), Ok(uri));
-    }
-}
-
-fn decode_option(bytes: &[u8]) -> Result<Decoded<ClientOption>, WireError> {
-    let (header, taken) = match OptionHeader::decode(bytes)? {
-        Decoded::More(more) => return Ok(Decoded::More(more)),
-        Decoded::Value(header, taken) => (header, taken),
-    };
-    let end = taken + header.length as usize;
-    match bytes.get(taken..end) {
-        None => Ok(Decoded::More(end - bytes.len())),
-        Some(data) => Ok(Decoded::Value(ClientOption::decode(header, data)?, end)),
     }
 }
 

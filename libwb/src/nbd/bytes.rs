@@ -185,7 +185,7 @@ pub(super) trait Put {
     fn put_u32(&mut self, value: u32);
     fn put_u64(&mut self, value: u64);
 
-    /// A length that [`MAX_NAME_BYTES`] bounds.
+    /// Appends a length, or `u32::MAX` if it is larger than that.
     fn put_length(&mut self, length: usize) {
         self.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
     }

@@ -2,7 +2,7 @@
 
 use super::bytes::{Decoded, ExportName, MAX_NAME_BYTES, Parts, Put, WireError, head};
 use super::greeting::OPTION_MAGIC;
-use crate::format::to_u64;
+use crate::format::{to_u64, to_usize};
 
 /// Length of the header of an option in bytes.
 pub const OPTION_HEADER_BYTES: usize = 16;
@@ -33,7 +33,7 @@ impl OptionHeader {
     /// The code of the one option that cannot be refused with a reply.
     pub const EXPORT_NAME: u32 = code::EXPORT_NAME;
 
-    /// Whether this protocol knows the option.
+    /// Whether [`ClientOption`] has a variant of its own for the option.
     pub fn is_known(&self) -> bool {
         matches!(
             self.code,
@@ -155,14 +155,27 @@ impl ClientOption {
             code::STRUCTURED_REPLY => {
                 empty("the option STRUCTURED_REPLY", ClientOption::StructuredReply)
             }
-            code => match to_u64(data.len()) {
-                length if data.len() > MAX_OPTION_BYTES => Err(WireError::TooLong {
-                    what: "the data of an option",
-                    length,
-                    most: to_u64(MAX_OPTION_BYTES),
-                }),
-                _ => Ok(ClientOption::Unknown { code, data: data.to_vec() }),
-            },
+            code => Ok(ClientOption::Unknown { code, data: data.to_vec() }),
+        }
+    }
+
+    /// Reads an option with its data.
+    ///
+    /// # Errors
+    /// When it makes no sense, or has more than [`MAX_OPTION_BYTES`] of data.
+    pub fn decode_whole(bytes: &[u8]) -> Result<Decoded<ClientOption>, WireError> {
+        let (header, taken) = match OptionHeader::decode(bytes)? {
+            Decoded::More(more) => return Ok(Decoded::More(more)),
+            Decoded::Value(header, taken) => (header, taken),
+        };
+        let (length, most) = (u64::from(header.length), to_u64(MAX_OPTION_BYTES));
+        if length > most {
+            return Err(WireError::TooLong { what: "the data of an option", length, most });
+        }
+        let end = taken + to_usize(length);
+        match bytes.get(taken..end) {
+            None => Ok(Decoded::More(end - bytes.len())),
+            Some(data) => Ok(Decoded::Value(ClientOption::decode(header, data)?, end)),
         }
     }
 }

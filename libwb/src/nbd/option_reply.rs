@@ -188,7 +188,7 @@ impl Info {
 
     fn decode(data: &[u8]) -> Result<Info, WireError> {
         let mut parts = Parts(data);
-        let kind = parts.u16("the kind of an information")?;
+        let kind = parts.u16("the kind of information")?;
         let exactly = |length: usize, what, expected| match data.len() {
             found if found == length => Ok(()),
             found => Err(WireError::WrongLength { what, length: to_u64(found), expected }),
@@ -298,8 +298,8 @@ impl Export {
     }
 }
 
-/// Appends the answer to `EXPORT_NAME`, which ends negotiation. `no_zeroes` is whether both sides
-/// said so.
+/// Appends the answer to `EXPORT_NAME`, which ends negotiation. `no_zeroes` says whether both
+/// sides have agreed to leave out the zeros after it.
 pub fn encode_export(export: &Export, no_zeroes: bool, to: &mut Vec<u8>) {
     export.encode(to);
     if !no_zeroes {

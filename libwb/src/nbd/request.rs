@@ -71,7 +71,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// How many bytes of data follow. Nobody has checked that against any maximum.
+    /// How many bytes of data follow. This is not checked against any maximum.
     pub fn payload(&self) -> u32 {
         if self.command == Command::Write { self.length } else { 0 }
     }

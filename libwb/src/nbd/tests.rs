@@ -52,18 +52,6 @@ fn option() -> impl Strategy<Value = ClientOption> {
     ]
 }
 
-fn decode_option(bytes: &[u8]) -> Result<Decoded<ClientOption>, WireError> {
-    let (header, taken) = match OptionHeader::decode(bytes)? {
-        Decoded::More(more) => return Ok(Decoded::More(more)),
-        Decoded::Value(header, taken) => (header, taken),
-    };
-    let end = taken + header.length as usize;
-    match bytes.get(taken..end) {
-        None => Ok(Decoded::More(end - bytes.len())),
-        Some(data) => Ok(Decoded::Value(ClientOption::decode(header, data)?, end)),
-    }
-}
-
 fn export() -> impl Strategy<Value = Export> {
     (any::<u64>(), any::<u16>()).prop_map(|(size, flags)| Export {
         size,
@@ -190,7 +178,7 @@ proptest! {
     fn options(option in option()) {
         let mut bytes = Vec::new();
         option.encode(&mut bytes);
-        survives(&option, &bytes, decode_option)?;
+        survives(&option, &bytes, ClientOption::decode_whole)?;
     }
 
     #[test]
@@ -235,7 +223,7 @@ proptest! {
         bytes.splice(0..0, from[..kept.index(from.len() + 1)].iter().copied());
         let _ = Greeting::decode(&bytes);
         let _ = decode_client_flags(&bytes);
-        let _ = decode_option(&bytes);
+        let _ = ClientOption::decode_whole(&bytes);
         let _ = OptionReply::decode(&bytes);
         let _ = decode_export(&bytes, true);
         let _ = Request::decode(&bytes);

@@ -20,9 +20,8 @@ use std::fmt;
 use std::fs::File;
 use std::future::Future;
 use std::io::{self, IoSlice};
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -59,7 +58,7 @@ impl fmt::Display for Address {
 /// Looks up the addresses of a host, on a thread of its own.
 ///
 /// # Errors
-/// When the host has none, or no one knows.
+/// When the host has none, or the lookup fails.
 pub async fn resolve(host: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
     let (done, result) = oneshot::channel();
     let host = host.to_string();
@@ -229,24 +228,12 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at an address. The file of a Unix socket must not exist yet.
-    ///
-    /// # Errors
-    /// As `bind` and `listen` of the system.
-    pub fn bind(handle: &Handle, at: &Address) -> io::Result<Listener> {
-        let listening: OwnedFd = match at {
-            Address::Unix(path) => UnixListener::bind(path)?.into(),
-            Address::Tcp(address) => TcpListener::bind(address)?.into(),
-        };
-        Listener::new(handle, listening)
-    }
-
     /// A socket that listens already.
     ///
     /// # Errors
     /// When the system refuses.
     pub fn new(handle: &Handle, listening: OwnedFd) -> io::Result<Listener> {
-        // There is no accept that does not wait only this once.
+        // `accept` has no flag that makes one call nonblocking, so the socket must be nonblocking.
         fcntl_setfl(&listening, fcntl_getfl(&listening)? | OFlags::NONBLOCK)?;
         Ok(Listener { handle: handle.clone(), target: Target::new(File::from(listening)) })
     }

@@ -4,6 +4,7 @@ use super::connector::BoxStream;
 use super::shared::Shared;
 use super::state::{Next, Outgoing};
 use crate::nbd::{Chunk, Command, CommandFlags, Decoded, Reply, Request};
+use futures_lite::future::yield_now;
 use futures_util::io::{
     AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadHalf, WriteHalf,
 };
@@ -14,6 +15,8 @@ use std::pin::Pin;
 
 /// How much of the data of a read is waited for at a time, in bytes. That much counts as progress.
 const STEP: usize = 256 << 10;
+/// How many replies are taken in a row.
+const IN_A_ROW: u32 = 32;
 /// How much of what comes is taken in ahead, in bytes.
 const AHEAD: usize = 4096;
 
@@ -94,11 +97,17 @@ async fn write(
 
 /// Receives replies until the connection is over. Returns why.
 pub(super) async fn receive(mut stream: Incoming, shared: &Shared, on: usize) -> String {
+    let mut received = 0_u32;
     loop {
         if let Err(why) = receive_one(&mut stream, shared, on).await {
             return why;
         }
         shared.tell();
+        // A server that always has something to say must not keep the thread from other tasks.
+        received = received.wrapping_add(1);
+        if received.is_multiple_of(IN_A_ROW) {
+            yield_now().await;
+        }
     }
 }
 
@@ -112,7 +121,7 @@ async fn receive_one(stream: &mut Incoming, shared: &Shared, on: usize) -> Resul
                 (state.is_read(on, cookie)?, state.is_structured())
             };
             match (result, asked_for) {
-                (Err(errno), _) => shared.state().error(on, cookie, errno)?,
+                (Err(errno), _) => drop(shared.state().error(on, cookie, errno)?),
                 (Ok(()), Some(_)) if is_structured => {
                     return Err("the server answers a read with a simple reply".into());
                 }
@@ -153,10 +162,11 @@ async fn receive_chunk(
             state.data_ends(on, cookie, buf)
         }
         Chunk::Error { errno, message, .. } => {
-            if !message.is_empty() {
+            let is_first = shared.state().error(on, cookie, errno)?;
+            if is_first && !message.is_empty() {
                 tracing::warn!("the NBD server says: {message}");
             }
-            shared.state().error(on, cookie, errno)
+            Ok(())
         }
         Chunk::Unknown { kind, .. } => Err(format!("the server sends a chunk of kind {kind}")),
     }
@@ -174,6 +184,7 @@ async fn receive_data(
     for step in buf[start..end].chunks_mut(STEP) {
         stream.read_exact(step).await.map_err(ended)?;
         shared.state().progress(on, shared.now());
+        yield_now().await;
     }
     shared.state().data_ends(on, cookie, buf)
 }

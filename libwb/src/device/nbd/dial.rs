@@ -3,6 +3,8 @@
 use super::connector::{BoxStream, Connector};
 use crate::nbd::{Address, Tls, Uri};
 use crate::reactor::{self, Handle, Socket, resolve};
+use crate::runtime::Runtime;
+use futures_lite::future::or;
 use futures_rustls::TlsConnector;
 use futures_rustls::rustls::client::WebPkiServerVerifier;
 use futures_rustls::rustls::client::danger::{
@@ -23,11 +25,14 @@ use futures_util::future::BoxFuture;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Where certificates and keys are if the user names no folder.
 const CERTIFICATES: &str = "/etc/pki/libnbd";
 /// The name in the certificate of a server on this machine.
 const THIS_MACHINE: &str = "localhost";
+/// How long an address may take to answer if the host has others.
+const TO_ANSWER: Duration = Duration::from_secs(4);
 
 /// Why TLS cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -200,8 +205,17 @@ async fn connect(handle: Handle, address: Address) -> io::Result<BoxStream> {
         }
     };
     let mut failed = io::Error::other("the host has no address");
-    for address in addresses {
-        match Socket::connect(&handle, &address).await {
+    let last = addresses.len().saturating_sub(1);
+    for (nth, address) in addresses.into_iter().enumerate() {
+        let too_slow = async {
+            // One that does not answer must not hide the next one.
+            match nth == last {
+                true => std::future::pending().await,
+                false => handle.sleep(TO_ANSWER).await,
+            }
+            Err(io::ErrorKind::TimedOut.into())
+        };
+        match or(Socket::connect(&handle, &address), too_slow).await {
             Ok(socket) => return Ok(Box::new(socket)),
             Err(error) => failed = error,
         }

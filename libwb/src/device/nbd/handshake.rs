@@ -38,7 +38,7 @@ pub enum LinkError {
     /// The connection cannot be made, or has ended.
     #[error("{}", io_text(.0))]
     Io(#[from] io::Error),
-    /// The server answers in time with nothing.
+    /// The server does not answer in time.
     #[error("the server has not answered in time")]
     Timeout,
     /// The server does not speak the protocol.
@@ -47,8 +47,8 @@ pub enum LinkError {
     /// The server is too old.
     #[error("the server does not speak the fixed newstyle protocol")]
     NotFixed,
-    /// The server answers another option than it was asked.
-    #[error("the server answers option {0}, but was not asked that")]
+    /// The server answers an option that the client has not sent.
+    #[error("the server answers option {0}, which the client has not sent")]
     Unasked(u32),
     /// The server answers without end.
     #[error("the server gives more than {MOST_REPLIES} answers to one option")]
@@ -85,7 +85,7 @@ pub enum LinkError {
     /// The export is read-only.
     #[error("the export is read-only")]
     ReadOnly,
-    /// What came back is not what was lost.
+    /// After a reconnect, the export is not what it was.
     #[error("the export has changed: {0}")]
     Changed(String),
 }
@@ -143,7 +143,7 @@ fn agreed(
         return Err(LinkError::Unaligned(export.size));
     }
     if i64::try_from(export.size).is_err() {
-        return Err(LinkError::Nonsense("the export has more than 2^63 bytes"));
+        return Err(LinkError::Nonsense("the export has 2^63 bytes or more"));
     }
     let BlockSizes { minimum, maximum, .. } =
         sizes.unwrap_or(BlockSizes { minimum: 1, preferred: 4096, maximum: MOST_LENGTH });
@@ -219,7 +219,7 @@ impl Handshake<'_> {
         match self.answer(&ClientOption::StartTls).await? {
             OptionReply::Ack => {}
             OptionReply::Error { message, .. } => return Err(LinkError::NoTls(said(&message))),
-            _ => return Err(LinkError::Nonsense("to the request for TLS")),
+            _ => return Err(LinkError::Nonsense("it neither accepts nor refuses TLS")),
         }
         let stream = self.connector.encrypt(self.stream).await?;
         Ok(Handshake { stream, ..self })
@@ -234,7 +234,7 @@ impl Handshake<'_> {
                 Err(LinkError::TlsRequired)
             }
             OptionReply::Error { .. } => Ok(false),
-            _ => Err(LinkError::Nonsense("to the request for structured replies")),
+            _ => Err(LinkError::Nonsense("it neither accepts nor refuses structured replies")),
         }
     }
 

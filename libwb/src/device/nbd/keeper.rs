@@ -14,8 +14,10 @@ use std::time::Duration;
 
 /// How many connections there are at most, if the server allows several.
 const MOST_CONNECTIONS: usize = 4;
-/// How long it may take to make a connection.
+/// How long it may take to make the first connection, and each other one. A server may let more
+/// wait than it serves.
 const MOST_TIME: Duration = Duration::from_secs(15);
+const MOST_TIME_FOR_MORE: Duration = Duration::from_secs(2);
 /// How long the first new attempt waits. Each waits for twice as long as the one before, up to
 /// [`LONGEST_PAUSE`].
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
@@ -30,12 +32,16 @@ pub(super) struct Route {
 }
 
 impl Route {
-    async fn connect_one(&self, runtime: &dyn Runtime) -> Result<(BoxStream, Agreed), LinkError> {
+    async fn connect_one(
+        &self,
+        runtime: &dyn Runtime,
+        within: Duration,
+    ) -> Result<(BoxStream, Agreed), LinkError> {
         let connect = async {
             let stream = self.connector.connect().await?;
             negotiate(stream, &*self.connector, &self.export).await
         };
-        match select(pin!(connect), runtime.sleep(MOST_TIME)).await {
+        match select(pin!(connect), runtime.sleep(within)).await {
             Either::Left((done, _)) => done,
             Either::Right(_) => Err(LinkError::Timeout),
         }
@@ -46,14 +52,14 @@ impl Route {
         &self,
         runtime: &dyn Runtime,
     ) -> Result<(Vec<BoxStream>, Agreed), LinkError> {
-        let (first, agreed) = self.connect_one(runtime).await?;
+        let (first, agreed) = self.connect_one(runtime, MOST_TIME).await?;
         let mut streams = vec![first];
         let most = match agreed.flags.contains(TransmissionFlags::CAN_MULTI_CONN) {
             true => MOST_CONNECTIONS,
             false => 1,
         };
         while streams.len() < most {
-            match self.connect_one(runtime).await {
+            match self.connect_one(runtime, MOST_TIME_FOR_MORE).await {
                 Ok((stream, again)) if again == agreed => streams.push(stream),
                 // It takes no more of them. Fewer do as well.
                 Ok(_) | Err(_) => break,
@@ -81,27 +87,26 @@ pub(super) async fn keep(shared: Arc<Shared>, route: Route, connections: Vec<Box
 async fn keep_on(shared: &Shared, route: &Route, mut connections: Vec<BoxStream>) {
     let mut pause = SHORTEST_PAUSE;
     loop {
-        shared.state().connected(connections.len(), shared.now());
+        let since = shared.now();
+        shared.state().connected(connections.len(), since);
         shared.tell();
         let Err(why) = serve(shared, connections).await else { return };
         if shared.state().is_over() {
             return;
         }
         tracing::warn!("the link to the NBD export '{}' is lost: {why}", route.export);
-        {
-            let mut state = shared.state();
-            if state.is_proven() {
-                pause = SHORTEST_PAUSE;
-            }
-            state.lost(why, shared.now());
+        // A server that takes connections and ends them at once is not asked without a pause.
+        if shared.now().saturating_sub(since) >= LONGEST_PAUSE {
+            pause = SHORTEST_PAUSE;
         }
+        shared.state().lost(why, shared.now());
         shared.tell();
         let reconnected = or(async { Some(reconnect(shared, route, &mut pause).await) }, async {
             over(shared).await;
             None
         });
         let Some(made) = reconnected.await else { return };
-        tracing::info!("the link to the NBD export '{}' stands again", route.export);
+        tracing::info!("the link to the NBD export '{}' is up again", route.export);
         connections = made;
     }
 }
@@ -135,7 +140,7 @@ async fn given_up(shared: &Shared) -> String {
     }
 }
 
-/// Waits until nobody needs the link any more.
+/// Waits until the link is no longer needed.
 async fn over(shared: &Shared) {
     loop {
         let news = shared.news.listen();

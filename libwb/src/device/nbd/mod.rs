@@ -6,7 +6,7 @@
 //! # What is written again
 //!
 //! A server that came back may have lost every write that no flush covers. So acknowledged writes
-//! are *remembered* until a flush has succeeded that was sent after them. After a reconnect they
+//! are *remembered* until a flush that was sent after them has succeeded. After a reconnect they
 //! are written again, before anything else goes out. Newer data takes the place of older data in
 //! what is remembered; a durable write takes it away. So nothing older ever follows. If more than
 //! 64 MiB would be remembered, writes wait, and the device flushes by itself. If such a flush
@@ -23,17 +23,17 @@
 //!   carried out last.
 //! - A write that may come late is sent again, with the same data. It does not matter which of the
 //!   two comes first.
-//! - Any other operation that changes its range waits, until the server can be taken to have
-//!   forgotten the old connections: 5 s after new ones stand.
+//! - Any other operation that changes its range waits until the server has presumably
+//!   forgotten the old connections: 5 s after new ones are made.
 //! - Remembered data does not wait. Where a write that may come late overlaps it, that write is the
 //!   newer one, and is sent again later. Where remembered data was itself being written again and
 //!   may come late, it has either not changed since, or the newer write has waited for it.
 //!
 //! The limits of this: a server that carries out a request more than 5 s after it has accepted a
 //! newer connection can bring back old data. So can a late write of a process that has died, over
-//! the writes of the next process. The protocol has nothing against either. And a write that has
-//! failed, be it with an error of the disk or because the link was down for too long, may have been
-//! carried out, in part or late.
+//! the writes of the next process. The protocol offers no protection against either. And a write
+//! that has failed, whether with an error of the disk or because the link was down for too long,
+//! may have been carried out, in part or late.
 //!
 //! # Silence
 //!
@@ -80,34 +80,51 @@ use std::time::Duration;
 /// How much one request zeroes at most, in bytes: a server may have to write that many zeros.
 const MOST_ZEROS: u64 = 32 << 20;
 
+/// How many bytes are remembered at most. Beyond that the device flushes by itself.
+const MOST_REMEMBERED: u64 = 64 << 20;
+
 /// How an export is opened.
 #[derive(Clone, Debug)]
 pub struct Options {
     export: ExportName,
     writable: bool,
     timeout: Option<Duration>,
+    most_remembered: u64,
     rules: Rules,
 }
 
 impl Options {
-    /// To read the export with this name, and to wait for a lost link for ever.
+    /// Reads the export with this name. Requests wait for a lost link without a time limit.
     pub fn new(export: ExportName) -> Options {
-        Options { export, writable: false, timeout: None, rules: Rules::default() }
+        Options {
+            export,
+            writable: false,
+            timeout: None,
+            most_remembered: MOST_REMEMBERED,
+            rules: Rules::default(),
+        }
     }
 
-    /// To write it as well, or not.
+    /// Sets whether the export is written, too.
     #[must_use]
     pub fn writable(self, writable: bool) -> Options {
         Options { writable, ..self }
     }
 
-    /// Requests wait for a lost link for so long. Then they fail with `ETIMEDOUT`.
+    /// Sets how long requests wait for a lost link before they fail with `ETIMEDOUT`.
     #[must_use]
     pub fn timeout(self, timeout: Option<Duration>) -> Options {
         Options { timeout, ..self }
     }
 
-    /// With these rules. A test may break one of them.
+    /// Sets how many bytes are remembered at most, so that a test comes to that limit.
+    #[cfg(feature = "sim")]
+    #[must_use]
+    pub fn remembering(self, most_remembered: u64) -> Options {
+        Options { most_remembered, ..self }
+    }
+
+    /// Sets the rules. A test may break one of them.
     #[cfg(feature = "sim")]
     #[must_use]
     pub fn rules(self, rules: Rules) -> Options {
@@ -134,7 +151,7 @@ impl NbdDevice {
         name: &str,
         options: Options,
     ) -> Result<NbdDevice, LinkError> {
-        let Options { export, writable, timeout, rules } = options;
+        let Options { export, writable, timeout, most_remembered, rules } = options;
         let route = Route { connector, export };
         let (connections, agreed) = route.connect(&*runtime).await?;
         let durable = TransmissionFlags::SEND_FLUSH | TransmissionFlags::SEND_FUA;
@@ -144,13 +161,17 @@ impl NbdDevice {
         if writable && !agreed.flags.intersects(durable) {
             return Err(LinkError::NoFlush);
         }
-        let state = State::new(agreed, timeout, rules);
+        let state = State::new(agreed, timeout, most_remembered, rules);
         let shared = Arc::new(Shared::new(state, runtime.clone()));
         runtime.spawn(Box::pin(keep(shared.clone(), route, connections)));
+        let mut agreed = agreed;
+        if !writable {
+            agreed.flags |= TransmissionFlags::READ_ONLY;
+        }
         Ok(NbdDevice { name: name.into(), agreed, shared, requests: Arc::default() })
     }
 
-    /// Whether the server takes no writes.
+    /// Whether it takes no writes.
     pub fn is_read_only(&self) -> bool {
         self.offers(TransmissionFlags::READ_ONLY)
     }
@@ -288,7 +309,7 @@ impl BlockDevice for NbdDevice {
         &self.name
     }
 
-    /// What is left of the last unit of I/O at the end of the export is not used.
+    /// An incomplete unit of I/O at the end of the export is not used.
     fn size(&self) -> u64 {
         self.agreed.size / u64::from(self.agreed.block_size) * u64::from(self.agreed.block_size)
     }

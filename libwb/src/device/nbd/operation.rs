@@ -15,7 +15,7 @@ pub(super) type Outcome = Result<Option<IoBuf>, Errno>;
 pub(super) enum Kind {
     /// Fill the buffer. While a reply is received, the connection has it.
     Read(Option<IoBuf>),
-    /// Write the parts back to back, so that they are durable then, or not.
+    /// Write the parts back to back. With `durably`, they are durable once that is done.
     Write { parts: Vec<SharedBuf>, durably: bool },
     /// Make the range read as zeros.
     Zero { keep_space: bool },
@@ -41,6 +41,11 @@ impl Operation {
     /// Whether it changes data.
     pub(super) fn changes(&self) -> bool {
         matches!(self.kind, Kind::Write { .. } | Kind::Zero { .. })
+    }
+
+    /// Whether a caller relies on it that data is durable once it is done.
+    pub(super) fn is_flush_of_caller(&self) -> bool {
+        matches!(self.kind, Kind::Flush | Kind::Write { durably: true, .. })
     }
 
     /// How much is to be remembered once it is done, in bytes.

@@ -28,7 +28,8 @@ impl Content {
     fn part(&self, range: Range<u64>) -> Content {
         match self {
             Content::Data(data) => {
-                Content::Data(data.part(to_usize(range.start)..to_usize(range.end)))
+                // Else a few bytes could keep a large buffer that no one counts.
+                Content::Data(data.part(to_usize(range.start)..to_usize(range.end)).to_keep())
             }
             zeros @ Content::Zeros { .. } => zeros.clone(),
         }

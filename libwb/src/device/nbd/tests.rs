@@ -113,7 +113,7 @@ fn a_server_that_says_what_makes_no_sense_is_refused() {
         (with(structured.clone(), GO, &[OptionReply::Ack]), "how large the export is"),
         (with(structured, GO, &endless), "more than 64 answers"),
         (export(513, flags()), "513 bytes, not a multiple of 512"),
-        (export(1 << 63, flags()), "more than 2^63 bytes"),
+        (export(1 << 63, flags()), "2^63 bytes or more"),
         (export(SIZE, TransmissionFlags::HAS_FLAGS), "neither flushes nor durable writes"),
         (export(SIZE, read_only), "the export is read-only"),
         (sized(8192, 1 << 20), "whole 8192 bytes"),
@@ -411,7 +411,7 @@ fn over_tls_both_sides_know_each_other_and_nothing_is_lost() {
     assert!(error.contains("certificate"), "{error}");
     let error = refused(&uri(folder.path(), "&tls-hostname=example.com"));
     assert!(error.contains("certificate"), "{error}");
-    // It takes the server for what it is, but not the other way round.
+    // The client trusts the server, but the server does not trust the client.
     refused(&uri(other.path(), "&tls-verify-peer=0"));
     let mut server = Some(server);
     let restart = |starts| server = if starts { start() } else { None };

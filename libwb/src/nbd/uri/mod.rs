@@ -18,8 +18,8 @@ pub const DEFAULT_PORT: u16 = 10809;
 /// The longest path of a Unix socket in bytes.
 const MAX_SOCKET_BYTES: usize = 107;
 
-/// What need not be encoded in a URI's query: RFC 3986 calls them unreserved, and a few that are
-/// common in paths. A `+` is encoded, for some programs take it for a space.
+/// What need not be encoded in a URI's query: characters that RFC 3986 calls unreserved, and a few
+/// that are common in paths. A `+` is encoded, because some programs take it for a space.
 const IN_QUERY: &AsciiSet = &NON_ALPHANUMERIC
     .remove(b'-')
     .remove(b'.')

@@ -4,7 +4,8 @@ use futures_lite::future::{block_on, poll_once};
 use futures_lite::io::{AsyncReadExt, AsyncWriteExt};
 use std::io::Read;
 use std::net::Ipv4Addr;
-use std::os::unix::net::UnixStream;
+use std::net::TcpListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 
 /// A pair of connected sockets: one on the reactor, and the other end.
 fn pair(reactor: &Reactor) -> (Socket, UnixStream) {
@@ -13,8 +14,7 @@ fn pair(reactor: &Reactor) -> (Socket, UnixStream) {
 }
 
 /// Sends more than any socket buffer holds to a listener that sends it back.
-fn echo(at: impl FnOnce(&Listener) -> Address, listener: Listener) {
-    let to = at(&listener);
+fn echo(to: Address, listener: Listener) {
     let handle = listener.handle.clone();
     let data: Vec<u8> = (0..8 << 20).map(|n: u32| n.to_le_bytes()[1]).collect();
     let server = async {
@@ -39,9 +39,10 @@ fn echo(at: impl FnOnce(&Listener) -> Address, listener: Listener) {
 fn data_goes_both_ways_over_unix_sockets() {
     let reactor = Reactor::start().expect("io_uring");
     let folder = tempfile::tempdir().expect("a folder");
-    let address = Address::Unix(folder.path().join("socket"));
-    let listener = Listener::bind(reactor.handle(), &address).expect("a new path");
-    echo(|_| address, listener);
+    let path = folder.path().join("socket");
+    let listening = UnixListener::bind(&path).expect("a new path");
+    let listener = Listener::new(reactor.handle(), listening.into()).expect("it listens");
+    echo(Address::Unix(path), listener);
 }
 
 #[test]
@@ -50,7 +51,7 @@ fn data_goes_both_ways_over_tcp_from_a_listener_of_somebody_else() {
     let listening = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
     let address = Address::Tcp(listening.local_addr().expect("bound"));
     let listener = Listener::new(reactor.handle(), listening.into()).expect("it listens");
-    echo(|_| address, listener);
+    echo(address, listener);
 }
 
 #[test]

@@ -4,10 +4,11 @@ use crate::format::{SECTOR_BYTES, Sector, to_u64, to_usize};
 use crate::nbd::{Command, CommandFlags, MAX_PAYLOAD_BYTES, Request};
 use crate::serve::request::{self, Answer, Outcome, carry_out};
 use crate::serve::{MAX_DISCARD, Options, Volume};
+use futures_lite::future::yield_now;
 use nix::errno::Errno;
 
-/// How many zeros are written at a time where a volume cannot do without writing them.
-const ZEROS: usize = 1 << 20;
+/// How many zeros are written at a time if a volume has no other way to zero a range.
+pub(super) const ZEROS: usize = 64 << 10;
 
 /// Something to do with a volume. Lengths are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,6 +135,7 @@ async fn write_zeros<V: Volume>(volume: &V, sector: Sector, length: u64) -> Resu
             Answer::Ready(written) => drop(written?),
             Answer::Later(rest) => drop(rest.await?),
         }
+        yield_now().await;
     }
     Ok(())
 }

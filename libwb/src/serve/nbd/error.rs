@@ -20,7 +20,7 @@ pub enum SessionError {
     /// It set unknown flags.
     #[error("the client wants unknown flags: {0:#x}")]
     ClientFlags(u32),
-    /// It asked for an export that there is not.
+    /// It asked for an export that does not exist.
     #[error("the client wants the unknown export '{0}'")]
     UnknownExport(ExportName),
     /// It sent an option that makes no sense, and cannot be told so.

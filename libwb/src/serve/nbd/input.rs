@@ -1,15 +1,17 @@
 //! What has come from a client and is not understood yet.
 
+use crate::nbd::REQUEST_BYTES;
 use futures_lite::io::AsyncRead;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-/// Room for many small requests, so that one call of the system gets them all, and for one as large
-/// as programs that copy images make them.
-const USUAL_BYTES: usize = 512 << 10;
+/// Room for many small requests, so that one system call gets them all, and for one request of the
+/// size that programs use to copy images.
+const USUAL_BYTES: usize = (512 << 10) + REQUEST_BYTES;
 
-/// Bytes from a client. Its memory is as large as the longest request that is under way.
+/// Bytes from a client. The buffer grows for a long request, and shrinks once
+/// it is empty.
 pub(super) struct Input {
     buffer: Vec<u8>,
     start: usize,
@@ -38,7 +40,8 @@ impl Input {
         }
     }
 
-    /// Makes room for a message of `bytes`, of which a part has come.
+    /// Makes room for more of a message of this length in bytes. A part of it may have come
+    /// already.
     pub(super) fn make_room_for(&mut self, bytes: usize) {
         if bytes <= self.buffer.len() - self.start {
             return;
@@ -46,7 +49,8 @@ impl Input {
         self.buffer.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
         if bytes > self.buffer.len() {
-            self.buffer.resize(bytes, 0);
+            // A header alone must not take the memory of its data.
+            self.buffer.resize(bytes.min(2 * self.buffer.len()), 0);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Serves a volume over NBD: to virtual machines, containers, and other hosts.
 //!
-//! A [`Session`] is one client, over any stream of bytes. An [`NbdServer`] makes one of each
-//! connection that its socket takes.
+//! A [`Session`] serves a volume to clients, each over a stream of bytes. An [`NbdServer`] runs it
+//! for each connection that its socket accepts.
 
 mod asked;
 mod error;

@@ -9,6 +9,7 @@ use crate::nbd::{
     decode_client_flags, encode_export,
 };
 use crate::serve::Options;
+use futures_lite::future::yield_now;
 use futures_lite::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use std::io;
 
@@ -124,6 +125,8 @@ async fn skip<S: AsyncRead + Unpin>(stream: &mut S, length: usize) -> Result<(),
         let piece = rest.min(bytes.len());
         stream.read_exact(&mut bytes[..piece]).await?;
         rest -= piece;
+        // A client that sends without a pause must not keep the thread from other tasks.
+        yield_now().await;
     }
     Ok(())
 }
@@ -156,7 +159,9 @@ fn answer(
             reply(OptionReply::Ack);
             return Step::Ended(Agreed::Tls);
         }
-        Ok(ClientOption::ExportName(_)) if needs_tls => return Step::Refused(SessionError::NoTls),
+        _ if needs_tls && header.code == OptionHeader::EXPORT_NAME => {
+            return Step::Refused(SessionError::NoTls);
+        }
         _ if needs_tls => {
             reply(refusal(OptionError::TlsRequired, "this server needs TLS".into()));
         }
@@ -192,7 +197,7 @@ fn answer(
             }
         }
         Ok(_) => reply(refusal(OptionError::Unsupported, String::new())),
-        // There is no reply that would not be taken for an export.
+        // The client would take any reply for an export.
         Err((error, message)) if header.code == OptionHeader::EXPORT_NAME => {
             return Step::Refused(SessionError::Option { error, message });
         }

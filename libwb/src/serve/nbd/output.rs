@@ -10,6 +10,8 @@ use std::task::{Context, Poll, ready};
 
 /// How many parts go into one call.
 const MOST_PARTS: usize = 64;
+/// Replies share a part until it is this long in bytes. A part is freed once all of it was sent.
+const MOST_REPLIES: usize = 64 << 10;
 
 enum Part {
     Replies(Vec<u8>),
@@ -43,9 +45,18 @@ impl Output {
         self.bytes
     }
 
+    /// How many parts are held: each takes more memory than its bytes.
+    pub(super) fn parts(&self) -> usize {
+        self.parts.len()
+    }
+
     /// Appends a reply and the data that follows it.
     pub(super) fn push(&mut self, reply: &Reply, data: Option<IoBuf>) {
-        if !matches!(self.parts.back(), Some(Part::Replies(_))) {
+        let has_room = |part: &Part| match part {
+            Part::Replies(replies) => replies.len() < MOST_REPLIES,
+            Part::Data(_) => false,
+        };
+        if !self.parts.back().is_some_and(has_room) {
             self.parts.push_back(Part::Replies(Vec::new()));
         }
         if let Some(Part::Replies(replies)) = self.parts.back_mut() {
@@ -92,6 +103,45 @@ impl Output {
         {
             self.sent -= first;
             self.parts.pop_front();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use futures_lite::future::{block_on, poll_fn, poll_once};
+
+    /// Takes all but the last byte that it is offered.
+    struct Reluctant;
+
+    impl AsyncWrite for Reluctant {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            buf: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            if buf.len() > 1 { Poll::Ready(Ok(buf.len() - 1)) } else { Poll::Pending }
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_close(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[test]
+    fn replies_that_were_sent_are_freed_although_some_are_always_left() {
+        let (mut output, mut stream) = (Output::default(), Reluctant);
+        for cookie in 0..1 << 18 {
+            output.push(&Reply::Simple { cookie, result: Ok(()) }, None);
+            let sending = poll_fn(|context| output.poll_send(Pin::new(&mut stream), context));
+            assert!(block_on(poll_once(sending)).is_none());
+            let held: usize = output.parts.iter().map(|part| part.bytes().len()).sum();
+            assert!(held <= output.bytes() + MOST_REPLIES + 64, "{held} bytes are held");
         }
     }
 }

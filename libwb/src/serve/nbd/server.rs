@@ -29,7 +29,7 @@ const BACKLOG: i32 = 128;
 const UNTIL_NEXT_TRY: Duration = Duration::from_secs(1);
 
 /// Makes a socket that listens, for this process or for one that serves later. It replaces a Unix
-/// socket that nobody listens on any more; only this user can connect to the new one.
+/// socket that no process listens on any more; only this user can connect to the new one.
 ///
 /// # Errors
 /// When the address is taken, or the system refuses.
@@ -42,7 +42,7 @@ pub fn listen(at: &Address) -> Result<OwnedFd, ServeError> {
 }
 
 fn listen_at(path: &Path) -> io::Result<OwnedFd> {
-    // Otherwise the first client of all may find the socket before its mode is set.
+    // The mode is set before `bind`, so that no client can connect before it is set.
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     let address = SocketAddrUnix::new(path)?;
@@ -101,8 +101,8 @@ impl Drop for Connection {
     }
 }
 
-/// Serves a volume to all clients that connect to a socket. Dropping it takes no more clients, but
-/// waits for nothing; [`NbdServer::stop`] does.
+/// Serves a volume to all clients that connect to a socket. Dropping it tells all sessions to
+/// end, but does not wait for that; [`NbdServer::stop`] waits.
 pub struct NbdServer {
     stop: Stop,
     connections: Arc<Connections>,
@@ -123,7 +123,7 @@ impl NbdServer {
             stop: server.stop.clone(),
             connections: server.connections.clone(),
         };
-        // It counts, too: the socket is closed once it has ended.
+        // The task that accepts counts, too: once it has ended, the socket is closed.
         let accepting = Connection::begin(&server.connections);
         runtime.spawn(Box::pin(async move {
             or(clients.accept(), clients.stop.stopped()).await;

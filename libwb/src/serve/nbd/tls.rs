@@ -8,7 +8,7 @@ use futures_rustls::rustls::pki_types::pem::PemObject;
 use futures_rustls::rustls::pki_types::{
     CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
 };
-use futures_rustls::rustls::server::WebPkiClientVerifier;
+use futures_rustls::rustls::server::{VerifierBuilderError, WebPkiClientVerifier};
 use futures_rustls::rustls::{RootCertStore, ServerConfig};
 use futures_rustls::server::TlsStream;
 use std::error::Error;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 /// Who signs the certificates of clients.
 const AUTHORITY: &str = "ca-cert.pem";
-/// Which of these certificates hold no longer. The file may be missing.
+/// Which of these certificates are revoked. The file may be missing.
 const REVOKED: &str = "ca-crl.pem";
 const CERTIFICATE: &str = "server-cert.pem";
 const KEY: &str = "server-key.pem";
@@ -50,7 +50,10 @@ impl ServerTls {
             WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
                 .with_crls(revocations(&revoked)?)
                 .build()
-                .map_err(unusable(&authority))?;
+                .map_err(|error| match error {
+                    VerifierBuilderError::InvalidCrl(_) => unusable(&revoked)(error),
+                    _ => unusable(&authority)(error),
+                })?;
         let chain = certificates(&certificate)?;
         let private = PrivateKeyDer::from_pem_file(&key).map_err(unusable(&key))?;
         let config = ServerConfig::builder_with_provider(provider)

@@ -1,8 +1,8 @@
 //! The transmission phase with one client. One future does everything: it takes requests out of
-//! what has come, carries them out, and sends replies in any order. So many requests cost few calls
-//! of the system, and no task each.
+//! what has come, carries them out, and sends replies in any order. This way, many requests need
+//! few system calls, and no request needs a task of its own.
 
-use super::asked::{Asked, perform, understand};
+use super::asked::{Asked, ZEROS, perform, understand};
 use super::error::SessionError;
 use super::input::Input;
 use super::output::Output;
@@ -27,7 +27,8 @@ use std::time::Duration;
 /// How much data of requests and replies a client may have here until no more is taken from it, in
 /// bytes. The last request and what has come of the next one may be beyond that.
 const MAX_HELD: usize = 32 << 20;
-/// The maximum number of requests of a client that are carried out at a time.
+/// The maximum number of requests of a client that are carried out at a time, with those whose
+/// data it has not taken.
 const MAX_IN_FLIGHT: usize = 512;
 /// How often a client is looked after before other tasks get a turn.
 const BURST: usize = 8;
@@ -166,7 +167,9 @@ impl<V: Volume, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<V, S> {
         let mut has_taken = false;
         loop {
             let held = self.in_flight_bytes + self.output.bytes();
-            if held >= MAX_HELD || self.in_flight.len() >= MAX_IN_FLIGHT {
+            // A read takes two parts: its reply and its data.
+            let requests = self.in_flight.len() + self.output.parts() / 2;
+            if held >= MAX_HELD || requests >= MAX_IN_FLIGHT {
                 return Ok((has_taken, Needs::Replies));
             }
             if let Some(mut refused) = self.refused.take() {
@@ -282,10 +285,12 @@ impl<V: Volume, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<V, S> {
     }
 }
 
-/// Length of the data of a request or of its reply, in bytes.
+/// How much memory a request takes while it is carried out, with its reply, in bytes.
 fn data_of(request: &Request) -> usize {
     match request.command {
         Command::Read | Command::Write => to_usize(request.length.into()),
+        // The zeros, and those of them that wait, if the volume writes zeros.
+        Command::WriteZeroes => 2 * ZEROS.min(to_usize(request.length.into())),
         _ => 0,
     }
 }

@@ -1,10 +1,12 @@
 //! What waits, what is under way, and what is remembered: the one state of a device.
 //!
-//! Whoever changes it under the lock does not wait under it. The rules are in the documentation of
-//! [the module above](super).
+//! Code that changes it holds the lock, and does not wait while it does. The rules are in the
+//! documentation of [the module above](super).
 
 mod receiving;
 mod sending;
+#[cfg(test)]
+mod tests;
 
 use super::super::{LinkStatus, SharedBuf};
 use super::coverage::Coverage;
@@ -21,8 +23,10 @@ use std::time::Duration;
 
 /// How long a connection with requests under way may be silent.
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
-/// It becomes longer each time it has run out, up to this: a flush may take its time.
+/// The limit doubles each time it runs out, up to this: a flush may take long.
 const MOST_PATIENCE: Duration = Duration::from_secs(240);
+/// How many errors there may be in the reply to one request.
+const MOST_ERRORS: u32 = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -62,6 +66,8 @@ struct Sent {
     /// What has come of a read.
     coverage: Coverage,
     error: Option<Errno>,
+    /// How many errors have come.
+    errors: u32,
 }
 
 /// A request to be sent, with its data.
@@ -82,6 +88,7 @@ pub(super) struct State {
     rules: Rules,
     agreed: Agreed,
     timeout: Option<Duration>,
+    most_remembered: u64,
     phase: Phase,
     connections: Vec<Connection>,
     operations: BTreeMap<u64, Operation>,
@@ -94,14 +101,12 @@ pub(super) struct State {
     again: VecDeque<(Range<u64>, Vec<Content>)>,
     remembered: Remembered,
     late: LateWrites,
-    /// The next flush fails with it: a flush that no caller asked for did, or data could not be
-    /// written again.
+    /// The next flush fails with this: a flush that no caller asked for has failed, or data could
+    /// not be written again.
     failed_flush: Option<Errno>,
     down_since: Option<Duration>,
     /// Why requests fail instead of waiting for the link.
     fails_with: Option<Errno>,
-    /// Nothing was answered since the connections stand.
-    is_unproven: bool,
     patience: Duration,
     /// Why the connections count as lost.
     verdict: Option<String>,
@@ -111,11 +116,18 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn new(agreed: Agreed, timeout: Option<Duration>, rules: Rules) -> State {
+    /// `most_remembered` is in bytes.
+    pub(super) fn new(
+        agreed: Agreed,
+        timeout: Option<Duration>,
+        most_remembered: u64,
+        rules: Rules,
+    ) -> State {
         State {
             rules,
             agreed,
             timeout,
+            most_remembered,
             phase: Phase::Down,
             connections: Vec::new(),
             operations: BTreeMap::new(),
@@ -128,7 +140,6 @@ impl State {
             failed_flush: None,
             down_since: None,
             fails_with: None,
-            is_unproven: true,
             patience: PATIENCE,
             verdict: None,
             reconnects: 0,
@@ -160,7 +171,7 @@ impl State {
         self.operations.insert(id, operation);
     }
 
-    /// Takes what a new connection offers for what the old one did.
+    /// Accepts a new connection if it offers what the old one did.
     ///
     /// # Errors
     /// What has changed.
@@ -202,7 +213,6 @@ impl State {
             false => VecDeque::new(),
         };
         self.phase = if self.again.is_empty() { Phase::Up } else { Phase::Restoring };
-        self.is_unproven = true;
         if self.phase == Phase::Up && self.queue.is_empty() {
             self.has_answered();
         }
@@ -231,7 +241,6 @@ impl State {
 
     /// The link works.
     fn has_answered(&mut self) {
-        self.is_unproven = false;
         self.down_since = None;
         self.fails_with = None;
         self.problem = None;
@@ -305,14 +314,9 @@ impl State {
         self.is_closing = true;
     }
 
-    /// Whether nobody waits for anything, and nobody will.
+    /// Whether the device is closing and no caller waits for an operation any more.
     pub(super) fn is_over(&self) -> bool {
         self.is_closing && self.operations.values().all(|operation| operation.done.is_canceled())
-    }
-
-    /// Whether the last connections have answered anything.
-    pub(super) fn is_proven(&self) -> bool {
-        !self.is_unproven
     }
 
     pub(super) fn status(&self, now: Duration) -> LinkStatus {
@@ -344,7 +348,10 @@ impl State {
             since.is_some_and(|since| now.saturating_sub(since) >= limit)
         };
         let is_down = self.timeout.is_some_and(|timeout| elapsed(self.down_since, timeout));
-        if is_down && self.fails_with.is_none() {
+        // Those that wait for late writes do not wait for the link.
+        let is_held_back = self.phase == Phase::Up && self.sent.is_empty();
+        let fails_now = is_down && !is_held_back && self.fails_with.is_none();
+        if fails_now {
             self.fails_with = Some(Errno::ETIMEDOUT);
             self.fail_queue(Errno::ETIMEDOUT);
         }
@@ -353,7 +360,9 @@ impl State {
             self.patience = (self.patience * 2).min(MOST_PATIENCE);
             self.verdict = Some(format!("the server has not answered for {seconds} s"));
         }
-        were_late == self.late.is_empty() || self.verdict.is_some()
+        // Nothing is told when a caller goes away.
+        let is_over = self.is_over();
+        were_late && self.late.is_empty() || fails_now || self.verdict.is_some() || is_over
     }
 
     /// Why the connections count as lost, if they do.

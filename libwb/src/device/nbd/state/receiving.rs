@@ -4,7 +4,7 @@
 use super::super::super::IoBuf;
 use super::super::operation::Kind;
 use super::super::remembered::Mark;
-use super::{PATIENCE, Phase, Sent, State, What};
+use super::{MOST_ERRORS, PATIENCE, Phase, Sent, State, What};
 use crate::format::to_usize;
 use crate::nbd::{Command, CommandFlags};
 use crate::rules::Rule;
@@ -29,7 +29,8 @@ impl State {
         }
     }
 
-    /// Whether the data of a read follows if the server answers without an error.
+    /// The range of a read, whose data follows unless the server answers with an error; `None` for
+    /// other requests.
     pub(in super::super) fn is_read(
         &mut self,
         on: usize,
@@ -84,15 +85,20 @@ impl State {
         Ok(())
     }
 
-    /// A part of a reply says that the request failed.
+    /// A part of a reply says that the request failed. Returns whether it is the first one.
     pub(in super::super) fn error(
         &mut self,
         on: usize,
         cookie: u64,
         errno: Errno,
-    ) -> Result<(), String> {
-        self.asked(on, cookie)?.error.get_or_insert(errno);
-        Ok(())
+    ) -> Result<bool, String> {
+        let sent = self.asked(on, cookie)?;
+        sent.error.get_or_insert(errno);
+        sent.errors += 1;
+        match sent.errors {
+            errors if errors > MOST_ERRORS => Err("the server sends errors without end".into()),
+            errors => Ok(errors == 1),
+        }
     }
 
     /// The reply is complete.
@@ -175,8 +181,8 @@ impl State {
             }
             Err(errno) if is_own => {
                 self.failed_flush = Some(errno);
-                // They wait for room, which a flush alone makes.
-                let writes = self.queue.iter().filter(|id| self.operations[id].weight() > 0);
+                // These changes may wait for room, and only a flush makes room.
+                let writes = self.queue.iter().filter(|id| self.operations[id].changes());
                 for id in writes.copied().collect::<Vec<_>>() {
                     self.queue.remove(&id);
                     self.end(id, Err(errno));

@@ -12,8 +12,7 @@ use std::time::Duration;
 
 /// How many requests a connection has under way at most.
 const DEPTH: usize = 32;
-/// How many bytes are remembered at most. Beyond that the device flushes by itself.
-const MOST_REMEMBERED: u64 = 64 << 20;
+
 fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
     a.start < b.end && b.start < a.end
 }
@@ -42,8 +41,14 @@ impl State {
     /// The first operation that may go out.
     fn choose(&mut self) -> Option<u64> {
         let mut lacks_room = false;
+        // Of two at the same time, the server might tell one alone that data was lost: the one that
+        // no caller has asked for.
+        let flushes_itself = self.operations.values().any(|one| matches!(one.kind, Kind::OwnFlush));
         for &id in &self.queue {
             let operation = &self.operations[&id];
+            if flushes_itself && operation.is_flush_of_caller() {
+                continue;
+            }
             if !operation.changes() {
                 return Some(id);
             }
@@ -58,9 +63,17 @@ impl State {
             }
             lacks_room = true;
         }
-        let is_flushing =
-            || self.operations.values().any(|one| matches!(one.kind, Kind::Flush | Kind::OwnFlush));
-        if !lacks_room || self.remembered.weight() == 0 || is_flushing() {
+        let waits = |one: &Operation| matches!(one.kind, Kind::Flush);
+        let is_flushing = || {
+            let is_under_way = |sent: &Sent| match sent.what {
+                What::Operation(id) => {
+                    self.operations.get(&id).is_some_and(Operation::is_flush_of_caller)
+                }
+                What::Again => false,
+            };
+            self.operations.values().any(waits) || self.sent.values().any(is_under_way)
+        };
+        if !lacks_room || self.remembered.weight() == 0 || flushes_itself || is_flushing() {
             return None;
         }
         let id = self.number();
@@ -70,8 +83,8 @@ impl State {
         Some(id)
     }
 
-    /// Whether a request under way changes any of a range. What is acknowledged last is then what
-    /// the server has carried out last.
+    /// Whether a request under way changes a part of this range. If so, a new write must wait: what
+    /// is acknowledged last must be what the server has carried out last.
     fn is_changing(&self, range: &Range<u64>) -> bool {
         self.sent.values().any(|sent| {
             matches!(sent.command, Command::Write | Command::WriteZeroes)
@@ -89,7 +102,7 @@ impl State {
             })
             .sum();
         let have = self.remembered.weight() + under_way;
-        have == 0 || self.is_write_through() || have + weight <= MOST_REMEMBERED
+        have == 0 || self.is_write_through() || have + weight <= self.most_remembered
     }
 
     fn send(&mut self, on: usize, id: u64, now: Duration) -> Outgoing {
@@ -143,7 +156,7 @@ impl State {
         // Nothing is longer than the length of an operation, or than the largest request.
         let length = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
         let (mark, coverage) = (self.remembered.mark(), Coverage::default());
-        let sent = Sent { on, what, command, range, mark, coverage, error: None };
+        let sent = Sent { on, what, command, range, mark, coverage, error: None, errors: 0 };
         self.sent.insert(cookie, sent);
         Request { flags, command, cookie, offset, length }
     }

@@ -32,7 +32,7 @@ struct Way {
 /// What happens to a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mishap {
-    /// It breaks after so many more bytes, in both directions together.
+    /// It breaks after this many more bytes, counted in both directions together.
     CutAfter(usize),
     /// All that is sent vanishes, and neither side hears of that.
     HalfOpen,
@@ -93,6 +93,13 @@ impl Wire {
             state.wakers()
         };
         wakers.into_iter().for_each(Waker::wake);
+    }
+
+    /// Whether the client has gone.
+    pub(super) fn is_left(&self) -> bool {
+        let state = self.state.lock();
+        let [_, to_client] = &state.ways;
+        state.is_cut || to_client.is_refused
     }
 
     /// Whether nothing more can happen to it.

@@ -24,11 +24,13 @@ pub(super) struct State {
     pub(super) device: Arc<SimDevice>,
     pub(super) export: Export,
     pub(super) is_alive: bool,
-    /// It does nothing before.
+    /// It does nothing until then.
     hangs_until: Duration,
     /// How much later than others a request may be carried out.
     pub(super) lateness: Duration,
     pub(super) wires: Vec<Wire>,
+    /// When it accepted its newest connection.
+    pub(super) newest: Duration,
 }
 
 impl SimServer {
@@ -43,6 +45,7 @@ impl SimServer {
             hangs_until: Duration::ZERO,
             lateness: Duration::ZERO,
             wires: Vec::new(),
+            newest: Duration::ZERO,
         };
         SimServer(Arc::new(Inner { runtime: runtime.clone(), state: Mutex::new(state) }))
     }

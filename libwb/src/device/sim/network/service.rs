@@ -8,7 +8,7 @@ use super::server::SimServer;
 use crate::format::{to_u64, to_usize};
 use crate::nbd::{
     Chunk, ClientOption, Command, CommandFlags, Decoded, Export, Greeting, HandshakeFlags, Info,
-    OptionError, OptionHeader, OptionReply, Reply, Request, WireError, decode_client_flags,
+    OptionError, OptionReply, Reply, Request, WireError, decode_client_flags,
 };
 use crate::runtime::Runtime;
 use futures_channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
@@ -24,7 +24,14 @@ struct Service {
     server: SimServer,
     device: Arc<SimDevice>,
     export: Export,
+    wire: Wire,
+    accepted: Duration,
 }
+
+/// For how long a server carries out what it got over a connection that its client has left, once
+/// it has accepted a newer one. Less than clients count on: the simulator's time jumps, and a
+/// disk takes some, too.
+const LATEST: Duration = Duration::from_secs(3);
 
 async fn read<T>(
     stream: &mut ReadHalf<End>,
@@ -44,8 +51,11 @@ async fn read<T>(
 }
 
 impl Service {
-    fn new(server: SimServer, device: Arc<SimDevice>, export: Export) -> Service {
-        Service { server, device, export }
+    /// Whether the server does no more for this connection.
+    fn is_forgotten(&self) -> bool {
+        let newest = self.server.0.state.lock().newest;
+        let now = self.server.0.runtime.now();
+        self.wire.is_left() && newest > self.accepted && now >= newest + LATEST
     }
 
     /// Serves until the client or the connection has gone.
@@ -73,13 +83,11 @@ impl Service {
         read(incoming, |bytes| Ok(decode_client_flags(bytes))).await?;
         let mut structured = false;
         loop {
-            let header = read(incoming, OptionHeader::decode).await?;
-            let mut data = vec![0; to_usize(header.length.into())];
-            incoming.read_exact(&mut data).await?;
+            let option = read(incoming, ClientOption::decode_whole).await?;
             self.server.while_it_hangs().await;
-            let option = ClientOption::decode(header, &data).map_err(io::Error::other)?;
+            let code = option.code();
             let (mut bytes, mut is_over) = (Vec::new(), false);
-            let mut say = |reply: OptionReply| reply.encode(header.code, &mut bytes);
+            let mut say = |reply: OptionReply| reply.encode(code, &mut bytes);
             match option {
                 ClientOption::StructuredReply => {
                     structured = true;
@@ -139,6 +147,9 @@ impl Service {
         let Request { offset, cookie, .. } = request;
         self.server.while_it_hangs().await;
         self.server.0.runtime.sleep(lateness).await;
+        if self.is_forgotten() {
+            return Vec::new();
+        }
         let length = u64::from(request.length);
         let none = |done: Result<(), DeviceError>| done.map(|()| None);
         let done = match request.command {
@@ -151,7 +162,13 @@ impl Service {
             }
             Command::Write => none(self.device.write(offset, data.into()).await),
             Command::Flush => none(self.device.flush().await),
-            Command::WriteZeroes => none(self.device.discard(offset, length).await),
+            Command::WriteZeroes => {
+                let cleared = self.device.discard(offset, length).await;
+                match request.flags.contains(CommandFlags::FUA) {
+                    true => none(cleared.and(self.device.flush().await)),
+                    false => none(cleared),
+                }
+            }
             _ => none(Ok(())),
         };
         self.server.while_it_hangs().await;
@@ -214,8 +231,10 @@ impl Connector for SimServer {
                 if !state.is_alive {
                     return Err(io::ErrorKind::ConnectionRefused.into());
                 }
-                state.wires.push(wire);
-                Service::new(server.clone(), state.device.clone(), state.export)
+                state.wires.push(wire.clone());
+                state.newest = runtime.now();
+                let (device, export) = (state.device.clone(), state.export);
+                Service { server: server.clone(), device, export, wire, accepted: state.newest }
             };
             runtime.spawn(Box::pin(service.run(end)));
             let client: BoxStream = Box::new(client);

@@ -258,6 +258,18 @@ impl Volume {
     }
 }
 
+/// The ids of the processes that a process has started.
+fn children_of(process: u32) -> Vec<String> {
+    let told = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
+    told.unwrap_or_default().split_whitespace().map(String::from).collect()
+}
+
+/// Whether a process has not ended.
+fn is_alive(process: &str) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with(['Z', 'X']))
+}
+
 /// A loop device, told apart from a later one of the same name.
 struct Served {
     device: PathBuf,
@@ -430,10 +442,13 @@ impl Attached<'_> {
         assert_eq!(status.code(), Some(0), "{status}: {}", self.stderr());
     }
 
-    /// Kills the daemon without warning.
+    /// Kills the daemon without warning, and waits until its server has ended, too: that one
+    /// serves until it hears of it.
     pub fn kill(&mut self) {
+        let children = children_of(self.pid());
         let _ = self.child.kill();
         self.wait();
+        wait_for(|| !children.iter().any(|child| is_alive(child)));
     }
 
     /// Kills the daemon without warning, and waits until its loop device is gone.

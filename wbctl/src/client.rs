@@ -273,6 +273,10 @@ fn refuse_held_here(name: &VolumeName) -> Result<()> {
     let device = match look(name) {
         Ok(VolumeStatus { device: Some(device), .. }) => Some(device),
         Err(e @ (AskError::NotThere | AskError::Silent(_))) => return Err(explained(name, e)),
+        // It was killed meanwhile.
+        Err(AskError::Gone) if !name.is_running()? => {
+            return Err(explained(name, AskError::NotThere));
+        }
         Ok(_) | Err(_) => std::fs::read_link(name.link()).ok(),
     };
     match device.map(|device| (holders(&device), device)) {

@@ -141,6 +141,8 @@ pub enum Rule {
     LinkNewestRemembered,
     /// A write waits while an older one from a lost connection may come late.
     LinkLateWritesAwaited,
+    /// A process that goes on with an export waits until no write of the dead one can come.
+    LinkWaitsForTheDead,
     /// Recovery does not take rot for the work of a power cut. The engine never asks; the check of
     /// flipped bits does.
     #[cfg(feature = "sim")]

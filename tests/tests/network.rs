@@ -7,7 +7,7 @@
 //! - In the end, all that was acknowledged is there, and stays there: nothing old comes late.
 
 use futures_lite::future::poll_once;
-use futures_util::future::{Either, join_all, select};
+use futures_util::future::{AbortHandle, BoxFuture, Either, abortable, join_all, select};
 use libwb::device::nbd::{LinkError, NbdDevice, Options};
 use libwb::device::sim::network::{Mishap, SimServer};
 use libwb::device::sim::{SimDevice, SimRuntime, Simulation};
@@ -54,6 +54,44 @@ struct Client {
     next: Mutex<u64>,
 }
 
+/// What runs the tasks of a process, and drops them when it dies.
+struct Process {
+    runtime: SimRuntime,
+    tasks: Mutex<Vec<AbortHandle>>,
+}
+
+impl Process {
+    fn on(runtime: &SimRuntime) -> Arc<Process> {
+        Arc::new(Process { runtime: runtime.clone(), tasks: Mutex::default() })
+    }
+
+    fn die(&self) {
+        self.tasks.lock().iter().for_each(AbortHandle::abort);
+    }
+}
+
+impl Runtime for Process {
+    fn spawn(&self, task: BoxFuture<'static, ()>) {
+        let (task, abort) = abortable(task);
+        self.tasks.lock().push(abort);
+        self.runtime.spawn(Box::pin(async move {
+            let _ = task.await;
+        }));
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
+        self.runtime.sleep(duration)
+    }
+
+    fn now(&self) -> Duration {
+        self.runtime.now()
+    }
+
+    fn wall_clock(&self) -> Duration {
+        self.runtime.wall_clock()
+    }
+}
+
 fn data_of(value: u64) -> [u8; SECTOR_BYTES] {
     let mut sector = [0; SECTOR_BYTES];
     sector.chunks_mut(8).for_each(|word| word.copy_from_slice(&value.to_le_bytes()));
@@ -82,6 +120,27 @@ enum How {
 }
 
 impl Client {
+    fn new(device: NbdDevice, server: &SimServer) -> Client {
+        let first = Sector { values: vec![0], acknowledged: 0, durable: 0, is_busy: false };
+        Client {
+            device,
+            server: server.clone(),
+            sectors: Mutex::new(vec![first; SECTORS]),
+            next: Mutex::new(0),
+        }
+    }
+
+    /// What another process knows that goes on when this one has died: only what was durable.
+    fn after_death(&self, device: NbdDevice) -> Client {
+        let mut sectors = self.sectors.lock().clone();
+        for sector in &mut sectors {
+            sector.acknowledged = sector.durable;
+            sector.is_busy = false;
+        }
+        let (sectors, next) = (Mutex::new(sectors), Mutex::new(*self.next.lock()));
+        Client { device, server: self.server.clone(), sectors, next }
+    }
+
     /// Takes sectors to write. `None` if some of them are being written.
     fn take(&self, range: &Range<usize>, how: How) -> Option<Vec<u64>> {
         let mut sectors = self.sectors.lock();
@@ -186,6 +245,14 @@ async fn work(client: Arc<Client>, runtime: SimRuntime) {
     }
 }
 
+async fn work_in_trouble(client: &Arc<Client>, runtime: &SimRuntime) {
+    let workers = join_all((0..WORKERS).map(|_| work(client.clone(), runtime.clone())));
+    match select(pin!(workers), pin!(trouble(client.server.clone(), runtime.clone()))).await {
+        Either::Left(_) => {}
+        Either::Right(_) => unreachable!("trouble does not end"),
+    }
+}
+
 /// What happens to the server and its connections.
 async fn trouble(server: SimServer, runtime: SimRuntime) {
     let mut rng = runtime.fork_rng();
@@ -225,7 +292,15 @@ fn open(
     server: &SimServer,
     options: impl FnOnce(Options) -> Options,
 ) -> NbdDevice {
-    let runtime = Arc::new(simulation.runtime().clone());
+    open_in(&Process::on(simulation.runtime()), simulation, server, options)
+}
+
+fn open_in(
+    runtime: &Arc<Process>,
+    simulation: &Simulation,
+    server: &SimServer,
+    options: impl FnOnce(Options) -> Options,
+) -> NbdDevice {
     let options = options(Options::new(ExportName::default()).writable(true));
     loop {
         let connector = Arc::new(server.clone());
@@ -253,20 +328,26 @@ fn run(seed: u64, rules: Rules) {
     // At times, so little that it comes to the limit.
     let most_remembered = if seed.is_multiple_of(3) { bytes(16) } else { bytes(1 << 20) };
     let with = |options: Options| options.rules(rules).remembering(most_remembered);
-    let device = open(&simulation, &server, with);
-    let first = Sector { values: vec![0], acknowledged: 0, durable: 0, is_busy: false };
-    let client = Arc::new(Client {
-        device,
-        server: server.clone(),
-        sectors: Mutex::new(vec![first; SECTORS]),
-        next: Mutex::new(0),
-    });
-    let workers = join_all((0..WORKERS).map(|_| work(client.clone(), runtime.clone())));
+    let process = Process::on(runtime);
+    let device = open_in(&process, &simulation, &server, with);
+    let mut client = Arc::new(Client::new(device, &server));
     let working = async {
-        match select(pin!(workers), pin!(trouble(server.clone(), runtime.clone()))).await {
-            Either::Left(_) => {}
-            Either::Right(_) => unreachable!("trouble does not end"),
+        if seed % 4 == 1 {
+            let before = client.clone();
+            let life = runtime.fork_rng().u64(1..20_000);
+            let death = runtime.sleep(Duration::from_millis(life));
+            select(pin!(work_in_trouble(&before, runtime)), death).await;
+            process.die();
+            let options = with(Options::new(ExportName::default()).writable(true));
+            let (connector, terms) = (Arc::new(server.clone()), before.device.terms());
+            let device = NbdDevice::go_on(Process::on(runtime), connector, "nbd", options, terms);
+            client = Arc::new(before.after_death(device.expect("it can go on")));
+            drop(before);
+            server.start();
+            // What is not known to be durable is written again, as write-back does.
+            client.write(0..SECTORS, How::Write).await;
         }
+        work_in_trouble(&client, runtime).await;
         server.start();
         client.read(0..SECTORS).await;
         client.flush().await;
@@ -303,6 +384,7 @@ fn every_broken_rule_is_noticed() {
         (Rule::LinkFlushSentAgain, 200),
         (Rule::LinkNewestRemembered, 200),
         (Rule::LinkLateWritesAwaited, 400),
+        (Rule::LinkWaitsForTheDead, 400),
     ] {
         let found = (0..seeds)
             .find_map(|seed| failure(seed, Rules::breaking(rule)).map(|text| (seed, text)));

@@ -1,7 +1,8 @@
 //! The command line.
 
 use clap::{ArgGroup, Parser};
-use libwb::cli::SalvageOption;
+use libwb::cli::{SalvageOption, place};
+use libwb::device::Place;
 use libwb::format::SegmentId;
 use std::path::PathBuf;
 
@@ -26,8 +27,8 @@ pub(crate) struct Args {
     pub(crate) cache: PathBuf,
 
     /// Also check that all dirty data fits on this backing device
-    #[arg(long, value_name = "DEV")]
-    pub(crate) backing: Option<PathBuf>,
+    #[arg(long, value_name = "DEV|URI", value_parser = place())]
+    pub(crate) backing: Option<Place>,
 
     /// Check only this segment. Read the others as attaching reads them: mostly their headers
     #[arg(

@@ -5,7 +5,6 @@ use crate::repair::Repaired;
 use libwb::log::recovery::Explanation;
 use libwb::log::salvage::{Plan, Summary};
 use serde::Serialize;
-use std::path::Path;
 
 #[derive(Serialize)]
 pub(crate) struct CheckReport<'a> {
@@ -33,7 +32,7 @@ pub(crate) struct CheckReport<'a> {
     dropped_dirty_blocks: u64,
     /// Segments of a sound log from which the kernel module may take old data for new.
     misleading_segments: Vec<u64>,
-    backing: Option<&'a Path>,
+    backing: Option<&'a str>,
     /// Entries beyond the end of the backing device; null when none was given.
     entries_beyond_backing: Option<u64>,
     damage: Vec<Damaged<'a>>,
@@ -94,7 +93,7 @@ impl CheckReport<'_> {
             dropped_segments: f.recovery.dropped.iter().map(|id| id.0).collect(),
             dropped_dirty_blocks: f.dropped.dirty_blocks,
             misleading_segments: f.misleading.iter().map(|id| id.0).collect(),
-            backing: f.backing.as_ref().map(|backing| backing.path.as_path()),
+            backing: f.backing.as_ref().map(|backing| backing.name.as_str()),
             entries_beyond_backing: f.backing.as_ref().map(|_| f.live.beyond_count),
             damage: f.broken.iter().map(|b| damaged(f, b)).collect(),
             corruption,

@@ -76,10 +76,9 @@ fn plan(subject: &Subject, findings: &Findings, args: &Args) -> Result<Option<Pl
     if let (Some(plan), Some(backing)) =
         (&mut plan, backing.as_ref().filter(|it| it.identity.is_some()))
     {
-        let name = backing.path.display().to_string();
-        plan.pair(&backing.facts(&name));
+        plan.pair(&backing.facts());
         if plan.mode.is_some() {
-            io.block_on(plan.check_backing(device, &backing.facts(&name)))?;
+            io.block_on(plan.check_backing(device, &backing.facts()))?;
         }
     }
     Ok(plan)

@@ -4,28 +4,28 @@ use crate::args::Args;
 use anyhow::{Result, bail};
 use libwb::cli::Io;
 use libwb::device::Device;
-use libwb::device::probe::{Access, open, open_pair};
+use libwb::device::probe::{Access, open};
 use libwb::device::signatures;
 use libwb::format::{SECTOR_BYTES, SuperblockFault, to_u64};
 use libwb::log::pairing::{BackingFacts, check_pairing};
 use libwb::log::segment_writes::write_magic;
 use libwb::log::superblock::{RawSuperblock, examine_superblock};
 use libwb::log::{LogError, LogErrorKind, Use};
-use std::path::PathBuf;
 
 /// The backing device that the log is checked against.
 #[derive(Clone)]
 pub(crate) struct Backing {
-    pub(crate) path: PathBuf,
+    /// Its name in messages.
+    pub(crate) name: String,
     pub(crate) sectors: u64,
     /// Its serial number or another identity, perhaps empty; `None` if the device is only recorded.
     pub(crate) identity: Option<String>,
 }
 
 impl Backing {
-    pub(crate) fn facts<'a>(&'a self, name: &'a str) -> BackingFacts<'a> {
+    pub(crate) fn facts(&self) -> BackingFacts<'_> {
         BackingFacts {
-            name,
+            name: &self.name,
             sectors: self.sectors,
             identity: self.identity.as_deref().unwrap_or_default(),
         }
@@ -50,12 +50,12 @@ impl Subject {
         let (opened, backing) = match &args.backing {
             None => (open(&args.cache, access)?, None),
             // Only its size matters, so it may be in use.
-            Some(path) => {
+            Some(at) => {
                 let (opened, backing) =
-                    open_pair(&args.cache, path, [access, Access::ReadUnlocked])?;
-                let sectors = backing.size / to_u64(SECTOR_BYTES);
-                let identity = Some(backing.identity_text);
-                (opened, Some(Backing { path: path.clone(), sectors, identity }))
+                    io.open_pair(&args.cache, at, [access, Access::ReadUnlocked])?;
+                let sectors = backing.device.size() / to_u64(SECTOR_BYTES);
+                let identity = Some(backing.device.identity().into());
+                (opened, Some(Backing { name: at.to_string(), sectors, identity }))
             }
         };
         let device = io.serve(opened);
@@ -69,12 +69,11 @@ impl Subject {
         }
         superblock.check_extension(&device, if args.repair { Use::Write } else { Use::Read })?;
         if let (Some(extension), Some(backing)) = (superblock.extension(), &backing) {
-            let name = backing.path.display().to_string();
-            check_pairing(&device, extension, &backing.facts(&name))?;
+            check_pairing(&device, extension, &backing.facts())?;
         }
         let recorded = superblock.extension().filter(|extension| extension.backing_sectors != 0);
         let recorded = recorded.map(|extension| Backing {
-            path: "the backing device it was made for".into(),
+            name: "the backing device it was made for".into(),
             sectors: extension.backing_sectors,
             identity: None,
         });

@@ -105,10 +105,10 @@ fn summary(f: &Findings, out: &mut Output) -> io::Result<()> {
         None => "not checked against a backing device (give --backing)".into(),
         Some(b) if f.live.beyond_count == 0 => format!(
             "all inside {} ({})",
-            b.path.display(),
+            b.name,
             human_size(b.sectors.saturating_mul(to_u64(SECTOR_BYTES)))
         ),
-        Some(b) => format!("{} outside {}", f.live.beyond_count, b.path.display()),
+        Some(b) => format!("{} outside {}", f.live.beyond_count, b.name),
     };
     line("addresses", addresses)?;
     line(
@@ -170,7 +170,7 @@ fn errors(f: &Findings) -> Vec<Problem> {
         errors.push(Problem {
             what: format!(
                 "{} ({} such in all)",
-                first.text(backing.path.display(), backing.sectors),
+                first.text(&backing.name, backing.sectors),
                 f.live.beyond_count,
             ),
             meaning: "That data has no place there. Most likely it is not the backing device of \

@@ -2,11 +2,12 @@
 
 use crate::config::{RecordedVolume, not_recorded, parse_tunables};
 use crate::front_end::{FrontEnd, ServeOption};
-use crate::pair::absolute;
+use crate::pair::{absolute, absolute_place};
 use crate::sector_size::SectorSize;
 use crate::volume_paths::VolumeName;
 use anyhow::{Result, bail};
-use libwb::cli::SalvageOption;
+use libwb::cli::{SalvageOption, place};
+use libwb::device::Place;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -18,9 +19,10 @@ pub(crate) struct Args {
     /// The cache device: a block device or a file
     #[arg(long, value_name = "DEV", requires = "backing")]
     cache: Option<PathBuf>,
-    /// The backing device: a block device or a file
-    #[arg(long, value_name = "DEV", requires = "cache")]
-    backing: Option<PathBuf>,
+    /// The backing device: a block device, a file, or an export of an NBD server
+    /// (nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; with TLS: nbds…)
+    #[arg(long, value_name = "DEV|URI", requires = "cache", value_parser = place())]
+    backing: Option<Place>,
     #[command(flatten)]
     serve: ServeOption,
     #[command(flatten)]
@@ -91,7 +93,7 @@ impl Args {
                 RecordedVolume {
                     // Others read these paths from other working directories.
                     cache: absolute(cache)?,
-                    backing: absolute(backing)?,
+                    backing: absolute_place(backing)?,
                     serve: FrontEnd::default(),
                     sector_size: None,
                     tunables: Default::default(),

@@ -6,6 +6,7 @@ use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::{MAX_RECORD, VolumeDevices, read_own};
+use libwb::device::Place;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{File, Permissions};
@@ -25,7 +26,7 @@ pub(crate) struct RecordedVolume {
     /// The cache device.
     pub(crate) cache: PathBuf,
     /// The backing device.
-    pub(crate) backing: PathBuf,
+    pub(crate) backing: Place,
     /// How the volume becomes a block device.
     #[serde(default, skip_serializing_if = "is_default")]
     pub(crate) serve: FrontEnd,
@@ -50,7 +51,7 @@ impl RecordedVolume {
         let volume: RecordedVolume = toml::from_str(&text)
             .map_err(|e| anyhow!("{}: {}", path.display(), one_line(&e, &text)))?;
         volume.tunables().with_context(|| path.display().to_string())?;
-        for device in [&volume.cache, &volume.backing] {
+        for device in std::iter::once(volume.cache.as_path()).chain(volume.backing.path()) {
             refuse_nul(device).with_context(|| path.display().to_string())?;
         }
         if let Some(size) = volume.sector_size {
@@ -120,15 +121,17 @@ pub(crate) fn refuse_recorded(name: &VolumeName) -> Result<()> {
 /// cache would be lost, or would later overwrite this volume.
 pub(crate) fn refuse_shared(volume: &RecordedVolume) -> Result<()> {
     for other in VolumeDevices::all()? {
-        if let Some(device) =
-            [&volume.cache, &volume.backing].into_iter().find(|device| other.has(device))
-        {
-            bail!(
-                "{}: belongs to the volume '{1}'; to give that up, first run: wbctl remove {1}",
-                device.display(),
-                other.name
-            );
-        }
+        let shared = if other.has(&volume.cache) {
+            volume.cache.display().to_string()
+        } else if other.holds(&volume.backing) {
+            volume.backing.to_string()
+        } else {
+            continue;
+        };
+        bail!(
+            "{shared}: belongs to the volume '{0}'; to give that up, first run: wbctl remove {0}",
+            other.name
+        );
     }
     Ok(())
 }

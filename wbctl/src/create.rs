@@ -2,13 +2,15 @@
 
 use crate::config::{RecordedVolume, parse_tunables, refuse_recorded, refuse_shared};
 use crate::front_end::ServeOption;
-use crate::pair::{Pair, absolute};
+use crate::pair::{Pair, absolute, absolute_place};
 use crate::sector_size::{self, SectorSize};
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail};
 use libwb::cache::refuse_size;
-use libwb::cli::{Exit, Output};
+use libwb::cli::{Backing, Exit, Io, Output};
+use libwb::device::Place;
 use libwb::device::fit::refuse_misfit;
+use std::ffi::OsString;
 use std::io::Write;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -47,21 +49,24 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     let name = &args.name;
     let volume = RecordedVolume {
         cache: absolute(&args.pair.cache)?,
-        backing: absolute(&args.pair.backing)?,
+        backing: absolute_place(&args.pair.backing)?,
         serve: args.serve.front_end.unwrap_or_default(),
         sector_size: args.sector.sector_size,
         tunables: parse_tunables(&args.tunables)?,
     };
     refuse_recorded(name)?;
-    let (cache, backing) = args.pair.open()?;
+    let io = Io::start()?;
+    let (cache, Backing { device: backing, .. }) = args.pair.open(&io)?;
     refuse_shared(&volume)?;
-    refuse_size(&backing.path.to_string_lossy(), backing.size)?;
+    refuse_size(backing.name(), backing.size())?;
     sector_size::choose(args.sector.sector_size, &backing)?;
     if !args.force {
-        refuse_misfit(&cache, &backing)?;
+        io.block_on(refuse_misfit(cache.size, &backing))?;
     }
     // wbformat needs to lock it.
     drop(cache);
+    // The backing device stays locked. A server may take only one client.
+    let _locked = volume.backing.path().map(|_| (backing, io));
     // Before wbformat runs, so that it formats nothing that cannot be recorded.
     let record = volume.prepare(name)?;
     let mut format = Command::new(wbformat()?);
@@ -70,7 +75,7 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     if args.compat {
         format.arg("--compat");
     } else {
-        format.arg("--label").arg(name.to_string()).arg("--backing").arg(&args.pair.backing);
+        format.arg("--label").arg(name.to_string()).arg("--backing").arg(text(&volume.backing));
     }
     format
         .args(args.force.then_some("--force"))
@@ -89,6 +94,14 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
         name.config_file().display()
     )?;
     Ok(Exit::Done)
+}
+
+/// A place as an argument.
+fn text(place: &Place) -> OsString {
+    match place {
+        Place::Path(path) => path.into(),
+        Place::Export(uri) => uri.to_string().into(),
+    }
 }
 
 /// The program beside this one, or else the one on the search path.

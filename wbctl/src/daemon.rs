@@ -12,10 +12,11 @@ use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::future::abortable;
 use libwb::cache::{Cache, Status, TunableValue};
+use libwb::cli::{count, human_time};
 use libwb::control::{
-    self, LiveStatus, Processes, Replies, Reply, Request, VolumeState, VolumeStatus,
+    self, BackingLink, LiveStatus, Processes, Replies, Reply, Request, VolumeState, VolumeStatus,
 };
-use libwb::device::Device;
+use libwb::device::{Device, LinkStatus};
 use libwb::format::{BLOCK_BYTES, to_u64};
 use libwb::reactor::Handle;
 use libwb::runtime::thread;
@@ -55,6 +56,15 @@ pub(crate) struct Daemon {
     /// Held while tunables change, so that no client undoes the change of another.
     pub(crate) setting: Mutex<()>,
     pub(crate) end: Sender<End>,
+}
+
+/// What is wrong with the link to a device on a server.
+fn trouble_of(device: &str, link: &LinkStatus) -> Option<String> {
+    let time = human_time(link.down_for?.as_secs_f64());
+    let why = link.problem.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
+    let waiting = count(to_u64(link.waiting), "request");
+    let wait = if link.waiting == 1 { "waits" } else { "wait" };
+    Some(format!("the link to {device} has been down for {time}{why}: {waiting} {wait} for it"))
 }
 
 impl Daemon {
@@ -112,18 +122,25 @@ impl Daemon {
             device: Some(self.standing.device.clone()),
             cache: self.standing.volume.cache.clone(),
             backing: self.standing.volume.backing.clone(),
-            live: Some(LiveStatus::new(
-                &status,
-                self.standing.sector_size,
-                self.devices.each_ref().map(|device| device.pending()),
-                Processes {
-                    keeper: to_keeper::process(),
-                    server: std::process::id(),
-                    outlives_server: self.outlives,
-                },
-            )),
+            live: Some(self.live(&status)),
             untold: Vec::new(),
         }
+    }
+
+    fn live(&self, status: &Status) -> LiveStatus {
+        let processes = Processes {
+            keeper: to_keeper::process(),
+            server: std::process::id(),
+            outlives_server: self.outlives,
+        };
+        let pending = self.devices.each_ref().map(|device| device.pending());
+        let live = LiveStatus::new(status, self.standing.sector_size, pending, processes);
+        LiveStatus { backing_link: self.backing().link().map(BackingLink::from), ..live }
+    }
+
+    fn backing(&self) -> &Device {
+        let [_, backing] = &self.devices;
+        backing
     }
 
     /// What is wrong with the volume, one sentence each.
@@ -134,7 +151,8 @@ impl Daemon {
             .iter()
             .map(|error| format!("write-back makes no progress: {error}"));
         let stuck = status.stuck.iter().map(ToString::to_string);
-        failure.chain(writeback).chain(stuck).chain(self.watched.troubles()).collect()
+        let link = self.backing().link().and_then(|link| trouble_of(self.backing().name(), &link));
+        failure.chain(link).chain(writeback).chain(stuck).chain(self.watched.troubles()).collect()
     }
 
     fn state(&self, status: &Status, troubles: &[String]) -> VolumeState {

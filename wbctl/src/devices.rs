@@ -24,7 +24,8 @@ pub(crate) struct Devices(Arc<Both>);
 
 struct Both {
     cache: Watched,
-    backing: Watched,
+    /// One on a server is not watched: its client notices a change.
+    backing: Option<Watched>,
     /// The block device. A name such as /dev/disk/by-uuid leads to it while the volume is attached,
     /// and back to the backing device after that.
     served: OnceLock<Identity>,
@@ -47,11 +48,9 @@ impl Both {
 }
 
 impl Devices {
-    pub(crate) fn of(cache: &Opened, backing: &Opened) -> Result<Devices> {
-        let watch = |device: &Opened| {
-            Watched::new(device).with_context(|| format!("cannot watch {}", device.path.display()))
-        };
-        let (cache, backing) = (watch(cache)?, watch(backing)?);
+    pub(crate) fn of(cache: &Opened, backing: Option<Watched>) -> Result<Devices> {
+        let cache = Watched::new(cache)
+            .with_context(|| format!("cannot watch {}", cache.path.display()))?;
         let (served, looks) = (OnceLock::new(), AtomicUsize::new(0));
         Ok(Devices(Arc::new(Both { cache, backing, served, looks })))
     }
@@ -71,8 +70,8 @@ impl Devices {
             return Found::default();
         }
         let look = move || {
-            let _ = done
-                .send(Found { cache: both.gone(&both.cache), backing: both.gone(&both.backing) });
+            let backing = both.backing.as_ref().and_then(|backing| both.gone(backing));
+            let _ = done.send(Found { cache: both.gone(&both.cache), backing });
             both.looks.fetch_sub(1, Ordering::SeqCst);
         };
         if thread("wb-look").spawn(look).is_err() {
@@ -91,8 +90,8 @@ impl Devices {
                  will be lost when the daemon ends; write it back now (wbctl drain)"
             )
         });
-        let backing = backing.map(|gone| {
-            let path = self.0.backing.path().display();
+        let backing = backing.zip(self.0.backing.as_ref()).map(|(gone, backing)| {
+            let path = backing.path().display();
             format!(
                 "{path}: {gone} while the volume is attached: the data written back will be lost \
                  when the daemon ends; copy all data from the volume before you detach it"
@@ -117,8 +116,8 @@ impl Devices {
                 )),
             }
         }
-        if let Some(gone) = backing {
-            let path = self.0.backing.path().display();
+        if let Some((gone, backing)) = backing.zip(self.0.backing.as_ref()) {
+            let path = backing.path().display();
             lost.push(format!("{path}: {gone}: the data written back {}", fate(gone)));
         }
         if lost.is_empty() {

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::{Output, read_text};
 use libwb::control::by_name;
+use libwb::device::Place;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -36,7 +37,7 @@ pub(crate) struct Args {
 struct ImportReport<'a> {
     name: String,
     cache: &'a Path,
-    backing: &'a Path,
+    backing: &'a Place,
     tunables: &'a BTreeMap<String, TunableValue>,
     left_out: &'a [String],
     dry_run: bool,
@@ -86,7 +87,7 @@ pub(crate) fn import(args: &Args, out: &mut Output) -> Result<()> {
     }
     let done = if args.dry_run { "would import" } else { "imported" };
     for Entry { name, volume, left_out } in &entries {
-        let (cache, backing) = (volume.cache.display(), volume.backing.display());
+        let (cache, backing) = (volume.cache.display(), &volume.backing);
         writeln!(out, "{done} '{name}': {backing} with the cache {cache}")?;
         for what in left_out {
             writeln!(out, "  left out: {what}")?;

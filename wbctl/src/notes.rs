@@ -10,6 +10,7 @@ use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result, bail, ensure};
 use libwb::cache::Cache;
 use libwb::cli::{LAST_SECOND, VolumeDevices, read_text};
+use libwb::device::Place;
 use libwb::format::SegmentId;
 use libwb::log::reach::{Reach, Seen};
 use nix::unistd::geteuid;
@@ -39,7 +40,7 @@ pub(crate) struct Note {
     /// The name of the attached volume; none after a replay.
     volume: Option<String>,
     cache: PathBuf,
-    backing: PathBuf,
+    backing: Place,
     /// In seconds since 1970.
     time: u64,
 }
@@ -48,7 +49,7 @@ pub(crate) struct Note {
 pub(crate) struct About {
     pub(crate) volume: Option<String>,
     pub(crate) cache: PathBuf,
-    pub(crate) backing: PathBuf,
+    pub(crate) backing: Place,
 }
 
 impl About {
@@ -75,7 +76,10 @@ impl Note {
             closed,
             volume: about.volume.clone(),
             cache: text(&about.cache),
-            backing: text(&about.backing),
+            backing: match &about.backing {
+                Place::Path(path) => Place::Path(text(path)),
+                export => export.clone(),
+            },
             time: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
         }
     }

@@ -9,9 +9,9 @@ use crate::volume_paths::VolumeName;
 use crate::{rival, salvage};
 use anyhow::Result;
 use libwb::cache::{Cache, CacheError, Head, OpenOptions};
-use libwb::cli::{Io, human_size};
+use libwb::cli::{Backing, Io, human_size};
 use libwb::device::Device;
-use libwb::device::probe::{self, Access, OpenError, Opened};
+use libwb::device::probe::{Access, OpenError, Opened};
 use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
 use libwb::log::pairing::{BackingFacts, accept_growth};
 use std::io::ErrorKind;
@@ -25,20 +25,29 @@ const PATIENCE_AFTER_KILL: Duration = Duration::from_secs(15);
 
 /// Opens both devices for the first time.
 pub(crate) fn open_devices(
+    io: &Io,
     name: &VolumeName,
     volume: &RecordedVolume,
     args: &Args,
-) -> Result<(Opened, Opened)> {
+) -> Result<(Opened, Backing)> {
     // A daemon that ends in order removes its socket.
     let in_use = if name.socket().exists() { PATIENCE_AFTER_KILL } else { PATIENCE };
-    open_patiently(volume, in_use, Duration::from_secs(args.wait.into()), args.read_only)
+    let wait = Duration::from_secs(args.wait.into());
+    let access = access(args.read_only);
+    patiently(in_use, wait, || io.open_pair(&volume.cache, &volume.backing, [access; 2]))
 }
 
 /// Opens both devices after an earlier server. Its I/O may still be under way, and no one else can
 /// go on before that has ended.
-pub(crate) fn reopen_devices(volume: &RecordedVolume, read_only: bool) -> Result<(Opened, Opened)> {
+pub(crate) fn reopen_devices(
+    io: &Io,
+    standing: &Standing,
+    read_only: bool,
+) -> Result<(Opened, Backing)> {
+    let RecordedVolume { cache, backing, .. } = &standing.volume;
+    let open = || io.reopen_pair(cache, backing, access(read_only), standing.backing_terms);
     loop {
-        let opened = open_patiently(volume, PATIENCE_AFTER_KILL, PATIENCE_AFTER_KILL, read_only);
+        let opened = patiently(PATIENCE_AFTER_KILL, PATIENCE_AFTER_KILL, open);
         match opened.as_ref().map_err(|e| e.downcast_ref()) {
             Err(Some(OpenError::InUse { .. })) => {
                 let why = opened.err().map(|e| format!("{e:#}")).unwrap_or_default();
@@ -49,16 +58,18 @@ pub(crate) fn reopen_devices(volume: &RecordedVolume, read_only: bool) -> Result
     }
 }
 
-fn open_patiently(
-    volume: &RecordedVolume,
+fn access(read_only: bool) -> Access {
+    if read_only { Access::Read } else { Access::Write }
+}
+
+fn patiently<T>(
     in_use: Duration,
     wait: Duration,
-    read_only: bool,
-) -> Result<(Opened, Opened)> {
-    let access = if read_only { Access::Read } else { Access::Write };
+    open: impl Fn() -> Result<T, OpenError>,
+) -> Result<T> {
     let started = Instant::now();
     loop {
-        match probe::open_pair(&volume.cache, &volume.backing, [access; 2]) {
+        match open() {
             Err(e) if started.elapsed() < patience(&e, in_use, wait) => {
                 std::thread::sleep(Duration::from_millis(100))
             }
@@ -72,6 +83,7 @@ fn patience(error: &OpenError, in_use: Duration, wait: Duration) -> Duration {
     match error {
         OpenError::InUse { .. } => in_use,
         OpenError::System { cause, .. } if cause.kind() == ErrorKind::NotFound => wait,
+        OpenError::Export { cause, .. } if cause.may_pass() => wait,
         _ => Duration::ZERO,
     }
 }

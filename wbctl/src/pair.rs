@@ -1,7 +1,9 @@
 //! The two devices of a volume, as several commands take them.
 
 use anyhow::{Context, Result};
-use libwb::device::probe::{self, Access, OpenError, Opened};
+use libwb::cli::{Backing, Io, place};
+use libwb::device::Place;
+use libwb::device::probe::{Access, OpenError, Opened};
 use std::path::{Path, PathBuf};
 
 /// A cache device and a backing device.
@@ -10,19 +12,25 @@ pub(crate) struct Pair {
     /// The cache device: a block device or a file
     #[arg(long, value_name = "DEV")]
     pub(crate) cache: PathBuf,
-    /// The backing device: a block device or a file
-    #[arg(long, value_name = "DEV")]
-    pub(crate) backing: PathBuf,
+    /// The backing device: a block device, a file, or an export of an NBD server
+    /// (nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; with TLS: nbds…)
+    #[arg(long, value_name = "DEV|URI", value_parser = place())]
+    pub(crate) backing: Place,
 }
 
 impl Pair {
     /// Opens both devices for reading and writing, and locks them.
-    pub(crate) fn open(&self) -> Result<(Opened, Opened), OpenError> {
-        probe::open_pair(&self.cache, &self.backing, [Access::Write; 2])
+    pub(crate) fn open(&self, io: &Io) -> Result<(Opened, Backing), OpenError> {
+        io.open_pair(&self.cache, &self.backing, [Access::Write; 2])
     }
 }
 
 /// A device's path that is valid in any working directory.
 pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).with_context(|| path.display().to_string())
+}
+
+/// A place that is valid in any working directory.
+pub(crate) fn absolute_place(place: &Place) -> Result<Place> {
+    place.absolute().with_context(|| place.to_string())
 }

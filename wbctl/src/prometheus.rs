@@ -11,7 +11,7 @@ use std::io::{Result, Write};
 /// sample.
 type Gauge = (&'static str, &'static str, &'static str);
 
-const GAUGES: [Gauge; 17] = [
+const GAUGES: [Gauge; 22] = [
     ("wb_volume_bytes", "Size of the volume.", "/live/volume_bytes"),
     ("wb_log_bytes", "Size of the log.", "/live/log_bytes"),
     ("wb_log_free_bytes", "Room in the log for new segments.", "/live/free_bytes"),
@@ -60,6 +60,31 @@ const GAUGES: [Gauge; 17] = [
         "How long the oldest request to the backing device has been waiting.",
         "/live/backing_oldest_request_seconds",
     ),
+    (
+        "wb_backing_link_up",
+        "1 while the server of the backing device answers, 0 while the link is down.",
+        "/live/backing_link/up",
+    ),
+    (
+        "wb_backing_link_down_seconds",
+        "How long ago the link to the backing device was lost.",
+        "/live/backing_link/down_seconds",
+    ),
+    (
+        "wb_backing_link_connections",
+        "Connections to the server of the backing device.",
+        "/live/backing_link/connections",
+    ),
+    (
+        "wb_backing_link_requests_waiting",
+        "Requests that wait for the server of the backing device or for the link.",
+        "/live/backing_link/waiting",
+    ),
+    (
+        "wb_backing_link_unflushed_bytes",
+        "Data that the server of the backing device has acknowledged and may still lose.",
+        "/live/backing_link/unflushed_bytes",
+    ),
     ("wb_recovery_seconds", "How long recovery took.", "/live/recovery_seconds"),
 ];
 
@@ -90,6 +115,13 @@ pub(crate) fn write(volumes: &[VolumeStatus], out: &mut impl Write) -> Result<()
         }
     }
     stuck(volumes, out)?;
+    let name = "wb_backing_link_reconnects_total";
+    head(out, name, "counter", "How often the link to the backing device was lost and came back.")?;
+    for (volume, live) in &live {
+        if let Some(link) = &live.backing_link {
+            sample(out, name, volume, "", link.reconnects)?;
+        }
+    }
     for (key, help, _) in Counters::default().iter() {
         let name = format!("wb_{key}_total");
         head(out, &name, "counter", help)?;

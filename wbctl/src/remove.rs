@@ -61,7 +61,7 @@ fn refuse_dirty(name: &VolumeName, volume: &RecordedVolume) -> Result<()> {
             human_size(dirty * to_u64(BLOCK_BYTES)),
             count(dirty, "block"),
             volume.cache.display(),
-            volume.backing.display()
+            volume.backing.in_shell()
         );
     }
     Ok(())

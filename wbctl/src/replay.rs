@@ -2,13 +2,13 @@
 
 use crate::notes::{self, About};
 use crate::older::Past;
-use crate::pair::{Pair, absolute};
+use crate::pair::{Pair, absolute, absolute_place};
 use crate::{rival, salvage};
 use anyhow::{Result, bail};
 use libwb::cache::{Cache, CacheError, OpenOptions};
-use libwb::cli::{self, Io, Output, Progress, SalvageOption, count, human_size};
-use libwb::device::probe::{Access, open_pair};
-use libwb::device::{Device, Overlay};
+use libwb::cli::{self, Backing, Io, Output, Progress, SalvageOption, count, human_size};
+use libwb::device::probe::Access;
+use libwb::device::{Device, Overlay, Place};
 use libwb::format::{BLOCK_BYTES, SegmentId, to_u64};
 use libwb::log::reach::Reach;
 use libwb::log::salvage::{Plan, Summary};
@@ -58,7 +58,7 @@ pub(crate) struct Args {
 #[derive(Serialize)]
 struct ReplayReport {
     cache: PathBuf,
-    backing: PathBuf,
+    backing: Place,
     /// Whether the devices were left unchanged.
     dry_run: bool,
     /// Blocks whose newest version was only in the cache.
@@ -82,7 +82,7 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
     let Pair { cache, backing } = &args.pair;
     let until = args.until.map_or_else(String::new, |id| format!(" --until {id}"));
     let again =
-        format!("wbctl replay --cache {} --backing {}{until}", cache.display(), backing.display());
+        format!("wbctl replay --cache {} --backing {}{until}", cache.display(), backing.in_shell());
     cli::on_interrupt("wbctl", move || {
         format!(
             "interrupted; the data written back stays written back, and the rest is still in the \
@@ -92,8 +92,9 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
     let io = Io::start()?;
     let to_write = |is_written| if is_written { Access::Write } else { Access::Read };
     let access = [to_write(args.until.is_none() && !args.dry_run), to_write(!args.dry_run)];
-    let (cache, backing) = open_pair(&args.pair.cache, &args.pair.backing, access)?;
-    let (cache, backing) = (io.serve(cache), io.serve(backing));
+    let (cache, Backing { device: backing, .. }) =
+        io.open_pair(&args.pair.cache, &args.pair.backing, access)?;
+    let cache = io.serve(cache);
     let past = Past::look_up(&io, &cache, args.older, |why| cli::complain("wbctl", why))?;
     rival::refuse(&io, &args.pair.cache, past.uuid.as_deref(), &args.pair.backing)?;
     let report = if let Some(until) = args.until {
@@ -163,7 +164,7 @@ fn write_back(
     let about = About {
         volume: None,
         cache: absolute(&args.pair.cache)?,
-        backing: absolute(&args.pair.backing)?,
+        backing: absolute_place(&args.pair.backing)?,
     };
     if let Err(e) = notes::note(&cache, &about, closed.is_ok()) {
         cli::complain("wbctl", format!("{e:#}"));

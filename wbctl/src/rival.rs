@@ -3,8 +3,9 @@
 
 use crate::notes::Note;
 use anyhow::{Context, Result, bail};
-use libwb::cli::{Io, VolumeDevices, count, is_same_device};
+use libwb::cli::{Io, VolumeDevices, count};
 use libwb::device::probe::Access;
+use libwb::device::{Place, is_same_device};
 use libwb::log::Use;
 use libwb::log::superblock::{examine_superblock, read_superblock};
 use std::io::ErrorKind;
@@ -12,17 +13,16 @@ use std::path::Path;
 
 /// Refuses a cache in front of a backing device that belongs to the dirty cache of a volume. `uuid`
 /// is the identity of the cache, if it has one.
-pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Path) -> Result<()> {
+pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Place) -> Result<()> {
     let others = VolumeDevices::all().context("cannot read the records of other volumes")?;
-    let others = others.iter().filter(|it| is_same_device(backing, &it.backing));
+    let others = others.iter().filter(|it| backing.is_same(&it.backing));
     for other in others.filter(|it| !is_same_device(cache, &it.cache)) {
         let Some(holds) = dirt(io, other, uuid)? else { continue };
         let VolumeDevices { name, cache, .. } = other;
         bail!(
-            "{}: refused: it belongs to the volume '{name}', whose cache {} {holds}. If that \
+            "{backing}: refused: it belongs to the volume '{name}', whose cache {} {holds}. If that \
              data is written back later, it overwrites what another cache writes now. Write it \
              back first (wbctl replay with that cache), or give it up: wbctl remove --force {name}",
-            backing.display(),
             cache.display(),
         );
     }
@@ -53,9 +53,8 @@ fn dirt(io: &Io, volume: &VolumeDevices, uuid: Option<&str>) -> Result<Option<St
     })();
     let dirty = dirty.with_context(|| {
         format!(
-            "{}: refused: it belongs to the volume '{name}', and wb cannot tell whether the cache \
-             of that volume is clean (wbctl remove --force {name} gives it up)",
-            backing.display()
+            "{backing}: refused: it belongs to the volume '{name}', and wb cannot tell whether the \
+             cache of that volume is clean (wbctl remove --force {name} gives it up)"
         )
     })?;
     Ok((dirty > 0).then(|| format!("holds {}", count(dirty, "dirty block"))))

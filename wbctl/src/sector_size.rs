@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use libwb::device::probe::Opened;
+use libwb::device::Device;
 
 /// The option `--sector-size`.
 #[derive(clap::Args)]
@@ -32,22 +32,22 @@ pub(crate) fn parse(text: &str) -> Result<u32, String> {
 }
 
 /// The sector size to serve a backing device with.
-pub(crate) fn choose(wanted: Option<u32>, backing: &Opened) -> Result<u32> {
-    let wanted = wanted.unwrap_or(if backing.block_size > 512 { 4096 } else { 512 });
-    if wanted < backing.block_size {
+pub(crate) fn choose(wanted: Option<u32>, backing: &Device) -> Result<u32> {
+    let wanted = wanted.unwrap_or(if backing.block_size() > 512 { 4096 } else { 512 });
+    if wanted < backing.block_size() {
         bail!(
             "{}: has blocks of {} bytes, so sectors of {wanted} bytes cannot be served; use \
              --sector-size 4096",
-            backing.path.display(),
-            backing.block_size
+            backing.name(),
+            backing.block_size()
         );
     }
-    if !backing.size.is_multiple_of(wanted.into()) {
+    if !backing.size().is_multiple_of(wanted.into()) {
         bail!(
             "{}: its {} bytes are not a multiple of {wanted}, so its end cannot be served in \
              sectors of {wanted} bytes; use --sector-size 512",
-            backing.path.display(),
-            backing.size
+            backing.name(),
+            backing.size()
         );
     }
     Ok(wanted)

@@ -22,9 +22,10 @@ use crate::volume_paths::VolumeName;
 use crate::{leftovers, logging, sector_size, to_keeper, watch};
 use anyhow::{Context, Result, bail};
 use libwb::cache::{Cache, Head};
-use libwb::cli::{self, Exit, Io, Output};
+use libwb::cli::{self, Backing, Exit, Io, Output};
 use libwb::control;
 use libwb::device::Device;
+use libwb::device::nbd::Terms;
 use libwb::device::probe::Opened;
 use libwb::serve::Options;
 use libwb::serve::loopdev::Reserved;
@@ -104,6 +105,8 @@ struct OnDevices {
     watched: Devices,
     io: Io,
     devices: [Device; 2],
+    /// On what terms the backing device is used, if it is on a server.
+    terms: Option<Terms>,
 }
 
 /// A recovered volume.
@@ -119,9 +122,10 @@ impl Server<'_> {
         let (name, volume) = self.args.volume()?;
         leftovers::warn(&name);
         serving::remove_dead(&name);
-        let opened = open_devices(&name, &volume, self.args)?;
-        let sector_size = sector_size::choose(volume.sector_size, &opened.1)?;
-        let on = self.on_devices(name, volume, opened, sector_size)?;
+        let io = Io::start()?;
+        let opened = open_devices(&io, &name, &volume, self.args)?;
+        let sector_size = sector_size::choose(volume.sector_size, &opened.1.device)?;
+        let on = self.on_devices(io, name, volume, opened, sector_size)?;
         self.stages.reach(Stage::Recovering);
         let head = if self.args.read_only { None } else { Some(new_head()?) };
         let busy = Busy::while_devices_work("recovering", &on.devices);
@@ -165,8 +169,9 @@ impl Server<'_> {
         let waiting = given.kept.take(CLIENT).map(Waiting::on);
         let name = self.args.name()?;
         let volume = standing.volume.clone();
-        let opened = reopen_devices(&volume, self.args.read_only)?;
-        let on = self.on_devices(name, volume, opened, standing.sector_size)?;
+        let io = Io::start()?;
+        let opened = reopen_devices(&io, &standing, self.args.read_only)?;
+        let on = self.on_devices(io, name, volume, opened, standing.sector_size)?;
         let head = self.head_left(given.kept.take(HEAD))?;
         let cache = recover_again(&on.io, &standing, &on.devices, head.as_ref())?;
         let mut recovered = Recovered { on, cache, noting: None };
@@ -202,9 +207,10 @@ impl Server<'_> {
 
     fn on_devices(
         &self,
+        io: Io,
         name: VolumeName,
         volume: RecordedVolume,
-        (cache, backing): (Opened, Opened),
+        (cache, backing): (Opened, Backing),
         sector_size: u32,
     ) -> Result<OnDevices> {
         let options =
@@ -212,11 +218,11 @@ impl Server<'_> {
         if let Err(why) = libwb::serve::guard_against_reclaim() {
             tracing::warn!("{why}: the volume may hang when memory is short");
         }
-        let watched = Devices::of(&cache, &backing)?;
-        let io = Io::start()?;
-        let devices = [io.serve(cache), io.serve(backing)];
+        let Backing { device, watched, terms, .. } = backing;
+        let watched = Devices::of(&cache, watched)?;
+        let devices = [io.serve(cache), device];
         watch::start(devices.clone());
-        Ok(OnDevices { name, volume, options, watched, io, devices })
+        Ok(OnDevices { name, volume, options, watched, io, devices, terms })
     }
 
     fn until_ended(
@@ -284,13 +290,14 @@ impl Recovered {
         listener: UnixListener,
         announced: bool,
     ) -> Result<Standing> {
-        let OnDevices { name, volume, options, watched, io, devices } = &self.on;
+        let OnDevices { name, volume, options, watched, io, devices, terms } = &self.on;
         watched.served_as(device.path());
         let standing = Standing {
             volume: volume.clone(),
             sector_size: options.sector_size,
             front_end: device.front_end(),
             device: device.path().into(),
+            backing_terms: *terms,
             tunables: BTreeMap::new(),
             paused: false,
             announced,

@@ -9,7 +9,7 @@ use libwb::cache::{TunableValue, Tunables};
 use libwb::cli::{
     self, Exit, Output, human_rate, human_size, human_time, percent, properties, table,
 };
-use libwb::control::{AskError, LiveStatus, VolumeState, VolumeStatus, ratio};
+use libwb::control::{AskError, BackingLink, LiveStatus, VolumeState, VolumeStatus, ratio};
 use std::io::{ErrorKind, Write};
 
 /// How many stuck blocks the status names.
@@ -129,7 +129,7 @@ pub(crate) fn list(json: bool, out: &mut Output) -> Result<()> {
             size("/live/volume_bytes", |live| live.volume_bytes),
             size("/live/dirty_bytes", |live| live.dirty_bytes),
             v.cache.display().to_string(),
-            v.backing.display().to_string(),
+            v.backing.to_string(),
         ]);
     }
     writeln!(out, "{table}")?;
@@ -261,7 +261,7 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
     }
     row("device", volume.device.as_ref().map_or("-".into(), |device| device.display().to_string()));
     row("cache device", volume.cache.display().to_string());
-    row("backing device", volume.backing.display().to_string());
+    row("backing device", volume.backing.to_string());
     if let Some(live) = &volume.live {
         row(
             "size",
@@ -359,9 +359,27 @@ fn writeback_rows(name: &str, live: &LiveStatus, row: &mut impl FnMut(&str, Stri
             oldest.map(|age| format!(", the oldest for {}", human_time(age))).unwrap_or_default();
         row(&format!("requests to {device}"), format!("{requests} in flight{oldest}"));
     }
+    if let Some(link) = &live.backing_link {
+        row("link to backing", in_words(link));
+    }
     if let Some(failure) = &live.failure {
         row("FAILED", format!("writes are refused: {failure}"));
     }
+}
+
+fn in_words(link: &BackingLink) -> String {
+    let state = match link.down_seconds {
+        Some(time) => format!("down for {}", human_time(time)),
+        None => format!("up, {}", cli::count(link.connections, "connection")),
+    };
+    let waiting = cli::count(link.waiting, "request");
+    let reconnects = match link.reconnects {
+        0 => String::new(),
+        1 => ", was lost once".into(),
+        times => format!(", was lost {times} times"),
+    };
+    let unflushed = human_size(link.unflushed_bytes);
+    format!("{state}, {waiting} waiting, {unflushed} not flushed{reconnects}")
 }
 
 /// The rows about the activity since the counters were reset.

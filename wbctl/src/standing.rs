@@ -6,6 +6,7 @@ use crate::to_keeper;
 use anyhow::{Context, Result};
 use libwb::cache::{Cache, TunableValue, Tunables};
 use libwb::control::by_name;
+use libwb::device::nbd::Terms;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -20,6 +21,9 @@ pub(crate) struct Standing {
     pub(crate) front_end: FrontEnd,
     /// The block device.
     pub(crate) device: PathBuf,
+    /// On what terms the backing device is used, if it is on a server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) backing_terms: Option<Terms>,
     /// Tunables in force, by name.
     pub(crate) tunables: BTreeMap<String, TunableValue>,
     pub(crate) paused: bool,
@@ -71,6 +75,7 @@ mod tests {
             sector_size: 512,
             front_end: FrontEnd::Loop,
             device: "/dev/loop7".into(),
+            backing_terms: None,
             tunables: by_name(&Tunables::default()),
             paused: true,
             announced: true,

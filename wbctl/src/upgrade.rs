@@ -2,7 +2,8 @@
 
 use crate::pair::Pair;
 use anyhow::{Result, bail};
-use libwb::cli::{Io, Output, count, parse_label};
+use libwb::cli::{Backing, Io, Output, count, parse_label};
+use libwb::device::Place;
 use libwb::log::Use;
 use libwb::log::pairing::BackingFacts;
 use libwb::log::salvage::Scanned;
@@ -30,7 +31,7 @@ pub(crate) struct Args {
 #[derive(Serialize)]
 struct UpgradeReport<'a> {
     cache: &'a Path,
-    backing: &'a Path,
+    backing: &'a Place,
     dry_run: bool,
     written: Vec<String>,
     /// They stay as they are.
@@ -39,8 +40,8 @@ struct UpgradeReport<'a> {
 
 pub(crate) fn upgrade(args: &Args, out: &mut Output) -> Result<()> {
     let io = Io::start()?;
-    let (cache, backing) = args.pair.open()?;
-    let (cache, backing) = (io.serve(cache), io.serve(backing));
+    let (cache, Backing { device: backing, .. }) = args.pair.open(&io)?;
+    let cache = io.serve(cache);
     let scanned = io.block_on(Scanned::read(&cache, Use::Write, |_| ()))?;
     let label = args.label.as_deref().unwrap_or_default();
     let created = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -16,6 +16,10 @@ pub(crate) fn start(devices: [Device; 2]) {
         let mut watches = [Watch::default(), Watch::default()];
         loop {
             for (device, watch) in devices.iter().zip(&mut watches) {
+                // Its client tells that a link is down.
+                if device.link().is_some_and(|link| link.down_for.is_some()) {
+                    continue;
+                }
                 match watch.look(&device.pending()) {
                     Some(News::Hangs(text)) => tracing::warn!("{}: {text}", device.name()),
                     Some(News::Answers) => tracing::info!("{}: answers again", device.name()),

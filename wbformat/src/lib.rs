@@ -3,11 +3,13 @@
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser};
 use libwb::cache::refuse_size;
-use libwb::cli::{self, Exit, Io, Output, Progress, VolumeDevices, count, human_size, parse_label};
+use libwb::cli::{
+    self, Exit, Io, Output, Progress, VolumeDevices, count, human_size, parse_label, place,
+};
 use libwb::device::fit::refuse_misfit;
 use libwb::device::probe::{Access, OpenError, Opened, open};
 use libwb::device::sparse::SparseFile;
-use libwb::device::{Device, signatures};
+use libwb::device::{Device, Place, is_same_device, signatures};
 use libwb::format::{Geometry, SECTOR_BYTES, SEGMENT_BYTES, SuperblockExtension, to_u64};
 use libwb::log::Use;
 use libwb::log::format_device::create;
@@ -50,8 +52,8 @@ struct Args {
     sparse: bool,
 
     /// Pair the cache with this backing device: wb will refuse it in front of any other
-    #[arg(long, value_name = "DEV")]
-    backing: Option<PathBuf>,
+    #[arg(long, value_name = "DEV|URI", value_parser = place())]
+    backing: Option<Place>,
 
     /// A label for people, of up to 64 bytes
     #[arg(long, value_parser = parse_label)]
@@ -112,7 +114,7 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
     let geometry = Geometry::of_device(opened.size).with_context(|| path.display().to_string())?;
     let sparse = if args.sparse { None } else { SparseFile::of(&opened)? };
     let backing =
-        args.backing.as_deref().map(|backing| open_backing(args, &opened, backing)).transpose()?;
+        args.backing.as_ref().map(|at| open_backing(args, &io, &opened, at)).transpose()?;
     let device = io.serve(opened);
     refuse_dirty(args, &io, &device)?;
     refuse_recorded(args)?;
@@ -134,20 +136,21 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
 }
 
 /// Opens the backing device to pair the cache with. It may be in use.
-fn open_backing(args: &Args, cache: &Opened, path: &Path) -> Result<Opened> {
-    let backing = open(path, Access::ReadUnlocked)?;
-    if backing.identity == cache.identity {
+fn open_backing(args: &Args, io: &Io, cache: &Opened, at: &Place) -> Result<Device> {
+    let same_path = at.path().filter(|path| is_same_device(&cache.path, path));
+    if let Some(path) = same_path {
         bail!(OpenError::SameDevice { cache: cache.path.clone(), backing: path.into() });
     }
-    refuse_size(&path.to_string_lossy(), backing.size)?;
+    let backing = io.open_backing(at, Access::ReadUnlocked)?.device;
+    refuse_size(backing.name(), backing.size())?;
     if !args.force {
-        refuse_misfit(cache, &backing)?;
+        io.block_on(refuse_misfit(cache.size, &backing))?;
     }
     Ok(backing)
 }
 
 /// The extension to write beyond the base format.
-fn extension(args: &Args, device: &Device, backing: Option<&Opened>) -> SuperblockExtension {
+fn extension(args: &Args, device: &Device, backing: Option<&Device>) -> SuperblockExtension {
     let uuid = args.uuid.unwrap_or_else(Uuid::new_v4);
     let mut extension = SuperblockExtension {
         created: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
@@ -155,7 +158,7 @@ fn extension(args: &Args, device: &Device, backing: Option<&Opened>) -> Superblo
         ..SuperblockExtension::new(uuid, device.size())
     };
     if let Some(backing) = backing {
-        extension = extension.paired(backing.size / to_u64(SECTOR_BYTES), &backing.identity_text);
+        extension = extension.paired(backing.size() / to_u64(SECTOR_BYTES), backing.identity());
     }
     extension
 }

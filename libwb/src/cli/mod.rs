@@ -1,6 +1,7 @@
 //! What the programs share: exit codes, error messages, standard output, JSON, tables, numbers for
 //! people, progress bars, interruption, the records of volumes, and opening devices.
 
+mod backing;
 mod numbers;
 mod own;
 mod progress;
@@ -10,11 +11,12 @@ mod table;
 mod text;
 mod workers;
 
+pub use backing::{Backing, place};
 pub use numbers::{LAST_SECOND, count, human_rate, human_size, human_time, parse_label, percent};
 pub use own::{open_no_link, read_own, refuse_others};
 pub use progress::Progress;
 pub use recorded::{
-    MAX_NAME, MAX_RECORD, RECORD_SUFFIX, VolumeDevices, config_dir, is_same_device, is_volume_name,
+    MAX_NAME, MAX_RECORD, RECORD_SUFFIX, VolumeDevices, config_dir, is_volume_name,
 };
 pub use salvage::SalvageOption;
 pub use table::{Table, properties, table};

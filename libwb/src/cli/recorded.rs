@@ -1,7 +1,7 @@
 //! The part of the volumes' records that every program needs: which devices belong to which volume.
 
 use super::own::read_own;
-use crate::device::probe::identity;
+use crate::device::{Place, is_same_device};
 use serde::Deserialize;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ pub struct VolumeDevices {
     /// The cache device.
     pub cache: PathBuf,
     /// The backing device.
-    pub backing: PathBuf,
+    pub backing: Place,
 }
 
 impl VolumeDevices {
@@ -49,7 +49,7 @@ impl VolumeDevices {
         #[derive(Deserialize)]
         struct Devices {
             cache: PathBuf,
-            backing: PathBuf,
+            backing: Place,
         }
         let name = path.file_name()?.to_str()?.strip_suffix(RECORD_SUFFIX)?;
         if !is_volume_name(name) {
@@ -61,7 +61,15 @@ impl VolumeDevices {
 
     /// Whether one of its two devices is this one.
     pub fn has(&self, device: &Path) -> bool {
-        is_same_device(device, &self.cache) || is_same_device(device, &self.backing)
+        is_same_device(device, &self.cache) || self.backing.is_same(&device.into())
+    }
+
+    /// Whether one of its two devices is at this place.
+    pub fn holds(&self, place: &Place) -> bool {
+        match place {
+            Place::Path(path) => self.has(path),
+            Place::Export(_) => self.backing.is_same(place),
+        }
     }
 }
 
@@ -74,11 +82,6 @@ pub fn config_dir() -> PathBuf {
 pub fn is_volume_name(text: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     (1..=MAX_NAME).contains(&text.len()) && !text.starts_with(['.', '-']) && text.chars().all(plain)
-}
-
-/// Whether two paths lead to the same device, or are equal, even if there is no device.
-pub fn is_same_device(a: &Path, b: &Path) -> bool {
-    a == b || identity(a).is_ok_and(|a| identity(b).is_ok_and(|b| a == b))
 }
 
 #[cfg(test)]

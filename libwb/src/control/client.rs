@@ -176,7 +176,9 @@ pub fn volume_of(device: &Path) -> Option<String> {
     std::fs::read_dir(run_dir()).ok()?.flatten().find_map(|daemon| {
         let mut client = Client::connect(&daemon.path().join(SOCKET)).ok()?;
         match client.ask(&Request::Status, |_| ()).ok()? {
-            Reply::Status(volume) if is_wanted(&volume.cache) || is_wanted(&volume.backing) => {
+            Reply::Status(volume)
+                if is_wanted(&volume.cache) || volume.backing.path().is_some_and(is_wanted) =>
+            {
                 Some(volume.name)
             }
             _ => None,

@@ -16,7 +16,7 @@ mod status;
 pub use client::{AskError, Client, Remaining, volume_of};
 pub use state::VolumeState;
 pub use statistics::{AccessCount, Latency, VolumeStatistics, hit_ratio, ratio};
-pub use status::{LiveStatus, Processes, Stuck, VolumeStatus, by_name};
+pub use status::{BackingLink, LiveStatus, Processes, Stuck, VolumeStatus, by_name};
 
 use crate::cache::TunableValue;
 use crate::runtime::thread;

@@ -2,7 +2,7 @@
 
 use super::{VolumeState, VolumeStatistics};
 use crate::cache::{Counters, Status, StuckBlocks, TunableValue, Tunables};
-use crate::device::Pending;
+use crate::device::{LinkStatus, Pending, Place};
 use crate::format::{BLOCK_BYTES, SEGMENT_BYTES, to_u64};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -24,7 +24,7 @@ pub struct VolumeStatus {
     /// The cache device.
     pub cache: PathBuf,
     /// The backing device.
-    pub backing: PathBuf,
+    pub backing: Place,
     /// What only the daemon knows, while attached.
     pub live: Option<LiveStatus>,
     /// What a daemon of another version did not report, as JSON pointers. These values are empty or
@@ -132,6 +132,8 @@ pub struct LiveStatus {
     pub backing_requests_in_flight: u64,
     /// How long the oldest of them has been waiting, in seconds.
     pub backing_oldest_request_seconds: Option<f64>,
+    /// The link to a backing device on a server.
+    pub backing_link: Option<BackingLink>,
     /// Why writes are refused, if they are.
     pub failure: Option<String>,
     /// Write-back is paused.
@@ -196,6 +198,7 @@ impl LiveStatus {
             cache_oldest_request_seconds: cache.oldest.map(|age| age.as_secs_f64()),
             backing_requests_in_flight: backing.requests,
             backing_oldest_request_seconds: backing.oldest.map(|age| age.as_secs_f64()),
+            backing_link: None,
             failure: status.failure.clone(),
             paused: status.paused,
             writing_back: status.writing_back,
@@ -211,6 +214,41 @@ impl LiveStatus {
                 .map(|(key, _, value)| (key.into(), value))
                 .collect(),
             statistics: VolumeStatistics::new(status),
+        }
+    }
+}
+
+/// The link to a backing device on an NBD server.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct BackingLink {
+    /// Whether it stands, and the server answers.
+    pub up: bool,
+    /// How many connections there are.
+    pub connections: u64,
+    /// How long ago it was lost, in seconds, if it has not come back.
+    pub down_seconds: Option<f64>,
+    /// How many requests wait for an answer or for the link.
+    pub waiting: u64,
+    /// How often it was lost and came back.
+    pub reconnects: u64,
+    /// How many bytes the server has acknowledged and may still lose. They are written again after
+    /// a reconnect.
+    pub unflushed_bytes: u64,
+    /// Why it was lost, or cannot be made.
+    pub problem: Option<String>,
+}
+
+impl From<LinkStatus> for BackingLink {
+    fn from(link: LinkStatus) -> BackingLink {
+        BackingLink {
+            up: link.down_for.is_none(),
+            connections: to_u64(link.connections),
+            down_seconds: link.down_for.map(|time| time.as_secs_f64()),
+            waiting: to_u64(link.waiting),
+            reconnects: link.reconnects,
+            unflushed_bytes: link.unflushed,
+            problem: link.problem,
         }
     }
 }

@@ -1,11 +1,8 @@
 //! Checks of a pair of devices before a cache is made for it.
 
-use super::IoBuf;
-use super::probe::Opened;
+use super::{Device, DeviceError, IoBuf};
 use crate::format::{BLOCK_BYTES, decode_magic, to_u64};
-use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Why a backing device is probably the wrong one.
 #[derive(Debug, thiserror::Error)]
@@ -19,7 +16,7 @@ pub enum Misfit {
     )]
     IsCache {
         /// The backing device.
-        path: PathBuf,
+        path: Arc<str>,
     },
     /// It is smaller than its cache.
     #[error(
@@ -28,43 +25,37 @@ pub enum Misfit {
     )]
     Smaller {
         /// The backing device.
-        path: PathBuf,
+        path: Arc<str>,
         /// Its size in bytes.
         size: u64,
         /// The size of the cache device in bytes.
         cache_size: u64,
     },
     /// It cannot be read.
-    #[error("{path}: cannot read: {cause}")]
-    Unreadable {
-        /// The backing device.
-        path: PathBuf,
-        /// The system's error.
-        cause: io::Error,
-    },
+    #[error("{0}")]
+    Unreadable(#[from] DeviceError),
 }
 
-/// Refuses a backing device that was probably named by mistake.
+/// Refuses a backing device that was probably named by mistake. `cache_size` is in bytes.
 ///
 /// # Errors
 /// Says why.
-pub fn refuse_misfit(cache: &Opened, backing: &Opened) -> Result<(), Misfit> {
-    let path = || backing.path.clone();
-    if is_cache(backing).map_err(|cause| Misfit::Unreadable { path: path(), cause })? {
+pub async fn refuse_misfit(cache_size: u64, backing: &Device) -> Result<(), Misfit> {
+    let path = || backing.name().clone();
+    if is_cache(backing).await? {
         return Err(Misfit::IsCache { path: path() });
     }
-    if backing.size < cache.size {
-        return Err(Misfit::Smaller { path: path(), size: backing.size, cache_size: cache.size });
+    if backing.size() < cache_size {
+        return Err(Misfit::Smaller { path: path(), size: backing.size(), cache_size });
     }
     Ok(())
 }
 
 /// Whether a device begins like a cache device.
-fn is_cache(device: &Opened) -> io::Result<bool> {
-    if device.size < to_u64(BLOCK_BYTES) {
+async fn is_cache(device: &Device) -> Result<bool, DeviceError> {
+    if device.size() < to_u64(BLOCK_BYTES) {
         return Ok(false);
     }
-    let mut block = IoBuf::zeroed(BLOCK_BYTES);
-    device.file.read_exact_at(&mut block, 0)?;
+    let block = device.read(0, IoBuf::zeroed(BLOCK_BYTES)).await?;
     Ok(decode_magic(block.block_at(0)).is_ok())
 }

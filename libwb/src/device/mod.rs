@@ -12,6 +12,8 @@ mod mem;
 #[cfg(feature = "nbd-client")]
 pub mod nbd;
 mod overlay;
+#[cfg(all(feature = "nbd", feature = "uring"))]
+mod place;
 #[cfg(feature = "uring")]
 pub mod probe;
 #[cfg(feature = "blkid")]
@@ -31,6 +33,8 @@ pub use layer::DeviceLayer;
 pub use link::LinkStatus;
 pub use mem::MemDevice;
 pub use overlay::Overlay;
+#[cfg(all(feature = "nbd", feature = "uring"))]
+pub use place::{Place, is_same_device};
 #[cfg(feature = "uring")]
 pub use uring::UringDevice;
 #[cfg(feature = "uring")]

@@ -82,6 +82,24 @@ pub enum OpenError {
         /// The limit in bytes.
         limit: u64,
     },
+    /// It is on an NBD server, and cannot be used.
+    #[cfg(feature = "nbd-client")]
+    #[error("{path}: {cause}")]
+    Export {
+        /// Its address.
+        path: PathBuf,
+        /// What is wrong.
+        cause: super::nbd::LinkError,
+    },
+    /// The files for encrypted connections cannot be used.
+    #[cfg(feature = "nbd-client")]
+    #[error("{path}: {cause}")]
+    Tls {
+        /// The address of the export.
+        path: PathBuf,
+        /// What is wrong.
+        cause: super::nbd::TlsError,
+    },
     /// Its path changed to another file or device while it was opened.
     #[error(
         "{path}: another file or device is being put in its place; try again when that is done"

@@ -8,6 +8,7 @@ use crate::nbd::{
     decode_export, encode_client_flags,
 };
 use futures_util::io::{AsyncReadExt, AsyncWriteExt};
+use serde::{Deserialize, Serialize};
 use std::io;
 
 /// How many answers to one option are heard.
@@ -18,10 +19,11 @@ const MOST_MINIMUM: u32 = 4096;
 const MOST_LENGTH: u32 = 8 << 20;
 
 /// What both sides have agreed upon.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Agreed {
     /// Size in bytes.
     pub(super) size: u64,
+    #[serde(with = "bits")]
     pub(super) flags: TransmissionFlags,
     /// The unit of I/O in bytes.
     pub(super) block_size: u32,
@@ -29,6 +31,34 @@ pub(super) struct Agreed {
     pub(super) most: u32,
     /// Whether replies are structured.
     pub(super) structured: bool,
+}
+
+/// Flags as their number.
+mod bits {
+    use super::TransmissionFlags;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        flags: &TransmissionFlags,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
+        flags.bits().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<TransmissionFlags, D::Error> {
+        u16::deserialize(from).map(TransmissionFlags::from_bits_retain)
+    }
+}
+
+impl Agreed {
+    /// Whether a device can work with it. What comes from another process may be anything.
+    pub(super) fn makes_sense(&self) -> bool {
+        [512, 1024, 2048, MOST_MINIMUM].contains(&self.block_size)
+            && (self.block_size..=MOST_LENGTH).contains(&self.most)
+            && self.most.is_multiple_of(self.block_size)
+    }
 }
 
 /// Why there is no connection to an export.
@@ -88,6 +118,23 @@ pub enum LinkError {
     /// After a reconnect, the export is not what it was.
     #[error("the export has changed: {0}")]
     Changed(String),
+}
+
+impl LinkError {
+    /// Whether it may pass by itself: the server, or the network, may not be there yet.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            LinkError::Io(error) => !matches!(
+                error.kind(),
+                // What TLS says of certificates and the like.
+                io::ErrorKind::InvalidData
+                    | io::ErrorKind::InvalidInput
+                    | io::ErrorKind::PermissionDenied
+            ),
+            LinkError::Timeout | LinkError::UnknownExport { .. } => true,
+            _ => false,
+        }
+    }
 }
 
 /// An error of the system without the number that Rust adds.

@@ -78,15 +78,20 @@ impl Drop for Ending {
     }
 }
 
-/// Serves the operations of a device over these connections, and over those that follow them.
-pub(super) async fn keep(shared: Arc<Shared>, route: Route, connections: Vec<BoxStream>) {
+/// Serves the operations of a device over these connections, if there are any yet, and over those
+/// that follow them.
+pub(super) async fn keep(shared: Arc<Shared>, route: Route, connections: Option<Vec<BoxStream>>) {
     let _ending = Ending(shared.clone());
     or(keep_on(&shared, &route, connections), tick(&shared)).await;
 }
 
-async fn keep_on(shared: &Shared, route: &Route, mut connections: Vec<BoxStream>) {
-    let mut pause = SHORTEST_PAUSE;
-    loop {
+async fn keep_on(shared: &Shared, route: &Route, connections: Option<Vec<BoxStream>>) {
+    let mut pause = Duration::ZERO;
+    let mut next = match connections {
+        Some(connections) => Some(connections),
+        None => unless_over(shared, reconnect(shared, route, &mut pause)).await,
+    };
+    while let Some(connections) = next {
         let since = shared.now();
         shared.state().connected(connections.len(), since);
         shared.tell();
@@ -99,16 +104,23 @@ async fn keep_on(shared: &Shared, route: &Route, mut connections: Vec<BoxStream>
         if shared.now().saturating_sub(since) >= LONGEST_PAUSE {
             pause = SHORTEST_PAUSE;
         }
+        pause = pause.max(SHORTEST_PAUSE);
         shared.state().lost(why, shared.now());
         shared.tell();
-        let reconnected = or(async { Some(reconnect(shared, route, &mut pause).await) }, async {
-            over(shared).await;
-            None
-        });
-        let Some(made) = reconnected.await else { return };
-        tracing::info!("the link to the NBD export '{}' is up again", route.export);
-        connections = made;
+        next = unless_over(shared, reconnect(shared, route, &mut pause)).await;
+        if next.is_some() {
+            tracing::info!("the link to the NBD export '{}' is up again", route.export);
+        }
     }
+}
+
+/// Does something as long as the link is needed.
+async fn unless_over<T>(shared: &Shared, work: impl Future<Output = T>) -> Option<T> {
+    or(async { Some(work.await) }, async {
+        over(shared).await;
+        None
+    })
+    .await
 }
 
 /// Serves until all is done and no more will come.
@@ -154,8 +166,10 @@ async fn over(shared: &Shared) {
 async fn reconnect(shared: &Shared, route: &Route, pause: &mut Duration) -> Vec<BoxStream> {
     let mut told = String::new();
     loop {
-        shared.runtime.sleep(*pause).await;
-        *pause = (*pause * 2).min(LONGEST_PAUSE);
+        if !pause.is_zero() {
+            shared.runtime.sleep(*pause).await;
+        }
+        *pause = (*pause * 2).clamp(SHORTEST_PAUSE, LONGEST_PAUSE);
         let error = match route.connect(&*shared.runtime).await {
             Err(error) => error,
             Ok((streams, agreed)) => match shared.state().agree_again(agreed) {

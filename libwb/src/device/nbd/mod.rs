@@ -29,9 +29,11 @@
 //!   newer one, and is sent again later. Where remembered data was itself being written again and
 //!   may come late, it has either not changed since, or the newer write has waited for it.
 //!
+//! A process that has died may have left writes under way, too. Who goes on after it opens the
+//! export with [`NbdDevice::go_on`]: then every change waits for those 5 s.
+//!
 //! The limits of this: a server that carries out a request more than 5 s after it has accepted a
-//! newer connection can bring back old data. So can a late write of a process that has died, over
-//! the writes of the next process. The protocol offers no protection against either. And a write
+//! newer connection can bring back old data. The protocol offers no protection. And a write
 //! that has failed, whether with an error of the disk or because the link was down for too long,
 //! may have been carried out, in part or late.
 //!
@@ -71,6 +73,7 @@ use handshake::Agreed;
 use keeper::{Route, keep};
 use nix::errno::Errno;
 use operation::{Kind, Outcome};
+use serde::{Deserialize, Serialize};
 use shared::Shared;
 use state::State;
 use std::ops::Range;
@@ -132,9 +135,15 @@ impl Options {
     }
 }
 
+/// What a client and a server have agreed upon. A process passes it to the one that goes on after
+/// it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Terms(Agreed);
+
 /// An export of an NBD server.
 pub struct NbdDevice {
     name: Arc<str>,
+    identity: String,
     agreed: Agreed,
     shared: Arc<Shared>,
     requests: Arc<Requests>,
@@ -152,6 +161,7 @@ impl NbdDevice {
         options: Options,
     ) -> Result<NbdDevice, LinkError> {
         let Options { export, writable, timeout, most_remembered, rules } = options;
+        let identity = identity_of(&export);
         let route = Route { connector, export };
         let (connections, agreed) = route.connect(&*runtime).await?;
         let durable = TransmissionFlags::SEND_FLUSH | TransmissionFlags::SEND_FUA;
@@ -163,12 +173,51 @@ impl NbdDevice {
         }
         let state = State::new(agreed, timeout, most_remembered, rules);
         let shared = Arc::new(Shared::new(state, runtime.clone()));
-        runtime.spawn(Box::pin(keep(shared.clone(), route, connections)));
-        let mut agreed = agreed;
+        runtime.spawn(Box::pin(keep(shared.clone(), route, Some(connections))));
+        Ok(NbdDevice::of(shared, agreed, [name.into(), identity], writable))
+    }
+
+    /// Goes on with an export that a process used which has died. Does not wait for a connection:
+    /// requests do. They fail if the export is not on `terms`.
+    ///
+    /// # Errors
+    /// When no device can be used on these terms.
+    pub fn go_on(
+        runtime: Arc<dyn Runtime>,
+        connector: Arc<dyn Connector>,
+        name: &str,
+        options: Options,
+        terms: Terms,
+    ) -> Result<NbdDevice, LinkError> {
+        let Options { export, writable, timeout, most_remembered, rules } = options;
+        let Terms(agreed) = terms;
+        if !agreed.makes_sense() {
+            return Err(LinkError::Nonsense("what another process has left"));
+        }
+        let identity = identity_of(&export);
+        let route = Route { connector, export };
+        let mut state = State::new(agreed, timeout, most_remembered, rules);
+        state.begin_after_another(runtime.now());
+        let shared = Arc::new(Shared::new(state, runtime.clone()));
+        runtime.spawn(Box::pin(keep(shared.clone(), route, None)));
+        Ok(NbdDevice::of(shared, agreed, [name.into(), identity], writable))
+    }
+
+    fn of(
+        shared: Arc<Shared>,
+        mut agreed: Agreed,
+        [name, identity]: [String; 2],
+        writable: bool,
+    ) -> NbdDevice {
         if !writable {
             agreed.flags |= TransmissionFlags::READ_ONLY;
         }
-        Ok(NbdDevice { name: name.into(), agreed, shared, requests: Arc::default() })
+        NbdDevice { name: name.into(), identity, agreed, shared, requests: Arc::default() }
+    }
+
+    /// On what terms the export is used.
+    pub fn terms(&self) -> Terms {
+        Terms(self.shared.state().agreed())
     }
 
     /// Whether it takes no writes.
@@ -270,6 +319,13 @@ impl Drop for NbdDevice {
     }
 }
 
+fn identity_of(export: &ExportName) -> String {
+    match export.as_str() {
+        "" => String::new(),
+        name => format!("NBD export {name}"),
+    }
+}
+
 fn unit(future: IoFuture<Vec<IoBuf>>) -> IoFuture<()> {
     Box::pin(async move { future.await.map(drop) })
 }
@@ -312,6 +368,11 @@ impl BlockDevice for NbdDevice {
     /// An incomplete unit of I/O at the end of the export is not used.
     fn size(&self) -> u64 {
         self.agreed.size / u64::from(self.agreed.block_size) * u64::from(self.agreed.block_size)
+    }
+
+    /// The name of the export. One without a name has no identity.
+    fn identity(&self) -> &str {
+        &self.identity
     }
 
     fn block_size(&self) -> u32 {

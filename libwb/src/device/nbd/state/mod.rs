@@ -148,6 +148,10 @@ impl State {
         }
     }
 
+    pub(super) fn agreed(&self) -> Agreed {
+        self.agreed
+    }
+
     /// Whether every change is sent so that it is durable at once: the server knows no flush.
     fn is_write_through(&self) -> bool {
         !self.agreed.flags.contains(TransmissionFlags::SEND_FLUSH)
@@ -274,6 +278,15 @@ impl State {
         }
         if let Some(errno) = self.fails_with {
             self.fail_queue(errno);
+        }
+    }
+
+    /// There is no connection yet, and a process that has died has used the export before. What it
+    /// had under way may come late.
+    pub(super) fn begin_after_another(&mut self, now: Duration) {
+        self.down_since = Some(now);
+        if self.rules.keep(Rule::LinkWaitsForTheDead) {
+            self.late.add(0..self.agreed.size, None);
         }
     }
 

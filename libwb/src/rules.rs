@@ -143,6 +143,8 @@ pub enum Rule {
     LinkLateWritesAwaited,
     /// A process that goes on with an export waits until no write of the dead one can come.
     LinkWaitsForTheDead,
+    /// A process that goes on with an export makes durable what it can read there.
+    LinkFlushesForTheDead,
     /// Recovery does not take rot for the work of a power cut. The engine never asks; the check of
     /// flipped bits does.
     #[cfg(feature = "sim")]

@@ -26,12 +26,14 @@ mod filesystem;
 pub mod fuzzed;
 pub mod fuzzed_head;
 pub mod fuzzed_nbd;
+mod nbd_server;
 pub mod recovered_view;
 pub mod sim;
 mod volume;
 
 pub use failing::{FailingFile, FileFaults, Hang};
 pub use filesystem::{Filesystem, Writer, check_files, fio_verify, has_program, succeeds, unmount};
+pub use nbd_server::NbdServer;
 pub use volume::{Attached, PATIENCE, Volume};
 
 /// Bytes of a mebibyte.

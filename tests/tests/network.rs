@@ -393,6 +393,39 @@ fn every_broken_rule_is_noticed() {
     }
 }
 
+/// A process writes a sector and dies. Returns whether the next process reads it, and reads it
+/// still after the server has lost what was not flushed.
+fn what_the_dead_wrote_stays(rules: Rules) -> bool {
+    let simulation = Simulation::new(1);
+    let runtime = simulation.runtime();
+    let server = server_on(&simulation, flags(0));
+    let process = Process::on(runtime);
+    let device = open_in(&process, &simulation, &server, |options| options);
+    simulation
+        .block_on(async {
+            let data = SharedBuf::from(IoBuf::copy_of(&data_of(7)));
+            device.write(0, data).await.expect("a server");
+            process.die();
+            server.set_lateness(Duration::ZERO);
+            let options = Options::new(ExportName::default()).rules(rules);
+            let (connector, terms) = (Arc::new(server.clone()), device.terms());
+            let next = NbdDevice::go_on(Process::on(runtime), connector, "nbd", options, terms);
+            let next = next.expect("it can go on");
+            let read = async || values_in(&next.read(0, IoBuf::zeroed(512)).await.expect("it"));
+            assert_eq!(read().await, [7]);
+            server.die();
+            server.start();
+            read().await == [7]
+        })
+        .expect("it goes on")
+}
+
+#[test]
+fn what_is_read_after_the_death_of_a_process_is_durable() {
+    assert!(what_the_dead_wrote_stays(Rules::default()));
+    assert!(!what_the_dead_wrote_stays(Rules::breaking(Rule::LinkFlushesForTheDead)));
+}
+
 #[test]
 fn requests_wait_for_the_link_only_for_so_long() {
     let simulation = Simulation::new(1);

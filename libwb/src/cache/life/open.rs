@@ -228,7 +228,11 @@ impl Engine {
         if self.rules.keep(Rule::FlushedAtOpen) {
             self.cache.flush().await?;
         }
-        self.backing.flush().await?;
+        // If the link to it is down, the volume does not wait for it: the device itself flushes
+        // before it answers anything.
+        if !self.backing.link().is_some_and(|link| link.down_for.is_some()) {
+            self.backing.flush().await?;
+        }
         match self.write_items(leftovers).await {
             Err(BatchStop::Device(error) | BatchStop::Stuck(error)) => return Err(error.into()),
             Ok(written) => {

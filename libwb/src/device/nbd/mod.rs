@@ -178,7 +178,8 @@ impl NbdDevice {
     }
 
     /// Goes on with an export that a process used which has died. Does not wait for a connection:
-    /// requests do. They fail if the export is not on `terms`.
+    /// requests do. What the server then has is made durable before any of them. They fail if the
+    /// export is not on `terms`.
     ///
     /// # Errors
     /// When no device can be used on these terms.
@@ -197,7 +198,11 @@ impl NbdDevice {
         let identity = identity_of(&export);
         let route = Route { connector, export };
         let mut state = State::new(agreed, timeout, most_remembered, rules);
-        state.begin_after_another(runtime.now());
+        if writable {
+            state.begin_after_another(runtime.now());
+        } else {
+            state.begin_down(runtime.now());
+        }
         let shared = Arc::new(Shared::new(state, runtime.clone()));
         runtime.spawn(Box::pin(keep(shared.clone(), route, None)));
         Ok(NbdDevice::of(shared, agreed, [name.into(), identity], writable))

@@ -53,6 +53,8 @@ enum What {
     Operation(u64),
     /// Remembered data, written again.
     Again,
+    /// A flush before anything else, for what a process that has died has written.
+    First,
 }
 
 /// A request under way.
@@ -101,6 +103,8 @@ pub(super) struct State {
     again: VecDeque<(Range<u64>, Vec<Content>)>,
     remembered: Remembered,
     late: LateWrites,
+    /// Nothing goes out before a flush has.
+    owes_flush: bool,
     /// The next flush fails with this: a flush that no caller asked for has failed, or data could
     /// not be written again.
     failed_flush: Option<Errno>,
@@ -137,6 +141,7 @@ impl State {
             again: VecDeque::new(),
             remembered: Remembered::default(),
             late: LateWrites::default(),
+            owes_flush: false,
             failed_flush: None,
             down_since: None,
             fails_with: None,
@@ -216,9 +221,17 @@ impl State {
             true => self.to_write_again(),
             false => VecDeque::new(),
         };
-        self.phase = if self.again.is_empty() { Phase::Up } else { Phase::Restoring };
+        self.phase = Phase::Restoring;
+        self.try_to_be_up();
         if self.phase == Phase::Up && self.queue.is_empty() {
             self.has_answered();
+        }
+    }
+
+    /// Lets requests out if nothing must come before them.
+    fn try_to_be_up(&mut self) {
+        if self.again.is_empty() && self.sent.is_empty() && !self.owes_flush {
+            self.phase = Phase::Up;
         }
     }
 
@@ -264,7 +277,7 @@ impl State {
         for sent in std::mem::take(&mut self.sent).into_values() {
             let operation = match sent.what {
                 What::Operation(id) => Some(id),
-                What::Again => None,
+                What::Again | What::First => None,
             };
             if matches!(sent.command, Command::Write | Command::WriteZeroes) {
                 self.late.add(sent.range, operation);
@@ -281,10 +294,16 @@ impl State {
         }
     }
 
-    /// There is no connection yet, and a process that has died has used the export before. What it
-    /// had under way may come late.
-    pub(super) fn begin_after_another(&mut self, now: Duration) {
+    /// There is no connection yet.
+    pub(super) fn begin_down(&mut self, now: Duration) {
         self.down_since = Some(now);
+    }
+
+    /// There is no connection yet, and a process that has died has used the export before. What it
+    /// had under way may come late. What it had written is made durable before anyone reads it.
+    pub(super) fn begin_after_another(&mut self, now: Duration) {
+        self.begin_down(now);
+        self.owes_flush = !self.is_write_through() && self.rules.keep(Rule::LinkFlushesForTheDead);
         if self.rules.keep(Rule::LinkWaitsForTheDead) {
             self.late.add(0..self.agreed.size, None);
         }

@@ -4,7 +4,7 @@
 use super::super::super::IoBuf;
 use super::super::operation::Kind;
 use super::super::remembered::Mark;
-use super::{MOST_ERRORS, PATIENCE, Phase, Sent, State, What};
+use super::{MOST_ERRORS, PATIENCE, Sent, State, What};
 use crate::format::to_usize;
 use crate::nbd::{Command, CommandFlags};
 use crate::rules::Rule;
@@ -121,18 +121,21 @@ impl State {
         let outcome = sent.error.map_or(Ok(()), Err);
         match sent.what {
             What::Operation(id) => self.operation_answered(id, sent.mark, outcome),
-            What::Again => self.written_again(outcome),
+            What::Again => self.restored(outcome),
+            What::First => {
+                self.owes_flush = false;
+                self.restored(outcome);
+            }
         }
         Ok(())
     }
 
-    fn written_again(&mut self, outcome: Result<(), Errno>) {
+    /// A part of what comes before all requests has ended.
+    fn restored(&mut self, outcome: Result<(), Errno>) {
         if let Err(errno) = outcome {
             self.failed_flush = Some(errno);
         }
-        if self.again.is_empty() && self.sent.is_empty() {
-            self.phase = Phase::Up;
-        }
+        self.try_to_be_up();
     }
 
     fn operation_answered(&mut self, id: u64, mark: Mark, mut outcome: Result<(), Errno>) {

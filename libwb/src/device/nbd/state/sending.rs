@@ -27,6 +27,11 @@ impl State {
         if let Some((range, contents)) = self.again.pop_front() {
             return Next::Send(self.send_again(on, range, contents, now));
         }
+        if self.phase == Phase::Restoring && self.owes_flush && self.sent.is_empty() {
+            let (flush, none) = (Command::Flush, CommandFlags::empty());
+            let request = self.sending(on, What::First, flush, none, 0..0, now);
+            return Next::Send(Outgoing { request, parts: Vec::new() });
+        }
         if self.phase != Phase::Up {
             return Next::Wait;
         }
@@ -69,7 +74,7 @@ impl State {
                 What::Operation(id) => {
                     self.operations.get(&id).is_some_and(Operation::is_flush_of_caller)
                 }
-                What::Again => false,
+                What::Again | What::First => false,
             };
             self.operations.values().any(waits) || self.sent.values().any(is_under_way)
         };
@@ -98,7 +103,7 @@ impl State {
             .values()
             .filter_map(|sent| match sent.what {
                 What::Operation(id) => self.operations.get(&id).map(Operation::weight),
-                What::Again => None,
+                What::Again | What::First => None,
             })
             .sum();
         let have = self.remembered.weight() + under_way;

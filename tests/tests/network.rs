@@ -343,6 +343,61 @@ fn requests_wait_for_the_link_only_for_so_long() {
 }
 
 #[test]
+fn how_long_requests_wait_can_be_set_at_any_time() {
+    let simulation = Simulation::new(1);
+    let runtime = simulation.runtime();
+    let server = server_on(&simulation, flags(0));
+    let device = open(&simulation, &server, |options| options);
+    let read = || device.read(0, IoBuf::zeroed(512));
+    let seconds = Duration::from_secs;
+    simulation
+        .block_on(async {
+            server.die();
+            let began = runtime.now();
+            let mut waits = read();
+            // Second by second, since the simulator's time may pass at once.
+            for _ in 0..500 {
+                runtime.sleep(seconds(1)).await;
+            }
+            assert!(poll_once(&mut waits).await.is_none(), "without a limit");
+            device.set_timeout(Some(runtime.now() - began + seconds(50)));
+            let failed = waits.await.expect_err("nobody is there");
+            assert_eq!(failed.cause, Errno::ETIMEDOUT);
+            assert!(runtime.now() - began >= seconds(550));
+            let status = device.link().expect("it is on a server");
+            assert!(status.has_given_up && !status.is_awaited(), "{status:?}");
+            device.set_timeout(None);
+            let mut waits = read();
+            assert!(poll_once(&mut waits).await.is_none(), "it waits again");
+            server.start();
+            waits.await.expect("it is back");
+        })
+        .expect("it goes on");
+}
+
+#[test]
+fn a_large_discard_is_many_requests_and_few_at_a_time() {
+    let simulation = Simulation::new(1);
+    let runtime = simulation.runtime();
+    let size = 40 * (32 << 20) + 512;
+    let server = server_on(&simulation, flags(0));
+    server.set_export(Export { size, flags: flags(0) });
+    let device = open(&simulation, &server, |options| options);
+    server.die();
+    simulation
+        .block_on(async {
+            let mut discard = device.discard(0, size);
+            assert!(poll_once(&mut discard).await.is_none(), "nobody is there");
+            assert_eq!(device.link().expect("it is on a server").waiting, 8);
+            device.set_timeout(Some(Duration::from_secs(1)));
+            assert_eq!(discard.await.expect_err("nobody is there").cause, Errno::ETIMEDOUT);
+            runtime.sleep(Duration::from_secs(1)).await;
+            assert_eq!(device.link().expect("it is on a server").waiting, 0);
+        })
+        .expect("it goes on");
+}
+
+#[test]
 fn an_export_that_has_changed_is_refused_until_it_is_as_it_was() {
     let simulation = Simulation::new(1);
     let runtime = simulation.runtime();

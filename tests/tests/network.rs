@@ -23,6 +23,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
+use wb_tests::sim::network::{flags, trouble};
 
 const SECTORS: usize = 96;
 const WORKERS: usize = 6;
@@ -186,32 +187,12 @@ async fn work(client: Arc<Client>, runtime: SimRuntime) {
     }
 }
 
-/// What happens to the server and its connections.
-async fn trouble(server: SimServer, runtime: SimRuntime) {
+/// Things happen to the server and its connections without end.
+async fn troubles(server: SimServer, runtime: SimRuntime) {
     let mut rng = runtime.fork_rng();
     loop {
-        runtime.sleep(Duration::from_millis(rng.u64(100..8_000))).await;
-        match rng.u8(..10) {
-            0..3 => {
-                server.die();
-                runtime.sleep(Duration::from_millis(rng.u64(1..4_000))).await;
-                server.start();
-            }
-            3 => server.hang(Duration::from_millis(rng.u64(1..60_000))),
-            4 => server.suffer(Mishap::HalfOpen),
-            _ => server.suffer(Mishap::CutAfter(rng.usize(..3000))),
-        }
+        trouble(&server, &runtime, &mut rng).await;
     }
-}
-
-fn flags(of: u64) -> TransmissionFlags {
-    let mut flags = TransmissionFlags::HAS_FLAGS
-        | TransmissionFlags::SEND_FUA
-        | TransmissionFlags::SEND_WRITE_ZEROES;
-    // Without it, every change is made durable at once.
-    flags.set(TransmissionFlags::SEND_FLUSH, of % 7 != 3);
-    flags.set(TransmissionFlags::CAN_MULTI_CONN, of.is_multiple_of(2));
-    flags
 }
 
 fn server_on(simulation: &Simulation, flags: TransmissionFlags) -> SimServer {
@@ -263,7 +244,7 @@ fn run(seed: u64, rules: Rules) {
     });
     let workers = join_all((0..WORKERS).map(|_| work(client.clone(), runtime.clone())));
     let working = async {
-        match select(pin!(workers), pin!(trouble(server.clone(), runtime.clone()))).await {
+        match select(pin!(workers), pin!(troubles(server.clone(), runtime.clone()))).await {
             Either::Left(_) => {}
             Either::Right(_) => unreachable!("trouble does not end"),
         }

@@ -67,7 +67,8 @@ impl<'a> Scenario<'a> {
             "{segments} segments, extended: {extended}, durable writes: {durable_writes}, \
              {sectors} sectors, block sizes {cache_block_size} and {block_size}, backing device \
              {slowness} times slower, faulty: {faulty}, forgetful: {forgetful}, strict: {strict}, \
-             all through the log: {all_logged}, backing device: {location:?}, impatient: {impatient}"
+             all through the log: {all_logged}, backing device: {location:?}, impatient: \
+             {impatient}"
         );
         Scenario {
             engine,

@@ -155,7 +155,7 @@ pub trait BlockDevice: Send + Sync + 'static {
     }
 
     /// Sets how long requests wait for a lost connection before they fail with `ETIMEDOUT`: those
-    /// that wait now, and all that come. `None`: for ever. Nothing to a device without a connection.
+    /// that wait now, and all that come. `None`: for ever. A device at hand has no connection.
     fn set_timeout(&self, _timeout: Option<Duration>) {}
 
     /// Lets writes and flushes go ahead of all else from now on, where there is a queue for this

@@ -131,6 +131,8 @@ pub enum Rule {
     HeadKeepsFailure,
     /// What an earlier process has written is durable before a process relies on that.
     FlushedAtOpen,
+    /// While the link to the backing device is down, write-back waits and does not fail.
+    LostLinkNoFault,
     /// After a reconnect, what an NBD server may have lost is written again before anything else.
     LinkWritesAgain,
     /// A flush of an NBD server covers what was acknowledged when it was sent, and no more.

@@ -23,6 +23,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
+use wb_tests::sim::network::{flags, trouble};
 
 const SECTORS: usize = 96;
 const WORKERS: usize = 6;
@@ -247,38 +248,18 @@ async fn work(client: Arc<Client>, runtime: SimRuntime) {
 
 async fn work_in_trouble(client: &Arc<Client>, runtime: &SimRuntime) {
     let workers = join_all((0..WORKERS).map(|_| work(client.clone(), runtime.clone())));
-    match select(pin!(workers), pin!(trouble(client.server.clone(), runtime.clone()))).await {
+    match select(pin!(workers), pin!(troubles(client.server.clone(), runtime.clone()))).await {
         Either::Left(_) => {}
         Either::Right(_) => unreachable!("trouble does not end"),
     }
 }
 
-/// What happens to the server and its connections.
-async fn trouble(server: SimServer, runtime: SimRuntime) {
+/// Things happen to the server and its connections without end.
+async fn troubles(server: SimServer, runtime: SimRuntime) {
     let mut rng = runtime.fork_rng();
     loop {
-        runtime.sleep(Duration::from_millis(rng.u64(100..8_000))).await;
-        match rng.u8(..10) {
-            0..3 => {
-                server.die();
-                runtime.sleep(Duration::from_millis(rng.u64(1..4_000))).await;
-                server.start();
-            }
-            3 => server.hang(Duration::from_millis(rng.u64(1..60_000))),
-            4 => server.suffer(Mishap::HalfOpen),
-            _ => server.suffer(Mishap::CutAfter(rng.usize(..3000))),
-        }
+        trouble(&server, &runtime, &mut rng).await;
     }
-}
-
-fn flags(of: u64) -> TransmissionFlags {
-    let mut flags = TransmissionFlags::HAS_FLAGS
-        | TransmissionFlags::SEND_FUA
-        | TransmissionFlags::SEND_WRITE_ZEROES;
-    // Without it, every change is made durable at once.
-    flags.set(TransmissionFlags::SEND_FLUSH, of % 7 != 3);
-    flags.set(TransmissionFlags::CAN_MULTI_CONN, of.is_multiple_of(2));
-    flags
 }
 
 fn server_on(simulation: &Simulation, flags: TransmissionFlags) -> SimServer {
@@ -453,6 +434,61 @@ fn requests_wait_for_the_link_only_for_so_long() {
             assert_eq!(values_in(&read().await.expect("it is back")), [7], "it was written again");
             let status = device.link().expect("it is on a server");
             assert_eq!((status.reconnects, status.down_for, status.problem), (1, None, None));
+        })
+        .expect("it goes on");
+}
+
+#[test]
+fn how_long_requests_wait_can_be_set_at_any_time() {
+    let simulation = Simulation::new(1);
+    let runtime = simulation.runtime();
+    let server = server_on(&simulation, flags(0));
+    let device = open(&simulation, &server, |options| options);
+    let read = || device.read(0, IoBuf::zeroed(512));
+    let seconds = Duration::from_secs;
+    simulation
+        .block_on(async {
+            server.die();
+            let began = runtime.now();
+            let mut waits = read();
+            // Second by second, since the simulator's time may pass at once.
+            for _ in 0..500 {
+                runtime.sleep(seconds(1)).await;
+            }
+            assert!(poll_once(&mut waits).await.is_none(), "without a limit");
+            device.set_timeout(Some(runtime.now() - began + seconds(50)));
+            let failed = waits.await.expect_err("nobody is there");
+            assert_eq!(failed.cause, Errno::ETIMEDOUT);
+            assert!(runtime.now() - began >= seconds(550));
+            let status = device.link().expect("it is on a server");
+            assert!(status.has_given_up && !status.is_awaited(), "{status:?}");
+            device.set_timeout(None);
+            let mut waits = read();
+            assert!(poll_once(&mut waits).await.is_none(), "it waits again");
+            server.start();
+            waits.await.expect("it is back");
+        })
+        .expect("it goes on");
+}
+
+#[test]
+fn a_large_discard_is_many_requests_and_few_at_a_time() {
+    let simulation = Simulation::new(1);
+    let runtime = simulation.runtime();
+    let size = 40 * (32 << 20) + 512;
+    let server = server_on(&simulation, flags(0));
+    server.set_export(Export { size, flags: flags(0) });
+    let device = open(&simulation, &server, |options| options);
+    server.die();
+    simulation
+        .block_on(async {
+            let mut discard = device.discard(0, size);
+            assert!(poll_once(&mut discard).await.is_none(), "nobody is there");
+            assert_eq!(device.link().expect("it is on a server").waiting, 8);
+            device.set_timeout(Some(Duration::from_secs(1)));
+            assert_eq!(discard.await.expect_err("nobody is there").cause, Errno::ETIMEDOUT);
+            runtime.sleep(Duration::from_secs(1)).await;
+            assert_eq!(device.link().expect("it is on a server").waiting, 0);
         })
         .expect("it goes on");
 }

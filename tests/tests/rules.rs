@@ -13,6 +13,8 @@
 //! - `second_look.rs` finds `ContradictionFails`, which needs a device that has lost segments.
 //! - `process_death.rs`, where the process dies at every moment, finds `HeadDataFirst`,
 //!   `HeadKnowsCommit`, `HeadEndStaysOpen` and `FlushedAtOpen`.
+//! - `cache_over_network.rs` finds `LostLinkNoFault`, which needs a backing device on a server, and
+//!   `network.rs` the other rules about links.
 //! - `stuck.rs` finds the rules about blocks that cannot be written back, and `HeadKeepsLost`.
 
 use libwb::rules::Rule;

@@ -195,6 +195,7 @@ impl Cache {
     /// Changes the tunables, from now on.
     pub fn set_tunables(&self, tunables: Tunables) {
         self.engine.state.lock().configure(&tunables);
+        self.engine.backing.set_timeout(tunables.link_timeout());
         *self.engine.tunables.lock() = tunables;
         self.engine.state.wake(Waiter::Writeback);
         self.engine.state.wake(Waiter::Admission);

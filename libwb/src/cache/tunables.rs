@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 /// A cache's tunables.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +22,9 @@ pub struct Tunables {
     pub sequential_cutoff: u32,
     /// How many seconds a write may stay volatile without a flush; 0: for ever.
     pub sync_data_interval: u32,
+    /// How many seconds requests wait for a lost connection to the server of the backing device
+    /// before they fail; 0: for ever.
+    pub backing_timeout: u32,
     /// Blocks that are read repeatedly from the backing device are put into the cache, except in
     /// sequences of more neighbouring blocks than this. 0: none are.
     pub read_cache_threshold: u32,
@@ -237,6 +241,15 @@ const DEFINITIONS: &[Definition] = &[
         set: |t, value| t.sync_data_interval = value,
     },
     Definition {
+        key: "backing_timeout",
+        default: 0,
+        range: 0..=30 * 86400,
+        unit: "s",
+        words: &[],
+        get: |t| t.backing_timeout,
+        set: |t, value| t.backing_timeout = value,
+    },
+    Definition {
         key: "read_cache_threshold",
         default: 0,
         range: 0..=127,
@@ -288,6 +301,7 @@ impl Default for Tunables {
             nr_max_batched_writeback: 0,
             writeback_order: WritebackOrder::Sorted,
             sync_data_interval: 0,
+            backing_timeout: 0,
             read_cache_threshold: 0,
             nr_read_cache_cells: 0,
             write_mode: WriteMode::Back,
@@ -351,6 +365,11 @@ impl Tunables {
     /// unknown tunable.
     pub fn unit(key: &str) -> &'static str {
         definition(key).map_or("", |definition| definition.unit)
+    }
+
+    /// How long requests wait for a lost connection to the backing device; `None`: for ever.
+    pub(crate) fn link_timeout(&self) -> Option<Duration> {
+        (self.backing_timeout > 0).then(|| Duration::from_secs(self.backing_timeout.into()))
     }
 
     /// Whether the tunables go together.

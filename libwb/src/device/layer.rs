@@ -64,6 +64,10 @@ impl<T: DeviceLayer> BlockDevice for T {
         self.below().link()
     }
 
+    fn set_timeout(&self, timeout: Option<Duration>) {
+        self.below().set_timeout(timeout);
+    }
+
     fn put_writes_first(&self) {
         self.below().put_writes_first();
     }

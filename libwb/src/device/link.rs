@@ -9,6 +9,9 @@ pub struct LinkStatus {
     pub connections: usize,
     /// How long ago the link was lost, if the server has answered nothing since.
     pub down_for: Option<Duration>,
+    /// Requests fail at once: the link has been down for as long as they wait for it, or the export
+    /// has changed.
+    pub has_given_up: bool,
     /// The number of requests that wait for an answer or for the link.
     pub waiting: usize,
     /// How often the link was lost and stood again.
@@ -18,4 +21,18 @@ pub struct LinkStatus {
     pub unflushed: u64,
     /// Why the link was lost or cannot be made, for people. None once it stands and answers.
     pub problem: Option<String>,
+}
+
+impl LinkStatus {
+    /// Whether requests wait until the link is up again.
+    pub fn is_awaited(&self) -> bool {
+        self.down_for.is_some() && !self.has_given_up
+    }
+
+    /// Whether requests have waited for the link, or were lost with it, since an earlier look.
+    pub(crate) fn has_failed_since(&self, earlier: &LinkStatus) -> bool {
+        earlier.is_awaited()
+            || self.reconnects != earlier.reconnects
+            || self.down_for.is_some() && earlier.down_for.is_none()
+    }
 }

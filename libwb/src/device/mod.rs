@@ -119,7 +119,7 @@ fn describe(cause: Errno) -> &'static str {
 }
 
 /// The future of an operation on a device. It owns all that it needs. Dropping it does not cancel
-/// the operation.
+/// what of the operation is under way.
 pub type IoFuture<T> = BoxFuture<'static, Result<T, DeviceError>>;
 
 /// A block device. Offsets and lengths are in bytes, multiples of [`BlockDevice::block_size`], and
@@ -157,6 +157,10 @@ pub trait BlockDevice: Send + Sync + 'static {
     fn link(&self) -> Option<LinkStatus> {
         None
     }
+
+    /// Sets how long requests wait for a lost connection before they fail with `ETIMEDOUT`: those
+    /// that wait now, and all that come. `None`: for ever. A device at hand has no connection.
+    fn set_timeout(&self, _timeout: Option<Duration>) {}
 
     /// Lets writes and flushes go ahead of all else from now on, where there is a queue for this
     /// device: requests wait for them.

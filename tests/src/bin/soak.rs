@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{available_parallelism, sleep};
 use std::time::{Duration, Instant};
 use wb_tests::sim::real::WriteCache;
-use wb_tests::sim::run;
+use wb_tests::sim::{Failure, SeedReport, run, run_over_network};
 
 /// Between two lines of progress.
 const PROGRESS: Duration = Duration::from_secs(5);
 /// After this many failures, no more seeds start.
 const ENOUGH: u64 = 5;
+/// One seed in this many also runs with the backing device on a server.
+const OVER_NETWORK: u64 = 4;
 
 #[derive(Default)]
 struct Counts {
@@ -30,16 +32,24 @@ impl Counts {
             if nth >= seeds {
                 break;
             }
-            match run(&WriteCache::default(), first + nth) {
-                Ok(report) => {
-                    self.crashes.fetch_add(u64::from(report.crashes), Ordering::Relaxed);
-                }
-                Err(failure) => {
-                    self.failures.fetch_add(1, Ordering::Relaxed);
-                    println!("{failure}\n");
-                }
+            let seed = first + nth;
+            self.count(run(&WriteCache::default(), seed));
+            if seed.is_multiple_of(OVER_NETWORK) {
+                self.count(run_over_network(&WriteCache::default(), seed));
             }
             self.done.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn count(&self, result: Result<SeedReport, Failure>) {
+        match result {
+            Ok(report) => {
+                self.crashes.fetch_add(u64::from(report.crashes), Ordering::Relaxed);
+            }
+            Err(failure) => {
+                self.failures.fetch_add(1, Ordering::Relaxed);
+                println!("{failure}\n");
+            }
         }
     }
 

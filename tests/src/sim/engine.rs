@@ -5,6 +5,7 @@ use futures_util::future::BoxFuture;
 use libwb::cache::{Head, WriteMode};
 use libwb::device::{Device, IoBuf};
 use libwb::format::{Sector, SegmentId};
+use libwb::rules::Rules;
 use libwb::runtime::Runtime;
 use std::sync::Arc;
 
@@ -24,6 +25,8 @@ pub struct EngineConfig {
     pub cells: Option<u32>,
     /// How many segments are written back at a time. `None`: the seed decides.
     pub batch: Option<u32>,
+    /// Whether requests may wait for a lost link for only so long. The seed decides how long.
+    pub impatient: bool,
 }
 
 /// An open volume.
@@ -64,6 +67,11 @@ pub trait Engine: Send + Sync {
     /// Whether it has a head of the log that outlives the process.
     fn has_head(&self) -> bool {
         false
+    }
+
+    /// The rules that it keeps.
+    fn rules(&self) -> Rules {
+        Rules::default()
     }
 
     /// Opens a volume, and recovers it if necessary. An engine that has none ignores the head.

@@ -9,10 +9,11 @@ pub mod devices;
 pub mod engine;
 pub mod exhaustive;
 pub mod module;
+pub mod network;
 pub mod oracle;
 pub mod real;
 pub mod scenario;
 pub mod stamp;
 pub mod unanswered;
 
-pub use scenario::{Failure, SeedReport, run, run_watched};
+pub use scenario::{Failure, SeedReport, run, run_over_network, run_watched};

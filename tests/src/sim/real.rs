@@ -62,6 +62,10 @@ impl Engine for WriteCache {
         true
     }
 
+    fn rules(&self) -> Rules {
+        self.rules
+    }
+
     fn open(
         &self,
         cache: Device,
@@ -115,6 +119,9 @@ fn tunables(config: EngineConfig) -> Tunables {
     }
     if let Some(cells) = config.cells {
         (tunables.read_cache_threshold, tunables.nr_read_cache_cells) = (127, cells);
+    }
+    if config.impatient {
+        tunables.backing_timeout = rng.choice([0, 1, 5, 60]).unwrap_or(0);
     }
     tunables
 }

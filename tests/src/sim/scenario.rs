@@ -3,6 +3,7 @@
 use super::engine::{Engine, EngineConfig, EngineVolume};
 use super::oracle::Oracle;
 use super::unanswered::Unanswered;
+use backing::Backing;
 use death::Heads;
 use fastrand::Rng;
 use futures_channel::oneshot;
@@ -15,6 +16,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+mod backing;
 mod checks;
 mod death;
 mod kernel_compat;
@@ -38,6 +40,7 @@ pub struct SeedReport {
 pub struct Failure {
     /// The seed.
     pub seed: u64,
+    location: Location,
     /// What went wrong, with the history.
     pub text: String,
 }
@@ -45,21 +48,25 @@ pub struct Failure {
 impl std::fmt::Display for Failure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         writeln!(f, "seed {} fails: {}", self.seed, self.text)?;
-        write!(f, "to repeat it: {}", command(self.seed))
+        write!(f, "to repeat it: {}", command(self.seed, self.location))
     }
 }
 
-fn command(seed: u64) -> String {
-    format!("WB_SIM_SEED={seed} cargo test -p wb-tests --test simulator one_seed -- --nocapture")
+fn command(seed: u64, location: Location) -> String {
+    let test = match location {
+        Location::Here => "simulator",
+        Location::Server => "cache_over_network",
+    };
+    format!("WB_SIM_SEED={seed} cargo test -p wb-tests --test {test} one_seed -- --nocapture")
 }
 
 /// Prints the seed if the engine panics.
-struct SeedOnPanic(u64);
+struct SeedOnPanic(u64, Location);
 
 impl Drop for SeedOnPanic {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("seed {} panics; to repeat it: {}", self.0, command(self.0));
+            eprintln!("seed {} panics; to repeat it: {}", self.0, command(self.0, self.1));
         }
     }
 }
@@ -85,13 +92,40 @@ pub fn run_watched(
     seed: u64,
     watch: &mut Watch<'_>,
 ) -> Result<SeedReport, Failure> {
-    let _witness = SeedOnPanic(seed);
-    let mut scenario = Scenario::new(engine, seed, watch);
+    run_at(engine, seed, Location::Here, watch)
+}
+
+/// As [`run`], with the backing device on a server, over a network. Requests are slow and change
+/// places, connections break, and the server hangs, dies and comes back with what it has flushed.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_over_network(engine: &dyn Engine, seed: u64) -> Result<SeedReport, Failure> {
+    run_at(engine, seed, Location::Server, &mut |_, _| ())
+}
+
+fn run_at(
+    engine: &dyn Engine,
+    seed: u64,
+    location: Location,
+    watch: &mut Watch<'_>,
+) -> Result<SeedReport, Failure> {
+    let _witness = SeedOnPanic(seed, location);
+    let mut scenario = Scenario::new(engine, seed, location, watch);
     let result = scenario.run();
     let trace = scenario.runtime().trace();
-    result
-        .map(|()| SeedReport { trace, crashes: scenario.crashes })
-        .map_err(|text| Failure { seed, text: format!("{text}\nsettings: {}", scenario.settings) })
+    result.map(|()| SeedReport { trace, crashes: scenario.crashes }).map_err(|text| Failure {
+        seed,
+        location,
+        text: format!("{text}\nsettings: {}", scenario.settings),
+    })
+}
+
+/// Where the backing device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Location {
+    Here,
+    Server,
 }
 
 struct Scenario<'a> {
@@ -106,7 +140,7 @@ struct Scenario<'a> {
     copy_rng: Rng,
     oracle: Arc<Mutex<Oracle>>,
     cache: Arc<SimDevice>,
-    backing: Arc<SimDevice>,
+    backing: Backing,
     /// The unit of the volume's I/O, in sectors.
     unit: u64,
     /// Whether devices fail in this scenario.
@@ -171,6 +205,9 @@ impl Scenario<'_> {
             return self.close_in_trouble(volume);
         }
         self.heal();
+        if self.config.impatient {
+            volume.tune(EngineConfig { impatient: false, ..self.config });
+        }
         // After a device failure, a restart may be the engine's only way to recover.
         match self.rng.u32(..if self.faulty { 2 } else { 6 }) {
             0..2 => Ok(Stage::Halted),
@@ -180,10 +217,11 @@ impl Scenario<'_> {
     }
 
     fn open(&mut self) -> Result<Stage<Arc<dyn EngineVolume>>, String> {
-        let (cache, backing): (Device, Device) = (self.cache.clone(), self.backing.clone());
-        let config = EngineConfig { seed: self.rng.u64(..), ..self.config };
+        let cache: Device = self.cache.clone();
+        let config = EngineConfig { seed: self.rng.u64(..), impatient: false, ..self.config };
         let (runtime, head) = (Arc::new(self.runtime().clone()), self.head()?);
-        let opening = self.engine.open(cache, backing, runtime, config, head);
+        let (engine, connecting) = (self.engine, self.backing.open());
+        let opening = async { engine.open(cache, connecting.await?, runtime, config, head).await };
         Ok(match self.finish("opening", opening)? {
             Stage::Done(Ok(volume)) => {
                 self.volume = Some(volume.clone());
@@ -197,7 +235,7 @@ impl Scenario<'_> {
     fn close(&mut self, volume: Arc<dyn EngineVolume>, drain: bool) -> Result<Stage<()>, String> {
         self.heads.forget();
         if drain {
-            self.backing.heal_bad();
+            self.backing.disk().heal_bad();
         }
         if drain && let Stage::Halted = self.settle("drain", || volume.drain())? {
             return Ok(Stage::Halted);
@@ -270,8 +308,8 @@ impl Scenario<'_> {
         self.coming_again.clear();
         self.judge_backing_alone();
         self.cache = Arc::new(self.cache.crash(crash));
-        self.backing = Arc::new(self.backing.crash(crash));
-        (self.watch)(&self.cache, &self.backing);
+        self.backing.crash(crash);
+        (self.watch)(&self.cache, &self.backing.disk());
         self.judge_backing_alone();
         if crash == Crash::PowerCut && self.forgetful && self.rng.bool() {
             self.oracle.lock().record_lost();
@@ -286,7 +324,7 @@ impl Scenario<'_> {
     /// equal to it.
     fn run_last_process(&mut self) -> Result<(), String> {
         self.oracle.lock().note("the last life begins");
-        self.backing.heal_bad();
+        self.backing.disk().heal_bad();
         self.heads.live_on();
         let Stage::Done(volume) = self.open()? else {
             return Err(self.failed("halted for no reason"));
@@ -300,7 +338,7 @@ impl Scenario<'_> {
         self.end_process(Crash::Kill);
         self.verify_as_kernel_module()?;
         self.check_log()?;
-        let content = self.backing.durable();
+        let content = self.backing.disk().durable();
         let mut oracle = self.oracle.lock();
         oracle.note("the durable content of the backing device alone");
         let began = oracle.read_begins();
@@ -312,7 +350,7 @@ impl Scenario<'_> {
     fn heal(&mut self) {
         self.cache.set_faults(Faults::default());
         self.cache.heal_rot();
-        self.backing.set_faults(Faults::default());
+        self.backing.disk().set_faults(Faults::default());
     }
 
     fn sleep_a_while(&mut self) -> Result<(), String> {

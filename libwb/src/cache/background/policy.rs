@@ -6,16 +6,19 @@ use crate::cache::state::State;
 use crate::cache::state::next_batch::Next;
 use crate::cache::state::shared::Waiter;
 use crate::cache::state::writeback_state::Load;
-use crate::device::{BlockDevice, DeviceError};
+use crate::device::{BlockDevice, DeviceError, LinkStatus};
 use crate::format::{Reason, SegmentId};
+use crate::rules::Rule;
 use futures_util::future::{BoxFuture, Either, select};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How often the load is looked at. After this time without a write, the log is written back though
 /// there is room.
 const PERIOD: Duration = Duration::from_secs(1);
-/// After this time without any write-back, writes fail that would wait for a slot.
+/// When write-back has failed for this long, writes fail that would wait for a slot. Time in which
+/// it waits for the link to the backing device does not count.
 const JAMMED_AFTER: Duration = Duration::from_secs(30);
 /// The pause after the first failed batch; it doubles up to [`MAX_PAUSE`].
 const PAUSE: Duration = Duration::from_millis(100);
@@ -103,8 +106,13 @@ impl Engine {
     /// Writes a batch back, and pauses where it failed.
     async fn batch(&self, last: SegmentId, failures: &mut Failures) {
         let before = self.state.lock().log.written_back();
+        let link = self.backing.link();
         let stop = self.write_back(last).await.err();
         self.state.lock().writeback.batch_ended(self.runtime.now());
+        if self.has_waited_for_link(link.as_ref()) {
+            failures.since = None;
+            self.state.lock().writeback.set_jammed(None);
+        }
         // Where blocks were only moved, the log is as full as before.
         let has_room =
             |state: &State| state.log.written_back() > before && state.log.free_slots() > 0;
@@ -133,6 +141,13 @@ impl Engine {
         }
     }
 
+    /// Whether write-back had to wait for the link to the backing device since an earlier look.
+    pub(super) fn has_waited_for_link(&self, earlier: Option<&LinkStatus>) -> bool {
+        let now = self.backing.link();
+        let has_failed = now.zip(earlier).is_some_and(|(now, then)| now.has_failed_since(then));
+        has_failed && self.rules.keep(Rule::LostLinkNoFault)
+    }
+
     fn batch_failed(&self, error: &DeviceError) {
         tracing::warn!("write-back failed, the data stays in the cache: {error}");
         self.counters.writeback_failed(error);
@@ -148,11 +163,29 @@ impl Engine {
         failures.pause = (failures.pause * 2).min(MAX_PAUSE);
     }
 
+    /// Works on the backing device, but not through the end of the cache while the link is down:
+    /// what is in the log can be written back another time.
+    pub(super) async fn while_linked<T>(
+        &self,
+        work: impl Future<Output = Result<T, BatchStop>>,
+    ) -> Result<T, BatchStop> {
+        let cut_off = async {
+            self.state.wait(Waiter::Writeback, |it| it.lifecycle.is_stopping().then_some(())).await;
+            while !self.backing.link().is_some_and(|link| link.is_awaited()) {
+                self.runtime.sleep(PERIOD).await;
+            }
+        };
+        match select(pin!(work), pin!(cut_off)).await {
+            Either::Left((done, _)) => done,
+            Either::Right(_) => Err(BatchStop::Closing),
+        }
+    }
+
     /// Sleeps, but not through the end.
     pub(super) async fn pause(&self, duration: Duration) {
         let ending =
             self.state.wait(Waiter::Writeback, |it| it.lifecycle.is_stopping().then_some(()));
-        match select(self.runtime.sleep(duration), std::pin::pin!(ending)).await {
+        match select(self.runtime.sleep(duration), pin!(ending)).await {
             Either::Left(_) | Either::Right(_) => {}
         }
     }

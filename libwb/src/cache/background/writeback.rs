@@ -6,7 +6,7 @@ use crate::cache::state::State;
 use crate::cache::state::segment_log::Item;
 use crate::cache::state::shared::VISIT;
 use crate::cache::state::stuck::Passage;
-use crate::device::DeviceError;
+use crate::device::{BlockDevice, DeviceError};
 use crate::format::{BLOCK_BYTES, BlockNo, PLACES, Record, SegmentId, to_u64};
 use crate::log::segment_writes::write_record;
 use crate::rules::Rule;
@@ -45,7 +45,7 @@ impl Engine {
     /// Writes back every segment up to `last`, and then lets their slots be reused. Where some
     /// blocks cannot be written back, that goes for the segments before them.
     pub(super) async fn write_back(&self, last: SegmentId) -> Result<(), BatchStop> {
-        let started = self.runtime.now();
+        let (started, link) = (self.runtime.now(), self.backing.link());
         let first = {
             let mut visit = self.state.lock();
             let state = &mut *visit;
@@ -55,12 +55,14 @@ impl Engine {
         let Batch { items, passed_over } = self.collect(first, last, started).await;
         self.state.lock().writeback.batch_begun(started, to_u64(items.len()));
         let written = async {
-            let written = self.write_items(items).await?;
+            let written = self.while_linked(self.write_items(items)).await?;
             self.pass(last, written, passed_over).await
         };
         let written = written.await;
         let is_done = written.as_ref().is_ok_and(|(_, stop)| stop.is_none());
-        self.state.lock().writeback.batch_written(self.runtime.now(), is_done);
+        // Else its time says nothing of what the next batch takes.
+        let is_typical = is_done && !self.has_waited_for_link(link.as_ref());
+        self.state.lock().writeback.batch_written(self.runtime.now(), is_typical);
         let (up_to, stop) = written?;
         for id in (first.0..=up_to.0).map(SegmentId) {
             self.state.lock().log.segment_written_back(id);

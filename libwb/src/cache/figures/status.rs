@@ -6,7 +6,7 @@ use crate::cache::engine::Engine;
 use crate::cache::state::rate::Pace;
 use crate::cache::state::stuck::StuckBlocks;
 use crate::cache::tunables::Tunables;
-use crate::device::BlockDevice;
+use crate::device::{BlockDevice, LinkStatus};
 use crate::format::{PLACES, SEGMENT_BYTES, SegmentId, to_u64};
 use crate::log::reach::{Reach, Seen};
 use std::sync::atomic::Ordering;
@@ -54,6 +54,8 @@ pub struct Status {
     pub failure: Option<String>,
     /// Why write-back fails, if it does.
     pub writeback_error: Option<String>,
+    /// How the connection to the backing device is, if that is on a server.
+    pub link: Option<LinkStatus>,
     /// Blocks that cannot be written back while others can, if there are any.
     pub stuck: Option<StuckBlocks>,
     /// How long recovery took.
@@ -65,7 +67,8 @@ pub struct Status {
     /// Dirty blocks that are not yet on the backing device. Blocks of the batch under way count as
     /// dirty until all of the batch is durable there.
     pub blocks_to_write_back: u64,
-    /// How fast write-back was in the last minute while it worked; `None` while it fails.
+    /// How fast write-back was in the last minute while it worked; `None` while it fails, or waits
+    /// for a lost connection.
     pub writeback_pace: Option<Pace>,
     /// What was counted since the cache was opened, or its counters were told to start anew.
     pub statistics: Statistics,
@@ -76,6 +79,8 @@ impl Engine {
     pub(crate) fn status(&self) -> Status {
         let statistics = self.statistics();
         let writeback_error = self.counters.last_writeback_error().map(|error| error.to_string());
+        let link = self.backing.link();
+        let works = writeback_error.is_none() && link.as_ref().is_none_or(|it| !it.is_awaited());
         let now = self.runtime.now();
         let mut visit = self.state.lock();
         let state = &mut *visit;
@@ -106,8 +111,9 @@ impl Engine {
             recovery_bytes: self.recovery_bytes,
             tunables: self.tunables.lock().clone(),
             blocks_to_write_back: log.dirty_blocks().saturating_sub(writeback.blocks_done()),
-            writeback_pace: writeback.pace(now).filter(|_| writeback_error.is_none()),
+            writeback_pace: writeback.pace(now).filter(|_| works),
             writeback_error,
+            link,
             statistics,
         }
     }

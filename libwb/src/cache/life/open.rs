@@ -82,6 +82,7 @@ async fn open_on(
     options: OpenOptions,
 ) -> Result<Arc<Engine>, CacheError> {
     let started = runtime.now();
+    backing.set_timeout(options.tunables.link_timeout());
     check_size(&backing)?;
     let replay = Replay::read(&cache, &backing, &options).await?;
     let Replay { superblock, recovery, index, leftovers, staged, bytes_read, ages, rest } = replay;

@@ -238,6 +238,9 @@ impl Engine {
         mut fetches: Vec<Fetch>,
         mut buf: IoBuf,
     ) -> Result<IoBuf, CacheError> {
+        // Slots that are read are not used again. So they do not wait for the backing device, which
+        // may take as long as a lost link.
+        fetches.sort_by_key(|fetch| matches!(fetch.source, Source::Backing));
         let alone = fetches.len() == 1;
         if alone && fetches[0].is_whole(buf.len()) {
             let fetch = fetches.remove(0);

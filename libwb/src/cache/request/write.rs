@@ -9,8 +9,9 @@ use crate::cache::state::index::Cached;
 use crate::cache::state::placement::{Merged, Obstacle};
 use crate::cache::state::shared::Waiter;
 use crate::cache::state::wait::Wait;
-use crate::device::IoBuf;
+use crate::device::{BlockDevice, IoBuf};
 use crate::format::{BLOCK_BYTES, Sector, SegmentId, to_u64};
+use crate::rules::Rule;
 use futures_util::future::select;
 use std::pin::pin;
 use std::sync::Arc;
@@ -145,10 +146,16 @@ impl Engine {
         }
     }
 
+    /// Whether write-back waits for the link to the backing device, and does not fail.
+    fn is_link_awaited(&self) -> bool {
+        let link = self.backing.link();
+        link.is_some_and(|link| link.is_awaited()) && self.rules.keep(Rule::LostLinkNoFault)
+    }
+
     /// Waits until it may be worth another try.
     ///
     /// # Errors
-    /// When the log is full, and write-back has made no room for long.
+    /// When the log is full, and write-back has failed for long.
     pub(crate) async fn wait_for(&self, wait: Wait) -> Result<(), CacheError> {
         match wait {
             Wait::Appender => {
@@ -170,6 +177,7 @@ impl Engine {
                         _ if state.log.free_slots() > 0 || state.lifecycle.is_ending() => {
                             Some(Ok(()))
                         }
+                        Some(_) if self.is_link_awaited() => None,
                         jammed => jammed.map(|error| Err(CacheError::Full(error.clone()))),
                     })
                     .await

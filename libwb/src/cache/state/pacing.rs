@@ -58,9 +58,9 @@ impl Pacing {
         }
     }
 
-    /// The batch has been written back, or could not be.
-    pub(crate) fn end(&mut self, now: Duration, succeeded: bool) {
-        let batch = self.batch.take().filter(|batch| succeeded && batch.blocks > 0);
+    /// The batch is over. `is_typical`: it has been written back, in the time that this takes.
+    pub(crate) fn end(&mut self, now: Duration, is_typical: bool) {
+        let batch = self.batch.take().filter(|batch| is_typical && batch.blocks > 0);
         let Some(batch) = batch else { return };
         self.last_blocks = batch.blocks;
         let per_block = now.saturating_sub(batch.began) / clamped(batch.blocks);

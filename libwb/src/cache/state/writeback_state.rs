@@ -45,7 +45,8 @@ pub(crate) struct WritebackState {
     replaced_by: SegmentId,
     /// How often write-back has stopped because a device failed.
     stops: u64,
-    /// Write-back has made no room for long: writes that would wait for a slot fail.
+    /// Write-back has failed for long: writes that would wait for a slot fail, unless the link to
+    /// the backing device is down.
     jammed: Option<DeviceError>,
     /// The record on the device may cover more: a write of it is under way, or has failed.
     record_in_doubt: bool,
@@ -194,9 +195,10 @@ impl WritebackState {
         self.pacing.progressed(blocks, now);
     }
 
-    /// The blocks of a batch are written, or not all could be.
-    pub(crate) fn batch_written(&mut self, now: Duration, succeeded: bool) {
-        self.pacing.end(now, succeeded);
+    /// The blocks of a batch are written, or not all could be. `is_typical`: they all are, and took
+    /// the time that a batch takes.
+    pub(crate) fn batch_written(&mut self, now: Duration, is_typical: bool) {
+        self.pacing.end(now, is_typical);
     }
 
     /// A batch has ended, well or not.

@@ -1,13 +1,12 @@
 //! One connection while requests are sent: what goes out, and what comes in.
 
 use super::connector::BoxStream;
+use super::handshake::{LinkError, read_message};
 use super::shared::Shared;
 use super::state::{Next, Outgoing};
-use crate::nbd::{Chunk, Command, CommandFlags, Decoded, Reply, Request};
+use crate::nbd::{Chunk, Command, CommandFlags, Reply, Request};
 use futures_lite::future::yield_now;
-use futures_util::io::{
-    AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadHalf, WriteHalf,
-};
+use futures_util::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader, ReadHalf, WriteHalf};
 use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -112,7 +111,10 @@ pub(super) async fn receive(mut stream: Incoming, shared: &Shared, on: usize) ->
 }
 
 async fn receive_one(stream: &mut Incoming, shared: &Shared, on: usize) -> Result<(), String> {
-    let reply = read_reply(stream).await?;
+    let reply = read_message(stream, Reply::decode).await.map_err(|error| match error {
+        LinkError::Io(error) => ended(error),
+        error => error.to_string(),
+    })?;
     shared.state().progress(on, shared.now());
     match reply {
         Reply::Simple { cookie, result } => {
@@ -187,18 +189,4 @@ async fn receive_data(
         yield_now().await;
     }
     shared.state().data_ends(on, cookie, buf)
-}
-
-async fn read_reply(stream: &mut (impl AsyncRead + Unpin)) -> Result<Reply, String> {
-    let mut bytes = Vec::new();
-    loop {
-        match Reply::decode(&bytes).map_err(|e| e.to_string())? {
-            Decoded::Value(reply, _) => return Ok(reply),
-            Decoded::More(more) => {
-                let have = bytes.len();
-                bytes.resize(have + more, 0);
-                stream.read_exact(&mut bytes[have..]).await.map_err(ended)?;
-            }
-        }
-    }
 }

@@ -7,7 +7,7 @@ use crate::nbd::{
     Info, InfoKind, InfoRequest, OptionError, OptionReply, TransmissionFlags, WireError,
     decode_export, encode_client_flags,
 };
-use futures_util::io::{AsyncReadExt, AsyncWriteExt};
+use futures_util::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 use serde::{Deserialize, Serialize};
 use std::io;
 
@@ -151,6 +151,27 @@ fn said(message: &str) -> String {
     if message.is_empty() { String::new() } else { format!(" ({message})") }
 }
 
+/// Reads a message that `decode` understands, and not a byte more.
+///
+/// # Errors
+/// When the connection ends, or the message makes no sense.
+pub(in crate::device) async fn read_message<T>(
+    stream: &mut (impl AsyncRead + Unpin),
+    decode: impl Fn(&[u8]) -> Result<Decoded<T>, WireError>,
+) -> Result<T, LinkError> {
+    let mut bytes = Vec::new();
+    loop {
+        match decode(&bytes)? {
+            Decoded::Value(value, _) => return Ok(value),
+            Decoded::More(more) => {
+                let have = bytes.len();
+                bytes.resize(have + more, 0);
+                stream.read_exact(&mut bytes[have..]).await?;
+            }
+        }
+    }
+}
+
 /// Sends and receives during negotiation.
 struct Handshake<'a> {
     stream: BoxStream,
@@ -209,24 +230,6 @@ fn agreed(
 }
 
 impl Handshake<'_> {
-    /// Reads a message that `decode` understands, and not a byte more.
-    async fn read<T>(
-        &mut self,
-        decode: impl Fn(&[u8]) -> Result<Decoded<T>, WireError>,
-    ) -> Result<T, LinkError> {
-        let mut bytes = Vec::new();
-        loop {
-            match decode(&bytes)? {
-                Decoded::Value(value, _) => return Ok(value),
-                Decoded::More(more) => {
-                    let have = bytes.len();
-                    bytes.resize(have + more, 0);
-                    self.stream.read_exact(&mut bytes[have..]).await?;
-                }
-            }
-        }
-    }
-
     async fn send(&mut self, bytes: &[u8]) -> Result<(), LinkError> {
         self.stream.write_all(bytes).await?;
         Ok(self.stream.flush().await?)
@@ -239,7 +242,7 @@ impl Handshake<'_> {
     }
 
     async fn answer(&mut self, to: &ClientOption) -> Result<OptionReply, LinkError> {
-        let (option, reply) = self.read(OptionReply::decode).await?;
+        let (option, reply) = read_message(&mut self.stream, OptionReply::decode).await?;
         match option == to.code() {
             true => Ok(reply),
             false => Err(LinkError::Unasked(option)),
@@ -248,7 +251,7 @@ impl Handshake<'_> {
 
     /// Exchanges greetings. Returns whether both sides can do without padding.
     async fn greet(&mut self) -> Result<bool, LinkError> {
-        let greeting = self.read(Greeting::decode).await?;
+        let greeting = read_message(&mut self.stream, Greeting::decode).await?;
         if !greeting.flags.contains(HandshakeFlags::FIXED_NEWSTYLE) {
             return Err(LinkError::NotFixed);
         }
@@ -323,6 +326,6 @@ impl Handshake<'_> {
     /// Chooses the export without hearing of errors. A server that refuses closes the connection.
     async fn choose_the_old_way(&mut self, no_zeroes: bool) -> Result<Export, LinkError> {
         self.ask(&ClientOption::ExportName(self.name.clone())).await?;
-        self.read(|bytes| Ok(decode_export(bytes, no_zeroes))).await
+        read_message(&mut self.stream, |bytes| Ok(decode_export(bytes, no_zeroes))).await
     }
 }

@@ -60,8 +60,12 @@ mod tests;
 pub use connector::{BoxStream, Connector, Stream};
 pub use dial::{Dial, TlsError};
 pub use handshake::LinkError;
+#[cfg(feature = "sim")]
+pub(in crate::device) use handshake::read_message;
 
-use super::{BlockDevice, DeviceError, IoBuf, IoFuture, LinkStatus, Operation, Pending, SharedBuf};
+use super::{
+    BlockDevice, DeviceError, IoBuf, IoFuture, LinkStatus, Operation, Pending, SharedBuf, all,
+};
 use crate::format::{to_u64, to_usize};
 use crate::nbd::{ExportName, TransmissionFlags};
 use crate::pending::Requests;
@@ -69,6 +73,7 @@ use crate::rules::Rules;
 use crate::runtime::Runtime;
 use futures_channel::oneshot;
 use futures_util::future::join_all;
+use futures_util::{StreamExt, stream};
 use handshake::Agreed;
 use keeper::{Route, keep};
 use nix::errno::Errno;
@@ -82,6 +87,9 @@ use std::time::Duration;
 
 /// How much one request zeroes at most, in bytes: a server may have to write that many zeros.
 const MOST_ZEROS: u64 = 32 << 20;
+
+/// How many requests of one discard are under way at a time.
+const ZEROS_AT_A_TIME: usize = 8;
 
 /// How many bytes are remembered at most. Beyond that the device flushes by itself.
 const MOST_REMEMBERED: u64 = 64 << 20;
@@ -114,7 +122,8 @@ impl Options {
         Options { writable, ..self }
     }
 
-    /// Sets how long requests wait for a lost link before they fail with `ETIMEDOUT`.
+    /// Sets how long requests wait for a lost link before they fail with `ETIMEDOUT`, until
+    /// [`BlockDevice::set_timeout`] says otherwise.
     #[must_use]
     pub fn timeout(self, timeout: Option<Duration>) -> Options {
         Options { timeout, ..self }
@@ -140,13 +149,35 @@ impl Options {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Terms(Agreed);
 
+/// Where requests go.
+#[derive(Clone)]
+struct Queue {
+    shared: Arc<Shared>,
+    requests: Arc<Requests>,
+}
+
+impl Queue {
+    /// Begins an operation that fits one request. It goes on if the receiver is dropped.
+    fn begin(&self, offset: u64, length: u64, kind: Kind) -> oneshot::Receiver<Outcome> {
+        let (done, result) = oneshot::channel();
+        let length = u32::try_from(length).unwrap_or(u32::MAX);
+        let in_flight = Some(self.requests.begin());
+        self.shared.begin(operation::Operation { offset, length, kind, done, in_flight });
+        result
+    }
+}
+
+/// How an operation has ended.
+async fn outcome(begun: oneshot::Receiver<Outcome>) -> Outcome {
+    begun.await.unwrap_or(Err(Errno::ECANCELED))
+}
+
 /// An export of an NBD server.
 pub struct NbdDevice {
     name: Arc<str>,
     identity: String,
     agreed: Agreed,
-    shared: Arc<Shared>,
-    requests: Arc<Requests>,
+    queue: Queue,
 }
 
 impl NbdDevice {
@@ -217,12 +248,13 @@ impl NbdDevice {
         if !writable {
             agreed.flags |= TransmissionFlags::READ_ONLY;
         }
-        NbdDevice { name: name.into(), identity, agreed, shared, requests: Arc::default() }
+        let queue = Queue { shared, requests: Arc::default() };
+        NbdDevice { name: name.into(), identity, agreed, queue }
     }
 
     /// On what terms the export is used.
     pub fn terms(&self) -> Terms {
-        Terms(self.shared.state().agreed())
+        Terms(self.queue.shared.state().agreed())
     }
 
     /// Whether it takes no writes.
@@ -234,13 +266,15 @@ impl NbdDevice {
         self.agreed.flags.contains(flags)
     }
 
-    /// Begins an operation that fits one request.
-    fn begin(&self, offset: u64, length: u64, kind: Kind) -> oneshot::Receiver<Outcome> {
-        let (done, result) = oneshot::channel();
-        let length = u32::try_from(length).unwrap_or(u32::MAX);
-        let in_flight = Some(self.requests.begin());
-        self.shared.begin(operation::Operation { offset, length, kind, done, in_flight });
-        result
+    /// What is said when a request fails.
+    fn failure(
+        &self,
+        operation: Operation,
+        offset: u64,
+        length: u64,
+    ) -> impl Fn(Errno) -> DeviceError + Clone + Send + 'static {
+        let device = self.name.clone();
+        move |cause| DeviceError { device: device.clone(), operation, offset, length, cause }
     }
 
     /// Checks where a request is, and whether it may change anything there.
@@ -254,30 +288,7 @@ impl NbdDevice {
             () if changes && self.is_read_only() => Errno::EROFS,
             () => return Ok(()),
         };
-        Err(DeviceError { device: self.name.clone(), operation, offset, length, cause })
-    }
-
-    /// A future of all these requests. They go on if it is dropped.
-    fn all(
-        &self,
-        operation: Operation,
-        range: Range<u64>,
-        requests: Vec<oneshot::Receiver<Outcome>>,
-    ) -> IoFuture<Vec<IoBuf>> {
-        let device = self.name.clone();
-        Box::pin(async move {
-            let ended = join_all(requests).await.into_iter();
-            let bufs: Result<Vec<_>, Errno> =
-                ended.map(|done| done.unwrap_or(Err(Errno::ECANCELED))).collect();
-            let (offset, length) = (range.start, range.end - range.start);
-            bufs.map(|bufs| bufs.into_iter().flatten().collect()).map_err(|cause| DeviceError {
-                device,
-                operation,
-                offset,
-                length,
-                cause,
-            })
-        })
+        Err(self.failure(operation, offset, length)(cause))
     }
 
     fn write_all(&self, offset: u64, parts: Vec<SharedBuf>, durably: bool) -> IoFuture<()> {
@@ -289,12 +300,12 @@ impl NbdDevice {
         let mut at = offset;
         let begun = split(parts, to_usize(self.agreed.most.into())).into_iter().map(|parts| {
             let length = to_u64(parts.iter().map(|part| part.len()).sum());
-            let begun = self.begin(at, length, Kind::Write { parts, durably });
+            let begun = self.queue.begin(at, length, Kind::Write { parts, durably });
             at += length;
             begun
         });
-        let begun = begun.collect();
-        unit(self.all(operation, offset..offset + length, begun))
+        let (begun, failed) = (begun.collect(), self.failure(operation, offset, length));
+        Box::pin(async move { ended(begun).await.map(drop).map_err(failed) })
     }
 
     fn make_zeros(&self, offset: u64, length: u64, keep_space: bool) -> IoFuture<()> {
@@ -302,25 +313,28 @@ impl NbdDevice {
         if let Err(error) = self.check(operation, offset, length) {
             return Box::pin(std::future::ready(Err(error)));
         }
+        let failed = self.failure(operation, offset, length);
         if !self.offers(TransmissionFlags::SEND_WRITE_ZEROES) {
-            let (device, cause) = (self.name.clone(), Errno::EOPNOTSUPP);
-            let error = DeviceError { device, operation, offset, length, cause };
-            return Box::pin(std::future::ready(Err(error)));
+            return Box::pin(std::future::ready(Err(failed(Errno::EOPNOTSUPP))));
         }
-        let begun = ranges(offset, length, MOST_ZEROS)
-            .map(|range| {
-                let length = range.end - range.start;
-                self.begin(range.start, length, Kind::Zero { keep_space })
-            })
-            .collect();
-        unit(self.all(operation, offset..offset + length, begun))
+        let queue = self.queue.clone();
+        let zero = move |range: Range<u64>| {
+            let (queue, failed) = (queue.clone(), failed.clone());
+            async move {
+                let kind = Kind::Zero { keep_space };
+                let begun = queue.begin(range.start, range.end - range.start, kind);
+                outcome(begun).await.map(drop).map_err(failed)
+            }
+        };
+        let zeros = stream::iter(ranges(offset, length, MOST_ZEROS)).map(zero);
+        Box::pin(all(zeros.buffer_unordered(ZEROS_AT_A_TIME)))
     }
 }
 
 impl Drop for NbdDevice {
     fn drop(&mut self) {
-        self.shared.state().close();
-        self.shared.tell();
+        self.queue.shared.state().close();
+        self.queue.shared.tell();
     }
 }
 
@@ -331,8 +345,9 @@ fn identity_of(export: &ExportName) -> String {
     }
 }
 
-fn unit(future: IoFuture<Vec<IoBuf>>) -> IoFuture<()> {
-    Box::pin(async move { future.await.map(drop) })
+/// Waits for all operations, even after a failure.
+async fn ended(begun: Vec<oneshot::Receiver<Outcome>>) -> Result<Vec<IoBuf>, Errno> {
+    join_all(begun.into_iter().map(outcome)).await.into_iter().collect()
 }
 
 /// The ranges of at most `most` bytes that make up a longer one.
@@ -385,11 +400,18 @@ impl BlockDevice for NbdDevice {
     }
 
     fn pending(&self) -> Pending {
-        self.requests.pending()
+        self.queue.requests.pending()
     }
 
     fn link(&self) -> Option<LinkStatus> {
-        Some(self.shared.state().status(self.shared.now()))
+        let shared = &self.queue.shared;
+        Some(shared.state().status(shared.now()))
+    }
+
+    fn set_timeout(&self, timeout: Option<Duration>) {
+        let shared = &self.queue.shared;
+        shared.state().set_timeout(timeout, shared.now());
+        shared.tell();
     }
 
     fn read(&self, offset: u64, buf: IoBuf) -> IoFuture<IoBuf> {
@@ -397,32 +419,23 @@ impl BlockDevice for NbdDevice {
         if let Err(error) = self.check(Operation::Read, offset, length) {
             return Box::pin(std::future::ready(Err(error)));
         }
-        let most = u64::from(self.agreed.most);
         if length == 0 {
             return Box::pin(std::future::ready(Ok(buf)));
         }
-        let (range, device) = (offset..offset + length, self.name.clone());
-        let no_buffer = move || DeviceError {
-            device,
-            operation: Operation::Read,
-            offset,
-            length,
-            cause: Errno::EIO,
-        };
+        let failed = self.failure(Operation::Read, offset, length);
+        let most = u64::from(self.agreed.most);
         if length <= most {
-            let begun = vec![self.begin(offset, length, Kind::Read(Some(buf)))];
-            let read = self.all(Operation::Read, range, begun);
-            return Box::pin(async move { read.await?.pop().ok_or_else(no_buffer) });
+            let begun = self.queue.begin(offset, length, Kind::Read(buf));
+            return Box::pin(async move { outcome(begun).await.map_err(failed) });
         }
         let begun = ranges(offset, length, most).map(|range| {
             let length = range.end - range.start;
-            self.begin(range.start, length, Kind::Read(None))
+            self.queue.begin(range.start, length, Kind::Read(IoBuf::zeroed(0)))
         });
-        let read = self.all(Operation::Read, range, begun.collect());
-        let mut buf = buf;
+        let (begun, mut buf) = (begun.collect(), buf);
         Box::pin(async move {
             let mut at = 0;
-            for part in read.await? {
+            for part in ended(begun).await.map_err(failed)? {
                 buf[at..at + part.len()].copy_from_slice(&part);
                 at += part.len();
             }
@@ -447,15 +460,17 @@ impl BlockDevice for NbdDevice {
             return self.write_all(offset, parts, true);
         }
         let length = to_u64(parts.iter().map(|part| part.len()).sum());
-        let (device, operation) = (self.name.clone(), Operation::DurableWrite);
-        let error = DeviceError { device, operation, offset, length, cause: Errno::EOPNOTSUPP };
-        Box::pin(std::future::ready(Err(error)))
+        let refused = self.failure(Operation::DurableWrite, offset, length)(Errno::EOPNOTSUPP);
+        Box::pin(std::future::ready(Err(refused)))
     }
 
     fn flush(&self) -> IoFuture<()> {
-        let begun =
-            if self.is_read_only() { Vec::new() } else { vec![self.begin(0, 0, Kind::Flush)] };
-        unit(self.all(Operation::Flush, 0..0, begun))
+        if self.is_read_only() {
+            return Box::pin(std::future::ready(Ok(())));
+        }
+        let (begun, failed) =
+            (self.queue.begin(0, 0, Kind::Flush), self.failure(Operation::Flush, 0, 0));
+        Box::pin(async move { outcome(begun).await.map(drop).map_err(failed) })
     }
 
     /// Does not trim: the protocol does not say what a trimmed range reads as.

@@ -9,12 +9,13 @@ use futures_channel::oneshot;
 use nix::errno::Errno;
 use std::ops::Range;
 
-/// How an operation ended, with the buffer of a read.
-pub(super) type Outcome = Result<Option<IoBuf>, Errno>;
+/// How an operation ended, with the buffer of a read. That of any other is empty.
+pub(super) type Outcome = Result<IoBuf, Errno>;
 
 pub(super) enum Kind {
-    /// Fill the buffer. While a reply is received, the connection has it.
-    Read(Option<IoBuf>),
+    /// Fill the buffer. It may be empty until data comes. While a reply is received, the connection
+    /// has it, and an empty one is here.
+    Read(IoBuf),
     /// Write the parts back to back. With `durably`, they are durable once that is done.
     Write { parts: Vec<SharedBuf>, durably: bool },
     /// Make the range read as zeros.
@@ -101,7 +102,7 @@ impl Operation {
         drop(self.in_flight);
         let buf = match self.kind {
             Kind::Read(buf) => buf,
-            _ => None,
+            _ => IoBuf::zeroed(0),
         };
         // The caller may have gone.
         let _ = self.done.send(outcome.map(|()| buf));

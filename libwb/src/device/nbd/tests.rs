@@ -10,6 +10,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 const SIZE: u64 = 1 << 20;
@@ -20,10 +21,15 @@ const STRUCTURED_REPLY: u32 = 8;
 struct Played<F> {
     reactor: crate::reactor::Handle,
     play: F,
+    /// It takes one connection, and leaves any other waiting.
+    once: Option<AtomicBool>,
 }
 
 impl<F: Fn(UnixStream) + Clone + Send + Sync + 'static> Connector for Played<F> {
     fn connect(&self) -> BoxFuture<'static, io::Result<BoxStream>> {
+        if self.once.as_ref().is_some_and(|taken| taken.swap(true, Ordering::Relaxed)) {
+            return Box::pin(std::future::pending());
+        }
         let (near, far) = UnixStream::pair().expect("a pair");
         let play = self.play.clone();
         std::thread::spawn(move || play(far));
@@ -41,7 +47,11 @@ fn open_played(
     reactor: &Reactor,
     play: impl Fn(UnixStream) + Clone + Send + Sync + 'static,
 ) -> Result<NbdDevice, LinkError> {
-    let connector = Arc::new(Played { reactor: reactor.handle().clone(), play });
+    open_with(reactor, Played { reactor: reactor.handle().clone(), play, once: None })
+}
+
+fn open_with(reactor: &Reactor, connector: impl Connector) -> Result<NbdDevice, LinkError> {
+    let connector = Arc::new(connector);
     let runtime = Arc::new(reactor.handle().clone());
     reactor.block_on(NbdDevice::open(runtime, connector, "export", options()))
 }
@@ -194,7 +204,11 @@ fn an_answer_that_breaks_the_protocol_costs_the_link_and_no_memory() {
         ),
     ];
     for (answer, what) in answers {
-        let device = open_played(&reactor, answering(answer)).expect("an export");
+        // The problem stays the same, since nothing becomes of another connection before the read
+        // has failed.
+        let (play, once) = (answering(answer), Some(AtomicBool::default()));
+        let played = Played { reactor: reactor.handle().clone(), play, once };
+        let device = open_with(&reactor, played).expect("an export");
         let failed = reactor.block_on(device.read(0, IoBuf::zeroed(4096))).expect_err(what);
         assert_eq!(failed.cause, Errno::ETIMEDOUT, "{what}");
         let problem = device.link().and_then(|link| link.problem).expect(what);

@@ -50,8 +50,12 @@ impl Scenario<'_> {
         else {
             return;
         };
-        let flips =
-            bit_flips::check(self.cache.content(), self.backing.content(), recover, &mut rng);
+        let flips = bit_flips::check(
+            self.cache.content(),
+            self.backing.disk().content(),
+            recover,
+            &mut rng,
+        );
         if let Err(text) = flips {
             self.oracle.lock().fail(&text);
         }
@@ -69,7 +73,7 @@ impl Scenario<'_> {
         let written_back = record_of(&self.cache.content());
         let mut oracle = self.oracle.lock();
         if let Err(text) =
-            oracle.allows_alone(&self.backing.content(), written_back, self.config.strict)
+            oracle.allows_alone(&self.backing.disk().content(), written_back, self.config.strict)
         {
             oracle.fail(&text);
         }

@@ -46,7 +46,7 @@ impl Scenario<'_> {
 
     /// Checks that the kernel module would show the same volume after a close.
     pub(super) fn verify_as_kernel_module(&self) -> Result<(), String> {
-        let shown = module::volume(&self.cache.content(), self.backing.content());
+        let shown = module::volume(&self.cache.content(), self.backing.disk().content());
         let volume = shown.map_err(|text| self.failed(&text))?;
         let mut oracle = self.oracle.lock();
         oracle.note("as the kernel module would show it");
@@ -74,7 +74,8 @@ impl Scenario<'_> {
             Ok(repaired) => repaired.map(|()| cache.content()).map_err(|e| e.to_string()),
             Err(_) => Ok(cache.crash(Crash::PowerCut).content()),
         };
-        let shown = left.and_then(|left| module::volume_after_repair(left, self.backing.content()));
+        let shown =
+            left.and_then(|left| module::volume_after_repair(left, self.backing.disk().content()));
         let shown = shown.map_err(|text| self.failed(&format!("repaired: {text}")))?;
         let sectors = shown.chunks(SECTOR_BYTES).zip(ours.chunks(SECTOR_BYTES));
         match sectors.enumerate().find(|(_, (module, ours))| module != ours) {
@@ -95,7 +96,7 @@ impl Scenario<'_> {
     fn recovered_aside(&self, simulation: &Simulation) -> Result<Vec<u8>, String> {
         let copy = |name, content| -> Device { Arc::new(MemDevice::with_content(name, content)) };
         let devices =
-            [copy("cache", self.cache.content()), copy("backing", self.backing.content())];
+            [copy("cache", self.cache.content()), copy("backing", self.backing.disk().content())];
         let [cache, backing] = devices;
         let runtime = Arc::new(simulation.runtime().clone());
         let opening = self.engine.open(cache, backing, runtime, self.config, None);

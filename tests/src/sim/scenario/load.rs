@@ -3,7 +3,7 @@
 use super::{Scenario, Stage};
 use crate::sim::clients::{Client, Habits};
 use crate::sim::devices::{spoil_some, trouble};
-use crate::sim::engine::EngineVolume;
+use crate::sim::engine::{EngineConfig, EngineVolume};
 use crate::sim::unanswered::{Asked, Change};
 use futures_channel::oneshot;
 use libwb::format::{SECTOR_BYTES, Sector, to_u64};
@@ -17,6 +17,9 @@ impl Scenario<'_> {
         &mut self,
         volume: &Arc<dyn EngineVolume>,
     ) -> Result<Stage<()>, String> {
+        if self.config.impatient {
+            volume.tune(EngineConfig { seed: self.rng.u64(..), ..self.config });
+        }
         let mut habits = Habits::any(&mut self.rng, self.unit);
         if self.config.strict {
             habits.discard_nothing();
@@ -43,11 +46,11 @@ impl Scenario<'_> {
             ends.push(end);
         }
         if self.faulty && self.later_rng.u32(..3) == 0 {
-            spoil_some(&self.backing, &mut self.later_rng);
+            spoil_some(&self.backing.disk(), &mut self.later_rng);
         }
         if self.faulty {
             let rng = self.rng.fork();
-            let devices = [self.cache.clone(), self.backing.clone()];
+            let devices = [self.cache.clone(), self.backing.disk()];
             let trouble = trouble(self.runtime().clone(), devices, self.extended, rng);
             self.runtime().spawn(Box::pin(trouble));
         }

@@ -1,8 +1,8 @@
 //! What a seed decides before a scenario starts.
 
-use super::Scenario;
-use super::Watch;
+use super::backing::Backing;
 use super::death::Heads;
+use super::{Location, Scenario, Watch};
 use crate::sim::devices::{fresh_backing, fresh_cache};
 use crate::sim::engine::{Engine, EngineConfig};
 use crate::sim::oracle::Oracle;
@@ -13,7 +13,12 @@ use parking_lot::Mutex;
 use std::sync::Arc;
 
 impl<'a> Scenario<'a> {
-    pub(super) fn new(engine: &'a dyn Engine, seed: u64, watch: &'a mut Watch<'a>) -> Scenario<'a> {
+    pub(super) fn new(
+        engine: &'a dyn Engine,
+        seed: u64,
+        location: Location,
+        watch: &'a mut Watch<'a>,
+    ) -> Scenario<'a> {
         let simulation = Simulation::new(seed);
         let runtime = simulation.runtime().clone();
         let mut rng = Rng::with_seed(!seed);
@@ -24,6 +29,8 @@ impl<'a> Scenario<'a> {
         };
         let unit = if rng.u32(..8) == 0 { 8 } else { 1 };
         let block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
+        // The server says nothing of the sizes that it takes.
+        let block_size = if location == Location::Server { 512 } else { block_size };
         let cache_block_size = if rng.u32(..4) == 0 { 4096 } else { 512 };
         let sectors = volume_sectors(&mut rng, block_size);
         let extended = rng.bool();
@@ -43,7 +50,12 @@ impl<'a> Scenario<'a> {
         // versions would come back.
         let all_logged = forgetful || strict || !seed.is_multiple_of(4);
         let mode = all_logged.then_some(WriteMode::Back);
-        let config = EngineConfig { strict, mode, ..EngineConfig::default() };
+        let impatient = faulty && location == Location::Server && seed.is_multiple_of(3);
+        let config = EngineConfig { strict, mode, impatient, ..EngineConfig::default() };
+        let backing = match location {
+            Location::Here => Backing::here(&runtime, backing),
+            Location::Server => Backing::on_server(&runtime, backing, engine.rules(), seed),
+        };
         let mut oracle = Oracle::new(sectors);
         if strict || seed.is_multiple_of(2) {
             oracle.keep_backing_history();
@@ -55,7 +67,8 @@ impl<'a> Scenario<'a> {
             "{segments} segments, extended: {extended}, durable writes: {durable_writes}, \
              {sectors} sectors, block sizes {cache_block_size} and {block_size}, backing device \
              {slowness} times slower, faulty: {faulty}, forgetful: {forgetful}, strict: {strict}, \
-             all through the log: {all_logged}"
+             all through the log: {all_logged}, backing device: {location:?}, impatient: \
+             {impatient}"
         );
         Scenario {
             engine,
@@ -66,7 +79,7 @@ impl<'a> Scenario<'a> {
             copy_rng: Rng::with_seed(!seed.rotate_left(32)),
             oracle: Arc::new(Mutex::new(oracle)),
             cache: Arc::new(cache),
-            backing: Arc::new(backing),
+            backing,
             unit,
             faulty,
             extended,

@@ -356,12 +356,17 @@ impl State {
         LinkStatus {
             connections: self.connections.len(),
             down_for: self.down_since.map(|since| now.saturating_sub(since)),
+            has_given_up: self.fails_with.is_some(),
             waiting: operations.filter(|one| !matches!(one.kind, Kind::OwnFlush)).count(),
             reconnects: self.reconnects,
             unflushed: self.remembered.weight(),
             problem: self.problem.clone(),
         }
     }
+}
+
+fn elapsed(since: Option<Duration>, now: Duration, limit: Duration) -> bool {
+    since.is_some_and(|since| now.saturating_sub(since) >= limit)
 }
 
 /// Time.
@@ -372,22 +377,31 @@ impl State {
         is_idle && self.late.is_empty() || self.phase == Phase::Ended
     }
 
+    /// Sets how long requests wait for the link: those that wait now, and all that come. What has
+    /// failed stays so.
+    pub(super) fn set_timeout(&mut self, timeout: Option<Duration>, now: Duration) {
+        self.timeout = timeout;
+        if self.fails_with == Some(Errno::ETIMEDOUT) && !self.is_out_of_time(now) {
+            self.fails_with = None;
+        }
+    }
+
+    fn is_out_of_time(&self, now: Duration) -> bool {
+        self.timeout.is_some_and(|timeout| elapsed(self.down_since, now, timeout))
+    }
+
     /// Lets time pass. Returns whether that has changed anything.
     pub(super) fn pass(&mut self, now: Duration) -> bool {
         let were_late = !self.late.is_empty();
         self.late.pass(now);
-        let elapsed = |since: Option<Duration>, limit: Duration| {
-            since.is_some_and(|since| now.saturating_sub(since) >= limit)
-        };
-        let is_down = self.timeout.is_some_and(|timeout| elapsed(self.down_since, timeout));
         // Those that wait for late writes do not wait for the link.
         let is_held_back = self.phase == Phase::Up && self.sent.is_empty();
-        let fails_now = is_down && !is_held_back && self.fails_with.is_none();
+        let fails_now = self.is_out_of_time(now) && !is_held_back && self.fails_with.is_none();
         if fails_now {
             self.fails_with = Some(Errno::ETIMEDOUT);
             self.fail_queue(Errno::ETIMEDOUT);
         }
-        if self.connections.iter().any(|one| elapsed(one.silent_since, self.patience)) {
+        if self.connections.iter().any(|one| elapsed(one.silent_since, now, self.patience)) {
             let seconds = self.patience.as_secs();
             self.patience = (self.patience * 2).min(MOST_PATIENCE);
             self.verdict = Some(format!("the server has not answered for {seconds} s"));

@@ -62,12 +62,13 @@ impl State {
         if !sent.coverage.add(within.clone()) {
             return Err("the server sends data twice, or in too many parts".into());
         }
+        let length = to_usize(whole.end - whole.start);
         let buf = match self.operations.get_mut(&id).map(|operation| &mut operation.kind) {
-            Some(Kind::Read(buf)) => buf.take(),
-            _ => None,
+            Some(Kind::Read(buf)) => std::mem::replace(buf, IoBuf::zeroed(0)),
+            _ => IoBuf::zeroed(0),
         };
-        // A lost connection may have taken it along.
-        let buf = buf.unwrap_or_else(|| IoBuf::zeroed(to_usize(whole.end - whole.start)));
+        // No data has come before, or a lost connection has taken the buffer along.
+        let buf = if buf.len() == length { buf } else { IoBuf::zeroed(length) };
         Ok((buf, within))
     }
 
@@ -80,7 +81,7 @@ impl State {
     ) -> Result<(), String> {
         let What::Operation(id) = self.asked(on, cookie)?.what else { return Ok(()) };
         if let Some(Kind::Read(buf)) = self.operations.get_mut(&id).map(|one| &mut one.kind) {
-            *buf = Some(filled);
+            *buf = filled;
         }
         Ok(())
     }

@@ -109,6 +109,40 @@ fn no_time_limit_ends_what_waits_for_late_writes_on_a_link_that_stands() {
 }
 
 #[test]
+fn a_new_time_limit_holds_for_what_waits_and_what_has_given_up_waits_again() {
+    let mut state = connected(1, 1 << 20);
+    state.lost("a test".into(), at(1));
+    let mut waits = begin(&mut state, 0, write(true));
+    state.set_timeout(None, at(100));
+    assert!(!state.pass(at(100)), "for ever");
+    state.set_timeout(Some(at(200)), at(100));
+    assert!(!state.pass(at(200)));
+    state.set_timeout(Some(at(150)), at(200));
+    assert!(state.pass(at(200)));
+    assert_eq!(failed(&mut waits), Some(Errno::ETIMEDOUT));
+    let status = state.status(at(200));
+    assert!(status.has_given_up && !status.is_awaited(), "{status:?}");
+    state.set_timeout(Some(at(160)), at(201));
+    assert_eq!(failed(&mut begin(&mut state, 0, write(true))), Some(Errno::ETIMEDOUT));
+    state.set_timeout(Some(at(300)), at(201));
+    let mut waits = begin(&mut state, 0, write(true));
+    assert!(state.status(at(201)).is_awaited() && waits.try_recv().expect("it waits").is_none());
+    state.connected(1, at(250));
+    let (_, cookie) = sent(&mut state, 0).expect("a write");
+    answer(&mut state, 0, cookie, Ok(()));
+    assert_eq!(failed(&mut waits), None);
+}
+
+#[test]
+fn no_time_limit_makes_another_export_the_right_one() {
+    let mut state = connected(1, 1 << 20);
+    state.lost("a test".into(), at(1));
+    state.failed("another export".into(), true);
+    state.set_timeout(None, at(2));
+    assert_eq!(failed(&mut begin(&mut state, 0, write(true))), Some(Errno::ESTALE));
+}
+
+#[test]
 fn errors_without_end_break_the_protocol() {
     let mut state = connected(1, 1 << 20);
     let _write = begin(&mut state, 0, write(false));

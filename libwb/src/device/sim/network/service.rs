@@ -1,14 +1,14 @@
 //! How the simulated server serves one connection.
 
-use super::super::super::nbd::{BoxStream, Connector};
+use super::super::super::nbd::{BoxStream, Connector, LinkError, read_message};
 use super::super::super::{BlockDevice, DeviceError, IoBuf};
 use super::super::SimDevice;
 use super::pipe::{End, Wire};
 use super::server::SimServer;
 use crate::format::{to_u64, to_usize};
 use crate::nbd::{
-    Chunk, ClientOption, Command, CommandFlags, Decoded, Export, Greeting, HandshakeFlags, Info,
-    OptionError, OptionReply, Reply, Request, WireError, decode_client_flags,
+    Chunk, ClientOption, Command, CommandFlags, Export, Greeting, HandshakeFlags, Info,
+    OptionError, OptionReply, Reply, Request, decode_client_flags,
 };
 use crate::runtime::Runtime;
 use futures_channel::mpsc::{UnboundedReceiver, UnboundedSender, unbounded};
@@ -32,23 +32,6 @@ struct Service {
 /// it has accepted a newer one. Less than clients count on: the simulator's time jumps, and a
 /// disk takes some, too.
 const LATEST: Duration = Duration::from_secs(3);
-
-async fn read<T>(
-    stream: &mut ReadHalf<End>,
-    decode: impl Fn(&[u8]) -> Result<Decoded<T>, WireError>,
-) -> io::Result<T> {
-    let mut bytes = Vec::new();
-    loop {
-        match decode(&bytes).map_err(io::Error::other)? {
-            Decoded::Value(value, _) => return Ok(value),
-            Decoded::More(more) => {
-                let have = bytes.len();
-                bytes.resize(have + more, 0);
-                stream.read_exact(&mut bytes[have..]).await?;
-            }
-        }
-    }
-}
 
 impl Service {
     /// Whether the server does no more for this connection.
@@ -75,15 +58,15 @@ impl Service {
         &self,
         incoming: &mut ReadHalf<End>,
         answers: &UnboundedSender<Vec<u8>>,
-    ) -> io::Result<Option<bool>> {
+    ) -> Result<Option<bool>, LinkError> {
         let flags = HandshakeFlags::FIXED_NEWSTYLE | HandshakeFlags::NO_ZEROES;
         let mut bytes = Vec::new();
         Greeting { flags }.encode(&mut bytes);
         let _ = answers.unbounded_send(bytes);
-        read(incoming, |bytes| Ok(decode_client_flags(bytes))).await?;
+        read_message(incoming, |bytes| Ok(decode_client_flags(bytes))).await?;
         let mut structured = false;
         loop {
-            let option = read(incoming, ClientOption::decode_whole).await?;
+            let option = read_message(incoming, ClientOption::decode_whole).await?;
             self.server.while_it_hangs().await;
             let code = option.code();
             let (mut bytes, mut is_over) = (Vec::new(), false);
@@ -117,8 +100,8 @@ impl Service {
         incoming: &mut ReadHalf<End>,
         answers: &UnboundedSender<Vec<u8>>,
         structured: bool,
-    ) -> io::Result<bool> {
-        let request = read(incoming, Request::decode).await?;
+    ) -> Result<bool, LinkError> {
+        let request = read_message(incoming, Request::decode).await?;
         if request.command == Command::Disconnect {
             return Ok(false);
         }

@@ -271,7 +271,8 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
 /// of another version may not report its device; then the link tells it.
 fn refuse_held_here(name: &VolumeName) -> Result<()> {
     let device = match look(name) {
-        Ok(VolumeStatus { device: Some(device), .. }) => Some(device),
+        // The daemon alone knows its NBD clients. Their server's address is no path.
+        Ok(VolumeStatus { device: Some(device), .. }) => device.is_absolute().then_some(device),
         Err(e @ (AskError::NotThere | AskError::Silent(_))) => return Err(explained(name, e)),
         // It was killed meanwhile.
         Err(AskError::Gone) if !name.is_running()? => {

@@ -25,6 +25,7 @@ mod notify;
 mod noting;
 mod older;
 mod opening;
+mod over_nbd;
 mod pair;
 mod programs;
 mod prometheus;

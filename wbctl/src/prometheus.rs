@@ -11,7 +11,7 @@ use std::io::{Result, Write};
 /// sample.
 type Gauge = (&'static str, &'static str, &'static str);
 
-const GAUGES: [Gauge; 17] = [
+const GAUGES: [Gauge; 18] = [
     ("wb_volume_bytes", "Size of the volume.", "/live/volume_bytes"),
     ("wb_log_bytes", "Size of the log.", "/live/log_bytes"),
     ("wb_log_free_bytes", "Room in the log for new segments.", "/live/free_bytes"),
@@ -60,6 +60,7 @@ const GAUGES: [Gauge; 17] = [
         "How long the oldest request to the backing device has been waiting.",
         "/live/backing_oldest_request_seconds",
     ),
+    ("wb_nbd_clients", "NBD connections that use the volume.", "/live/clients"),
     ("wb_recovery_seconds", "How long recovery took.", "/live/recovery_seconds"),
 ];
 

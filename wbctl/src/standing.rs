@@ -18,7 +18,7 @@ pub(crate) struct Standing {
     pub(crate) sector_size: u32,
     /// The one that it has got.
     pub(crate) front_end: FrontEnd,
-    /// The block device.
+    /// The block device, or the address of the NBD server.
     pub(crate) device: PathBuf,
     /// Tunables in force, by name.
     pub(crate) tunables: BTreeMap<String, TunableValue>,
@@ -63,6 +63,7 @@ mod tests {
             cache: "/dev/c".into(),
             backing: "/dev/b".into(),
             serve: FrontEnd::Auto,
+            insecure: false,
             sector_size: None,
             tunables: BTreeMap::new(),
         };

@@ -25,11 +25,13 @@ const TO_END: Duration = Duration::from_secs(3);
 pub(crate) struct DetachArgs {
     /// The volume
     name: VolumeName,
-    /// Write everything back first, so that the backing device alone holds all data
+    /// Write everything back first, so that the backing device alone holds all data. NBD clients
+    /// must flush their own caches before
     #[arg(long)]
     drain: bool,
-    /// Detach even while the device is mounted, held or open; its users get I/O errors. Ends within
-    /// seconds, even if a device hangs. Also clears what a killed daemon left behind
+    /// Detach even while the device is mounted, held or open, or NBD clients are connected; its
+    /// users get I/O errors. Ends within seconds, even if a device hangs. Also clears what a killed
+    /// daemon left behind
     #[arg(long)]
     force: bool,
 }

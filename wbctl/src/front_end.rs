@@ -142,8 +142,8 @@ pub(crate) struct ServeOption {
     /// nbds+unix, with tls-certificates=FOLDER. The default is auto, or what create recorded
     #[arg(long = "serve", value_name = "auto|ublk|loop|NBD-ADDRESS", hide_possible_values = true)]
     front_end: Option<FrontEnd>,
-    /// Serve over NBD without TLS even at an address that other hosts can reach. Anybody who reaches
-    /// it can read and write the volume
+    /// Serve over NBD without TLS even at an address that other hosts can reach. Anybody who
+    /// reaches it can read and write the volume
     #[arg(long)]
     insecure: bool,
 }

@@ -10,18 +10,28 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use wb_tests::{
     Attached, FailingFile, MIB, NOBODY, Outcome, Volume, as_nobody, bin, has_program,
-    needs_serving, noise, sha256, skip, succeeds, wait_for,
+    needs_serving, noise, sha256, skip, succeeds, system, wait_for,
 };
 
 macro_rules! needs {
     ($($program:expr),* $(,)?) => {
-        if let Some(missing) = [$($program),*].into_iter().find(|program| !has_program(program)) {
+        if let Some(missing) = [$($program),*].into_iter().find(|program| !has(program)) {
             skip!("needs {missing}");
         }
     };
 }
 
 const SIZE: u64 = 48 * MIB;
+/// The Python that Debian's bindings of libnbd belong to. The program nbdsh takes the first on the
+/// search path, which may be another one.
+const PYTHON: &str = "/usr/bin/python3";
+
+fn has(program: &str) -> bool {
+    match program {
+        "nbdsh" => system(PYTHON, &["-c", "import nbd"]).is_some(),
+        program => has_program(program),
+    }
+}
 
 fn socket_of(volume: &Volume) -> PathBuf {
     volume.path("nbd.socket")
@@ -41,10 +51,10 @@ fn run(program: &str, args: &[&str]) -> String {
     succeeds(Command::new(program).args(args))
 }
 
-/// A Python program that speaks through libnbd to a server as `h`.
+/// nbdsh: a Python program that speaks through libnbd to a server as `h`.
 fn nbdsh(uri: &str, script: &str) -> Command {
-    let mut command = Command::new("nbdsh");
-    command.args(["-u", uri, "-c", script]);
+    let mut command = Command::new(PYTHON);
+    command.args(["-m", "nbd", "-u", uri, "-c", script]);
     command
 }
 
@@ -190,116 +200,18 @@ fn fio_verifies_what_it_writes_and_many_connections_see_each_others_writes() {
     attached.detach(&[]);
 }
 
-/// What no honest client does. Each case is a connection of its own. Prints what went wrong.
-const DISHONEST: &str = r#"
-import os, socket, struct, sys
-PATH = sys.argv[1]
-OPT, REQ = 0x49484156454F5054, 0x25609513
-
-def connect(flags=3):
-    s = socket.socket(socket.AF_UNIX)
-    s.settimeout(60)
-    s.connect(PATH)
-    greeting = take(s, 18)
-    assert greeting[:8] == b'NBDMAGIC', greeting
-    s.sendall(struct.pack('>I', flags))
-    return s
-
-def take(s, n):
-    data = b''
-    while len(data) < n:
-        more = s.recv(n - len(data))
-        if not more: raise EOFError
-        data += more
-    return data
-
-def option(s, code, data=b'', magic=OPT, length=None):
-    s.sendall(struct.pack('>QII', magic, code, len(data) if length is None else length) + data)
-
-def reply(s):
-    _, code, kind, length = struct.unpack('>QIII', take(s, 20))
-    return kind, take(s, length)
-
-def go(s):
-    option(s, 7, struct.pack('>IH', 0, 0))
-    while True:
-        kind, _ = reply(s)
-        if kind == 1: return s
-        assert kind < 1 << 31, kind
-
-def request(s, command, offset, length, data=b'', magic=REQ, flags=0):
-    s.sendall(struct.pack('>IHHQQI', magic, flags, command, 5, offset, length) + data)
-
-def simple(s):
-    magic, error, cookie = struct.unpack('>IIQ', take(s, 16))
-    assert magic == 0x67446698 and cookie == 5
-    return error
-
-def is_closed(s):
-    try:
-        while s.recv(65536): pass
-    except ConnectionError: pass
-    return True
-
-# In the negotiation.
-assert is_closed(connect(flags=0xffffffff))
-s = connect(); option(s, 3, magic=7); assert is_closed(s)
-s = connect(); option(s, 7, b'x' * 6, length=6); assert reply(s)[0] == 0x80000003
-s = go(s); request(s, 3, 0, 0); assert simple(s) == 0
-s = connect(); option(s, 99, b'y' * 70000); assert reply(s)[0] == 0x80000001; go(s)
-s = connect(); option(s, 7, length=0xfffffff0); s.sendall(b'z' * 100000); s.close()
-s = connect(); option(s, 1, b'no such export'); assert is_closed(s)
-s = connect(); option(s, 6, struct.pack('>I', 4) + b'none\0\0'); assert reply(s)[0] == 0x80000006
-s = connect(); option(s, 5); assert reply(s)[0] == 0x80000002
-s = connect(); option(s, 8); option(s, 8); reply(s); reply(s); go(s)
-s = connect(); request(s, 0, 0, 512); assert is_closed(s)
-s = connect()
-try:
-    for _ in range(1000): option(s, 3); reply(s); reply(s)
-    print('options for ever are taken')
-except (EOFError, ConnectionError): pass
-
-# In the transmission.
-s = go(connect()); request(s, 3, 0, 0, magic=7); assert is_closed(s)
-s = go(connect())
-for command, offset, length, flags, error in [
-    (0, 0, 0xffffffff, 0, 22), (0, 2**64 - 512, 512, 0, 22), (0, 1, 512, 0, 22),
-    (0, 0, 0, 0, 22), (4, 2**63, 512, 0, 22), (6, 2**63, 512, 0, 28), (6, 0, 512, 16, 95),
-    (77, 0, 512, 0, 22), (3, 0, 0, 0x8000, 22),
-]:
-    request(s, command, offset, length, flags=flags)
-    found = simple(s)
-    assert found == error, (command, offset, length, found)
-# Oversized, but sent in full: it is skipped, and the connection stays.
-request(s, 1, 0, 40 << 20, b'\7' * (40 << 20)); assert simple(s) == 22
-request(s, 0, 0, 512); assert simple(s) == 0 and take(s, 512) == b'\1' * 512
-s.sendall(struct.pack('>IHHQQI', REQ, 0, 2, 5, 0, 0)); assert is_closed(s)
-# It goes away at each byte of a write.
-whole = struct.pack('>IHHQQI', REQ, 0, 1, 5, 1 << 20, 512) + b'\6' * 512
-for length in list(range(0, 60)) + [539]:
-    s = go(connect()); s.sendall(whole[:length]); s.close()
-# It asks for much, and takes nothing.
-greedy = []
-for _ in range(8):
-    s = go(connect()); greedy.append(s); s.setblocking(False)
-    try:
-        while True: request(s, 0, 0, 1 << 20)
-    except BlockingIOError: pass
-s = go(connect()); request(s, 0, 1 << 20, 512); assert simple(s) == 0
-assert take(s, 512) == b'\2' * 512
-print('done')
-"#;
+const DISHONEST: &str = include_str!("dishonest.py");
 
 #[test]
 fn dishonest_clients_get_errors_and_hurt_nobody() {
-    needs!("python3", "nbdsh");
+    needs!("nbdsh");
     let volume = Volume::created(64, SIZE);
     let uri = uri_of(&volume);
     let attached = serve(&volume, &uri, &[]);
     let write = "h.pwrite(b'\\1' * 4096, 0); h.pwrite(b'\\2' * 4096, 1 << 20)";
     assert_eq!(Outcome::of(nbdsh(&uri, write)).code, 0);
     let server = attached.server();
-    let mut python = Command::new("python3");
+    let mut python = Command::new(PYTHON);
     python.args(["-c", DISHONEST]).arg(socket_of(&volume));
     let outcome = Outcome::of(python);
     assert_eq!((outcome.code, outcome.stdout.trim()), (0, "done"), "{outcome:?}");
@@ -477,22 +389,7 @@ fn an_address_that_makes_no_sense_or_cannot_be_used_is_refused() {
 }
 
 /// Writes blocks in a random order, and checks them, over a connection that must not break.
-const WORK: &str = "
-import os, random, time
-random.seed(18)
-stop, newest, round = os.environ['STOP'], {}, 0
-while not os.path.exists(stop) or round < 200:
-    round += 1
-    block = random.randrange(2000)
-    newest[block] = round
-    flags = nbd.CMD_FLAG_FUA if round % 50 == 0 else 0
-    h.pwrite(round.to_bytes(8, 'big') * 512, 4096 * block, flags)
-    other = random.choice(list(newest))
-    assert h.pread(8, 4096 * other).hex() == newest[other].to_bytes(8, 'big').hex(), other
-for block, written in newest.items():
-    assert h.pread(4096, 4096 * block) == written.to_bytes(8, 'big') * 512, block
-print(round)
-";
+const WORK: &str = include_str!("work.py");
 
 /// What connects again on its own. Clients of it see a pause where the server has gone.
 struct Reconnecting {
@@ -675,7 +572,8 @@ fn an_ordinary_user_serves_files_and_needs_no_rights_for_it() {
 
 #[test]
 fn clients_get_errors_when_a_server_whose_device_hangs_is_ended_by_force() {
-    needs_serving!("nbdsh");
+    needs_serving!();
+    needs!("nbdsh");
     let mut volume = Volume::blank(32, SIZE);
     let failing = FailingFile::over(&volume.cache, &volume.path("failing"));
     volume.cache = failing.path.clone();

@@ -8,11 +8,15 @@ use anyhow::{Context, Result, bail};
 use libwb::nbd::Uri;
 use libwb::reactor::{Address, Handle, Listener};
 use libwb::serve::nbd::{Clients, NbdServer, ServerTls, Session, listen};
-use libwb::serve::{Options, Volume};
+use libwb::serve::{Options, ServeError, Volume};
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long an address may be in use until that counts.
+const IN_USE: Duration = Duration::from_secs(1);
 
 /// An NBD server.
 pub(crate) struct OverNbd {
@@ -38,7 +42,7 @@ pub(crate) fn open(name: &VolumeName, uri: &Uri, insecure: bool) -> Result<Owned
             let cannot = || format!("cannot note the socket {}", path.display());
             name.note_nbd_socket(path).with_context(cannot)?;
         }
-        match listen(&address) {
+        match listen_patiently(&address) {
             Ok(socket) => {
                 let cannot = || format!("cannot hand over the socket of {uri}");
                 to_keeper::keep(NBD, socket.as_fd()).with_context(cannot)?;
@@ -50,6 +54,19 @@ pub(crate) fn open(name: &VolumeName, uri: &Uri, insecure: bool) -> Result<Owned
     match refused {
         Some(e) => Err(e.into()),
         None => bail!("{uri}: the host has no address"),
+    }
+}
+
+/// Listens. The kernel may still have to close the socket of a daemon that was killed.
+fn listen_patiently(address: &Address) -> Result<OwnedFd, ServeError> {
+    let started = Instant::now();
+    loop {
+        match listen(address) {
+            Err(e) if e.cause.kind() == ErrorKind::AddrInUse && started.elapsed() < IN_USE => {
+                std::thread::sleep(IN_USE / 50);
+            }
+            listening => return listening,
+        }
     }
 }
 

@@ -14,11 +14,15 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 /// The file in which a daemon notes its block device.
 const NOTE: &str = "device";
 /// The file in which a daemon notes the Unix socket of its NBD server.
 const NBD_NOTE: &str = "nbd";
+
+/// How long the kernel may take to close the sockets of a server that was killed.
+const LINGERING: Duration = Duration::from_secs(1);
 
 /// A volume's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -124,7 +128,14 @@ impl VolumeName {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             noted => noted?,
         };
-        let removed = remove_abandoned(Path::new(OsStr::from_bytes(&noted)))?;
+        let (socket, started) = (Path::new(OsStr::from_bytes(&noted)), Instant::now());
+        let removed = loop {
+            let removed = remove_abandoned(socket)?;
+            if removed || !socket.exists() || started.elapsed() > LINGERING {
+                break removed;
+            }
+            std::thread::sleep(LINGERING / 50);
+        };
         std::fs::remove_file(self.nbd_note())?;
         Ok(removed)
     }

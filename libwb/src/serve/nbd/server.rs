@@ -102,12 +102,17 @@ impl Clients {
 
     /// Ends all connections and the listening socket, even if a volume hangs.
     pub fn cut_off(&self) {
+        self.close_door();
+        self.connections.cut_off();
+    }
+
+    /// Has new clients refused from now on, even if other processes or the reactor still hold the
+    /// listening socket.
+    fn close_door(&self) {
         self.stop.stop();
         if let Some(listener) = self.listener.upgrade() {
-            // Other processes may hold it, too.
             let _ = shutdown(&*listener, Shutdown::Both);
         }
-        self.connections.cut_off();
     }
 }
 
@@ -133,7 +138,7 @@ impl NbdServer {
         };
         let accepting = clients.connections.accepting();
         runtime.spawn(Box::pin(async move {
-            or(door.accept(), door.stop.stopped()).await;
+            or(door.stop.stopped(), door.accept()).await;
             drop((door, accepting));
         }));
         NbdServer { clients }
@@ -147,7 +152,7 @@ impl NbdServer {
     /// Takes no more clients and requests, answers those that were taken, and ends all connections.
     /// A volume that hangs makes this hang, unless [`Clients::cut_off`] is called.
     pub async fn stop(self) {
-        self.clients.stop.stop();
+        self.clients.close_door();
         self.clients.connections.have_ended().await;
     }
 }

@@ -21,7 +21,7 @@ DISKS = virtio
 
 # What the build needs (libblkid and the tools to bind to it), and what the tests use on volumes.
 PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fsprogs xfsprogs fio \
-	zstd util-linux udev python3 strace
+	zstd util-linux udev python3 strace nbdkit libnbd-bin python3-libnbd qemu-utils openssl
 
 # What runs virtual machines: one with the real kernel module, and what builds that, and one with
 # a kernel that has ublk. The module does not build for the second kernel, so no headers of it.

@@ -73,6 +73,8 @@ pub mod cli;
 pub mod control;
 #[cfg(feature = "log")]
 pub mod device;
+#[cfg(feature = "control")]
+pub mod folders;
 pub mod format;
 #[cfg(feature = "log")]
 pub mod log;

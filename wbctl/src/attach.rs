@@ -5,7 +5,7 @@ use crate::attach_args::Args;
 use crate::keeper::Keeper;
 use crate::keeping::{Given, REFUSED, Role};
 use crate::volume_paths::VolumeName;
-use crate::{logging, server, signals};
+use crate::{logging, over_nbd, server, signals};
 use anyhow::{Context, Result, bail};
 use libwb::cli::{self, Exit, Output};
 use libwb::serve::loopdev::Reserved;
@@ -26,7 +26,10 @@ pub(crate) fn attach(args: &Args, out: &mut Output) -> Result<Exit> {
             let (name, volume) = args.volume()?;
             // Before any device or file is touched.
             volume.tunables()?;
-            libwb::serve::refuse_without_root().map_err(anyhow::Error::msg)?;
+            match volume.serve.nbd() {
+                Some(uri) => drop(over_nbd::load_tls(uri)?),
+                None => libwb::serve::refuse_without_root().map_err(anyhow::Error::msg)?,
+            }
             keep(|signals| Keeper::new(name.clone(), reserved, lock(&name)?, signals))
         }
         Role::Keeper(link) => {

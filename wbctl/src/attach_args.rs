@@ -95,13 +95,14 @@ impl Args {
                     cache: absolute(cache)?,
                     backing: absolute_place(backing)?,
                     serve: FrontEnd::default(),
+                    insecure: false,
                     sector_size: None,
                     tunables: Default::default(),
                 }
             }
             _ => RecordedVolume::load(&name)?.ok_or_else(|| not_recorded(&name))?,
         };
-        volume.serve = self.serve.front_end.unwrap_or(volume.serve);
+        (volume.serve, volume.insecure) = self.serve.or(volume.serve, volume.insecure)?;
         volume.sector_size = self.sector.sector_size.or(volume.sector_size);
         let tunables: Vec<String> = tunable.into_iter().chain(&self.tunables).cloned().collect();
         volume.tunables.extend(parse_tunables(&tunables)?);

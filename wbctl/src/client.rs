@@ -25,11 +25,13 @@ const TO_END: Duration = Duration::from_secs(3);
 pub(crate) struct DetachArgs {
     /// The volume
     name: VolumeName,
-    /// Write everything back first, so that the backing device alone holds all data
+    /// Write everything back first, so that the backing device alone holds all data. NBD clients
+    /// must flush their own caches before
     #[arg(long)]
     drain: bool,
-    /// Detach even while the device is mounted, held or open; its users get I/O errors. Ends within
-    /// seconds, even if a device hangs. Also clears what a killed daemon left behind
+    /// Detach even while the device is mounted, held or open, or NBD clients are connected; its
+    /// users get I/O errors. Ends within seconds, even if a device hangs. Also clears what a killed
+    /// daemon left behind
     #[arg(long)]
     force: bool,
 }
@@ -271,7 +273,8 @@ pub(crate) fn detach(args: &DetachArgs, out: &mut Output) -> Result<()> {
 /// of another version may not report its device; then the link tells it.
 fn refuse_held_here(name: &VolumeName) -> Result<()> {
     let device = match look(name) {
-        Ok(VolumeStatus { device: Some(device), .. }) => Some(device),
+        // The daemon alone knows its NBD clients. Their server's address is no path.
+        Ok(VolumeStatus { device: Some(device), .. }) => device.is_absolute().then_some(device),
         Err(e @ (AskError::NotThere | AskError::Silent(_))) => return Err(explained(name, e)),
         // It was killed meanwhile.
         Err(AskError::Gone) if !name.is_running()? => {

@@ -27,9 +27,12 @@ pub(crate) struct RecordedVolume {
     pub(crate) cache: PathBuf,
     /// The backing device.
     pub(crate) backing: Place,
-    /// How the volume becomes a block device.
+    /// How the volume is served.
     #[serde(default, skip_serializing_if = "is_default")]
     pub(crate) serve: FrontEnd,
+    /// Whether other hosts may be served without TLS.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub(crate) insecure: bool,
     /// Logical sector size of the block device in bytes. If absent, the backing device determines
     /// it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -91,8 +94,8 @@ impl RecordedVolume {
     }
 }
 
-fn is_default(front_end: &FrontEnd) -> bool {
-    *front_end == FrontEnd::default()
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// Refuses a path that no file can have.

@@ -1,7 +1,7 @@
 //! `wbctl create`: formats a cache device, and records the volume.
 
 use crate::config::{RecordedVolume, parse_tunables, refuse_recorded, refuse_shared};
-use crate::front_end::ServeOption;
+use crate::front_end::{FrontEnd, ServeOption};
 use crate::pair::{Pair, absolute, absolute_place};
 use crate::sector_size::{self, SectorSize};
 use crate::volume_paths::VolumeName;
@@ -47,10 +47,12 @@ pub(crate) struct Args {
 
 pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     let name = &args.name;
+    let (serve, insecure) = args.serve.or(FrontEnd::default(), false)?;
     let volume = RecordedVolume {
         cache: absolute(&args.pair.cache)?,
         backing: absolute_place(&args.pair.backing)?,
-        serve: args.serve.front_end.unwrap_or_default(),
+        serve,
+        insecure,
         sector_size: args.sector.sector_size,
         tunables: parse_tunables(&args.tunables)?,
     };

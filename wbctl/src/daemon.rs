@@ -3,7 +3,7 @@
 use crate::apart::{self, Task};
 use crate::devices::Devices;
 use crate::ending::End;
-use crate::holders::refuse_held;
+use crate::holders::Users;
 use crate::notify;
 use crate::restart;
 use crate::standing::Standing;
@@ -47,6 +47,7 @@ pub(crate) struct Daemon {
     pub(crate) watched: Devices,
     /// The cache device and the backing device.
     pub(crate) devices: [Device; 2],
+    pub(crate) users: Users,
     pub(crate) runtime: Handle,
     pub(crate) read_only: bool,
     /// Whether another server can go on when this one dies.
@@ -134,8 +135,11 @@ impl Daemon {
             outlives_server: self.outlives,
         };
         let pending = self.devices.each_ref().map(|device| device.pending());
-        let live = LiveStatus::new(status, self.standing.sector_size, pending, processes);
-        LiveStatus { backing_link: self.backing().link().map(BackingLink::from), ..live }
+        LiveStatus {
+            backing_link: self.backing().link().map(BackingLink::from),
+            clients: self.users.clients().map(to_u64),
+            ..LiveStatus::new(status, self.standing.sector_size, pending, processes)
+        }
     }
 
     fn backing(&self) -> &Device {
@@ -303,24 +307,25 @@ impl Daemon {
     }
 
     fn refuse_held(&self, force: bool, replies: &mut Replies) -> Result<()> {
-        let device = self.standing.device.clone();
+        let users = self.users.clone();
         let ours = [std::process::id(), to_keeper::process()];
-        self.aside(replies, move || refuse_held(&device, &ours, force))?
+        self.aside(replies, move || users.refuse_held(&ours, force))?
     }
 
     /// Writes out the page cache of the device, as long as the client waits for it.
     fn write_out(&self, replies: &mut Replies) -> Result<()> {
+        let Some(device) = self.users.device() else { return Ok(()) };
         let mut told = Instant::now();
-        let written = apart::run(Task::WriteOut, &self.standing.device, || {
+        let written = apart::run(Task::WriteOut, device, || {
             if told.elapsed() < WORKING {
                 return true;
             }
             told = Instant::now();
             replies.send(&self.progress()).is_ok()
         });
-        written.context(GONE)?.with_context(|| {
-            format!("cannot write out {}; nothing was detached", self.standing.device.display())
-        })
+        written
+            .context(GONE)?
+            .with_context(|| format!("cannot write out {}; nothing was detached", device.display()))
     }
 
     /// Makes the daemon end. The shutdown then sends the reply.

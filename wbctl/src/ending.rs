@@ -5,7 +5,7 @@
 //! the daemon waits for none. Flushed data is in the log in any case.
 
 use crate::apart::{self, Task};
-use crate::holders::holders;
+use crate::holders::Users;
 use crate::logging;
 use crate::notify::{self, Busy};
 use crate::restart;
@@ -57,6 +57,8 @@ pub(crate) struct LiveVolume {
     runtime: Handle,
     read_only: bool,
     cut_off: CutOff,
+    users: Users,
+    /// The block device, or the address of the NBD server.
     path: PathBuf,
 }
 
@@ -132,7 +134,7 @@ impl Callers<'_> {
         let begun = Instant::now();
         let mut told = false;
         while begun.elapsed() < RELEASE && self.urged == 0 {
-            let held = holders(&served.path);
+            let held = served.users.holders();
             if held.is_empty() {
                 return;
             }
@@ -149,13 +151,14 @@ impl Callers<'_> {
     /// Writes out the page cache of the device. If the log is full and the backing device fails,
     /// this blocks forever.
     fn write_out(&mut self, served: &LiveVolume) -> Result<()> {
+        let Some(device) = served.users.device() else { return Ok(()) };
         let begun = Instant::now();
-        match apart::run(Task::WriteOut, &served.path, || !self.had_enough(begun)) {
+        match apart::run(Task::WriteOut, device, || !self.had_enough(begun)) {
             Some(Ok(())) => Ok(()),
-            Some(Err(e)) => Err(anyhow!("cannot write out {}: {e}", served.path.display())),
+            Some(Err(e)) => Err(anyhow!("cannot write out {}: {e}", device.display())),
             None => Err(anyhow!(
                 "{}: there was no time to write out data that programs had not flushed",
-                served.path.display()
+                device.display()
             )),
         }
     }
@@ -184,7 +187,7 @@ impl Callers<'_> {
             }
             None => {}
         }
-        let held = holders(&served.path);
+        let held = served.users.holders();
         if !held.is_empty() {
             tracing::warn!(
                 "{} is still {}: it fails from now on",
@@ -276,6 +279,7 @@ impl LiveVolume {
             runtime: runtime.clone(),
             read_only,
             cut_off: device.cut_off(),
+            users: device.users(),
             path: device.path().into(),
         }
     }

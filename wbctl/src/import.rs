@@ -172,6 +172,7 @@ fn parse_line(line: &str) -> Result<Entry> {
     let name = name.parse().map_err(|why: String| anyhow!("'{name}': {why}"))?;
     let volume = RecordedVolume {
         serve: FrontEnd::default(),
+        insecure: false,
         cache: cache.into(),
         backing: backing.into(),
         sector_size: None,

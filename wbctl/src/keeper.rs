@@ -294,7 +294,7 @@ impl Keeper {
                 server.is_ending = true;
                 self.device = self.name.noted_device();
                 if let Err(e) = self.kept.let_go() {
-                    tracing::warn!("cannot let go of the loop device: {e}");
+                    tracing::warn!("cannot let go of the volume: {e}");
                 }
                 server.answer(&Message::Done);
             }

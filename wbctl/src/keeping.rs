@@ -36,6 +36,8 @@ pub(crate) const LOOP: &str = "loop";
 pub(crate) const FUSE: &str = "fuse";
 pub(crate) const MOUNT: &str = "mount";
 pub(crate) const GUARD: &str = "guard";
+/// The socket that NBD clients connect to.
+pub(crate) const NBD: &str = "nbd-listener";
 pub(crate) const HEAD: &str = "head";
 pub(crate) const LISTENER: &str = "listener";
 /// The connection of a client that waits for a restart.
@@ -70,7 +72,7 @@ pub(crate) enum Message {
     Notify { text: String },
     /// From a server that panics: why.
     LastWords { text: String },
-    /// From a server: it ends the volume. The keeper lets go of the block device, and answers.
+    /// From a server: it ends the volume. The keeper lets go of what users see, and answers.
     Ending,
     /// From a keeper: nothing else is kept. This program is installed, and the server is it or
     /// another one.
@@ -244,10 +246,10 @@ impl Kept {
         self.reserved
     }
 
-    /// Lets go of the block device. The FUSE connection comes first: who closes the loop device
-    /// last waits for it. The guard stays, until this process ends.
+    /// Lets go of what users of the volume see. The FUSE connection comes first: who closes the
+    /// loop device last waits for it. The guard stays, until this process ends.
     pub(crate) fn let_go(&mut self) -> io::Result<()> {
-        for name in [FUSE, MOUNT] {
+        for name in [FUSE, MOUNT, NBD] {
             drop(self.others.remove(name));
         }
         self.has_loop = false;

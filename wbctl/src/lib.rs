@@ -25,6 +25,7 @@ mod notify;
 mod noting;
 mod older;
 mod opening;
+mod over_nbd;
 mod pair;
 mod programs;
 mod prometheus;
@@ -69,15 +70,16 @@ struct Cli {
 enum Command {
     /// Make a cache device and record the volume under a name
     Create(create::Args),
-    /// Recover a volume and serve it as a block device, in the foreground
+    /// Recover a volume and serve it as a block device or over NBD, in the foreground
     ///
-    /// Prints `ready` and the block device, such as `ready /dev/ublkb0`, when the volume can be
-    /// used.
+    /// Prints `ready` and the block device, such as `ready /dev/ublkb0`, or the address of the NBD
+    /// server, when the volume can be used.
     ///
     /// On SIGTERM or SIGINT, the daemon closes the log and ends; dirty data stays in the cache.
-    /// While the device is held, it keeps serving for up to a minute, or until a second signal.
-    /// After a second signal, it ends within seconds, even if a device hangs. A third signal ends
-    /// it at once. It ignores other signals, such as SIGHUP and SIGTSTP of a terminal.
+    /// While the device is held, or NBD clients are connected, it keeps serving for up to a minute,
+    /// or until a second signal. After a second signal, it ends within seconds, even if a device
+    /// hangs. A third signal ends it at once. It ignores other signals, such as SIGHUP and SIGTSTP
+    /// of a terminal.
     Attach(attach_args::Args),
     /// Stop serving a volume, and wait until it has stopped
     Detach(client::DetachArgs),

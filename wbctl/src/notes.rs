@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use libwb::cache::Cache;
 use libwb::cli::{LAST_SECOND, VolumeDevices, read_text};
 use libwb::device::Place;
+use libwb::folders::state_dir;
 use libwb::format::SegmentId;
 use libwb::log::reach::{Reach, Seen};
 use nix::unistd::geteuid;
@@ -182,13 +183,6 @@ pub(crate) fn note(cache: &Cache, about: &About, closed: bool) -> Result<()> {
             )
         }),
     }
-}
-
-/// The folder with the notes; none if the user turned notes off.
-fn state_dir() -> Option<PathBuf> {
-    let folder =
-        std::env::var_os("WB_STATE_DIR").map_or_else(|| "/var/lib/wb".into(), PathBuf::from);
-    Some(folder).filter(|folder| !folder.as_os_str().is_empty())
 }
 
 fn file_of(uuid: &str) -> Option<PathBuf> {

@@ -11,7 +11,7 @@ use std::io::{Result, Write};
 /// sample.
 type Gauge = (&'static str, &'static str, &'static str);
 
-const GAUGES: [Gauge; 22] = [
+const GAUGES: [Gauge; 23] = [
     ("wb_volume_bytes", "Size of the volume.", "/live/volume_bytes"),
     ("wb_log_bytes", "Size of the log.", "/live/log_bytes"),
     ("wb_log_free_bytes", "Room in the log for new segments.", "/live/free_bytes"),
@@ -85,6 +85,7 @@ const GAUGES: [Gauge; 22] = [
         "Data that the server of the backing device has acknowledged and may still lose.",
         "/live/backing_link/unflushed_bytes",
     ),
+    ("wb_nbd_clients", "NBD connections that use the volume.", "/live/clients"),
     ("wb_recovery_seconds", "How long recovery took.", "/live/recovery_seconds"),
 ];
 

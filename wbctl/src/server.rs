@@ -133,8 +133,8 @@ impl Server<'_> {
         drop(busy);
         let mut recovered = Recovered { on, cache, noting: None };
         recovered.start_noting();
-        let front_end = recovered.on.volume.serve;
-        let made = recovered.serving(lost(&self.end)).start(front_end, given.kept.into_reserved());
+        let serving = recovered.serving(lost(&self.end));
+        let made = serving.start(&recovered.on.volume.serve, given.kept.into_reserved());
         let device = match made {
             Ok(device) => device,
             Err(e) => {
@@ -215,8 +215,11 @@ impl Server<'_> {
     ) -> Result<OnDevices> {
         let options =
             Options { sector_size, read_only: self.args.read_only, backing: backing.traits };
-        if let Err(why) = libwb::serve::guard_against_reclaim() {
-            tracing::warn!("{why}: the volume may hang when memory is short");
+        match libwb::serve::guard_against_reclaim() {
+            // An ordinary user may not, and no memory of this host need wait for the volume.
+            Err(why) if volume.serve.nbd().is_some() => tracing::debug!("{why}"),
+            Err(why) => tracing::warn!("{why}: the volume may hang when memory is short"),
+            Ok(()) => {}
         }
         let Backing { device, watched, terms, .. } = backing;
         let watched = Devices::of(&cache, watched)?;
@@ -248,8 +251,15 @@ impl Recovered {
     }
 
     fn serving(&self, lost: Arc<dyn Fn(&str) + Send + Sync>) -> Serving<'_> {
-        let OnDevices { name, options, io, .. } = &self.on;
-        Serving { name, cache: &self.cache, runtime: io.runtime(), options: *options, lost }
+        let OnDevices { name, volume, options, io, .. } = &self.on;
+        Serving {
+            name,
+            cache: &self.cache,
+            runtime: io.runtime(),
+            options: *options,
+            insecure: volume.insecure,
+            lost,
+        }
     }
 
     /// Shows to others that the volume can be used.
@@ -275,7 +285,9 @@ impl Recovered {
         if standing.announced {
             return Ok(());
         }
-        link(&self.on.name, device.path());
+        if let Some(device) = device.users().device() {
+            link(&self.on.name, device);
+        }
         writeln!(out, "ready {}", device.path().display())?;
         out.flush()?;
         Standing { announced: true, ..standing }.leave(&self.cache)
@@ -291,7 +303,8 @@ impl Recovered {
         announced: bool,
     ) -> Result<Standing> {
         let OnDevices { name, volume, options, watched, io, devices, terms } = &self.on;
-        watched.served_as(device.path());
+        let users = device.users();
+        users.device().into_iter().for_each(|device| watched.served_as(device));
         let standing = Standing {
             volume: volume.clone(),
             sector_size: options.sector_size,
@@ -312,6 +325,7 @@ impl Recovered {
             cache: self.cache.clone(),
             watched: watched.clone(),
             devices: devices.clone(),
+            users,
             runtime: (*io.runtime()).clone(),
             read_only: options.read_only,
             outlives,

@@ -1,19 +1,24 @@
-//! The front end of a volume: a ublk device where the kernel has that, else a loop device.
+//! The front end of a volume: a ublk device where the kernel has that, else a loop device; or an
+//! NBD server.
 
 use crate::apart;
 use crate::front_end::FrontEnd;
-use crate::keeping::{FUSE, GUARD, Kept, LOOP, MOUNT};
+use crate::holders::Users;
+use crate::keeping::{FUSE, GUARD, Kept, LOOP, MOUNT, NBD};
+use crate::over_nbd::{self, OverNbd};
 use crate::standing::Standing;
 use crate::to_keeper;
 use crate::volume_paths::VolumeName;
 use anyhow::{Context, Result};
 use libwb::cache::Cache;
+use libwb::nbd::Uri;
 use libwb::reactor::Handle;
 use libwb::serve::loopdev::{Connection, Left, LoopDevice, Reserved};
+use libwb::serve::nbd::Clients;
 use libwb::serve::ublk::{self, Removal, Requests, UblkDevice};
 use libwb::serve::{Options, Owner, Part, ReadOnly, ServeError, Volume};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,16 +28,18 @@ const TO_NOTICE: Duration = Duration::from_secs(10);
 /// How long a device may take from its creation to its start.
 const TO_START: Duration = Duration::from_secs(1);
 
-/// A volume's block device.
+/// A volume's block device, or what else serves it.
 pub(crate) enum Served {
     Ublk(UblkDevice),
     Loop(LoopDevice),
+    Nbd(OverNbd),
 }
 
-/// What ends all requests to a block device, even if other devices hang.
+/// What ends all requests to a volume, even if its devices hang.
 pub(crate) enum CutOff {
     Ublk(Requests),
     Loop(Option<Arc<Connection>>),
+    Nbd(Clients),
 }
 
 impl CutOff {
@@ -40,6 +47,7 @@ impl CutOff {
     pub(crate) fn now(&self, device: &Path) {
         match self {
             CutOff::Ublk(requests) => requests.abort(),
+            CutOff::Nbd(clients) => clients.cut_off(),
             CutOff::Loop(connection) => {
                 if let Some(Err(e)) = connection.as_ref().map(|connection| connection.abort()) {
                     tracing::warn!("cannot abort the requests to {}: {e}", device.display());
@@ -55,6 +63,8 @@ pub(crate) struct Serving<'a> {
     pub(crate) cache: &'a Cache,
     pub(crate) runtime: Arc<Handle>,
     pub(crate) options: Options,
+    /// Whether other hosts may be served without TLS.
+    pub(crate) insecure: bool,
     /// Told why the device gets no more requests.
     pub(crate) lost: Arc<dyn Fn(&str) + Send + Sync>,
 }
@@ -89,11 +99,11 @@ impl Owner for Ours {
 }
 
 impl Serving<'_> {
-    /// Makes the block device.
+    /// Makes the block device, or what else serves the volume.
     ///
     /// # Errors
     /// Names the step that failed.
-    pub(crate) fn start(self, front_end: FrontEnd, reserved: Reserved) -> Result<Served> {
+    pub(crate) fn start(self, front_end: &FrontEnd, reserved: Reserved) -> Result<Served> {
         if self.options.read_only {
             let volume = ReadOnly(self.cache.clone());
             self.make(front_end, volume, reserved)
@@ -103,7 +113,7 @@ impl Serving<'_> {
         }
     }
 
-    /// Takes over a block device that another server has made.
+    /// Takes over what another server has made.
     ///
     /// # Errors
     /// Names the step that failed.
@@ -117,8 +127,12 @@ impl Serving<'_> {
         }
     }
 
-    fn make(self, front_end: FrontEnd, volume: impl Volume, reserved: Reserved) -> Result<Served> {
+    fn make(self, front_end: &FrontEnd, volume: impl Volume, reserved: Reserved) -> Result<Served> {
         match front_end {
+            FrontEnd::Nbd(uri) => {
+                let listening = over_nbd::open(self.name, uri, self.insecure)?;
+                self.nbd(uri, listening, volume)
+            }
             FrontEnd::Ublk => Ok(self.ublk(volume)?),
             FrontEnd::Loop => Ok(self.loop_device(volume, reserved)?),
             FrontEnd::Auto => match self.ublk(volume.clone()) {
@@ -135,11 +149,14 @@ impl Serving<'_> {
 
     fn take_over(self, standing: &Standing, volume: impl Volume, mut kept: Kept) -> Result<Served> {
         let path = standing.device.clone();
+        let mut take = |what| kept.take(what).with_context(|| format!("the keeper has no {what}"));
+        if let FrontEnd::Nbd(uri) = &standing.front_end {
+            return self.nbd(uri, take(NBD)?, volume);
+        }
         if standing.front_end != FrontEnd::Loop {
             let device = UblkDevice::resume(volume, &self.runtime, &path, self.owner())?;
             return Ok(Served::Ublk(device));
         }
-        let mut take = |what| kept.take(what).with_context(|| format!("the keeper has no {what}"));
         let left = Left { path, fuse: take(FUSE)?, mount: take(MOUNT)? };
         let (file, options) = (self.name.served_file(), self.options);
         let (reserved, owner) = (kept.into_reserved(), self.owner());
@@ -167,16 +184,29 @@ impl Serving<'_> {
         LoopDevice::attach(volume, &self.runtime, &file, options, reserved, owner).map(Served::Loop)
     }
 
+    fn nbd(&self, uri: &Uri, listening: OwnedFd, volume: impl Volume) -> Result<Served> {
+        OverNbd::serve(uri, listening, volume, self.options, self.runtime.clone()).map(Served::Nbd)
+    }
+
     fn owner(&self) -> Ours {
         Ours { name: self.name.clone(), lost: self.lost.clone() }
     }
 }
 
 impl Served {
+    /// The path of the block device, or the address of the NBD server.
     pub(crate) fn path(&self) -> &Path {
         match self {
             Served::Ublk(device) => device.path(),
             Served::Loop(device) => device.path(),
+            Served::Nbd(nbd) => nbd.shown(),
+        }
+    }
+
+    pub(crate) fn users(&self) -> Users {
+        match self {
+            Served::Nbd(nbd) => Users::OverNbd(nbd.clients().clone()),
+            device => Users::OfDevice(device.path().into()),
         }
     }
 
@@ -184,6 +214,7 @@ impl Served {
         match self {
             Served::Ublk(device) => CutOff::Ublk(device.requests()),
             Served::Loop(device) => CutOff::Loop(device.connection()),
+            Served::Nbd(nbd) => CutOff::Nbd(nbd.clients().clone()),
         }
     }
 
@@ -191,6 +222,7 @@ impl Served {
         match self {
             Served::Ublk(_) => FrontEnd::Ublk,
             Served::Loop(_) => FrontEnd::Loop,
+            Served::Nbd(nbd) => FrontEnd::Nbd(nbd.uri().clone()),
         }
     }
 
@@ -199,6 +231,8 @@ impl Served {
         match self {
             Served::Ublk(device) => device.can_resume(),
             Served::Loop(device) => device.can_resume(),
+            // Clients connect again.
+            Served::Nbd(_) => true,
         }
     }
 
@@ -207,12 +241,13 @@ impl Served {
         match self {
             Served::Ublk(device) => device.requests().hold(),
             Served::Loop(device) => device.hold(),
+            Served::Nbd(nbd) => nbd.clients().hold(),
         }
     }
 
     /// Whether the kernel has looked for partitions already, and discards are bounded.
     pub(crate) fn is_complete(&self) -> bool {
-        matches!(self, Served::Ublk(_))
+        !matches!(self, Served::Loop(_))
     }
 
     /// Takes the device down. Its page cache must have been written out before.
@@ -220,6 +255,10 @@ impl Served {
         match self {
             Served::Ublk(device) => device.detach(),
             Served::Loop(device) => device.detach(),
+            Served::Nbd(nbd) => {
+                nbd.stop();
+                Ok(())
+            }
         }
     }
 }

@@ -267,6 +267,9 @@ fn print_status(volume: &VolumeStatus, out: &mut Output) -> Result<()> {
             "size",
             format!("{}, sectors of {} bytes", human_size(live.volume_bytes), live.sector_size),
         );
+        if let Some(clients) = live.clients {
+            row("NBD clients", clients.to_string());
+        }
         data_rows(live, &mut row);
         writeback_rows(&volume.name, live, &mut row);
         work_rows(live, &mut row);

@@ -19,7 +19,7 @@ pub(crate) struct Standing {
     pub(crate) sector_size: u32,
     /// The one that it has got.
     pub(crate) front_end: FrontEnd,
-    /// The block device.
+    /// The block device, or the address of the NBD server.
     pub(crate) device: PathBuf,
     /// On what terms the backing device is used, if it is on a server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -67,6 +67,7 @@ mod tests {
             cache: "/dev/c".into(),
             backing: "/dev/b".into(),
             serve: FrontEnd::Auto,
+            insecure: false,
             sector_size: None,
             tunables: BTreeMap::new(),
         };

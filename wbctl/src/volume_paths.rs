@@ -1,19 +1,28 @@
 //! The names of volumes, and the folders and files that belong to each.
 
 use anyhow::{Context, Result, bail};
-use libwb::cli::{
-    MAX_NAME, RECORD_SUFFIX, config_dir, is_volume_name, open_no_link, refuse_others,
-};
-use libwb::control::{SOCKET, run_dir};
+use libwb::cli::{MAX_NAME, RECORD_SUFFIX, is_volume_name, open_no_link, refuse_others};
+use libwb::control::SOCKET;
+use libwb::folders::{config_dir, run_dir, run_dir_advice};
+use libwb::serve::nbd::remove_abandoned;
 use nix::fcntl::{Flock, FlockArg};
+use nix::unistd::geteuid;
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::{Duration, Instant};
 
 /// The file in which a daemon notes its block device.
 const NOTE: &str = "device";
+/// The file in which a daemon notes the Unix socket of its NBD server.
+const NBD_NOTE: &str = "nbd";
+
+/// How long the kernel may take to close the sockets of a server that was killed.
+const LINGERING: Duration = Duration::from_secs(1);
 
 /// A volume's name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,9 +113,37 @@ impl VolumeName {
             .find(|name| name.is_running().unwrap_or(false))
     }
 
+    fn nbd_note(&self) -> PathBuf {
+        self.run_dir().join(NBD_NOTE)
+    }
+
+    /// Notes the Unix socket that the daemon's NBD server will listen on.
+    pub(crate) fn note_nbd_socket(&self, socket: &Path) -> std::io::Result<()> {
+        std::fs::write(self.nbd_note(), socket.as_os_str().as_bytes())
+    }
+
+    /// Removes the Unix socket of an NBD server that has ended. Returns whether there was one.
+    fn remove_nbd_socket(&self) -> std::io::Result<bool> {
+        let noted = match std::fs::read(self.nbd_note()) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
+            noted => noted?,
+        };
+        let (socket, started) = (Path::new(OsStr::from_bytes(&noted)), Instant::now());
+        let removed = loop {
+            let removed = remove_abandoned(socket)?;
+            if removed || !socket.exists() || started.elapsed() > LINGERING {
+                break removed;
+            }
+            std::thread::sleep(LINGERING / 50);
+        };
+        std::fs::remove_file(self.nbd_note())?;
+        Ok(removed)
+    }
+
     /// Removes what a daemon shows to others while its volume can be used. Ignores files that it
     /// cannot remove.
     pub(crate) fn withdraw(&self) {
+        let _ = self.remove_nbd_socket();
         for file in [self.link(), self.note(), self.socket()] {
             let _ = std::fs::remove_file(file);
         }
@@ -125,7 +162,7 @@ impl VolumeName {
     fn lock_by(&self, how: FlockArg) -> Result<Option<Flock<File>>> {
         let dir = self.run_dir();
         DirBuilder::new().recursive(true).mode(0o700).create(&dir).with_context(|| {
-            format!("cannot make the folder {} (root is needed)", dir.display())
+            format!("cannot make the folder {} ({})", dir.display(), run_dir_advice())
         })?;
         refuse_foreign_folder(&dir)?;
         let path = self.lock_file();
@@ -147,8 +184,11 @@ impl VolumeName {
     /// Removes all files of a daemon that does not run; `lock` is its lock. True if the daemon had
     /// not removed them itself.
     pub(crate) fn clear(&self, lock: Flock<File>) -> Result<bool> {
-        let mut was_left = false;
-        for file in [self.link(), self.note(), self.socket()] {
+        let mut was_left =
+            self.remove_nbd_socket().context("cannot remove the socket of its NBD server")?;
+        // Only root makes links. One may lead to another volume of that name.
+        let link = geteuid().is_root().then(|| self.link());
+        for file in link.into_iter().chain([self.note(), self.socket()]) {
             was_left |= remove(&file)?;
         }
         remove(&self.lock_file())?;
@@ -164,8 +204,9 @@ impl VolumeName {
         // An ordinary user may not look, and must not be told that no daemon runs.
         let is_there = path.try_exists().with_context(|| {
             format!(
-                "cannot tell whether '{self}' is attached: cannot look for {} (root is needed)",
-                path.display()
+                "cannot tell whether '{self}' is attached: cannot look for {} ({})",
+                path.display(),
+                run_dir_advice()
             )
         })?;
         // A shared lock: two processes that check at the same time must not take each other for a
@@ -208,9 +249,9 @@ pub(crate) fn all_names() -> Result<Vec<VolumeName>> {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
             Err(e) => {
                 let who = if e.kind() == std::io::ErrorKind::PermissionDenied {
-                    " (root is needed)"
+                    format!(" ({})", run_dir_advice())
                 } else {
-                    ""
+                    String::new()
                 };
                 return Err(e)
                     .with_context(|| format!("cannot read the folder {}{who}", dir.display()));

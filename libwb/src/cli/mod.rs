@@ -15,9 +15,7 @@ pub use backing::{Backing, place};
 pub use numbers::{LAST_SECOND, count, human_rate, human_size, human_time, parse_label, percent};
 pub use own::{open_no_link, read_own, refuse_others};
 pub use progress::Progress;
-pub use recorded::{
-    MAX_NAME, MAX_RECORD, RECORD_SUFFIX, VolumeDevices, config_dir, is_volume_name,
-};
+pub use recorded::{MAX_NAME, MAX_RECORD, RECORD_SUFFIX, VolumeDevices, is_volume_name};
 pub use salvage::SalvageOption;
 pub use table::{Table, properties, table};
 pub use text::read_text;

@@ -2,6 +2,7 @@
 
 use super::own::read_own;
 use crate::device::{Place, is_same_device};
+use crate::folders::config_dirs;
 use serde::Deserialize;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
@@ -25,21 +26,23 @@ pub struct VolumeDevices {
 }
 
 impl VolumeDevices {
-    /// All recorded volumes, by name. Skips records that it cannot read. Returns none to a user who
-    /// may not read the folder.
+    /// All recorded volumes, by name: those of this user, and those of the system. Skips records
+    /// and folders that it may not read.
     ///
     /// # Errors
     /// When the folder cannot be read.
     pub fn all() -> io::Result<Vec<VolumeDevices>> {
-        let entries = match std::fs::read_dir(config_dir()) {
-            Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
-                return Ok(Vec::new());
-            }
-            entries => entries?,
-        };
         let mut all: Vec<VolumeDevices> = Vec::new();
-        for entry in entries {
-            all.extend(VolumeDevices::load(&entry?.path()));
+        for folder in config_dirs() {
+            let entries = match std::fs::read_dir(folder) {
+                Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) => {
+                    continue;
+                }
+                entries => entries?,
+            };
+            for entry in entries {
+                all.extend(VolumeDevices::load(&entry?.path()));
+            }
         }
         all.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(all)
@@ -71,11 +74,6 @@ impl VolumeDevices {
             Place::Export(_) => self.backing.is_same(place),
         }
     }
-}
-
-/// The folder with the records.
-pub fn config_dir() -> PathBuf {
-    std::env::var_os("WB_CONFIG_DIR").map_or_else(|| "/etc/wb".into(), PathBuf::from)
 }
 
 /// Whether this is a valid volume name. No valid name leads out of a folder.

@@ -2,7 +2,7 @@
 //! saying so.
 
 use super::line::Lines;
-use super::{FIRST, Message, PROTOCOL, Reply, Request, SOCKET, refuse_stranger, run_dir};
+use super::{FIRST, Message, PROTOCOL, Reply, Request, SOCKET, refuse_stranger};
 use crate::device::probe::identity;
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -173,7 +173,7 @@ fn parse(line: &str) -> Result<Message<Reply>, AskError> {
 pub fn volume_of(device: &Path) -> Option<String> {
     let wanted = identity(device).ok()?;
     let is_wanted = |path: &Path| identity(path).is_ok_and(|found| found == wanted);
-    std::fs::read_dir(run_dir()).ok()?.flatten().find_map(|daemon| {
+    std::fs::read_dir(crate::folders::run_dir()).ok()?.flatten().find_map(|daemon| {
         let mut client = Client::connect(&daemon.path().join(SOCKET)).ok()?;
         match client.ask(&Request::Status, |_| ()).ok()? {
             Reply::Status(volume)

@@ -31,7 +31,7 @@ use std::io::{self, ErrorKind, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -347,11 +347,6 @@ fn request(client: UnixStream) -> Result<Request, String> {
     }
     serde_json::from_value(asked.body)
         .map_err(|e| format!("not a request that the volume's daemon knows: {e}"))
-}
-
-/// The folder with a folder for each running daemon.
-pub fn run_dir() -> PathBuf {
-    std::env::var_os("WB_RUN_DIR").map_or_else(|| "/run/wb".into(), PathBuf::from)
 }
 
 /// The name of the socket in a daemon's folder.

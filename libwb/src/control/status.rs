@@ -19,7 +19,7 @@ pub struct VolumeStatus {
     pub state: VolumeState,
     /// Why it is in that state, or what is wrong with it, if there is anything to say.
     pub message: Option<String>,
-    /// The block device, while attached.
+    /// The block device while attached, or the address of its NBD server.
     pub device: Option<PathBuf>,
     /// The cache device.
     pub cache: PathBuf,
@@ -96,7 +96,9 @@ pub struct LiveStatus {
     pub server_pid: u32,
     /// Whether the volume outlives that process: another one goes on where it ended.
     pub outlives_server: bool,
-    /// Logical sector size of the block device in bytes.
+    /// How many connections of NBD clients use the volume; `None` if it is not served over NBD.
+    pub clients: Option<u64>,
+    /// Logical sector size of the volume in bytes.
     pub sector_size: u32,
     /// Size of the volume.
     pub volume_bytes: u64,
@@ -180,6 +182,7 @@ impl LiveStatus {
             pid: processes.keeper,
             server_pid: processes.server,
             outlives_server: processes.outlives_server,
+            clients: None,
             sector_size,
             volume_bytes: status.volume_bytes,
             log_bytes: status.log_bytes,

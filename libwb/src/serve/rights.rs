@@ -18,8 +18,8 @@ pub fn refuse_without_root() -> Result<(), String> {
     if has(Capability::SysAdmin) {
         return Ok(());
     }
-    Err("serving a volume as a block device needs root (CAP_SYS_ADMIN). wbctl replay, on your own \
-         files, does not"
+    Err("serving a volume as a block device needs root (CAP_SYS_ADMIN). Serving it over NBD, on \
+         your own files, does not: --serve nbd+unix:///?socket=PATH. Nor does wbctl replay"
         .into())
 }
 

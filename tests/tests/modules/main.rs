@@ -14,7 +14,8 @@ const PACKAGES: [&str; 6] = ["libwb", "wbctl", "wbformat", "wbcheck", "wbdump", 
 
 /// The layers of libwb from the bottom up, and which others each may use. A row for a module within
 /// a layer adds to what the layer may use.
-const LAYERS: [(&str, &[&str]); 17] = [
+const LAYERS: [(&str, &[&str]); 18] = [
+    ("folders", &[]),
     ("format", &[]),
     ("buf", &["format"]),
     ("nbd", &["format"]),
@@ -28,14 +29,17 @@ const LAYERS: [(&str, &[&str]); 17] = [
     ("device::nbd::dial", &["reactor"]),
     ("log", &["buf", "device", "format", "rules", "runtime", "sys"]),
     ("cache", &["buf", "device", "format", "log", "rules", "runtime", "sys"]),
-    ("control", &["buf", "cache", "device", "format", "log", "pending", "runtime", "sys"]),
+    (
+        "control",
+        &["buf", "cache", "device", "folders", "format", "log", "pending", "runtime", "sys"],
+    ),
     ("serve", &["buf", "cache", "device", "format", "log", "reactor", "runtime", "sys"]),
     ("serve::nbd", &["nbd"]),
     (
         "cli",
         &[
-            "buf", "cache", "control", "device", "format", "log", "reactor", "runtime", "serve",
-            "sys",
+            "buf", "cache", "control", "device", "folders", "format", "log", "reactor", "runtime",
+            "serve", "sys",
         ],
     ),
 ];

@@ -4,6 +4,7 @@
 //! for each connection that its socket accepts.
 
 mod asked;
+mod connections;
 mod error;
 mod input;
 mod negotiation;
@@ -17,7 +18,7 @@ mod tls;
 mod transmission;
 
 pub use error::SessionError;
-pub use server::{NbdServer, listen};
+pub use server::{Clients, NbdServer, listen, remove_abandoned};
 pub use session::Session;
 pub use stop::Stop;
 pub use tls::ServerTls;

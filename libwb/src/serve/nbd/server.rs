@@ -1,15 +1,17 @@
 //! A socket that clients connect to.
 
+use super::connections::Connections;
 use super::session::Session;
 use super::stop::Stop;
 use crate::reactor::{Address, Handle, Listener, Socket};
 use crate::runtime::Runtime;
 use crate::serve::{ServeError, Volume, failed};
-use event_listener::Event;
 use futures_lite::future::or;
 use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
+use rustix::net::{
+    AddressFamily, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, shutdown, socket_with,
+};
 use std::fs::remove_file;
 use std::io;
 use std::net::TcpListener;
@@ -17,12 +19,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-/// The maximum number of clients at a time. Further ones wait until one goes.
-const MAX_CLIENTS: usize = 64;
 /// How many connections the system keeps until they are taken.
 const BACKLOG: i32 = 128;
 /// How long to wait if the system has no room for another connection.
@@ -47,14 +46,24 @@ fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     let address = SocketAddrUnix::new(path)?;
     match bind(&socket, &address) {
-        Err(Errno::ADDRINUSE) if is_abandoned(path) => {
-            remove_file(path)?;
-            bind(&socket, &address)?;
-        }
+        Err(Errno::ADDRINUSE) if remove_abandoned(path)? => bind(&socket, &address)?,
         bound => bound?,
     }
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket)
+}
+
+/// Removes a Unix socket that no process listens on any more. Leaves any other file alone. Returns
+/// whether it removed one.
+///
+/// # Errors
+/// When the system refuses.
+pub fn remove_abandoned(path: &Path) -> io::Result<bool> {
+    let is_abandoned = is_abandoned(path);
+    if is_abandoned {
+        remove_file(path)?;
+    }
+    Ok(is_abandoned)
 }
 
 /// Whether a path is that of a Unix socket whose process has ended. Other files refuse connections,
@@ -65,47 +74,46 @@ fn is_abandoned(path: &Path) -> bool {
             .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
-/// The connections of a server.
-#[derive(Default)]
-struct Connections {
-    number: AtomicUsize,
-    /// One has ended.
-    ended: Event,
-}
-
-impl Connections {
-    async fn fewer_than(&self, most: usize) {
-        while self.number.load(Ordering::SeqCst) >= most {
-            let ended = self.ended.listen();
-            if self.number.load(Ordering::SeqCst) >= most {
-                ended.await;
-            }
-        }
-    }
-}
-
-/// Counts as a connection until it is dropped.
-struct Connection(Arc<Connections>);
-
-impl Connection {
-    fn begin(of: &Arc<Connections>) -> Connection {
-        of.number.fetch_add(1, Ordering::SeqCst);
-        Connection(of.clone())
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.0.number.fetch_sub(1, Ordering::SeqCst);
-        self.0.ended.notify(usize::MAX);
-    }
-}
-
 /// Serves a volume to all clients that connect to a socket. Dropping it tells all sessions to
 /// end, but does not wait for that; [`NbdServer::stop`] waits.
 pub struct NbdServer {
+    clients: Clients,
+}
+
+/// The clients of a server, as other threads see them. Cloning it gives another handle of the same.
+#[derive(Clone)]
+pub struct Clients {
     stop: Stop,
     connections: Arc<Connections>,
+    listener: Weak<Listener>,
+}
+
+impl Clients {
+    /// How many connections have chosen an export. A client may have several.
+    pub fn number(&self) -> usize {
+        self.connections.clients()
+    }
+
+    /// Takes and answers no more requests, as if the process had died. Connections break with the
+    /// process.
+    pub fn hold(&self) {
+        self.stop.hold();
+    }
+
+    /// Ends all connections and the listening socket, even if a volume hangs.
+    pub fn cut_off(&self) {
+        self.close_door();
+        self.connections.cut_off();
+    }
+
+    /// Has new clients refused from now on, even if other processes or the reactor still hold the
+    /// listening socket.
+    fn close_door(&self) {
+        self.stop.stop();
+        if let Some(listener) = self.listener.upgrade() {
+            let _ = shutdown(&*listener, Shutdown::Both);
+        }
+    }
 }
 
 impl NbdServer {
@@ -115,75 +123,76 @@ impl NbdServer {
         listener: Listener,
         session: Session<V>,
     ) -> NbdServer {
-        let server = NbdServer { stop: Stop::default(), connections: Arc::default() };
+        let listener = Arc::new(listener);
         let clients = Clients {
+            stop: Stop::default(),
+            connections: Arc::default(),
+            listener: Arc::downgrade(&listener),
+        };
+        let door = Door {
             runtime: runtime.clone(),
             listener,
             session: Arc::new(session),
-            stop: server.stop.clone(),
-            connections: server.connections.clone(),
+            stop: clients.stop.clone(),
+            connections: clients.connections.clone(),
         };
-        // The task that accepts counts, too: once it has ended, the socket is closed.
-        let accepting = Connection::begin(&server.connections);
+        let accepting = clients.connections.accepting();
         runtime.spawn(Box::pin(async move {
-            or(clients.accept(), clients.stop.stopped()).await;
-            drop((clients, accepting));
+            or(door.stop.stopped(), door.accept()).await;
+            drop((door, accepting));
         }));
-        server
+        NbdServer { clients }
     }
 
-    /// The number of clients.
-    pub fn clients(&self) -> usize {
-        self.connections.number.load(Ordering::SeqCst).saturating_sub(1)
+    /// The clients.
+    pub fn clients(&self) -> &Clients {
+        &self.clients
     }
 
     /// Takes no more clients and requests, answers those that were taken, and ends all connections.
-    /// A volume that hangs makes this hang.
+    /// A volume that hangs makes this hang, unless [`Clients::cut_off`] is called.
     pub async fn stop(self) {
-        self.stop.stop();
-        self.connections.fewer_than(1).await;
+        self.clients.close_door();
+        self.clients.connections.have_ended().await;
     }
 }
 
 impl Drop for NbdServer {
     fn drop(&mut self) {
-        self.stop.stop();
+        self.clients.stop.stop();
     }
 }
 
-/// What takes the clients.
-struct Clients<V> {
+/// What takes in clients.
+struct Door<V> {
     runtime: Handle,
-    listener: Listener,
+    listener: Arc<Listener>,
     session: Arc<Session<V>>,
     stop: Stop,
     connections: Arc<Connections>,
 }
 
-impl<V: Volume> Clients<V> {
+impl<V: Volume> Door<V> {
     async fn accept(&self) {
         loop {
-            self.connections.fewer_than(1 + MAX_CLIENTS).await;
-            match self.listener.accept().await {
-                Ok(socket) => self.serve(socket),
-                Err(error) => self.wait_after(&error).await,
+            self.connections.have_room().await;
+            let taken = self.listener.accept().await.and_then(|socket| self.serve(socket));
+            if let Err(error) = taken {
+                tracing::warn!("cannot take another NBD client for now: {error}");
+                self.runtime.sleep(UNTIL_NEXT_TRY).await;
             }
         }
     }
 
-    async fn wait_after(&self, error: &io::Error) {
-        tracing::warn!("cannot take another NBD client for now: {error}");
-        self.runtime.sleep(UNTIL_NEXT_TRY).await;
-    }
-
-    fn serve(&self, socket: Socket) {
-        let connection = Connection::begin(&self.connections);
+    fn serve(&self, socket: Socket) -> io::Result<()> {
+        let connection = self.connections.begin(&socket)?;
         let (session, stop) = (self.session.clone(), self.stop.clone());
         self.runtime.spawn(Box::pin(async move {
-            if let Err(error) = session.run(socket, &stop).await {
+            if let Err(error) = session.run_with(socket, &stop, || connection.is_client()).await {
                 tracing::debug!("an NBD client is no longer served: {error}");
             }
             drop(connection);
         }));
+        Ok(())
     }
 }

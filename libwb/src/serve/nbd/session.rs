@@ -45,8 +45,18 @@ impl<V: Volume> Session<V> {
     /// Says why the client is no longer served, if it did not go by itself.
     pub async fn run<S: AsyncRead + AsyncWrite + Unpin + Send>(
         &self,
+        stream: S,
+        stop: &Stop,
+    ) -> Result<(), SessionError> {
+        self.run_with(stream, stop, || ()).await
+    }
+
+    /// As [`Session::run`]. Calls `chosen` once the client has chosen its export.
+    pub(super) async fn run_with<S: AsyncRead + AsyncWrite + Unpin + Send>(
+        &self,
         mut stream: S,
         stop: &Stop,
+        chosen: impl FnOnce(),
     ) -> Result<(), SessionError> {
         let mut limit = pin!(or(
             async {
@@ -65,7 +75,7 @@ impl<V: Volume> Session<V> {
         };
         let (client, agreed) = within(limit.as_mut(), plain).await?;
         let (Agreed::Tls, Some(tls)) = (agreed, &self.tls) else {
-            return self.serve(stream, agreed, stop).await;
+            return self.serve(stream, agreed, stop, chosen).await;
         };
         let secure = async {
             let mut stream = tls.accept(stream).await.map_err(SessionError::Tls)?;
@@ -73,7 +83,7 @@ impl<V: Volume> Session<V> {
             Ok((stream, agreed))
         };
         let (stream, agreed) = within(limit.as_mut(), secure).await?;
-        self.serve(stream, agreed, stop).await
+        self.serve(stream, agreed, stop, chosen).await
     }
 
     fn offer(&self, is_tls: bool) -> Offer<'_> {
@@ -87,8 +97,10 @@ impl<V: Volume> Session<V> {
         stream: S,
         agreed: Agreed,
         stop: &Stop,
+        chosen: impl FnOnce(),
     ) -> Result<(), SessionError> {
         let Agreed::Export { structured } = agreed else { return Ok(()) };
+        chosen();
         let size = usable(&self.volume, &self.options);
         let transmission =
             Transmission::new(self.volume.clone(), size, self.options, structured, stream);

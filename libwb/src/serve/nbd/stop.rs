@@ -6,22 +6,40 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Tells sessions to end. Cloning it gives another handle of the same.
 #[derive(Clone, Default)]
-pub struct Stop(Arc<(AtomicBool, Event)>);
+pub struct Stop(Arc<State>);
+
+#[derive(Default)]
+struct State {
+    is_stopped: AtomicBool,
+    is_held: AtomicBool,
+    stopped: Event,
+}
 
 impl Stop {
     /// Tells all sessions to take no more requests, to answer those that were taken, and to end.
     pub fn stop(&self) {
-        self.0.0.store(true, Ordering::SeqCst);
-        self.0.1.notify(usize::MAX);
+        self.0.is_stopped.store(true, Ordering::SeqCst);
+        self.0.stopped.notify(usize::MAX);
     }
 
-    /// Completes once [`Stop::stop`] was called.
+    /// Tells all sessions to take and answer no more requests. They never end: their connections
+    /// break with the process.
+    pub fn hold(&self) {
+        self.0.is_held.store(true, Ordering::SeqCst);
+        self.stop();
+    }
+
+    /// Completes once [`Stop::stop`] or [`Stop::hold`] was called.
     pub async fn stopped(&self) {
-        while !self.0.0.load(Ordering::SeqCst) {
-            let news = self.0.1.listen();
-            if !self.0.0.load(Ordering::SeqCst) {
+        while !self.0.is_stopped.load(Ordering::SeqCst) {
+            let news = self.0.stopped.listen();
+            if !self.0.is_stopped.load(Ordering::SeqCst) {
                 news.await;
             }
         }
+    }
+
+    pub(super) fn is_held(&self) -> bool {
+        self.0.is_held.load(Ordering::SeqCst)
     }
 }

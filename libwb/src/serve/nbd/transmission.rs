@@ -12,8 +12,8 @@ use crate::nbd::{Chunk, Command, Decoded, Reply, Request};
 use crate::runtime::Runtime;
 use crate::serve::request::{Answer, Outcome};
 use crate::serve::{Options, Volume};
-use futures_lite::future::or;
-use futures_lite::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use futures_lite::future::{or, pending, yield_now};
+use futures_lite::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use futures_util::future::BoxFuture;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use nix::errno::Errno;
@@ -36,6 +36,8 @@ const BURST: usize = 8;
 const ENOUGH_TO_SEND: usize = 128 << 10;
 /// How long a client that goes may take for its last replies.
 const TO_TAKE_REPLIES: Duration = Duration::from_secs(30);
+/// How long a client may take to hang up after its last reply.
+const TO_HANG_UP: Duration = Duration::from_secs(1);
 
 /// A request that was carried out.
 struct Done {
@@ -111,7 +113,12 @@ impl<V: Volume, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<V, S> {
             stop.stopped().await;
             Ok(())
         };
-        let served = or(poll_fn(|context| self.poll_serve(context)), stopped).await;
+        let served = or(stopped, poll_fn(|context| self.poll_serve(context))).await;
+        if stop.is_held() {
+            // Other requests may wait for these.
+            while self.in_flight.next().await.is_some() {}
+            return pending().await;
+        }
         let sent = match &served {
             Err(SessionError::Io(_)) => Ok(()),
             _ => self.finish(runtime).await,
@@ -281,7 +288,18 @@ impl<V: Volume, S: AsyncRead + AsyncWrite + Unpin + Send> Transmission<V, S> {
             runtime.sleep(TO_TAKE_REPLIES).await;
             Err(SessionError::NotTaken)
         };
-        or(send, too_slow).await
+        or(send, too_slow).await?;
+        or(self.hang_up(), runtime.sleep(TO_HANG_UP)).await;
+        Ok(())
+    }
+
+    /// Waits until the client hangs up. If a socket is closed while it holds unread input, TCP may
+    /// take away replies that the client has not read yet.
+    async fn hang_up(&mut self) {
+        let mut bytes = [0; 512];
+        while self.stream.read(&mut bytes).await.is_ok_and(|length| length > 0) {
+            yield_now().await;
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Sessions over links in memory, with a volume in memory that can be made to wait.
 
 mod client;
+mod failing;
 mod link;
 mod negotiation;
 mod sockets;
@@ -42,6 +43,10 @@ struct State {
     reads: AtomicUsize,
     flushes: AtomicUsize,
     cannot_discard: AtomicBool,
+    /// Writes fail.
+    refuses_writes: AtomicBool,
+    /// Flushes fail.
+    refuses_flushes: AtomicBool,
 }
 
 impl TestVolume {
@@ -89,6 +94,9 @@ impl Volume for TestVolume {
     }
 
     fn write_ready(&self, sector: Sector, data: &[u8]) -> Result<usize, Errno> {
+        if self.0.refuses_writes.load(Ordering::SeqCst) {
+            return Err(Errno::EIO);
+        }
         let most = match TestVolume::count(&self.0.at_once) {
             0 => data.len(),
             most => most.min(data.len()),
@@ -122,7 +130,10 @@ impl Volume for TestVolume {
     async fn flush(&self) -> Result<(), Errno> {
         self.released().await;
         self.0.flushes.fetch_add(1, Ordering::SeqCst);
-        Ok(())
+        match self.0.refuses_flushes.load(Ordering::SeqCst) {
+            true => Err(Errno::EIO),
+            false => Ok(()),
+        }
     }
 }
 

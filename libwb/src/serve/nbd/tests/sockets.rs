@@ -3,8 +3,10 @@ use super::{NAME, TestVolume};
 use crate::device::probe::Traits;
 use crate::nbd::Command;
 use crate::reactor::{Address, Listener, Reactor, Socket};
+use crate::runtime::Runtime;
 use crate::serve::Options;
-use crate::serve::nbd::{NbdServer, Session, listen};
+use crate::serve::nbd::connections::MAX_NEGOTIATING;
+use crate::serve::nbd::{NbdServer, Session, listen, remove_abandoned};
 use futures_lite::future::yield_now;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
@@ -33,7 +35,7 @@ fn several_clients_are_served_and_a_server_ends_in_order() {
             assert_eq!(client.call(write, &[1; 512]).await, Ok(()));
             clients.push(client);
         }
-        assert_eq!(server.clients(), 3);
+        assert_eq!(server.clients().number(), 3);
         volume.hold();
         clients[1].send_request(request(Command::Flush, 9, 0, 0), &[]).await;
         // It has taken the request once it answers the next one.
@@ -90,6 +92,77 @@ fn clients_are_served_over_tcp_and_one_that_vanishes_hurts_no_other() {
         drop(other);
         assert_eq!(client.call(request(Command::Write, 1, 0, 512), &[1; 512]).await, Ok(()));
         drop(client);
+        server.stop().await;
+    });
+}
+
+#[test]
+fn connections_that_say_nothing_keep_no_client_out() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = Address::Unix(folder.path().join("socket"));
+    let (reactor, volume) = (Reactor::start().unwrap(), TestVolume::new());
+    let server = serve(&reactor, &volume, &at);
+    reactor.block_on(async {
+        let mut early = Client::new(Socket::connect(reactor.handle(), &at).await.unwrap());
+        early.begin(true).await;
+        let mut silent = Vec::new();
+        for _ in 0..3 * MAX_NEGOTIATING {
+            silent.push(Socket::connect(reactor.handle(), &at).await.unwrap());
+        }
+        let mut client = Client::new(Socket::connect(reactor.handle(), &at).await.unwrap());
+        client.begin(true).await;
+        assert_eq!(server.clients().number(), 2);
+        for client in [&mut early, &mut client] {
+            assert_eq!(client.call(request(Command::Write, 1, 0, 512), &[1; 512]).await, Ok(()));
+        }
+        drop((early, client, silent));
+        server.stop().await;
+    });
+}
+
+#[test]
+fn clients_are_cut_off_although_the_volume_hangs() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let at = Address::Unix(path.clone());
+    let (reactor, volume) = (Reactor::start().unwrap(), TestVolume::new());
+    let server = serve(&reactor, &volume, &at);
+    reactor.block_on(async {
+        let mut client = Client::new(Socket::connect(reactor.handle(), &at).await.unwrap());
+        client.begin(true).await;
+        volume.hold();
+        client.send_request(request(Command::Flush, 1, 0, 0), &[]).await;
+        server.clients().cut_off();
+        assert!(client.is_at_end().await);
+        assert!(Socket::connect(reactor.handle(), &at).await.is_err());
+        volume.release();
+        server.stop().await;
+    });
+    assert!(remove_abandoned(&path).unwrap() && !path.exists());
+}
+
+#[test]
+fn a_client_over_tcp_gets_its_last_replies_although_it_sends_more() {
+    let (reactor, volume) = (Reactor::start().unwrap(), TestVolume::new());
+    let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = Address::Tcp(listening.local_addr().unwrap());
+    let runtime = reactor.handle();
+    let options = Options { sector_size: 512, read_only: false, backing: Traits::default() };
+    let session = Session::new(volume, NAME, options, None, Arc::new(runtime.clone())).unwrap();
+    let server =
+        NbdServer::start(runtime, Listener::new(runtime, listening.into()).unwrap(), session);
+    reactor.block_on(async {
+        for _ in 0..20 {
+            let mut client = Client::new(Socket::connect(runtime, &at).await.unwrap());
+            client.begin(false).await;
+            client.send_request(request(Command::Read, 1, 0, 1 << 20), &[]).await;
+            client.send_request(request(Command::Disconnect, 2, 0, 0), &[]).await;
+            // Nobody will read this.
+            client.send(&[1; 4096]).await.unwrap();
+            runtime.sleep(std::time::Duration::from_millis(2)).await;
+            assert!(client.reply().await.is_some());
+            client.take(1 << 20).await;
+        }
         server.stop().await;
     });
 }

@@ -1,14 +1,17 @@
 use super::client::{Client, go, request};
-use super::{NAME, Server, TestRuntime};
+use super::{NAME, Server, TestRuntime, TestTime};
 use crate::nbd::{ClientFlags, ClientOption, Command, OptionError, OptionReply};
 use crate::serve::nbd::tests::link::link;
 use crate::serve::nbd::{ServerTls, Session, SessionError};
-use futures_lite::future::{block_on, zip};
+use futures_lite::future::{block_on, yield_now, zip};
 use futures_rustls::TlsConnector;
 use futures_rustls::rustls::crypto::ring;
 use futures_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use futures_rustls::rustls::{ClientConfig, RootCertStore};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, IsCa,
+    KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SerialNumber,
+};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,13 +22,20 @@ impl Authority {
     fn new() -> Authority {
         let mut params = CertificateParams::new([]).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let key = KeyPair::generate().unwrap();
         Authority(CertifiedIssuer::self_signed(params, key).unwrap())
     }
 
+    fn params(name: &str) -> CertificateParams {
+        let mut params = CertificateParams::new([name.to_string()]).unwrap();
+        params.serial_number = Some(SerialNumber::from(name.len() as u64));
+        params
+    }
+
     fn sign(&self, name: &str) -> (rcgen::Certificate, KeyPair) {
         let key = KeyPair::generate().unwrap();
-        let params = CertificateParams::new([name.to_string()]).unwrap();
+        let params = Authority::params(name);
         (params.signed_by(&key, &self.0).unwrap(), key)
     }
 
@@ -36,6 +46,27 @@ impl Authority {
         write("ca-cert.pem", self.0.pem());
         write("server-cert.pem", certificate.pem());
         write("server-key.pem", key.serialize_pem());
+    }
+
+    /// Revokes a certificate, in the folder of a server.
+    fn revoke(&self, certificate: &CertificateParams, folder: &Path) {
+        let date = |year| rcgen::date_time_ymd(year, 1, 1);
+        let revoked = RevokedCertParams {
+            serial_number: certificate.serial_number.clone().unwrap(),
+            revocation_time: date(2020),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let list = CertificateRevocationListParams {
+            this_update: date(2020),
+            next_update: date(2999),
+            crl_number: SerialNumber::from(1),
+            issuing_distribution_point: None,
+            revoked_certs: vec![revoked],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let list = list.signed_by(&self.0).unwrap().pem().unwrap();
+        std::fs::write(folder.join("ca-crl.pem"), list).unwrap();
     }
 
     fn connector(&self, client: Option<&Authority>) -> TlsConnector {
@@ -63,13 +94,22 @@ fn serve<T>(
 ) -> (Result<(), SessionError>, T) {
     let folder = tempfile::tempdir().unwrap();
     authority.write_to(folder.path());
-    let tls = ServerTls::load(folder.path()).unwrap();
+    serve_from(folder.path(), async |it, _| client(it).await)
+}
+
+/// Serves one client over TLS, with the certificates of a folder. The client may let time pass.
+fn serve_from<T>(
+    folder: &Path,
+    client: impl AsyncFnOnce(Client, &TestTime) -> T,
+) -> (Result<(), SessionError>, T) {
+    let tls = ServerTls::load(folder).unwrap();
     let server = Server::new();
     let runtime = Arc::new(TestRuntime(server.time.clone()));
     let session =
         Session::new(server.volume.clone(), NAME, server.options, Some(tls), runtime).unwrap();
     let (server_end, client_end) = link(64 << 10);
-    block_on(zip(session.run(server_end, &server.stop), client(Client::new(client_end))))
+    let client = client(Client::new(client_end), &server.time);
+    block_on(zip(session.run(server_end, &server.stop), client))
 }
 
 fn server_name() -> ServerName<'static> {
@@ -174,4 +214,50 @@ fn a_file_that_cannot_be_used_is_named() {
     )
     .unwrap();
     assert!(error().contains("cannot use"), "{}", error());
+}
+
+#[test]
+fn a_client_whose_certificate_is_revoked_is_not_served() {
+    let authority = Authority::new();
+    let folder = tempfile::tempdir().unwrap();
+    authority.write_to(folder.path());
+    let connect = async |mut client: Client, _: &TestTime| {
+        client.greet(ClientFlags::FIXED_NEWSTYLE).await;
+        client.ask(&ClientOption::StartTls).await;
+        let connector = authority.connector(Some(&authority));
+        // The client may learn of it only when it reads.
+        match connector.connect(server_name(), client.into_stream()).await {
+            Ok(stream) => {
+                let mut client = Client::new(stream);
+                let mut bytes = Vec::new();
+                ClientOption::Abort.encode(&mut bytes);
+                client.send(&bytes).await.is_ok() && client.option_reply().await.is_some()
+            }
+            Err(_) => false,
+        }
+    };
+    authority.revoke(&Authority::params("another"), folder.path());
+    let (ended, is_served) = serve_from(folder.path(), connect);
+    assert!(ended.is_ok() && is_served, "{ended:?}");
+    authority.revoke(&Authority::params("client"), folder.path());
+    let (ended, is_served) = serve_from(folder.path(), connect);
+    assert!(matches!(ended, Err(SessionError::Tls(_))) && !is_served, "{ended:?}");
+}
+
+#[test]
+fn a_client_that_never_ends_the_handshake_is_not_waited_for_for_ever() {
+    let folder = tempfile::tempdir().unwrap();
+    Authority::new().write_to(folder.path());
+    let (ended, ()) = serve_from(folder.path(), async |mut client, time| {
+        client.greet(ClientFlags::FIXED_NEWSTYLE).await;
+        assert_eq!(client.ask(&ClientOption::StartTls).await, [OptionReply::Ack]);
+        // The head of a long record, which never comes.
+        client.send(&[22, 3, 1, 1, 0, 1]).await.unwrap();
+        for _ in 0..100 {
+            yield_now().await;
+        }
+        time.pass();
+        assert!(client.is_at_end().await);
+    });
+    assert!(matches!(ended, Err(SessionError::TooSlow)), "{ended:?}");
 }

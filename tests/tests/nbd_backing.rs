@@ -1,9 +1,11 @@
 //! The backing device is an export of an NBD server: nbdkit's, or QEMU's.
 
+use libwb::device::IoBuf;
+use nix::libc::{EIO, O_DIRECT};
 use nix::sys::signal::Signal;
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
@@ -141,6 +143,47 @@ fn a_volume_outlives_its_server_process_while_the_link_is_down() {
     attached.detach(&["--drain"]);
     assert!(read_at(&volume.backing, 0, 2 * MIB) == noise(1, 2 * MIB));
     assert!(read_at(&volume.backing, 4 * MIB, MIB) == noise(2, MIB));
+}
+
+#[test]
+fn a_volume_can_be_detached_while_the_link_is_down_and_keeps_what_it_has() {
+    needs_serving!("nbdkit");
+    let (volume, mut server) = before_nbdkit(&[]);
+    let attached = volume.attach_with(&["writeback_threshold=1"]);
+    server.kill();
+    overwrite(&attached.device, 0, &noise(1, 3 * MIB));
+    flush(&attached.device);
+    assert!(wait_for(|| !is_up(&volume)));
+    let told = volume.must(&["detach", &volume.name]);
+    assert!(told.contains("3 MiB stay only in the cache"), "{told}");
+    drop(attached);
+    server.start_again();
+    let attached = volume.attach_with(&[]);
+    assert!(read_at(&attached.device, 0, 3 * MIB) == noise(1, 3 * MIB));
+    attached.detach(&["--drain"]);
+    assert!(read_at(&volume.backing, 0, 3 * MIB) == noise(1, 3 * MIB));
+}
+
+#[test]
+fn after_backing_timeout_requests_fail_and_go_on_once_the_server_is_back() {
+    needs_serving!("nbdkit");
+    let (volume, mut server) = before_nbdkit(&[]);
+    let attached = volume.attach_with(&["backing_timeout=1"]);
+    server.kill();
+    let far = 16 * MIB;
+    let read = || {
+        let mut sector = IoBuf::zeroed(4096);
+        let mut options = File::options();
+        let device = options.read(true).custom_flags(O_DIRECT).open(&attached.device);
+        device.and_then(|device| device.read_exact_at(&mut sector, far))
+    };
+    let failed = read().expect_err("no server");
+    assert_eq!(failed.raw_os_error(), Some(EIO), "{failed}");
+    server.start_again();
+    assert!(wait_for(|| read().is_ok()), "{}", attached.stderr());
+    volume.must(&["set", &volume.name, "backing_timeout=0"]);
+    assert_eq!(volume.status()["live"]["tunables"]["backing_timeout"], 0);
+    attached.detach(&[]);
 }
 
 #[test]

@@ -20,8 +20,8 @@ pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Place)
         let Some(holds) = dirt(io, other, uuid)? else { continue };
         let VolumeDevices { name, cache, .. } = other;
         bail!(
-            "{backing}: refused: it belongs to the volume '{name}', whose cache {} {holds}. If that \
-             data is written back later, it overwrites what another cache writes now. Write it \
+            "{backing}: refused: it belongs to the volume '{name}', whose cache {} {holds}. If \
+             that data is written back later, it overwrites what another cache writes now. Write it \
              back first (wbctl replay with that cache), or give it up: wbctl remove --force {name}",
             cache.display(),
         );

@@ -3,7 +3,7 @@
 use super::Handle;
 use super::operation::Target;
 use super::readiness::{Readiness, Ready};
-use crate::runtime::thread;
+use crate::runtime::{Runtime, thread};
 use futures_channel::oneshot;
 use futures_lite::io::{AsyncRead, AsyncWrite};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -79,6 +79,9 @@ pub struct Socket {
     writable: Option<Ready>,
 }
 
+/// How long to wait before connecting again where too many others wait to be accepted.
+const UNTIL_ACCEPTED: Duration = Duration::from_millis(10);
+
 impl Socket {
     /// Connects to an address.
     ///
@@ -92,9 +95,16 @@ impl Socket {
         };
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(family, SocketType::STREAM, flags, None)?;
-        let begun = match to {
-            Address::Unix(path) => rustix::net::connect(&socket, &SocketAddrUnix::new(path)?),
-            Address::Tcp(address) => rustix::net::connect(&socket, address),
+        let begun = loop {
+            let begun = match to {
+                Address::Unix(path) => rustix::net::connect(&socket, &SocketAddrUnix::new(path)?),
+                Address::Tcp(address) => rustix::net::connect(&socket, address),
+            };
+            // Many others wait to be accepted. For a Unix socket, nothing tells when that is over.
+            if begun != Err(Errno::AGAIN) {
+                break begun;
+            }
+            handle.sleep(UNTIL_ACCEPTED).await;
         };
         let socket = Socket::new(handle, socket)?;
         match begun {

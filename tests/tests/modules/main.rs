@@ -38,8 +38,8 @@ const LAYERS: [(&str, &[&str]); 18] = [
     (
         "cli",
         &[
-            "buf", "cache", "control", "device", "folders", "format", "log", "reactor", "runtime",
-            "serve", "sys",
+            "buf", "cache", "control", "device", "folders", "format", "log", "nbd", "reactor",
+            "runtime", "serve", "sys",
         ],
     ),
 ];

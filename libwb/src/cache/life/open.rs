@@ -231,7 +231,7 @@ impl Engine {
         }
         // If the link to it is down, the volume does not wait for it: the device itself flushes
         // before it answers anything.
-        if !self.backing.link().is_some_and(|link| link.down_for.is_some()) {
+        if self.backing.link().is_none_or(|link| link.down_for.is_none()) {
             self.backing.flush().await?;
         }
         match self.write_items(leftovers).await {

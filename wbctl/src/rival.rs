@@ -21,8 +21,9 @@ pub(crate) fn refuse(io: &Io, cache: &Path, uuid: Option<&str>, backing: &Place)
         let VolumeDevices { name, cache, .. } = other;
         bail!(
             "{backing}: refused: it belongs to the volume '{name}', whose cache {} {holds}. If \
-             that data is written back later, it overwrites what another cache writes now. Write it \
-             back first (wbctl replay with that cache), or give it up: wbctl remove --force {name}",
+             that data is written back later, it overwrites what another cache writes now. Write \
+             it back first (wbctl replay with that cache), or give it up: wbctl remove --force \
+             {name}",
             cache.display(),
         );
     }

@@ -1,7 +1,7 @@
 # Everything that developers and newcomers run. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak stress fuzz test-vm test-postgres bench bench-pause bench-vm deps tools \
-	build install uninstall deb package deny advisories fmt
+.PHONY: demo test sim soak stress fuzz test-vm test-postgres bench bench-nbd bench-pause bench-vm \
+	deps tools build install uninstall deb package deny advisories fmt
 
 # How many scenarios of work and crashes `make sim` and `make soak` simulate, and the first seed of
 # `make soak`.
@@ -73,6 +73,11 @@ fuzz: deps
 bench: deps
 	cargo build --release -p wbcheck
 	cargo run --release -p wb-bench -- all
+
+# What NBD costs: serving beside nbdkit's memory, and a drain over a Unix socket beside a file.
+bench-nbd: deps
+	cargo build --release -p wbctl -p wbformat
+	bench/nbd.sh
 
 # How long programs wait when the server of a volume is killed. Needs root, and 8 GB of disk.
 bench-pause: deps

@@ -96,7 +96,8 @@ fn long_options(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// A text without the commands of other programs: their lines, and those that continue them.
+/// A text without the commands of other programs: their lines, and those that continue them. What
+/// others run through wbctl stays.
 fn without_other_programs(text: &str) -> String {
     let other = [
         "docker",
@@ -108,6 +109,7 @@ fn without_other_programs(text: &str) -> String {
         "systemctl",
         "systemd\\-escape",
     ];
+    let text = text.replace("\\-\\-stop\\-timeout 120 \\-\\-security\\-opt", "");
     let mut of_other = false;
     let is_ours = |line: &&str| {
         let command = line.trim_start_matches(".B ");

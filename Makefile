@@ -26,7 +26,7 @@ PACKAGES = gcc libc6-dev pkg-config libblkid-dev libclang-dev groff-base e2fspro
 # What runs virtual machines: one with the real kernel module, and what builds that, and one with
 # a kernel that has ublk. The module does not build for the second kernel, so no headers of it.
 VM_PACKAGES = qemu-system-x86 busybox-static cpio kmod xz-utils binutils dmsetup fdisk \
-	bcache-tools dkms linux-image-amd64 linux-headers-amd64 dm-writeboost-dkms \
+	bcache-tools mdadm dkms linux-image-amd64 linux-headers-amd64 dm-writeboost-dkms \
 	linux-image-6.12-amd64
 
 demo: deps

@@ -96,12 +96,36 @@ fn long_options(text: &str) -> BTreeSet<String> {
         .collect()
 }
 
+/// A text without the commands of other programs: their lines, and those that continue them. What
+/// others run through wbctl stays.
+fn without_other_programs(text: &str) -> String {
+    let other = [
+        "docker",
+        "drbdadm",
+        "iscsiadm",
+        "mdadm",
+        "nbdkit",
+        "qemu\\-nbd",
+        "systemctl",
+        "systemd\\-escape",
+    ];
+    let text = text.replace("\\-\\-stop\\-timeout 120 \\-\\-security\\-opt", "");
+    let mut of_other = false;
+    let is_ours = |line: &&str| {
+        let command = line.trim_start_matches(".B ");
+        of_other = of_other || other.iter().any(|name| command.starts_with(name));
+        let is_ours = !of_other || command.contains("wbctl ");
+        of_other = of_other && line.ends_with("\\e");
+        is_ours
+    };
+    text.lines().filter(is_ours).map(|line| format!("{line}\n")).collect()
+}
+
 #[test]
 fn what_is_written_names_commands_and_options_that_there_are() {
     let programs = programs();
     let known: BTreeSet<String> = programs.iter().flat_map(options).collect();
-    let recipes = include_str!("../src/wb.7").replace("systemctl enable \\-\\-now", "");
-    let recipes = recipes.replace("systemd\\-escape \\-p \\-\\-suffix", "");
+    let recipes = without_other_programs(include_str!("../src/wb.7"));
     let texts = programs.iter().map(|program| program.sections).chain([recipes.as_str()]);
     for text in texts {
         let strange: Vec<_> = long_options(text).difference(&known).cloned().collect();

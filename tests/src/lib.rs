@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 pub mod bit_flip;
+mod certificates;
 pub mod crafted;
 pub mod crashed;
 pub mod damage_script;
@@ -31,9 +32,10 @@ pub mod recovered_view;
 pub mod sim;
 mod volume;
 
+pub use certificates::certificates;
 pub use failing::{FailingFile, FileFaults, Hang};
 pub use filesystem::{Filesystem, Writer, check_files, fio_verify, has_program, succeeds, unmount};
-pub use nbd_server::NbdServer;
+pub use nbd_server::{NbdServer, free_port};
 pub use volume::{Attached, PATIENCE, Volume};
 
 /// Bytes of a mebibyte.
@@ -219,11 +221,11 @@ macro_rules! wb {
 }
 
 /// A `wbctl` command for a volume, run by an ordinary user who owns nothing. If the test does not
-/// run as root, its own user runs the command. If only root can reach the program, the command runs
-/// a copy beside the volume.
+/// run as root, its own user runs the command. If only root can reach the programs, the command
+/// runs copies of them beside the volume.
 ///
 /// # Panics
-/// When it cannot be copied.
+/// When they cannot be copied.
 pub fn as_nobody(volume: &Volume, args: &[&str]) -> Command {
     let wanted = volume.command(args);
     if !nix::unistd::geteuid().is_root() {
@@ -237,11 +239,15 @@ pub fn as_nobody(volume: &Volume, args: &[&str]) -> Command {
     let mut program = bin("wbctl");
     if !can_run(&program) {
         program = volume.path("wbctl");
-        if !program.exists() {
-            let linked = std::fs::hard_link(bin("wbctl"), &program);
-            linked
-                .or_else(|_| std::fs::copy(bin("wbctl"), &program).map(drop))
-                .expect("room for a program");
+        // wbctl create runs the other one.
+        for name in ["wbctl", "wbformat"] {
+            let copy = volume.path(name);
+            if !copy.exists() {
+                let linked = std::fs::hard_link(bin(name), &copy);
+                linked
+                    .or_else(|_| std::fs::copy(bin(name), &copy).map(drop))
+                    .expect("room for a program");
+            }
         }
         // Another thread's new process may still have the copy open for writing, which prevents
         // execution.

@@ -591,6 +591,75 @@ a_volume_ends_in_order_after_a_death() {
     detach
 }
 
+# has_done_another_round: `load` has begun and ended a round since `rounds_before` was set
+has_done_another_round() {
+    [ "$(cat rounds)" -gt $((rounds_before + 1)) ]
+}
+
+go_on_for_a_while() {
+    rounds_before=$(cat rounds)
+    await has_done_another_round
+}
+
+# pull DISK: takes it out of the mirror. It may still be in use just after it has failed.
+pull() {
+    mdadm /dev/md0 --fail "$1"
+    await mdadm /dev/md0 --remove "$1"
+}
+
+# has_data_at MIB DEVICE: what is in the file `data` is there
+has_data_at() {
+    dd if="$2" bs=1M skip="$1" count=4 iflag=direct status=none | cmp - data
+}
+
+is_mirrored() {
+    grep -F '[UU]' /proc/mdstat
+}
+
+the_loss_of_an_ssd_below_a_mirrored_cache_is_survived() {
+    modprobe raid1
+    mdadm --create /dev/md0 --run --metadata=1.2 --level=1 --raid-devices=2 --bitmap=internal \
+        "$(readlink -f /disk/leg-a)" "$(readlink -f /disk/leg-b)"
+    # The cache of the other front end is still there.
+    wbctl create v --cache /dev/md0 --backing /disk/backing --serve "$front" --discard-dirty
+    # Nothing is written back before the log is nearly full.
+    attach writeback_threshold=0
+    random data 4
+    write data seek=16
+    echo 0 > rounds
+    load "$device" &
+    loader=$!
+    go_on_for_a_while
+    pull /disk/leg-b
+    write data seek=20
+    go_on_for_a_while
+    mdadm /dev/md0 --re-add /disk/leg-b
+    await is_mirrored
+    go_on_for_a_while
+    # Now all is on the leg that came back.
+    pull /disk/leg-a
+    write data seek=24
+    go_on_for_a_while
+    : > enough
+    await has_ended $loader
+    wait $loader
+    wbctl drain v
+    wbctl pause v
+    write data seek=28
+    # It is on that leg alone.
+    refuses has_data_at 28 /disk/backing
+    crash
+    await mdadm --stop /dev/md0
+    mdadm --assemble /dev/md0 --run "$(readlink -f /disk/leg-b)"
+    attach
+    for at in 16 20 24 28; do has_data_at $at "$device"; done
+    detach --drain
+    for at in 16 20 24 28; do has_data_at $at /disk/backing; done
+    wbcheck /dev/md0 --backing /disk/backing
+    mdadm --stop /dev/md0
+    say "$(cat rounds) rounds of writes and reads beside the loss of one leg and of the other"
+}
+
 # try TEST: runs it in a shell and a folder of its own, puts away what it left, and says how it went
 try() {
     case $1 in *${only:-}*) ;; *) return ;; esac
@@ -615,6 +684,7 @@ try() {
     fi
     ! grep -q ' /mnt ' /proc/mounts || umount -l /mnt
     ! pidof wbctl >/dev/null || killall -9 wbctl 2>/dev/null || true
+    [ ! -e /dev/md0 ] || mdadm --stop /dev/md0 || true
     cd / || exit
 }
 
@@ -642,6 +712,7 @@ try_all() {
     try a_restart_is_not_seen_by_users
     try a_volume_whose_servers_die_too_often_fails
     try a_volume_ends_in_order_after_a_death
+    try the_loss_of_an_ssd_below_a_mirrored_cache_is_survived
 }
 
 try_all loop

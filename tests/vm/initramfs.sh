@@ -23,7 +23,7 @@ install "$here/init" "$root/init"
 
 # This kernel may lack some, or have them built in.
 for module in virtio_pci virtio_blk nvme 9pnet_virtio 9p crc32c_generic ext4 xfs fuse loop \
-    ublk_drv brd dm-mod dm-writeboost dm-writecache bcache; do
+    ublk_drv brd dm-mod dm-writeboost dm-writecache bcache raid1; do
     modprobe --set-version "$kernel" --show-depends "$module" 2>/dev/null || true
 done | awk '$1 == "insmod" && !seen[$2]++ { print $2 }' | while read -r module; do
     install -D -m 644 "$module" "$root$module"

@@ -34,15 +34,15 @@ front-ends() {
     done
     tests/vm/initramfs.sh "$kernel" "$vm/front-ends.cpio" "$vm"/{wbctl,wbcheck,wbdump,wbformat} \
         fio mkfs.ext4 e2fsck mkfs.xfs xfs_repair blkdiscard fstrim blockdev sfdisk dd du cmp \
-        truncate
-    truncate -s 64M "$share/cache"
+        truncate mdadm
+    truncate -s 64M "$share/cache" "$share/leg-a" "$share/leg-b"
     truncate -s 128M "$share/backing"
     {
         echo "only=${WB_VM_ONLY:-} want_kills=${WB_VM_KILLS:-20}"
         cat tests/vm/front-ends.sh
     } > "$share/plan"
     tests/vm/run-plan.sh "${WB_VM_SECONDS:-1800}" "$kernel" "$vm/front-ends.cpio" "$share" \
-        cache="$share/cache" \
+        cache="$share/cache" leg-a="$share/leg-a" leg-b="$share/leg-b" \
         backing="$share/backing",discard=unmap
 }
 

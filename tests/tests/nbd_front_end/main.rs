@@ -9,8 +9,8 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use wb_tests::{
-    Attached, FailingFile, MIB, NOBODY, Outcome, Volume, as_nobody, bin, has_program,
-    needs_serving, noise, sha256, skip, succeeds, system, wait_for,
+    Attached, FailingFile, MIB, NOBODY, Outcome, Volume, as_nobody, certificates, free_port,
+    has_program, needs_serving, noise, sha256, skip, succeeds, system, wait_for,
 };
 
 macro_rules! needs {
@@ -81,11 +81,6 @@ impl Drop for Holding {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
-}
-
-/// A port that was free a moment ago.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn file_of_noise(volume: &Volume) -> PathBuf {
@@ -266,37 +261,11 @@ fn a_signal_waits_for_the_clients_to_go() {
     assert_eq!(attached.wait().code(), Some(0), "{}", attached.stderr());
 }
 
-/// Makes a certificate authority, and certificates of a server and a client, each in a folder.
-fn certificates(volume: &Volume) -> [PathBuf; 2] {
-    let folders = ["server", "client"].map(|name| volume.path(name));
-    let authority = volume.path("authority");
-    for folder in folders.iter().chain([&authority]) {
-        std::fs::create_dir(folder).unwrap();
-    }
-    let text = |path: PathBuf| path.to_str().unwrap().to_string();
-    let [key, own] = ["key.pem", "cert.pem"].map(|file| text(authority.join(file)));
-    let make = |more: &[&str]| {
-        let common = ["req", "-x509", "-nodes", "-days", "9", "-newkey", "ec"];
-        let curve = ["-pkeyopt", "ec_paramgen_curve:prime256v1"];
-        run("openssl", &[&common[..], &curve, more].concat());
-    };
-    make(&["-keyout", &key, "-out", &own, "-subj", "/CN=authority"]);
-    for (folder, name) in folders.iter().zip(["server", "client"]) {
-        let [its_key, its] =
-            ["key", "cert"].map(|it| text(folder.join(format!("{name}-{it}.pem"))));
-        let subject = ["-keyout", &its_key, "-out", &its, "-subj", "/CN=localhost"];
-        let signed = ["-CA", &own, "-CAkey", &key, "-addext", "subjectAltName=DNS:localhost"];
-        make(&[&subject[..], &signed, &["-addext", "basicConstraints=critical,CA:FALSE"]].concat());
-        std::fs::copy(&own, folder.join("ca-cert.pem")).unwrap();
-    }
-    folders
-}
-
 #[test]
 fn over_tls_only_clients_with_a_certificate_are_served() {
     needs!("openssl", "nbdinfo", "nbdcopy");
     let volume = Volume::created(16, SIZE);
-    let [server, client] = certificates(&volume);
+    let [server, client] = certificates(volume.dir.path());
     let at = format!("nbds://localhost:{}/data", free_port());
     let uri = |folder: &Path| format!("{at}?tls-certificates={}", folder.display());
     let attached = serve(&volume, &uri(&server), &[]);
@@ -520,12 +489,6 @@ fn an_ordinary_user_serves_files_and_needs_no_rights_for_it() {
     [volume.dir.path(), &volume.cache, &volume.backing].into_iter().for_each(give);
     paths.iter().for_each(|path| give(path));
     std::fs::set_permissions(volume.path("runtime"), Permissions::from_mode(0o700)).unwrap();
-    // Where only root reaches the programs, copies of them do.
-    let program = PathBuf::from(as_nobody(&volume, &["--version"]).get_program());
-    let beside = program.with_file_name("wbformat");
-    if !beside.exists() {
-        std::fs::copy(bin("wbformat"), beside).unwrap();
-    }
     let name = volume.name.as_str();
     let must = |args: &[&str]| {
         let outcome = Outcome::of(of_user(&volume, args));

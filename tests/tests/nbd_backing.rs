@@ -367,6 +367,29 @@ fn an_address_with_a_typo_is_a_usage_error() {
     }
 }
 
+#[test]
+fn another_host_without_tls_is_refused_unless_the_user_insists() {
+    let volume = Volume::blank(16, MIB);
+    let cache = volume.cache.to_str().expect("UTF-8");
+    // An address that no host has: nothing is asked.
+    let pair = ["--cache", cache, "--backing", "nbd://192.0.2.1/x"];
+    for command in [
+        &["create", volume.name.as_str()][..],
+        &["attach", &volume.name],
+        &["replay"],
+        &["upgrade"],
+    ] {
+        let refused = volume.wbctl(&[command, &pair].concat());
+        assert_eq!(refused.code, 1, "{refused:?}");
+        let why = "wbctl: nbd://192.0.2.1/x: refused without TLS";
+        assert!(refused.stderr.starts_with(why), "{refused:?}");
+        assert!(refused.stderr.contains("--insecure uses it anyway"), "{refused:?}");
+    }
+    let near = format!("nbd+unix:///x?socket={}", volume.path("none").display());
+    let tried = volume.wbctl(&["replay", "--cache", cache, "--backing", &near]);
+    assert!(tried.stderr.contains("No such file or directory"), "{tried:?}");
+}
+
 /// A server that answers each client with the same bytes, and then with the last of them for ever.
 fn garbage(volume: &Volume, bytes: &'static [u8], repeat: bool) -> String {
     let socket = volume.path("garbage");

@@ -2,7 +2,7 @@
 
 use crate::config::{RecordedVolume, not_recorded, parse_tunables};
 use crate::front_end::{FrontEnd, ServeOption};
-use crate::pair::{absolute, absolute_place};
+use crate::pair::{Insecure, absolute, absolute_place, refuse_in_the_clear};
 use crate::sector_size::SectorSize;
 use crate::volume_paths::VolumeName;
 use anyhow::{Result, bail};
@@ -23,6 +23,8 @@ pub(crate) struct Args {
     /// (nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; with TLS: nbds…)
     #[arg(long, value_name = "DEV|URI", requires = "cache", value_parser = place())]
     backing: Option<Place>,
+    #[command(flatten)]
+    insecure: Insecure,
     #[command(flatten)]
     serve: ServeOption,
     #[command(flatten)]
@@ -102,7 +104,11 @@ impl Args {
             }
             _ => RecordedVolume::load(&name)?.ok_or_else(|| not_recorded(&name))?,
         };
-        (volume.serve, volume.insecure) = self.serve.or(volume.serve, volume.insecure)?;
+        // What is recorded allows the recorded addresses, and no other.
+        let is_recorded = volume.insecure && !self.serve.is_given();
+        volume.serve = self.serve.or(volume.serve, is_recorded || self.insecure.insecure)?;
+        volume.insecure |= self.insecure.insecure;
+        refuse_in_the_clear(&volume.backing, volume.insecure)?;
         volume.sector_size = self.sector.sector_size.or(volume.sector_size);
         let tunables: Vec<String> = tunable.into_iter().chain(&self.tunables).cloned().collect();
         volume.tunables.extend(parse_tunables(&tunables)?);

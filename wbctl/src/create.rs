@@ -47,7 +47,8 @@ pub(crate) struct Args {
 
 pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
     let name = &args.name;
-    let (serve, insecure) = args.serve.or(FrontEnd::default(), false)?;
+    let insecure = args.pair.insecure.insecure;
+    let serve = args.serve.or(FrontEnd::default(), insecure)?;
     let volume = RecordedVolume {
         cache: absolute(&args.pair.cache)?,
         backing: absolute_place(&args.pair.backing)?,

@@ -133,7 +133,7 @@ pub(crate) fn addresses(uri: &Uri, insecure: bool) -> Result<Vec<reactor::Addres
     }
 }
 
-/// The options `--serve` and `--insecure`.
+/// The option `--serve`.
 #[derive(clap::Args)]
 pub(crate) struct ServeOption {
     /// How the volume is served. As a block device: ublk is faster and needs Linux 6.5; loop is a
@@ -142,25 +142,21 @@ pub(crate) struct ServeOption {
     /// nbds+unix, with tls-certificates=FOLDER. The default is auto, or what create recorded
     #[arg(long = "serve", value_name = "auto|ublk|loop|NBD-ADDRESS", hide_possible_values = true)]
     front_end: Option<FrontEnd>,
-    /// Serve over NBD without TLS even at an address that other hosts can reach. Anybody who
-    /// reaches it can read and write the volume
-    #[arg(long)]
-    insecure: bool,
 }
 
 impl ServeOption {
-    /// The front end that the user has chosen, or else the recorded one; and whether other hosts
-    /// may use it without TLS.
-    pub(crate) fn or(&self, recorded: FrontEnd, insecure: bool) -> Result<(FrontEnd, bool)> {
-        let (chosen, insecure) = match &self.front_end {
-            Some(chosen) => (chosen.clone(), self.insecure),
-            None => (recorded, insecure || self.insecure),
-        };
-        let chosen = chosen.absolute()?;
+    pub(crate) fn is_given(&self) -> bool {
+        self.front_end.is_some()
+    }
+
+    /// The front end that the user has chosen, or else the recorded one. `insecure` says whether
+    /// other hosts may use it without TLS.
+    pub(crate) fn or(&self, recorded: FrontEnd, insecure: bool) -> Result<FrontEnd> {
+        let chosen = self.front_end.clone().unwrap_or(recorded).absolute()?;
         if let Some(uri) = chosen.nbd() {
             addresses(uri, insecure)?;
         }
-        Ok((chosen, insecure))
+        Ok(chosen)
     }
 }
 

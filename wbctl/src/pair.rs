@@ -1,9 +1,9 @@
 //! The two devices of a volume, as several commands take them.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use libwb::cli::{Backing, Io, place};
 use libwb::device::Place;
-use libwb::device::probe::{Access, OpenError, Opened};
+use libwb::device::probe::{Access, Opened};
 use std::path::{Path, PathBuf};
 
 /// A cache device and a backing device.
@@ -16,12 +16,43 @@ pub(crate) struct Pair {
     /// (nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; with TLS: nbds…)
     #[arg(long, value_name = "DEV|URI", value_parser = place())]
     pub(crate) backing: Place,
+    #[command(flatten)]
+    pub(crate) insecure: Insecure,
+}
+
+/// The option `--insecure`.
+#[derive(clap::Args)]
+pub(crate) struct Insecure {
+    /// Use NBD without TLS even with other hosts: for an address in --backing, and one in --serve.
+    /// Anybody who reaches a served address can read and write the volume; anybody on the way to a
+    /// backing device can read and change its data
+    #[arg(long)]
+    pub(crate) insecure: bool,
+}
+
+/// Refuses a backing device that would be reached over a network without TLS, unless that is
+/// allowed.
+pub(crate) fn refuse_in_the_clear(backing: &Place, insecure: bool) -> Result<()> {
+    match backing {
+        Place::Export(uri) if uri.tls.is_none() && !uri.address.is_local() && !insecure => bail!(
+            "{uri}: refused without TLS: anybody on the way could read and change the data. Use \
+             nbds://, or an address of this host that leads there, such as that of an SSH tunnel. \
+             --insecure uses it anyway"
+        ),
+        _ => Ok(()),
+    }
 }
 
 impl Pair {
     /// Opens both devices for reading and writing, and locks them.
-    pub(crate) fn open(&self, io: &Io) -> Result<(Opened, Backing), OpenError> {
-        io.open_pair(&self.cache, &self.backing, [Access::Write; 2])
+    pub(crate) fn open(&self, io: &Io) -> Result<(Opened, Backing)> {
+        self.open_for(io, [Access::Write; 2])
+    }
+
+    /// The same, each with its own access.
+    pub(crate) fn open_for(&self, io: &Io, access: [Access; 2]) -> Result<(Opened, Backing)> {
+        refuse_in_the_clear(&self.backing, self.insecure.insecure)?;
+        Ok(io.open_pair(&self.cache, &self.backing, access)?)
     }
 }
 

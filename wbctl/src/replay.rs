@@ -79,10 +79,14 @@ struct ReplayReport {
 }
 
 pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
-    let Pair { cache, backing } = &args.pair;
+    let Pair { cache, backing, insecure } = &args.pair;
     let until = args.until.map_or_else(String::new, |id| format!(" --until {id}"));
-    let again =
-        format!("wbctl replay --cache {} --backing {}{until}", cache.display(), backing.in_shell());
+    let again = format!(
+        "wbctl replay --cache {} --backing {}{}{until}",
+        cache.display(),
+        backing.in_shell(),
+        if insecure.insecure { " --insecure" } else { "" }
+    );
     cli::on_interrupt("wbctl", move || {
         format!(
             "interrupted; the data written back stays written back, and the rest is still in the \
@@ -92,8 +96,7 @@ pub(crate) fn replay(args: &Args, out: &mut Output) -> Result<()> {
     let io = Io::start()?;
     let to_write = |is_written| if is_written { Access::Write } else { Access::Read };
     let access = [to_write(args.until.is_none() && !args.dry_run), to_write(!args.dry_run)];
-    let (cache, Backing { device: backing, .. }) =
-        io.open_pair(&args.pair.cache, &args.pair.backing, access)?;
+    let (cache, Backing { device: backing, .. }) = args.pair.open_for(&io, access)?;
     let cache = io.serve(cache);
     let past = Past::look_up(&io, &cache, args.older, |why| cli::complain("wbctl", why))?;
     rival::refuse(&io, &args.pair.cache, past.uuid.as_deref(), &args.pair.backing)?;

@@ -8,7 +8,7 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, percent_decode_str, percent_e
 use std::borrow::Cow;
 use std::ffi::OsStr;
 use std::fmt;
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -54,6 +54,16 @@ pub enum Address {
     },
     /// The path of a Unix socket.
     Unix(PathBuf),
+}
+
+impl Address {
+    /// Whether no other host is involved: a Unix socket, or the loopback interface by its name or
+    /// its address.
+    pub fn is_local(&self) -> bool {
+        let Address::Tcp { host, .. } = self else { return true };
+        let is_loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
+        host.eq_ignore_ascii_case("localhost") || host.parse().is_ok_and(is_loopback)
+    }
 }
 
 /// How a connection is encrypted.

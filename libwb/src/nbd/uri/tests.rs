@@ -135,3 +135,22 @@ proptest! {
         let _ = format!("{scheme}/{rest}?socket=a&tls-{rest}").parse::<Uri>();
     }
 }
+
+#[test]
+fn an_address_of_this_host_is_told_from_others() {
+    let is_local = |text: &str| text.parse::<Uri>().unwrap().address.is_local();
+    for near in [
+        "nbd://localhost",
+        "nbd://LOCALHOST:1/x",
+        "nbd://127.0.0.5",
+        "nbd://[::1]/",
+        "nbd://[::ffff:127.0.0.1]",
+    ] {
+        assert!(is_local(near), "{near}");
+    }
+    assert!(is_local("nbd+unix:///x?socket=/s"));
+    for far in ["nbd://server", "nbd://192.0.2.1", "nbd://[2001:db8::1]", "nbd://localhost.example"]
+    {
+        assert!(!is_local(far), "{far}");
+    }
+}

@@ -37,13 +37,17 @@ end() {
     wait "$1" 2>/dev/null || true
 }
 
+# Dependencies that this machine has are not downloaded; of the named packages, all are.
+download_ceph() {
+    apt-get install --download-only --reinstall --no-install-recommends -yqq \
+        -o Dir::Cache::archives="$1" ceph-mon ceph-osd ceph-common librbd1 \
+        qemu-utils qemu-block-extra >>"$work/log.apt" 2>&1
+}
+
 unpack_ceph() {
     local debs=$work/ceph/debs deb
     mkdir -p "$debs/partial" "$ceph_root"
-    # Dependencies that this machine has are not downloaded; of the named ones, all are.
-    apt-get install --download-only --reinstall --no-install-recommends -yqq \
-        -o Dir::Cache::archives="$debs" ceph-mon ceph-osd ceph-common librbd1 \
-        qemu-utils qemu-block-extra >"$work/log.apt" 2>&1 || return 1
+    download_ceph "$debs" || { apt-get update -qq && download_ceph "$debs"; }
     for deb in "$debs"/*.deb; do
         dpkg-deb -x "$deb" "$ceph_root"
     done

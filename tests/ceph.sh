@@ -30,17 +30,23 @@ cleanup() {
     exit $ended
 }
 trap cleanup EXIT
+trap 'exit 143' TERM
 
 say() { echo "$(date +%T) $*"; }
 
-# live MEMBER: a number of the volume's status; nothing if the daemon does not answer yet
+# live MEMBER: a number of the volume's status; -1 if the daemon does not answer yet
 live() {
     { "$wbctl" status "$name" --json || true; } | python3 -c '
 import json, sys
-print((json.load(sys.stdin)["live"] or {}).get(sys.argv[1]) or "")' "$1"
+print((json.load(sys.stdin)["live"] or {}).get(sys.argv[1], -1))' "$1"
 }
 
-another_server() { [ -n "$(live server_pid)" ] && [ "$(live server_pid)" != "$1" ]; }
+another_server() {
+    local now
+    now=$(live server_pid)
+    [ "$now" != -1 ] && [ "$now" != "$1" ]
+}
+
 written_back_beyond() { [ "$(live written_back_segment)" -gt "$1" ]; }
 
 kill_server() {
@@ -50,7 +56,9 @@ kill_server() {
     wait_until 60 another_server "$before"
 }
 
-# goes_on: the volume writes back, and clients commit
+committed() { cat "$work"/committed.* | wc -l; }
+
+# goes_on: the volume writes back, and clients are at work
 goes_on() {
     local before
     before=$(live written_back_segment)
@@ -58,7 +66,17 @@ goes_on() {
     for pid in "${clients[@]}" "$load" "$verifier"; do
         kill -0 "$pid"
     done
-    say "goes on; $(cat "$work"/committed.* | wc -l) commits"
+    say "goes on; $(committed) commits"
+}
+
+# meanwhile: for 10 s, with the volume's server killed among them
+meanwhile() {
+    local before
+    before=$(committed)
+    sleep 3
+    kill_server
+    sleep 7
+    say "$(($(committed) - before)) commits meanwhile; $(live free_bytes) bytes of the log are free"
 }
 
 # Beside the filesystem: writes and flushes at random, then reads all of it, again and again.
@@ -68,7 +86,7 @@ verify() {
         round=$((round + 1))
         fio --name=verify --filename="$device" --allow_mounted_write=1 --direct=1 \
             --ioengine=io_uring --iodepth=8 --offset=832M --size=64M --rw=randwrite \
-            --bsrange=4k-64k --fdatasync=64 --rate=16M --randseed=$round \
+            --bsrange=4k-64k --fdatasync=64 --rate=8M --randseed=$round \
             --verify=crc32c --verify_fatal=1 >"$work/log.fio" 2>&1
         echo $round >"$work/verified"
     done
@@ -79,7 +97,7 @@ unpack_ceph
 start_cluster
 rbd create --size 1G image
 start_exporter image "$work/nbd"
-truncate -s 128M "$work/cache"
+truncate -s 512M "$work/cache"
 "$wbctl" create "$name" --cache "$work/cache" --backing "nbd+unix:///?socket=$work/nbd" \
     --serve loop >/dev/null
 attach
@@ -87,23 +105,19 @@ make_database 800M
 start_postgres -c max_wal_size=128MB
 verify &
 verifier=$!
-start_clients
+start_clients --rate=100
 say "PostgreSQL and fio are at work"
 goes_on
 
-say "the OSD stops for 10 s, and the volume's server is killed meanwhile"
+say "the OSD stops, and the volume's server is killed"
 kill -STOP "$ceph_osd"
-sleep 3
-kill_server
-sleep 7
+meanwhile
 kill -CONT "$ceph_osd"
 goes_on
 
-say "the OSD is killed and starts 10 s later, and the volume's server is killed meanwhile"
+say "the OSD is killed, and so is the volume's server"
 end "$ceph_osd"
-sleep 3
-kill_server
-sleep 7
+meanwhile
 start_osd
 wait_until 60 osd_is_up
 goes_on
@@ -111,7 +125,7 @@ goes_on
 # Until Ceph gives up the lock of the killed client, for half a minute, its image takes no writes.
 say "qemu-nbd is killed, and so is the volume's server; qemu-nbd starts again"
 end "$exporter"
-kill_server
+meanwhile
 start_exporter image "$work/nbd"
 goes_on
 

@@ -63,6 +63,7 @@ commits() {
     done
 }
 
+# start_clients [OPTION...]: of pgbench
 start_clients() {
     sql -c "create table commits (client int, n int)"
     as_postgres "$bin/pgbench" -h "$work/socket" -i -s 5 -q postgres 2>/dev/null
@@ -70,7 +71,7 @@ start_clients() {
         commits $client &
         clients+=($!)
     done
-    as_postgres "$bin/pgbench" -h "$work/socket" -n -c 4 -T 100000 postgres \
+    as_postgres "$bin/pgbench" -h "$work/socket" -n -c 4 -T 100000 "$@" postgres \
         >"$work/log.pgbench" 2>&1 &
     load=$!
 }

@@ -18,7 +18,7 @@ cleanup() {
     ended=$?
     set +e
     trap - EXIT
-    [ $ended = 0 ] || tail -n 20 "$work"/log*
+    [ $ended = 0 ] || tail -n 20 "$work"/log "$work"/log.qemu-nbd
     for front in nbd loop; do
         "$wbctl" detach --force "$front-$run" >/dev/null 2>&1
     done
@@ -52,18 +52,22 @@ make_volume() {
         --serve "$2" >/dev/null
     "$wbctl" attach "$1-$run" >"$work/ready-$1" 2>>"$work/log" &
     keepers+=($!)
-    wait_until 60 grep -q '^ready' "$work/ready-$1"
+    wait_until 60 grep -qs '^ready' "$work/ready-$1"
     device=$(sed -n 's/^ready //p' "$work/ready-$1")
 }
 
 # measure OPTION...: microseconds per flushed write
 measure() {
     fio --name=commits --rw=randwrite --bs=4k --size=256M --fsync=1 --randrepeat=0 \
-        --time_based --runtime="$seconds" --output-format=json "$@" | python3 -c '
+        --time_based --runtime="$seconds" --output-format=json --output="$work/measured" \
+        "$@" >>"$work/log" 2>&1
+    python3 -c '
 import json, sys
-job = json.load(sys.stdin)["jobs"][0]
+text = open(sys.argv[1]).read()
+# fio may say something first.
+job = json.loads(text[text.index("{"):])["jobs"][0]
 assert job["error"] == 0, job["error"]
-print(round(job["job_runtime"] * 1000 / job["write"]["total_ios"]))'
+print(round(job["job_runtime"] * 1000 / job["write"]["total_ios"]))' "$work/measured"
 }
 
 ratio() { python3 -c 'import sys; print("%.3f" % (int(sys.argv[1]) / int(sys.argv[2])))' "$@"; }

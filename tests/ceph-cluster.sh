@@ -126,12 +126,13 @@ end_cluster() {
     done
 }
 
-# start_exporter IMAGE SOCKET: serves the image to up to 8 clients, with QEMU's own cache off, and
-# Ceph's as it is by default, which a flush empties
+# start_exporter IMAGE SOCKET [CACHE]: serves the image to up to 8 clients. With the cache
+# writeback, librbd holds writes until a flush, and loses them if qemu-nbd is killed; none has no
+# such cache.
 start_exporter() {
     rm -f "$2"
-    (in_ceph qemu-nbd --persistent --shared=8 --format=raw --cache=none --discard=unmap \
-        --socket="$2" "rbd:rbd/$1:conf=$ceph_conf") >>"$work/log.qemu-nbd" 2>&1 &
+    (in_ceph qemu-nbd --persistent --shared=8 --format=raw --cache="${3:-writeback}" \
+        --discard=unmap --socket="$2" "rbd:rbd/$1:conf=$ceph_conf") >>"$work/log.qemu-nbd" 2>&1 &
     exporter=$!
     wait_until 60 test -S "$2"
 }

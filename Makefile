@@ -1,7 +1,7 @@
 # Everything that developers and newcomers run. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak stress fuzz test-vm test-postgres test-ceph bench bench-pause bench-ceph \
-	bench-vm deps tools build install uninstall deb package deny advisories fmt
+.PHONY: demo test sim soak stress fuzz test-vm test-postgres test-ceph bench bench-pause \
+	bench-ceph bench-vm deps tools build install uninstall deb package deny advisories fmt
 
 # How many scenarios of work and crashes `make sim` and `make soak` simulate, and the first seed of
 # `make soak`.

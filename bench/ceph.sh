@@ -1,7 +1,8 @@
 #!/bin/bash
 # ceph.sh [SECONDS] [ROUNDS]: what a flushed random write of 4 KiB costs, one at a time, on an RBD
-# image of a Ceph cluster that it starts (one monitor, one OSD), and on volumes before such images.
-# All take turns. The images are written before, so that their objects exist. Run it as root, after
+# image of a Ceph cluster that it starts (one monitor, one OSD), and on volumes before such images,
+# with write-back paused, and again while it uses the same processors as the clients. All take
+# turns. The images are written before, so that their objects exist. Run it as root, after
 # `cargo build --release -p wbctl -p wbformat`.
 set -euo pipefail
 seconds=${1:-10} rounds=${2:-3}
@@ -70,29 +71,45 @@ assert job["error"] == 0, job["error"]
 print(round(job["job_runtime"] * 1000 / job["write"]["total_ios"]))' "$work/measured"
 }
 
-ratio() { python3 -c 'import sys; print("%.3f" % (int(sys.argv[1]) / int(sys.argv[2])))' "$@"; }
-median() { sort -n | sed -n "$(((rounds + 1) / 2))p"; }
+# turn NAME BASELINE MEASURE_OPTION...: prints a time, and its ratio to the baseline if there is one
+turn() {
+    local name=$1 baseline=$2 ratio=1 time
+    shift 2
+    time=$(measure "$@")
+    if [ "$baseline" -gt 0 ]; then
+        ratio=$(python3 -c "print('%.3f' % ($time / $baseline))")
+        echo "$ratio" >>"$work/ratios.$name"
+    fi
+    echo "$time" >"$work/time"
+    printf '%-36s %6d  %s  load %s\n' "$name" "$time" "$ratio" "$(cut -d ' ' -f 1 /proc/loadavg)"
+}
+
+on_volumes() { for front in nbd loop; do "$wbctl" "$1" "$front-$run" >/dev/null; done; }
 
 unpack_ceph
 start_cluster
 make_image alone
 make_volume nbd "$(uri front)"
 make_volume loop loop
-echo "microseconds per flushed write of 4 KiB; load $(cut -d ' ' -f 1-3 /proc/loadavg)"
-for round in $(seq "$rounds"); do
+over_nbd=(--ioengine=nbd --uri="$(uri front)")
+over_loop=(--ioengine=psync --direct=1 --filename="$device")
+echo "microseconds per flushed write of 4 KiB, and the ratio to Ceph's; $(date)"
+for _ in $(seq "$rounds"); do
     # What the volumes still write back would slow down Ceph.
-    "$wbctl" drain "nbd-$run" >/dev/null
-    "$wbctl" drain "loop-$run" >/dev/null
+    on_volumes drain
+    on_volumes pause
     sleep 2
-    ceph=$(measure --ioengine=nbd --uri="$(uri alone)")
-    nbd=$(measure --ioengine=nbd --uri="$(uri front)")
-    "$wbctl" drain "nbd-$run" >/dev/null
-    loop=$(measure --ioengine=psync --direct=1 --filename="$device")
-    ratio "$nbd" "$ceph" >>"$work/ratios-nbd"
-    ratio "$loop" "$ceph" >>"$work/ratios-loop"
-    echo "round $round: Ceph $ceph; wb over NBD $nbd, ratio $(tail -n 1 "$work/ratios-nbd");" \
-        "wb over the loop device $loop, ratio $(tail -n 1 "$work/ratios-loop");" \
-        "load $(cut -d ' ' -f 1 /proc/loadavg)"
+    turn 'Ceph' 0 --ioengine=nbd --uri="$(uri alone)"
+    ceph=$(cat "$work/time")
+    turn 'wb over NBD' "$ceph" "${over_nbd[@]}"
+    turn 'wb over the loop device' "$ceph" "${over_loop[@]}"
+    on_volumes drain
+    on_volumes resume
+    turn 'wb over NBD, writing back' "$ceph" "${over_nbd[@]}"
+    on_volumes drain
+    turn 'wb over the loop device, writing back' "$ceph" "${over_loop[@]}"
 done
-echo "median ratio: over NBD $(median <"$work/ratios-nbd")," \
-    "over the loop device $(median <"$work/ratios-loop"); goal: at most 0.25"
+for ratios in "$work"/ratios.*; do
+    echo "${ratios#*/ratios.}: median ratio $(sort -n "$ratios" | sed -n "$(((rounds + 1) / 2))p")"
+done
+echo "goal: at most 0.25"

@@ -91,6 +91,10 @@ start_cluster
 make_image alone
 make_volume nbd "$(uri front)"
 make_volume loop loop
+# The disk of the volumes' caches and of the OSD: what a commit costs at least.
+truncate -s 256M "$work/file"
+fio --name=fill --filename="$work/file" --rw=write --bs=1M --size=256M --end_fsync=1 >/dev/null
+alone=(--ioengine=psync --direct=1 --filename="$work/file" --rw=write --bs=8k)
 over_nbd=(--ioengine=nbd --uri="$(uri front)")
 over_loop=(--ioengine=psync --direct=1 --filename="$device")
 echo "microseconds per flushed write of 4 KiB, and the ratio to Ceph's; $(date)"
@@ -101,6 +105,7 @@ for _ in $(seq "$rounds"); do
     sleep 2
     turn 'Ceph' 0 --ioengine=nbd --uri="$(uri alone)"
     ceph=$(cat "$work/time")
+    turn 'the disk alone, 8 KiB' "$ceph" "${alone[@]}"
     turn 'wb over NBD' "$ceph" "${over_nbd[@]}"
     turn 'wb over the loop device' "$ceph" "${over_loop[@]}"
     on_volumes drain

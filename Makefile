@@ -1,7 +1,7 @@
 # Everything that developers and newcomers run. `make demo` and `make test` install what they need.
 
-.PHONY: demo test sim soak stress fuzz test-vm test-postgres bench bench-nbd bench-pause bench-vm \
-	deps tools build install uninstall deb package deny advisories fmt
+.PHONY: demo test sim soak stress fuzz test-vm test-postgres test-ceph bench bench-nbd bench-pause \
+	bench-ceph bench-vm deps tools build install uninstall deb package deny advisories fmt
 
 # How many scenarios of work and crashes `make sim` and `make soak` simulate, and the first seed of
 # `make soak`.
@@ -66,6 +66,13 @@ test-postgres: deps
 	cargo build --workspace --all-features --bins
 	tests/postgres.sh $(KILLS)
 
+# PostgreSQL and fio on a volume before an image of a Ceph cluster, parts of which stop and die. The
+# cluster's packages are unpacked in a temporary folder. Needs root, and 3 GB of disk.
+test-ceph: deps
+	@tests/install-packages.sh postgresql
+	cargo build --release -p wbctl -p wbformat
+	tests/ceph.sh
+
 fuzz: deps
 	$(call cargo-tool,fuzz)
 	fuzz/run.sh $(SECONDS)
@@ -83,6 +90,12 @@ bench-nbd: deps
 bench-pause: deps
 	cargo build --release -p wbctl -p wbformat
 	bench/pause.sh
+
+# What a flushed write costs on such an image, and on a volume before it. Needs root, and 6 GB of
+# disk.
+bench-ceph: deps
+	cargo build --release -p wbctl -p wbformat
+	bench/ceph.sh
 
 # Measures the front ends beside other caches, in a virtual machine for each kernel, and prints the
 # tables of docs/benchmarks.md. Takes some ten minutes, on a machine that does nothing else.

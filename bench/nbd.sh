@@ -4,8 +4,8 @@
 #
 #   bench/nbd.sh [ROUNDS]
 #
-# 1. Serving: fio writes 4 KiB at random, 32 at a time, to a volume over NBD, and to nbdkit's memory.
-#    The volume's cache and disk are files in memory.
+# 1. Serving: fio writes 4 KiB at random, 32 at a time, to a volume over NBD, and to nbdkit's
+#    memory. The volume's cache and disk are files in memory.
 # 2. Backing: how long a drain of 256 MiB in random blocks takes, to a file, and to the same file
 #    through nbdkit on a Unix socket.
 #

@@ -388,7 +388,7 @@ fn what_the_dead_wrote_stays(rules: Rules) -> bool {
             device.write(0, data).await.expect("a server");
             process.die();
             server.set_lateness(Duration::ZERO);
-            let options = Options::new(ExportName::default()).rules(rules);
+            let options = Options::new(ExportName::default()).writable(true).rules(rules);
             let (connector, terms) = (Arc::new(server.clone()), device.terms());
             let next = NbdDevice::go_on(Process::on(runtime), connector, "nbd", options, terms);
             let next = next.expect("it can go on");

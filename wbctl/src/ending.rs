@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 const RELEASE: Duration = Duration::from_secs(60);
 /// How long a step may take when the end is urgent.
 const URGENT: Duration = Duration::from_secs(3);
+/// How long requests wait for the link to a backing device on a server while the volume ends.
+const LINK: Duration = Duration::from_secs(10);
 /// How often the daemon checks for further requests to end.
 const TICK: Duration = Duration::from_millis(100);
 /// How long an immediate end waits for its last replies to clients.
@@ -195,6 +197,7 @@ impl Callers<'_> {
                 held.join(", ")
             );
         }
+        served.lose_patience();
         self.write_out(served)
     }
 }
@@ -297,6 +300,14 @@ impl LiveVolume {
                 .wrapping_add(status.durable.0)
                 .wrapping_add(status.written_back.0)
                 .wrapping_sub(lowest)
+        }
+    }
+
+    /// From now on, nothing waits long for a server that is away: the log can be closed without it.
+    fn lose_patience(&self) {
+        let [_, backing] = &self.devices;
+        if backing.link().is_some() {
+            backing.set_timeout(Some(LINK));
         }
     }
 

@@ -30,6 +30,7 @@ impl LinkStatus {
     }
 
     /// Whether requests have waited for the link, or were lost with it, since an earlier look.
+    #[cfg(feature = "engine")]
     pub(crate) fn has_failed_since(&self, earlier: &LinkStatus) -> bool {
         earlier.is_awaited()
             || self.reconnects != earlier.reconnects

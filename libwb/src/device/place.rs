@@ -66,15 +66,29 @@ impl Place {
         }
     }
 
-    /// Whether both lead to the same device, or are equal, even if there is no device.
+    /// Whether both lead to the same device, or are equal, even if there is no device. Exports may
+    /// be the same where this cannot tell: a server may have several addresses.
     pub fn is_same(&self, other: &Place) -> bool {
         match (self, other) {
             (Place::Path(one), Place::Path(other)) => is_same_device(one, other),
             (Place::Export(one), Place::Export(other)) => {
-                one.address == other.address && one.export == other.export
+                // An empty name means the export that the server has by default.
+                let [name, other_name] = [one, other].map(|uri| uri.export.as_str());
+                let may_be_same = name == other_name || name.is_empty() || other_name.is_empty();
+                may_be_same && is_same_server(&one.address, &other.address)
             }
             _ => false,
         }
+    }
+}
+
+fn is_same_server(one: &Address, other: &Address) -> bool {
+    match (one, other) {
+        (Address::Unix(one), Address::Unix(other)) => is_same_device(one, other),
+        (Address::Tcp { port, .. }, Address::Tcp { port: other_port, .. }) => {
+            one == other || port == other_port && one.is_local() && other.is_local()
+        }
+        _ => false,
     }
 }
 
@@ -145,7 +159,11 @@ mod tests {
         let export = place("NBD://Server/disk").unwrap();
         assert_eq!(export, place("nbd://Server:10809/disk").unwrap());
         assert!(export.is_same(&place("nbds://Server/disk").unwrap()));
+        assert!(export.is_same(&place("nbd://Server").unwrap()));
         assert!(!export.is_same(&place("nbd://Server/other").unwrap()));
+        assert!(!export.is_same(&place("nbd://Server:1/disk").unwrap()));
+        let near = place("nbd://localhost/disk").unwrap();
+        assert!(near.is_same(&place("nbd://127.0.0.1/disk").unwrap()) && !near.is_same(&export));
         assert_eq!(export.path(), None);
         for path in ["/dev/sda", "nbd", "nbd:/x", "nbdx://y", "http://server/disk", ""] {
             assert_eq!(place(path), Ok(Place::Path(path.into())), "{path}");

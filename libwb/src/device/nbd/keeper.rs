@@ -93,7 +93,7 @@ async fn keep_on(shared: &Shared, route: &Route, connections: Option<Vec<BoxStre
     };
     while let Some(connections) = next {
         let since = shared.now();
-        shared.state().connected(connections.len(), since);
+        shared.state().connected(connections.len());
         shared.tell();
         let Err(why) = serve(shared, connections).await else { return };
         if shared.state().is_over() {

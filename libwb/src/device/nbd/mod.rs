@@ -24,13 +24,15 @@
 //! - A write that may come late is sent again, with the same data. It does not matter which of the
 //!   two comes first.
 //! - Any other operation that changes its range waits until the server has presumably
-//!   forgotten the old connections: 5 s after new ones are made.
+//!   forgotten the old connections: 5 s after new ones are made, and a flush on
+//!   them has been answered.
 //! - Remembered data does not wait. Where a write that may come late overlaps it, that write is the
 //!   newer one, and is sent again later. Where remembered data was itself being written again and
 //!   may come late, it has either not changed since, or the newer write has waited for it.
 //!
-//! A process that has died may have left writes under way, too. Who goes on after it opens the
-//! export with [`NbdDevice::go_on`]: then every change waits for those 5 s.
+//! A process that has died, or has given up the link, may have left writes under way, too. So
+//! whoever opens the export to write makes durable what is there before anything else, and then
+//! waits for those 5 s before it changes anything.
 //!
 //! The limits of this: a server that carries out a request more than 5 s after it has accepted a
 //! newer connection can bring back old data. The protocol offers no protection. And a write
@@ -202,7 +204,10 @@ impl NbdDevice {
         if writable && !agreed.flags.intersects(durable) {
             return Err(LinkError::NoFlush);
         }
-        let state = State::new(agreed, timeout, most_remembered, rules);
+        let mut state = State::new(agreed, timeout, most_remembered, rules);
+        if writable {
+            state.begin_after_another();
+        }
         let shared = Arc::new(Shared::new(state, runtime.clone()));
         runtime.spawn(Box::pin(keep(shared.clone(), route, Some(connections))));
         Ok(NbdDevice::of(shared, agreed, [name.into(), identity], writable))
@@ -229,10 +234,9 @@ impl NbdDevice {
         let identity = identity_of(&export);
         let route = Route { connector, export };
         let mut state = State::new(agreed, timeout, most_remembered, rules);
+        state.begin_down(runtime.now());
         if writable {
-            state.begin_after_another(runtime.now());
-        } else {
-            state.begin_down(runtime.now());
+            state.begin_after_another();
         }
         let shared = Arc::new(Shared::new(state, runtime.clone()));
         runtime.spawn(Box::pin(keep(shared.clone(), route, None)));

@@ -137,7 +137,7 @@ fn a_server_that_says_what_makes_no_sense_is_refused() {
     }
 }
 
-/// Offers an export, and answers each request with this.
+/// Offers an export, flushes, and answers every other request with this.
 fn answering(
     answer: impl Fn(Request) -> Vec<u8> + Clone + Send + Sync + 'static,
 ) -> impl Fn(UnixStream) + Clone + Send + Sync + 'static {
@@ -152,8 +152,11 @@ fn answering(
                 return;
             };
             let mut data = vec![0; to_usize(request.payload().into())];
-            if stream.read_exact(&mut data).is_err() || stream.write_all(&answer(request)).is_err()
-            {
+            let answer = match request.command {
+                crate::nbd::Command::Flush => chunk(request.cookie, true, Chunk::Nothing),
+                _ => answer(request),
+            };
+            if stream.read_exact(&mut data).is_err() || stream.write_all(&answer).is_err() {
                 return;
             }
         }

@@ -209,11 +209,13 @@ impl State {
     }
 
     /// The connections stand.
-    pub(super) fn connected(&mut self, connections: usize, now: Duration) {
+    pub(super) fn connected(&mut self, connections: usize) {
         self.reconnects += u64::from(self.down_since.is_some());
         self.connections.clear();
         self.connections.resize_with(connections, Connection::default);
-        self.late.reconnected(now);
+        // A server whose disk stands still takes connections, too. It answers a flush after that.
+        self.owes_flush |= !self.late.is_empty() && self.rules.keep(Rule::LinkFlushesForTheDead);
+        self.owes_flush &= !self.is_write_through();
         if self.fails_with == Some(Errno::ESTALE) {
             self.fails_with = None;
         }
@@ -299,11 +301,10 @@ impl State {
         self.down_since = Some(now);
     }
 
-    /// There is no connection yet, and a process that has died has used the export before. What it
-    /// had under way may come late. What it had written is made durable before anyone reads it.
-    pub(super) fn begin_after_another(&mut self, now: Duration) {
-        self.begin_down(now);
-        self.owes_flush = !self.is_write_through() && self.rules.keep(Rule::LinkFlushesForTheDead);
+    /// Another process may have used the export before, and have died. What it had under way may
+    /// come late. What it had written is made durable before anyone reads it.
+    pub(super) fn begin_after_another(&mut self) {
+        self.owes_flush = self.rules.keep(Rule::LinkFlushesForTheDead);
         if self.rules.keep(Rule::LinkWaitsForTheDead) {
             self.late.add(0..self.agreed.size, None);
         }
@@ -393,6 +394,9 @@ impl State {
     /// Lets time pass. Returns whether that has changed anything.
     pub(super) fn pass(&mut self, now: Duration) -> bool {
         let were_late = !self.late.is_empty();
+        if self.phase == Phase::Up {
+            self.late.reconnected(now);
+        }
         self.late.pass(now);
         // Those that wait for late writes do not wait for the link.
         let is_held_back = self.phase == Phase::Up && self.sent.is_empty();
@@ -401,7 +405,9 @@ impl State {
             self.fails_with = Some(Errno::ETIMEDOUT);
             self.fail_queue(Errno::ETIMEDOUT);
         }
-        if self.connections.iter().any(|one| elapsed(one.silent_since, now, self.patience)) {
+        if self.verdict.is_none()
+            && self.connections.iter().any(|one| elapsed(one.silent_since, now, self.patience))
+        {
             let seconds = self.patience.as_secs();
             self.patience = (self.patience * 2).min(MOST_PATIENCE);
             self.verdict = Some(format!("the server has not answered for {seconds} s"));

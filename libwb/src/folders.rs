@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 /// The folder with the records of the system's volumes.
 const OF_SYSTEM: &str = "/etc/wb";
 
+/// The folder with the system's running daemons.
+const RUN_OF_SYSTEM: &str = "/run/wb";
+
 /// The value of a variable that names a folder.
 fn told(variable: &str) -> Option<PathBuf> {
     std::env::var_os(variable).map(PathBuf::from)
@@ -26,7 +29,13 @@ fn own(variable: &str, below_home: Option<&str>) -> Option<PathBuf> {
 /// The folder with a folder for each running daemon.
 pub fn run_dir() -> PathBuf {
     let chosen = told("WB_RUN_DIR").or_else(|| own("XDG_RUNTIME_DIR", None));
-    chosen.unwrap_or_else(|| "/run/wb".into())
+    chosen.unwrap_or_else(|| RUN_OF_SYSTEM.into())
+}
+
+/// Whether this user sees other volumes than those of the system, and the system may have some.
+pub fn are_own() -> bool {
+    let of_system = Path::new(RUN_OF_SYSTEM);
+    told("WB_RUN_DIR").is_none() && run_dir() != of_system && of_system.exists()
 }
 
 /// What a user who may not use the run folder can do.

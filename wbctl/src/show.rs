@@ -10,6 +10,7 @@ use libwb::cli::{
     self, Exit, Output, human_rate, human_size, human_time, percent, properties, table,
 };
 use libwb::control::{AskError, BackingLink, LiveStatus, VolumeState, VolumeStatus, ratio};
+use libwb::folders;
 use std::io::{ErrorKind, Write};
 
 /// How many stuck blocks the status names.
@@ -94,6 +95,9 @@ fn is_forbidden(error: &anyhow::Error) -> bool {
 /// All volumes. It asks their daemons at the same time, so that several silent ones take no longer
 /// than one.
 fn volumes() -> Result<Vec<VolumeStatus>> {
+    if folders::are_own() {
+        cli::complain("wbctl", "these are your own volumes; root sees those of the system");
+    }
     let names = all_names()?;
     let volumes: Vec<_> = std::thread::scope(|scope| {
         let asked: Vec<_> = names.iter().map(|name| scope.spawn(|| volume(name))).collect();

@@ -7,13 +7,12 @@ use libwb::nbd::TransmissionFlags;
 use libwb::runtime::Runtime;
 use std::time::Duration;
 
-/// What a server offers: sometimes several connections, and sometimes no flush. In the latter case,
-/// every change is made durable at once.
+/// What a server offers: flushes, durable writes, and sometimes several connections.
 pub fn flags(of: u64) -> TransmissionFlags {
     let mut flags = TransmissionFlags::HAS_FLAGS
+        | TransmissionFlags::SEND_FLUSH
         | TransmissionFlags::SEND_FUA
         | TransmissionFlags::SEND_WRITE_ZEROES;
-    flags.set(TransmissionFlags::SEND_FLUSH, of % 7 != 3);
     flags.set(TransmissionFlags::CAN_MULTI_CONN, of.is_multiple_of(2));
     flags
 }

@@ -110,7 +110,7 @@ pub enum LinkError {
     #[error("the server takes only requests of whole {0} bytes; wb supports up to {MOST_MINIMUM}")]
     BlockSize(u32),
     /// The export cannot be made durable.
-    #[error("the server offers neither flushes nor durable writes, so no write is ever safe on it")]
+    #[error("the server offers no flushes, so what is written to it is never known to be safe")]
     NoFlush,
     /// The export is read-only.
     #[error("the export is read-only")]

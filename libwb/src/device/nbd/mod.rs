@@ -197,11 +197,10 @@ impl NbdDevice {
         let identity = identity_of(&export);
         let route = Route { connector, export };
         let (connections, agreed) = route.connect(&*runtime).await?;
-        let durable = TransmissionFlags::SEND_FLUSH | TransmissionFlags::SEND_FUA;
         if writable && agreed.flags.contains(TransmissionFlags::READ_ONLY) {
             return Err(LinkError::ReadOnly);
         }
-        if writable && !agreed.flags.intersects(durable) {
+        if writable && !agreed.flags.contains(TransmissionFlags::SEND_FLUSH) {
             return Err(LinkError::NoFlush);
         }
         let mut state = State::new(agreed, timeout, most_remembered, rules);

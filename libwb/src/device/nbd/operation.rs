@@ -66,11 +66,10 @@ impl Operation {
         }
     }
 
-    /// `write_through` makes every change durable at once.
-    pub(super) fn flags(&self, write_through: bool) -> CommandFlags {
+    pub(super) fn flags(&self) -> CommandFlags {
         let mut flags = CommandFlags::empty();
         let durably = matches!(self.kind, Kind::Write { durably: true, .. });
-        flags.set(CommandFlags::FUA, durably || (write_through && self.changes()));
+        flags.set(CommandFlags::FUA, durably);
         flags.set(CommandFlags::NO_HOLE, matches!(self.kind, Kind::Zero { keep_space: true }));
         flags
     }

@@ -124,7 +124,7 @@ fn a_server_that_says_what_makes_no_sense_is_refused() {
         (with(structured, GO, &endless), "more than 64 answers"),
         (export(513, flags()), "513 bytes, not a multiple of 512"),
         (export(1 << 63, flags()), "2^63 bytes or more"),
-        (export(SIZE, TransmissionFlags::HAS_FLAGS), "neither flushes nor durable writes"),
+        (export(SIZE, TransmissionFlags::HAS_FLAGS), "offers no flushes"),
         (export(SIZE, read_only), "the export is read-only"),
         (sized(8192, 1 << 20), "whole 8192 bytes"),
         (sized(0, 1 << 20), "no power of two"),

@@ -157,11 +157,6 @@ impl State {
         self.agreed
     }
 
-    /// Whether every change is sent so that it is durable at once: the server knows no flush.
-    fn is_write_through(&self) -> bool {
-        !self.agreed.flags.contains(TransmissionFlags::SEND_FLUSH)
-    }
-
     fn number(&mut self) -> u64 {
         self.numbers += 1;
         self.numbers
@@ -171,9 +166,6 @@ impl State {
     pub(super) fn begin(&mut self, operation: Operation) {
         if let Some(errno) = self.fails_with {
             return operation.end(Err(errno));
-        }
-        if matches!(operation.kind, Kind::Flush) && self.is_write_through() {
-            return operation.end(Ok(()));
         }
         let id = self.number();
         self.queue.insert(id);
@@ -215,7 +207,6 @@ impl State {
         self.connections.resize_with(connections, Connection::default);
         // A server whose disk stands still takes connections, too. It answers a flush after that.
         self.owes_flush |= !self.late.is_empty() && self.rules.keep(Rule::LinkFlushesForTheDead);
-        self.owes_flush &= !self.is_write_through();
         if self.fails_with == Some(Errno::ESTALE) {
             self.fails_with = None;
         }

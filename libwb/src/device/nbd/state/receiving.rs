@@ -156,7 +156,7 @@ impl State {
     /// A change was acknowledged.
     fn changed(&mut self, id: u64) {
         let operation = &self.operations[&id];
-        let is_durable = operation.flags(self.is_write_through()).contains(CommandFlags::FUA);
+        let is_durable = operation.flags().contains(CommandFlags::FUA);
         if is_durable {
             if self.rules.keep(Rule::LinkNewestRemembered) {
                 self.remembered.forget(&operation.range());

@@ -107,14 +107,13 @@ impl State {
             })
             .sum();
         let have = self.remembered.weight() + under_way;
-        have == 0 || self.is_write_through() || have + weight <= self.most_remembered
+        have == 0 || have + weight <= self.most_remembered
     }
 
     fn send(&mut self, on: usize, id: u64, now: Duration) -> Outgoing {
-        let write_through = self.is_write_through();
         let operation = &self.operations[&id];
         let (range, command) = (operation.range(), operation.command());
-        let flags = operation.flags(write_through);
+        let flags = operation.flags();
         let parts = match &operation.kind {
             Kind::Write { parts, .. } => parts.clone(),
             _ => Vec::new(),

@@ -28,6 +28,7 @@ pub mod fuzzed;
 pub mod fuzzed_head;
 pub mod fuzzed_nbd;
 mod nbd_server;
+mod process;
 pub mod recovered_view;
 pub mod sim;
 mod volume;

@@ -1,6 +1,7 @@
 //! A volume of one test: its devices, its configuration and run folders, and the daemon that serves
 //! it.
 
+use crate::process::{children_of, is_alive};
 use crate::{
     Outcome, bin, flip_bit, golden, noise, overwrite, segment_offset, sha256, wait_for, zeros,
 };
@@ -256,18 +257,6 @@ impl Volume {
     pub fn is_gone(&self) -> bool {
         wait_for(|| self.loop_devices().is_empty())
     }
-}
-
-/// The ids of the processes that a process has started.
-fn children_of(process: u32) -> Vec<String> {
-    let told = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
-    told.unwrap_or_default().split_whitespace().map(String::from).collect()
-}
-
-/// Whether a process has not ended.
-fn is_alive(process: &str) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with(['Z', 'X']))
 }
 
 /// A loop device, told apart from a later one of the same name.

@@ -21,32 +21,21 @@ use std::time::Duration;
 use wb_tests::sim::devices::{fresh_backing, fresh_cache};
 use wb_tests::sim::network::flags;
 use wb_tests::sim::real::WriteCache;
-use wb_tests::sim::run_over_network;
+use wb_tests::sim::{run_over_network, seeds};
 
 /// `make sim` runs more.
 const DEFAULT_SEEDS: u64 = 150;
 const SEGMENTS: u64 = 3;
 const BLOCKS: u64 = 8 * SEGMENTS * PLACES as u64;
 
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable)
-        .ok()
-        .map(|text| text.parse().unwrap_or_else(|e| panic!("{variable}={text}: {e}")))
-}
-
 #[test]
 fn one_seed() {
-    let seed = number("WB_SIM_SEED").unwrap_or(1);
-    match run_over_network(&WriteCache::default(), seed) {
-        Ok(report) => println!("seed {seed}: {report:?}"),
-        Err(failure) => panic!("{failure}"),
-    }
+    seeds::run_one(|seed| run_over_network(&WriteCache::default(), seed));
 }
 
 #[test]
 fn many_seeds() {
-    let first = number("WB_SIM_FIRST_SEED").unwrap_or(0);
-    for seed in first..first + number("WB_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS) {
+    for seed in seeds::chosen(DEFAULT_SEEDS) {
         if let Err(failure) = run_over_network(&WriteCache::default(), seed) {
             panic!("{failure}");
         }

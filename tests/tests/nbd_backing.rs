@@ -165,6 +165,26 @@ fn a_volume_can_be_detached_while_the_link_is_down_and_keeps_what_it_has() {
 }
 
 #[test]
+fn a_volume_ends_in_order_although_a_read_waits_for_a_server_that_is_away() {
+    needs_serving!("nbdkit");
+    let (volume, mut server) = before_nbdkit(&[]);
+    let attached = volume.attach_with(&[]);
+    overwrite(&attached.device, 0, &noise(1, MIB));
+    server.kill();
+    let device = attached.device.clone();
+    let reading = std::thread::spawn(move || {
+        File::open(device).and_then(|device| device.read_exact_at(&mut [0; 4096], 16 * MIB))
+    });
+    assert!(wait_for(|| link(&volume)["waiting"].as_u64() > Some(0)));
+    attached.end(Signal::SIGTERM);
+    assert!(reading.join().unwrap().is_err());
+    server.start_again();
+    let attached = volume.attach_with(&[]);
+    assert!(read_at(&attached.device, 0, MIB) == noise(1, MIB));
+    attached.detach(&[]);
+}
+
+#[test]
 fn after_backing_timeout_requests_fail_and_go_on_once_the_server_is_back() {
     needs_serving!("nbdkit");
     let (volume, mut server) = before_nbdkit(&[]);
@@ -373,6 +393,10 @@ fn another_host_without_tls_is_refused_unless_the_user_insists() {
     let cache = volume.cache.to_str().expect("UTF-8");
     // An address that no host has: nothing is asked.
     let pair = ["--cache", cache, "--backing", "nbd://192.0.2.1/x"];
+    for program in ["wbformat", "wbcheck"] {
+        let refused = wb!(program, cache, "--backing", "nbd://192.0.2.1/x");
+        assert!(refused.code != 0 && refused.stderr.contains("refused without TLS"), "{refused:?}");
+    }
     for command in [
         &["create", volume.name.as_str()][..],
         &["attach", &volume.name],
@@ -390,7 +414,8 @@ fn another_host_without_tls_is_refused_unless_the_user_insists() {
     assert!(tried.stderr.contains("No such file or directory"), "{tried:?}");
 }
 
-/// A server that answers each client with the same bytes, and then with the last of them for ever.
+/// A server that answers each client with the same bytes, and then with the last of them
+/// without end.
 fn garbage(volume: &Volume, bytes: &'static [u8], repeat: bool) -> String {
     let socket = volume.path("garbage");
     let _ = std::fs::remove_file(&socket);

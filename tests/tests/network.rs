@@ -7,7 +7,7 @@
 //! - In the end, all that was acknowledged is there, and stays there: nothing old comes late.
 
 use futures_lite::future::poll_once;
-use futures_util::future::{AbortHandle, BoxFuture, Either, abortable, join_all, select};
+use futures_util::future::{Either, join_all, select};
 use libwb::device::nbd::{LinkError, NbdDevice, Options};
 use libwb::device::sim::network::{Mishap, SimServer};
 use libwb::device::sim::{SimDevice, SimRuntime, Simulation};
@@ -24,6 +24,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use wb_tests::sim::network::{flags, trouble};
+use wb_tests::sim::process::Process;
 
 const SECTORS: usize = 96;
 const WORKERS: usize = 6;
@@ -53,44 +54,6 @@ struct Client {
     server: SimServer,
     sectors: Mutex<Vec<Sector>>,
     next: Mutex<u64>,
-}
-
-/// What runs the tasks of a process, and drops them when it dies.
-struct Process {
-    runtime: SimRuntime,
-    tasks: Mutex<Vec<AbortHandle>>,
-}
-
-impl Process {
-    fn on(runtime: &SimRuntime) -> Arc<Process> {
-        Arc::new(Process { runtime: runtime.clone(), tasks: Mutex::default() })
-    }
-
-    fn die(&self) {
-        self.tasks.lock().iter().for_each(AbortHandle::abort);
-    }
-}
-
-impl Runtime for Process {
-    fn spawn(&self, task: BoxFuture<'static, ()>) {
-        let (task, abort) = abortable(task);
-        self.tasks.lock().push(abort);
-        self.runtime.spawn(Box::pin(async move {
-            let _ = task.await;
-        }));
-    }
-
-    fn sleep(&self, duration: Duration) -> BoxFuture<'static, ()> {
-        self.runtime.sleep(duration)
-    }
-
-    fn now(&self) -> Duration {
-        self.runtime.now()
-    }
-
-    fn wall_clock(&self) -> Duration {
-        self.runtime.wall_clock()
-    }
 }
 
 fn data_of(value: u64) -> [u8; SECTOR_BYTES] {

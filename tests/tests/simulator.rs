@@ -17,18 +17,12 @@ use std::time::Duration;
 use wb_tests::sim::broken_engines::{Flaw, SimpleEngine};
 use wb_tests::sim::engine::Engine;
 use wb_tests::sim::real::WriteCache;
-use wb_tests::sim::{Failure, run};
+use wb_tests::sim::{Failure, run, seeds};
 
 /// `make sim` and `make soak` run more.
 const DEFAULT_SEEDS: u64 = 100;
 /// How many failures of one test are shown.
 const SHOWN: usize = 3;
-
-fn number(variable: &str) -> Option<u64> {
-    std::env::var(variable)
-        .ok()
-        .map(|text| text.parse().unwrap_or_else(|e| panic!("{variable}={text}: {e}")))
-}
 
 /// Runs seeds on two threads, and panics with the failures.
 fn run_seeds(engine: &(dyn Engine + Sync), seeds: std::ops::Range<u64>) {
@@ -62,20 +56,12 @@ fn caught(flaw: Flaw, seeds: u64) -> Failure {
 
 #[test]
 fn one_seed() {
-    let seed = number("WB_SIM_SEED").unwrap_or(1);
-    match run(&WriteCache::default(), seed) {
-        Ok(report) => println!("seed {seed}: {report:?}"),
-        Err(failure) => panic!("{failure}"),
-    }
+    seeds::run_one(|seed| run(&WriteCache::default(), seed));
 }
 
 #[test]
 fn many_seeds() {
-    let first = number("WB_SIM_FIRST_SEED").unwrap_or(0);
-    run_seeds(
-        &WriteCache::default(),
-        first..first + number("WB_SIM_SEEDS").unwrap_or(DEFAULT_SEEDS),
-    );
+    run_seeds(&WriteCache::default(), seeds::chosen(DEFAULT_SEEDS));
 }
 
 #[test]

@@ -30,6 +30,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "DEV|URI", value_parser = place())]
     pub(crate) backing: Option<Place>,
 
+    /// Use a backing device on another host without TLS. Anybody on the way can read and change
+    /// what it answers
+    #[arg(long, requires = "backing")]
+    pub(crate) insecure: bool,
+
     /// Check only this segment. Read the others as attaching reads them: mostly their headers
     #[arg(
         long,

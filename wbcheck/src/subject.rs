@@ -2,7 +2,7 @@
 
 use crate::args::Args;
 use anyhow::{Result, bail};
-use libwb::cli::Io;
+use libwb::cli::{Io, refuse_in_the_clear};
 use libwb::device::Device;
 use libwb::device::probe::{Access, open};
 use libwb::device::signatures;
@@ -51,6 +51,7 @@ impl Subject {
             None => (open(&args.cache, access)?, None),
             // Only its size matters, so it may be in use.
             Some(at) => {
+                refuse_in_the_clear(at, args.insecure)?;
                 let (opened, backing) =
                     io.open_pair(&args.cache, at, [access, Access::ReadUnlocked])?;
                 let sectors = backing.device.size() / to_u64(SECTOR_BYTES);

@@ -2,11 +2,11 @@
 
 use crate::config::{RecordedVolume, not_recorded, parse_tunables};
 use crate::front_end::{FrontEnd, ServeOption};
-use crate::pair::{Insecure, absolute, absolute_place, refuse_in_the_clear};
+use crate::pair::{Insecure, absolute, absolute_place};
 use crate::sector_size::SectorSize;
 use crate::volume_paths::VolumeName;
 use anyhow::{Result, bail};
-use libwb::cli::{SalvageOption, place};
+use libwb::cli::{SalvageOption, place, refuse_in_the_clear};
 use libwb::device::Place;
 use std::path::PathBuf;
 use std::str::FromStr;

@@ -30,7 +30,7 @@ pub(crate) struct RecordedVolume {
     /// How the volume is served.
     #[serde(default, skip_serializing_if = "is_default")]
     pub(crate) serve: FrontEnd,
-    /// Whether other hosts may be served without TLS.
+    /// Whether NBD without TLS is allowed with other hosts, at the recorded addresses.
     #[serde(default, skip_serializing_if = "is_default")]
     pub(crate) insecure: bool,
     /// Logical sector size of the block device in bytes. If absent, the backing device determines

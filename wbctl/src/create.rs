@@ -79,6 +79,7 @@ pub(crate) fn create(args: &Args, out: &mut Output) -> Result<Exit> {
         format.arg("--compat");
     } else {
         format.arg("--label").arg(name.to_string()).arg("--backing").arg(text(&volume.backing));
+        format.args(insecure.then_some("--insecure"));
     }
     format
         .args(args.force.then_some("--force"))

@@ -171,6 +171,7 @@ impl Callers<'_> {
     fn release(&mut self, served: &LiveVolume, end: Option<End>) -> Result<()> {
         match end {
             Some(End::Lost(why)) => {
+                served.lose_patience();
                 let lost = anyhow!(
                     "the kernel has ended {}: {why}. Unmount what is on it, then attach the volume \
                      again",

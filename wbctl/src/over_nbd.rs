@@ -38,12 +38,13 @@ pub(crate) fn load_tls(uri: &Uri) -> Result<Option<ServerTls>> {
 pub(crate) fn open(name: &VolumeName, uri: &Uri, insecure: bool) -> Result<OwnedFd> {
     let mut refused = None;
     for address in addresses(uri, insecure)? {
-        if let Address::Unix(path) = &address {
-            let cannot = || format!("cannot note the socket {}", path.display());
-            name.note_nbd_socket(path).with_context(cannot)?;
-        }
         match listen_patiently(&address) {
             Ok(socket) => {
+                // Not before: what is noted is removed at the end, and must be ours.
+                if let Address::Unix(path) = &address {
+                    let cannot = || format!("cannot note the socket {}", path.display());
+                    name.note_nbd_socket(path).with_context(cannot)?;
+                }
                 let cannot = || format!("cannot hand over the socket of {uri}");
                 to_keeper::keep(NBD, socket.as_fd()).with_context(cannot)?;
                 return Ok(socket);

@@ -1,7 +1,7 @@
 //! The two devices of a volume, as several commands take them.
 
-use anyhow::{Context, Result, bail};
-use libwb::cli::{Backing, Io, place};
+use anyhow::{Context, Result};
+use libwb::cli::{Backing, Io, place, refuse_in_the_clear};
 use libwb::device::Place;
 use libwb::device::probe::{Access, Opened};
 use std::path::{Path, PathBuf};
@@ -28,19 +28,6 @@ pub(crate) struct Insecure {
     /// backing device can read and change its data
     #[arg(long)]
     pub(crate) insecure: bool,
-}
-
-/// Refuses a backing device that would be reached over a network without TLS, unless that is
-/// allowed.
-pub(crate) fn refuse_in_the_clear(backing: &Place, insecure: bool) -> Result<()> {
-    match backing {
-        Place::Export(uri) if uri.tls.is_none() && !uri.address.is_local() && !insecure => bail!(
-            "{uri}: refused without TLS: anybody on the way could read and change the data. Use \
-             nbds://, or an address of this host that leads there, such as that of an SSH tunnel. \
-             --insecure uses it anyway"
-        ),
-        _ => Ok(()),
-    }
 }
 
 impl Pair {

@@ -5,6 +5,7 @@ use clap::{CommandFactory, Parser};
 use libwb::cache::refuse_size;
 use libwb::cli::{
     self, Exit, Io, Output, Progress, VolumeDevices, count, human_size, parse_label, place,
+    refuse_in_the_clear,
 };
 use libwb::device::fit::refuse_misfit;
 use libwb::device::probe::{Access, OpenError, Opened, open};
@@ -54,6 +55,11 @@ struct Args {
     /// Pair the cache with this backing device: wb will refuse it in front of any other
     #[arg(long, value_name = "DEV|URI", value_parser = place())]
     backing: Option<Place>,
+
+    /// Use a backing device on another host without TLS. Anybody on the way can read and change
+    /// what it answers
+    #[arg(long, requires = "backing")]
+    insecure: bool,
 
     /// A label for people, of up to 64 bytes
     #[arg(long, value_parser = parse_label)]
@@ -137,6 +143,7 @@ fn format(args: &Args, out: &mut Output) -> Result<Exit> {
 
 /// Opens the backing device to pair the cache with. It may be in use.
 fn open_backing(args: &Args, io: &Io, cache: &Opened, at: &Place) -> Result<Device> {
+    refuse_in_the_clear(at, args.insecure)?;
     let same_path = at.path().filter(|path| is_same_device(&cache.path, path));
     if let Some(path) = same_path {
         bail!(OpenError::SameDevice { cache: cache.path.clone(), backing: path.into() });

@@ -26,6 +26,29 @@ pub fn place() -> impl TypedValueParser<Value = Place> {
     OsStringValueParser::new().try_map(|text| Place::parse(&text))
 }
 
+/// A backing device would be reached over a network without TLS.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{0}: refused without TLS: anybody on the way could read and change the data. Use nbds://, or \
+     an address of this host that leads there, such as that of an SSH tunnel. --insecure uses it \
+     anyway"
+)]
+pub struct InTheClear(String);
+
+/// Refuses a backing device that would be reached over a network without TLS, unless that is
+/// allowed.
+///
+/// # Errors
+/// Says what to do.
+pub fn refuse_in_the_clear(backing: &Place, insecure: bool) -> Result<(), InTheClear> {
+    match backing {
+        Place::Export(uri) if uri.tls.is_none() && !uri.address.is_local() && !insecure => {
+            Err(InTheClear(uri.to_string()))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Io {
     /// Opens the cache device and the backing device of a pair, each with its own access.
     ///

@@ -11,7 +11,7 @@ mod table;
 mod text;
 mod workers;
 
-pub use backing::{Backing, place};
+pub use backing::{Backing, InTheClear, place, refuse_in_the_clear};
 pub use numbers::{LAST_SECOND, count, human_rate, human_size, human_time, parse_label, percent};
 pub use own::{open_no_link, read_own, refuse_others};
 pub use progress::Progress;

@@ -34,7 +34,7 @@ pub use link::LinkStatus;
 pub use mem::MemDevice;
 pub use overlay::Overlay;
 #[cfg(all(feature = "nbd", feature = "uring"))]
-pub use place::{Place, is_same_device};
+pub use place::{Place, absolute_uri, is_same_device};
 #[cfg(feature = "uring")]
 pub use uring::UringDevice;
 #[cfg(feature = "uring")]
@@ -159,7 +159,7 @@ pub trait BlockDevice: Send + Sync + 'static {
     }
 
     /// Sets how long requests wait for a lost connection before they fail with `ETIMEDOUT`: those
-    /// that wait now, and all that come. `None`: for ever. A device at hand has no connection.
+    /// that wait now, and all that come. `None` sets no limit. A local device has no connection.
     fn set_timeout(&self, _timeout: Option<Duration>) {}
 
     /// Lets writes and flushes go ahead of all else from now on, where there is a queue for this

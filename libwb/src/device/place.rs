@@ -41,21 +41,13 @@ impl Place {
     /// The same place, valid in any working directory.
     ///
     /// # Errors
-    /// When a path is empty, or the system does not tell the working directory.
+    /// When a path is empty, or the system does not tell the working directory. When no socket can
+    /// have a path as long as this one has become.
     pub fn absolute(&self) -> io::Result<Place> {
-        match self {
-            Place::Path(path) => Ok(Place::Path(absolute(path)?)),
-            Place::Export(uri) => {
-                let mut uri = uri.clone();
-                if let Address::Unix(socket) = &mut uri.address {
-                    *socket = absolute(&*socket)?;
-                }
-                if let Some(folder) = uri.tls.as_mut().and_then(|tls| tls.certificates.as_mut()) {
-                    *folder = absolute(&*folder)?;
-                }
-                Ok(Place::Export(uri))
-            }
-        }
+        Ok(match self {
+            Place::Path(path) => Place::Path(absolute(path)?),
+            Place::Export(uri) => Place::Export(Box::new(absolute_uri(uri)?)),
+        })
     }
 
     /// As a user may write it in a shell.
@@ -80,6 +72,21 @@ impl Place {
             _ => false,
         }
     }
+}
+
+/// The same address, valid in any working directory.
+///
+/// # Errors
+/// As [`Place::absolute`].
+pub fn absolute_uri(uri: &Uri) -> io::Result<Uri> {
+    let mut uri = uri.clone();
+    if let Address::Unix(socket) = &mut uri.address {
+        *socket = absolute(&*socket)?;
+    }
+    if let Some(folder) = uri.tls.as_mut().and_then(|tls| tls.certificates.as_mut()) {
+        *folder = absolute(&*folder)?;
+    }
+    uri.to_string().parse().map_err(|error: UriError| io::Error::other(error))
 }
 
 fn is_same_server(one: &Address, other: &Address) -> bool {
@@ -171,6 +178,20 @@ mod tests {
         for typo in ["nbd://", "nbd+tcp://server", "nbd+unix:///disk", "nbds:///x", "nbd://a:b/"] {
             assert!(place(typo).is_err(), "{typo}");
         }
+    }
+
+    #[test]
+    fn relative_paths_become_absolute_unless_that_makes_the_socket_too_long() {
+        let place = |text: &str| Place::parse(OsStr::new(text)).unwrap().absolute();
+        let here = std::env::current_dir().unwrap();
+        let here = here.display();
+        assert_eq!(place("disk").unwrap().to_string(), format!("{here}/disk"));
+        assert_eq!(
+            place("nbds+unix:///d?socket=s&tls-certificates=c").unwrap().to_string(),
+            format!("nbds+unix:///d?socket={here}/s&tls-certificates={here}/c")
+        );
+        let long = place(&format!("nbd+unix:///?socket={}", "s".repeat(107))).unwrap_err();
+        assert!(long.to_string().contains("Linux takes 1 to 107"), "{long}");
     }
 
     #[test]

@@ -11,8 +11,10 @@ pub mod exhaustive;
 pub mod module;
 pub mod network;
 pub mod oracle;
+pub mod process;
 pub mod real;
 pub mod scenario;
+pub mod seeds;
 pub mod stamp;
 pub mod unanswered;
 

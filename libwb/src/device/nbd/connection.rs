@@ -153,7 +153,7 @@ async fn receive_chunk(
     chunk: Chunk,
 ) -> Result<(), String> {
     match chunk {
-        Chunk::Nothing => Ok(()),
+        Chunk::Nothing => shared.state().nothing(on, cookie),
         Chunk::Data { offset, length } => {
             receive_data(stream, shared, on, cookie, offset, length).await
         }

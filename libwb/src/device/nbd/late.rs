@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::time::Duration;
 
-/// For this long after a new connection is made, a server may still carry out what it got over an
-/// older one.
+/// For this long after new connections have answered a flush, a server may still carry out what it
+/// got over older ones.
 pub(super) const LATEST: Duration = Duration::from_secs(5);
 
 /// Which writes may still come late.

@@ -23,9 +23,10 @@
 //!   carried out last.
 //! - A write that may come late is sent again, with the same data. It does not matter which of the
 //!   two comes first.
-//! - Any other operation that changes its range waits until the server has presumably
-//!   forgotten the old connections: 5 s after new ones are made, and a flush on
-//!   them has been answered.
+//! - After a reconnect with such writes, a flush goes out before anything but remembered data: a
+//!   server whose disk stands still takes connections, too, but answers no flush.
+//! - Any other operation that changes the range of such a write waits until the server has
+//!   presumably forgotten the old connections: 5 s after it has answered that flush.
 //! - Remembered data does not wait. Where a write that may come late overlaps it, that write is the
 //!   newer one, and is sent again later. Where remembered data was itself being written again and
 //!   may come late, it has either not changed since, or the newer write has waited for it.
@@ -34,10 +35,10 @@
 //! whoever opens the export to write makes durable what is there before anything else, and then
 //! waits for those 5 s before it changes anything.
 //!
-//! The limits of this: a server that carries out a request more than 5 s after it has accepted a
-//! newer connection can bring back old data. The protocol offers no protection. And a write
-//! that has failed, whether with an error of the disk or because the link was down for too long,
-//! may have been carried out, in part or late.
+//! The limits of this: a server that carries out a request of an old connection more than 5 s after
+//! it has answered that flush can bring back old data. The protocol offers no protection. And a
+//! write that has failed, whether with an error of the disk or because the link was down for too
+//! long, may have been carried out, in part or late.
 //!
 //! # Silence
 //!

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 /// The maximum number of clients at a time. Further ones wait until one goes.
-const MAX_CLIENTS: usize = 64;
+pub(super) const MAX_CLIENTS: usize = 64;
 /// The maximum number of connections that have not chosen an export yet, and so of TLS handshakes.
 /// If there is one more, the one that has taken longest must go: connections that say nothing keep
 /// no client out.
@@ -138,12 +138,15 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// It has chosen an export.
+    /// It has chosen an export. If others have taken the last places meanwhile, it must go.
     pub(super) fn is_client(&self) {
-        if let Some(open) = self.of.state.lock().open.get_mut(&self.number)
-            && open.phase == Phase::Negotiates
-        {
-            open.phase = Phase::IsClient;
+        let mut state = self.of.state.lock();
+        let has_place = state.in_phase(Phase::IsClient) < MAX_CLIENTS;
+        match state.open.get_mut(&self.number) {
+            Some(open) if open.phase != Phase::Negotiates => {}
+            Some(open) if has_place => open.phase = Phase::IsClient,
+            Some(open) => open.cut_off(),
+            None => {}
         }
     }
 }

@@ -25,8 +25,8 @@ use std::time::Duration;
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 /// The limit doubles each time it runs out, up to this: a flush may take long.
 const MOST_PATIENCE: Duration = Duration::from_secs(240);
-/// How many errors there may be in the reply to one request.
-const MOST_ERRORS: u32 = 64;
+/// How many parts of the reply to one request may bring no data, but errors or nothing.
+const MOST_EMPTY_PARTS: u32 = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
@@ -68,8 +68,8 @@ struct Sent {
     /// What has come of a read.
     coverage: Coverage,
     error: Option<Errno>,
-    /// How many errors have come.
-    errors: u32,
+    /// How many parts without data have come.
+    empty_parts: u32,
 }
 
 /// A request to be sent, with its data.

@@ -4,7 +4,7 @@
 use super::super::super::IoBuf;
 use super::super::operation::Kind;
 use super::super::remembered::Mark;
-use super::{MOST_ERRORS, PATIENCE, Sent, State, What};
+use super::{MOST_EMPTY_PARTS, PATIENCE, Sent, State, What};
 use crate::format::to_usize;
 use crate::nbd::{Command, CommandFlags};
 use crate::rules::Rule;
@@ -94,11 +94,18 @@ impl State {
         errno: Errno,
     ) -> Result<bool, String> {
         let sent = self.asked(on, cookie)?;
+        let is_first = sent.error.is_none();
         sent.error.get_or_insert(errno);
-        sent.errors += 1;
-        match sent.errors {
-            errors if errors > MOST_ERRORS => Err("the server sends errors without end".into()),
-            errors => Ok(errors == 1),
+        self.nothing(on, cookie).map(|()| is_first)
+    }
+
+    /// A part of a reply brings no data.
+    pub(in super::super) fn nothing(&mut self, on: usize, cookie: u64) -> Result<(), String> {
+        let sent = self.asked(on, cookie)?;
+        sent.empty_parts += 1;
+        match sent.empty_parts > MOST_EMPTY_PARTS {
+            true => Err("the server sends parts without data and without end".into()),
+            false => Ok(()),
         }
     }
 

@@ -160,7 +160,7 @@ impl State {
         // Nothing is longer than the length of an operation, or than the largest request.
         let length = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
         let (mark, coverage) = (self.remembered.mark(), Coverage::default());
-        let sent = Sent { on, what, command, range, mark, coverage, error: None, errors: 0 };
+        let sent = Sent { on, what, command, range, mark, coverage, error: None, empty_parts: 0 };
         self.sent.insert(cookie, sent);
         Request { flags, command, cookie, offset, length }
     }

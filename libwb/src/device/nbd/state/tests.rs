@@ -9,7 +9,8 @@ fn at(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
 }
 
-/// A state with this many connections that remembers so many bytes.
+/// The state of a device with `connections` connections, which remembers at most `most_remembered`
+/// bytes.
 fn connected(connections: usize, most_remembered: u64) -> State {
     let flags = TransmissionFlags::HAS_FLAGS
         | TransmissionFlags::SEND_FLUSH
@@ -125,7 +126,7 @@ fn a_new_time_limit_holds_for_what_waits_and_what_has_given_up_waits_again() {
     state.lost("a test".into(), at(1));
     let mut waits = begin(&mut state, 0, write(true));
     state.set_timeout(None, at(100));
-    assert!(!state.pass(at(100)), "for ever");
+    assert!(!state.pass(at(100)), "there is no limit");
     state.set_timeout(Some(at(200)), at(100));
     assert!(!state.pass(at(200)));
     state.set_timeout(Some(at(150)), at(200));
@@ -154,12 +155,13 @@ fn no_time_limit_makes_another_export_the_right_one() {
 }
 
 #[test]
-fn errors_without_end_break_the_protocol() {
+fn a_reply_without_end_breaks_the_protocol() {
     let mut state = connected(1, 1 << 20);
     let _write = begin(&mut state, 0, write(false));
     let (_, cookie) = sent(&mut state, 0).expect("a write");
-    for nth in 0..MOST_ERRORS {
+    for nth in 0..MOST_EMPTY_PARTS / 2 {
         assert_eq!(state.error(0, cookie, Errno::EIO), Ok(nth == 0));
+        assert_eq!(state.nothing(0, cookie), Ok(()));
     }
-    assert!(state.error(0, cookie, Errno::EIO).is_err());
+    assert!(state.nothing(0, cookie).is_err() && state.error(0, cookie, Errno::EIO).is_err());
 }

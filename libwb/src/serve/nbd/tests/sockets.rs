@@ -1,23 +1,33 @@
-use super::client::{Client, request};
+use super::client::{Client, go, request};
 use super::{NAME, TestVolume};
 use crate::device::probe::Traits;
-use crate::nbd::Command;
+use crate::nbd::{ClientFlags, Command};
 use crate::reactor::{Address, Listener, Reactor, Socket};
 use crate::runtime::Runtime;
 use crate::serve::Options;
-use crate::serve::nbd::connections::MAX_NEGOTIATING;
+use crate::serve::nbd::connections::{MAX_CLIENTS, MAX_NEGOTIATING};
 use crate::serve::nbd::{NbdServer, Session, listen, remove_abandoned};
 use futures_lite::future::yield_now;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 
 fn serve(reactor: &Reactor, volume: &TestVolume, at: &Address) -> NbdServer {
+    serve_on(reactor, volume, listen(at).unwrap())
+}
+
+fn serve_on(reactor: &Reactor, volume: &TestVolume, listening: OwnedFd) -> NbdServer {
     let runtime = reactor.handle();
     let options = Options { sector_size: 512, read_only: false, backing: Traits::default() };
     let session =
         Session::new(volume.clone(), NAME, options, None, Arc::new(runtime.clone())).unwrap();
-    let listener = Listener::new(runtime, listen(at).unwrap()).unwrap();
-    NbdServer::start(runtime, listener, session)
+    NbdServer::start(runtime, Listener::new(runtime, listening).unwrap(), session)
+}
+
+fn serve_over_tcp(reactor: &Reactor) -> (Address, NbdServer) {
+    let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = Address::Tcp(listening.local_addr().unwrap());
+    (at, serve_on(reactor, &TestVolume::new(), listening.into()))
 }
 
 #[test]
@@ -75,14 +85,9 @@ fn a_socket_that_nobody_listens_on_is_replaced_and_another_is_not() {
 
 #[test]
 fn clients_are_served_over_tcp_and_one_that_vanishes_hurts_no_other() {
-    let (reactor, volume) = (Reactor::start().unwrap(), TestVolume::new());
-    let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let at = Address::Tcp(listening.local_addr().unwrap());
+    let reactor = Reactor::start().unwrap();
+    let (at, server) = serve_over_tcp(&reactor);
     let runtime = reactor.handle();
-    let options = Options { sector_size: 512, read_only: false, backing: Traits::default() };
-    let session = Session::new(volume, NAME, options, None, Arc::new(runtime.clone())).unwrap();
-    let listener = Listener::new(runtime, listening.into()).unwrap();
-    let server = NbdServer::start(runtime, listener, session);
     reactor.block_on(async {
         let mut client = Client::new(Socket::connect(runtime, &at).await.unwrap());
         client.begin(false).await;
@@ -121,6 +126,34 @@ fn connections_that_say_nothing_keep_no_client_out() {
 }
 
 #[test]
+fn no_more_clients_are_served_than_there_are_places() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = Address::Unix(folder.path().join("socket"));
+    let (reactor, volume) = (Reactor::start().unwrap(), TestVolume::new());
+    let server = serve(&reactor, &volume, &at);
+    reactor.block_on(async {
+        let connect = async || Client::new(Socket::connect(reactor.handle(), &at).await.unwrap());
+        let mut clients = Vec::new();
+        for _ in 0..MAX_CLIENTS - 1 {
+            let mut client = connect().await;
+            client.begin(false).await;
+            clients.push(client);
+        }
+        // Both come while there is a place.
+        let (mut one, mut other) = (connect().await, connect().await);
+        one.greet(ClientFlags::FIXED_NEWSTYLE).await;
+        other.greet(ClientFlags::FIXED_NEWSTYLE).await;
+        one.ask(&go(NAME, &[])).await;
+        other.ask(&go(NAME, &[])).await;
+        assert!(other.is_at_end().await);
+        assert_eq!(server.clients().number(), MAX_CLIENTS);
+        assert_eq!(one.call(request(Command::Write, 1, 0, 512), &[1; 512]).await, Ok(()));
+        drop((clients, one, other));
+        server.stop().await;
+    });
+}
+
+#[test]
 fn clients_are_cut_off_although_the_volume_hangs() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
@@ -143,14 +176,9 @@ fn clients_are_cut_off_although_the_volume_hangs() {
 
 #[test]
 fn a_client_over_tcp_gets_its_last_replies_although_it_sends_more() {
-    let (reactor, volume) = (Reactor::start().unwrap(), TestVolume::new());
-    let listening = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let at = Address::Tcp(listening.local_addr().unwrap());
+    let reactor = Reactor::start().unwrap();
+    let (at, server) = serve_over_tcp(&reactor);
     let runtime = reactor.handle();
-    let options = Options { sector_size: 512, read_only: false, backing: Traits::default() };
-    let session = Session::new(volume, NAME, options, None, Arc::new(runtime.clone())).unwrap();
-    let server =
-        NbdServer::start(runtime, Listener::new(runtime, listening.into()).unwrap(), session);
     reactor.block_on(async {
         for _ in 0..20 {
             let mut client = Client::new(Socket::connect(runtime, &at).await.unwrap());
